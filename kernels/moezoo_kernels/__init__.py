@@ -1,0 +1,1 @@
+"""Fused gather/scatter ops for sparse feed-forward layers."""

@@ -1,0 +1,348 @@
+"""The layer API: what every feed-forward replacement in the zoo promises.
+
+A layer takes the hidden states of a transformer block and gives back hidden states of the same
+shape, together with the auxiliary losses and statistics of that call. Nothing is remembered
+between calls unless :meth:`FeedForward.observe` is told to, so a layer may be recomputed under
+activation checkpointing, compiled, or used twice in one process without double counting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.errors import InputError, check_int, nearest
+
+
+T = TypeVar("T")
+
+
+class FeedForwardOutput(NamedTuple):
+    """What a layer returns.
+
+    Attributes:
+        hidden: ``(..., d_model)``, in the dtype of the input (or of autocast).
+        losses: scalars in fp32, already weighted; the model adds them to its loss.
+        stats: detached tensors: expert counts, entropy, usage, dropped tokens.
+    """
+
+    hidden: Tensor
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layer costs, by formula.
+
+    Attributes:
+        total_parameters: trained numbers the layer holds.
+        active_parameters: those that one token touches.
+        flops_per_token: forward floating-point operations of one token; a multiply-add counts two.
+            Matrix products only, as torch's FLOP counter counts them.
+        bytes_per_token: bytes of parameters that one token reads when it comes alone (decoding),
+            at the layer's own dtype.
+    """
+
+    total_parameters: int
+    active_parameters: int
+    flops_per_token: int
+    bytes_per_token: int
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that want the same treatment from the optimizer.
+
+    Attributes:
+        name: shown in logs.
+        parameters: the parameters themselves.
+        lr_multiplier: factor on the run's learning rate.
+        weight_decay: whether the run's weight decay applies.
+        schedule: whether the learning rate follows the run's schedule, or stays constant.
+        sparse: whether gradients may be sparse (rows of a large table).
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    lr_multiplier: float = 1.0
+    weight_decay: bool = True
+    schedule: bool = True
+    sparse: bool = False
+
+
+class FeedForward(nn.Module):
+    """A drop-in for a transformer's feed-forward block: ``(..., d_model) -> (..., d_model)``.
+
+    A subclass takes ``d_model`` first and everything else by keyword with a default, stores every
+    argument under its own name, and implements :meth:`forward`, :meth:`reference` and
+    :meth:`cost`. Its arguments *are* its configuration: see :meth:`config`.
+
+    Args:
+        d_model: width of the residual stream.
+    """
+
+    kind: ClassVar[str] = "feed_forward"
+    needs_token_ids: ClassVar[bool] = False
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.d_model = check_int("d_model", d_model)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's output depends on no later token."""
+        return True
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Apply the layer.
+
+        Args:
+            hidden: ``(..., d_model)``, any floating dtype.
+            token_ids: ``(...)`` int64, for layers that route on the token itself.
+            router_input: ``(..., d_model)``, what the router reads instead of ``hidden``.
+            mask: ``(...)`` bool, true at real tokens. Padding is excluded from routing, losses and
+                statistics, and comes back as zeros from routed layers.
+        """
+        raise NotImplementedError
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Compute the same numbers by brute force, in plain differentiable torch, any dtype."""
+        raise NotImplementedError
+
+    def cost(self) -> Cost:
+        """Give parameters, FLOPs and bytes by formula."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Group the parameters by the treatment they want; default: no decay for vectors."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in parameters if p.ndim >= 2]
+        vectors = [p for p in parameters if p.ndim < 2]
+        groups = [
+            ParameterGroup("matrices", matrices),
+            ParameterGroup("vectors", vectors, weight_decay=False),
+        ]
+        return [group for group in groups if group.parameters]
+
+    def observe(self, stats: Mapping[str, Tensor]) -> None:
+        """Take note of one micro-batch's statistics, after its backward pass.
+
+        The trainer calls this once per micro-batch, outside any recomputation, with the
+        ``stats`` that :meth:`forward` returned. Layers without training-time state ignore it.
+        """
+
+    def step(self) -> None:
+        """Update training-time state; the trainer calls this once per optimizer step."""
+
+    def config(self) -> dict[str, Any]:
+        """Return ``{"class_path": …, "init_args": …}``: JSON-able, and enough to build it again."""
+        arguments = {name: _plain(getattr(self, name)) for name in _signature(type(self))}
+        return {"class_path": f"moezoo.{type(self).__name__}", "init_args": arguments}
+
+    @classmethod
+    def from_config(cls, config: str | Mapping[str, Any], **overrides: Any) -> FeedForward:
+        """Build a registered layer from what :meth:`config` returned.
+
+        Args:
+            config: a class path (``"moezoo.SparseMoE"``), or a mapping with ``class_path`` and
+                optionally ``init_args``.
+            overrides: arguments that replace those in ``init_args`` (commonly ``d_model``).
+
+        Raises:
+            InputError: unknown layer, unknown argument, or an argument out of range; the message
+                names it and proposes the nearest one.
+        """
+        if isinstance(config, str):
+            config = {"class_path": config}
+        if not isinstance(config, Mapping) or "class_path" not in config:
+            raise InputError(f"ffn: {config!r} has no class_path; write e.g. 'moezoo.SparseMoE'")
+        if unknown := set(config) - {"class_path", "init_args", "layers"}:
+            key = sorted(unknown)[0]
+            raise InputError(f"ffn: unknown key '{key}'{nearest(key, ['class_path', 'init_args'])}")
+        layer = registered(config["class_path"])
+        return build(layer, {**(config.get("init_args") or {}), **overrides})
+
+    def extra_repr(self) -> str:
+        """Show the configuration in ``print(model)``."""
+        return ", ".join(f"{k}={v}" for k, v in self.config()["init_args"].items())
+
+
+class Paper(NamedTuple):
+    """Where a method was published."""
+
+    authors: str
+    year: int
+    title: str
+    arxiv: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the zoo: a layer class, the arguments that make it this method, its paper."""
+
+    name: str
+    layer: type[FeedForward]
+    paper: Paper
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def build(self, d_model: int, **overrides: Any) -> FeedForward:
+        """Build the method at a width, with its paper's defaults."""
+        return build(self.layer, {"d_model": d_model, **self.arguments, **overrides})
+
+
+_LAYERS: dict[str, type[FeedForward]] = {}
+_METHODS: dict[str, Method] = {}
+
+
+def register(*methods: Method) -> None:
+    """Add methods to the zoo, and their layers to what configurations may name.
+
+    Raises:
+        ValueError: a name is taken by another method.
+    """
+    for method in methods:
+        if _METHODS.setdefault(method.name, method) is not method:
+            raise ValueError(f"method '{method.name}' is registered already")
+        _LAYERS[method.layer.__name__] = method.layer
+
+
+def zoo() -> tuple[Method, ...]:
+    """List every method, in the order of registration."""
+    return tuple(_METHODS.values())
+
+
+def registered(class_path: str) -> type[FeedForward]:
+    """Return the registered layer of that class path (``moezoo.SparseMoE`` or ``SparseMoE``).
+
+    Only registered names are looked up: a checkpoint's configuration can not make us import code.
+    """
+    name = str(class_path).rpartition(".")[2]
+    if name not in _LAYERS:
+        known = (f"moezoo.{layer}" for layer in _LAYERS)
+        raise InputError(f"class_path: no layer '{class_path}'{nearest(f'moezoo.{name}', known)}")
+    return _LAYERS[name]
+
+
+def build(cls: Callable[..., T], arguments: Mapping[str, Any]) -> T:
+    """Call ``cls`` with ``arguments``, naming a misspelt one; mappings become options classes."""
+    parameters = _signature(cls)
+    name = getattr(cls, "__name__", str(cls))
+    for key in arguments:
+        if key not in parameters:
+            raise InputError(f"{name}: unknown argument '{key}'{nearest(key, parameters)}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise InputError(f"{name}: argument '{key}' is missing")
+    built = {key: _options(cls, key, value) for key, value in arguments.items()}
+    return cls(**built)
+
+
+def _signature(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(cls).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def _options(cls: Callable[..., Any], key: str, value: Any) -> Any:
+    """Turn a mapping into the options dataclass that ``cls`` annotates for ``key``, if any."""
+    if not isinstance(value, Mapping):
+        return value
+    constructor = cls.__init__ if inspect.isclass(cls) else cls
+    hint = typing.get_type_hints(constructor).get(key)
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    for option in typing.get_args(hint) if union else (hint,):
+        if dataclasses.is_dataclass(option) and isinstance(option, type):
+            return build(option, value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def select_layers(layers: str | int | list[int], num_layers: int) -> list[int]:
+    """Turn a rule into layer indices: ``"all"``, ``"every 2"``, ``3`` or ``[3, 7]``.
+
+    ``"every n"`` takes layers n-1, 2n-1, …, so the first layers stay as they are. Negative
+    numbers count from the end.
+
+    Raises:
+        InputError: the rule is not of that form, or names a layer that does not exist.
+    """
+    if layers == "all":
+        return list(range(num_layers))
+    if isinstance(layers, str):
+        word, _, count = layers.partition(" ")
+        if word == "every" and count.strip().isdigit() and int(count) > 0:
+            return list(range(int(count) - 1, num_layers, int(count)))
+        raise InputError(f"layers: '{layers}' is not understood; write all, every 2, or [3, 7]")
+    indices = [layers] if isinstance(layers, int) else list(layers)
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise InputError(f"layers: {index!r} is not a layer number; write e.g. [3, 7]")
+        if not -num_layers <= index < num_layers:
+            raise InputError(f"layers: there is no layer {index}; the model has {num_layers}")
+    return sorted({index % num_layers for index in indices})
+
+
+def flatten_tokens(
+    layer: FeedForward, hidden: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Flatten ``(..., d_model)`` and its mask to ``(T, d_model)`` and ``(T,)``, checking both.
+
+    Raises:
+        InputError: the last dimension is not ``d_model``, or the mask has another shape.
+    """
+    if hidden.shape[-1] != layer.d_model:
+        raise InputError(
+            f"hidden: last dimension is {hidden.shape[-1]}, the layer's d_model is {layer.d_model}"
+        )
+    if mask is not None and mask.shape != hidden.shape[:-1]:
+        raise InputError(
+            f"mask: shape {tuple(mask.shape)} does not match hidden's {tuple(hidden.shape[:-1])}"
+        )
+    flat_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
+    return hidden.reshape(-1, layer.d_model), flat_mask
+
+
+__all__ = [
+    "Cost",
+    "FeedForward",
+    "FeedForwardOutput",
+    "Method",
+    "Paper",
+    "ParameterGroup",
+    "build",
+    "flatten_tokens",
+    "register",
+    "registered",
+    "select_layers",
+    "zoo",
+]

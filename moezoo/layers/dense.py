@@ -1,0 +1,110 @@
+"""The dense feed-forward block that everything else in the zoo replaces.
+
+MLP: ``y = W_down act(W_up x)`` (Vaswani et al. 2017, arXiv:1706.03762, eq. 2).
+GLU: ``y = W_down (act(W_gate x) * W_up x)`` (Shazeer 2020, arXiv:2002.05202, eq. 6).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from moezoo_kernels.activations import ACTIVATIONS
+from torch import Tensor, nn
+
+from moezoo.errors import check_choice, check_int
+from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"]
+
+
+def default_width(d_model: int, gated: bool) -> int:
+    """Give the usual hidden width: 4 d, or 8/3 d rounded up to a multiple of 16 for a GLU."""
+    return -(-8 * d_model // 48) * 16 if gated else 4 * d_model
+
+
+class DenseFFN(FeedForward):
+    """Dense MLP or gated linear unit, under Llama's tensor names.
+
+    Args:
+        d_model: width of the residual stream.
+        d_ff: hidden width; default 4 d_model, or 8/3 d_model rounded up to 16 when gated.
+        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        gated: a gated linear unit (three matrices) instead of an MLP (two).
+        bias: whether the projections have biases.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int | None = None,
+        activation: Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(d_model)
+        self.d_ff = default_width(d_model, gated) if d_ff is None else check_int("d_ff", d_ff)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.gated = gated
+        self.bias = bias
+        if gated:
+            self.gate_proj = nn.Linear(d_model, self.d_ff, bias=bias)
+        self.up_proj = nn.Linear(d_model, self.d_ff, bias=bias)
+        self.down_proj = nn.Linear(self.d_ff, d_model, bias=bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Apply the block to every token; a mask changes nothing, as no token sees another."""
+        flatten_tokens(self, hidden, mask)
+        act = ACTIVATIONS[self.activation]
+        inner = (
+            act(self.gate_proj(hidden)) * self.up_proj(hidden)
+            if self.gated
+            else act(self.up_proj(hidden))
+        )
+        return FeedForwardOutput(self.down_proj(inner), {}, {})
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Sum over hidden neurons one by one: ``y = Σ_j act_j(x) W_down[:, j]``."""
+        tokens, _ = flatten_tokens(self, hidden, mask)
+        act = ACTIVATIONS[self.activation]
+        output = torch.zeros_like(tokens)
+        for j in range(self.d_ff):
+            up = tokens @ self.up_proj.weight[j]
+            if self.up_proj.bias is not None:
+                up = up + self.up_proj.bias[j]
+            value = act(up)
+            if self.gated:
+                gate = tokens @ self.gate_proj.weight[j]
+                if self.gate_proj.bias is not None:
+                    gate = gate + self.gate_proj.bias[j]
+                value = act(gate) * up
+            output = output + value[:, None] * self.down_proj.weight[:, j]
+        if self.down_proj.bias is not None:
+            output = output + self.down_proj.bias
+        return FeedForwardOutput(output.reshape(hidden.shape), {}, {})
+
+    def cost(self) -> Cost:
+        """Every parameter is active; 4 d f FLOPs, 6 d f when gated."""
+        matrices = 3 if self.gated else 2
+        biases = (matrices - 1) * self.d_ff + self.d_model if self.bias else 0
+        parameters = matrices * self.d_model * self.d_ff + biases
+        return Cost(
+            total_parameters=parameters,
+            active_parameters=parameters,
+            flops_per_token=2 * matrices * self.d_model * self.d_ff,
+            bytes_per_token=parameters * self.up_proj.weight.element_size(),
+        )
