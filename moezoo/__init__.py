@@ -12,11 +12,15 @@ from moezoo.feed_forward import (
     select_layers,
     zoo,
 )
-from moezoo.layers import DenseFFN
+from moezoo.layers import DenseFFN, SparseMoE
+from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
+from moezoo.swap import swap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceOptions",
+    "CapacityOptions",
     "Cost",
     "DenseFFN",
     "FeedForward",
@@ -25,7 +29,10 @@ __all__ = [
     "Method",
     "Paper",
     "ParameterGroup",
+    "RouterOptions",
+    "SparseMoE",
     "register",
     "select_layers",
+    "swap",
     "zoo",
 ]

@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the choice most like ``name``, else the list of choices."""
+    """Return ``"; did you mean 'x'?"`` for the choice most like ``name``, else list them all."""
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; choose from: {', '.join(choices)}"
@@ -43,7 +43,7 @@ def check_int(field: str, value: Any, *, minimum: int = 1, maximum: int | None =
 def check_number(
     field: str, value: Any, *, minimum: float = 0.0, maximum: float | None = None
 ) -> float:
-    """Return ``value`` as a float if it is a finite number in range, else raise :class:`InputError`."""
+    """Return ``value`` as a float if it is a finite number in range, else :class:`InputError`."""
     wanted = f"a number ≥ {minimum:g}" + (f" and ≤ {maximum:g}" if maximum is not None else "")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{field}: {value!r} is not {wanted}")

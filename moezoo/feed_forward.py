@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_int, nearest
 
-
 T = TypeVar("T")
 
 
@@ -134,6 +133,14 @@ class FeedForward(nn.Module):
 
     def cost(self) -> Cost:
         """Give parameters, FLOPs and bytes by formula."""
+        raise NotImplementedError
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Initialise every parameter and buffer, as the constructor does.
+
+        Args:
+            num_layers: depth of the model the layer sits in, for inits that scale with it.
+        """
         raise NotImplementedError
 
     def parameter_groups(self) -> list[ParameterGroup]:

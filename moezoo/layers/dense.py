@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moezoo.errors import check_choice, check_int
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.init import init_linear, output_std
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"]
 
@@ -51,6 +52,14 @@ class DenseFFN(FeedForward):
             self.gate_proj = nn.Linear(d_model, self.d_ff, bias=bias)
         self.up_proj = nn.Linear(d_model, self.d_ff, bias=bias)
         self.down_proj = nn.Linear(self.d_ff, d_model, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Draw weights from N(0, 1/fan_in); the output's further / sqrt(2 num_layers)."""
+        if self.gated:
+            init_linear(self.gate_proj, self.d_model**-0.5)
+        init_linear(self.up_proj, self.d_model**-0.5)
+        init_linear(self.down_proj, output_std(self.d_ff, num_layers))
 
     def forward(
         self,

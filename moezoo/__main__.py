@@ -1,0 +1,169 @@
+"""The `moezoo` command: looks up the first word, and says every mistake in one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from moezoo.errors import InputError, nearest
+
+
+class Command(NamedTuple):
+    """One word of the command line: where its function is, and what it does."""
+
+    function: str
+    summary: str
+    lightning: bool = False
+
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "Train and use models": {
+        "demo": Command(
+            "moezoo_train.demo:demo", "train a small sparse MoE on real text, on a CPU"
+        ),
+        "prepare": Command("moezoo_train.prepare:prepare", "turn text into a tokenizer and tokens"),
+        "fit": Command("moezoo_train.cli:run", "train a model as a YAML file says", True),
+        "validate": Command(
+            "moezoo_train.cli:run", "measure a checkpoint on validation data", True
+        ),
+        "test": Command("moezoo_train.cli:run", "measure a checkpoint on test data", True),
+        "generate": Command("moezoo_models.generate:generate", "continue a prompt"),
+        "evaluate": Command(
+            "moezoo_models.evaluate:evaluate", "loss, perplexity and bits per byte on any text"
+        ),
+    },
+    "Look around": {
+        "zoo": Command("moezoo.command.zoo:zoo", "every method: paper, parameters, cost"),
+        "doctor": Command("moezoo.command.doctor:doctor", "versions, devices, usable backends"),
+    },
+}
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+EXAMPLES = (
+    "moezoo demo",
+    "moezoo fit --config configs/moe.yaml --model.ffn.num_experts 16",
+    'moezoo generate --checkpoint runs/demo/model --prompt "def "',
+)
+# Top-level modules of the optional dependencies, and the extra that brings each.
+EXTRAS = {
+    "lightning": "train",
+    "jsonargparse": "train",
+    "docstring_parser": "train",
+    "transformers": "train",
+    "sentencepiece": "train",
+    "torchmetrics": "train",
+    "rich": "train",
+    "tensorboard": "train",
+    "matplotlib": "train",
+    "pyarrow": "data",
+    "datasets": "data",
+    "wandb": "wandb",
+    "deepspeed": "deepspeed",
+    "xformers": "xformers",
+    "triton": "gpu",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except BrokenPipeError:
+        # The reader left (`moezoo zoo | head`); keep the interpreter from flushing into it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _complain("interrupted", code=130)
+    except Exception as error:
+        if os.environ.get("MOEZOO_TRACEBACK") or (message := explain(error)) is None:
+            raise
+        return _complain(message)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        import moezoo
+
+        print(f"moezoo {moezoo.__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise InputError(f"there is no command '{name}'{nearest(name, COMMANDS)}")
+    _run(name, rest)
+    return 0
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    from moezoo.command.parser import check_config_files, run_function
+
+    check_config_files(arguments)
+    command = COMMANDS[name]
+    function = _load(command.function)
+    if command.lightning:
+        function([name, *arguments])
+    else:
+        run_function(function, f"moezoo {name}", arguments)
+
+
+def _load(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def overview() -> str:
+    """List the commands, one line each."""
+    import moezoo
+
+    lines = [f"moezoo {moezoo.__version__}: feed-forward replacements for transformers", ""]
+    lines += ["usage: moezoo COMMAND [options]", ""]
+    for title, commands in GROUPS.items():
+        lines.append(title)
+        lines += [f"  {name:<10} {command.summary}" for name, command in commands.items()]
+        lines.append("")
+    lines += ["Examples", *(f"  {example}" for example in EXAMPLES), ""]
+    lines.append("moezoo COMMAND --help shows the options of one command.")
+    return "\n".join(lines)
+
+
+def explain(error: Exception) -> str | None:
+    """Say a user's mistake, or what the machine lacks, in one line; None for anything else."""
+    from moezoo.command.messages import one_line, render
+
+    if isinstance(error, InputError):
+        return one_line(str(error))
+    if isinstance(error, argparse.ArgumentError):
+        return render(str(error))
+    if isinstance(error, OSError):
+        return _explain_os(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRAS:
+            return f"{package} is not installed; run: pip install 'moezoo[{EXTRAS[package]}]'"
+    if type(error).__name__ == "MisconfigurationException":
+        return one_line(str(error))
+    return None
+
+
+def _explain_os(error: OSError) -> str:
+    from moezoo.command.messages import one_line
+
+    reason = (error.strerror or "").lower()
+    if error.filename is not None and reason:
+        return f"{error.filename}: {reason}"
+    return reason or one_line(str(error))
+
+
+def _complain(message: str, code: int = 2) -> int:
+    print(f"moezoo: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""What experts compute: the stores that routed layers share."""
+
+from moezoo.experts.mlp import MLPExperts
+
+__all__ = ["MLPExperts"]

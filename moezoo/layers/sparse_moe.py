@@ -1,0 +1,208 @@
+"""Sparse mixture of experts: each token is answered by a few of many feed-forward blocks.
+
+``y = Σ_{e in chosen(x)} g_e(x) Expert_e(x) [+ Shared(x)]`` (Shazeer et al. 2017,
+arXiv:1701.06538, eq. 1). How tokens and experts are matched, balanced and limited is set by three
+groups of options; the zoo's entries (switch, gshard, mixtral, deepseek_v3, …) are settings of
+them, each from its paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moezoo_kernels.activations import ACTIVATIONS
+from torch import Tensor, nn
+
+from moezoo.errors import InputError, check_choice, check_int
+from moezoo.experts import MLPExperts
+from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.init import init_linear
+from moezoo.layers.dense import Activation, DenseFFN, default_width
+from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
+
+
+class SparseMoE(FeedForward):
+    """A sparse mixture of MLP or GLU experts; dropless unless a capacity is given.
+
+    Args:
+        d_model: width of the residual stream.
+        num_experts: number of routed experts.
+        top_k: experts per token (on average, in expert choice).
+        d_expert: hidden width of one expert; default: the dense block's width divided by the
+            number of experts that answer a token, rounded up to a multiple of 16, so that a token
+            costs what the dense block costs.
+        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        gated: gated linear units instead of MLPs.
+        bias: whether the experts' projections have biases.
+        num_shared_experts: experts that answer every token (arXiv:2401.06066), run as one block.
+        d_shared: hidden width of that block; default num_shared_experts * d_expert.
+        shared_gate: weight the shared expert by a learned sigmoid gate (Qwen2-MoE).
+        router: how tokens and experts find each other.
+        balance: coefficients of the auxiliary losses.
+        capacity: a limit on the tokens per expert; none by default (dropless).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int = 8,
+        top_k: int = 2,
+        d_expert: int | None = None,
+        activation: Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        num_shared_experts: int = 0,
+        d_shared: int | None = None,
+        shared_gate: bool = False,
+        router: RouterOptions = RouterOptions(),  # noqa: B008 - frozen
+        balance: BalanceOptions = BalanceOptions(),  # noqa: B008 - frozen
+        capacity: CapacityOptions | None = None,
+    ) -> None:
+        super().__init__(d_model)
+        self.num_experts = check_int("num_experts", num_experts)
+        self.top_k = check_int("top_k", top_k)
+        if top_k > num_experts:
+            raise InputError(
+                f"top_k: {top_k} is more than num_experts={num_experts}; "
+                "lower top_k or raise num_experts"
+            )
+        self.num_shared_experts = check_int("num_shared_experts", num_shared_experts, minimum=0)
+        if d_expert is None:
+            answering = top_k + num_shared_experts
+            d_expert = -(-default_width(d_model, gated) // (16 * answering)) * 16
+        self.d_expert = check_int("d_expert", d_expert)
+        if d_shared is None:
+            d_shared = num_shared_experts * d_expert
+        self.d_shared = check_int("d_shared", d_shared, minimum=0)
+        if bool(self.d_shared) != bool(num_shared_experts):
+            raise InputError("d_shared: goes with num_shared_experts; set both or neither")
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.gated = gated
+        self.bias = bias
+        self.shared_gate = shared_gate
+        if shared_gate and not d_shared:
+            raise InputError(
+                "shared_gate: there is no shared expert to gate; set num_shared_experts"
+            )
+        router.check(num_experts, top_k)
+        balance.check()
+        if capacity is not None:
+            capacity.check()
+            if router.choice == "expert":
+                raise InputError(
+                    "capacity: expert choice fills every expert exactly; set it to null"
+                )
+        self.balance = balance
+        self.capacity = capacity
+        self.router = router
+
+        self.gate = Router(d_model, num_experts, top_k, router, balance, capacity)
+        self.experts = MLPExperts(d_model, self.d_expert, num_experts, activation, gated, bias)
+        if self.d_shared:
+            self.shared_expert = DenseFFN(d_model, self.d_shared, activation, gated, bias)
+        if shared_gate:
+            self.shared_expert_gate = nn.Linear(d_model, 1, bias=False)
+            self._reset_shared_gate()
+
+    @property
+    def causal(self) -> bool:
+        """False in expert choice: whether a token is taken depends on the tokens after it."""
+        return self.router.choice == "token"
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Initialise router, experts and shared expert; outputs scale with 1/sqrt(num_layers)."""
+        self.gate.reset_parameters()
+        self.experts.reset_parameters(num_layers)
+        if self.d_shared:
+            self.shared_expert.reset_parameters(num_layers)
+        if self.shared_gate:
+            self._reset_shared_gate()
+
+    def _reset_shared_gate(self) -> None:
+        init_linear(self.shared_expert_gate, self.d_model**-0.5)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Route each token to its experts and sum their weighted answers.
+
+        Returns:
+            ``losses``: those of ``load_balancing``, ``router_z``, ``importance``, ``load`` and
+            ``sequence_balance`` whose coefficient is not zero. ``stats``: ``expert_counts`` (E,)
+            before capacity, ``tokens``, ``router_entropy`` in nats, ``dropped`` assignments.
+        """
+        return self._compute(hidden, router_input, mask, brute_force=False)
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Run all experts on all tokens and weight the answers by a dense matrix."""
+        return self._compute(hidden, router_input, mask, brute_force=True)
+
+    def route(
+        self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
+    ) -> Routing:
+        """Tell who would answer: indices, weights, losses and statistics, without the experts."""
+        tokens, flat_mask = flatten_tokens(self, hidden, mask)
+        if router_input is not None:
+            tokens, _ = flatten_tokens(self, router_input, None)
+        sequences = (hidden.shape[0], hidden.shape[1]) if hidden.ndim == 3 else None
+        return self.gate(tokens, flat_mask, sequences)
+
+    def _compute(
+        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+    ) -> FeedForwardOutput:
+        tokens, flat_mask = flatten_tokens(self, hidden, mask)
+        routing = self.route(hidden, router_input, mask)
+        if brute_force:
+            output = self.experts.reference(tokens, routing.indices, routing.weights)
+        else:
+            output = self.experts(tokens, routing.indices, routing.weights, routing.max_assignments)
+        if self.d_shared:
+            output = output + self._shared(tokens, flat_mask, brute_force)
+        return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
+
+    def _shared(self, tokens: Tensor, mask: Tensor | None, brute_force: bool) -> Tensor:
+        expert = self.shared_expert
+        answer = (expert.reference if brute_force else expert)(tokens).hidden
+        if self.shared_gate:
+            answer = self.shared_expert_gate(tokens).sigmoid() * answer
+        return answer if mask is None else answer.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def observe(self, stats: Mapping[str, Tensor]) -> None:
+        """Hand one micro-batch's expert counts to the router."""
+        self.gate.observe(stats)
+
+    def step(self) -> None:
+        """Let the router update its selection bias."""
+        self.gate.step()
+
+    def cost(self) -> Cost:
+        """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on."""
+        routing = sum(p.numel() for p in self.gate.parameters())
+        always_parameters, always_flops = routing, 2 * self.d_model * self.num_experts
+        if self.d_shared:
+            shared = self.shared_expert.cost()
+            always_parameters += shared.total_parameters
+            always_flops += shared.flops_per_token
+        if self.shared_gate:
+            always_parameters += self.d_model
+            always_flops += 2 * self.d_model
+        per_expert = self.experts.parameters_per_expert()
+        active = always_parameters + self.top_k * per_expert
+        return Cost(
+            total_parameters=always_parameters + self.num_experts * per_expert,
+            active_parameters=active,
+            flops_per_token=always_flops + self.top_k * self.experts.flops_per_assignment(),
+            bytes_per_token=active * self.experts.down_proj.element_size(),
+        )

@@ -1,0 +1,134 @@
+"""The options of a learned router, in three groups that a configuration may leave out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moezoo.errors import InputError, check_choice, check_int, check_number
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """How tokens and experts find each other.
+
+    Attributes:
+        choice: ``token``: each token takes its top_k experts. ``expert``: each expert takes its
+            best tokens, top_k per token on average (arXiv:2202.09368); not causal.
+        score: turn logits into scores by ``softmax`` over all experts or by ``sigmoid`` each.
+        normalize: divide the selected scores by their sum (Mixtral, GShard, DeepSeek-V3).
+        scale: factor on the weights after that (DeepSeek's routed_scaling_factor).
+        noise: add Gaussian noise of learned size to the logits while training (arXiv:1701.06538).
+        jitter: multiply the router's input by U(1 - jitter, 1 + jitter) while training (Switch).
+        num_groups: split the experts into this many groups; 1 for none (arXiv:2405.04434).
+        top_groups: take experts only from this many groups per token.
+        selection_bias: add a bias to the scores that choose, not to the weights; it follows the
+            load instead of a loss (arXiv:2408.15664).
+        bias_update_rate: how far the bias moves per optimizer step.
+    """
+
+    choice: Literal["token", "expert"] = "token"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    noise: bool = False
+    jitter: float = 0.0
+    num_groups: int = 1
+    top_groups: int = 1
+    selection_bias: bool = False
+    bias_update_rate: float = 1e-3
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raise :class:`InputError` where the options contradict each other or the sizes."""
+        check_choice("router.choice", self.choice, ("token", "expert"))
+        check_choice("router.score", self.score, ("softmax", "sigmoid"))
+        check_number("router.scale", self.scale)
+        check_number("router.jitter", self.jitter, maximum=1.0)
+        check_number("router.bias_update_rate", self.bias_update_rate)
+        check_int("router.num_groups", self.num_groups, maximum=num_experts)
+        check_int("router.top_groups", self.top_groups, maximum=self.num_groups)
+        group = num_experts // self.num_groups
+        if num_experts % self.num_groups:
+            raise InputError(
+                f"router.num_groups: {self.num_groups} does not divide num_experts={num_experts}"
+            )
+        if top_k > group * self.top_groups:
+            raise InputError(
+                f"router.top_groups: {self.top_groups} groups of {group} experts "
+                f"hold fewer than top_k={top_k}; raise top_groups or lower top_k"
+            )
+        if self.choice == "expert":
+            self._check_expert_choice()
+        elif top_k == 1 and self.normalize:
+            raise InputError(
+                "router.normalize: with top_k=1 a normalized weight is always 1 and the router "
+                "never learns; set normalize to false"
+            )
+
+    def _check_expert_choice(self) -> None:
+        if self.score != "softmax":
+            raise InputError("router.score: expert choice is defined with softmax; use softmax")
+        for name in ("normalize", "noise", "selection_bias"):
+            if getattr(self, name):
+                raise InputError(f"router.{name}: has no meaning in expert choice; set it to false")
+        if self.num_groups > 1:
+            raise InputError("router.num_groups: has no meaning in expert choice; set it to 1")
+
+
+@dataclass(frozen=True)
+class BalanceOptions:
+    """Coefficients of the losses that keep experts evenly used; 0 leaves a loss out.
+
+    Attributes:
+        load_balancing: Switch's E Σ f_e P_e (arXiv:2101.03961, eq. 4); 1.0 when even.
+        z_loss: mean squared logsumexp of the logits (arXiv:2202.08906, eq. 5).
+        importance: squared coefficient of variation of the summed weights (arXiv:1701.06538).
+        load: the same of the expected load; needs ``router.noise`` for a gradient.
+        sequence: the load-balancing loss within each sequence (arXiv:2412.19437, eq. 17).
+        scope: take f over the ``global`` batch (all ranks, all micro-batches so far) or the
+            ``local`` one; global leaves experts free to specialise (arXiv:2501.11873).
+        count: f counts every ``selected`` expert, or a token's ``first_choice`` only (GShard).
+    """
+
+    load_balancing: float = 0.01
+    z_loss: float = 0.0
+    importance: float = 0.0
+    load: float = 0.0
+    sequence: float = 0.0
+    scope: Literal["global", "local"] = "global"
+    count: Literal["selected", "first_choice"] = "selected"
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for a value out of range."""
+        for name in ("load_balancing", "z_loss", "importance", "load", "sequence"):
+            check_number(f"balance.{name}", getattr(self, name))
+        check_choice("balance.scope", self.scope, ("global", "local"))
+        check_choice("balance.count", self.count, ("selected", "first_choice"))
+
+
+@dataclass(frozen=True)
+class CapacityOptions:
+    """A limit on the tokens one expert takes: ``ceil(factor * top_k * tokens / num_experts)``.
+
+    Tokens are served in order of position, all first choices before any second choice; what
+    overflows adds nothing (arXiv:2006.16668, algorithm 1; arXiv:2101.03961, eq. 3).
+
+    Attributes:
+        factor: capacity factor while training.
+        eval_factor: capacity factor in evaluation.
+        minimum: an expert's capacity is never below this.
+        second_choice_threshold: while training, keep a later choice of weight g with probability
+            min(1, g / threshold); 0 keeps all.
+    """
+
+    factor: float = 1.25
+    eval_factor: float = 2.0
+    minimum: int = 1
+    second_choice_threshold: float = 0.0
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for a value out of range."""
+        check_number("capacity.factor", self.factor)
+        check_number("capacity.eval_factor", self.eval_factor)
+        check_int("capacity.minimum", self.minimum, minimum=0)
+        check_number("capacity.second_choice_threshold", self.second_choice_threshold)

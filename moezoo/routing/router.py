@@ -1,0 +1,317 @@
+"""A learned router: a linear map from hidden states to experts, and the rule that picks.
+
+Shapes: T tokens, D d_model, E experts, K choices per token, C tokens per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moezoo.routing import losses as L
+from moezoo.routing.capacity import expert_capacity, within_capacity
+from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
+from moezoo.routing.stats import expert_counts, mean_entropy
+
+
+class Routing(NamedTuple):
+    """Who answers each token, and with what weight.
+
+    Attributes:
+        indices: ``(T, K)`` int64 experts, -1 where nobody answers. K is E in expert choice.
+        weights: ``(T, K)`` in fp32 (fp64 for fp64 inputs), zero where nobody answers.
+        losses: weighted scalars.
+        stats: detached statistics.
+        max_assignments: an upper bound on the number of indices that are not -1.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor]
+    max_assignments: int
+
+
+class Router(nn.Module):
+    """Score every expert for every token and choose.
+
+    The arithmetic is fp32 whatever autocast says (fp64 for fp64 inputs): rounding a logit to bf16
+    changes who is chosen.
+
+    Args:
+        d_model: width of what the router reads.
+        num_experts: number of experts E.
+        top_k: experts per token; on average, in expert choice.
+        options: scores, choice, noise, groups, bias.
+        balance: coefficients of the auxiliary losses.
+        capacity: a limit on the tokens per expert; none by default (dropless).
+    """
+
+    selection_bias: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        options: RouterOptions,
+        balance: BalanceOptions,
+        capacity: CapacityOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.options = options
+        self.balance = balance
+        self.capacity = capacity
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        if options.noise:
+            self.noise_weight = nn.Parameter(torch.empty(num_experts, d_model))
+        if options.selection_bias:
+            self.register_buffer("selection_bias", torch.empty(num_experts, dtype=torch.float32))
+        self._step_counts: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as Switch does, or zero it where noise breaks the tie (Shazeer)."""
+        if self.options.noise:
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.noise_weight)
+        else:
+            # Switch: truncated normal at two standard deviations, std sqrt(0.1 / fan_in).
+            std = (0.1 / self.d_model) ** 0.5
+            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        if self.options.selection_bias:
+            nn.init.zeros_(self.selection_bias)
+        self._step_counts = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The bias moves by 1e-3 at a time, which bf16 rounds away: let it change device, not dtype.
+        before = self.selection_bias if self.options.selection_bias else None
+        super()._apply(fn, recurse)
+        if before is not None:
+            after = self.selection_bias
+            self.selection_bias = after.float() if before.is_meta else before.to(after.device)
+        return self
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        mask_T: Tensor | None = None,
+        sequences: tuple[int, int] | None = None,
+    ) -> Routing:
+        """Route.
+
+        Args:
+            hidden_TD: what the router reads.
+            mask_T: true at real tokens; padding goes to no expert and is not counted.
+            sequences: how many sequences of what length the T tokens are; default one.
+        """
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            hidden_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
+            if self.options.choice == "expert":
+                return self._experts_choose(hidden_TD, mask_T)
+            return self._tokens_choose(hidden_TD, mask_T, sequences or (1, len(hidden_TD)))
+
+    def _logits(self, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        return F.linear(hidden_TD, weight_ED.to(hidden_TD.dtype))
+
+    def _jittered(self, hidden_TD: Tensor) -> Tensor:
+        jitter = self.options.jitter
+        if not (self.training and jitter):
+            return hidden_TD
+        return hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - jitter, 1 + jitter)
+
+    def _tokens_choose(
+        self, hidden_TD: Tensor, mask_T: Tensor | None, sequences: tuple[int, int]
+    ) -> Routing:
+        hidden_TD = self._jittered(hidden_TD)
+        clean_TE = self._logits(hidden_TD, self.weight)
+        noisy_TE, std_TE = self._noisy(clean_TE, hidden_TD)
+        softmax = self.options.score == "softmax"
+        scores_TE = noisy_TE.softmax(dim=-1) if softmax else noisy_TE.sigmoid()
+        indices_TK = self._choose(scores_TE)
+        weights_TK = scores_TE.gather(1, indices_TK)
+        if self.options.normalize:
+            total = weights_TK.sum(dim=-1, keepdim=True)
+            # Sigmoids may all underflow; the constant is DeepSeek-V3's.
+            weights_TK = weights_TK / (total if softmax else total + 1e-20)
+        weights_TK = weights_TK * self.options.scale
+        if mask_T is not None:
+            indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
+
+        probabilities_TE = scores_TE
+        if not softmax:
+            probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+        aux = self._losses(clean_TE, probabilities_TE, indices_TK, mask_T, sequences)
+        if self.balance.importance:
+            kept = weights_TK.masked_fill(indices_TK < 0, 0.0)
+            gates_TE = torch.zeros_like(scores_TE).scatter(1, indices_TK.clamp(min=0), kept)
+            aux["importance"] = self.balance.importance * L.cv_squared(gates_TE.sum(dim=0))
+        if self.balance.load:
+            aux["load"] = self.balance.load * L.cv_squared(
+                self._load(clean_TE, noisy_TE, std_TE, indices_TK, mask_T)
+            )
+        stats = self._stats(probabilities_TE, indices_TK, mask_T)
+        indices_TK, bound = self._limit(indices_TK, weights_TK, stats)
+        weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
+        return Routing(indices_TK, weights_TK, aux, stats, bound)
+
+    def _noisy(self, clean_TE: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add ``N(0, 1) * softplus(x W_noise)`` while training (arXiv:1701.06538, eq. 4)."""
+        if not (self.options.noise and self.training):
+            return clean_TE, None
+        # Without a floor the noise can vanish, and with it the gradient of the load loss.
+        std_TE = F.softplus(self._logits(hidden_TD, self.noise_weight)) + 1e-2
+        return clean_TE + torch.randn_like(clean_TE) * std_TE, std_TE
+
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        options = self.options
+        selection_TE = scores_TE.detach()
+        if options.selection_bias:
+            selection_TE = selection_TE + self.selection_bias
+        if options.num_groups > 1:
+            groups_TGN = selection_TE.unflatten(1, (options.num_groups, -1))
+            if options.selection_bias:  # DeepSeek-V3: a group is as good as its two best
+                best = groups_TGN.topk(min(2, groups_TGN.shape[-1]), dim=-1).values.sum(dim=-1)
+            else:  # DeepSeek-V2: as good as its best
+                best = groups_TGN.amax(dim=-1)
+            chosen = best.topk(options.top_groups, dim=-1).indices
+            closed = torch.ones_like(best, dtype=torch.bool).scatter(1, chosen, False)
+            selection_TE = groups_TGN.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
+        return selection_TE.topk(self.top_k, dim=-1).indices
+
+    def _losses(
+        self,
+        logits_TE: Tensor,
+        probabilities_TE: Tensor,
+        indices_TK: Tensor,
+        mask_T: Tensor | None,
+        sequences: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        balance = self.balance
+        aux = {}
+        if balance.load_balancing:
+            counts_E = self._assigned(indices_TK)
+            p_E = self._mean_probability(probabilities_TE, mask_T)
+            aux["load_balancing"] = balance.load_balancing * L.load_balancing_loss(counts_E, p_E)
+        if balance.z_loss:
+            aux["router_z"] = balance.z_loss * L.z_loss(logits_TE, mask_T)
+        if balance.sequence:
+            aux["sequence_balance"] = balance.sequence * L.sequence_balance_loss(
+                indices_TK.reshape(*sequences, self.top_k),
+                probabilities_TE.reshape(*sequences, self.num_experts),
+                None if mask_T is None else mask_T.reshape(sequences),
+            )
+        return aux
+
+    def _assigned(self, indices_TK: Tensor) -> Tensor:
+        first_only = self.balance.count == "first_choice"
+        counts_E = expert_counts(indices_TK[:, :1] if first_only else indices_TK, self.num_experts)
+        if self.balance.scope == "global":
+            # The counts of earlier micro-batches of this optimizer step count every choice; with
+            # first choices only, each micro-batch stands for itself.
+            if self._step_counts is not None and not first_only:
+                counts_E = counts_E + self._step_counts
+            counts_E = L.sum_over_ranks(counts_E)
+        return counts_E
+
+    def _mean_probability(self, probabilities_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+        if self.balance.scope == "local" or mask_T is None:
+            return L.masked_mean(probabilities_TE, mask_T)
+        # Ranks may hold different numbers of real tokens; data parallelism averages gradients over
+        # ranks, so each divides by the mean number to arrive at the mean over the global batch.
+        tokens = L.sum_over_ranks(mask_T.sum()) / L.world_size()
+        return (probabilities_TE * mask_T.unsqueeze(-1)).sum(dim=0) / tokens.clamp(min=1)
+
+    def _load(
+        self,
+        clean_TE: Tensor,
+        noisy_TE: Tensor,
+        std_TE: Tensor | None,
+        indices_TK: Tensor,
+        mask_T: Tensor | None,
+    ) -> Tensor:
+        if std_TE is None or self.top_k == self.num_experts:
+            return expert_counts(indices_TK, self.num_experts).to(clean_TE.dtype)
+        return L.expected_load(clean_TE, noisy_TE, std_TE, self.top_k, mask_T)
+
+    def _stats(
+        self, probabilities_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None
+    ) -> dict[str, Tensor]:
+        counts_E = expert_counts(indices_TK, self.num_experts)
+        tokens = counts_E.new_tensor(len(probabilities_TE)) if mask_T is None else mask_T.sum()
+        return {
+            "expert_counts": counts_E,
+            "tokens": tokens,
+            "router_entropy": mean_entropy(probabilities_TE, mask_T),
+            "dropped": torch.zeros_like(tokens),
+        }
+
+    def _limit(
+        self, indices_TK: Tensor, weights_TK: Tensor, stats: dict[str, Tensor]
+    ) -> tuple[Tensor, int]:
+        """Apply the capacity limit, if there is one, and note what it dropped."""
+        tokens, top_k = indices_TK.shape
+        options = self.capacity
+        if options is None:
+            return indices_TK, tokens * top_k
+        if self.training and options.second_choice_threshold:
+            keep = weights_TK.detach() / options.second_choice_threshold
+            keep[:, 0] = 1.0
+            indices_TK = indices_TK.masked_fill(torch.rand_like(keep) >= keep, -1)
+        factor = options.factor if self.training else options.eval_factor
+        rule = (self.num_experts, top_k, factor, options.minimum)
+        served = within_capacity(
+            indices_TK, self.num_experts, expert_capacity(stats["tokens"], *rule)
+        )
+        stats["dropped"] = ((indices_TK >= 0) & ~served).sum()
+        bound = self.num_experts * int(expert_capacity(tokens, *rule))
+        return indices_TK.masked_fill(~served, -1), min(tokens * top_k, bound)
+
+    def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
+        """Let each expert take its C best tokens (arXiv:2202.09368, section 3.2)."""
+        logits_TE = self._logits(self._jittered(hidden_TD), self.weight)
+        scores_TE = logits_TE.softmax(dim=-1)
+        tokens = scores_TE.shape[0]
+        real = tokens if mask_T is None else mask_T.sum()
+        room = min(tokens, -(-tokens * self.top_k // self.num_experts))
+        ranking_TE = scores_TE.detach()
+        if mask_T is not None:
+            ranking_TE = ranking_TE.masked_fill(~mask_T.unsqueeze(-1), -1.0)
+        best_CE = ranking_TE.topk(room, dim=0).indices
+        place_C1 = torch.arange(room, device=best_CE.device).unsqueeze(-1)
+        taken_CE = (place_C1 < -(-real * self.top_k // self.num_experts)) & (place_C1 < real)
+        taken_CE = taken_CE.expand_as(best_CE)
+        chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(0, best_CE, taken_CE)
+        experts_E = torch.arange(self.num_experts, device=hidden_TD.device)
+        indices_TE = torch.where(chosen_TE, experts_E, -1)
+        weights_TE = scores_TE.masked_fill(~chosen_TE, 0.0) * self.options.scale
+        aux = {}
+        if self.balance.z_loss:
+            aux["router_z"] = self.balance.z_loss * L.z_loss(logits_TE, mask_T)
+        stats = self._stats(scores_TE, indices_TE, mask_T)
+        return Routing(indices_TE, weights_TE, aux, stats, room * self.num_experts)
+
+    def observe(self, stats: Mapping[str, Tensor]) -> None:
+        """Add one micro-batch's expert counts to those of this optimizer step."""
+        counts = stats["expert_counts"].detach()
+        self._step_counts = counts if self._step_counts is None else self._step_counts + counts
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the selection bias against the load of the step just taken, then forget the load.
+
+        ``b_e += rate * sign(mean(c) - c_e)`` with c summed over ranks and micro-batches
+        (arXiv:2408.15664, algorithm 1).
+        """
+        if self.options.selection_bias and self._step_counts is not None:
+            counts_E = L.sum_over_ranks(self._step_counts).float()
+            direction_E = (counts_E.mean() - counts_E).sign()
+            self.selection_bias += self.options.bias_update_rate * direction_E
+        self._step_counts = None

@@ -1,0 +1,67 @@
+"""Two processes against one: losses and biases are those of the global batch."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from moezoo import BalanceOptions, RouterOptions, SparseMoE
+
+D = 12
+REAL = (17, 31)  # real tokens per rank, of 40: ranks need not hold the same number
+
+
+def layer(score: str = "softmax") -> SparseMoE:
+    torch.manual_seed(0)
+    router = RouterOptions(score=score, selection_bias=score == "sigmoid")
+    balance = BalanceOptions(load_balancing=1.0, z_loss=0.0)
+    return SparseMoE(D, num_experts=4, router=router, balance=balance).double()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = torch.randn(80, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    position = torch.arange(40)
+    return hidden, torch.cat([position < REAL[0], position < REAL[1]])
+
+
+def run_rank(rank: int, path: str, score: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    module = layer(score)
+    hidden, mask = (x[40 * rank : 40 * rank + 40] for x in batch())
+    output = module(hidden, mask=mask)
+    loss = output.losses["load_balancing"]
+    loss.backward()
+    gradient = module.gate.weight.grad.clone()
+    for tensor in (gradient, loss.detach()):
+        dist.all_reduce(tensor)
+    module.observe(output.stats)
+    module.step()
+    state = {"gradient": gradient / 2, "loss": loss.detach() / 2}
+    if score == "sigmoid":
+        state["bias"] = module.gate.selection_bias
+    if rank == 0:
+        torch.save(state, path + ".result")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_two_ranks_equal_one(score: str, tmp_path: Path):
+    path = str(tmp_path / "rendezvous")
+    mp.start_processes(run_rank, (path, score), nprocs=2, start_method="spawn")
+    two = torch.load(path + ".result", weights_only=True)
+
+    module = layer(score)
+    hidden, mask = batch()
+    output = module(hidden, mask=mask)
+    output.losses["load_balancing"].backward()
+    module.observe(output.stats)
+    module.step()
+    torch.testing.assert_close(two["loss"], output.losses["load_balancing"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(two["gradient"], module.gate.weight.grad, rtol=1e-10, atol=1e-15)
+    if score == "sigmoid":
+        assert torch.equal(two["bias"], module.gate.selection_bias)
+        assert two["bias"].any()

@@ -1,0 +1,236 @@
+"""Every method of the zoo keeps the promises of the layer API; listed once, tested throughout."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import moezoo
+from moezoo.feed_forward import FeedForward, Method
+
+METHODS = [pytest.param(method, id=method.name) for method in moezoo.zoo()]
+D = 24
+
+
+def make(method: Method, dtype: torch.dtype = torch.float32, seed: int = 0) -> FeedForward:
+    torch.manual_seed(seed)
+    layer = method.build(D).to(dtype)
+    for parameter in layer.parameters():  # zero-initialised routers would tie
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return layer
+
+
+def gradients(layer: FeedForward, hidden: torch.Tensor, call: str, **kwargs) -> dict:
+    """Run a call and return its output, losses and the gradient of everything trainable."""
+    layer.zero_grad(set_to_none=True)
+    hidden = hidden.clone().requires_grad_()
+    torch.manual_seed(7)
+    output = getattr(layer, call)(hidden, **kwargs)
+    direction = torch.randn(
+        output.hidden.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
+    total = (output.hidden * direction).sum() + sum(output.losses.values())
+    total.backward()
+    found = {"hidden": output.hidden.detach(), "d hidden": hidden.grad}
+    found |= {f"loss {name}": loss.detach() for name, loss in output.losses.items()}
+    found |= {f"d {name}": p.grad for name, p in layer.named_parameters()}
+    return found
+
+
+def assert_same(fast: dict, slow: dict, tolerance: float) -> None:
+    assert fast.keys() == slow.keys()
+    for name, value in slow.items():
+        assert (fast[name] is None) == (value is None), name
+        if value is not None:
+            scale = value.abs().max().clamp(min=1e-6) if value.numel() else 1.0
+            error = (fast[name] - value).abs().max() / scale if value.numel() else 0.0
+            assert error <= tolerance, (name, error)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(
+    shape=st.sampled_from([(1,), (63,), (2, 31), (3, 1, 5)]),
+    training=st.booleans(),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=6, deadline=None)
+def test_fast_path_equals_reference_with_all_gradients(method, shape, training, masked, seed):
+    layer = make(method, torch.float64, seed).train(training)
+    hidden = torch.randn(*shape, D, dtype=torch.float64)
+    mask = torch.rand(shape) < 0.7 if masked else None
+    fast = gradients(layer, hidden, "forward", mask=mask)
+    slow = gradients(layer, hidden, "reference", mask=mask)
+    assert_same(fast, slow, 1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reruns_are_bit_identical(method, poison_empty):
+    layer = make(method)
+    hidden = torch.randn(63, D)
+    first, second = (gradients(layer, hidden, "forward") for _ in range(2))
+    assert_same(first, second, 0.0)
+    assert all(v is None or v.isfinite().all() for v in first.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_config_round_trip_through_json(method):
+    layer = make(method)
+    config = json.loads(json.dumps(layer.config()))
+    again = FeedForward.from_config(config)
+    assert type(again) is type(layer)
+    assert again.config() == layer.config()
+    again.load_state_dict(layer.state_dict())
+    hidden = torch.randn(5, D)
+    assert torch.equal(again.eval()(hidden).hidden, layer.eval()(hidden).hidden)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_argument_is_readable_and_defaults_build(method):
+    layer = method.layer(D)
+    assert layer.config()["init_args"]["d_model"] == D
+    assert layer(torch.randn(3, D)).hidden.shape == (3, D)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_is_invisible(method):
+    layer = make(method, torch.float64).eval()
+    if not layer.causal:
+        pytest.skip("who is chosen depends on the number of tokens")
+    real = torch.randn(1, 9, D, dtype=torch.float64)
+    padded = torch.cat([torch.full((1, 4, D), 1e3, dtype=torch.float64), real], dim=1)
+    mask = torch.arange(13).unsqueeze(0) >= 4
+    alone, beside = layer(real), layer(padded, mask=mask)
+    torch.testing.assert_close(beside.hidden[:, 4:], alone.hidden, rtol=1e-12, atol=1e-12)
+    assert alone.losses.keys() == beside.losses.keys()
+    for name, loss in alone.losses.items():
+        torch.testing.assert_close(beside.losses[name], loss, rtol=1e-12, atol=0)
+    for name, value in alone.stats.items():
+        torch.testing.assert_close(beside.stats[name], value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_causal_layers_see_no_later_token(method):
+    layer = make(method, torch.float64).eval()
+    hidden = torch.randn(1, 12, D, dtype=torch.float64)
+    changed = hidden.clone()
+    changed[:, 7:] = torch.randn(1, 5, D, dtype=torch.float64) * 5
+    before = layer(hidden).hidden[:, :7]
+    same = torch.allclose(before, layer(changed).hidden[:, :7], rtol=0, atol=1e-12)
+    assert same or not layer.causal
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (1,), (1, 1)])
+def test_empty_and_single_token(method, shape):
+    for training in (True, False):
+        layer = make(method).train(training)
+        hidden = torch.randn(*shape, D, requires_grad=True)
+        output = layer(hidden)
+        assert output.hidden.shape == hidden.shape
+        (output.hidden.sum() + sum(output.losses.values())).backward()
+        assert all(v.isfinite().all() for v in [*output.losses.values(), *output.stats.values()])
+        assert all(p.grad is not None for p in layer.parameters() if p.ndim == 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_runs_experts_in_bf16_and_routes_in_fp32(method):
+    layer = make(method).eval()
+    hidden = torch.randn(33, D)
+    exact = layer(hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = layer(hidden)
+    assert rounded.hidden.dtype == torch.bfloat16
+    assert all(loss.dtype == torch.float32 for loss in rounded.losses.values())
+    for name, value in exact.stats.items():
+        assert torch.equal(rounded.stats[name], value), name
+    error = (rounded.hidden.float() - exact.hidden).norm() / exact.hidden.norm()
+    assert error < 2e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_activation_checkpointing_changes_nothing(method):
+    layer = make(method)
+    hidden = torch.randn(33, D)
+    plain = gradients(layer, hidden, "forward")
+    calls = layer.forward
+    layer.forward = lambda h, **kw: checkpoint(calls, h, use_reentrant=False, **kw)
+    assert_same(gradients(layer, hidden, "forward"), plain, 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiles_without_a_graph_break(method):
+    layer = make(method).eval()
+    hidden = torch.randn(17, D)
+    plain = gradients(layer, hidden, "forward")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+    layer.forward = compiled
+    assert_same(gradients(layer, hidden, "forward"), plain, 1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cost_formulas_equal_what_torch_counts(method):
+    layer = make(method).eval()
+    tokens = 64
+    with FlopCounterMode(display=False) as counter:
+        output = layer(torch.randn(tokens, D))
+    cost = layer.cost()
+    assert cost.total_parameters == sum(p.numel() for p in layer.parameters())
+    assert cost.active_parameters <= cost.total_parameters
+    dropped = int(output.stats.get("dropped", 0))
+    skipped = dropped * layer.experts.flops_per_assignment() if dropped else 0
+    assert counter.get_total_flops() == tokens * cost.flops_per_token - skipped
+    assert layer.to(torch.bfloat16).cost().bytes_per_token * 2 == cost.bytes_per_token
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameter_groups_hold_each_parameter_once(method):
+    layer = make(method)
+    grouped = [p for group in layer.parameter_groups() for p in group.parameters]
+    assert len(grouped) == len(list(layer.parameters()))
+    assert {id(p) for p in grouped} == {id(p) for p in layer.parameters()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reset_parameters_covers_every_parameter_and_buffer(method):
+    layer = method.build(D)
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        with torch.no_grad():
+            tensor.fill_(torch.nan)
+    layer.reset_parameters(num_layers=4)
+    for name, tensor in layer.state_dict().items():
+        assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_output_keeps_the_scale_of_its_input(method):
+    """A block whose output explodes or vanishes at initialisation would not train."""
+    torch.manual_seed(0)
+    layer = method.build(128).eval()
+    ratio = layer(torch.randn(256, 128)).hidden.std()
+    assert 0.01 < ratio < 3.0
+
+
+def test_wrong_shapes_are_named():
+    layer = moezoo.SparseMoE(D)
+    with pytest.raises(moezoo.InputError, match=r"hidden: last dimension is 25.*d_model is 24"):
+        layer(torch.randn(3, D + 1))
+    with pytest.raises(moezoo.InputError, match=r"mask: shape \(2,\) does not match"):
+        layer(torch.randn(3, D), mask=torch.ones(2, dtype=torch.bool))
+
+
+def test_names_are_unique_and_papers_named():
+    names = [method.name for method in moezoo.zoo()]
+    assert len(set(names)) == len(names) >= 12
+    for method in moezoo.zoo():
+        year_month, _, number = method.paper.arxiv.partition(".")
+        assert len(year_month) == 4
+        assert number.isdigit()
+    with pytest.raises(ValueError, match="'switch' is registered already"):
+        moezoo.register(Method("switch", moezoo.DenseFFN, moezoo.zoo()[0].paper))
