@@ -5,9 +5,9 @@ Shapes: T tokens, D d_model, E experts, F hidden width of an expert, K choices p
 
 from __future__ import annotations
 
-import moezoo_kernels
 import torch
 import torch.nn.functional as F
+from moezoo_kernels import grouped_mlp
 from moezoo_kernels.activations import activate
 from torch import Tensor, nn
 
@@ -60,7 +60,7 @@ class MLPExperts(nn.Module):
         self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, max_assignments: int
     ) -> Tensor:
         """Sum the weighted answers of each token's experts; index -1 answers nothing."""
-        return moezoo_kernels.grouped_mlp(
+        return grouped_mlp(
             x_TD,
             self.gate_up_proj,
             self.down_proj,

@@ -1,6 +1,5 @@
 """Two processes against one: losses and biases are those of the global batch."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_rank(rank: int, path: str, score: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     module = layer(score)
     hidden, mask = (x[40 * rank : 40 * rank + 40] for x in batch())
@@ -48,6 +47,7 @@ def run_rank(rank: int, path: str, score: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_two_ranks_equal_one(score: str, tmp_path: Path):
     path = str(tmp_path / "rendezvous")
