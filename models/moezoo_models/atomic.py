@@ -1,0 +1,69 @@
+"""Replacing a directory so that there is always the old one or the new one, never a mixture."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_CURRENT_DIRECTORY = -100  # AT_FDCWD
+_EXCHANGE = 2  # RENAME_EXCHANGE
+
+
+@contextmanager
+def replacing_directory(target: Path) -> Iterator[Path]:
+    """Give a fresh directory to fill, which takes the place of ``target`` at the end.
+
+    The fresh directory is a hidden sibling. If the block raises, it is removed and ``target`` stays
+    as it was. The two are exchanged in one system call where Linux and the file system have it;
+    elsewhere by two renames, between which a crash leaves the old one as ``.NAME.old-…``.
+
+    Args:
+        target: the directory to make or replace; its parents are made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tag = uuid.uuid4().hex[:8]
+    fresh = target.with_name(f".{target.name}.new-{tag}")
+    old = target.with_name(f".{target.name}.old-{tag}")
+    fresh.mkdir()
+    try:
+        yield fresh
+        _flush(fresh)
+        if not target.exists():
+            fresh.rename(target)
+        elif not _exchange(fresh, target):
+            target.rename(old)
+            try:
+                fresh.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        # Incomplete, or after an exchange what was there before.
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _flush(directory: Path) -> None:
+    """Force file contents to disk, lest a power cut keep the rename and lose the data."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False if the system can not."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    paths = (os.fsencode(one), os.fsencode(other))
+    failed = rename(_CURRENT_DIRECTORY, paths[0], _CURRENT_DIRECTORY, paths[1], _EXCHANGE)
+    return not failed

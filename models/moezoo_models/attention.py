@@ -1,0 +1,103 @@
+"""Causal self-attention with grouped queries, rotary positions and optional query-key norms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from moezoo.init import init_linear, output_std
+from moezoo_models.attention_backends import ATTENTION, eager_attention
+from moezoo_models.norm import RMSNorm
+from moezoo_models.rotary import rotate
+
+if TYPE_CHECKING:
+    from moezoo_models.config import MoezooConfig
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) under Llama's names.
+
+    Args:
+        config: the model's configuration.
+        layer_idx: number of the layer, which is its place in the key-value cache.
+    """
+
+    is_causal = True
+
+    def __init__(self, config: MoezooConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        width, heads = config.hidden_size, config.num_attention_heads
+        kv_heads = config.num_key_value_heads or heads
+        self.head_dim = config.head_dim or width // heads
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling = self.head_dim**-0.5
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+        queries, keys, bias = heads * self.head_dim, kv_heads * self.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, width, bias=config.attention_output_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def reset_parameters(self) -> None:
+        """Draw projections from N(0, 1/fan_in), the output's further / sqrt(2 num_layers)."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            init_linear(projection, projection.in_features**-0.5)
+        depth = self.config.num_hidden_layers
+        init_linear(self.o_proj, output_std(self.o_proj.in_features, depth))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Any,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Let each position attend to those before it.
+
+        Args:
+            hidden: ``(batch, sequence, hidden_size)``.
+            rotary: cos and sin at the positions, from :class:`RotaryEmbedding`.
+            attention_mask: as the backend's mask function made it.
+            past_key_values: cache that these keys and values are added to.
+            kwargs: passed on to the backend.
+
+        Returns:
+            ``(batch, sequence, hidden_size)``, and the attention weights of the eager backend.
+        """
+        batch, length, _ = hidden.shape
+        heads = (batch, length, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden).view(heads)).transpose(1, 2)
+        value = self.v_proj(hidden).view(heads).transpose(1, 2)
+
+        # Under autocast the rotation is done in fp32, and backends want one dtype.
+        query = rotate(query, *rotary).to(value.dtype)
+        key = rotate(key, *rotary).to(value.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend = ATTENTION.get_interface(self.config._attn_implementation, eager_attention)
+        attended, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(batch, length, -1)), weights

@@ -1,0 +1,134 @@
+"""The decoder as a causal language model: logits, loss, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+
+from moezoo.errors import InputError
+from moezoo_models.config import MoezooConfig
+from moezoo_models.decoder import MoezooModel, MoezooPreTrainedModel
+from moezoo_models.outputs import MoezooOutput
+
+IGNORED = -100
+"""The label of positions that the loss leaves out."""
+
+
+class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
+    """The decoder with its output projection: a causal language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MoezooConfig) -> None:
+        super().__init__(config)
+        self.model = MoezooModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoezooOutput:
+        """Run the model; with labels, compute its loss.
+
+        Args:
+            input_ids: as for :meth:`MoezooModel.forward`.
+            attention_mask: as there.
+            position_ids: as there.
+            past_key_values: as there.
+            inputs_embeds: as there.
+            labels: ``(batch, sequence)`` int64, the tokens themselves, shifted in here as is
+                transformers' convention; -100 is left out.
+            shift_labels: ``(batch, sequence)`` int64, the next tokens; -100 is left out.
+            use_cache: as there; off by default where there are labels.
+            logits_to_keep: compute logits for that many last positions only, or for those
+                positions; 0 for all. Not together with labels.
+            kwargs: ``token_mask``, ``output_hidden_states``, ``output_attentions``, and what the
+                attention backend takes.
+
+        Raises:
+            InputError: as for :meth:`MoezooModel.forward`; labels given twice.
+        """
+        if labels is not None:
+            if shift_labels is not None:
+                raise InputError("labels: give labels or shift_labels, not both")
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if use_cache is None and shift_labels is not None:
+            use_cache = False
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        decoded = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = decoded.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(hidden)
+
+        loss = lm_loss = None
+        if shift_labels is not None:
+            lm_loss = next_token_loss(logits, shift_labels)
+            loss = sum(decoded.aux_losses.values(), lm_loss)
+        output = MoezooOutput(
+            loss=loss,
+            lm_loss=lm_loss,
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            aux_losses=decoded.aux_losses,
+            ffn_stats=decoded.ffn_stats,
+        )
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Prepare one step of generation, as in transformers.
+
+        For static caches that prepares four-dimensional masks, from which padding can not be told
+        any more: the feed-forward blocks get theirs beforehand.
+        """
+        prepare: Any = GenerationMixin.prepare_inputs_for_generation
+        inputs: dict[str, Any] = prepare(self, input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            current = inputs.get("inputs_embeds")
+            length = (inputs["input_ids"] if current is None else current).shape[1]
+            inputs["token_mask"] = attention_mask[:, -length:].to(torch.bool)
+        return inputs
+
+
+def next_token_loss(logits: Tensor, next_tokens: Tensor) -> Tensor:
+    """Give the mean cross-entropy in fp32; 0 where every label is ignored.
+
+    Args:
+        logits: ``(batch, sequence, vocab_size)``.
+        next_tokens: ``(batch, sequence)`` int64, -100 where ignored.
+    """
+    total = F.cross_entropy(
+        logits.float().flatten(0, 1), next_tokens.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (next_tokens != IGNORED).sum().clamp(min=1)

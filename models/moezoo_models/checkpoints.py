@@ -1,0 +1,237 @@
+"""Checkpoints: Hugging Face directories with config.json, safetensors and a tokenizer.
+
+Saving is atomic. Loading checks names and shapes of all tensors before it reads any, unpickles
+nothing and imports no code that a checkpoint names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
+
+from moezoo.errors import InputError
+from moezoo_models.atomic import replacing_directory
+from moezoo_models.causal_lm import MoezooForCausalLM
+from moezoo_models.config import MoezooConfig
+from moezoo_models.dense import dense_config
+from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: MoezooForCausalLM,
+    tokenizer: Tokenizer | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a checkpoint directory; an interruption leaves the earlier one, or none.
+
+    Args:
+        path: directory to make, or checkpoint to replace.
+        model: the model.
+        tokenizer: written into the same directory.
+        max_shard_size: start another safetensors file when one exceeds this.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: ``path`` is a file, or a directory that is no checkpoint.
+    """
+    directory = Path(path)
+    if directory.is_symlink():
+        directory = directory.resolve()
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"checkpoint: {directory} is a file; give a directory")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
+        raise InputError(
+            f"checkpoint: {directory} holds something that is no checkpoint; "
+            "give an empty or new directory"
+        )
+    with replacing_directory(directory) as fresh, _quiet():
+        model.save_pretrained(fresh, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+    return directory
+
+
+def load_checkpoint(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> tuple[MoezooForCausalLM, Tokenizer | None]:
+    """Load a checkpoint of ours, or a dense Llama, Mistral, Qwen2 or Qwen3 directory as ours.
+
+    Args:
+        path: the directory.
+        device: where to put the model.
+        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers;
+            default sdpa.
+
+    Returns:
+        The model in evaluation mode, in the dtype it was saved in, and the tokenizer, or None if
+        the directory holds none.
+
+    Raises:
+        InputError: no checkpoint there, a damaged or foreign one, or one whose weights do not fit
+            its config.json.
+    """
+    directory = _existing(Path(path))
+    config = read_config(directory)
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        expected: Shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in MoezooForCausalLM(config).state_dict().items()
+        }
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    _compare(expected, tensor_shapes(directory), optional)
+    with _quiet():
+        model = MoezooForCausalLM.from_pretrained(
+            directory, config=config, local_files_only=True, use_safetensors=True
+        )
+    has_tokenizer = any((directory / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = load_tokenizer(directory) if has_tokenizer else None
+    return model.to(device), tokenizer
+
+
+def load_with_tokenizer(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> tuple[MoezooForCausalLM, Tokenizer]:
+    """Load a checkpoint for text: with its own tokenizer, or one from elsewhere.
+
+    Raises:
+        InputError: as :func:`load_checkpoint`; or there is no tokenizer.
+    """
+    model, own = load_checkpoint(path, device, attention)
+    if tokenizer is not None:
+        return model, load_tokenizer(tokenizer)
+    if own is None:
+        raise InputError(
+            f"checkpoint: {path} holds no tokenizer; copy its files there or set tokenizer"
+        )
+    return model, own
+
+
+def read_config(directory: Path) -> MoezooConfig:
+    """Read ``config.json``, of ours or of a dense model.
+
+    Raises:
+        InputError: it is not JSON, or not a configuration that can be loaded.
+    """
+    raw = _read_json(directory / CONFIG)
+    if raw.get("model_type") != MoezooConfig.model_type:
+        return dense_config(raw)
+    try:
+        return MoezooConfig.from_dict(raw)
+    except InputError as error:
+        raise InputError(f"{directory / CONFIG}: {error}") from error
+
+
+def tensor_shapes(directory: Path) -> Shapes:
+    """Read names and shapes of all tensors of a checkpoint from the headers of its files.
+
+    Raises:
+        InputError: there are no safetensors files, or one is missing, truncated or damaged.
+    """
+    shapes: Shapes = {}
+    for file in _weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"checkpoint: {file} is truncated or damaged ({error}); copy or save it again"
+            ) from error
+    return shapes
+
+
+def _existing(directory: Path) -> Path:
+    if not directory.is_dir():
+        what = "is a file" if directory.is_file() else "does not exist"
+        raise InputError(f"checkpoint: {directory} {what}; give a directory with {CONFIG}")
+    if not (directory / CONFIG).is_file():
+        inner = directory / "model"
+        hint = f"; did you mean {inner}?" if (inner / CONFIG).is_file() else ""
+        raise InputError(f"checkpoint: {directory} holds no {CONFIG}{hint}")
+    return directory
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if (directory / INDEX).is_file():
+        names = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(names, Mapping) or not names:
+            raise InputError(f"checkpoint: {directory / INDEX} has no weight_map; save it again")
+        files = [directory / name for name in sorted(set(names.values()))]
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"checkpoint: {file} is missing, but {INDEX} names it; copy it")
+        return files
+    if pickles := sorted(directory.glob("*.bin")):
+        raise InputError(
+            f"checkpoint: {pickles[0]} would have to be unpickled, which can run any code; "
+            "convert it to safetensors"
+        )
+    raise InputError(f"checkpoint: {directory} holds neither {WEIGHTS} nor {INDEX}")
+
+
+def _compare(expected: Shapes, found: Shapes, optional: set[str]) -> None:
+    """Refuse weights that are not those of the configuration, naming the first difference."""
+    # Llama checkpoints of old carry the rotary frequencies, which follow from the configuration.
+    found = {n: shape for n, shape in found.items() if not n.endswith("rotary_emb.inv_freq")}
+    missing = [name for name in expected if name not in found and name not in optional]
+    unexpected = [name for name in found if name not in expected]
+    reshaped = [name for name in expected if name in found and found[name] != expected[name]]
+    if reshaped:
+        name = reshaped[0]
+        problem = f"'{name}' has shape {found[name]}, by {CONFIG} {expected[name]}"
+    elif missing:
+        problem = f"'{missing[0]}' is missing from the weights"
+    elif unexpected:
+        problem = f"'{unexpected[0]}' is not a tensor of this model"
+    else:
+        return
+    more = len(reshaped) + len(missing) + len(unexpected) - 1
+    also = f" (and {more} more tensors differ)" if more else ""
+    raise InputError(f"checkpoint: {problem}{also}; weights and {CONFIG} are of different models")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint: {file} can not be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"checkpoint: {file} is not a JSON object")
+    return raw
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, one per file, off the screen."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

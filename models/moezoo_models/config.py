@@ -1,0 +1,241 @@
+"""The configuration of a decoder: what ``config.json`` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from moezoo.errors import InputError, check_choice, check_int, check_number, nearest
+from moezoo.feed_forward import registered, select_layers
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+_BASE_CLASS_KEYS = (
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+)
+"""What the base class takes beside the fields, in ``config.json`` or as an argument."""
+
+
+class MoezooConfig(PreTrainedConfig):
+    """Configuration of :class:`MoezooForCausalLM`, a superset of Llama, Mistral, Qwen2 and Qwen3.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of the residual stream (``d_model``).
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads; default: one per query head.
+        head_dim: width of a head; default ``hidden_size / num_attention_heads``.
+        max_position_embeddings: longest sequence the model is meant for, in tokens.
+        rope_parameters: rotary embedding, as in transformers: ``{"rope_type": "default",
+            "rope_theta": 10000.0}`` and the scaled kinds.
+        rms_norm_eps: added to mean squares in norms.
+        attention_bias: biases in the query, key and value projections (Qwen2).
+        attention_output_bias: a bias in the attention's output projection.
+        attention_dropout: dropout of attention weights in training.
+        qk_norm: normalise queries and keys per head (Qwen3).
+        sliding_window: positions that ``sliding_attention`` layers see, themselves included.
+        layer_types: ``full_attention`` or ``sliding_attention`` for each layer; default: all
+            sliding if there is a sliding_window (Mistral), else all full.
+        tie_word_embeddings: use the input embedding as the output projection.
+        initializer_range: standard deviation of fresh embeddings.
+        use_cache: whether generation keeps a key-value cache.
+        ffn: rules that choose each layer's feed-forward block, later ones winning:
+            ``{"layers": "all" | "every 2" | 3 | [3, 7], "class_path": "moezoo.SparseMoE",
+            "init_args": {...}}``. The width comes from the model. Default: DenseFFN everywhere.
+        allow_non_causal: accept layers in which a token sees later tokens, such as expert choice.
+        pad_token_id: id of padding, if any.
+        bos_token_id: id that begins a text, if any.
+        eos_token_id: id (or ids) that end a text, if any.
+
+    Raises:
+        InputError: a field is unknown or out of range, or fields contradict each other.
+    """
+
+    model_type = "moezoo"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: float = 0.0
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] = field(default_factory=list)
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    ffn: list[dict[str, Any]] = field(default_factory=list)
+    allow_non_causal: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Refuse unknown keys, fill in what follows from other fields, and check."""
+        for key in kwargs:
+            if key not in _BASE_CLASS_KEYS and not key.startswith("_"):
+                raise InputError(f"{key}: no such field{nearest(key, self._fields())}")
+        self._check_heads()
+        if not self.layer_types:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        if not self.ffn:
+            self.ffn = [{"layers": "all", "class_path": "moezoo.DenseFFN"}]
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @classmethod
+    def _fields(cls) -> list[str]:
+        return [spec.name for spec in fields(cls)]
+
+    def check(self) -> None:
+        """Check every field and their relations.
+
+        Raises:
+            InputError: with the field and the fix.
+        """
+        self._check_heads()
+        check_int("vocab_size", self.vocab_size)
+        check_int("max_position_embeddings", self.max_position_embeddings)
+        check_number("rms_norm_eps", self.rms_norm_eps)
+        check_number("attention_dropout", self.attention_dropout, maximum=1.0)
+        check_number("initializer_range", self.initializer_range)
+        self._check_layer_types()
+        self._check_special_tokens()
+        kind = self.rope_parameters.get("rope_type")
+        check_choice("rope_parameters: rope_type", kind, ["default", *ROPE_INIT_FUNCTIONS])
+        try:
+            self.validate_rope()
+        except (KeyError, ValueError) as error:
+            raise InputError(f"rope_parameters: {error}".replace("\n", " ")) from error
+        self.ffn = check_ffn_rules(self.ffn, self.num_hidden_layers, self.hidden_size)
+
+    def _check_heads(self) -> None:
+        width = check_int("hidden_size", self.hidden_size)
+        heads = check_int("num_attention_heads", self.num_attention_heads)
+        check_int("num_hidden_layers", self.num_hidden_layers)
+        if self.head_dim is None:
+            if width % heads:
+                raise InputError(
+                    f"hidden_size: {width} is not divisible by num_attention_heads {heads}; "
+                    "make it a multiple, or set head_dim"
+                )
+            self.head_dim = width // heads
+        if check_int("head_dim", self.head_dim) % 2:
+            raise InputError(
+                f"head_dim: {self.head_dim} is odd, which rotary embeddings can not halve; "
+                "change num_attention_heads or head_dim"
+            )
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads
+        if heads % check_int("num_key_value_heads", self.num_key_value_heads):
+            raise InputError(
+                f"num_key_value_heads: {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {heads}; choose a divisor"
+            )
+
+    def _check_layer_types(self) -> None:
+        kinds = self.layer_types
+        if len(kinds) != self.num_hidden_layers:
+            raise InputError(
+                f"layer_types: {len(kinds)} entries for num_hidden_layers {self.num_hidden_layers};"
+                " give one per layer"
+            )
+        for kind in kinds:
+            check_choice("layer_types", kind, LAYER_TYPES)
+        if self.sliding_window is not None:
+            check_int("sliding_window", self.sliding_window)
+        elif "sliding_attention" in kinds:
+            raise InputError("layer_types: sliding_attention needs a window; set sliding_window")
+
+    def _check_special_tokens(self) -> None:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None:
+                    check_int(name, token, minimum=0, maximum=self.vocab_size - 1)
+
+    def feed_forward(self, layer: int) -> tuple[int, dict[str, Any]]:
+        """Give the rule that governs a layer: its number in ``ffn``, and the rule."""
+        depth = self.num_hidden_layers
+        governing = [layer in select_layers(rule["layers"], depth) for rule in self.ffn]
+        last = max(number for number, governs in enumerate(governing) if governs)
+        return last, self.ffn[last]
+
+
+def check_ffn_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str, Any]]:
+    """Check the shape of the rules that choose feed-forward blocks, and copy them.
+
+    Only layers that are registered in the zoo can be named, so that a checkpoint's configuration
+    never makes us import code. Their arguments are checked when they are built.
+
+    Args:
+        rules: a list of mappings with ``layers``, ``class_path`` and ``init_args``.
+        num_layers: number of layers of the model.
+        d_model: width of the model.
+
+    Returns:
+        The rules, each with all three keys and no ``d_model`` in its ``init_args``.
+
+    Raises:
+        InputError: names the rule, the key and the fix.
+    """
+    if not isinstance(rules, Sequence) or isinstance(rules, str) or not rules:
+        raise InputError(f"ffn: {rules!r} is not a list of rules with layers and class_path")
+    checked = []
+    covered: set[int] = set()
+    for number, rule in enumerate(rules):
+        try:
+            checked.append(_checked_rule(rule, d_model))
+            covered.update(select_layers(checked[-1]["layers"], num_layers))
+        except InputError as error:
+            raise InputError(f"ffn[{number}]: {error}") from None
+    if missing := sorted(set(range(num_layers)) - covered):
+        raise InputError(f"ffn: no rule for layer {missing[0]}; begin with one for layers: all")
+    return checked
+
+
+def _checked_rule(rule: Any, d_model: int) -> dict[str, Any]:
+    keys = ("layers", "class_path", "init_args")
+    if not isinstance(rule, Mapping):
+        raise InputError(f"{rule!r} is not a rule with layers and class_path")
+    for key in rule:
+        if key not in keys:
+            raise InputError(f"unknown key '{key}'{nearest(str(key), keys)}")
+    for key in ("layers", "class_path"):
+        if key not in rule:
+            raise InputError(f"{key} is missing")
+    registered(rule["class_path"])
+    arguments = rule.get("init_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise InputError(f"init_args: {arguments!r} is not a mapping of arguments")
+    if arguments.get("d_model", d_model) != d_model:
+        raise InputError(
+            f"init_args: d_model {arguments['d_model']} is not the model's hidden_size {d_model}; "
+            "leave it out"
+        )
+    arguments = {key: value for key, value in arguments.items() if key != "d_model"}
+    return {"layers": rule["layers"], "class_path": rule["class_path"], "init_args": arguments}

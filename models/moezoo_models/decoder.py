@@ -1,0 +1,268 @@
+"""A decoder whose feed-forward blocks are the zoo's.
+
+Outside those blocks it is a Llama: pre-norm blocks with RMSNorm, rotary positions and
+grouped-query attention, under Llama's tensor names. Auxiliary losses and statistics of the blocks
+are returned with the output and stored nowhere, so that activation checkpointing, which runs a
+block twice, counts them once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils.output_capturing import capture_outputs
+
+from moezoo.errors import InputError
+from moezoo.feed_forward import FeedForward
+from moezoo_models.attention import Attention
+from moezoo_models.attention_backends import check_backend
+from moezoo_models.block import DecoderLayer
+from moezoo_models.config import MoezooConfig
+from moezoo_models.initialization import reset_feed_forward
+from moezoo_models.norm import RMSNorm
+from moezoo_models.outputs import MoezooModelOutput
+from moezoo_models.rotary import RotaryEmbedding
+
+
+class MoezooPreTrainedModel(PreTrainedModel):
+    """What the models share: configuration class, capabilities, initialisation, strict loading."""
+
+    config_class = MoezooConfig
+    config: MoezooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # The loss is a mean over the batch at hand: it takes no token count from the trainer.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": Attention}  # noqa: RUF012
+
+    def __init__(self, config: MoezooConfig) -> None:
+        config.check()
+        check_backend(config._attn_implementation)
+        super().__init__(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module; called for each, innermost first.
+
+        The owner of a projection knows its scale, so bare linear layers are passed over.
+        """
+        if isinstance(module, FeedForward):
+            reset_feed_forward(module, self.config.num_hidden_layers)
+        elif isinstance(module, Attention | RMSNorm | RotaryEmbedding):
+            module.reset_parameters()
+        elif isinstance(module, MoezooModel):
+            nn.init.normal_(module.embed_tokens.weight, std=self.config.initializer_range)
+        elif isinstance(head := getattr(module, "lm_head", None), nn.Linear):
+            nn.init.normal_(head.weight, std=self.config.initializer_range)
+
+    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+        """Initialise a module unless that is done.
+
+        transformers takes modules of other libraries without parameters of their own for
+        initialised; here these are the owners that initialise what is inside them.
+        """
+        super()._initialize_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a checkpoint directory, as in transformers, but never half of it.
+
+        Raises:
+            InputError: the checkpoint lacks tensors of the model.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(
+                f"checkpoint: tensor '{missing[0]}'{more} is missing from the weights; "
+                "config.json and the weights belong to different models"
+            )
+        return (model, info) if output_loading_info else model
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations.
+
+        Raises:
+            InputError: ``use_reentrant`` is asked for, which loses the gradients of auxiliary
+                losses.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise InputError(
+                "use_reentrant: it drops gradients of auxiliary losses; set it to false"
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
+
+class MoezooModel(MoezooPreTrainedModel):
+    """The decoder without its output projection."""
+
+    def __init__(self, config: MoezooConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self._record_ffn_arguments()
+        self.post_init()
+
+    def _blocks(self) -> Iterator[DecoderLayer]:
+        return cast("Iterator[DecoderLayer]", iter(self.layers))
+
+    def _record_ffn_arguments(self) -> None:
+        """Write the blocks' defaults into the configuration, which then outlives their change."""
+        rules = [dict(rule) for rule in self.config.ffn]
+        for layer, block in enumerate(self._blocks()):
+            number, _ = self.config.feed_forward(layer)
+            rules[number].update(block.mlp.config())
+            rules[number]["init_args"].pop("d_model")
+        self.config.ffn = rules
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        token_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoezooModelOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: ``(batch, sequence)`` int64. With ``inputs_embeds`` also given, they only
+                tell layers that route on the token which token it is.
+            attention_mask: ``(batch, past + sequence)``, nonzero at real tokens; or masks that are
+                already as the attention backend wants them, by layer type.
+            position_ids: ``(batch, sequence)``; default: counted on from the cache's length.
+            past_key_values: the cache of earlier positions, which is extended in place.
+            inputs_embeds: ``(batch, sequence, hidden_size)`` in place of embedded ``input_ids``.
+            use_cache: make a cache if none is given, and return it; default: as configured, but
+                never in training.
+            token_mask: ``(batch, sequence)`` bool, true at real tokens, for the feed-forward
+                blocks; default: the last columns of a two-dimensional ``attention_mask``.
+            kwargs: passed on to the attention backend.
+
+        Raises:
+            InputError: a token id outside the vocabulary (checked on CPU only, where it is free),
+                no input, or no ``input_ids`` for a layer that routes on them.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise InputError("input_ids: missing; give input_ids or inputs_embeds")
+            if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+                check_token_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if input_ids is None:
+            self._refuse_token_routing()
+
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        length = inputs_embeds.shape[1]
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
+        if token_mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            token_mask = attention_mask[:, -length:].to(torch.bool)
+        masks = self._attention_masks(attention_mask, inputs_embeds, position_ids, past_key_values)
+
+        hidden = inputs_embeds
+        rotary = self.rotary_emb(hidden, position_ids)
+        losses: dict[str, list[Tensor]] = defaultdict(list)
+        stats = []
+        for kind, layer in zip(self.config.layer_types, self._blocks(), strict=True):
+            hidden, layer_losses, layer_stats = layer(
+                hidden,
+                attention_mask=masks[kind],
+                token_ids=input_ids,
+                token_mask=token_mask,
+                rotary=rotary,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            for name, loss in layer_losses.items():
+                losses[name].append(loss)
+            stats.append(layer_stats)
+        return MoezooModelOutput(
+            last_hidden_state=self.norm(hidden),
+            past_key_values=past_key_values if use_cache else None,
+            aux_losses={name: torch.stack(terms).sum() for name, terms in losses.items()},
+            ffn_stats=tuple(stats),
+        )
+
+    def _refuse_token_routing(self) -> None:
+        for number, layer in enumerate(self._blocks()):
+            if layer.mlp.needs_token_ids:
+                raise InputError(
+                    f"input_ids: layer {number} ({type(layer.mlp).__name__}) routes on token ids; "
+                    "give input_ids beside inputs_embeds"
+                )
+
+    def _attention_masks(
+        self,
+        attention_mask: Tensor | Mapping[str, Any] | None,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+    ) -> Mapping[str, Any]:
+        """Make the backend's mask for each type of layer that the model has."""
+        if isinstance(attention_mask, Mapping):
+            return attention_mask
+        makers = {
+            "full_attention": create_causal_mask,
+            "sliding_attention": create_sliding_window_causal_mask,
+        }
+        return {
+            kind: makers[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for kind in dict.fromkeys(self.config.layer_types)
+        }
+
+
+def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
+    """Refuse token ids outside the vocabulary.
+
+    Raises:
+        InputError: names the id and the vocabulary's size.
+    """
+    if not token_ids.numel():
+        return
+    low, high = (int(bound) for bound in token_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            f"input_ids: token id {low if low < 0 else high} is outside the model's vocabulary of "
+            f"{vocab_size}; use the tokenizer that the model was trained with"
+        )

@@ -1,0 +1,261 @@
+"""Measuring how well a model predicts a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moezoo.errors import InputError, check_int
+from moezoo_models.causal_lm import MoezooForCausalLM
+from moezoo_models.checkpoints import load_with_tokenizer
+from moezoo_models.decoder import check_token_ids
+from moezoo_models.devices import pick_device
+from moezoo_models.tokenizer import Tokenizer
+
+_LONGEST_DEFAULT = 2048
+_PIECE_CHARACTERS = 4096
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: mean cross-entropy in nats per token.
+        perplexity: ``exp(loss)``.
+        bits_per_byte: total cross-entropy in bits over the bytes of the text in UTF-8, which
+            compares models with different tokenizers.
+        tokens: number of tokens, each of which was predicted once.
+        bytes: length of the text in bytes.
+        sequence_length: tokens that the model saw at once.
+        stride: tokens by which the window moved.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    sequence_length: int
+    stride: int
+
+    def table(self) -> str:
+        """Lay the figures out for reading."""
+        rows = (
+            ("loss (nats/token)", f"{self.loss:.4f}"),
+            ("perplexity", f"{self.perplexity:,.3f}"),
+            ("bits per byte", f"{self.bits_per_byte:.4f}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("bytes", f"{self.bytes:,}"),
+            ("window, stride (tokens)", f"{self.sequence_length:,}, {self.stride:,}"),
+        )
+        return "\n".join(f"{name:<24}{value:>14}" for name, value in rows)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    text: str | Path,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    attention: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> Evaluation:
+    """Print loss, perplexity and bits per byte of a checkpoint's model on a text file.
+
+    A window of ``sequence_length`` tokens moves over the text by ``stride``. Each token is
+    predicted once: in the first window all of them, later those that are new in the window, so
+    that every one has at least ``sequence_length - stride`` tokens before it, or all there are.
+    The first token is predicted from the token that begins texts, or the one that ends them.
+
+    Args:
+        checkpoint: directory of a checkpoint: ours, or a dense Llama, Mistral, Qwen2 or Qwen3.
+        text: path of a text file in UTF-8.
+        sequence_length: tokens that the model sees at once; default: its
+            max_position_embeddings, at most 2048.
+        stride: tokens by which the window moves; default: half of sequence_length. Smaller is
+            slower and gives each token more context.
+        batch_size: windows computed at once.
+        device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
+        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
+        tokenizer: directory of the tokenizer; default: the checkpoint's own.
+
+    Returns:
+        The figures that are printed.
+
+    Raises:
+        InputError: the file is missing, empty or binary; the checkpoint can not be loaded; an
+            option is out of range; a token id is outside the model's vocabulary.
+    """
+    content = read_text(Path(text))
+    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
+    result = evaluate_text(
+        model,
+        words,
+        content,
+        sequence_length=sequence_length,
+        stride=stride,
+        batch_size=batch_size,
+    )
+    print(result.table())
+    return result
+
+
+def read_text(file: Path) -> str:
+    """Read a file that must be text, byte for byte.
+
+    Raises:
+        InputError: it is missing, empty, or not UTF-8.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"text: {file} can not be read: {error.strerror}") from error
+    if not content:
+        raise InputError(f"text: {file} is empty; give a file with text in it")
+    try:
+        decoded = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"text: {file} is not UTF-8 text (byte {error.start}); give a text file"
+        ) from error
+    if "\0" in decoded:
+        raise InputError(f"text: {file} is binary: it holds zero bytes; give a text file")
+    return decoded
+
+
+def evaluate_text(
+    model: MoezooForCausalLM,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Evaluate a model in memory on a text; see :func:`evaluate`.
+
+    Raises:
+        InputError: the text is empty, an option is out of range, or a token id is outside the
+            model's vocabulary.
+    """
+    pieces = tokenizer.encode_batch(_pieces(text))
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return evaluate_tokens(
+        model,
+        [token for piece in pieces for token in piece],
+        start_token=start,
+        num_bytes=len(text.encode("utf-8")),
+        sequence_length=sequence_length,
+        stride=stride,
+        batch_size=batch_size,
+    )
+
+
+@torch.no_grad()
+def evaluate_tokens(
+    model: MoezooForCausalLM,
+    tokens: Sequence[int] | Tensor,
+    *,
+    start_token: int,
+    num_bytes: int,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Evaluate a model in memory on tokens; see :func:`evaluate`.
+
+    Args:
+        model: the model, on any device; it stays in the mode it was in.
+        tokens: the text's tokens.
+        start_token: stands before the first.
+        num_bytes: length of the text in UTF-8.
+        sequence_length: as for :func:`evaluate`.
+        stride: as there.
+        batch_size: as there.
+
+    Raises:
+        InputError: there are no tokens, an option is out of range, or a token id is outside the
+            model's vocabulary.
+    """
+    stream = torch.cat([torch.tensor([start_token]), torch.as_tensor(tokens).long().cpu()])
+    num_tokens = len(stream) - 1
+    if not num_tokens:
+        raise InputError("text: it has no tokens; give a text that is not empty")
+    check_token_ids(stream, model.config.vocab_size)
+    longest = min(model.config.max_position_embeddings, _LONGEST_DEFAULT)
+    length = longest if sequence_length is None else check_int("sequence_length", sequence_length)
+    step = max(length // 2, 1) if stride is None else check_int("stride", stride, maximum=length)
+    check_int("batch_size", batch_size)
+
+    windows = _windows(num_tokens, length, step)
+    was_training = model.training
+    model.eval()
+    try:
+        batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
+        nats = math.fsum(loss for batch in batches for loss in _losses(model, stream, batch))
+    finally:
+        model.train(was_training)
+    loss = nats / num_tokens
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        tokens=num_tokens,
+        bytes=num_bytes,
+        sequence_length=length,
+        stride=step,
+    )
+
+
+Window = tuple[int, int, int]
+"""First position of the input, one past its last, and the first position that counts."""
+
+
+def _windows(num_tokens: int, length: int, stride: int) -> list[Window]:
+    """Cover the positions 0 … num_tokens - 1, each counting once, by windows of one length."""
+    end = min(length, num_tokens)
+    windows = [(0, end, 0)]
+    while end < num_tokens:
+        counted, end = end, min(end + stride, num_tokens)
+        windows.append((end - length, end, counted))
+    return windows
+
+
+def _losses(model: MoezooForCausalLM, stream: Tensor, windows: list[Window]) -> list[float]:
+    """Give the nats of each window's positions that count; logits are made for those only."""
+    inputs = torch.stack([stream[begin:end] for begin, end, _ in windows]).to(model.device)
+    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+    losses = []
+    for row, (begin, end, counted) in zip(hidden, windows, strict=True):
+        logits = model.lm_head(row[counted - begin :]).float()
+        targets = stream[counted + 1 : end + 1].to(logits.device)
+        nats = F.cross_entropy(logits, targets, reduction="none").double().sum()
+        losses.append(float(nats))
+    return losses
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut a text at line ends into pieces that a tokenizer encodes quickly.
+
+    Some take time quadratic in the length of what they are given. Lines longer than a piece are
+    cut anywhere.
+    """
+    pieces: list[str] = []
+    current = ""
+    for line in text.splitlines(keepends=True):
+        if current and len(current) + len(line) > _PIECE_CHARACTERS:
+            pieces.append(current)
+            current = ""
+        current += line
+        while len(current) > _PIECE_CHARACTERS:
+            pieces.append(current[:_PIECE_CHARACTERS])
+            current = current[_PIECE_CHARACTERS:]
+    return [*pieces, current] if current else pieces

@@ -1,0 +1,214 @@
+"""Writing text with a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from moezoo.errors import InputError, check_int, check_number
+from moezoo_models.causal_lm import MoezooForCausalLM
+from moezoo_models.checkpoints import load_with_tokenizer
+from moezoo_models.decoder import check_token_ids
+from moezoo_models.devices import pick_device
+from moezoo_models.tokenizer import Tokenizer
+
+_BROKEN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+def generate(
+    checkpoint: str | Path,
+    prompt: str = "",
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stream: bool = True,
+    device: str = "auto",
+    attention: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> str:
+    """Continue a prompt with a checkpoint's model.
+
+    The same checkpoint, prompt, options and seed give the same text on the same machine.
+
+    Args:
+        checkpoint: directory of a checkpoint: ours, or a dense Llama, Mistral, Qwen2 or Qwen3.
+        prompt: text to continue; empty to begin a new one.
+        max_new_tokens: stop after that many tokens, if the model does not end the text before.
+        temperature: divides the logits before sampling; 0 always takes the likeliest token.
+        top_k: sample among that many likeliest tokens only; 0 for all.
+        top_p: sample among the likeliest tokens that together have this probability.
+        seed: seed of the sampling.
+        stream: print prompt and text as it comes; if false, print nothing.
+        device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
+        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
+        tokenizer: directory of the tokenizer; default: the checkpoint's own.
+
+    Returns:
+        The prompt and its continuation.
+
+    Raises:
+        InputError: the checkpoint can not be loaded, or an option is out of range.
+    """
+    place = pick_device(device)
+    model, words = load_with_tokenizer(checkpoint, tokenizer, place, attention)
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    if stream:
+        show(prompt)
+    continuation = continue_text(
+        model,
+        words,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        on_text=show if stream else None,
+    )
+    if stream:
+        show("\n")
+    return prompt + continuation
+
+
+def continue_text(
+    model: MoezooForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Continue a prompt with a model in memory; it stays in the mode and random state it was in.
+
+    Args:
+        model: the model, on any device.
+        tokenizer: its tokenizer.
+        prompt: text to continue; empty to begin a new one.
+        max_new_tokens: as for :func:`generate`.
+        temperature: as there.
+        top_k: as there.
+        top_p: as there.
+        seed: as there.
+        on_text: called with each piece of text as soon as its characters are whole.
+
+    Returns:
+        The continuation, without the prompt.
+
+    Raises:
+        InputError: an option is out of range, or the tokenizer is not the model's.
+    """
+    config = _generation_config(
+        model, tokenizer, max_new_tokens, float(temperature), top_k, float(top_p)
+    )
+    ids = torch.tensor([_prompt_ids(tokenizer, prompt)])
+    check_token_ids(ids, model.config.vocab_size)
+    pieces: list[str] = []
+
+    def collect(piece: str) -> None:
+        pieces.append(piece)
+        if on_text is not None:
+            on_text(piece)
+
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            model.generate(  # type: ignore[misc]
+                ids.to(model.device),
+                attention_mask=torch.ones_like(ids, device=model.device),
+                generation_config=config,
+                streamer=WholeCharacterStreamer(tokenizer, collect),
+            )
+        finally:
+            model.train(was_training)
+    return "".join(pieces)
+
+
+class WholeCharacterStreamer(BaseStreamer):
+    """Turns tokens into text as they come, holding bytes back until they make whole characters.
+
+    Tokens are decoded together with those before them, as a tokenizer may write a token otherwise
+    at the beginning of a text.
+
+    Args:
+        tokenizer: decodes the tokens.
+        on_text: called with each piece of text; never with the prompt's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._context = 0
+        self._written: int | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt's ids first, then each new one."""
+        self._ids.extend(value.flatten().tolist())
+        if self._written is None:
+            self._written = len(self._ids)
+        else:
+            self._write(final=False)
+
+    def end(self) -> None:
+        """Write what is held back, whole or not."""
+        self._write(final=True)
+
+    def _write(self, final: bool) -> None:
+        before = self._tokenizer.decode(self._ids[self._context : self._written])
+        text = self._tokenizer.decode(self._ids[self._context :])
+        whole = final or not text.endswith(_BROKEN_CHARACTER)
+        if whole and len(text) > len(before):
+            self._on_text(text[len(before) :])
+            self._context, self._written = self._written or 0, len(self._ids)
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Encode a prompt, after the token that begins texts, or for an empty one that ends them."""
+    ids = tokenizer.encode(prompt)
+    if tokenizer.bos_id is not None:
+        return [tokenizer.bos_id, *ids]
+    return ids or [tokenizer.eos_id]
+
+
+def _generation_config(
+    model: MoezooForCausalLM,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> GenerationConfig:
+    check_int("max_new_tokens", max_new_tokens)
+    check_number("temperature", temperature)
+    check_int("top_k", top_k, minimum=0)
+    if not check_number("top_p", top_p, maximum=1.0):
+        raise InputError("top_p: 0 leaves no token to choose from; give a number up to 1")
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    stops = {tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=sorted(stops),
+        pad_token_id=tokenizer.eos_id,
+        **(sampling if temperature > 0 else {}),
+    )

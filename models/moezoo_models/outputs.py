@@ -1,0 +1,55 @@
+"""What the models return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class MoezooModelOutput(ModelOutput):
+    """What the decoder without its output projection returns.
+
+    Attributes:
+        last_hidden_state: ``(batch, sequence, hidden_size)`` after the last norm.
+        past_key_values: the key-value cache, if one is used.
+        hidden_states: the input of each layer and the last state, if asked for.
+        attentions: attention weights of each layer, if asked for (eager backend only).
+        aux_losses: auxiliary losses by name, fp32 scalars summed over layers.
+        ffn_stats: statistics of each layer's feed-forward block.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    ffn_stats: tuple[dict[str, Tensor], ...] | None = None
+
+
+@dataclass
+class MoezooOutput(ModelOutput):
+    """What the language model returns.
+
+    Attributes:
+        loss: ``lm_loss`` plus all auxiliary losses, if there are labels; fp32.
+        lm_loss: mean cross-entropy in nats per predicted token, if there are labels; fp32.
+        logits: ``(batch, sequence, vocab_size)``.
+        past_key_values: the key-value cache, if one is used.
+        hidden_states: the input of each layer and the last state, if asked for.
+        attentions: attention weights of each layer, if asked for (eager backend only).
+        aux_losses: auxiliary losses by name, fp32 scalars summed over layers.
+        ffn_stats: statistics of each layer's feed-forward block.
+    """
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    ffn_stats: tuple[dict[str, Tensor], ...] | None = None

@@ -1,0 +1,258 @@
+"""Tokenizers: one small interface over Hugging Face tokenizer files and sentencepiece models.
+
+A directory with ``tokenizer.json`` (ours, or byte-level BPE as of Qwen, Llama 3, GPT-2) is read by
+transformers' ``AutoTokenizer``; one with only ``tokenizer.model`` by sentencepiece. Text is always
+text: the spelling of a special token inside it (``"<|endoftext|>"``) is encoded letter by letter,
+so that no document can forge a boundary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moezoo.errors import InputError
+
+HUB_PREFIX = "hf:"
+SENTENCEPIECE_FILE = "tokenizer.model"
+_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_ENCODE_THREADS = min(8, os.cpu_count() or 1)
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        vocab_size: largest id + 1, added tokens included.
+        bos_id: id that opens a document, or None if the tokenizer knows none.
+        eos_id: id that closes a document.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``, with no special tokens added and none read from the text."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ``[encode(text) for text in texts]``, computed on several threads."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``; special tokens (``eos_id`` …) are left out."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write the files from which :func:`load_tokenizer` makes an equal tokenizer."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash that changes when any id of any text could change."""
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A transformers tokenizer.
+
+    Args:
+        tokenizer: a ``PreTrainedTokenizerBase``.
+        sentencepiece_model: bytes of a ``tokenizer.model`` with the same ids, written along on
+            ``save`` for programs that read that format.
+
+    Raises:
+        InputError: the tokenizer has no end-of-text token.
+    """
+
+    def __init__(self, tokenizer: Any, sentencepiece_model: bytes | None = None) -> None:
+        self.hf = tokenizer
+        self._sentencepiece_model = sentencepiece_model
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.bos_id = tokenizer.bos_token_id
+        self.eos_id = _required_eos(tokenizer.eos_token_id)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``, special tokens neither added nor recognised."""
+        if self._backend is None:
+            return list(self.hf.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ``[encode(text) for text in texts]``, computed on several threads."""
+        if self._backend is None:
+            return [self.encode(text) for text in texts]
+        # The fast call, which skips the character offsets, exists for batches only.
+        encode_fast = self._backend.encode_batch_fast
+        with _without_rayon(), ThreadPoolExecutor(_ENCODE_THREADS) as pool:
+            encodings = pool.map(lambda text: encode_fast([text], add_special_tokens=False), texts)
+            return [encoding.ids for (encoding,) in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids`` without special tokens."""
+        text = self.hf.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the Hugging Face files, and ``tokenizer.model`` where there is one."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as temporary:
+            self.hf.save_pretrained(temporary)
+            if self._sentencepiece_model is not None:
+                Path(temporary, SENTENCEPIECE_FILE).write_bytes(self._sentencepiece_model)
+            for file in sorted(Path(temporary).iterdir()):
+                shutil.move(file, directory / file.name)
+
+    def fingerprint(self) -> str:
+        """Hash the whole definition, or the vocabulary of a tokenizer written in Python."""
+        if self._backend is not None:
+            definition = self._backend.to_str()
+        else:
+            definition = json.dumps([type(self.hf).__name__, sorted(self.hf.get_vocab().items())])
+        return _sha256(f"{definition} {self.bos_id} {self.eos_id}".encode())
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A bare sentencepiece model.
+
+    Sentencepiece writes a space as U+2581 (``▁``), so that one character of a text comes back as a
+    space; everything else is as the model's own normalisation has it.
+
+    Args:
+        model: the serialised model.
+
+    Raises:
+        InputError: the bytes are no sentencepiece model, or it has no end-of-text token.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise InputError(
+                "tokenizer: a sentencepiece model needs `pip install sentencepiece`"
+            ) from error
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise InputError(
+                f"tokenizer: {SENTENCEPIECE_FILE} is not a sentencepiece model; copy it again"
+            ) from error
+        self._model = model
+        self.vocab_size = self._processor.get_piece_size()
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id = bos if bos >= 0 else None
+        self.eos_id = _required_eos(eos if eos >= 0 else None)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``."""
+        return list(self._processor.encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ``[encode(text) for text in texts]``, computed on several threads."""
+        return list(self._processor.encode(list(texts), num_threads=_ENCODE_THREADS))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``; control tokens have none."""
+        return str(self._processor.decode(list(ids)))
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``tokenizer.model``."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / f".{SENTENCEPIECE_FILE}"
+        temporary.write_bytes(self._model)
+        temporary.replace(directory / SENTENCEPIECE_FILE)
+
+    def fingerprint(self) -> str:
+        """Hash the model."""
+        return _sha256(self._model)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a directory, or by name from the Hugging Face Hub.
+
+    Args:
+        path: directory that holds ``tokenizer.json`` (or other Hugging Face tokenizer files) or
+            ``tokenizer.model`` (sentencepiece), or ``"hf:NAME"``.
+
+    Raises:
+        InputError: the directory or the files in it are missing, broken or without an
+            end-of-text token.
+    """
+    if str(path).startswith(HUB_PREFIX):
+        return HuggingFaceTokenizer(_auto_tokenizer(str(path).removeprefix(HUB_PREFIX)))
+    directory = Path(path)
+    if not directory.is_dir():
+        raise InputError(
+            f"tokenizer: {directory} is not a directory; give one that holds tokenizer.json or "
+            f"{SENTENCEPIECE_FILE}, or {HUB_PREFIX}NAME"
+        )
+    model_file = directory / SENTENCEPIECE_FILE
+    model = model_file.read_bytes() if model_file.is_file() else None
+    if (directory / "tokenizer.json").is_file() or model is None:
+        if not any((directory / name).is_file() for name in _HUGGING_FACE_FILES):
+            raise InputError(
+                f"tokenizer: {directory} holds neither tokenizer.json nor {SENTENCEPIECE_FILE}; "
+                "give a directory made by `moezoo prepare` or a Hugging Face checkpoint"
+            )
+        return HuggingFaceTokenizer(_auto_tokenizer(str(directory), local=True), model)
+    return SentencePieceTokenizer(model)
+
+
+def _auto_tokenizer(name: str, local: bool = False) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise InputError("tokenizer: Hugging Face files need `pip install transformers`") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    # The tokenizers library raises bare Exceptions for a broken tokenizer.json.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(f"tokenizer: {name} cannot be loaded: {reason}") from error
+    for how_it_was_found in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(how_it_was_found, None)  # it would be saved along
+    return tokenizer
+
+
+def _required_eos(eos_id: int | None) -> int:
+    if eos_id is None:
+        raise InputError(
+            "tokenizer: it has no end-of-text token to put between documents; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return eos_id
+
+
+@contextmanager
+def _without_rayon() -> Iterator[None]:
+    """Keep the tokenizers library off its thread pool, of which every later fork would complain."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

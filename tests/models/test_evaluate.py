@@ -1,0 +1,152 @@
+"""Loss, perplexity and bits per byte against sums done by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.evaluate import evaluate, evaluate_text, evaluate_tokens
+
+from moezoo import InputError
+
+TEXT = "Über 素数: 2, 3, 5, 7.\nfür jede Zahl\n" * 2
+
+
+@pytest.fixture
+def model(make, rules):
+    return make(ffn=rules["mixed"], vocab_size=257)
+
+
+def by_hand(model, tokens, start, length, stride):
+    """Predict each token by itself from the context that the documentation promises it."""
+    stream = torch.tensor([start, *tokens])
+    losses = []
+    begin, end = 0, min(length, len(tokens))
+    for position in range(len(tokens)):
+        if position >= end:
+            end = min(end + stride, len(tokens))
+            begin = end - length
+        context = stream[begin : position + 1]
+        logits = model(context[None]).logits[0, -1].double()
+        losses.append(-F.log_softmax(logits, -1)[stream[position + 1]].item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("length", "stride"), [(16, 16), (16, 8), (16, 5), (16, 1), (7, 3), (1, 1), (200, 50)]
+)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_against_every_token_by_itself(model, byte_tokenizer, length, stride, batch_size):
+    tokens = byte_tokenizer.encode(TEXT)
+    result = evaluate_text(
+        model,
+        byte_tokenizer,
+        TEXT,
+        sequence_length=length,
+        stride=stride,
+        batch_size=batch_size,
+    )
+    with torch.no_grad():
+        losses = by_hand(model.eval(), tokens, byte_tokenizer.eos_id, length, stride)
+    assert len(losses) == result.tokens == len(tokens)
+    assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(result.loss), rel=1e-9)
+    assert result.bytes == len(TEXT.encode())
+    bits = sum(losses) / math.log(2)
+    assert result.bits_per_byte == pytest.approx(bits / len(TEXT.encode()), rel=1e-6)
+
+
+def test_a_model_that_knows_nothing_is_uniform(make, byte_tokenizer):
+    model = make(vocab_size=257)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    result = evaluate_text(model, byte_tokenizer, TEXT)
+    assert result.loss == pytest.approx(math.log(257), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(math.log2(257), rel=1e-6)
+
+
+def test_two_bytes_per_token_halve_the_bits_per_byte(model):
+    tokens = list(range(40))
+    one = evaluate_tokens(model, tokens, start_token=256, num_bytes=40)
+    two = evaluate_tokens(model, torch.tensor(tokens), start_token=256, num_bytes=80)
+    assert one.loss == two.loss
+    assert one.bits_per_byte == pytest.approx(2 * two.bits_per_byte, rel=1e-12)
+
+
+def test_defaults_follow_the_model(model, byte_tokenizer):
+    result = evaluate_text(model, byte_tokenizer, TEXT)
+    assert (result.sequence_length, result.stride) == (128, 64)
+
+
+def test_the_model_stays_in_its_mode_and_gets_no_gradient(model, byte_tokenizer):
+    model.train()
+    evaluate_text(model, byte_tokenizer, "abc")
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_long_texts_are_encoded_whole():
+    """Cutting a text for the tokenizer loses nothing, wherever the line ends are."""
+    from moezoo_models.evaluate import _pieces
+
+    for text in (
+        "line\r\n" * 3000,
+        "no line end " * 2000,
+        "\n\n a\u2028b\f" * 900,
+        "é" * 5000,
+        "x",
+    ):
+        pieces = _pieces(text)
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 4096
+        assert min(map(len, pieces)) > 0
+    assert _pieces("") == []
+
+
+def test_evaluate_reads_a_file_and_prints_a_table(model, byte_level_tokenizer, tmp_path, capsys):
+    checkpoint = save_checkpoint(tmp_path / "c", model, byte_level_tokenizer)
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8", newline="")
+    result = evaluate(checkpoint, tmp_path / "text", sequence_length=32, device="cpu")
+    assert result == evaluate_text(model, byte_level_tokenizer, TEXT, sequence_length=32)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["loss", "(nats/token)", f"{result.loss:.4f}"]
+    assert f"{result.bits_per_byte:.4f}" in lines[2]
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "text: .*text is empty; give a file with text in it"),
+        (b"abc\xff\xfe", r"text: .*text is not UTF-8 text \(byte 3\); give a text file"),
+        (b"abc\0def", "text: .*text is binary: it holds zero bytes"),
+        (None, "text: .*text can not be read: No such file"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        evaluate(tmp_path, tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequence_length": 0}, "sequence_length: 0 is out of range"),
+        ({"sequence_length": 8, "stride": 9}, "stride: 9 is out of range"),
+        ({"stride": 0}, "stride: 0 is out of range"),
+        ({"batch_size": 0}, "batch_size: 0 is out of range"),
+    ],
+)
+def test_mistakes_are_named(model, byte_tokenizer, options, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_text(model, byte_tokenizer, TEXT, **options)
+
+
+def test_a_foreign_tokenizer_is_noticed(make, byte_tokenizer):
+    with pytest.raises(InputError, match="token id 256 is outside the model's vocabulary of 61"):
+        evaluate_text(make(), byte_tokenizer, "jazz")
+    with pytest.raises(InputError, match="text: it has no tokens"):
+        evaluate_text(make(), byte_tokenizer, "")
