@@ -1,0 +1,358 @@
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moezoo_models.tokenizer import load_tokenizer
+from moezoo_train import prepare as module
+from moezoo_train import shards
+from moezoo_train.prepare import prepare, split_threshold
+from moezoo_train.prepared import PreparedData, token_dtype
+from moezoo_train.tokenizer import train_tokenizer
+
+from moezoo.errors import InputError
+
+FILES = ["meta.json", "train.bin", "val.bin"]
+
+
+def split_documents(prepared, name):
+    """Return the documents of a split as text."""
+    tokenizer = load_tokenizer(prepared.tokenizer_directory)
+    tokens = prepared.tokens(name)
+    ends = np.flatnonzero(tokens == tokenizer.eos_id)
+    assert ends[-1] == len(tokens) - 1
+    return [tokenizer.decode(piece[:-1].tolist()) for piece in np.split(tokens, ends + 1)[:-1]]
+
+
+class TestContent:
+    def test_documents_come_back_whole_and_on_one_side(
+        self, corpus, tmp_path, small_shards, contents
+    ):
+        prepared = prepare(str(corpus), tmp_path, vocab_size=300, val_fraction=0.2)
+        texts = [file.read_text() for file in sorted(corpus.iterdir())]
+        train, val = (split_documents(prepared, name) for name in ("train", "val"))
+        assert len(val) == 8
+        assert sorted(train + val) == sorted(texts)
+        assert train == [text for text in texts if text in set(train)]
+        for name, split in (("train", train), ("val", val)):
+            size = prepared.split(name)
+            assert size.documents == len(split)
+            assert size.bytes == sum(len(text.encode()) for text in split)
+            assert size.tokens == len(prepared.tokens(name))
+        assert prepared.bytes_per_token == prepared.val.bytes / prepared.val.tokens
+        assert prepared.vocab_size == load_tokenizer(tmp_path / "tokenizer").vocab_size == 300
+        assert prepared.dtype == np.uint16
+        assert PreparedData.load(tmp_path) == prepared
+        names = {*FILES, *(f"tokenizer/{n}" for n in os.listdir(tmp_path / "tokenizer"))}
+        assert set(contents(tmp_path)) == names
+
+    def test_tokens_do_not_depend_on_shards(self, corpus, tmp_path, monkeypatch, contents):
+        results = []
+        for size in (1, 5_000, 10_000_000):
+            monkeypatch.setattr(module, "SHARD_BYTES", size)
+            prepare(str(corpus), tmp_path / str(size), vocab_size=300)
+            results.append(contents(tmp_path / str(size)))
+        assert results[0] == results[1] == results[2]
+
+    def test_long_documents_are_cut_for_encoding_only(
+        self, tmp_path, own_tokenizer, monkeypatch, write_corpus
+    ):
+        monkeypatch.setattr(shards, "PIECE_CHARACTERS", 100)
+        folder = write_corpus(tmp_path / "in", count=5)
+        (folder / "one line.txt").write_text("no end " * 500)
+        prepared = prepare(str(folder), tmp_path / "out", tokenizer=own_tokenizer)
+        found = split_documents(prepared, "train") + split_documents(prepared, "val")
+        assert sorted(found) == sorted(file.read_text() for file in folder.iterdir())
+
+    def test_given_tokenizer(self, corpus, tmp_path, own_tokenizer):
+        prepared = prepare(str(corpus), tmp_path, vocab_size=7, tokenizer=own_tokenizer)
+        assert prepared.vocab_size == 300
+        for name in os.listdir(own_tokenizer):
+            saved = (prepared.tokenizer_directory / name).read_bytes()
+            assert saved == Path(own_tokenizer, name).read_bytes()
+
+    def test_beginning_of_text_token(self, tmp_path):
+        class Letters:
+            """Adds nothing by itself, but has tokens for both ends of a document."""
+
+            vocab_size, bos_id, eos_id = 128, 1, 2
+
+            def encode(self, text):
+                return list(text.encode())
+
+            def encode_batch(self, texts):
+                return [self.encode(text) for text in texts]
+
+            def decode(self, ids):
+                return bytes(ids).decode()
+
+        letters = Letters()
+        assert [ids.tolist() for ids in shards.encode(letters, ["ab", "c"])] == [
+            [1, 97, 98, 2],
+            [1, 99, 2],
+        ]
+        letters.bos_id = letters.eos_id
+        assert shards.encode(letters, ["ab"])[0].tolist() == [97, 98, 2]
+        with pytest.raises(InputError, match="token id 195, outside its vocabulary of 128"):
+            shards.encode(letters, ["é"])
+
+    def test_tokenizer_that_begins_every_text_with_a_space_gets_whole_documents(self):
+        class Prefixing:
+            vocab_size, bos_id, eos_id = 256, None, 0
+
+            def encode(self, text):
+                return list(b" " + text.encode())
+
+            def encode_batch(self, texts):
+                return [self.encode(text) for text in texts]
+
+            def decode(self, ids):
+                return bytes(ids).decode().removeprefix(" ")
+
+        text = "x\n" * shards.PIECE_CHARACTERS
+        (ids,) = shards.encode(Prefixing(), [text])
+        assert bytes(ids[:-1].tolist()).decode() == " " + text
+
+    def test_token_type(self):
+        assert token_dtype(1 << 16) == np.uint16
+        assert token_dtype((1 << 16) + 1) == np.uint32
+
+    def test_max_bytes(self, corpus, tmp_path, own_tokenizer):
+        prepared = prepare(str(corpus), tmp_path, tokenizer=own_tokenizer, max_bytes=20_000)
+        total = prepared.train.bytes + prepared.val.bytes
+        assert 20_000 <= total < 25_000
+        first = [file.read_text() for file in sorted(corpus.iterdir())]
+        used = prepared.train.documents + prepared.val.documents
+        found = split_documents(prepared, "train") + split_documents(prepared, "val")
+        assert sorted(found) == sorted(first[:used])
+
+
+class TestSplit:
+    @given(
+        st.lists(st.integers(0, (1 << 64) - 1), min_size=2, max_size=200, unique=True),
+        st.floats(0, 0.5),
+    )
+    def test_takes_a_fraction_and_leaves_some(self, keys, fraction):
+        keys = np.array(keys, dtype=np.uint64)
+        held_out = int((keys <= split_threshold(keys, fraction)).sum())
+        assert held_out == max(1, round(fraction * len(keys)))
+        assert held_out < len(keys)
+
+    def test_equal_documents_stay_together(self, tmp_path, own_tokenizer):
+        rows = [f"document {i % 10}" for i in range(100)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        prepared = prepare(
+            str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer=own_tokenizer, val_fraction=0.25
+        )
+        train, val = (split_documents(prepared, name) for name in ("train", "val"))
+        assert len(val) == 30
+        assert set(train).isdisjoint(val)
+
+    def test_follows_from_content_and_seed(self, corpus, tmp_path, own_tokenizer):
+        def held_out(source, seed, name):
+            output = tmp_path / name
+            prepared = prepare(
+                str(source), output, tokenizer=own_tokenizer, seed=seed, val_fraction=0.2
+            )
+            return set(split_documents(prepared, "val"))
+
+        renamed = tmp_path / "renamed"
+        shutil.copytree(corpus, renamed)
+        for file in list(renamed.iterdir()):
+            file.rename(file.with_name(f"{999 - int(file.stem)}.txt"))
+        one = held_out(corpus, 0, "one")
+        assert held_out(renamed, 0, "two") == one
+        assert held_out(corpus, 1, "three") != one
+
+    def test_too_few_documents(self, tmp_path, own_tokenizer, contents, write_corpus):
+        (tmp_path / "a.txt").write_text("only one")
+        with pytest.raises(InputError, match="at least two different documents; this has 1"):
+            prepare(str(tmp_path / "a.txt"), tmp_path / "out", tokenizer=own_tokenizer)
+        assert contents(tmp_path / "out") == {}
+        folder = write_corpus(tmp_path / "in", count=3)
+        with pytest.raises(InputError, match=r"val_fraction: 0\.99 of 3 documents"):
+            prepare(str(folder), tmp_path / "out", tokenizer=own_tokenizer, val_fraction=0.99)
+
+
+class TestReuse:
+    def test_unchanged_data_are_used_again(self, corpus, tmp_path, capfd, monkeypatch, contents):
+        first = prepare(str(corpus), tmp_path, vocab_size=300)
+        before = contents(tmp_path)
+        assert "nothing has changed" not in capfd.readouterr().err
+
+        def never(*args, **options):
+            raise AssertionError("tokenized again")
+
+        monkeypatch.setattr(module, "encode", never)
+        monkeypatch.setattr(module, "train_tokenizer", never)
+        assert prepare(str(corpus), tmp_path, vocab_size=300) == first
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("prepare: nothing has changed; using")
+        assert err.count("\n") == 1
+        assert contents(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        ("changed", "options"),
+        [
+            ("vocab_size", {"vocab_size": 301}),
+            ("seed", {"seed": 1}),
+            ("val_fraction", {"val_fraction": 0.3}),
+            ("max_bytes", {"max_bytes": 30_000}),
+            ("text_field", {"text_field": "body"}),
+        ],
+    )
+    def test_changed_setting(self, corpus, tmp_path, capfd, changed, options, contents):
+        prepare(str(corpus), tmp_path / "a", vocab_size=300)
+        capfd.readouterr()
+        settings = {"vocab_size": 300, **options}
+        again = prepare(str(corpus), tmp_path / "a", **settings)
+        assert f"again, as this changed: {changed}\n" in capfd.readouterr().err
+        prepare(str(corpus), tmp_path / "b", **settings)
+        assert contents(tmp_path / "a") == contents(tmp_path / "b")
+        assert again.inputs[changed] == options[changed]
+
+    def test_changed_source_even_with_size_and_time_kept(
+        self, tmp_path, own_tokenizer, capfd, write_corpus
+    ):
+        folder = write_corpus(tmp_path / "in", count=5)
+        file = folder / "003.txt"
+        prepare(str(folder), tmp_path / "out", tokenizer=own_tokenizer)
+        before = file.stat()
+        file.write_text(file.read_text().replace("expert", "EXPERT"))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert file.stat().st_size == before.st_size
+        prepared = prepare(str(folder), tmp_path / "out", tokenizer=own_tokenizer)
+        assert "again, as this changed: source\n" in capfd.readouterr().err
+        found = split_documents(prepared, "train") + split_documents(prepared, "val")
+        assert file.read_text() in found
+
+    def test_changed_tokenizer(self, corpus, tmp_path, own_tokenizer, capfd, contents):
+        prepare(str(corpus), tmp_path / "out", tokenizer=own_tokenizer)
+        other = tmp_path / "other"
+        train_tokenizer([file.read_text() for file in corpus.glob("00*")], other, 300)
+        prepared = prepare(str(corpus), tmp_path / "out", tokenizer=str(other))
+        assert "again, as this changed: tokenizer\n" in capfd.readouterr().err
+        assert contents(prepared.tokenizer_directory) == contents(other)
+
+    @pytest.mark.parametrize("damage", ["truncate", "remove", "meta", "tokenizer"])
+    def test_damaged_data_are_made_again(
+        self, corpus, tmp_path, own_tokenizer, damage, capfd, contents
+    ):
+        prepared = prepare(str(corpus), tmp_path, tokenizer=own_tokenizer)
+        whole = contents(tmp_path)
+        if damage == "truncate":
+            os.truncate(prepared.file("train"), 100)
+        elif damage == "remove":
+            prepared.file("val").unlink()
+        elif damage == "meta":
+            (tmp_path / "meta.json").write_text("{")
+        else:
+            (prepared.tokenizer_directory / "tokenizer.json").write_text("{}")
+        with pytest.raises(InputError, match="data_dir"):
+            PreparedData.load(tmp_path)
+        prepare(str(corpus), tmp_path, tokenizer=own_tokenizer)
+        assert "preparing again, as data_dir" in capfd.readouterr().err
+        assert contents(tmp_path) == whole
+
+    def test_nothing_prepared(self, tmp_path):
+        with pytest.raises(InputError, match="holds no prepared tokens; run `moezoo prepare"):
+            PreparedData.load(tmp_path)
+
+    def test_moved_corpus_is_the_same(self, corpus, tmp_path, own_tokenizer, capfd):
+        prepare(str(corpus), tmp_path / "out", tokenizer=own_tokenizer)
+        shutil.copytree(corpus, tmp_path / "elsewhere")
+        prepare(str(tmp_path / "elsewhere"), tmp_path / "out", tokenizer=own_tokenizer)
+        assert "nothing has changed" in capfd.readouterr().err
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"val_fraction": 1.0},
+            {"val_fraction": -0.1},
+            {"seed": -1},
+            {"max_bytes": 0},
+            {"vocab_size": 0},
+            {"tokenizer": "missing"},
+            {"source": "missing.txt"},
+        ],
+    )
+    def test_leaves_nothing(self, corpus, tmp_path, options):
+        with pytest.raises(InputError, match=next(iter(options))) as error:
+            prepare(**{"source": str(corpus), "output": tmp_path / "out", **options})
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("text", ["", "a\0b"])
+    def test_empty_or_binary_file(self, tmp_path, text, own_tokenizer, contents):
+        (tmp_path / "a.txt").write_text(text)
+        for options in ({"tokenizer": own_tokenizer}, {"vocab_size": 300}):
+            with pytest.raises(InputError, match="source") as error:
+                prepare(str(tmp_path / "a.txt"), tmp_path / "out", **options)
+            assert "\n" not in str(error.value)
+        assert contents(tmp_path / "out") == {}
+
+    def test_old_data_stay_until_new_ones_are_complete(
+        self, corpus, tmp_path, own_tokenizer, contents
+    ):
+        prepare(str(corpus), tmp_path / "out", tokenizer=own_tokenizer)
+        before = contents(tmp_path / "out")
+        (tmp_path / "a.txt").write_text("")
+        with pytest.raises(InputError, match="holds no text"):
+            prepare(str(tmp_path / "a.txt"), tmp_path / "out", tokenizer=own_tokenizer)
+        assert contents(tmp_path / "out") == before
+
+    def test_output_that_cannot_be_made(self, corpus, tmp_path, own_tokenizer):
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(InputError, match=r"output: .*file.* cannot be written") as error:
+            prepare(str(corpus), tmp_path / "file/out", tokenizer=own_tokenizer)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.usefixtures("small_shards")
+    def test_full_disk(self, corpus, tmp_path, own_tokenizer, monkeypatch):
+        write_bytes = Path.write_bytes
+
+        def full(self, data):
+            if "shard-000002" in self.name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write_bytes(self, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            with pytest.raises(InputError, match=r"output: .*No space left on device") as error:
+                prepare(str(corpus), tmp_path, tokenizer=own_tokenizer)
+        assert "\n" not in str(error.value)
+        assert (tmp_path / "partial/shard-000001.index").exists()
+        prepare(str(corpus), tmp_path, tokenizer=own_tokenizer)
+        assert not (tmp_path / "partial").exists()
+
+    def test_finished_data_can_be_read_only(self, corpus, tmp_path, own_tokenizer, monkeypatch):
+        first = prepare(str(corpus), tmp_path, tokenizer=own_tokenizer)
+
+        def read_only(*args, **options):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(module, "FileLock", read_only)
+        monkeypatch.setattr(Path, "mkdir", read_only)
+        assert prepare(str(corpus), tmp_path, tokenizer=own_tokenizer) == first
+        with pytest.raises(InputError, match="Read-only file system"):
+            prepare(str(corpus), tmp_path, tokenizer=own_tokenizer, seed=1)
+
+
+@pytest.mark.slow
+def test_standard_library(tmp_path):
+    prepared = prepare(output=tmp_path)
+    assert prepared.train.documents > 400
+    assert prepared.train.bytes > 8_000_000
+    assert prepared.val.documents == round(
+        0.02 * (prepared.train.documents + prepared.val.documents)
+    )
+    assert prepared.bytes_per_token > 2.5
+    assert max(int(prepared.tokens(name).max()) for name in ("train", "val")) < 2048

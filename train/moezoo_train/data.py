@@ -1,0 +1,241 @@
+"""The DataModule: prepared tokens as batches, with a position that survives interruption.
+
+The position in the data *is* Lightning's own count of processed batches, which its checkpoints
+hold. A data loader's own state would be ahead of it, by what its workers have fetched already.
+Batches are a pure function of that count (see :mod:`moezoo_train.windows`), so that a run resumed
+in the middle of an epoch, with any number of workers, goes on with exactly the batch it would have
+had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+from torch.utils.data import DataLoader
+
+from moezoo.errors import InputError, check_int
+from moezoo_train.prepare import prepare
+from moezoo_train.prepared import PreparedData
+from moezoo_train.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches
+
+
+class TokenDataModule(LightningDataModule):
+    """Token batches for causal language modelling.
+
+    A batch is ``{"input_ids": (B, S), "labels": (B, S)}``, both int64, the labels the next tokens
+    and -100 where nothing is scored (only at the end of validation). Validation batches hold
+    different numbers of scored tokens: average over tokens, not over batches.
+
+    Args:
+        source: text to train on: "stdlib" (the Python standard library's own source code), a .txt,
+            .jsonl or .parquet file, a folder or glob of those, or "hf:NAME[:CONFIG]"; null to take
+            data_dir as `moezoo prepare` left it.
+        data_dir: where the prepared tokens are kept; they are made again if anything they depend on
+            has changed.
+        vocab_size: number of tokens of the tokenizer that is trained.
+        tokenizer: directory of a tokenizer to use instead, or "hf:NAME".
+        sequence_length: tokens per window (S).
+        batch_size: windows per batch and process (B).
+        num_workers: processes that load batches; 0 loads them in the training process.
+        seed: chooses the order of the training windows.
+        val_fraction: share of the documents that is held out for validation.
+        split_seed: chooses which documents are held out.
+        text_field: field of a .jsonl row, or column of a .parquet file, that holds the text.
+        max_bytes: use only about this much of the text.
+
+    Attributes:
+        vocab_size: number of token ids, known from the beginning.
+
+    Raises:
+        InputError: a setting, the tokenizer or (from ``prepare_data`` and ``setup`` on) the data
+            are no good.
+    """
+
+    def __init__(
+        self,
+        source: str | None = "stdlib",
+        data_dir: str = "runs/data",
+        vocab_size: int = 2048,
+        tokenizer: str | None = None,
+        sequence_length: int = 256,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_fraction: float = 0.02,
+        split_seed: int = 0,
+        text_field: str = "text",
+        max_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.data_dir = data_dir
+        self.tokenizer_name = tokenizer
+        self.sequence_length = check_int("sequence_length", sequence_length)
+        self.batch_size = check_int("batch_size", batch_size)
+        self.num_workers = check_int("num_workers", num_workers, minimum=0)
+        self.seed = check_int("seed", seed, minimum=0)
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.text_field = text_field
+        self.max_bytes = max_bytes
+        self._prepared: PreparedData | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._order_before: dict[str, Any] | None = None
+        if source is None:
+            self.vocab_size = self.prepared.vocab_size
+        elif tokenizer is not None:
+            self.vocab_size = load_tokenizer(tokenizer).vocab_size
+        else:
+            self.vocab_size = check_int("vocab_size", vocab_size)
+
+    @property
+    def prepared(self) -> PreparedData:
+        """The tokens on disk."""
+        if self._prepared is None:
+            self._prepared = PreparedData.load(self.data_dir)
+        return self._prepared
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Validation bytes per validation token: bits per byte = nats / (ln 2 · this)."""
+        return self.prepared.bytes_per_token
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the prepared tokens."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.prepared.tokenizer_directory)
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Make the tokens if they are missing or out of date; Lightning calls it in one process."""
+        if self.source is not None:
+            prepare(
+                source=self.source,
+                output=self.data_dir,
+                vocab_size=self.vocab_size,
+                tokenizer=self.tokenizer_name,
+                val_fraction=self.val_fraction,
+                text_field=self.text_field,
+                seed=self.split_seed,
+                max_bytes=self.max_bytes,
+            )
+            self._prepared = self._tokenizer = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check that the tokens are there and fit the vocabulary."""
+        if self.prepared.vocab_size > self.vocab_size:
+            raise InputError(
+                f"vocab_size: the tokens in {self.data_dir} have {self.prepared.vocab_size} ids, "
+                f"but the vocabulary is {self.vocab_size}; prepare them again"
+            )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return the loader of this process's training batches; its length is one epoch."""
+        world_size, rank = self._data_parallel()
+        batches = TrainBatches(
+            self.prepared.tokens("train"),
+            self.sequence_length,
+            self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            vocab_size=self.vocab_size,
+        )
+        self._warn_of_another_order()
+        return _ResumableLoader(batches, self._batches_processed, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return the loader of this process's validation batches."""
+        world_size, rank = self._data_parallel()
+        batches = ValBatches(
+            self.prepared.tokens("val"),
+            self.sequence_length,
+            self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            vocab_size=self.vocab_size,
+        )
+        return _loader(batches, BatchNumbers(batches), self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return the validation batches: there is no third split."""
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what the order of the batches depends on."""
+        return {"batches_processed": self._batches_processed(), "order": self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the order to compare it; the position comes back with the trainer's count."""
+        self._order_before = state_dict["order"]
+
+    def _order(self) -> dict[str, Any]:
+        return {
+            "tokens": self.prepared.inputs,
+            "sequence_length": self.sequence_length,
+            "batch_size": self.batch_size,
+            "processes": self._data_parallel()[0],
+            "seed": self.seed,
+        }
+
+    def _warn_of_another_order(self) -> None:
+        before, self._order_before = self._order_before, None
+        if before is None:
+            return
+        changed = [name for name, value in self._order().items() if before.get(name) != value]
+        if changed:
+            rank_zero_warn(
+                f"data: resumed with other {', '.join(changed)} than in the checkpoint, so the "
+                "batches are not those of the uninterrupted run"
+            )
+
+    def _data_parallel(self) -> tuple[int, int]:
+        """Return the number of processes with different data, and which of them this is."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (1, 0) if kwargs is None else (kwargs["num_replicas"], kwargs["rank"])
+
+    def _batches_processed(self) -> int:
+        if self.trainer is None:
+            return 0
+        # Not `ready`, which may be one ahead of what a checkpoint has trained on.
+        return int(
+            self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["total"]["processed"]
+        )
+
+
+class _ResumableLoader(DataLoader[Batch]):
+    """Training batches from the trainer's position on.
+
+    Having a state tells Lightning that resuming within an epoch is safe; it is written for the
+    reader of a checkpoint, as the position is restored with the trainer's own progress.
+    """
+
+    def __init__(self, batches: TokenBatches, position: Callable[[], int], workers: int) -> None:
+        sampler = BatchNumbers(batches, first=position)
+        super().__init__(batches, sampler=sampler, **_loader_options(workers))
+        self._position = position
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches_processed": self._position()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        pass
+
+
+def _loader(batches: TokenBatches, sampler: BatchNumbers, workers: int) -> DataLoader[Batch]:
+    return DataLoader(batches, sampler=sampler, **_loader_options(workers))
+
+
+def _loader_options(workers: int) -> dict[str, Any]:
+    return {
+        "batch_size": None,  # an item is a whole batch already
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }

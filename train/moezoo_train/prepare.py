@@ -1,0 +1,332 @@
+"""Turn text into a tokenizer and memory-mapped tokens (``moezoo prepare``).
+
+The work is done in ``OUTPUT/partial`` and moved into place when it is complete:
+
+1. train the tokenizer, or load the one that is given;
+2. tokenize the documents, in order, in shards of about 4 MB of text;
+3. choose the validation documents and copy the shards together.
+
+A run that was killed goes on behind its last finished shard, and ends in the same bytes as one that
+was not. Everything depends only on the content of the source, the settings and the tokenizer; their
+hashes are kept beside the tokens, which are used again only while all of them are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moezoo.errors import InputError, check_int, check_number
+from moezoo_train.corpus import Corpus, open_corpus
+from moezoo_train.prepared import (
+    FORMAT,
+    META_FILE,
+    TOKENIZER_FOLDER,
+    PreparedData,
+    Split,
+    SplitName,
+    hash_folder,
+    token_dtype,
+)
+from moezoo_train.shards import Shard, batches, encode, write_atomically
+from moezoo_train.tokenizer import train_tokenizer
+
+SHARD_BYTES = 4_000_000
+"""Text per shard: what a killed run loses at most."""
+_PARTIAL = "partial"
+
+
+def prepare(
+    source: str = "stdlib",
+    output: str | Path = "runs/data",
+    vocab_size: int = 2048,
+    tokenizer: str | None = None,
+    val_fraction: float = 0.02,
+    text_field: str = "text",
+    seed: int = 0,
+    max_bytes: int | None = None,
+) -> PreparedData:
+    """Tokenize a corpus for training; do nothing if that has been done already.
+
+    Args:
+        source: "stdlib" (the Python standard library's own source code), a .txt, .jsonl or
+            .parquet file, a folder or glob of those, or "hf:NAME[:CONFIG]" for a Hugging Face
+            dataset.
+        output: directory that the tokenizer and the tokens are written to.
+        vocab_size: number of tokens of the byte-pair-encoding tokenizer that is trained.
+        tokenizer: directory of a tokenizer to use instead, or "hf:NAME"; vocab_size then has no
+            effect.
+        val_fraction: share of the documents that is held out for validation, at least one.
+        text_field: field of a .jsonl row, or column of a .parquet file, that holds the text.
+        seed: chooses the documents held out.
+        max_bytes: stop behind the document with which the text reaches this many bytes.
+
+    Raises:
+        InputError: the source, a setting or the tokenizer is no good, or the output cannot be
+            written.
+    """
+    _check_settings(vocab_size, val_fraction, seed, max_bytes)
+    corpus = open_corpus(source, text_field)
+    given = load_tokenizer(tokenizer) if tokenizer is not None else None
+    inputs = {
+        "format": FORMAT,
+        "source": corpus.manifest(),
+        "text_field": text_field,
+        "vocab_size": vocab_size if given is None else given.vocab_size,
+        "tokenizer": None if given is None else given.fingerprint(),
+        "val_fraction": val_fraction,
+        "seed": seed,
+        "max_bytes": max_bytes,
+    }
+    output = Path(output)
+    if (ready := _reusable(output, inputs)) is not None:
+        _say(f"nothing has changed; using {ready}")
+        return ready
+    with _writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with FileLock(output / ".lock"):
+            # Another process may have made them while this one waited.
+            if (ready := _reusable(output, inputs)) is not None:
+                return ready
+            _explain_renewal(output, inputs)
+            return _Preparation(corpus, output, inputs, given).run()
+
+
+def split_threshold(keys: NDArray[np.uint64], val_fraction: float) -> np.uint64:
+    """Return the key up to which documents are held out.
+
+    A document's key is a hash of its text and the seed; the smallest ``val_fraction`` of the keys,
+    at least one, are held out. Equal documents have equal keys and so never end up on both sides.
+
+    Raises:
+        InputError: one of the two splits would be empty.
+    """
+    count = max(1, round(val_fraction * len(keys)))
+    if len(np.unique(keys)) < 2:
+        raise InputError(
+            "source: training and validation need at least two different documents; "
+            f"this has {len(keys)}"
+        )
+    threshold = np.partition(keys, count - 1)[count - 1]
+    if threshold == keys.max():
+        raise InputError(
+            f"val_fraction: {val_fraction} of {len(keys)} documents leaves none to train on; "
+            "lower it"
+        )
+    return np.uint64(threshold)
+
+
+class _Preparation:
+    """One run of ``prepare`` that has something to do."""
+
+    def __init__(
+        self, corpus: Corpus, output: Path, inputs: dict[str, Any], tokenizer: Tokenizer | None
+    ) -> None:
+        self.corpus = corpus
+        self.output = output
+        self.inputs = inputs
+        self.given = tokenizer
+        self.work = output / _PARTIAL
+
+    def run(self) -> PreparedData:
+        self._open_work()
+        try:
+            tokenizer = self._tokenizer()
+            shards = self._tokenize(tokenizer)
+            if self.corpus.manifest() != self.inputs["source"]:
+                raise InputError(
+                    f"source: {self.corpus.source} changed while it was being read; run this again"
+                )
+            prepared = self._assemble(tokenizer.vocab_size, shards)
+        except InputError:  # with these inputs it will never be finished
+            shutil.rmtree(self.work)
+            raise
+        self._publish(prepared)
+        _say(str(prepared))
+        return prepared
+
+    def _open_work(self) -> None:
+        """Keep the unfinished work of an earlier run if it had the same inputs."""
+        record = self.work / "inputs.json"
+        wanted = json.dumps(self.inputs, sort_keys=True)
+        if record.is_file() and record.read_text() == wanted:
+            return
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        write_atomically(record, wanted.encode())
+
+    def _tokenizer(self) -> Tokenizer:
+        """Make ``partial/tokenizer`` and load it: what encodes is what will be saved."""
+        folder = self.work / TOKENIZER_FOLDER
+        if not folder.is_dir():
+            unfinished = self.work / "tokenizer.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            if self.given is not None:
+                self.given.save(unfinished)
+            else:
+                _say(f"training a tokenizer of {self.inputs['vocab_size']:,} tokens")
+                train_tokenizer(self._documents(), unfinished, self.inputs["vocab_size"])
+            unfinished.rename(folder)
+        return load_tokenizer(folder)
+
+    def _documents(self) -> Iterator[str]:
+        """Yield the corpus up to ``max_bytes``."""
+        left = self.inputs["max_bytes"]
+        for document in self.corpus.documents():
+            yield document
+            if left is not None:
+                left -= len(document.encode())
+                if left <= 0:
+                    return
+
+    def _tokenize(self, tokenizer: Tokenizer) -> list[Shard]:
+        """Write the shards that are still missing; return all of them."""
+        dtype = token_dtype(tokenizer.vocab_size)
+        shards: list[Shard] = []
+        while (shard := Shard(self.work, len(shards), dtype)).complete():
+            shards.append(shard)
+        done = [shard.documents() for shard in shards]
+        skip = sum(len(documents) for documents in done)
+        if skip:
+            _say(f"going on behind document {skip:,}")
+        total = self.inputs["max_bytes"] or self.corpus.total_bytes
+        with _progress_bar() as bar:
+            task = bar.add_task("tokenizing", total=total)
+            bar.advance(task, float(sum(documents["bytes"].sum() for documents in done)))
+            for batch in batches(islice(self._documents(), skip, None), SHARD_BYTES):
+                shard = Shard(self.work, len(shards), dtype)
+                shard.write(encode(tokenizer, batch), self._describe(batch))
+                shards.append(shard)
+                bar.advance(task, sum(len(text.encode()) for text in batch))
+        if not shards:
+            raise InputError(f"source: {self.corpus.source} holds no text")
+        return shards
+
+    def _describe(self, batch: list[str]) -> list[tuple[int, int]]:
+        """Give each document's length in bytes and key for the split."""
+        seed = int(self.inputs["seed"]).to_bytes(8, "little")
+        described = []
+        for text in batch:
+            data = text.encode()
+            key = blake2b(data, digest_size=8, key=seed).digest()
+            described.append((len(data), int.from_bytes(key, "little")))
+        return described
+
+    def _assemble(self, vocab_size: int, shards: Sequence[Shard]) -> PreparedData:
+        """Copy the shards into one file per split."""
+        described = [shard.documents() for shard in shards]
+        everything = np.concatenate(described)
+        threshold = split_threshold(everything["key"], self.inputs["val_fraction"])
+        held_out = everything["key"] <= threshold
+        with (
+            (self.work / "train.bin").open("wb") as train,
+            (self.work / "val.bin").open("wb") as val,
+        ):
+            for shard, documents in zip(shards, described, strict=True):
+                tokens = shard.tokens()
+                in_val = np.repeat(documents["key"] <= threshold, documents["tokens"])
+                train.write(tokens[~in_val].tobytes())
+                val.write(tokens[in_val].tobytes())
+        return PreparedData(
+            directory=self.output,
+            vocab_size=vocab_size,
+            train=_measure(everything[~held_out]),
+            val=_measure(everything[held_out]),
+            inputs=self.inputs,
+            tokenizer_hash=hash_folder(self.work / TOKENIZER_FOLDER),
+        )
+
+    def _publish(self, prepared: PreparedData) -> None:
+        """Move everything into place; a directory without ``meta.json`` counts as empty."""
+        (self.output / META_FILE).unlink(missing_ok=True)
+        shutil.rmtree(prepared.tokenizer_directory, ignore_errors=True)
+        # Copied, not moved: killed from here on, the next run still finds it beside the shards.
+        shutil.copytree(self.work / TOKENIZER_FOLDER, prepared.tokenizer_directory)
+        names: tuple[SplitName, ...] = ("train", "val")
+        for name in names:
+            os.replace(self.work / f"{name}.bin", prepared.file(name))
+        prepared.write_meta(self.work / META_FILE)
+        os.replace(self.work / META_FILE, self.output / META_FILE)
+        shutil.rmtree(self.work)
+
+
+def _check_settings(vocab_size: int, val_fraction: float, seed: int, max_bytes: int | None) -> None:
+    check_int("vocab_size", vocab_size)
+    check_int("seed", seed, minimum=0, maximum=(1 << 63) - 1)
+    check_number("val_fraction", val_fraction, maximum=0.99)
+    if max_bytes is not None:
+        check_int("max_bytes", max_bytes)
+
+
+def _reusable(output: Path, inputs: dict[str, Any]) -> PreparedData | None:
+    """Return the prepared data if they are whole and made from the same inputs."""
+    try:
+        prepared = PreparedData.load(output)
+    except InputError:
+        return None
+    return prepared if prepared.inputs == inputs else None
+
+
+def _explain_renewal(output: Path, inputs: dict[str, Any]) -> None:
+    if not (output / META_FILE).exists():
+        return
+    try:
+        before = PreparedData.load(output).inputs
+    except InputError as error:
+        _say(f"preparing again, as {error}")
+        return
+    changed = [name for name in inputs if before.get(name) != inputs[name]]
+    _say(f"preparing {output} again, as this changed: {', '.join(changed)}")
+
+
+def _measure(documents: NDArray[Any]) -> Split:
+    return Split(
+        documents=len(documents),
+        tokens=int(documents["tokens"].sum()),
+        bytes=int(documents["bytes"].sum()),
+    )
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Turn a full disk or a folder without permission into one line."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or output
+        raise InputError(
+            f"output: {place} cannot be written: {error.strerror}; free space or give another "
+            "directory, then run this again"
+        ) from error
+
+
+def _progress_bar() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _say(line: str) -> None:
+    print(f"prepare: {line}", file=sys.stderr, flush=True)

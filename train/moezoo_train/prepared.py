@@ -1,0 +1,156 @@
+"""A directory of prepared tokens, as training reads it.
+
+``train.bin`` and ``val.bin`` hold token ids as little-endian uint16, or uint32 where the vocabulary
+needs it, document after document, each closed by the end-of-text token (and opened by the
+beginning-of-text token of a tokenizer that has a separate one). ``tokenizer/`` holds the tokenizer
+and ``meta.json`` the counts and what everything was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moezoo.errors import InputError
+
+SplitName = Literal["train", "val"]
+FORMAT = 1
+META_FILE = "meta.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Split:
+    """How much there is in one split.
+
+    Attributes:
+        documents: number of documents.
+        tokens: number of token ids, document boundaries included.
+        bytes: length of the text in UTF-8.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Prepared tokens on disk.
+
+    Attributes:
+        directory: where they are.
+        vocab_size: every token id is smaller.
+        train: size of the training split.
+        val: size of the validation split.
+        inputs: what they were made from: hash of the source's content, settings, tokenizer.
+        tokenizer_hash: hash of the files in ``tokenizer/``.
+    """
+
+    directory: Path
+    vocab_size: int
+    train: Split
+    val: Split
+    inputs: dict[str, Any]
+    tokenizer_hash: str
+
+    @classmethod
+    def load(cls, directory: str | Path) -> PreparedData:
+        """Read what ``moezoo prepare`` left in ``directory``.
+
+        Raises:
+            InputError: there are no prepared tokens, or not all of them.
+        """
+        directory = Path(directory)
+        advice = f"run `moezoo prepare --output {directory}`"
+        try:
+            meta = json.loads((directory / META_FILE).read_text())
+            prepared = cls(
+                directory=directory,
+                vocab_size=int(meta["vocab_size"]),
+                train=Split(**meta["train"]),
+                val=Split(**meta["val"]),
+                inputs=dict(meta["inputs"]),
+                tokenizer_hash=str(meta["tokenizer_hash"]),
+            )
+        except FileNotFoundError as error:
+            raise InputError(f"data_dir: {directory} holds no prepared tokens; {advice}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"data_dir: {directory / META_FILE} is broken; {advice}") from error
+        except OSError as error:
+            raise InputError(f"data_dir: {directory} cannot be read: {error.strerror}") from error
+        for name in ("train", "val"):
+            file = prepared.file(name)
+            expected = prepared.split(name).tokens * prepared.dtype.itemsize
+            if not file.is_file() or file.stat().st_size != expected:
+                raise InputError(f"data_dir: {file} is missing or truncated; {advice}")
+        if hash_folder(prepared.tokenizer_directory) != prepared.tokenizer_hash:
+            raise InputError(
+                f"data_dir: {prepared.tokenizer_directory} is not the tokenizer of these tokens; "
+                f"{advice}"
+            )
+        return prepared
+
+    def write_meta(self, file: Path) -> None:
+        """Write ``meta.json``."""
+        meta = asdict(self)
+        del meta["directory"]
+        file.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored ids."""
+        return token_dtype(self.vocab_size)
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer is."""
+        return self.directory / TOKENIZER_FOLDER
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Validation bytes per validation token, which turns nats per token into bits per byte."""
+        return self.val.bytes / self.val.tokens
+
+    def split(self, name: SplitName) -> Split:
+        """Return the size of a split."""
+        return self.train if name == "train" else self.val
+
+    def file(self, name: SplitName) -> Path:
+        """Return where the tokens of a split are."""
+        return self.directory / f"{name}.bin"
+
+    def tokens(self, name: SplitName) -> NDArray[np.unsignedinteger[Any]]:
+        """Map the tokens of a split, shape (tokens,), into memory."""
+        return np.memmap(self.file(name), dtype=self.dtype, mode="r")
+
+    def __str__(self) -> str:
+        """Describe the data in one line."""
+        sizes = ", ".join(
+            f"{name} {size.documents:,} documents, {size.tokens:,} tokens, {size.bytes:,} bytes"
+            for name, size in (("train", self.train), ("val", self.val))
+        )
+        return (
+            f"{self.directory} ({sizes}; vocabulary {self.vocab_size:,}, "
+            f"{self.bytes_per_token:.2f} bytes per token)"
+        )
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest stored type that holds every id below ``vocab_size``."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def hash_folder(folder: Path) -> str:
+    """Hash the names and bytes of the files in a folder (not in its subfolders)."""
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.is_file():
+            total.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()

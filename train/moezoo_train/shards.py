@@ -1,0 +1,108 @@
+"""Encoded documents on their way to disk, in shards that are either complete or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from moezoo_models.tokenizer import Tokenizer
+from numpy.typing import NDArray
+
+from moezoo.errors import InputError
+from moezoo_train.prepared import token_dtype
+from moezoo_train.tokenizer import split_text
+
+PIECE_CHARACTERS = 1 << 16
+"""Longer documents are encoded piece by piece, as the memory and time of one call grow steeply."""
+
+_DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("key", "<u8")])
+"""What is kept of each document: its lengths, and the key by which the split is made."""
+
+
+class Shard:
+    """The tokens of a run of documents; it is there once its index file is.
+
+    Args:
+        folder: where shards are.
+        number: its place in the corpus.
+        dtype: type of the stored ids.
+    """
+
+    def __init__(self, folder: Path, number: int, dtype: np.dtype[Any]) -> None:
+        self._token_file = folder / f"shard-{number:06d}.bin"
+        self._index_file = folder / f"shard-{number:06d}.index"
+        self._dtype = dtype
+
+    def complete(self) -> bool:
+        """Tell whether it was written to the end."""
+        if not (self._token_file.is_file() and self._index_file.is_file()):
+            return False
+        size = self._token_file.stat().st_size
+        return size == int(self.documents()["tokens"].sum()) * self._dtype.itemsize
+
+    def documents(self) -> NDArray[Any]:
+        """Return tokens, bytes and key of each document, as a structured array."""
+        return np.frombuffer(self._index_file.read_bytes(), dtype=_DOCUMENT)
+
+    def tokens(self) -> NDArray[Any]:
+        """Return the ids of all documents, shape (tokens,)."""
+        return np.frombuffer(self._token_file.read_bytes(), dtype=self._dtype)
+
+    def write(self, encoded: list[NDArray[Any]], described: list[tuple[int, int]]) -> None:
+        """Write encoded documents, with the length in bytes and the key of each."""
+        index = np.array(
+            [(len(ids), size, key) for ids, (size, key) in zip(encoded, described, strict=True)],
+            dtype=_DOCUMENT,
+        )
+        write_atomically(self._token_file, np.concatenate(encoded).tobytes())
+        write_atomically(self._index_file, index.tobytes())
+
+
+def batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Group documents into lists of at least ``size`` bytes."""
+    batch: list[str] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document.encode())
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[Any]]:
+    """Encode each document, with its boundary tokens.
+
+    Long ones are cut behind newlines first, unless the tokenizer puts something before every text.
+
+    Raises:
+        InputError: an id is outside the tokenizer's vocabulary.
+    """
+    seamless = tokenizer.decode(tokenizer.encode("a\n") + tokenizer.encode("a\n")) == "a\na\n"
+    pieces = [list(split_text(text, PIECE_CHARACTERS)) if seamless else [text] for text in texts]
+    encoded = iter(tokenizer.encode_batch([piece for document in pieces for piece in document]))
+    opening = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
+    arrays = []
+    for document in pieces:
+        inner = chain.from_iterable(islice(encoded, len(document)))
+        ids = np.array([*opening, *inner, tokenizer.eos_id])
+        if ids.max() >= tokenizer.vocab_size:
+            raise InputError(
+                f"tokenizer: it gave token id {ids.max()}, outside its vocabulary of "
+                f"{tokenizer.vocab_size}; its files do not belong together"
+            )
+        arrays.append(ids.astype(token_dtype(tokenizer.vocab_size)))
+    return arrays
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = file.with_name(file.name + ".unfinished")
+    temporary.write_bytes(data)
+    os.replace(temporary, file)
