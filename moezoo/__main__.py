@@ -65,13 +65,17 @@ EXTRAS = {
     "xformers": "xformers",
     "triton": "gpu",
 }
+# Packages whose ValueErrors are about settings: Lightning's trainer, and MOEZOO_BACKEND.
+REFUSING = ("lightning", "moezoo_kernels")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake, 130 when interrupted."""
+    """Run one command; return 0, 2 for a mistake, 130 when interrupted, 141 for a closed pipe."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # The reader left (`moezoo zoo | head`); keep the interpreter from flushing into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -146,9 +150,18 @@ def explain(error: Exception) -> str | None:
         package = (error.name or "").partition(".")[0]
         if package in EXTRAS:
             return f"{package} is not installed; run: pip install 'moezoo[{EXTRAS[package]}]'"
-    if type(error).__name__ == "MisconfigurationException":
+    if type(error).__name__ == "MisconfigurationException" or _is_refusal(error):
         return one_line(str(error))
     return None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a library whose settings the user chooses raised this itself, to refuse one."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
+    return isinstance(error, ValueError) and module.partition(".")[0] in REFUSING
 
 
 def _explain_os(error: OSError) -> str:

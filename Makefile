@@ -1,0 +1,67 @@
+# Two commands matter: `make demo` and `make test`. Both build .venv first, once.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip
+QUIET  := --quiet --disable-pip-version-check
+
+# Where to take torch from, if not from the usual index; e.g. PyTorch's index of CPU wheels.
+TORCH_INDEX ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    train a small sparse MoE on the Python standard library's source, on a CPU"
+	@echo "make test    run all tests"
+	@echo "make lint    ruff and mypy, as in continuous integration"
+	@echo "make clean   remove .venv, caches and build products; runs/ stays"
+	@echo
+	@echo "Choose the interpreter with PYTHON=python3.12 (3.11 or newer)."
+
+demo: $(VENV)/.train
+	@$(BIN)/moezoo demo
+
+# Idle OpenMP threads that spin slow down every other process of a small machine.
+test: $(VENV)/.dev
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kernels moezoo models train tests -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp per set of extras; dev includes train, so it satisfies both.
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/pip $(VENV)/.torch
+	@echo "Installing moezoo[train] into $(VENV) ..."
+	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[train]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip $(VENV)/.torch
+	@echo "Installing moezoo[dev] into $(VENV) ..."
+	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[dev]"
+	@touch $(VENV)/.train $@
+
+$(VENV)/.torch: constraints.txt | $(BIN)/pip
+ifneq ($(TORCH_INDEX),)
+	@echo "Installing torch from $(TORCH_INDEX) ..."
+	@$(PIP) install $(QUIET) --no-deps --index-url $(TORCH_INDEX) --constraint constraints.txt torch
+endif
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -V >/dev/null 2>&1 \
+	  || { echo "make: $(PYTHON) does not run; choose an interpreter with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make: moezoo needs Python 3.11 or newer, $(PYTHON) is" \
+	       "$$($(PYTHON) -V 2>&1); choose another with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "make: $(PYTHON) has no venv module; on Debian or Ubuntu:" \
+	       "sudo apt install python3-venv" >&2; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) -V) ..."
+	@$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,1 @@
+"""The `moezoo` command's own parts; `import moezoo` does not load them."""

@@ -1,0 +1,119 @@
+"""`moezoo doctor`: what this machine has, and which backends are usable or why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+
+import torch
+
+import moezoo
+from moezoo.command.tables import print_table
+
+PACKAGES = (
+    "numpy",
+    "safetensors",
+    "lightning",
+    "jsonargparse",
+    "transformers",
+    "sentencepiece",
+    "tensorboard",
+    "datasets",
+    "pyarrow",
+    "wandb",
+)
+OPTIONAL = {
+    "triton": "pip install 'moezoo[gpu]'",
+    "xformers": "pip install 'moezoo[xformers]'",
+    "deepspeed": "pip install 'moezoo[deepspeed]'",
+    "megablocks": "see 'megablocks' in README.md: built from source, --no-deps",
+    "scattermoe": "build it from its source with --no-deps",
+}
+
+
+def doctor() -> None:
+    """Show versions, devices, and which backends are usable or why not."""
+    print_table("versions", ["package", "version"], _versions())
+    print_table("devices", ["device", "what"], _devices())
+    print_table("backends", ["op", "backend", "device", "usable", "why not"], _backends())
+    print_table("optional packages", ["package", "version", "usable", "why not"], _optional())
+
+
+def _versions() -> list[list[str]]:
+    own = [
+        ["moezoo", moezoo.__version__],
+        ["python", platform.python_version()],
+        ["torch", torch.__version__],
+    ]
+    return own + [[name, _version(name) or "not installed"] for name in PACKAGES]
+
+
+def _devices() -> list[list[str]]:
+    cpu = f"{_cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    rows = [["cpu", f"{cpu}, {torch.backends.cpu.get_cpu_capability()}"]]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        rows.append([f"cuda:{index}", f"{device.name}, {memory:.0f} GiB"])
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "no usable GPU or driver" if built else "this torch is built without CUDA"
+        rows.append(["cuda", f"not available: {reason}"])
+    if torch.backends.mps.is_available():
+        rows.append(["mps", "Apple GPU"])
+    return rows
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
+            return next(names, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _backends() -> list[list[str]]:
+    from moezoo_kernels.backends import table
+
+    return [
+        [row.op, row.backend, row.device, _usable(row.usable, row.default), row.reason]
+        for row in table()
+    ]
+
+
+def _usable(usable: bool, default: bool) -> str:
+    return "yes, default" if default else "yes" if usable else "no"
+
+
+def _optional() -> list[list[str]]:
+    rows = []
+    for name, remedy in OPTIONAL.items():
+        version = _version(name)
+        if version is None:
+            rows.append([name, "-", "no", f"not installed; {remedy}"])
+            continue
+        reason = _why_unusable(name)
+        rows.append([name, version, "no" if reason else "yes", reason])
+    return rows
+
+
+def _why_unusable(name: str) -> str:
+    """Import a package and give the reason it fails, or an empty text."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        # A broken extension raises whatever its authors chose; the report is what is wanted.
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        module = sys.modules.get(name)
+        return getattr(module, "__version__", None)

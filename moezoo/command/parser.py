@@ -1,0 +1,165 @@
+"""Parsers whose errors are one clear line."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import os
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import docstring_parser
+import jsonargparse
+import yaml
+
+from moezoo.command.messages import one_line, render
+from moezoo.errors import InputError
+
+MANY_OPTIONS = 30
+
+
+class ClearErrors:
+    """Mix into a jsonargparse parser: mistakes raise :class:`InputError`, with a suggestion.
+
+    Put it before the parser class: ``class Parser(ClearErrors, LightningArgumentParser)``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviated option is a typo that happens to work, until another option is added.
+        super().__init__(*args, **{"allow_abbrev": False, "prog": "moezoo", **kwargs})
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Write the help; the usage line of a command with very many options names none."""
+        parser: Any = self
+        parser.prog = parser.prog.replace(" [options]", "")
+        if parser.usage is None and len(parser._actions) > MANY_OPTIONS:
+            parser.usage = "%(prog)s [options]"
+        return super().format_help(*args, **kwargs)  # type: ignore[misc]
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse as the parser class does; a group of options must hold options.
+
+        Raises:
+            InputError: any mistake in the options.
+        """
+        options = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        parser: Any = self
+        for group in parser.groups:
+            value = options.get(group)
+            if not (value is None or isinstance(value, jsonargparse.Namespace)):
+                members = (n for n in option_names(parser) if n.startswith(f"{group}."))
+                example = next(members, f"{group}.option")
+                self.error(f"{group}: {value!r} is not a group of options; give e.g. {example}")
+        return options
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message as one line.
+
+        Parsers of nested classes hand theirs on as they are, for the outermost one to render.
+
+        Raises:
+            InputError: always, from the outermost parser.
+        """
+        parser: Any = self
+        if not parser.exit_on_error:
+            super().error(message, ex)  # type: ignore[misc]
+        raise InputError(render(message, option_names(parser))) from ex
+
+
+class CommandParser(ClearErrors, jsonargparse.ArgumentParser):
+    """The parser of one `moezoo` command."""
+
+
+def option_names(parser: Any) -> Iterator[str]:
+    """Yield the dotted names of every option, subcommands' without the subcommand's name."""
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for subparser in action.choices.values():
+                yield from option_names(subparser)
+        else:
+            flags = (flag for flag in action.option_strings if flag.startswith("--"))
+            yield from (flag[2:] for flag in flags if not flag.endswith(".help"))
+
+
+def run_function(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> None:
+    """Call ``function`` with options parsed after its signature and docstring."""
+    parser = function_parser(function, prog)
+    options = parser.parse_args(_expand_flags(function, arguments))
+    options.pop("config", None)
+    function(**parser.instantiate(options))
+
+
+def function_parser(function: Callable[..., Any], prog: str) -> CommandParser:
+    """Build the parser of a function: an option per argument, help from the docstring."""
+    documentation = docstring_parser.parse(function.__doc__ or "")
+    texts = (documentation.short_description, documentation.long_description)
+    parser = CommandParser(
+        prog=prog, description="\n\n".join(text for text in texts if text), print_config=None
+    )
+    if inspect.signature(function).parameters:
+        parser.add_argument("--config", action="config", help="YAML file with values for these.")
+    parser.add_function_arguments(function, as_group=False, as_positional=False)
+    return parser
+
+
+def _expand_flags(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """Write a bare ``--flag`` of a true-or-false argument as ``--flag=true``."""
+    hints = typing.get_type_hints(function)
+    flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    expanded = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
+        bare = argument in flags and following.startswith("--")
+        expanded.append(f"{argument}=true" if bare else argument)
+    return expanded
+
+
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Check that every ``--config`` file holds settings in YAML.
+
+    Raises:
+        InputError: a file is missing, is not text, is not YAML, or holds no mapping.
+    """
+    for path in _config_files(arguments):
+        text = _read(path)
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: {_syntax_error(error)}") from error
+        if not isinstance(settings, dict):
+            raise InputError(f"{path}: holds no settings; write 'key: value' lines")
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[str]:
+    for option, following in itertools.zip_longest(arguments, arguments[1:]):
+        name, _, value = option.partition("=")
+        if name in ("--config", "-c"):
+            path = value or following
+            if not path:
+                raise InputError("config: a file name is missing; write --config FILE")
+            if "://" not in path:
+                yield path
+
+
+def _read(path: str) -> str:
+    if os.path.isdir(path):
+        raise InputError(f"config: '{path}' is a folder; give a YAML file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        folder = os.path.dirname(path) or "."
+        present = os.listdir(folder) if os.path.isdir(folder) else []
+        close = difflib.get_close_matches(os.path.basename(path), present, n=1)
+        fix = f"; did you mean '{os.path.join(os.path.dirname(path), close[0])}'?" if close else ""
+        raise InputError(f"config: there is no file '{path}'{fix}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"config: '{path}' is not a text file; give a YAML file") from error
+
+
+def _syntax_error(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"not valid YAML at line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return f"not valid YAML: {one_line(str(error))}"

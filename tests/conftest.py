@@ -1,0 +1,41 @@
+"""What every test shares: seeds, threads, poisoned memory, and no GPU tests without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Tiny tensors on many threads spend their time waiting for each other.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison_empty() -> Iterator[None]:
+    """Fill uninitialised memory with NaN and huge integers, and forbid nondeterministic ops.
+
+    Torch does both itself, inside its own C++ too, so a result that reads a row nobody wrote turns
+    into NaN instead of passing because the memory happened to hold zeros.
+    """
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    enabled = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled)

@@ -1,0 +1,329 @@
+"""The `moezoo` command: overview, exit codes, one line per mistake, tables."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import moezoo_kernels
+import pytest
+import torch
+
+import moezoo
+from moezoo import __main__ as command
+from moezoo.command import doctor, tables
+from moezoo.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def fail(capsys, *argv: str) -> str:
+    """Run the command, expect a mistake, and return its one line without the prefix."""
+    assert command.main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("moezoo: error: ")
+    return lines[0].removeprefix("moezoo: error: ")
+
+
+def run_with(monkeypatch, error: BaseException) -> int:
+    def raise_it(name, arguments):
+        raise error
+
+    monkeypatch.setattr(command, "_run", raise_it)
+    return command.main(["zoo"])
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_overview_names_every_command(argv, capsys):
+    assert command.main(argv) == 0
+    output = capsys.readouterr().out
+    for name, entry in command.COMMANDS.items():
+        assert f"\n  {name:<10} {entry.summary}\n" in output
+    assert max(len(line) for line in output.splitlines()) <= 80
+
+
+def test_version(capsys):
+    assert command.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"moezoo {moezoo.__version__}\n"
+
+
+def test_every_command_exists():
+    for entry in command.COMMANDS.values():
+        assert callable(command._load(entry.function))
+
+
+@pytest.mark.parametrize("name", sorted(set(command.COMMANDS) - {"fit", "validate", "test"}))
+def test_help_is_readable(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        command.main([name, "--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"usage: moezoo {name}")
+    assert max(len(line) for line in output.splitlines()) <= 80
+    # Every option says what it is, not only its type.
+    function = command._load(command.COMMANDS[name].function)
+    documented = (function.__doc__ or "").partition("Args:")[2]
+    for option in command_options(name):
+        assert f"{option}:" in documented, option
+
+
+@pytest.mark.parametrize("name", ["fit", "validate", "test"])
+def test_help_of_training_is_readable(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        command.main([name, "--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"usage: moezoo {name} [options]"
+    assert any(line.startswith("  --model.d_model") for line in lines)
+
+
+def command_options(name: str) -> list[str]:
+    from moezoo.command.parser import function_parser, option_names
+
+    function = command._load(command.COMMANDS[name].function)
+    names = set(option_names(function_parser(function, name))) - {"help", "config"}
+    return sorted(option for option in names if "." not in option)
+
+
+def test_unknown_command(capsys):
+    assert fail(capsys, "fitt") == "there is no command 'fitt'; did you mean 'fit'?"
+
+
+MISTAKES = [
+    (["zoo", "--d_modl", "3"], "d_modl: no such option; did you mean 'd_model'?"),
+    (["zoo", "--d_model", "x"], "d_model: 'x' is not a whole number"),
+    (["zoo", "--d_model", "0"], "d_model: 0 is out of range; give a whole number ≥ 1"),
+    (["zoo", "--d_model"], "d_model: a value is missing; write --d_model VALUE"),
+    (["zoo", "512"], "unexpected argument '512'; options are written --name value"),
+    (["zoo", "--config"], "config: a file name is missing; write --config FILE"),
+    (["zoo", "--config", "nowhere.yaml"], "config: there is no file 'nowhere.yaml'"),
+    (["zoo", "--config=folder"], "config: 'folder' is a folder; give a YAML file"),
+    (
+        ["zoo", "--config=sizse.yaml"],
+        "config: there is no file 'sizse.yaml'; did you mean 'sizes.yaml'?",
+    ),
+    (["zoo", "--config=binary"], "config: 'binary' is not a text file; give a YAML file"),
+    (["zoo", "--config=list.yaml"], "list.yaml: holds no settings; write 'key: value' lines"),
+    (["zoo", "--config=empty.yaml"], "empty.yaml: holds no settings; write 'key: value' lines"),
+    (
+        ["zoo", "--config=broken.yaml"],
+        "broken.yaml: not valid YAML at line 2, column 5: mapping values are not allowed here",
+    ),
+    (
+        ["zoo", "--config=tab.yaml"],
+        "tab.yaml: not valid YAML at line 1, column 10: found character",
+    ),
+    (["zoo", "--config=typo.yaml"], "d_modle: no such option; did you mean 'd_model'?"),
+]
+
+
+@pytest.mark.parametrize(("argv", "expected"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_mistakes(argv, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("sizes.yaml").write_text("d_model: 8\n")
+    Path("binary").write_bytes(b"\xff\xfe\x00\x80")
+    Path("list.yaml").write_text("- 3\n")
+    Path("empty.yaml").write_text("")
+    Path("broken.yaml").write_text("a: 1\nb: c: d\n")
+    Path("tab.yaml").write_text("d_model: \t[\n\t3")
+    Path("typo.yaml").write_text("d_modle: 8\n")
+    assert fail(capsys, *argv).startswith(expected)
+
+
+TRAINING_MISTAKES = [
+    (["--model.ffn.top_k", "9"], "top_k: 9 is more than num_experts=8"),
+    (["--model.num_heads", "7"], "d_model: 256 is not divisible by num_heads 7"),
+    (["--model.ffn.router.score", "softmx"], "model.ffn.init_args.router.score: 'softmx' is not"),
+    (["--model.vocab_size", "9"], "model.vocab_size: follows from data.vocab_size"),
+    (["--model.schedule.name", "cosin"], "model.schedule.name: 'cosin' is not one of"),
+    (["--data.batch_size", "0"], "batch_size: 0 is out of range"),
+    (["--data.batchsize", "3"], "data.batchsize: no such option; did you mean 'data.batch_size'?"),
+    (["--data", "3"], "data: '3' is neither options nor a YAML file of them"),
+    (["--trainer.max_step", "3"], "trainer.max_step: no such option; did you mean 'trainer.max_s"),
+    (["--trainer.strategy", "dpp"], "You selected an invalid strategy name"),
+    (["--trainer.callbacks", "[{class_path: EarlyStoping}]"], "trainer.callbacks: 'EarlyStoping'"),
+    (["--config", "moe.yml"], "config: there is no file 'moe.yml'"),
+]
+
+
+# Lightning calls a jsonargparse method by its old name.
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize(
+    ("options", "expected"), TRAINING_MISTAKES, ids=lambda value: str(value)[:40]
+)
+def test_training_mistakes_write_nothing(options, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "configs" / "moe.yaml")
+    assert fail(capsys, "fit", "--config", config, *options).startswith(expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_come_from_a_file(capsys, tmp_path):
+    path = tmp_path / "sizes.yaml"
+    path.write_text("d_model: 48\n")
+    assert command.main(["zoo", "--config", str(path)]) == 0
+    assert "at d_model=48" in capsys.readouterr().out
+
+
+ERRORS = [
+    (InputError("top_k: 9 is more\n  than num_experts=8"), "top_k: 9 is more than num_experts=8"),
+    (
+        FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "gone.txt"),
+        "gone.txt: no such file or directory",
+    ),
+    (
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/secret"),
+        "/secret: permission denied",
+    ),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space left on device"),
+    (OSError("not a local folder\nand not a model"), "not a local folder and not a model"),
+    (
+        ModuleNotFoundError("No module named 'lightning.pytorch'", name="lightning.pytorch"),
+        "lightning is not installed; run: pip install 'moezoo[train]'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "expected"), ERRORS, ids=lambda value: repr(value)[:40])
+def test_what_goes_wrong_inside_is_said_in_one_line(error, expected, capsys, monkeypatch):
+    assert run_with(monkeypatch, error) == 2
+    assert capsys.readouterr().err == f"moezoo: error: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        KeyError("x"),
+        ValueError("x"),
+        ModuleNotFoundError("no 'moezoo.nothing'", name="moezoo.nothing"),
+    ],
+)
+def test_bugs_keep_their_traceback(bug, monkeypatch):
+    with pytest.raises(type(bug)):
+        run_with(monkeypatch, bug)
+
+
+def test_a_library_that_refuses_a_setting_is_quoted(capsys, monkeypatch):
+    def refuse(name, arguments):
+        moezoo_kernels.use("gpu")
+
+    monkeypatch.setattr(command, "_run", refuse)
+    assert command.main(["zoo"]) == 2
+    assert "no backend 'gpu'; choose from:" in capsys.readouterr().err
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("MOEZOO_TRACEBACK", "1")
+    with pytest.raises(InputError):
+        run_with(monkeypatch, InputError("x"))
+
+
+def test_interrupt(capsys, monkeypatch):
+    assert run_with(monkeypatch, KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "moezoo: error: interrupted\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moezoo", "zoo"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "models", "train"))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def test_zoo_lists_every_method_at_the_width(capsys):
+    assert command.main(["zoo", "--d_model", "64"]) == 0
+    output = capsys.readouterr().out
+    assert "at d_model=64" in output
+    for method in moezoo.zoo():
+        line = next(line for line in output.splitlines() if line.startswith(f"{method.name} "))
+        assert method.paper.arxiv in line
+        assert f"{method.paper.authors} {method.paper.year}" in line
+
+
+def test_zoo_numbers_are_the_layers(capsys):
+    assert command.main(["zoo", "--d_model", "32", "--json"]) == 0
+    entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert list(entries) == [method.name for method in moezoo.zoo()]
+    for method in moezoo.zoo():
+        layer = method.build(32)
+        entry = entries[method.name]
+        assert entry["total_parameters"] == sum(p.numel() for p in layer.parameters())
+        assert entry["active_parameters"] <= entry["total_parameters"]
+        assert entry["flops_per_token"] == layer.cost().flops_per_token
+        assert entry["causal"] == layer.causal
+
+
+def test_doctor_reports_versions_devices_and_backends(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "OPTIONAL", {"json": "", "no-such-package": "take it along"})
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+    assert command.main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    assert torch.__version__ in output
+    assert torch.backends.cpu.get_cpu_capability() in output
+    assert "cuda     not available: " in output.replace("cuda    not", "cuda     not")
+    from moezoo_kernels.backends import table
+
+    for row in table():
+        assert row.backend in output
+        assert row.reason in output
+    assert "not installed; take it along" in output
+
+
+def test_doctor_says_why_a_package_does_not_work(tmp_path, monkeypatch):
+    (tmp_path / "half_built.py").write_text("raise OSError('libcuda.so:\\n cannot open')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert doctor._why_unusable("half_built") == "OSError: libcuda.so: cannot open"
+    assert doctor._why_unusable("json") == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (12345, "12.3 k"),
+        (999_499, "999 k"),
+        (999_999, "1.00 M"),
+        (2_097_152, "2.10 M"),
+        (671_000_000_000, "671 G"),
+    ],
+)
+def test_counts_have_three_digits(number, text):
+    assert tables.count(number) == text
+
+
+def test_tables_on_a_terminal_are_drawn(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    tables.print_table("sizes", ["name", ">size"], [["[a]", "1"], ["b", "22"]])
+    output = capsys.readouterr().out
+    assert "─" in output
+    assert "[a]" in output
+
+
+def test_tables_in_a_pipe_are_aligned(capsys):
+    tables.print_table("sizes", ["name", ">size"], [["a", "1"], ["bbbbb", "22222"]])
+    assert capsys.readouterr().out == "sizes\nname    size\na          1\nbbbbb  22222\n\n"

@@ -1,0 +1,82 @@
+"""Components import each other in one direction only, and `import moezoo` stays cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Each component may import itself and those before it.
+COMPONENTS = {
+    "moezoo_kernels": ROOT / "kernels" / "moezoo_kernels",
+    "moezoo": ROOT / "moezoo",
+    "moezoo_models": ROOT / "models" / "moezoo_models",
+    "moezoo_train": ROOT / "train" / "moezoo_train",
+}
+ORDER = list(COMPONENTS)
+COMMAND = ROOT / "moezoo" / "__main__.py"
+
+
+def imported_components(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").partition(".")[0])
+    return names & set(COMPONENTS)
+
+
+def violations(component: str, source: str) -> set[str]:
+    return imported_components(source) - set(ORDER[: ORDER.index(component) + 1])
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_components_import_only_what_stands_before_them(component):
+    files = [path for path in COMPONENTS[component].rglob("*.py") if path != COMMAND]
+    assert files
+    found = {
+        str(path.relative_to(ROOT)): wrong
+        for path in files
+        if (wrong := violations(component, path.read_text(encoding="utf-8")))
+    }
+    assert found == {}
+
+
+def test_a_wrong_import_is_noticed():
+    assert violations("moezoo_kernels", "def f():\n    from moezoo.errors import InputError") == {
+        "moezoo"
+    }
+    assert violations("moezoo", "import moezoo_train.data") == {"moezoo_train"}
+    assert violations("moezoo_train", "import moezoo, moezoo_kernels.backends") == set()
+
+
+def test_component_folders_are_not_packages():
+    # An importable folder named `kernels` would break transformers, which probes for that name.
+    for folder in ("kernels", "models", "train", "tests"):
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_import_moezoo_loads_nothing_heavy():
+    heavy = ("lightning", "transformers", "triton", "jsonargparse", "rich", "matplotlib", "pandas")
+    code = f"import sys, moezoo; print([name for name in {heavy} if name in sys.modules])"
+    # triton comes with CUDA builds of torch, which may load it on its own.
+    bare = f"import sys, torch; print([name for name in {heavy} if name in sys.modules])"
+    assert run(code) == run(bare)
+
+
+def test_overview_needs_no_optional_package():
+    optional = ("jsonargparse", "lightning", "yaml", "rich", "transformers")
+    blocked = f"sys.modules.update(dict.fromkeys({optional}))\n"
+    output = run(blocked + "from moezoo.__main__ import main; main(['--help'])")
+    assert "moezoo COMMAND" in output
+
+
+def run(code: str) -> str:
+    path = [str(ROOT), *(str(ROOT / folder) for folder in ("kernels", "models", "train"))]
+    prelude = f"import sys; sys.path[:0] = {path}\n"
+    return subprocess.run(
+        [sys.executable, "-c", prelude + code], check=True, capture_output=True, text=True
+    ).stdout
