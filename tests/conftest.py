@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Without it cuBLAS refuses to run under torch.use_deterministic_algorithms (`poison_empty`).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Tiny tensors on many threads spend their time waiting for each other.
 torch.set_num_threads(min(2, torch.get_num_threads()))

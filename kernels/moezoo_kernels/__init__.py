@@ -1,1 +1,12 @@
-"""Fused gather/scatter ops for sparse feed-forward layers."""
+"""Fused gather/scatter ops for sparse feed-forward layers.
+
+Every op is a function here and a package of the same name that holds its backends:
+``moezoo_kernels.grouped_mlp`` is the function, whether or not the package of that name has been
+imported, and ``from moezoo_kernels.grouped_mlp import …`` reaches into the package.
+"""
+
+from moezoo_kernels import backends
+from moezoo_kernels.backends import use
+from moezoo_kernels.grouped_mlp import grouped_mlp
+
+__all__ = ["backends", "grouped_mlp", "use"]

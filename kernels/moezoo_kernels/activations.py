@@ -1,11 +1,14 @@
-"""The activation functions that layers and fused ops share."""
+"""The activation functions that layers and fused ops share, and their derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_aten = torch.ops.aten
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -25,6 +28,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": _relu2,
 }
 
+_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, x: _aten.threshold_backward(grad, x, 0),
+    "gelu": lambda grad, x: _aten.gelu_backward(grad, x, approximate="none"),
+    "gelu_tanh": lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
+    "silu": lambda grad, x: _aten.silu_backward(grad, x),
+    "relu2": lambda grad, x: grad * F.relu(x).mul_(2),
+}
+
 
 def activate(x: Tensor, activation: str, gated: bool) -> Tensor:
     """Apply the activation to a pre-activation ``x``.
@@ -42,3 +53,32 @@ def activate(x: Tensor, activation: str, gated: bool) -> Tensor:
         return function(x)
     gate, up = x.chunk(2, dim=-1)
     return function(gate) * up
+
+
+def activate_backward(
+    grad: Tensor, x: Tensor, activation: str, gated: bool
+) -> tuple[Tensor, Tensor]:
+    """Recompute the activation and give its gradient, without autograd.
+
+    Fused ops that save only the pre-activation call it inside their backward.
+
+    Args:
+        grad: ``(..., f)``, gradient of what :func:`activate` returned.
+        x: the pre-activation :func:`activate` was given.
+        activation: a key of :data:`ACTIVATIONS`.
+        gated: as for :func:`activate`.
+
+    Returns:
+        ``activate(x)``, ``(..., f)``, and the gradient of ``<activate(x), grad>`` in ``x``, of
+        ``x``'s shape; both contiguous.
+    """
+    function, backward = ACTIVATIONS[activation], _BACKWARDS[activation]
+    if not gated:
+        return function(x), backward(grad, x)
+    gate, up = x.chunk(2, dim=-1)
+    activated = function(gate)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+    torch.mul(grad, activated, out=grad_up)
+    grad_gate.copy_(backward(grad * up, gate))
+    return activated.mul_(up), grad_x

@@ -25,12 +25,22 @@ def make(method: Method, dtype: torch.dtype = torch.float32, seed: int = 0) -> F
     return layer
 
 
+def token_ids(hidden: torch.Tensor) -> torch.Tensor:
+    """Name each token, for layers that route on names; a prefix keeps its names."""
+    position = torch.arange(hidden.shape[-2]) if hidden.ndim > 1 else torch.arange(1)
+    return (position * 7 % 50).expand(hidden.shape[:-1])
+
+
+def run(layer: FeedForward, hidden: torch.Tensor, **kwargs):
+    return layer(hidden, token_ids=token_ids(hidden), **kwargs)
+
+
 def gradients(layer: FeedForward, hidden: torch.Tensor, call: str, **kwargs) -> dict:
     """Run a call and return its output, losses and the gradient of everything trainable."""
     layer.zero_grad(set_to_none=True)
     hidden = hidden.clone().requires_grad_()
     torch.manual_seed(7)
-    output = getattr(layer, call)(hidden, **kwargs)
+    output = getattr(layer, call)(hidden, token_ids=token_ids(hidden), **kwargs)
     direction = torch.randn(
         output.hidden.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
     )
@@ -87,14 +97,14 @@ def test_config_round_trip_through_json(method):
     assert again.config() == layer.config()
     again.load_state_dict(layer.state_dict())
     hidden = torch.randn(5, D)
-    assert torch.equal(again.eval()(hidden).hidden, layer.eval()(hidden).hidden)
+    assert torch.equal(run(again.eval(), hidden).hidden, run(layer.eval(), hidden).hidden)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_argument_is_readable_and_defaults_build(method):
     layer = method.layer(D)
     assert layer.config()["init_args"]["d_model"] == D
-    assert layer(torch.randn(3, D)).hidden.shape == (3, D)
+    assert run(layer, torch.randn(3, D)).hidden.shape == (3, D)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -105,7 +115,9 @@ def test_padding_is_invisible(method):
     real = torch.randn(1, 9, D, dtype=torch.float64)
     padded = torch.cat([torch.full((1, 4, D), 1e3, dtype=torch.float64), real], dim=1)
     mask = torch.arange(13).unsqueeze(0) >= 4
-    alone, beside = layer(real), layer(padded, mask=mask)
+    names = token_ids(real)
+    alone = layer(real, token_ids=names)
+    beside = layer(padded, token_ids=torch.nn.functional.pad(names, (4, 0)), mask=mask)
     torch.testing.assert_close(beside.hidden[:, 4:], alone.hidden, rtol=1e-12, atol=1e-12)
     assert alone.losses.keys() == beside.losses.keys()
     for name, loss in alone.losses.items():
@@ -120,8 +132,8 @@ def test_causal_layers_see_no_later_token(method):
     hidden = torch.randn(1, 12, D, dtype=torch.float64)
     changed = hidden.clone()
     changed[:, 7:] = torch.randn(1, 5, D, dtype=torch.float64) * 5
-    before = layer(hidden).hidden[:, :7]
-    same = torch.allclose(before, layer(changed).hidden[:, :7], rtol=0, atol=1e-12)
+    before = run(layer, hidden).hidden[:, :7]
+    same = torch.allclose(before, run(layer, changed).hidden[:, :7], rtol=0, atol=1e-12)
     assert same or not layer.causal
 
 
@@ -131,7 +143,7 @@ def test_empty_and_single_token(method, shape):
     for training in (True, False):
         layer = make(method).train(training)
         hidden = torch.randn(*shape, D, requires_grad=True)
-        output = layer(hidden)
+        output = run(layer, hidden)
         assert output.hidden.shape == hidden.shape
         (output.hidden.sum() + sum(output.losses.values())).backward()
         assert all(v.isfinite().all() for v in [*output.losses.values(), *output.stats.values()])
@@ -142,9 +154,9 @@ def test_empty_and_single_token(method, shape):
 def test_autocast_runs_experts_in_bf16_and_routes_in_fp32(method):
     layer = make(method).eval()
     hidden = torch.randn(33, D)
-    exact = layer(hidden)
+    exact = run(layer, hidden)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = layer(hidden)
+        rounded = run(layer, hidden)
     assert rounded.hidden.dtype == torch.bfloat16
     assert all(loss.dtype == torch.float32 for loss in rounded.losses.values())
     for name, value in exact.stats.items():
@@ -179,7 +191,7 @@ def test_cost_formulas_equal_what_torch_counts(method):
     layer = make(method).eval()
     tokens = 64
     with FlopCounterMode(display=False) as counter:
-        output = layer(torch.randn(tokens, D))
+        output = run(layer, torch.randn(tokens, D))
     cost = layer.cost()
     assert cost.total_parameters == sum(p.numel() for p in layer.parameters())
     assert cost.active_parameters <= cost.total_parameters
@@ -213,7 +225,7 @@ def test_output_keeps_the_scale_of_its_input(method):
     """A block whose output explodes or vanishes at initialisation would not train."""
     torch.manual_seed(0)
     layer = method.build(128).eval()
-    ratio = layer(torch.randn(256, 128)).hidden.std()
+    ratio = run(layer, torch.randn(256, 128)).hidden.std()
     assert 0.01 < ratio < 3.0
 
 

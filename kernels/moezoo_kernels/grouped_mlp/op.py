@@ -1,0 +1,203 @@
+"""``grouped_mlp`` as one opaque op with a backward op: what autograd, compile and opcheck see.
+
+Forward returns what backward wants besides its inputs (pre-activations and index metadata), because
+a custom op can save nothing else. Everything else is recomputed: the activation from the
+pre-activations, and the router's gradient as ``<dA', A>`` with A the hidden activations and
+``dA' = dO W_out`` their gradient before the router weight, so the experts' answers are not saved.
+
+Shapes: T tokens, K choices, D width, E experts, F hidden width, I = 2 F if gated else F,
+N = ``rows``: room for that many assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from moezoo_kernels.grouped_mlp import cpu, grouped_mm
+from moezoo_kernels.grouped_mlp.assignments import Assignments, sort_by_expert
+from moezoo_kernels.grouped_mlp.operands import Experts, Needs
+
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "grouped_mm": grouped_mm}
+
+
+@torch.library.custom_op("moezoo::grouped_mlp", mutates_args=())
+def forward(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    bias_in: Tensor | None,
+    bias_out: Tensor | None,
+    activation: str,
+    gated: bool,
+    rows: int,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the output (T, D), pre-activations (N, I), row order (N,) and group ends (E,).
+
+    Without ``keep`` no backward can follow, and the pre-activations are empty.
+    """
+    experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
+    assignments = sort_by_expert(indices, w_in.shape[0], rows)
+    with torch.autocast(x.device.type, enabled=False):
+        output, inner = _IMPLEMENTATIONS[backend].forward(x, experts, weights, assignments, keep)
+    return output, inner, assignments.order, assignments.ends
+
+
+@forward.register_fake
+def _(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    bias_in: Tensor | None,
+    bias_out: Tensor | None,
+    activation: str,
+    gated: bool,
+    rows: int,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_experts, inner_width, _ = w_in.shape
+    inner = x.new_empty(rows if keep else 0, inner_width)
+    order, ends = indices.new_empty(rows), indices.new_empty(num_experts)
+    return x.new_empty(x.shape), inner, order, ends
+
+
+@torch.library.custom_op("moezoo::grouped_mlp_backward", mutates_args=())
+def backward(
+    grad: Tensor,
+    inner: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    weights: Tensor,
+    bias_in: Tensor | None,
+    bias_out: Tensor | None,
+    activation: str,
+    gated: bool,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Give the gradients in the order of :class:`Needs`; one that is not needed is empty."""
+    experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
+    assignments = Assignments(order, ends, weights.shape[1])
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = _IMPLEMENTATIONS[backend].backward(
+            grad, inner, x, experts, weights, assignments, Needs(*needs)
+        )
+    of_x, of_w_in, of_w_out, *others = (x.new_empty(0) if g is None else g for g in gradients)
+    of_weights, of_bias_in, of_bias_out = others
+    return of_x, of_w_in, of_w_out, of_weights, of_bias_in, of_bias_out
+
+
+@backward.register_fake
+def _(
+    grad: Tensor,
+    inner: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    weights: Tensor,
+    bias_in: Tensor | None,
+    bias_out: Tensor | None,
+    activation: str,
+    gated: bool,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    inputs = (x, w_in, w_out, weights, bias_in, bias_out)
+    return tuple(
+        t.new_empty(t.shape) if t is not None and needed else x.new_empty(0)
+        for t, needed in zip(inputs, needs, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w_in, w_out, _, weights, bias_in, bias_out, activation, gated, _, _, backend = inputs
+    _, inner, order, ends = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(inner, order, ends)
+    ctx.save_for_backward(inner, order, ends, x, w_in, w_out, weights, bias_in, bias_out)
+    ctx.options = (activation, gated, backend)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    inner, order, ends, x, w_in, w_out, weights, bias_in, bias_out = ctx.saved_tensors
+    activation, gated, backend = ctx.options
+    x_needs, w_in_needs, w_out_needs, _, *other_needs = ctx.needs_input_grad[:7]
+    needs = (x_needs, w_in_needs, w_out_needs, *other_needs)
+    gradients: Sequence[Tensor | None] = [None] * len(needs)
+    if grad is not None:
+        saved = (inner, order, ends, x, w_in, w_out, weights, bias_in, bias_out)
+        computed = backward(grad, *saved, activation, gated, needs, backend)
+        gradients = [g if needed else None for g, needed in zip(computed, needs, strict=True)]
+    of_x, of_w_in, of_w_out, of_weights, of_bias_in, of_bias_out = gradients
+    options = (None,) * 5
+    return of_x, of_w_in, of_w_out, None, of_weights, of_bias_in, of_bias_out, *options
+
+
+forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.moezoo.grouped_mlp, get_raw=True)
+def _forward_flops(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    bias_in: Tensor | None,
+    bias_out: Tensor | None,
+    activation: str,
+    gated: bool,
+    rows: int,
+    *_: Any,
+    out_val: Any = None,
+) -> int:
+    """Count the two products of the active rows; without data, of all there is room for."""
+    known = not isinstance(indices, FakeTensor) and indices.device.type != "meta"
+    active = int(indices.ge(0).sum()) if known else rows
+    return 2 * active * (w_in[0].numel() + w_out[0].numel())
+
+
+@register_flop_formula(torch.ops.moezoo.grouped_mlp_backward, get_raw=True)
+def _backward_flops(
+    grad: Tensor,
+    inner: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    weights: Tensor,
+    bias_in: Tensor | None,
+    bias_out: Tensor | None,
+    activation: str,
+    gated: bool,
+    needs: Sequence[bool],
+    *_: Any,
+    out_val: Any = None,
+) -> int:
+    """Count the products for the gradients that are needed: of x, of w_in, of w_out and of A."""
+    known = not isinstance(ends, FakeTensor) and ends.device.type != "meta" and ends.numel() > 0
+    active = int(ends[-1]) if known else order.numel()
+    wanted = Needs(*needs)
+    in_products = wanted.x + wanted.w_in
+    out_products = 1 + wanted.w_out
+    per_row = in_products * w_in[0].numel() + out_products * w_out[0].numel()
+    return 2 * active * per_row

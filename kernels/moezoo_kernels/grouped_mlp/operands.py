@@ -1,0 +1,46 @@
+"""What the fused backends of ``grouped_mlp`` are given and give back, under one name each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Experts(NamedTuple):
+    """The stacked experts; E experts, D width, F hidden width, I = 2 F if gated else F."""
+
+    w_in: Tensor  # (E, I, D)
+    w_out: Tensor  # (E, D, F)
+    bias_in: Tensor | None  # (E, I)
+    bias_out: Tensor | None  # (E, D)
+    activation: str
+    gated: bool
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody wants."""
+
+    x: bool
+    w_in: bool
+    w_out: bool
+    weights: bool
+    bias_in: bool
+    bias_out: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients, each in the shape and dtype of its tensor; None where not wanted."""
+
+    x: Tensor | None
+    w_in: Tensor | None
+    w_out: Tensor | None
+    weights: Tensor | None
+    bias_in: Tensor | None
+    bias_out: Tensor | None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype of sums over a token's experts: fp32, or fp64 if the operands are."""
+    return torch.promote_types(dtype, torch.float32)

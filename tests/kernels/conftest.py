@@ -1,0 +1,146 @@
+"""Problems for grouped_mlp: sizes, routings, and the comparison of every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import moezoo_kernels
+
+
+@dataclass
+class Problem:
+    """Operands of one call, and a gradient to send back."""
+
+    x: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    weights: Tensor
+    bias_in: Tensor | None
+    bias_out: Tensor | None
+    indices: Tensor
+    grad: Tensor
+    activation: str
+    gated: bool
+
+    def differentiable(self) -> list[Tensor]:
+        tensors = (self.x, self.w_in, self.w_out, self.weights, self.bias_in, self.bias_out)
+        return [t for t in tensors if t is not None]
+
+    def to(self, *args: object) -> Problem:
+        """Convert every floating tensor, into fresh leaves."""
+        names = ("x", "w_in", "w_out", "weights", "bias_in", "bias_out", "grad")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {
+            name: None if t is None else t.detach().to(*args).requires_grad_(name != "grad")
+            for name, t in tensors.items()
+        }
+        device = next(t for t in moved.values() if t is not None).device
+        return replace(self, **moved, indices=self.indices.to(device))
+
+    def run(self, function: Callable[..., Tensor], **options: object) -> Tensor:
+        return function(
+            self.x,
+            self.w_in,
+            self.w_out,
+            self.indices,
+            self.weights,
+            activation=self.activation,
+            gated=self.gated,
+            bias_in=self.bias_in,
+            bias_out=self.bias_out,
+            **options,
+        )
+
+    def outputs(self, function: Callable[..., Tensor], **options: object) -> list[Tensor]:
+        """Give the output and all gradients."""
+        output = self.run(function, **options)
+        gradients = torch.autograd.grad(output, self.differentiable(), self.grad.to(output.dtype))
+        return [output.detach(), *gradients]
+
+
+def _indices(routing: str, tokens: int, experts: int, choices: int) -> Tensor:
+    scores = torch.rand(tokens, experts)
+    if routing == "one_empty" and experts > choices:
+        scores[:, experts // 2] = -1
+    indices = scores.topk(choices, dim=-1).indices
+    if routing == "some_none":
+        indices[torch.rand(indices.shape) < 0.4] = -1
+    if routing == "all_none":
+        indices.fill_(-1)
+    if routing == "one_expert":
+        indices.fill_(experts - 1)
+    if routing == "repeated":
+        indices = torch.randint(0, experts, indices.shape)
+    return indices
+
+
+def _make_problem(
+    tokens: int = 63,
+    width: int = 20,
+    hidden: int = 31,
+    experts: int = 5,
+    choices: int = 3,
+    *,
+    routing: str = "some_none",
+    activation: str = "silu",
+    gated: bool = True,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Problem:
+    torch.manual_seed(seed)
+    inner = 2 * hidden if gated else hidden
+
+    def parameter(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype).requires_grad_()
+
+    return Problem(
+        x=parameter(tokens, width),
+        w_in=parameter(experts, inner, width),
+        w_out=parameter(experts, width, hidden),
+        weights=parameter(tokens, choices),
+        bias_in=parameter(experts, inner) if bias else None,
+        bias_out=parameter(experts, width) if bias else None,
+        indices=_indices(routing, tokens, experts, choices),
+        grad=torch.randn(tokens, width, dtype=dtype),
+        activation=activation,
+        gated=gated,
+    )
+
+
+def _assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Compare tensor by tensor, relative to the largest element of what is expected."""
+    assert len(actual) == len(expected)
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == b.shape, f"tensor {i}"
+        if b.numel() == 0:
+            continue
+        error = (a.double() - b.double()).abs().max()
+        assert error <= tolerance * b.double().abs().max(), f"tensor {i} is off by {error:.2e}"
+
+
+@pytest.fixture
+def make_problem():
+    return _make_problem
+
+
+@pytest.fixture
+def assert_close():
+    return _assert_close
+
+
+@pytest.fixture(params=["cpu", "grouped_mm"])
+def fused_backend(request):
+    with moezoo_kernels.use(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", "grouped_mm", "reference"])
+def any_backend(request):
+    with moezoo_kernels.use(request.param):
+        yield request.param
