@@ -1,0 +1,200 @@
+"""What a run does besides training: repeatable randomness, checkpoints, the model directory."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from moezoo.errors import check_choice
+from moezoo_models.checkpoints import save_checkpoint
+from moezoo_train.distributed import gather_from_ranks
+
+if TYPE_CHECKING:
+    from moezoo_train.module import LanguageModel
+
+
+class RandomState(Callback):
+    """Make the randomness of training depend on the training batches alone, and resumable.
+
+    The generators' states after each batch are put back before the next, so that validation,
+    sampling or logging in between draws nothing from training's stream; a checkpoint holds the
+    state of every rank. Resumed with another number of ranks, the fresh seeds stay.
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None
+        self._loaded: list[dict[str, Any]] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take this rank's state from a loaded checkpoint."""
+        if self._loaded is None:
+            return
+        if len(self._loaded) == trainer.world_size:
+            self._state = self._loaded[trainer.global_rank]
+        else:
+            rank_zero_warn(
+                f"the checkpoint was written by {len(self._loaded)} processes, this run has "
+                f"{trainer.world_size}: random numbers continue from the seed"
+            )
+        self._loaded = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Put the state back."""
+        if self._state is not None:
+            set_random_state(self._state)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Remember the state."""
+        self._state = get_random_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gather the states of all ranks."""
+        return {"ranks": gather_from_ranks(self._state or get_random_state())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the loaded states until training starts."""
+        self._loaded = state_dict["ranks"]
+
+
+def get_random_state() -> dict[str, Any]:
+    """Return the states of all global generators, as numbers and tensors only."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the global generator
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set all global generators to what :func:`get_random_state` returned."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep ``last.ckpt``: every n optimizer steps, at the end, and when SIGTERM asks to stop.
+
+    Always between optimizer steps, so that a resumed run repeats the uninterrupted one exactly.
+
+    Args:
+        path: the folder of checkpoints.
+        every_n_steps: optimizer steps between checkpoints.
+    """
+
+    def __init__(self, path: str | Path, every_n_steps: int) -> None:
+        super().__init__(
+            dirpath=path,
+            save_last=True,
+            save_top_k=0,
+            every_n_train_steps=every_n_steps,
+            enable_version_counter=False,
+        )
+        self.terminated = False
+        self._finished_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where a resumed run stands, so that no half-accumulated step is saved."""
+        super().on_train_start(trainer, pl_module)
+        self._finished_step = self._last_global_step_saved = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save if it is time, or if the run was asked to stop and a step has just ended."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        step_ended = trainer.global_step != self._finished_step
+        self._finished_step = trainer.global_step
+        if trainer.world_size > 1 or not (self.terminated or trainer.received_sigterm):
+            return  # Lightning stops several processes together by itself
+        # Lightning would stop right here, in the middle of an accumulated step.
+        self.terminated = True
+        trainer._signal_connector.received_sigterm = False
+        if step_ended:
+            self._save(trainer)
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the final state."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class SaveModel(Callback):
+    """Keep a Hugging Face directory of the model, its tokenizer beside the weights.
+
+    Args:
+        path: the directory.
+        keep: ``last`` writes at each validation and at the end; ``best`` at each validation whose
+            loss is the lowest so far.
+    """
+
+    def __init__(self, path: str | Path, keep: Literal["last", "best"] = "last") -> None:
+        self.path = Path(path)
+        self.keep = check_choice("keep", keep, ["last", "best"])
+        self._best = float("inf")
+        self._saved_step = -1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, if this state is to be kept."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        loss = float(trainer.callback_metrics.get("val/loss", float("inf")))
+        if self.keep == "last" or loss < self._best:
+            self._write(trainer, pl_module)
+        self._best = min(self._best, loss)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the final state, unless a better one is kept."""
+        if self.keep == "last" or self._best == float("inf"):
+            self._write(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remember the lowest loss."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the lowest loss so far."""
+        self._best = state_dict["best"]
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        if trainer.is_global_zero and self._saved_step != trainer.global_step:
+            tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            model = cast("LanguageModel", pl_module).model
+            save_checkpoint(self.path, model, tokenizer)
+        self._saved_step = trainer.global_step
+        trainer.strategy.barrier("save_model")

@@ -1,0 +1,94 @@
+"""Training checkpoints on disk: written whole or not at all, read without unpickling."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from moezoo.errors import InputError
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary neighbour of ``path`` that takes its name once it is safely on disk.
+
+    A reader sees the old file or the new one, also after a crash; an exception inside leaves the
+    old one. Text is UTF-8.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # One fixed name: what a killed process left behind is overwritten, not collected.
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+_REQUIRED = {"state_dict", "pytorch-lightning_version"}
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, made safe.
+
+    Lightning writes to the system's temporary folder and moves from there, which is a copy, not a
+    rename, where that is another disk. This writes beside the target. Reading never unpickles,
+    whatever the trainer says, and what can not be read is one clear line.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint; remote paths (``s3://…``) are left to Lightning."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        map_location: Callable[..., Any] | None = lambda storage, _: storage,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            InputError: there is none, it is damaged, or it is not a Lightning checkpoint.
+        """
+        try:
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+        except FileNotFoundError:
+            raise InputError(f"ckpt_path: there is no checkpoint {path}") from None
+        except IsADirectoryError:
+            raise InputError(f"ckpt_path: {path} is a folder; name a .ckpt file in it") from None
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise InputError(
+                f"ckpt_path: {path} is damaged or not a checkpoint ({_first_line(error)}); "
+                "use another, e.g. best.ckpt beside it"
+            ) from error
+        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _REQUIRED:
+            raise InputError(
+                f"ckpt_path: {path} is not a training checkpoint; give one of moezoo fit, or the "
+                "directory of a model as model.initialize_from"
+            )
+        return checkpoint
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__

@@ -1,0 +1,257 @@
+"""``moezoo fit``, ``validate`` and ``test``: LightningCLI around the model, the data and a run.
+
+Everything of a run lies in one directory::
+
+    runs/NAME/config.yaml           what it was told, complete
+    runs/NAME/checkpoints/*.ckpt    last.ckpt and best.ckpt, to resume from
+    runs/NAME/model/                the model as a Hugging Face directory, with its tokenizer
+    runs/NAME/metrics.csv           and tensorboard/
+    runs/NAME/report.json, loss.png, sample.txt
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from moezoo.command.parser import ClearErrors
+from moezoo.errors import InputError, check_int
+from moezoo_train.callbacks import LastCheckpoint, SaveModel
+from moezoo_train.checkpointing import AtomicCheckpointIO, atomic_write
+from moezoo_train.data import TokenDataModule
+from moezoo_train.loggers import build_loggers
+from moezoo_train.module import LanguageModel
+from moezoo_train.progress import StepProgress, quiet_lightning
+from moezoo_train.report import write_report
+
+TRAINER_DEFAULTS = {
+    "max_steps": 1000,
+    "max_epochs": -1,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "val_check_interval": 200,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+SIGTERM_EXIT = 128 + 15
+_RUN_FILES = ("config.yaml", "metrics.csv", "report.json", "loss.png", "sample.txt")
+_RUN_SIGNS = ("metrics.csv", "checkpoints", "model")
+_RUN_FOLDERS = ("checkpoints", "model", "tensorboard", "wandb")
+
+
+def run(argv: list[str]) -> None:
+    """Run one command, e.g. ``["fit", "--config", "configs/demo.yaml"]``.
+
+    Raises:
+        InputError: something in the command line, the configuration or the data is wrong.
+        SystemExit: after ``--help``; with 143 after a checkpoint when SIGTERM ended the run.
+    """
+    quiet_lightning()
+    try:
+        MoezooCLI(
+            LanguageModel,
+            TokenDataModule,
+            save_config_callback=SaveConfig,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=argv,
+        )
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+class Parser(ClearErrors, LightningArgumentParser):
+    """Lightning's parser, with mistakes as one clear line."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Write the complete configuration of a training run to ``config.yaml``, once it starts."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait: what is wrong with the configuration may show only now."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it whole."""
+        if trainer.is_global_zero:
+            with atomic_write(Path(self.config["output"]) / self.config_filename, "w") as file:
+                file.write(self.parser.dump(self.config))
+
+
+class MoezooCLI(LightningCLI):
+    """LightningCLI with a run directory."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """List the commands, with the arguments of theirs that a user can not give."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's own options."""
+        group = parser.add_argument_group("Run")
+        group.add_argument("--output", default="runs/default", help="directory of the run")
+        group.add_argument(
+            "--overwrite", type=bool, default=False, help="replace a run that is already there"
+        )
+        group.add_argument(
+            "--loggers",
+            type=list[Literal["csv", "tensorboard", "wandb"]],
+            default=["csv", "tensorboard"],
+            help="where metrics go; metrics.csv is always written",
+        )
+        group.add_argument(
+            "--checkpoint_every", type=int, default=200, help="optimizer steps between last.ckpt"
+        )
+        group.add_argument(
+            "--keep",
+            type=Literal["last", "best"],
+            default="last",
+            help="what model/ holds: the last state, or the one of the lowest validation loss",
+        )
+        group.add_argument("--sample_prompt", default="", help="begins the text in sample.txt")
+        group.add_argument(
+            "--sample_tokens", type=int, default=200, help="length of that text; 0 for none"
+        )
+        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without Lightning's warning that arguments were also on the command line."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Find ``last`` and ``best``; the checkpoint does not override the configuration."""
+        config = self.config[self.config.subcommand]
+        given = config.get("ckpt_path")
+        if given is None and self.config.subcommand != "fit":
+            given = "last"
+        if given not in ("last", "best"):
+            config["ckpt_path"] = given
+            return
+        path = Path(config["output"]) / "checkpoints" / f"{given}.ckpt"
+        if path.exists():
+            config["ckpt_path"] = str(path)
+        elif given == "last" and self.config.subcommand == "fit":
+            config["ckpt_path"] = None  # killed before its first checkpoint: begin again
+            config["overwrite"] = True
+        else:
+            raise InputError(f"ckpt_path: there is no {path}; name another, or run moezoo fit")
+
+    def before_instantiate_classes(self) -> None:
+        """Make room for the run, or refuse to mix it with another."""
+        config = self.config[self.subcommand]
+        check_int("checkpoint_every", config["checkpoint_every"])
+        check_int("sample_tokens", config["sample_tokens"], minimum=0)
+        _check_validation_interval(config["trainer"])
+        fresh = self.subcommand == "fit" and config.get("ckpt_path") is None
+        if fresh and not config["trainer"].get("fast_dev_run"):
+            _make_room(Path(config["output"]), config["overwrite"])
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; Lightning's version calls what jsonargparse deprecates."""
+        self.config_init = self.parser.instantiate(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add what belongs to the run directory to what the configuration says."""
+        config = self.config_init[self.subcommand]
+        trainer = config["trainer"]
+        output = Path(config["output"])
+        plugins = _as_list(trainer.get("plugins"))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        kwargs["default_root_dir"] = trainer.get("default_root_dir") or str(output)
+        kwargs["callbacks"] = [*_as_list(trainer.get("callbacks")), *self._callbacks(output)]
+        if self.subcommand == "fit":
+            own = trainer.get("logger")
+            given = [] if own in (None, True, False) else _as_list(own)
+            kwargs["logger"] = build_loggers([] if own is False else config["loggers"], output)
+            kwargs["logger"] += given
+        else:
+            kwargs["logger"] = False
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _callbacks(self, output: Path) -> list[Callback]:
+        config = self.config_init[self.subcommand]
+        callbacks: list[Callback] = []
+        if config["trainer"].get("enable_progress_bar") is not False:
+            callbacks.append(StepProgress())
+        if self.subcommand == "fit" and config["trainer"].get("enable_checkpointing") is not False:
+            folder = output / "checkpoints"
+            callbacks += [
+                SaveModel(output / "model", config["keep"]),
+                ModelCheckpoint(
+                    dirpath=folder,
+                    filename="best",
+                    monitor="val/loss",
+                    save_on_train_epoch_end=False,
+                    enable_version_counter=False,
+                ),
+                LastCheckpoint(folder, config["checkpoint_every"]),
+            ]
+        return callbacks
+
+    def after_fit(self) -> None:
+        """Report, unless the run was asked to stop."""
+        config = self.config_init[self.subcommand]
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint) and callback.terminated:
+                raise SystemExit(SIGTERM_EXIT)
+        if self.trainer.is_global_zero and not config["trainer"].get("fast_dev_run"):
+            write_report(
+                Path(config["output"]),
+                self.trainer,
+                self.model,
+                prompt=config["sample_prompt"],
+                sample_tokens=config["sample_tokens"],
+            )
+
+
+def _check_validation_interval(trainer: Any) -> None:
+    """Validate between optimizer steps only: ``best.ckpt`` is to be resumed from exactly."""
+    interval, accumulate = trainer["val_check_interval"], trainer["accumulate_grad_batches"]
+    if isinstance(interval, int) and interval % accumulate:
+        raise InputError(
+            f"trainer.val_check_interval: {interval} batches is not a multiple of "
+            f"trainer.accumulate_grad_batches {accumulate}; validation would interrupt a step"
+        )
+
+
+@rank_zero_only
+def _make_room(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: {output} is a file; give a directory")
+    there = [output / name for name in (*_RUN_FILES, *_RUN_FOLDERS) if (output / name).exists()]
+    if any(path.name in _RUN_SIGNS for path in there) and not overwrite:
+        raise InputError(
+            f"output: {output} already holds a run; give another --output, "
+            "go on with --ckpt_path last, or replace it with --overwrite true"
+        )
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,254 @@
+"""What is logged while training: loss, speed, utilisation, and how evenly experts are used."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from moezoo_train.distributed import gather_from_ranks
+from moezoo_train.loggers import MetricsCSV
+from moezoo_train.throughput import forward_flops_per_token, peak_flops
+
+if TYPE_CHECKING:
+    from moezoo_train.module import LanguageModel
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How one layer used its experts.
+
+    Attributes:
+        layer: number of the block in the model.
+        max_over_mean: tokens of the busiest expert over the mean; 1 is even, E is one expert for
+            everything. Less 1 it is MaxVio (arXiv:2408.15664).
+        entropy: of the experts' shares, divided by log E: 1 is even, 0 is one expert.
+        router_entropy: mean entropy of a token's routing probabilities, divided by log E; None
+            where nothing is learned, as in a hash layer.
+        dropped: share of assignments dropped for lack of capacity; None where there is no such.
+    """
+
+    layer: int
+    max_over_mean: float
+    entropy: float
+    router_entropy: float | None
+    dropped: float | None
+
+
+class LoadCounter:
+    """Adds up the layers' statistics over micro-batches, on the device, without waiting for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, dict[str, Tensor]] = {}
+
+    def add(self, ffn_stats: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add one forward pass: the statistics of each block; those without experts are empty."""
+        for layer, stats in enumerate(ffn_stats):
+            if "expert_counts" not in stats:
+                continue
+            tokens = stats["tokens"].double()
+            new = {"counts": stats["expert_counts"].double(), "tokens": tokens}
+            if "router_entropy" in stats:
+                new["entropy"] = stats["router_entropy"].double() * tokens
+            if "dropped" in stats:
+                new["dropped"] = stats["dropped"].double()
+            old = self._sums.get(layer)
+            self._sums[layer] = {k: v + old[k] for k, v in new.items()} if old else new
+
+    def state_dict(self) -> dict[int, dict[str, Tensor]]:
+        """Return the sums so far."""
+        return {
+            layer: {name: value.cpu() for name, value in sums.items()}
+            for layer, sums in self._sums.items()
+        }
+
+    def load_state_dict(
+        self, state_dict: dict[int, dict[str, Tensor]], device: torch.device
+    ) -> None:
+        """Go on from the sums."""
+        self._sums = {
+            layer: {name: value.to(device) for name, value in sums.items()}
+            for layer, sums in state_dict.items()
+        }
+
+    def take(self, trainer: Trainer | None = None) -> list[ExpertLoad]:
+        """Sum over ranks, start again from zero, and say how evenly the experts were used."""
+        loads = []
+        for layer, sums in sorted(self._sums.items()):
+            if trainer is not None:
+                sums = {k: _sum_over_ranks(trainer, v) for k, v in sums.items()}
+            counts = sums["counts"]
+            assignments, tokens = counts.sum().clamp(min=1), sums["tokens"].clamp(min=1)
+            share = counts / assignments
+            scale = math.log(len(counts)) or 1.0
+            loads.append(
+                ExpertLoad(
+                    layer=layer,
+                    max_over_mean=float(share.max() * len(counts)),
+                    entropy=float(torch.special.entr(share).sum()) / scale,
+                    router_entropy=(
+                        float(sums["entropy"] / tokens) / scale if "entropy" in sums else None
+                    ),
+                    dropped=float(sums["dropped"] / assignments) if "dropped" in sums else None,
+                )
+            )
+        self._sums = {}
+        return loads
+
+
+class TrainingMetrics(Callback):
+    """Log what the training steps did since the last time, every ``log_every_n_steps``.
+
+    Losses are means over those steps. They survive an interruption between two logged steps, so
+    that a resumed run logs the same numbers.
+
+    Attributes:
+        tokens: trained on so far, on all ranks, over resumed runs too.
+        seconds: spent on them, validation not included.
+        expert_load: of the layers, since the last logged step.
+        peak: what the device can do, in FLOP/s, and how that is known.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self.expert_load: list[ExpertLoad] = []
+        self.tokens_per_second = 0.0
+        self.mfu = 0.0
+        self.peak: tuple[float, str] = (0.0, "")
+        self._flops_per_token = 0
+        self._step = 0
+        self._lr = 0.0
+        self._losses: dict[str, list[Tensor]] = {}
+        self._load = LoadCounter()
+        self._loaded: list[dict[str, Any]] = []
+        self._clock = 0.0
+        self._logged = (0, 0.0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the machine and start the clock."""
+        half = "bf16" in str(trainer.precision) or "16" in str(trainer.precision)
+        dtype = torch.bfloat16 if half else torch.float32
+        self.peak = peak_flops(pl_module.device, dtype)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.start(trainer.global_step)
+        self._restore(trainer, pl_module.device)
+        self._step = trainer.global_step
+        self._logged = (self.tokens, self.seconds)
+        self._clock = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note the learning rate of this step; the schedule moves it right after."""
+        self._lr = max(group["lr"] for group in optimizer.param_groups if group["schedule"])
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: dict[str, Tensor],
+        batch_idx: int,
+    ) -> None:
+        """Add a micro-batch, and log if it ended a step that is to be logged."""
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+        self.tokens += batch["input_ids"].numel() * trainer.world_size
+        losses = {"train/loss": outputs["lm_loss"]}
+        losses |= {f"train/aux/{name}": value for name, value in outputs["aux"].items()}
+        for name, value in losses.items():
+            self._losses.setdefault(name, []).append(value)
+        self._load.add(outputs["ffn_stats"])
+        if trainer.global_step == self._step:
+            return  # still accumulating
+        self._step = trainer.global_step
+        if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            if not self._flops_per_token:
+                model = cast("LanguageModel", pl_module).model
+                self._flops_per_token = forward_flops_per_token(model, batch["input_ids"].shape[1])
+            pl_module.log_dict(self._metrics(trainer, pl_module), on_step=True)
+            self._losses = {}
+
+    def _metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        tokens, seconds = self.tokens - self._logged[0], self.seconds - self._logged[1]
+        self._logged = (self.tokens, self.seconds)
+        self.tokens_per_second = tokens / max(seconds, 1e-9)
+        # The backward pass takes twice the forward pass.
+        flops_per_second = 3 * self._flops_per_token * self.tokens_per_second
+        self.mfu = flops_per_second / (self.peak[0] * trainer.world_size)
+        self.expert_load = self._load.take(trainer)
+        metrics = {
+            "step": float(self._step),
+            "tokens": float(self.tokens),
+            **{name: _mean(trainer, values) for name, values in self._losses.items()},
+            "train/lr": self._lr,
+            "train/tokens_per_second": self.tokens_per_second,
+            "train/mfu": self.mfu,
+            "train/grad_norm": cast("LanguageModel", pl_module).grad_norm,
+            "train/skipped_steps": float(cast("LanguageModel", pl_module).skipped_steps),
+        }
+        for load in self.expert_load:
+            for field in ("max_over_mean", "entropy", "router_entropy", "dropped"):
+                if (value := getattr(load, field)) is not None:
+                    metrics[f"experts/{field}/layer_{load.layer:02d}"] = value
+        return metrics
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock: validation is no training time."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.seconds += time.perf_counter() - self._clock
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how many tokens the validated model has seen."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            pl_module.log_dict({"step": float(self._step), "tokens": float(self.tokens)})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock again."""
+        self._clock = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the totals, and what is not logged yet, of every rank."""
+        pending = {
+            "losses": {name: [v.cpu() for v in values] for name, values in self._losses.items()},
+            "load": self._load.state_dict(),
+        }
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "ranks": gather_from_ranks(pending),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the totals."""
+        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self._loaded = state_dict["ranks"]
+
+    def _restore(self, trainer: Trainer, device: torch.device) -> None:
+        if len(self._loaded) == trainer.world_size:
+            pending = self._loaded[trainer.global_rank]
+            self._load.load_state_dict(pending["load"], device)
+            self._losses = {
+                name: [value.to(device) for value in values]
+                for name, values in pending["losses"].items()
+            }
+        self._loaded = []
+
+
+def _mean(trainer: Trainer, values: list[Tensor]) -> float:
+    return float(trainer.strategy.reduce(torch.stack(values).mean(), reduce_op="mean"))
+
+
+def _sum_over_ranks(trainer: Trainer, value: Tensor) -> Tensor:
+    # reduce works in place, and the sums of several layers may share a tensor
+    return cast(Tensor, trainer.strategy.reduce(value.clone(), reduce_op="sum"))

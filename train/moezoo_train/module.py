@@ -1,0 +1,408 @@
+"""The language model as Lightning trains it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+
+from moezoo import DenseFFN, FeedForward
+from moezoo.errors import InputError, check_choice, check_int
+from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_models.checkpoints import load_checkpoint
+from moezoo_train.callbacks import RandomState
+from moezoo_train.metrics import TrainingMetrics
+from moezoo_train.optim import OptimizerConfig, build_optimizer
+from moezoo_train.schedule import ScheduleConfig, build_schedule
+from moezoo_train.throughput import ffn_layers
+
+MAX_SKIPPED_IN_A_ROW = 10
+CONFIG_KEY = "moezoo"
+
+
+@dataclass
+class FFNRule:
+    """Which blocks get which feed-forward layer.
+
+    Attributes:
+        layers: ``all``, ``every 2``, ``3`` or ``[3, 7]``; later rules win.
+        ffn: the layer, built for a width.
+    """
+
+    layers: str | int | list[int]
+    ffn: Callable[[int], FeedForward]
+
+
+class LanguageModel(LightningModule):
+    """A :class:`MoezooForCausalLM` and how it is trained.
+
+    Batches are ``{"input_ids": (B, S), "labels": (B, S)}``, int64, where labels are the next
+    tokens and -100 is ignored.
+
+    Args:
+        vocab_size: tokens of the vocabulary; on the command line it comes from the data.
+        d_model: width of the residual stream.
+        num_layers: number of blocks.
+        num_heads: attention heads; d_model must be a multiple.
+        num_kv_heads: key-value heads, for grouped-query attention; default: num_heads.
+        rope_theta: base of the rotary embedding.
+        qk_norm: normalise queries and keys per head, as Qwen3 does.
+        tie_embeddings: share the input embedding with the output head.
+        attention: attention backend: sdpa, eager, flash_attention_2, flex_attention or xformers.
+        max_length: longest sequence the model is made for.
+        ffn: the feed-forward layer of every block.
+        ffn_rules: exceptions to it, later ones winning.
+        allow_non_causal: accept layers in which a token sees later tokens (expert choice).
+        initialize_from: a Hugging Face directory to take model and weights from; what would
+            describe the model otherwise (d_model, ffn, …) is then ignored.
+        optimizer: how parameters are updated.
+        schedule: how the learning rate moves.
+        compile: compile the model with torch.compile; minutes of warm-up on a CPU.
+        activation_checkpointing: recompute each block in the backward pass to save memory.
+        on_nan: at a loss or gradient that is not finite: ``stop``, or ``skip`` the step, and stop
+            after ten in a row.
+
+    Attributes:
+        model: the model itself.
+        grad_norm: norm of the last step's gradient before clipping.
+        skipped_steps: steps skipped because of on_nan.
+
+    Raises:
+        InputError: an argument is out of range, or does not fit another.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 128,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        rope_theta: float = 10000.0,
+        qk_norm: bool = False,
+        tie_embeddings: bool = True,
+        attention: str = "sdpa",
+        max_length: int = 1024,
+        ffn: Callable[[int], FeedForward] = DenseFFN,
+        ffn_rules: list[FFNRule] | None = None,
+        allow_non_causal: bool = False,
+        initialize_from: str | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+        on_nan: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.compile_model = compile
+        self.on_nan = check_choice("on_nan", on_nan, ["stop", "skip"])
+        if initialize_from is not None:
+            self.model = _pretrained(initialize_from, vocab_size, attention)
+        else:
+            rules = [FFNRule("all", ffn), *(ffn_rules or [])]
+            width = check_int("d_model", d_model)
+            with _own_names():
+                config = MoezooConfig(
+                    vocab_size=vocab_size,
+                    hidden_size=width,
+                    num_hidden_layers=num_layers,
+                    num_attention_heads=num_heads,
+                    num_key_value_heads=num_kv_heads,
+                    rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+                    qk_norm=qk_norm,
+                    tie_word_embeddings=tie_embeddings,
+                    max_position_embeddings=max_length,
+                    ffn=[_rule_config(rule, width) for rule in rules],
+                    allow_non_causal=allow_non_causal,
+                )
+                config._attn_implementation = attention
+                self.model = MoezooForCausalLM(config)
+        if activation_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        self.grad_norm = math.nan
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._ffn_stats: tuple[dict[str, Tensor], ...] = ()
+        self._loss_sum: Tensor | None = None
+        self._validation: Tensor | None = None
+        self._compiled = False
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring what every run needs: resumable randomness, and metrics."""
+        return [RandomState(), TrainingMetrics()]
+
+    def setup(self, stage: str) -> None:
+        """Fit the model to the data's tokenizer, and the data's sequences to the model.
+
+        Raises:
+            InputError: the sequences are longer than the model is made for.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        length = getattr(data, "sequence_length", 0)
+        if length > self.model.config.max_position_embeddings:
+            raise InputError(
+                f"data.sequence_length: {length} is more than model.max_length "
+                f"{self.model.config.max_position_embeddings}; raise model.max_length"
+            )
+        tokenizer = getattr(data, "tokenizer", None)
+        for name in ("bos_id", "eos_id"):
+            token = getattr(tokenizer, name, None)
+            if token is not None:  # generation has to know where a text ends
+                setattr(self.model.config, name.replace("_id", "_token_id"), token)
+                setattr(self.model.generation_config, name.replace("_id", "_token_id"), token)
+
+    def configure_model(self) -> None:
+        """Compile, once, if asked to."""
+        if self.compile_model and not self._compiled:
+            self.model.compile()
+            self._compiled = True
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        """Run the model on a batch; see :class:`MoezooOutput`."""
+        return self.model(
+            input_ids=batch["input_ids"], shift_labels=batch["labels"], use_cache=False
+        )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Compute the loss; hand its parts and the layers' statistics to the callbacks."""
+        output = self(batch)
+        self._ffn_stats = output.ffn_stats
+        loss = output.loss.detach()
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+        return {
+            "loss": output.loss,
+            "lm_loss": output.lm_loss.detach(),
+            "aux": {name: value.detach() for name, value in output.aux_losses.items()},
+            "ffn_stats": output.ffn_stats,
+        }
+
+    def on_after_backward(self) -> None:
+        """Let the layers take note of the micro-batch."""
+        for layer, stats in zip(ffn_layers(self.model), self._ffn_stats, strict=True):
+            layer.observe(stats)
+        self._ffn_stats = ()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, unless loss or gradient is not finite: then stop, or drop the gradient."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = float(norm)
+        loss = math.nan if self._loss_sum is None else float(self._loss_sum)
+        self._loss_sum = None
+        finite = math.isfinite(loss) and math.isfinite(self.grad_norm)
+        if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
+            self._not_finite(optimizer, loss)
+            return
+        self._skipped_in_a_row = 0
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, norm)
+
+    def _not_finite(self, optimizer: Optimizer, loss: float) -> None:
+        what = f"the gradient norm is {self.grad_norm}" if math.isfinite(loss) else f"loss {loss}"
+        where = f"step {self.global_step + 1}: {what}"
+        if self.on_nan == "stop":
+            raise InputError(
+                f"{where}; nothing was updated and the last checkpoint stays: lower optimizer.lr, "
+                "clip gradients (trainer.gradient_clip_val), or set model.on_nan to skip"
+            )
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise InputError(
+                f"{where}, the {self._skipped_in_a_row}th skipped step in a row: the model does "
+                "not recover; resume from the last checkpoint with a lower optimizer.lr"
+            )
+        # Without a gradient an optimizer leaves a parameter and its state alone.
+        optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the layers update what they learn outside the gradient."""
+        super().optimizer_step(*args, **kwargs)
+        for layer in ffn_layers(self.model):
+            layer.step()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build optimizer and schedule."""
+        # fp16's gradient scaler and the fused kernel would both unscale the gradients.
+        fused = not str(self.trainer.precision).startswith("16")
+        optimizer = build_optimizer(self.model, self.optimizer_config, fused=fused)
+        steps = self.trainer.estimated_stepping_batches
+        run_steps = int(steps) if math.isfinite(steps) and steps > 0 else None
+        config = self.schedule_config
+        if getattr(self.trainer, "fast_dev_run", False):
+            config = ScheduleConfig("constant", warmup_steps=0)  # the real one would not fit
+        schedule = build_schedule(optimizer, config, run_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums: total loss in nats, tokens."""
+        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the sums."""
+        loss = self(batch).lm_loss
+        tokens = (batch["labels"] != -100).sum()
+        assert self._validation is not None
+        self._validation += torch.stack([loss.double() * tokens, tokens.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and bits per byte over all tokens of all ranks."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """As for validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As for validation."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        assert self._validation is not None
+        total, tokens = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
+        loss = total / max(tokens, 1.0)
+        metrics = {f"{stage}/loss": loss, f"{stage}/perplexity": math.exp(min(loss, 700.0))}
+        data = getattr(self.trainer, "datamodule", None)
+        bytes_per_token = getattr(data, "bytes_per_token", None)
+        if bytes_per_token:
+            metrics[f"{stage}/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+        self.log_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in metrics.items()})
+
+    def _description(self) -> dict[str, Any]:
+        """Describe the model by what its numbers depend on."""
+        config = self.model.config
+        fields = [name for name in MoezooConfig.__annotations__ if name not in _UNRELATED]
+        return {name: getattr(config, name) for name in fields if name in config.to_dict()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe the model in the checkpoint, as JSON: nothing in it needs unpickling."""
+        checkpoint[CONFIG_KEY] = {
+            "config": self._description(),
+            "optimizer": asdict(self.optimizer_config),
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or optimizer before anything is changed.
+
+        Raises:
+            InputError: names what differs.
+        """
+        saved = checkpoint.get(CONFIG_KEY)
+        if saved is None:
+            raise InputError("ckpt_path: the checkpoint was not written by moezoo fit")
+        with _own_names():
+            _check_same("model", saved["config"], self._description())
+        _check_tensors(checkpoint["state_dict"], self.state_dict())
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            _check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
+        self.skipped_steps = saved["skipped_steps"]
+
+
+_OWN_NAMES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_length",
+    "tie_word_embeddings": "tie_embeddings",
+}
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Let errors about the model's configuration name the arguments that a user gave."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        for theirs, ours in _OWN_NAMES.items():
+            message = message.replace(theirs, ours)
+        raise InputError(message) from error
+
+
+def _rule_config(rule: FFNRule, d_model: int) -> dict[str, Any]:
+    """Write a rule down as the model's configuration holds it."""
+    with torch.device("meta"):  # only to learn the arguments, defaults included
+        config = rule.ffn(d_model).config()
+    config["init_args"].pop("d_model")
+    return {"layers": rule.layers, **config}
+
+
+_UNRELATED = {"use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+"""Fields of a configuration that may change between training and resuming."""
+
+
+def _pretrained(path: str, vocab_size: int, attention: str) -> MoezooForCausalLM:
+    try:
+        model, _ = load_checkpoint(path, attention=attention)
+    except InputError as error:
+        raise InputError(f"initialize_from: {error}") from error
+    if model.config.vocab_size != vocab_size:
+        raise InputError(
+            f"initialize_from: {path} has {model.config.vocab_size} tokens, the data has "
+            f"{vocab_size}; prepare the data with its tokenizer: --data.tokenizer {path}"
+        )
+    return model
+
+
+def _check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    old, new = dict(_leaves(saved)), dict(_leaves(current))
+    for key in old | new:
+        if old.get(key) != new.get(key):
+            raise InputError(
+                f"ckpt_path: {what}.{key} is {old.get(key)} in the checkpoint, but {new.get(key)} "
+                "in this run; use the same, or begin from its weights with model.initialize_from"
+            )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Give every innermost value with its path, as in ``ffn[0].init_args.top_k``."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _check_tensors(saved: dict[str, Tensor], current: dict[str, Tensor]) -> None:
+    for name in sorted(saved.keys() ^ current.keys()):
+        where = "the checkpoint" if name in saved else "this run's model"
+        raise InputError(
+            f"ckpt_path: tensor {name} is only in {where}; they are not the same model"
+        )
+    for name, tensor in saved.items():
+        if tensor.shape != current[name].shape:
+            raise InputError(
+                f"ckpt_path: tensor {name} is {tuple(tensor.shape)} in the checkpoint, "
+                f"but {tuple(current[name].shape)} in this run"
+            )

@@ -1,0 +1,253 @@
+"""Optimizers: AdamW, or Muon for the hidden matrices with AdamW for everything else.
+
+Both read the parameter groups that the layers ask for, so a layer's learning-rate multiplier or
+its wish not to be decayed holds whatever the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim._muon import muon
+
+from moezoo import FeedForward, ParameterGroup
+from moezoo.errors import InputError, check_choice, check_number
+from moezoo.experts import MLPExperts
+
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+"""Coefficients of the quintic iteration, as published by Muon's author and default in torch."""
+NEWTON_SCHULZ_STEPS = 5
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters are updated.
+
+    Attributes:
+        name: ``adamw`` (arXiv:1711.05101), or ``muon`` (arXiv:2502.16982) for the matrices inside
+            the blocks, those of stacked experts one by one, with AdamW for embeddings, heads,
+            norms, routers and tables.
+        lr: peak learning rate of AdamW.
+        weight_decay: decoupled, times the learning rate; not on vectors and embeddings.
+        betas: AdamW's averaging constants.
+        eps: AdamW's floor under the square root.
+        fused: one kernel for all of AdamW's arithmetic; the results differ in rounding only.
+        muon_lr: peak learning rate of Muon.
+        muon_momentum: Muon's Nesterov momentum.
+        muon_scale: ``original`` scales an update by sqrt(max(1, rows/columns)); ``match_rms_adamw``
+            gives it AdamW's size, so that muon_lr can equal lr.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    fused: bool = True
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_scale: Literal["original", "match_rms_adamw"] = "original"
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer.name", self.name, ["adamw", "muon"])
+        check_choice("optimizer.muon_scale", self.muon_scale, ["original", "match_rms_adamw"])
+        for field in ("lr", "weight_decay", "eps", "muon_lr"):
+            check_number(f"optimizer.{field}", getattr(self, field))
+        if len(self.betas) != 2:
+            raise InputError(f"optimizer.betas: {self.betas} is not two numbers, like [0.9, 0.95]")
+        beta1, beta2 = self.betas
+        averages = {"betas[0]": beta1, "betas[1]": beta2, "muon_momentum": self.muon_momentum}
+        for field, value in averages.items():
+            if check_number(f"optimizer.{field}", value, maximum=1.0) == 1.0:
+                raise InputError(f"optimizer.{field}: 1 never forgets; give a number below 1")
+
+
+def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
+    """Sort every trained parameter of a model into groups, each parameter exactly once.
+
+    The layers' own groups come first, merged over layers that ask for the same; then the rest:
+    linear maps with weight decay, vectors and embeddings without. A tied weight counts where it
+    is first seen, as an embedding.
+    """
+    merged: dict[tuple[Any, ...], ParameterGroup] = {}
+    claimed: set[nn.Parameter] = set()
+
+    def claim(group: ParameterGroup) -> None:
+        fresh = [p for p in group.parameters if p.requires_grad and p not in claimed]
+        if not fresh:
+            return
+        claimed.update(fresh)
+        wish = (group.name, group.lr_multiplier, group.weight_decay, group.schedule, group.sparse)
+        if wish not in merged:
+            merged[wish] = replace(group, parameters=[])
+        merged[wish].parameters.extend(fresh)
+
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            for group in module.parameter_groups():
+                claim(group)
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = [p for p in model.parameters() if p in tables]
+    claim(ParameterGroup("embeddings", embeddings, weight_decay=False))
+    rest = list(model.parameters())
+    claim(ParameterGroup("matrices", [p for p in rest if p.ndim >= 2]))
+    claim(ParameterGroup("vectors", [p for p in rest if p.ndim < 2], weight_decay=False))
+    return list(merged.values())
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = True) -> Optimizer:
+    """Build the optimizer over all trained parameters of a model.
+
+    Args:
+        model: a module whose FFN layers are :class:`moezoo.FeedForward`.
+        config: which optimizer.
+        fused: allow the fused kernel (fp16 gradient scaling cannot use it).
+
+    Raises:
+        InputError: the model has no trained parameter.
+    """
+    hidden = _hidden_matrices(model) if config.name == "muon" else set()
+    groups: list[dict[str, Any]] = []
+    for group in parameter_groups(model):
+        plain = group.lr_multiplier == 1.0 and group.schedule and not group.sparse
+        matrices = [p for p in group.parameters if plain and p in hidden]
+        others = [p for p in group.parameters if not (plain and p in hidden)]
+        if matrices:
+            groups.append(_muon_group(group, matrices, config))
+        if others:
+            groups.append(_adamw_group(group, others, config, fused))
+    if not groups:
+        raise InputError("optimizer: the model has no trained parameter; unfreeze some")
+    if config.name == "muon":
+        return MuonAdamW(groups)
+    return AdamW([{k: v for k, v in group.items() if k != "algorithm"} for group in groups])
+
+
+def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Weights of linear maps and stacked experts, without the output head and without tables."""
+    outside = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        outside.add(head.weight)
+    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    for module in model.modules():
+        if isinstance(module, MLPExperts):
+            linear |= {module.gate_up_proj, module.down_proj}
+    return {p for p in model.parameters() if p in linear and p not in outside}
+
+
+def _common(group: ParameterGroup, parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:
+    return {
+        "params": parameters,
+        "name": group.name,
+        "lr": lr * group.lr_multiplier,
+        "schedule": group.schedule,
+    }
+
+
+def _adamw_group(
+    group: ParameterGroup, parameters: list[nn.Parameter], config: OptimizerConfig, fused: bool
+) -> dict[str, Any]:
+    return _common(group, parameters, config.lr) | {
+        "algorithm": "adamw",
+        "weight_decay": config.weight_decay if group.weight_decay else 0.0,
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+        "fused": config.fused and fused,
+    }
+
+
+def _muon_group(
+    group: ParameterGroup, parameters: list[nn.Parameter], config: OptimizerConfig
+) -> dict[str, Any]:
+    return _common(group, parameters, config.muon_lr) | {
+        "name": f"{group.name}, muon",
+        "algorithm": "muon",
+        "weight_decay": config.weight_decay if group.weight_decay else 0.0,
+        "momentum": config.muon_momentum,
+        "adjust_lr_fn": config.muon_scale,
+    }
+
+
+class MuonAdamW(Optimizer):
+    """Torch's Muon and AdamW as one optimizer.
+
+    Learning-rate schedules, checkpoints and Lightning see a single ordinary optimizer.
+    Three-dimensional parameters, which :class:`torch.optim.Muon` refuses, are stacks of matrices:
+    each is orthogonalised by itself.
+
+    Args:
+        groups: parameter groups, each with ``algorithm``: ``"muon"`` or ``"adamw"``.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let AdamW work on its groups among this optimizer's groups and state."""
+        self._adamw: AdamW | None = None
+        own = [group for group in self.param_groups if group["algorithm"] == "adamw"]
+        if own:
+            self._adamw = AdamW(own)  # keeps these very dictionaries and fills in its defaults
+            self._adamw.state = self.state
+
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        matrices: list[Tensor] = []
+        gradients: list[Tensor] = []
+        momenta: list[Tensor] = []
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            for parts, whole in (
+                (matrices, parameter),
+                (gradients, parameter.grad),
+                (momenta, state["momentum_buffer"]),
+            ):
+                parts.extend(whole.unbind(0) if whole.ndim == 3 else [whole])
+        muon(
+            matrices,
+            gradients,
+            momenta,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            nesterov=True,
+            ns_coefficients=NEWTON_SCHULZ,
+            ns_steps=NEWTON_SCHULZ_STEPS,
+            eps=1e-7,
+            adjust_lr_fn=group["adjust_lr_fn"],
+            has_complex=False,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["algorithm"] == "muon":
+                self._muon_step(group)
+        if self._adamw is not None:
+            self._adamw.step()
+        return loss

@@ -1,0 +1,251 @@
+"""What is left after a run: a table, ``report.json``, ``loss.png`` and ``sample.txt``."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from moezoo_models.generate import generate
+from moezoo_train.checkpointing import atomic_write
+from moezoo_train.loggers import read_metrics
+from moezoo_train.metrics import ExpertLoad, TrainingMetrics
+from moezoo_train.throughput import count_parameters
+
+if TYPE_CHECKING:
+    from moezoo_train.module import LanguageModel
+
+AVERAGED = 0.05
+"""Last part of the logged steps that the reported training loss averages over."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a run.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: trained on, over all ranks.
+        train_loss: nats per token, mean over the last twentieth of the run.
+        val_loss: nats per token over all validation tokens, at the last validation.
+        val_perplexity: its exponential.
+        val_bits_per_byte: the same loss per byte of text, comparable between tokenizers.
+        tokens_per_second: over the whole run, validation not included.
+        train_seconds: that those took.
+        mfu: model FLOPs utilisation over the last logged steps.
+        peak_flops: what the device can do, and how that is known.
+        total_parameters: of the model.
+        active_parameters: those that one token touches.
+        skipped_steps: steps whose loss or gradient was not finite.
+        expert_load: of each layer with experts, over the last logged steps.
+        environment: machine and versions.
+    """
+
+    steps: int
+    tokens: int
+    train_loss: float | None
+    val_loss: float | None
+    val_perplexity: float | None
+    val_bits_per_byte: float | None
+    tokens_per_second: float
+    train_seconds: float
+    mfu: float
+    peak_flops: tuple[float, str]
+    total_parameters: int
+    active_parameters: int
+    skipped_steps: int
+    expert_load: list[ExpertLoad]
+    environment: dict[str, Any]
+
+
+def write_report(
+    output: Path,
+    trainer: Trainer,
+    module: LanguageModel,
+    *,
+    prompt: str = "",
+    sample_tokens: int = 200,
+    console: Console | None = None,
+) -> Report:
+    """Write all of it into a run's directory, and print the table and the sample.
+
+    Args:
+        output: the run's directory, with ``metrics.csv`` and, for the sample, ``model/``.
+        trainer: after ``fit``.
+        module: what it trained.
+        prompt: begins the sample.
+        sample_tokens: length of the sample in tokens; 0 for none.
+        console: where to print; default: standard output.
+    """
+    console = console or Console()
+    rows = read_metrics(output / "metrics.csv")
+    report = collect(trainer, module, rows)
+    with atomic_write(output / "report.json", "w") as file:
+        json.dump(asdict(report), file, indent=2)
+        file.write("\n")
+    if any("train/loss" in row for row in rows):
+        draw_losses(output / "loss.png", rows, title=output.name)
+    console.print(table(report, title=str(output)))
+    if sample_tokens and (output / "model").is_dir():
+        text = sample(output / "model", prompt, sample_tokens)
+        with atomic_write(output / "sample.txt", "w") as file:
+            file.write(text)
+        console.rule("sample")
+        console.print(text, markup=False, highlight=False)
+        console.rule()
+    return report
+
+
+def collect(trainer: Trainer, module: LanguageModel, rows: list[dict[str, str]]) -> Report:
+    """Gather the figures of a finished run from its trainer and its ``metrics.csv``."""
+    metrics = next(c for c in _callbacks(trainer) if isinstance(c, TrainingMetrics))
+    losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
+    losses = losses[-max(1, round(AVERAGED * len(losses))) :]
+    last = next((row for row in reversed(rows) if "val/loss" in row), {})
+    validation = {
+        name: float(last[f"val/{name}"]) if f"val/{name}" in last else None
+        for name in ("loss", "perplexity", "bits_per_byte")
+    }
+    total, active = count_parameters(module.model)
+    return Report(
+        steps=trainer.global_step,
+        tokens=metrics.tokens,
+        train_loss=sum(losses) / len(losses) if losses else None,
+        val_loss=validation["loss"],
+        val_perplexity=validation["perplexity"],
+        val_bits_per_byte=validation["bits_per_byte"],
+        tokens_per_second=metrics.tokens / metrics.seconds if metrics.seconds else 0.0,
+        train_seconds=metrics.seconds,
+        mfu=metrics.mfu,
+        peak_flops=metrics.peak,
+        total_parameters=total,
+        active_parameters=active,
+        skipped_steps=module.skipped_steps,
+        expert_load=metrics.expert_load,
+        environment=_environment(trainer),
+    )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _environment(trainer: Trainer) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "precision": str(trainer.precision),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def table(report: Report, title: str) -> Table:
+    """Lay a report out for a terminal."""
+    grid = Table(title=title, show_header=False, title_justify="left")
+    grid.add_column(style="bold")
+    grid.add_column(justify="right")
+    rows = [
+        ("train loss", _number(report.train_loss, ".3f", "nats/token")),
+        ("val loss", _number(report.val_loss, ".3f", "nats/token")),
+        ("val bits per byte", _number(report.val_bits_per_byte, ".3f")),
+        ("val perplexity", _number(report.val_perplexity, ".1f")),
+        ("steps", f"{report.steps:,}"),
+        ("tokens", f"{report.tokens:,}"),
+        ("tokens/s", f"{report.tokens_per_second:,.0f}"),
+        (
+            "MFU",
+            f"{report.mfu:.0%} of {report.peak_flops[0] / 1e9:,.0f} GFLOP/s "
+            f"({report.peak_flops[1]})",
+        ),
+        ("training time", f"{report.train_seconds:.0f} s"),
+        ("parameters", f"{report.total_parameters:,}"),
+        ("active per token", f"{report.active_parameters:,}"),
+    ]
+    if report.skipped_steps:
+        rows.append(("skipped steps", f"{report.skipped_steps:,}"))
+    for load in report.expert_load:
+        dropped = f", {load.dropped:.1%} dropped" if load.dropped else ""
+        rows.append(
+            (
+                f"experts of layer {load.layer}",
+                f"busiest {load.max_over_mean:.2f} × mean, evenness {load.entropy:.3f}{dropped}",
+            )
+        )
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}} {unit}".strip()
+
+
+def draw_losses(path: Path, rows: list[dict[str, str]], title: str) -> None:
+    """Draw training loss, raw and smoothed, and validation loss over tokens."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = _series(rows, "train/loss")
+    validation = _series(rows, "val/loss")
+    unit, name = (1e6, "million tokens") if train[0][-1] >= 1e6 else (1e3, "thousand tokens")
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    tokens = [t / unit for t in train[0]]
+    axes.plot(tokens, train[1], color="tab:blue", alpha=0.3, linewidth=0.8)
+    smooth = smoothed(train[1])
+    axes.plot(tokens, smooth, color="tab:blue", label=f"train, smoothed ({smooth[-1]:.3f})")
+    if validation[0]:
+        axes.plot(
+            [t / unit for t in validation[0]],
+            validation[1],
+            color="tab:orange",
+            marker="o",
+            markersize=4,
+            label=f"validation ({validation[1][-1]:.3f})",
+        )
+    axes.set(title=title, xlabel=name, ylabel="loss (nats per token)")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
+
+
+def _series(rows: list[dict[str, str]], name: str) -> tuple[list[float], list[float]]:
+    points = [(float(r["tokens"]), float(r[name])) for r in rows if name in r and "tokens" in r]
+    finite = [point for point in points if math.isfinite(point[1])]
+    return [tokens for tokens, _ in finite], [value for _, value in finite]
+
+
+def sample(checkpoint: Path, prompt: str, tokens: int) -> str:
+    """Let the trained model write, with a fixed seed."""
+    return generate(checkpoint, prompt, max_new_tokens=tokens, stream=False)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Average exponentially over about a twentieth of the points, without bias at the start."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total = keep * total + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        means.append(total / weight)
+    return means

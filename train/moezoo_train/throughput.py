@@ -1,0 +1,97 @@
+"""How much arithmetic a token takes, and how much the machine can do.
+
+Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B) is the first times tokens per second
+over the second. The matrix products of the model are counted, attention with its full square;
+recomputation under activation checkpointing is not.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import cast
+
+import torch
+from torch import nn
+
+from moezoo import FeedForward
+from moezoo_models import MoezooForCausalLM
+
+# Dense (not 2:4 sparse) tensor-core peaks in FLOP/s from the vendors' data sheets, for bf16.
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def forward_flops_per_token(model: MoezooForCausalLM, sequence_length: int) -> int:
+    """Count the forward pass of one token in a sequence: a multiply-add is two operations."""
+    layers = ffn_layers(model)
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    linear = sum(
+        2 * module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside
+    )
+    config = model.config
+    heads = config.num_attention_heads * cast(int, config.head_dim)
+    attention = config.num_hidden_layers * 4 * heads * sequence_length
+    return linear + attention + sum(layer.cost().flops_per_token for layer in layers)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters there are, and how many of them one token touches."""
+    total = sum(p.numel() for p in model.parameters())
+    costs = [layer.cost() for layer in ffn_layers(model)]
+    return total, total - sum(c.total_parameters - c.active_parameters for c in costs)
+
+
+def ffn_layers(model: nn.Module) -> list[FeedForward]:
+    """Return the FFN layers of a model in order, without the layers inside them."""
+    found: list[FeedForward] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, FeedForward) and id(module) not in inside:
+            found.append(module)
+            inside.update(id(m) for m in module.modules())
+    return found
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Return what the device can do per second in matrix products of a dtype, and its source.
+
+    Known GPUs in half precision are looked up; everything else is measured with one square
+    matrix product, the best of several.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAK_BF16.items():
+            if known in name:
+                return peak, f"{known} data sheet"
+    return _measure_matmul(device, dtype), "measured matmul"
+
+
+def _measure_matmul(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    if device.type == "cuda":
+        size *= 8
+    # Constants, not random numbers: the run's random state stays as it is.
+    left = torch.full((size, size), 0.5, device=device, dtype=dtype)
+    right = torch.full((size, size), 0.25, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = _now(device)
+        torch.mm(left, right)
+        best = min(best, _now(device) - start)
+    return 2 * size**3 / best
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
