@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from moezoo_kernels import grouped_mlp
-from moezoo_kernels.activations import activate
 from torch import Tensor, nn
 
 from moezoo.init import output_std
+from moezoo_kernels import grouped_mlp
+from moezoo_kernels.activations import activate
 
 
 class MLPExperts(nn.Module):

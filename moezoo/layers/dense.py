@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from moezoo_kernels.activations import ACTIVATIONS
 from torch import Tensor, nn
 
 from moezoo.errors import check_choice, check_int
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.init import init_linear, output_std
+from moezoo_kernels.activations import ACTIVATIONS
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"]
 

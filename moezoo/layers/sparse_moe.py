@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moezoo_kernels.activations import ACTIVATIONS
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
@@ -19,6 +18,7 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_to
 from moezoo.init import init_linear
 from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
+from moezoo_kernels.activations import ACTIVATIONS
 
 
 class SparseMoE(FeedForward):

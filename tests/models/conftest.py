@@ -4,12 +4,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from moezoo_models import MoezooConfig, MoezooForCausalLM
-from moezoo_models.tokenizer import HuggingFaceTokenizer, Tokenizer
 from torch import nn
 
 import moezoo.feed_forward
 from moezoo import FeedForward, FeedForwardOutput
+from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_models.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 
 class TokenRouted(FeedForward):

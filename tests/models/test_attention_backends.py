@@ -7,6 +7,8 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+
+from moezoo import InputError
 from moezoo_models import attention_backends
 from moezoo_models.attention_backends import (
     ATTENTION,
@@ -14,8 +16,6 @@ from moezoo_models.attention_backends import (
     xformers_attention,
     xformers_missing,
 )
-
-from moezoo import InputError
 
 
 def padded(ids):

@@ -11,12 +11,12 @@ import textwrap
 
 import pytest
 import torch
-from moezoo_models import MoezooForCausalLM, MoezooModel, atomic
-from moezoo_models.checkpoints import load_checkpoint, load_with_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from moezoo import InputError
+from moezoo_models import MoezooForCausalLM, MoezooModel, atomic
+from moezoo_models.checkpoints import load_checkpoint, load_with_tokenizer, save_checkpoint
 
 
 def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from moezoo_models import MoezooConfig, MoezooForCausalLM
 from transformers import AutoConfig
 
 from moezoo import InputError
+from moezoo_models import MoezooConfig, MoezooForCausalLM
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50}
 DENSE = {"layers": "all", "class_path": "moezoo.DenseFFN"}

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from moezoo_models import MoezooForCausalLM
 
 from moezoo import InputError
+from moezoo_models import MoezooForCausalLM
 
 
 def close(a, b, tolerance=1e-5):

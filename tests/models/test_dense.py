@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from moezoo_models.checkpoints import load_checkpoint
-from moezoo_models.dense import dense_config
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -16,6 +14,8 @@ from transformers import (
 )
 
 from moezoo import InputError
+from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.dense import dense_config
 
 SIZES = {
     "vocab_size": 101,

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from moezoo_models.checkpoints import save_checkpoint
-from moezoo_models.evaluate import evaluate, evaluate_text, evaluate_tokens
 
 from moezoo import InputError
+from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.evaluate import evaluate, evaluate_text, evaluate_tokens
 
 TEXT = "Über 素数: 2, 3, 5, 7.\nfür jede Zahl\n" * 2
 

@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
-from moezoo_models.checkpoints import save_checkpoint
-from moezoo_models.generate import WholeCharacterStreamer, continue_text, generate
 
 from moezoo import InputError
+from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.generate import WholeCharacterStreamer, continue_text, generate
 
 FIELDS = {"vocab_size": 257, "max_position_embeddings": 512}
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import moezoo_kernels
 import pytest
 import torch
 
 import moezoo
+import moezoo_kernels
 from moezoo import __main__ as command
 from moezoo.command import doctor, tables
 from moezoo.errors import InputError
@@ -148,7 +148,7 @@ TRAINING_MISTAKES = [
     (["--data.batchsize", "3"], "data.batchsize: no such option; did you mean 'data.batch_size'?"),
     (["--data", "3"], "data: '3' is neither options nor a YAML file of them"),
     (["--trainer.max_step", "3"], "trainer.max_step: no such option; did you mean 'trainer.max_s"),
-    (["--trainer.strategy", "dpp"], "You selected an invalid strategy name"),
+    (["--trainer.strategy", "dpp"], "trainer: You selected an invalid strategy name"),
     (["--trainer.callbacks", "[{class_path: EarlyStoping}]"], "trainer.callbacks: 'EarlyStoping'"),
     (["--config", "moe.yml"], "config: there is no file 'moe.yml'"),
 ]

@@ -11,11 +11,11 @@ import jsonargparse
 import pytest
 import torch
 import yaml
-from moezoo_train.cli import run
-from moezoo_train.module import LanguageModel
 
 import moezoo
 from moezoo.command.parser import option_names
+from moezoo_train.cli import run
+from moezoo_train.module import LanguageModel
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -183,7 +183,7 @@ def test_a_layer_is_added_as_contributing_says(tmp_path):
 
     (test_line,) = (line for line in blocks(ROOT / "CONTRIBUTING.md", "sh") if "pytest" in line)
     _, _, *words = shlex.split(test_line)
-    output = run(*words, "-v", "-p", "no:cacheprovider")
+    output = run(*words, "-vv", "-p", "no:cacheprovider")
     assert len(re.findall(r"\[.*low_rank.*\] PASSED", output)) >= 10
     assert "low_rank" in run("moezoo", "zoo")
     run("ruff", "check", "moezoo/layers/low_rank.py")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from moezoo_train import corpus
-from moezoo_train.corpus import FileCorpus, open_corpus
 
 from moezoo.errors import InputError
+from moezoo_train import corpus
+from moezoo_train.corpus import FileCorpus, open_corpus
 
 
 def documents(source, **options):

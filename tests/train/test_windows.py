@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moezoo_train.windows import BatchNumbers, TrainBatches, ValBatches
 
 from moezoo.errors import InputError
+from moezoo_train.windows import BatchNumbers, TrainBatches, ValBatches
 
 
 def starts(batch):

@@ -12,6 +12,7 @@ Everything of a run lies in one directory::
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,6 +217,11 @@ class MoezooCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint) and callback.terminated:
+                print(
+                    f"stopped by SIGTERM after step {self.trainer.global_step}; "
+                    "go on with --ckpt_path last",
+                    file=sys.stderr,
+                )
                 raise SystemExit(SIGTERM_EXIT)
         if self.trainer.is_global_zero and not config["trainer"].get("fast_dev_run"):
             write_report(

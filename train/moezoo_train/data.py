@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 from torch.utils.data import DataLoader
 
 from moezoo.errors import InputError, check_int
+from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.prepare import prepare
 from moezoo_train.prepared import PreparedData
 from moezoo_train.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches

@@ -50,6 +50,7 @@ def demo(
         highlight=False,
     )
     options = {"output": output, "data.source": source, "trainer.precision": precision}
+    options["trainer.accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
     if source != "stdlib":
         options |= {"data.data_dir": f"{output}/data", "sample_prompt": ""}
     if max_steps is not None:

@@ -53,12 +53,12 @@ class LoadCounter:
         for layer, stats in enumerate(ffn_stats):
             if "expert_counts" not in stats:
                 continue
-            tokens = stats["tokens"].double()
-            new = {"counts": stats["expert_counts"].double(), "tokens": tokens}
+            tokens = precise(stats["tokens"])
+            new = {"counts": precise(stats["expert_counts"]), "tokens": tokens}
             if "router_entropy" in stats:
-                new["entropy"] = stats["router_entropy"].double() * tokens
+                new["entropy"] = precise(stats["router_entropy"]) * tokens
             if "dropped" in stats:
-                new["dropped"] = stats["dropped"].double()
+                new["dropped"] = precise(stats["dropped"])
             old = self._sums.get(layer)
             self._sums[layer] = {k: v + old[k] for k, v in new.items()} if old else new
 
@@ -101,6 +101,11 @@ class LoadCounter:
             )
         self._sums = {}
         return loads
+
+
+def precise(value: Tensor) -> Tensor:
+    """Convert to the widest floating type that the device has, for sums over many tokens."""
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 class TrainingMetrics(Callback):

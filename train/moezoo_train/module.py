@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,7 +19,8 @@ from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.callbacks import RandomState
-from moezoo_train.metrics import TrainingMetrics
+from moezoo_train.identity import check_same, check_tensors, describe, own_names
+from moezoo_train.metrics import TrainingMetrics, precise
 from moezoo_train.optim import OptimizerConfig, build_optimizer
 from moezoo_train.schedule import ScheduleConfig, build_schedule
 from moezoo_train.throughput import ffn_layers
@@ -112,7 +112,7 @@ class LanguageModel(LightningModule):
         else:
             rules = [FFNRule("all", ffn), *(ffn_rules or [])]
             width = check_int("d_model", d_model)
-            with _own_names():
+            with own_names():
                 config = MoezooConfig(
                     vocab_size=vocab_size,
                     hidden_size=width,
@@ -206,7 +206,9 @@ class LanguageModel(LightningModule):
         self.grad_norm = float(norm)
         loss = math.nan if self._loss_sum is None else float(self._loss_sum)
         self._loss_sum = None
-        finite = math.isfinite(loss) and math.isfinite(self.grad_norm)
+        # fp16's gradient scaler looks for overflow itself, and lowers the scale.
+        scaled = str(self.trainer.precision).startswith("16-mixed")
+        finite = math.isfinite(loss) and (scaled or math.isfinite(self.grad_norm))
         if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
             self._not_finite(optimizer, loss)
             return
@@ -258,14 +260,14 @@ class LanguageModel(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums: total loss in nats, tokens."""
-        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._validation = precise(torch.zeros(2, device=self.device))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to the sums."""
         loss = self(batch).lm_loss
         tokens = (batch["labels"] != -100).sum()
         assert self._validation is not None
-        self._validation += torch.stack([loss.double() * tokens, tokens.double()])
+        self._validation += torch.stack([precise(loss) * tokens, precise(tokens)])
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and bits per byte over all tokens of all ranks."""
@@ -292,18 +294,12 @@ class LanguageModel(LightningModule):
         bytes_per_token = getattr(data, "bytes_per_token", None)
         if bytes_per_token:
             metrics[f"{stage}/bits_per_byte"] = loss / math.log(2) / bytes_per_token
-        self.log_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in metrics.items()})
-
-    def _description(self) -> dict[str, Any]:
-        """Describe the model by what its numbers depend on."""
-        config = self.model.config
-        fields = [name for name in MoezooConfig.__annotations__ if name not in _UNRELATED]
-        return {name: getattr(config, name) for name in fields if name in config.to_dict()}
+        self.log_dict(metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the model in the checkpoint, as JSON: nothing in it needs unpickling."""
         checkpoint[CONFIG_KEY] = {
-            "config": self._description(),
+            "config": describe(self.model.config),
             "optimizer": asdict(self.optimizer_config),
             "skipped_steps": self.skipped_steps,
         }
@@ -317,34 +313,12 @@ class LanguageModel(LightningModule):
         saved = checkpoint.get(CONFIG_KEY)
         if saved is None:
             raise InputError("ckpt_path: the checkpoint was not written by moezoo fit")
-        with _own_names():
-            _check_same("model", saved["config"], self._description())
-        _check_tensors(checkpoint["state_dict"], self.state_dict())
+        with own_names():
+            check_same("model", saved["config"], describe(self.model.config))
+        check_tensors(checkpoint["state_dict"], self.state_dict())
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            _check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
+            check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
         self.skipped_steps = saved["skipped_steps"]
-
-
-_OWN_NAMES = {
-    "hidden_size": "d_model",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "max_position_embeddings": "max_length",
-    "tie_word_embeddings": "tie_embeddings",
-}
-
-
-@contextmanager
-def _own_names() -> Iterator[None]:
-    """Let errors about the model's configuration name the arguments that a user gave."""
-    try:
-        yield
-    except InputError as error:
-        message = str(error)
-        for theirs, ours in _OWN_NAMES.items():
-            message = message.replace(theirs, ours)
-        raise InputError(message) from error
 
 
 def _rule_config(rule: FFNRule, d_model: int) -> dict[str, Any]:
@@ -353,10 +327,6 @@ def _rule_config(rule: FFNRule, d_model: int) -> dict[str, Any]:
         config = rule.ffn(d_model).config()
     config["init_args"].pop("d_model")
     return {"layers": rule.layers, **config}
-
-
-_UNRELATED = {"use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
-"""Fields of a configuration that may change between training and resuming."""
 
 
 def _pretrained(path: str, vocab_size: int, attention: str) -> MoezooForCausalLM:
@@ -370,39 +340,3 @@ def _pretrained(path: str, vocab_size: int, attention: str) -> MoezooForCausalLM
             f"{vocab_size}; prepare the data with its tokenizer: --data.tokenizer {path}"
         )
     return model
-
-
-def _check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    old, new = dict(_leaves(saved)), dict(_leaves(current))
-    for key in old | new:
-        if old.get(key) != new.get(key):
-            raise InputError(
-                f"ckpt_path: {what}.{key} is {old.get(key)} in the checkpoint, but {new.get(key)} "
-                "in this run; use the same, or begin from its weights with model.initialize_from"
-            )
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Give every innermost value with its path, as in ``ffn[0].init_args.top_k``."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{index}]")
-    else:
-        yield path, value
-
-
-def _check_tensors(saved: dict[str, Tensor], current: dict[str, Tensor]) -> None:
-    for name in sorted(saved.keys() ^ current.keys()):
-        where = "the checkpoint" if name in saved else "this run's model"
-        raise InputError(
-            f"ckpt_path: tensor {name} is only in {where}; they are not the same model"
-        )
-    for name, tensor in saved.items():
-        if tensor.shape != current[name].shape:
-            raise InputError(
-                f"ckpt_path: tensor {name} is {tuple(tensor.shape)} in the checkpoint, "
-                f"but {tuple(current[name].shape)} in this run"
-            )

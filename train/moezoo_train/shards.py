@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moezoo_models.tokenizer import Tokenizer
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
+from moezoo_models.tokenizer import Tokenizer
 from moezoo_train.prepared import token_dtype
 from moezoo_train.tokenizer import split_text
 

@@ -16,9 +16,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from moezoo_models.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
-
 from moezoo.errors import InputError, check_int
+from moezoo_models.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 EOS_PIECE = "<|endoftext|>"
 UNK_PIECE = "<unk>"

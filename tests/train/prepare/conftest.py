@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from moezoo_train import prepare as module
 from moezoo_train.tokenizer import train_tokenizer
 

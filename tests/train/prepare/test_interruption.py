@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from moezoo_train import prepare as module
-from moezoo_train.prepare import prepare
 
 from moezoo.errors import InputError
+from moezoo_train import prepare as module
+from moezoo_train.prepare import prepare
 
 
 class Crash(BaseException):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from moezoo.errors import InputError
 from moezoo_models.tokenizer import load_tokenizer
 from moezoo_train import prepare as module
 from moezoo_train import shards
 from moezoo_train.prepare import prepare, split_threshold
 from moezoo_train.prepared import PreparedData, token_dtype
 from moezoo_train.tokenizer import train_tokenizer
-
-from moezoo.errors import InputError
 
 FILES = ["meta.json", "train.bin", "val.bin"]
 

@@ -1,0 +1,88 @@
+"""Whether a checkpoint is of this very model and optimizer, said field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from moezoo.errors import InputError
+from moezoo_models import MoezooConfig
+
+UNRELATED = {"use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+"""Fields of a configuration that may change between training and resuming."""
+
+_OWN_NAMES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_length",
+    "tie_word_embeddings": "tie_embeddings",
+}
+
+
+@contextmanager
+def own_names() -> Iterator[None]:
+    """Let errors about the model's configuration name the arguments that a user gave."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        for theirs, ours in _OWN_NAMES.items():
+            message = message.replace(theirs, ours)
+        raise InputError(message) from error
+
+
+def describe(config: MoezooConfig) -> dict[str, Any]:
+    """Describe a model by the fields, all JSON-able, that its numbers depend on."""
+    fields = [name for name in MoezooConfig.__annotations__ if name not in UNRELATED]
+    return {name: getattr(config, name) for name in fields if name in config.to_dict()}
+
+
+def check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Compare two nested descriptions.
+
+    Raises:
+        InputError: names the first field that differs, and both values.
+    """
+    old, new = dict(_leaves(saved)), dict(_leaves(current))
+    for key in old | new:
+        if old.get(key) != new.get(key):
+            raise InputError(
+                f"ckpt_path: {what}.{key} is {old.get(key)} in the checkpoint, but {new.get(key)} "
+                "in this run; use the same, or begin from its weights with model.initialize_from"
+            )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Give every innermost value with its path, as in ``ffn[0].init_args.top_k``."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def check_tensors(saved: dict[str, Tensor], current: dict[str, Tensor]) -> None:
+    """Compare names and shapes of two state dictionaries.
+
+    Raises:
+        InputError: names the first tensor that differs.
+    """
+    for name in sorted(saved.keys() ^ current.keys()):
+        where = "the checkpoint" if name in saved else "this run's model"
+        raise InputError(
+            f"ckpt_path: tensor {name} is only in {where}; they are not the same model"
+        )
+    for name, tensor in saved.items():
+        if tensor.shape != current[name].shape:
+            raise InputError(
+                f"ckpt_path: tensor {name} is {tuple(tensor.shape)} in the checkpoint, "
+                f"but {tuple(current[name].shape)} in this run"
+            )
