@@ -12,7 +12,7 @@ from moezoo.feed_forward import (
     select_layers,
     zoo,
 )
-from moezoo.layers import DenseFFN, SparseMoE
+from moezoo.layers import DenseFFN, FastFeedForward, SparseMoE, UltraFastFFF
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.swap import swap
 
@@ -23,6 +23,7 @@ __all__ = [
     "CapacityOptions",
     "Cost",
     "DenseFFN",
+    "FastFeedForward",
     "FeedForward",
     "FeedForwardOutput",
     "InputError",
@@ -31,6 +32,7 @@ __all__ = [
     "ParameterGroup",
     "RouterOptions",
     "SparseMoE",
+    "UltraFastFFF",
     "register",
     "select_layers",
     "swap",

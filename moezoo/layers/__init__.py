@@ -2,7 +2,9 @@
 
 from moezoo.feed_forward import Method, Paper, register
 from moezoo.layers.dense import DenseFFN
+from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.sparse_moe import SparseMoE
+from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
 
 register(
@@ -143,6 +145,29 @@ register(
         Paper("Qwen Team", 2025, "Qwen3 Technical Report", "2505.09388"),
         {"num_experts": 128, "top_k": 8, "balance": BalanceOptions(load_balancing=0.001)},
     ),
+    Method(
+        "fast_feed_forward",
+        FastFeedForward,
+        Paper("Belcak & Wattenhofer", 2023, "Fast Feedforward Networks", "2308.14711"),
+    ),
+    Method(
+        "efff",
+        FastFeedForward,
+        Paper(
+            "Charalampopoulos et al.",
+            2024,
+            "Enhancing Fast Feed Forward Networks with Load Balancing and a Master Leaf Node",
+            "2405.16836",
+        ),
+        {"hardening": 1.0, "hardening_reduction": "mean", "load_balancing": 1.0, "d_master": 8},
+    ),
+    Method(
+        "ultra_fast_fff",
+        UltraFastFFF,
+        Paper(
+            "Belcak & Wattenhofer", 2023, "Exponentially Faster Language Modelling", "2311.10770"
+        ),
+    ),
 )
 
-__all__ = ["DenseFFN", "SparseMoE"]
+__all__ = ["DenseFFN", "FastFeedForward", "SparseMoE", "UltraFastFFF"]

@@ -1,0 +1,184 @@
+"""UltraFastBERT's feedforward: trees of neurons in which each neuron on the way answers.
+
+A tree's node is one neuron. Its pre-activation decides where to go and adds to the output:
+``y = Σ_trees Σ_{n on the way} GELU(a_n) v_n`` with ``a_n = w_n · x + b_n``; right iff ``a_n > 0``
+(Belcak and Wattenhofer 2023, arXiv:2311.10770, section 2). Of 2^(depth + 1) - 1 neurons per tree
+depth + 1 are used. The decisions get no gradient; the neurons learn through what they add.
+
+Shapes: T tokens, D d_model, P trees, N = 2^(depth + 1) - 1 neurons of a tree.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from moezoo_kernels.activations import ACTIVATIONS
+from torch import Tensor, nn
+
+from moezoo.errors import check_choice, check_int
+from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.layers.dense import Activation, default_width
+from moezoo.routing import tree
+from moezoo.routing.stats import expert_counts
+
+# More counts than this are not given out; usage and unevenness sum them up.
+_MOST_COUNTS = 4096
+
+
+class UltraFastFFF(FeedForward):
+    """P parallel trees of neurons; each token uses one path from root to bottom of each.
+
+    Training computes all neurons and masks those off the path, inference gathers the path's.
+
+    Args:
+        d_model: width of the residual stream.
+        num_trees: parallel trees P (UltraFastBERT-1x11 has one, of depth 11).
+        depth: decisions on a path, which has depth + 1 neurons; default: the least at which the
+            trees together are as wide as the dense block.
+        activation: gelu (the paper's), relu, gelu_tanh, silu or relu2 (squared ReLU).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_trees: int = 1,
+        depth: int | None = None,
+        activation: Activation = "gelu",
+    ) -> None:
+        super().__init__(d_model)
+        self.num_trees = check_int("num_trees", num_trees)
+        if depth is None:
+            width_per_tree = -(-default_width(d_model, gated=False) // num_trees)
+            depth = width_per_tree.bit_length() - 1
+        self.depth = check_int("depth", depth, minimum=0, maximum=24)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.num_nodes = 2 ** (self.depth + 1) - 1
+        self.in_weight = nn.Parameter(torch.empty(num_trees, self.num_nodes, d_model))
+        self.in_bias = nn.Parameter(torch.empty(num_trees, self.num_nodes))
+        self.out_weight = nn.Parameter(torch.empty(num_trees, self.num_nodes, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Draw from U(±1/sqrt(d)) and U(±1/sqrt(P (depth + 1))); outputs / sqrt(num_layers)."""
+        bound = self.d_model**-0.5
+        nn.init.uniform_(self.in_weight, -bound, bound)
+        nn.init.uniform_(self.in_bias, -bound, bound)
+        bound = (num_layers * self.num_trees * (self.depth + 1)) ** -0.5
+        nn.init.uniform_(self.out_weight, -bound, bound)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Sum the answers of the neurons on each token's paths.
+
+        Returns:
+            ``stats``: ``expert_counts`` (P 2^depth,) of the bottom neurons, one per token and tree
+            (left out beyond 4096), ``tokens``, ``usage`` (share of bottom neurons reached) and
+            ``unevenness`` (KL of their counts from even, nats).
+        """
+        x_TD, mask_T = flatten_tokens(self, hidden, mask)
+        output_TD, bottom_TP = self._dense(x_TD) if self.training else self._descend(x_TD)
+        return self._output(hidden, output_TD, bottom_TP, mask_T)
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Run all neurons one by one, each times whether the decisions above lead to it."""
+        x_TD, mask_T = flatten_tokens(self, hidden, mask)
+        first_bottom = 2**self.depth - 1
+        act = ACTIVATIONS[self.activation]
+        output_TD, bottom = torch.zeros_like(x_TD), []
+        for w_ND, b_N, v_ND in zip(self.in_weight, self.in_bias, self.out_weight, strict=True):
+            logits = [x_TD @ w_D + b for w_D, b in zip(w_ND, b_N, strict=True)]
+            on_path = [torch.ones_like(logits[0], dtype=torch.bool)]
+            for node in range(first_bottom):
+                right_T = logits[node] > 0
+                on_path += [on_path[node] & ~right_T, on_path[node] & right_T]
+            for logit_T, reached_T, v_D in zip(logits, on_path, v_ND, strict=True):
+                output_TD = output_TD + (act(logit_T) * reached_T).unsqueeze(-1) * v_D
+            bottom.append(torch.stack(on_path[first_bottom:], dim=-1).int().argmax(dim=-1))
+        return self._output(hidden, output_TD, torch.stack(bottom, dim=-1), mask_T)
+
+    def _dense(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute all neurons, and mask: two GEMMs."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            asking_TD = tree.at_least_fp32(x_TD)
+            weight, bias = self.in_weight.flatten(0, 1), self.in_bias.flatten()
+            logits = F.linear(asking_TD, weight.to(asking_TD.dtype), bias.to(asking_TD.dtype))
+        logits_TPN = logits.unflatten(-1, (self.num_trees, self.num_nodes))
+        with torch.no_grad():
+            right_TPN = logits_TPN > 0
+            node_TP1 = torch.zeros_like(logits_TPN[..., :1], dtype=torch.int64)
+            on_path_TPN = torch.zeros_like(right_TPN).scatter_(-1, node_TP1, True)
+            for _ in range(self.depth):
+                node_TP1 = 2 * node_TP1 + 1 + right_TPN.gather(-1, node_TP1)
+                on_path_TPN.scatter_(-1, node_TP1, True)
+        inner_TPN = ACTIVATIONS[self.activation](logits_TPN).masked_fill(~on_path_TPN, 0.0)
+        weight = self.out_weight.flatten(0, 1)
+        output_TD = inner_TPN.flatten(1).to(weight.dtype) @ weight
+        return output_TD, node_TP1.squeeze(-1) - (2**self.depth - 1)
+
+    def _descend(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the neurons on the path, level by level, reading their rows only."""
+        in_weight, out_weight = self.in_weight.flatten(0, 1), self.out_weight.flatten(0, 1)
+        in_bias = self.in_bias.flatten()
+        root_P = torch.arange(self.num_trees, device=x_TD.device) * self.num_nodes
+        node_TP = torch.zeros(len(x_TD), self.num_trees, dtype=torch.int64, device=x_TD.device)
+        output_T1D: Tensor | None = None
+        for level in range(self.depth + 1):
+            rows_TP = root_P + node_TP
+            logits_TP = tree.row_logits(x_TD, in_weight, in_bias, rows_TP)
+            inner_TP = ACTIVATIONS[self.activation](logits_TP).to(out_weight.dtype)
+            answer_T1D = torch.bmm(inner_TP.unsqueeze(1), F.embedding(rows_TP, out_weight))
+            answer_T1D = tree.at_least_fp32(answer_T1D)
+            output_T1D = answer_T1D if output_T1D is None else output_T1D + answer_T1D
+            if level < self.depth:
+                node_TP = 2 * node_TP + 1 + (logits_TP.detach() > 0)
+        assert output_T1D is not None
+        return output_T1D.squeeze(1), node_TP - (2**self.depth - 1)
+
+    def _output(
+        self, hidden: Tensor, output_TD: Tensor, bottom_TP: Tensor, mask_T: Tensor | None
+    ) -> FeedForwardOutput:
+        device = hidden.device.type
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        output_TD = output_TD.to(dtype)
+        bottoms = 2**self.depth
+        slots_TP = bottom_TP + bottoms * torch.arange(self.num_trees, device=hidden.device)
+        tokens = torch.tensor(len(slots_TP), device=hidden.device)
+        if mask_T is not None:
+            output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
+            slots_TP = slots_TP.masked_fill(~mask_T.unsqueeze(-1), -1)
+            tokens = mask_T.sum()
+        counts = expert_counts(slots_TP, self.num_trees * bottoms)
+        stats = {
+            "tokens": tokens,
+            "usage": tree.usage(counts),
+            "unevenness": tree.unevenness(counts),
+        }
+        if counts.numel() <= _MOST_COUNTS:
+            stats["expert_counts"] = counts
+        return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+
+    def cost(self) -> Cost:
+        """Count inference: ``4 P (depth + 1) d`` FLOPs in products with gathered rows."""
+        neurons = self.num_trees * (self.depth + 1)
+        active = neurons * (2 * self.d_model + 1)
+        return Cost(
+            total_parameters=self.num_trees * self.num_nodes * (2 * self.d_model + 1),
+            active_parameters=active,
+            flops_per_token=4 * neurons * self.d_model,
+            bytes_per_token=active * self.in_weight.element_size(),
+        )

@@ -1,0 +1,136 @@
+"""A binary tree of decisions: who answers is found by one question per level.
+
+Node i asks ``w_i · x + b_i >= 0`` and sends a token to its right child 2i + 2 on yes, else to its
+left child 2i + 1; behind the last level are the leaves, numbered from the left (Belcak and
+Wattenhofer 2023, arXiv:2308.14711). A soft answer is ``c_i = sigmoid(w_i · x + b_i)``, the
+probability of going right, and a leaf's probability is the product along its path.
+
+Shapes: T tokens, D d_model, N = 2^depth - 1 nodes, E = 2^depth leaves, P nodes of one token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DecisionTree(nn.Module):
+    """A complete binary tree with one hyperplane per node.
+
+    The arithmetic is fp32 whatever autocast says (fp64 for fp64 inputs): rounding a logit to bf16
+    changes which leaf is reached.
+
+    Args:
+        d_model: width of what the nodes read.
+        depth: number of levels; 0 is a single leaf and no question.
+    """
+
+    def __init__(self, d_model: int, depth: int) -> None:
+        super().__init__()
+        self.d_model, self.depth = d_model, depth
+        self.num_nodes, self.num_leaves = 2**depth - 1, 2**depth
+        self.weight = nn.Parameter(torch.empty(self.num_nodes, d_model))
+        self.bias = nn.Parameter(torch.empty(self.num_nodes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases from U(-1/sqrt(d), 1/sqrt(d))."""
+        bound = self.d_model**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Ask every node: ``(T, N)`` logits of going right."""
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            hidden_TD = at_least_fp32(hidden_TD)
+            dtype = hidden_TD.dtype
+            return F.linear(hidden_TD, self.weight.to(dtype), self.bias.to(dtype))
+
+    @torch.no_grad()
+    def descend(self, hidden_TD: Tensor) -> Tensor:
+        """Ask one node per level, reading only their rows: ``(T,)`` leaves, without gradient."""
+        node_T = torch.zeros(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
+        for _ in range(self.depth):
+            logit_T1 = row_logits(hidden_TD, self.weight, self.bias, node_T.unsqueeze(-1))
+            node_T = 2 * node_T + 1 + (logit_T1.squeeze(-1) >= 0)
+        return node_T - self.num_nodes
+
+
+def row_logits(hidden_TD: Tensor, weight_ND: Tensor, bias_N: Tensor, rows_TP: Tensor) -> Tensor:
+    """Compute ``(T, P)`` logits ``w_n · x + b_n`` of P rows per token, reading only those rows.
+
+    The gradient of an embedding is summed in a fixed order, that of indexing is not.
+    """
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        hidden_TD = at_least_fp32(hidden_TD)
+        weight_TPD = F.embedding(rows_TP, weight_ND).to(hidden_TD.dtype)
+        bias_TP1 = F.embedding(rows_TP, bias_N.unsqueeze(-1)).to(hidden_TD.dtype)
+        return (torch.bmm(weight_TPD, hidden_TD.unsqueeze(-1)) + bias_TP1).squeeze(-1)
+
+
+def follow(right_TN: Tensor, depth: int) -> Tensor:
+    """Follow decisions that were made at every node: ``(T,)`` leaves.
+
+    Args:
+        right_TN: bool, true where a node sends the token to the right.
+        depth: number of levels.
+    """
+    node_T1 = torch.zeros(len(right_TN), 1, dtype=torch.int64, device=right_TN.device)
+    for _ in range(depth):
+        node_T1 = 2 * node_T1 + 1 + right_TN.gather(1, node_T1)
+    return node_T1.squeeze(-1) - (2**depth - 1)
+
+
+def leaf_probabilities(left_TN: Tensor, right_TN: Tensor) -> Tensor:
+    """Multiply the probabilities along every path, level by level: ``(T, E)``, rows sum to 1.
+
+    Args:
+        left_TN: probability of going left at each node; given apart from ``right_TN`` because
+            ``1 - c`` loses what is small.
+        right_TN: probability of going right.
+    """
+    p_TE = left_TN.new_ones(len(left_TN), 1)
+    first = 0
+    while first < left_TN.shape[1]:
+        level = slice(first, 2 * first + 1)
+        split = (p_TE * left_TN[:, level], p_TE * right_TN[:, level])
+        p_TE = torch.stack(split, dim=-1).flatten(1)
+        first = 2 * first + 1
+    return p_TE
+
+
+def path(leaf: int, depth: int) -> list[tuple[int, bool]]:
+    """List the nodes on the way to a leaf, each with whether the way goes right there."""
+    node, steps = 0, []
+    for level in reversed(range(depth)):
+        right = bool(leaf >> level & 1)
+        steps.append((node, right))
+        node = 2 * node + 1 + right
+    return steps
+
+
+def bernoulli_entropy(logits: Tensor) -> Tensor:
+    """Compute the entropy, in nats, of a coin that shows 1 with probability ``sigmoid(logits)``.
+
+    ``H = log(1 + e^-|z|) + |z| sigmoid(-|z|)``: exact for any z, without clamping.
+    """
+    size = logits.abs()
+    return F.softplus(-size) + size * (-size).sigmoid()
+
+
+def usage(counts_E: Tensor) -> Tensor:
+    """Give the share of leaves that at least one token reached."""
+    return (counts_E > 0).float().mean()
+
+
+def unevenness(counts_E: Tensor) -> Tensor:
+    """Compute the KL divergence of the load from an even one, in nats; 0 for no token at all."""
+    share_E = counts_E.float() / counts_E.sum().clamp(min=1)
+    divergence = torch.special.xlogy(share_E, share_E * counts_E.numel()).sum()
+    return divergence.clamp(min=0.0)
+
+
+def at_least_fp32(hidden: Tensor) -> Tensor:
+    """Promote bf16 and fp16 to fp32."""
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
