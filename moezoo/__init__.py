@@ -12,7 +12,13 @@ from moezoo.feed_forward import (
     select_layers,
     zoo,
 )
-from moezoo.layers import DenseFFN, FastFeedForward, SparseMoE, UltraFastFFF
+from moezoo.layers import (
+    DenseFFN,
+    FastFeedForward,
+    PersistentMemoryAttention,
+    SparseMoE,
+    UltraFastFFF,
+)
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.swap import swap
 
@@ -30,6 +36,7 @@ __all__ = [
     "Method",
     "Paper",
     "ParameterGroup",
+    "PersistentMemoryAttention",
     "RouterOptions",
     "SparseMoE",
     "UltraFastFFF",

@@ -114,6 +114,10 @@ def _adapter(
         layer = factory(d_model)
     else:
         layer = FeedForward.from_config(factory, d_model=d_model)
+    if layer.kind != "feed_forward":
+        raise InputError(
+            f"factory: {type(layer).__name__} is of kind '{layer.kind}', not feed_forward"
+        )
     if layer.needs_token_ids or not layer.causal:
         why = "needs token ids" if layer.needs_token_ids else "is not causal"
         raise InputError(f"factory: {type(layer).__name__} {why}, so it can't be swapped in")

@@ -3,6 +3,7 @@
 from moezoo.feed_forward import Method, Paper, register
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.fast_feed_forward import FastFeedForward
+from moezoo.layers.persistent_memory import PersistentMemoryAttention
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
@@ -168,6 +169,22 @@ register(
             "Belcak & Wattenhofer", 2023, "Exponentially Faster Language Modelling", "2311.10770"
         ),
     ),
+    Method(
+        "persistent_memory",
+        PersistentMemoryAttention,
+        Paper(
+            "Sukhbaatar et al.",
+            2019,
+            "Augmenting Self-attention with Persistent Memory",
+            "1907.01470",
+        ),
+    ),
 )
 
-__all__ = ["DenseFFN", "FastFeedForward", "SparseMoE", "UltraFastFFF"]
+__all__ = [
+    "DenseFFN",
+    "FastFeedForward",
+    "PersistentMemoryAttention",
+    "SparseMoE",
+    "UltraFastFFF",
+]

@@ -160,7 +160,10 @@ def test_autocast_runs_experts_in_bf16_and_routes_in_fp32(method):
     assert rounded.hidden.dtype == torch.bfloat16
     assert all(loss.dtype == torch.float32 for loss in rounded.losses.values())
     for name, value in exact.stats.items():
-        assert torch.equal(rounded.stats[name], value), name
+        if layer.kind == "feed_forward":
+            assert torch.equal(rounded.stats[name], value), name
+        else:  # attention routes nothing; its weights follow autocast, as its products do
+            torch.testing.assert_close(rounded.stats[name], value, rtol=2e-2, atol=0)
     error = (rounded.hidden.float() - exact.hidden).norm() / exact.hidden.norm()
     assert error < 2e-2
 
@@ -193,11 +196,13 @@ def test_cost_formulas_equal_what_torch_counts(method):
     with FlopCounterMode(display=False) as counter:
         output = run(layer, torch.randn(tokens, D))
     cost = layer.cost()
+    # A formula per token can not hold what grows with the context: two products over its keys.
+    context = 0 if layer.kind == "feed_forward" else 4 * tokens * tokens * D
     assert cost.total_parameters == sum(p.numel() for p in layer.parameters())
     assert cost.active_parameters <= cost.total_parameters
     dropped = int(output.stats.get("dropped", 0))
     skipped = dropped * layer.experts.flops_per_assignment() if dropped else 0
-    assert counter.get_total_flops() == tokens * cost.flops_per_token - skipped
+    assert counter.get_total_flops() == tokens * cost.flops_per_token - skipped + context
     assert layer.to(torch.bfloat16).cost().bytes_per_token * 2 == cost.bytes_per_token
 
 
