@@ -163,6 +163,12 @@ def test_region_leak_swaps_children_as_often_as_told_and_in_training_only(leak):
     assert abs(swapped - leak) <= 3 * math.sqrt(leak * (1 - leak) / 4000)
 
 
+def test_soft_evaluation_does_not_leak():
+    leaky, plain = fff(region_leak=0.5, hard=False), fff(hard=False)
+    assert torch.equal(leaky.eval()(tokens()).hidden, plain.eval()(tokens()).hidden)
+    assert not torch.equal(leaky.train()(tokens()).hidden, plain.train()(tokens()).hidden)
+
+
 def test_every_node_leaks_for_itself():
     layer = fff(depth=2, region_leak=0.5, hard=True)
     reached = layer(tokens(1)[:1].expand(4000, D)).stats["expert_counts"] / 4000
