@@ -1,0 +1,137 @@
+"""N experts of one hidden neuron each, kept as rows of tables (PEER; He 2024, arXiv:2407.04153).
+
+``y = Σ_j w_j e_{i_j}(x)`` with ``e_i(x) = act(u_i · x) v_i``, or, for gated linear units,
+``e_i(x) = act(a_i · x) (u_i · x) v_i`` with ``a`` the table ``gate``.
+
+Shapes: T tokens, D d_model, N experts, J experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.errors import InputError, check_choice, check_int
+from moezoo.experts import rank_one_op
+from moezoo.init import output_std
+from moezoo_kernels.activations import ACTIVATIONS, activate
+
+
+def rank_one_experts(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    activation: str = "gelu",
+    gate: Tensor | None = None,
+    sparse_gradients: bool = False,
+) -> Tensor:
+    """Sum, over each token's experts, their weighted answers.
+
+    For token t, slot j and expert ``i = indices[t, j] >= 0``::
+
+        y[t] += weights[t, j] * act(u[i] @ x[t]) * v[i]
+
+    or with ``act(gate[i] @ x[t]) * (u[i] @ x[t])`` for ``act(u[i] @ x[t])``. A slot of -1 adds
+    nothing, and its weight gets gradient zero. The same expert may stand in several slots of a
+    token; its answers add up. Nothing of size ``(T, J, D)`` is saved or ever exists: rows are
+    gathered for a chunk of tokens at a time. Same inputs give bit-identical gradients.
+
+    Products run in the dtype of the tables, whatever autocast says: only the rows that are read
+    could be cast, which costs more than it saves. Autocast decides the dtype of the output.
+
+    Args:
+        x: ``(T, D)`` tokens.
+        u: ``(N, D)``.
+        v: ``(N, D)``, of ``u``'s dtype.
+        indices: ``(T, J)`` int64 expert numbers; -1 for no expert.
+        weights: ``(T, J)``, fp32, or fp64 for fp64 tables.
+        activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
+        gate: ``(N, D)``, of ``u``'s dtype, for gated linear units.
+        sparse_gradients: give the tables' gradients as sparse tensors of the rows that were read
+            (for torch.optim.SparseAdam or SGD); not under torch.compile.
+
+    Returns:
+        ``(T, D)``, in the dtype of ``x`` (or of autocast).
+
+    Raises:
+        InputError: sparse gradients under torch.compile.
+    """
+    if sparse_gradients and torch.compiler.is_compiling():
+        raise InputError("sparse_gradients: torch.compile has no sparse gradients; set it to false")
+    arguments = (indices, weights, activation, sparse_gradients)
+    output = rank_one_op.forward(x, u, v, gate, *arguments)[0]
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        output = output.to(torch.get_autocast_dtype(device))
+    return output
+
+
+class RankOneExperts(nn.Module):
+    """Tables of single-neuron experts, without biases.
+
+    Args:
+        d_model: input and output width D.
+        num_experts: number of experts N.
+        experts_per_token: how many answer a token; scales the initial ``v``.
+        activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
+        gated: gated linear units: a third table ``gate``.
+        sparse_gradients: whether the tables' gradients are sparse tensors.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        experts_per_token: int,
+        activation: str,
+        gated: bool,
+        sparse_gradients: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_model = check_int("d_model", d_model)
+        self.num_experts = check_int("num_experts", num_experts)
+        self.experts_per_token = check_int("experts_per_token", experts_per_token)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.gated = gated
+        self.sparse_gradients = sparse_gradients
+        self.u = nn.Parameter(torch.empty(num_experts, d_model))
+        self.v = nn.Parameter(torch.empty(num_experts, d_model))
+        self.gate = nn.Parameter(torch.empty(num_experts, d_model)) if gated else None
+        self.reset_parameters()
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Draw u and gate from N(0, 1/d), v from N(0, 1/J) / sqrt(2 num_layers), in place."""
+        for table in (self.u, self.gate):
+            if table is not None:
+                nn.init.normal_(table, std=self.d_model**-0.5)
+        nn.init.normal_(self.v, std=output_std(self.experts_per_token, num_layers))
+
+    def forward(self, x_TD: Tensor, indices_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
+        """Sum the weighted answers of each token's experts; index -1 answers nothing."""
+        return rank_one_experts(
+            x_TD,
+            self.u,
+            self.v,
+            indices_TJ,
+            weights_TJ,
+            activation=self.activation,
+            gate=self.gate,
+            sparse_gradients=self.sparse_gradients,
+        )
+
+    def reference(self, x_TD: Tensor, indices_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
+        """Run all N experts on every token and weight them by a dense matrix (T, N)."""
+        dense_TN = weights_TJ.new_zeros(x_TD.shape[0], self.num_experts + 1)
+        dense_TN = dense_TN.scatter_add(1, indices_TJ + 1, weights_TJ)[:, 1:]
+        inner = x_TD @ self.u.t()
+        if self.gate is not None:
+            inner = torch.cat([x_TD @ self.gate.t(), inner], dim=-1)
+        answers_TN = activate(inner, self.activation, self.gated)
+        return (dense_TN.to(x_TD.dtype) * answers_TN) @ self.v
+
+    def flops_per_assignment(self) -> int:
+        """Give the forward FLOPs of one token in one expert: 2 d per table."""
+        return 2 * self.d_model * (3 if self.gated else 2)
