@@ -1,6 +1,7 @@
 """moezoo: feed-forward replacements for transformers behind one layer API."""
 
 from moezoo.errors import InputError
+from moezoo.experts.values import shared_values
 from moezoo.feed_forward import (
     Cost,
     FeedForward,
@@ -15,7 +16,9 @@ from moezoo.feed_forward import (
 from moezoo.layers import (
     DenseFFN,
     FastFeedForward,
+    MemoryPlus,
     PersistentMemoryAttention,
+    ProductKeyMemory,
     SparseMoE,
     UltraFastFFF,
 )
@@ -33,15 +36,18 @@ __all__ = [
     "FeedForward",
     "FeedForwardOutput",
     "InputError",
+    "MemoryPlus",
     "Method",
     "Paper",
     "ParameterGroup",
     "PersistentMemoryAttention",
+    "ProductKeyMemory",
     "RouterOptions",
     "SparseMoE",
     "UltraFastFFF",
     "register",
     "select_layers",
+    "shared_values",
     "swap",
     "zoo",
 ]

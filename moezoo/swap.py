@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError
+from moezoo.experts.values import shared_values
 from moezoo.feed_forward import FeedForward, FeedForwardOutput, select_layers
 
 _FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
@@ -95,10 +96,11 @@ def swap(
         raise InputError(f"where: no layer of {len(blocks)} is chosen")
     d_model = _width(model, blocks)
     # Build all before replacing any, so that a mistake leaves the model as it was.
-    adapters = {
-        index: _adapter(factory, d_model, len(blocks), blocks[index].get_submodule(name))
-        for index in chosen
-    }
+    with shared_values():
+        adapters = {
+            index: _adapter(factory, d_model, len(blocks), blocks[index].get_submodule(name))
+            for index in chosen
+        }
     for index, adapter in adapters.items():
         setattr(blocks[index], name, adapter)
     return Swapped(list(adapters.values()))

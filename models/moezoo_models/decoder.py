@@ -20,6 +20,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils.output_capturing import capture_outputs
 
 from moezoo.errors import InputError
+from moezoo.experts.values import shared_values
 from moezoo.feed_forward import FeedForward
 from moezoo_models.attention import Attention
 from moezoo_models.attention_backends import check_backend
@@ -119,9 +120,10 @@ class MoezooModel(MoezooPreTrainedModel):
     def __init__(self, config: MoezooConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        with shared_values():  # among the layers of this model, not with those of another
+            self.layers = nn.ModuleList(
+                DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+            )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False

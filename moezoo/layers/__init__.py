@@ -3,7 +3,9 @@
 from moezoo.feed_forward import Method, Paper, register
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.fast_feed_forward import FastFeedForward
+from moezoo.layers.memory_plus import MemoryPlus
 from moezoo.layers.persistent_memory import PersistentMemoryAttention
+from moezoo.layers.product_key_memory import ProductKeyMemory
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
@@ -179,12 +181,24 @@ register(
             "1907.01470",
         ),
     ),
+    Method(
+        "product_key_memory",
+        ProductKeyMemory,
+        Paper("Lample et al.", 2019, "Large Memory Layers with Product Keys", "1907.05242"),
+    ),
+    Method(
+        "memory_plus",
+        MemoryPlus,
+        Paper("Berges et al.", 2024, "Memory Layers at Scale", "2412.09764"),
+    ),
 )
 
 __all__ = [
     "DenseFFN",
     "FastFeedForward",
+    "MemoryPlus",
     "PersistentMemoryAttention",
+    "ProductKeyMemory",
     "SparseMoE",
     "UltraFastFFF",
 ]

@@ -184,8 +184,8 @@ class QueryNetwork(nn.Module):
         if norm in ("batch", "layer"):
             self.shift = nn.Parameter(torch.empty(features))
         if norm == "batch":
-            self.register_buffer("running_mean", torch.empty(features))
-            self.register_buffer("running_var", torch.empty(features))
+            self.register_buffer("running_mean", torch.empty(features, dtype=torch.float32))
+            self.register_buffer("running_var", torch.empty(features, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

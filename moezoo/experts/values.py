@@ -1,0 +1,153 @@
+"""A table of value vectors, read as weighted bags, and shared by layers that name the same pool.
+
+``y = Σ_k w_k V[i_k]``: no ``(T, K, V)`` tensor of gathered rows exists at any time, and neither
+direction uses atomics on floats, so equal inputs give bit-identical gradients.
+
+Shapes: T tokens, N slots, K slots read per token (all heads), V width of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from moezoo.errors import InputError, check_int
+
+
+class ValueTable(nn.Module):
+    """N trained vectors.
+
+    Args:
+        num_slots: number of vectors N.
+        v_dim: their width V.
+        sparse: give the weight a sparse gradient, which holds the rows that were read and no
+            others (for ``torch.optim.SparseAdam`` or ``SGD``). Not under ``torch.compile``.
+    """
+
+    def __init__(self, num_slots: int, v_dim: int, sparse: bool = False) -> None:
+        super().__init__()
+        self.num_slots = check_int("num_slots", num_slots)
+        self.v_dim = check_int("v_dim", v_dim)
+        self.sparse = sparse
+        self.weight = nn.Parameter(torch.empty(num_slots, v_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the values from N(0, 1 / v_dim)."""
+        nn.init.normal_(self.weight, std=self.v_dim**-0.5)
+
+    def forward(self, indices_TK: Tensor, weights_TK: Tensor, mask_T: Tensor | None) -> Tensor:
+        """Sum the weighted values of each token, ``(T, V)`` in the table's dtype.
+
+        Padding gets zeros and gives no gradient; where the gradient is sparse, it leaves no rows
+        in it either, since an optimizer's momentum would move those.
+        """
+        if mask_T is None:
+            return self._bag(indices_TK, weights_TK)
+        if self.sparse:
+            bags = self._bag(indices_TK[mask_T], weights_TK[mask_T])
+            return bags.new_zeros(len(mask_T), self.v_dim).index_put((mask_T,), bags)
+        return self._bag(indices_TK, weights_TK.masked_fill(~mask_T.unsqueeze(-1), 0.0))
+
+    def reference(self, indices_TK: Tensor, weights_TK: Tensor, mask_T: Tensor | None) -> Tensor:
+        """Multiply a dense ``(T, N)`` matrix of weights with the whole table."""
+        if mask_T is not None:
+            weights_TK = weights_TK.masked_fill(~mask_T.unsqueeze(-1), 0.0)
+        weights_TK = weights_TK.to(self.weight.dtype)
+        dense_TN = weights_TK.new_zeros(len(weights_TK), self.num_slots)
+        return dense_TN.scatter_add(1, indices_TK, weights_TK) @ self.weight
+
+    def flops_per_row(self) -> int:
+        """Give the forward FLOPs of one value read."""
+        return 2 * self.v_dim
+
+    def extra_repr(self) -> str:
+        """Show the size."""
+        return f"num_slots={self.num_slots}, v_dim={self.v_dim}, sparse={self.sparse}"
+
+    def _bag(self, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        weights_TK = weights_TK.to(self.weight.dtype)
+        return F.embedding_bag(
+            indices_TK,
+            self.weight,
+            mode="sum",
+            per_sample_weights=weights_TK,
+            sparse=self.sparse,
+        )
+
+
+_POOLS: ContextVar[dict[str, ValueTable] | None] = ContextVar("moezoo_value_pools", default=None)
+
+
+@contextmanager
+def shared_values() -> Iterator[None]:
+    """Let layers built inside share their values where they name the same ``value_pool``.
+
+    The first layer of a pool owns the table: it alone holds it in ``parameters()``,
+    ``state_dict()`` and ``cost()``. The others refer to it, and follow it when the model that
+    holds them all is moved, copied or loaded. Each block is a world of its own, so two models never
+    share::
+
+        with moezoo.shared_values():
+            layers = [moezoo.MemoryPlus(64, value_pool="memory") for _ in range(3)]
+
+    The decoder and :func:`moezoo.swap` do this for their blocks. A layer built outside has a table
+    of its own, whatever pool it names.
+    """
+    token = _POOLS.set({})
+    try:
+        yield
+    finally:
+        _POOLS.reset(token)
+
+
+def value_table(
+    num_slots: int, v_dim: int, sparse: bool, pool: str | None
+) -> tuple[ValueTable, bool]:
+    """Find the pool's table or make one; and tell whether the caller owns it.
+
+    Raises:
+        InputError: the pool's table is of another size or kind.
+    """
+    pools = _POOLS.get()
+    if pool is None or pools is None:
+        return ValueTable(num_slots, v_dim, sparse), True
+    if pool not in pools:
+        pools[pool] = ValueTable(num_slots, v_dim, sparse)
+        return pools[pool], True
+    table = pools[pool]
+    for name, wanted in (("num_slots", num_slots), ("v_dim", v_dim), ("sparse", sparse)):
+        if wanted != getattr(table, name):
+            raise InputError(
+                f"value_pool: layers of pool '{pool}' differ in {name} "
+                f"({getattr(table, name)} and {wanted}); make them equal or name another pool"
+            )
+    return table, False
+
+
+def _bag_flops(
+    weight: Any,
+    indices: Any,
+    offsets: Any,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Count a multiply-add per weighted number; an unweighted bag multiplies nothing."""
+    return 0 if per_sample_weights is None else 2 * indices.numel() * weight.shape[1]
+
+
+# torch counts no FLOPs for weighted bags of its own.
+for _op in (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only):
+    if _op not in flop_registry:
+        register_flop_formula(_op, get_raw=True)(_bag_flops)

@@ -1,0 +1,162 @@
+"""Product-key memory: a key-value memory of n² slots in the place of a feed-forward block.
+
+``y = Σ_h Σ_{i in I_h} softmax(s_h)_i V_i``, with ``I_h`` the k slots whose keys match the query
+``q_h(x)`` best (Lample et al. 2019, arXiv:1907.05242, eq. 2-4).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moezoo.errors import check_int
+from moezoo.experts.memory import KeyValueMemory, default_num_keys
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    ParameterGroup,
+    flatten_tokens,
+)
+from moezoo.init import init_linear
+from moezoo.routing.product_key import QueryNorm
+
+
+class ProductKeyMemory(FeedForward):
+    """Multi-head product-key memory with batch-normalised queries.
+
+    With ``query_norm="batch"`` a token's output depends, in training only, on the other tokens of
+    the batch through its mean and variance.
+
+    Args:
+        d_model: width of the residual stream.
+        num_keys: half-keys n per codebook, for n² slots; default d_model / 2, no fewer than
+            top_k and no more than 512, the paper's number at its width of 1024.
+        num_heads: queries per token, each with codebooks of its own.
+        top_k: slots that each head reads.
+        d_key: width of a query; default the even number nearest above d_model / 4, the paper's
+            256 at its width.
+        v_dim: width of a value; default d_model. Another width adds an output projection.
+        query_norm: batch (the paper's), layer, qk (queries and keys to unit length) or none.
+        query_bias: whether the query's linear map has a bias; a batch norm would subtract it.
+        value_pool: name of a value table that is shared by the layers that name it; see
+            :func:`moezoo.shared_values`. By default a layer has its own.
+        sparse: give the values sparse gradients, for SparseAdam; not under torch.compile.
+        value_lr_multiplier: learning rate of the values, as a multiple of the run's; 4 in the
+            paper (1e-3 and 2.5e-4, section 4.2). It follows no schedule, and they do not decay.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_keys: int | None = None,
+        num_heads: int = 4,
+        top_k: int = 32,
+        d_key: int | None = None,
+        v_dim: int | None = None,
+        query_norm: QueryNorm = "batch",
+        query_bias: bool = False,
+        value_pool: str | None = None,
+        sparse: bool = False,
+        value_lr_multiplier: float = 4.0,
+    ) -> None:
+        super().__init__(d_model)
+        if num_keys is None:
+            num_keys = default_num_keys(d_model, top_k, largest=512)
+        self.num_keys = check_int("num_keys", num_keys)
+        self.num_heads = check_int("num_heads", num_heads)
+        self.top_k = check_int("top_k", top_k)
+        self.d_key = 2 * -(-d_model // 8) if d_key is None else check_int("d_key", d_key)
+        self.v_dim = d_model if v_dim is None else check_int("v_dim", v_dim)
+        self.query_norm = query_norm
+        self.query_bias = query_bias
+        self.value_pool = value_pool
+        self.sparse = sparse
+        self.value_lr_multiplier = value_lr_multiplier
+        self.memory = KeyValueMemory(
+            d_model,
+            self.num_keys,
+            num_heads,
+            top_k,
+            self.d_key,
+            self.v_dim,
+            query_norm,
+            query_bias,
+            "lample",
+            value_pool,
+            sparse,
+            value_lr_multiplier,
+        )
+        self.out_proj: nn.Linear | None = None
+        if self.v_dim != d_model:
+            self.out_proj = nn.Linear(self.v_dim, d_model, bias=False)
+            init_linear(self.out_proj, self.v_dim**-0.5)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of slots, n²."""
+        return self.memory.keys.num_slots
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Initialise as the paper's code does, at any depth; a shared table is its owner's."""
+        self.memory.reset_parameters()
+        if self.out_proj is not None:
+            init_linear(self.out_proj, self.v_dim**-0.5)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Read each token's slots and sum their weighted values.
+
+        Returns:
+            ``stats``: ``tokens``; ``usage``, the fraction of slots read; ``top1_usage``, of slots
+            that were some head's best; ``unevenness``, the divergence in nats of the slots' summed
+            weights from uniform; ``expert_counts`` (n²,) if there are at most 4096 slots.
+        """
+        return self._compute(hidden, mask, brute_force=False)
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Compare with all n² keys and multiply a dense matrix of weights with all values."""
+        return self._compute(hidden, mask, brute_force=True)
+
+    def _compute(self, hidden: Tensor, mask: Tensor | None, brute_force: bool) -> FeedForwardOutput:
+        tokens, flat_mask = flatten_tokens(self, hidden, mask)
+        output, stats = self.memory(tokens, flat_mask, brute_force)
+        if self.out_proj is not None:
+            output = self.out_proj(output)
+        return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Put the values apart: constant learning rate, no decay, perhaps sparse."""
+        return with_values_apart(super().parameter_groups(), self.memory)
+
+    def cost(self) -> Cost:
+        """``2 D H C + 2 H n C + 2 H K V`` FLOPs; a weighted sum of values counts as a product."""
+        projection = 0 if self.out_proj is None else self.out_proj.weight.numel()
+        active = self.memory.active_parameters() + projection
+        return Cost(
+            total_parameters=sum(p.numel() for p in self.parameters()),
+            active_parameters=active,
+            flops_per_token=self.memory.flops_per_token() + 2 * projection,
+            bytes_per_token=active * self.memory.keys.keys.element_size(),
+        )
+
+
+def with_values_apart(groups: list[ParameterGroup], memory: KeyValueMemory) -> list[ParameterGroup]:
+    """Move a memory's values out of the groups that hold them, into their own."""
+    values = memory.parameter_groups()
+    apart = {id(p) for group in values for p in group.parameters}
+    for group in groups:
+        group.parameters = [p for p in group.parameters if id(p) not in apart]
+    return [group for group in groups if group.parameters] + values
