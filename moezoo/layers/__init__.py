@@ -190,6 +190,7 @@ register(
         "memory_plus",
         MemoryPlus,
         Paper("Berges et al.", 2024, "Memory Layers at Scale", "2412.09764"),
+        {"value_pool": "memory"},
     ),
 )
 
