@@ -14,6 +14,7 @@ from moezoo.feed_forward import (
     zoo,
 )
 from moezoo.layers import (
+    PEER,
     DenseFFN,
     FastFeedForward,
     MemoryPlus,
@@ -28,6 +29,7 @@ from moezoo.swap import swap
 __version__ = "0.1.0"
 
 __all__ = [
+    "PEER",
     "BalanceOptions",
     "CapacityOptions",
     "Cost",

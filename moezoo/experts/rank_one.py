@@ -26,7 +26,7 @@ def rank_one_experts(
     *,
     activation: str = "gelu",
     gate: Tensor | None = None,
-    sparse_gradients: bool = False,
+    sparse: bool = False,
 ) -> Tensor:
     """Sum, over each token's experts, their weighted answers.
 
@@ -50,7 +50,7 @@ def rank_one_experts(
         weights: ``(T, J)``, fp32, or fp64 for fp64 tables.
         activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
         gate: ``(N, D)``, of ``u``'s dtype, for gated linear units.
-        sparse_gradients: give the tables' gradients as sparse tensors of the rows that were read
+        sparse: give the tables' gradients as sparse tensors of the rows that were read
             (for torch.optim.SparseAdam or SGD); not under torch.compile.
 
     Returns:
@@ -59,9 +59,9 @@ def rank_one_experts(
     Raises:
         InputError: sparse gradients under torch.compile.
     """
-    if sparse_gradients and torch.compiler.is_compiling():
-        raise InputError("sparse_gradients: torch.compile has no sparse gradients; set it to false")
-    arguments = (indices, weights, activation, sparse_gradients)
+    if sparse and torch.compiler.is_compiling():
+        raise InputError("sparse: torch.compile has no sparse gradients; set it to false")
+    arguments = (indices, weights, activation, sparse)
     output = rank_one_op.forward(x, u, v, gate, *arguments)[0]
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -78,7 +78,7 @@ class RankOneExperts(nn.Module):
         experts_per_token: how many answer a token; scales the initial ``v``.
         activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
         gated: gated linear units: a third table ``gate``.
-        sparse_gradients: whether the tables' gradients are sparse tensors.
+        sparse: whether the tables' gradients are sparse tensors.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class RankOneExperts(nn.Module):
         experts_per_token: int,
         activation: str,
         gated: bool,
-        sparse_gradients: bool = False,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         self.d_model = check_int("d_model", d_model)
@@ -96,7 +96,7 @@ class RankOneExperts(nn.Module):
         self.experts_per_token = check_int("experts_per_token", experts_per_token)
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.gated = gated
-        self.sparse_gradients = sparse_gradients
+        self.sparse = sparse
         self.u = nn.Parameter(torch.empty(num_experts, d_model))
         self.v = nn.Parameter(torch.empty(num_experts, d_model))
         self.gate = nn.Parameter(torch.empty(num_experts, d_model)) if gated else None
@@ -119,7 +119,7 @@ class RankOneExperts(nn.Module):
             weights_TJ,
             activation=self.activation,
             gate=self.gate,
-            sparse_gradients=self.sparse_gradients,
+            sparse=self.sparse,
         )
 
     def reference(self, x_TD: Tensor, indices_TJ: Tensor, weights_TJ: Tensor) -> Tensor:

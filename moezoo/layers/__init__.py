@@ -4,6 +4,7 @@ from moezoo.feed_forward import Method, Paper, register
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.memory_plus import MemoryPlus
+from moezoo.layers.peer import PEER
 from moezoo.layers.persistent_memory import PersistentMemoryAttention
 from moezoo.layers.product_key_memory import ProductKeyMemory
 from moezoo.layers.sparse_moe import SparseMoE
@@ -192,9 +193,11 @@ register(
         Paper("Berges et al.", 2024, "Memory Layers at Scale", "2412.09764"),
         {"value_pool": "memory"},
     ),
+    Method("peer", PEER, Paper("He", 2024, "Mixture of A Million Experts", "2407.04153")),
 )
 
 __all__ = [
+    "PEER",
     "DenseFFN",
     "FastFeedForward",
     "MemoryPlus",

@@ -103,7 +103,7 @@ def test_frozen_tables_get_no_gradient_and_the_others_the_same():
 
 
 @pytest.mark.parametrize("tokens", [0, 1, T])
-def test_sparse_gradients_hold_the_rows_that_were_read(tokens):
+def test_sparse_hold_the_rows_that_were_read(tokens):
     inputs = assignments(tokens)
     dense = gradients(experts(True), "forward", *inputs)
     sparse = gradients(experts(True, sparse=True), "forward", *inputs)
@@ -129,11 +129,11 @@ def test_a_sparse_step_leaves_other_rows_alone():
         assert (parameter[read] != before[name][read]).any(dim=-1).all()
 
 
-def test_sparse_gradients_under_compile_are_refused():
+def test_sparse_under_compile_are_refused():
     module = experts(sparse=True)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match=r"sparse_gradients: torch.compile has no sparse"):
+    with pytest.raises(Exception, match=r"sparse: torch.compile has no sparse"):
         compiled(*assignments())
 
 
