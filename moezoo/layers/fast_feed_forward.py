@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from moezoo_kernels.activations import ACTIVATIONS, activate
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
@@ -24,6 +23,7 @@ from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import losses as L
 from moezoo.routing import tree
 from moezoo.routing.stats import expert_counts
+from moezoo_kernels.activations import ACTIVATIONS, activate
 
 Reduction = Literal["per_token", "sum", "mean"]
 

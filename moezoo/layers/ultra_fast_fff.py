@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from moezoo_kernels.activations import ACTIVATIONS
 from torch import Tensor, nn
 
 from moezoo.errors import check_choice, check_int
@@ -20,6 +19,7 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_to
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import tree
 from moezoo.routing.stats import expert_counts
+from moezoo_kernels.activations import ACTIVATIONS
 
 # More counts than this are not given out; usage and unevenness sum them up.
 _MOST_COUNTS = 4096

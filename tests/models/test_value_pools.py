@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moezoo_models.checkpoints import load_checkpoint, save_checkpoint
 
 
