@@ -269,6 +269,11 @@ def test_a_million_experts_cost_what_the_paper_says():
     assert cost.flops_per_token == 2 * queries + 2 * 8 * keys + 4 * hk * d
 
 
+def test_a_store_smaller_than_its_choices_is_active_once():
+    cost = PEER(D, num_experts=16, num_heads=8, top_k=4).cost()
+    assert cost.active_parameters == cost.total_parameters
+
+
 def test_experts_are_spared_decay_and_schedule():
     layer = PEER(D, gated=True, sparse=True, expert_lr_multiplier=4.0)
     groups = {group.name: group for group in layer.parameter_groups()}

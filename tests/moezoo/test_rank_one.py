@@ -103,7 +103,7 @@ def test_frozen_tables_get_no_gradient_and_the_others_the_same():
 
 
 @pytest.mark.parametrize("tokens", [0, 1, T])
-def test_sparse_hold_the_rows_that_were_read(tokens):
+def test_sparse_gradients_hold_the_rows_that_were_read(tokens):
     inputs = assignments(tokens)
     dense = gradients(experts(True), "forward", *inputs)
     sparse = gradients(experts(True, sparse=True), "forward", *inputs)
@@ -129,7 +129,7 @@ def test_a_sparse_step_leaves_other_rows_alone():
         assert (parameter[read] != before[name][read]).any(dim=-1).all()
 
 
-def test_sparse_under_compile_are_refused():
+def test_sparse_gradients_under_compile_are_refused():
     module = experts(sparse=True)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -188,9 +188,8 @@ def test_construction_allocates_little_beside_the_parameters():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_no_tensor_of_every_gathered_row_is_saved_or_exists(gated, monkeypatch):
-    tokens, choices, width = 512, 32, 64
-    monkeypatch.setattr(rank_one_op, "_CHUNK_BYTES", {"cpu": 1 << 17})
+def test_no_tensor_of_every_gathered_row_is_saved_or_exists(gated):
+    tokens, choices, width = 2048, 32, 64
     module = RankOneExperts(width, 100, choices, "gelu", gated)
     x = torch.randn(tokens, width, requires_grad=True)
     indices = torch.randint(100, (tokens, choices))
@@ -216,7 +215,7 @@ def test_no_tensor_of_every_gathered_row_is_saved_or_exists(gated, monkeypatch):
     assert meter.peak < gathered / 4
     with Meter() as meter:
         y.sum().backward()
-    assert meter.largest < gathered / 8
+    assert meter.largest <= gathered / 8
     assert meter.peak < gathered / 2
 
     def written_out(x):
