@@ -20,10 +20,10 @@ help:
 	@echo
 	@echo "Choose the interpreter with PYTHON=python3.12 (3.11 or newer)."
 
-demo: $(VENV)/.train
-	@$(BIN)/moezoo demo
-
 # Idle OpenMP threads that spin slow down every other process of a small machine.
+demo: $(VENV)/.train
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/moezoo demo
+
 test: $(VENV)/.dev
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 

@@ -144,10 +144,15 @@ class FeedForward(nn.Module):
         raise NotImplementedError
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Group the parameters by the treatment they want; default: no decay for vectors."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        matrices = [p for p in parameters if p.ndim >= 2]
-        vectors = [p for p in parameters if p.ndim < 2]
+        """Group the parameters by the treatment they want; default: no decay for vectors.
+
+        Biases count as vectors also where those of several experts are stacked.
+        """
+        vectors, matrices = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                is_vector = parameter.ndim < 2 or name.endswith("bias")
+                (vectors if is_vector else matrices).append(parameter)
         groups = [
             ParameterGroup("matrices", matrices),
             ParameterGroup("vectors", vectors, weight_decay=False),

@@ -438,3 +438,12 @@ def test_mistakes_are_named_with_their_fix(arguments, message):
 def test_expert_choice_refuses_a_capacity():
     with pytest.raises(InputError, match="capacity: expert choice fills every expert"):
         moe(router=RouterOptions(choice="expert", normalize=False), capacity=CapacityOptions())
+
+
+def test_stacked_biases_do_not_decay():
+    layer = moe(bias=True)
+    decaying = [p for g in layer.parameter_groups() if g.weight_decay for p in g.parameters]
+    biases = {id(p) for name, p in layer.named_parameters() if name.endswith("bias")}
+    assert len(biases) == 2
+    assert not biases & {id(p) for p in decaying}
+    assert len(decaying) == 3

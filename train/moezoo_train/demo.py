@@ -48,6 +48,7 @@ def demo(
     console.print(
         f"A sparse mixture of experts learns from {_name(source)}, in {precision} on {_machine()}.",
         highlight=False,
+        soft_wrap=True,
     )
     options = {"output": output, "data.source": source, "trainer.precision": precision}
     options["trainer.accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +62,7 @@ def demo(
         f"sample.txt, model/ and checkpoints/.\n"
         f'Go on with: moezoo generate --checkpoint {output}/model --prompt "def "',
         highlight=False,
+        soft_wrap=True,
     )
 
 
