@@ -20,6 +20,7 @@ from moezoo.layers import (
     MemoryPlus,
     PersistentMemoryAttention,
     ProductKeyMemory,
+    SigmaMoE,
     SparseMoE,
     UltraFastFFF,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "PersistentMemoryAttention",
     "ProductKeyMemory",
     "RouterOptions",
+    "SigmaMoE",
     "SparseMoE",
     "UltraFastFFF",
     "register",

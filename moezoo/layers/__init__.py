@@ -7,6 +7,7 @@ from moezoo.layers.memory_plus import MemoryPlus
 from moezoo.layers.peer import PEER
 from moezoo.layers.persistent_memory import PersistentMemoryAttention
 from moezoo.layers.product_key_memory import ProductKeyMemory
+from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
@@ -194,6 +195,16 @@ register(
         {"value_pool": "memory"},
     ),
     Method("peer", PEER, Paper("He", 2024, "Mixture of A Million Experts", "2407.04153")),
+    Method(
+        "sigma_moe",
+        SigmaMoE,
+        Paper(
+            "Csordás et al.",
+            2023,
+            "Approximating Two-Layer Feedforward Networks for Efficient Transformers",
+            "2310.10837",
+        ),
+    ),
 )
 
 __all__ = [
@@ -203,6 +214,7 @@ __all__ = [
     "MemoryPlus",
     "PersistentMemoryAttention",
     "ProductKeyMemory",
+    "SigmaMoE",
     "SparseMoE",
     "UltraFastFFF",
 ]

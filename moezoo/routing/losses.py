@@ -85,6 +85,39 @@ def expected_load(
     return probability.sum(dim=0)
 
 
+def negative_entropy(logits_TE: Tensor, mask_T: Tensor | None, over_ranks: bool) -> Tensor:
+    """Compute ``Σ_e p_e log p_e`` of the mean softmax over tokens (arXiv:2310.10837, section 5).
+
+    The mean is taken in log space: an expert that no token wants still has a finite log p.
+
+    Args:
+        logits_TE: router logits.
+        mask_T: true at real tokens.
+        over_ranks: take the mean over all data-parallel ranks. Every rank then has the same loss,
+            and the ranks' gradients average to the gradient of that loss.
+    """
+    log_p_TE = logits_TE.log_softmax(dim=-1)
+    if mask_T is not None:
+        log_p_TE = log_p_TE.masked_fill(~mask_T.unsqueeze(-1), -torch.inf)
+    log_sum_E = log_p_TE.logsumexp(dim=0).clamp(min=-1e4)  # no token at all: p = 0
+    tokens = log_sum_E.new_tensor(len(log_p_TE))
+    if mask_T is not None:
+        tokens = mask_T.sum().to(log_sum_E.dtype)
+    if over_ranks and world_size() > 1:
+        tokens, log_sum_E = sum_over_ranks(tokens), _log_sum_over_ranks(log_sum_E)
+    log_p_E = log_sum_E - tokens.clamp(min=1).log()
+    return torch.dot(log_p_E.exp(), log_p_E)
+
+
+def _log_sum_over_ranks(log_E: Tensor) -> Tensor:
+    """Give ``log Σ_ranks exp``, whose gradients, averaged over ranks, are those of the sum."""
+    largest_E = log_E.detach().clone()
+    dist.all_reduce(largest_E, op=dist.ReduceOp.MAX)
+    total_E = sum_over_ranks((log_E.detach() - largest_E).exp()).log() + largest_E
+    share_E = (log_E.detach() - total_E).exp()
+    return total_E + world_size() * share_E * (log_E - log_E.detach())
+
+
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Average the first dimension over the real tokens; zero if there is none."""
     if mask is None:

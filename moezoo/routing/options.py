@@ -25,6 +25,9 @@ class RouterOptions:
         selection_bias: add a bias to the scores that choose, not to the weights; it follows the
             load instead of a loss (arXiv:2408.15664).
         bias_update_rate: how far the bias moves per optimizer step.
+        expert_dropout: while training, zero a token's score of an expert with this probability,
+            without rescaling; it may be chosen all the same (arXiv:2310.10837, section 5). Sigmoid
+            scores only.
     """
 
     choice: Literal["token", "expert"] = "token"
@@ -37,6 +40,7 @@ class RouterOptions:
     top_groups: int = 1
     selection_bias: bool = False
     bias_update_rate: float = 1e-3
+    expert_dropout: float = 0.0
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raise :class:`InputError` where the options contradict each other or the sizes."""
@@ -45,6 +49,9 @@ class RouterOptions:
         check_number("router.scale", self.scale)
         check_number("router.jitter", self.jitter, maximum=1.0)
         check_number("router.bias_update_rate", self.bias_update_rate)
+        check_number("router.expert_dropout", self.expert_dropout, maximum=1.0)
+        if self.expert_dropout and self.score != "sigmoid":
+            raise InputError("router.expert_dropout: is defined for sigmoid scores; use sigmoid")
         check_int("router.num_groups", self.num_groups, maximum=num_experts)
         check_int("router.top_groups", self.top_groups, maximum=self.num_groups)
         group = num_experts // self.num_groups
@@ -85,7 +92,9 @@ class BalanceOptions:
         importance: squared coefficient of variation of the summed weights (arXiv:1701.06538).
         load: the same of the expected load; needs ``router.noise`` for a gradient.
         sequence: the load-balancing loss within each sequence (arXiv:2412.19437, eq. 17).
-        scope: take f over the ``global`` batch (all ranks, all micro-batches so far) or the
+        entropy: Σ_e p_e log p_e of the mean softmax p over the batch, least (-log E) when even
+            (arXiv:2310.10837, section 5).
+        scope: take f (and the p of ``entropy``, over ranks) over the ``global`` batch (all ranks, all micro-batches so far) or the
             ``local`` one; global leaves experts free to specialise (arXiv:2501.11873).
         count: f counts every ``selected`` expert, or a token's ``first_choice`` only (GShard).
     """
@@ -95,12 +104,13 @@ class BalanceOptions:
     importance: float = 0.0
     load: float = 0.0
     sequence: float = 0.0
+    entropy: float = 0.0
     scope: Literal["global", "local"] = "global"
     count: Literal["selected", "first_choice"] = "selected"
 
     def check(self) -> None:
         """Raise :class:`InputError` for a value out of range."""
-        for name in ("load_balancing", "z_loss", "importance", "load", "sequence"):
+        for name in ("load_balancing", "z_loss", "importance", "load", "sequence", "entropy"):
             check_number(f"balance.{name}", getattr(self, name))
         check_choice("balance.scope", self.scope, ("global", "local"))
         check_choice("balance.count", self.count, ("selected", "first_choice"))

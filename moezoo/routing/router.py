@@ -135,6 +135,11 @@ class Router(nn.Module):
         noisy_TE, std_TE = self._noisy(clean_TE, hidden_TD)
         softmax = self.options.score == "softmax"
         scores_TE = noisy_TE.softmax(dim=-1) if softmax else noisy_TE.sigmoid()
+        probabilities_TE = scores_TE
+        if not softmax:
+            probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.training and self.options.expert_dropout:
+            scores_TE = scores_TE * (torch.rand_like(scores_TE) >= self.options.expert_dropout)
         indices_TK = self._choose(scores_TE)
         weights_TK = scores_TE.gather(1, indices_TK)
         if self.options.normalize:
@@ -145,9 +150,6 @@ class Router(nn.Module):
         if mask_T is not None:
             indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
 
-        probabilities_TE = scores_TE
-        if not softmax:
-            probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
         aux = self._losses(clean_TE, probabilities_TE, indices_TK, mask_T, sequences)
         if self.balance.importance:
             kept = weights_TK.masked_fill(indices_TK < 0, 0.0)
@@ -207,6 +209,10 @@ class Router(nn.Module):
                 indices_TK.reshape(*sequences, self.top_k),
                 probabilities_TE.reshape(*sequences, self.num_experts),
                 None if mask_T is None else mask_T.reshape(sequences),
+            )
+        if balance.entropy:
+            aux["entropy"] = balance.entropy * L.negative_entropy(
+                logits_TE, mask_T, over_ranks=balance.scope == "global"
             )
         return aux
 

@@ -1,0 +1,134 @@
+"""σ-MoE: experts chosen by sigmoids that do not compete, initialised like one wide dense block.
+
+``y = Σ_{e in topK(s)} s_e W2_e ReLU(W1_e x)`` with ``s = sigmoid(W3 x)`` (Csordás et al. 2023,
+arXiv:2310.10837, section 5). The scores are not normalised: what one expert answers does not
+depend on the scores of the others. An entropy loss and dropout of whole experts keep them in use.
+"""
+
+from __future__ import annotations
+
+import torch
+from moezoo_kernels.activations import ACTIVATIONS
+from torch import Tensor, nn
+
+from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo.experts import MLPExperts
+from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.layers.dense import Activation, default_width
+from moezoo.routing import BalanceOptions, Router, RouterOptions
+
+
+class SigmaMoE(FeedForward):
+    """σ-MoE: sigmoid selection without normalisation.
+
+    Args:
+        d_model: width of the residual stream.
+        num_experts: number of experts E.
+        top_k: experts per token K.
+        d_expert: hidden width G of one expert; default: 4 d_model / E rounded up to a multiple of
+            16, so that all experts together are as wide as the dense block and a token costs K / E
+            of it (G = 128 for d_model 512 and E 16, as in the paper).
+        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        entropy: coefficient γ of the entropy loss; the paper has 1e-3 for its large models, 1e-4
+            for the small ones.
+        expert_dropout: probability δ of zeroing a token's score of an expert while training; 0.05
+            for the paper's small models, 0.1 for the large ones.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int = 16,
+        top_k: int = 4,
+        d_expert: int | None = None,
+        activation: Activation = "relu",
+        entropy: float = 1e-4,
+        expert_dropout: float = 0.05,
+    ) -> None:
+        super().__init__(d_model)
+        self.num_experts = check_int("num_experts", num_experts)
+        self.top_k = check_int("top_k", top_k)
+        if top_k > num_experts:
+            raise InputError(
+                f"top_k: {top_k} is more than num_experts={num_experts}; "
+                "lower top_k or raise num_experts"
+            )
+        if d_expert is None:
+            d_expert = -(-default_width(d_model, gated=False) // (16 * num_experts)) * 16
+        self.d_expert = check_int("d_expert", d_expert)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.entropy = check_number("entropy", entropy)
+        self.expert_dropout = check_number("expert_dropout", expert_dropout, maximum=1.0)
+
+        router = RouterOptions(score="sigmoid", normalize=False, expert_dropout=self.expert_dropout)
+        balance = BalanceOptions(load_balancing=0.0, entropy=self.entropy)
+        self.gate = Router(d_model, num_experts, top_k, router, balance)
+        self.experts = MLPExperts(
+            d_model, self.d_expert, num_experts, activation, gated=False, bias=False
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Draw W1 from N(0, 2 / (d L)), W2 from N(0, 2 / (E G L)), W3's rows at equal length.
+
+        W2's variance has the width of all experts in it, not of one (section 5). W3's rows are
+        drawn at random, brought to one length, and scaled to W1's root mean square.
+        """
+        std = (2 / (self.d_model * num_layers)) ** 0.5
+        nn.init.normal_(self.experts.gate_up_proj, std=std)
+        d_ff = self.num_experts * self.d_expert
+        nn.init.normal_(self.experts.down_proj, std=(2 / (d_ff * num_layers)) ** 0.5)
+        selection = nn.init.normal_(self.gate.weight)
+        selection *= std * self.d_model**0.5 / selection.norm(dim=-1, keepdim=True)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Route each token to its K best experts and sum their answers times their scores.
+
+        Returns:
+            ``losses``: ``entropy``, γ Σ p log p with p the mean softmax over all ranks' tokens.
+            ``stats``: ``expert_counts`` (E,), ``tokens``, ``router_entropy`` in nats, ``dropped``.
+        """
+        return self._compute(hidden, router_input, mask, brute_force=False)
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Run all experts on all tokens and weight the answers by a dense matrix."""
+        return self._compute(hidden, router_input, mask, brute_force=True)
+
+    def _compute(
+        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+    ) -> FeedForwardOutput:
+        tokens, flat_mask = flatten_tokens(self, hidden, mask)
+        read = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
+        routing = self.gate(read, flat_mask)
+        if brute_force:
+            output = self.experts.reference(tokens, routing.indices, routing.weights)
+        else:
+            output = self.experts(tokens, routing.indices, routing.weights, routing.max_assignments)
+        return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
+
+    def cost(self) -> Cost:
+        """Selection and K experts: 2 d E + 4 K d G FLOPs; d E + 2 E d G parameters."""
+        selection = self.d_model * self.num_experts
+        per_expert = self.experts.parameters_per_expert()
+        active = selection + self.top_k * per_expert
+        return Cost(
+            total_parameters=selection + self.num_experts * per_expert,
+            active_parameters=active,
+            flops_per_token=2 * selection + self.top_k * self.experts.flops_per_assignment(),
+            bytes_per_token=active * self.experts.down_proj.element_size(),
+        )
