@@ -94,8 +94,9 @@ class BalanceOptions:
         sequence: the load-balancing loss within each sequence (arXiv:2412.19437, eq. 17).
         entropy: Σ_e p_e log p_e of the mean softmax p over the batch, least (-log E) when even
             (arXiv:2310.10837, section 5).
-        scope: take f (and the p of ``entropy``, over ranks) over the ``global`` batch (all ranks, all micro-batches so far) or the
-            ``local`` one; global leaves experts free to specialise (arXiv:2501.11873).
+        scope: take f over the ``global`` batch (all ranks, all micro-batches so far) or the
+            ``local`` one; global leaves experts free to specialise (arXiv:2501.11873). The p of
+            ``entropy`` is then over all ranks.
         count: f counts every ``selected`` expert, or a token's ``first_choice`` only (GShard).
     """
 
