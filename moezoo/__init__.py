@@ -22,6 +22,7 @@ from moezoo.layers import (
     ProductKeyMemory,
     SigmaMoE,
     SparseMoE,
+    TopKFFN,
     UltraFastFFF,
 )
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
@@ -48,6 +49,7 @@ __all__ = [
     "RouterOptions",
     "SigmaMoE",
     "SparseMoE",
+    "TopKFFN",
     "UltraFastFFF",
     "register",
     "select_layers",

@@ -148,7 +148,8 @@ class FeedForward(nn.Module):
 
         Biases count as vectors also where those of several experts are stacked.
         """
-        vectors, matrices = [], []
+        vectors: list[nn.Parameter] = []
+        matrices: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 is_vector = parameter.ndim < 2 or name.endswith("bias")

@@ -9,6 +9,7 @@ from moezoo.layers.persistent_memory import PersistentMemoryAttention
 from moezoo.layers.product_key_memory import ProductKeyMemory
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
+from moezoo.layers.top_k_ffn import TopKFFN
 from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
 
@@ -205,6 +206,32 @@ register(
             "2310.10837",
         ),
     ),
+    Method(
+        "top_k_ffn",
+        TopKFFN,
+        Paper(
+            "Li et al.",
+            2022,
+            "The Lazy Neuron Phenomenon: On Emergence of Activation Sparsity in Transformers",
+            "2210.06313",
+        ),
+    ),
+    Method(
+        "spark_ffn",
+        TopKFFN,
+        Paper(
+            "You et al.",
+            2025,
+            "Spark Transformer: Reactivating Sparsity in FFN and Attention",
+            "2506.06644",
+        ),
+        {
+            "selection": "statistical",
+            "activation": "gelu_tanh",
+            "gated": True,
+            "split_input": True,
+        },
+    ),
 )
 
 __all__ = [
@@ -216,5 +243,6 @@ __all__ = [
     "ProductKeyMemory",
     "SigmaMoE",
     "SparseMoE",
+    "TopKFFN",
     "UltraFastFFF",
 ]

@@ -8,7 +8,6 @@ depend on the scores of the others. An entropy loss and dropout of whole experts
 from __future__ import annotations
 
 import torch
-from moezoo_kernels.activations import ACTIVATIONS
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
@@ -16,6 +15,7 @@ from moezoo.experts import MLPExperts
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import BalanceOptions, Router, RouterOptions
+from moezoo_kernels.activations import ACTIVATIONS
 
 
 class SigmaMoE(FeedForward):

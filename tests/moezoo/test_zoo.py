@@ -14,6 +14,9 @@ from moezoo.feed_forward import FeedForward, Method
 
 METHODS = [pytest.param(method, id=method.name) for method in moezoo.zoo()]
 D = 24
+# These select among the very activations that autocast rounds: a neuron at the edge may go either
+# way. Everyone else decides in fp32.
+SELECT_AMONG_ROUNDED = {"top_k_ffn", "spark_ffn"}
 
 
 def make(method: Method, dtype: torch.dtype = torch.float32, seed: int = 0) -> FeedForward:
@@ -159,13 +162,15 @@ def test_autocast_runs_experts_in_bf16_and_routes_in_fp32(method):
         rounded = run(layer, hidden)
     assert rounded.hidden.dtype == torch.bfloat16
     assert all(loss.dtype == torch.float32 for loss in rounded.losses.values())
+    edge = method.name in SELECT_AMONG_ROUNDED
     for name, value in exact.stats.items():
         if layer.kind == "feed_forward":
-            assert torch.equal(rounded.stats[name], value), name
+            changed = (rounded.stats[name] - value).abs().sum()
+            assert changed <= (0.03 * value.sum() if edge else 0), name
         else:  # attention routes nothing; its weights follow autocast, as its products do
             torch.testing.assert_close(rounded.stats[name], value, rtol=2e-2, atol=0)
     error = (rounded.hidden.float() - exact.hidden).norm() / exact.hidden.norm()
-    assert error < 2e-2
+    assert error < (5e-2 if edge else 2e-2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -219,10 +224,10 @@ def test_reset_parameters_covers_every_parameter_and_buffer(method):
     layer = method.build(D)
     for tensor in [*layer.parameters(), *layer.buffers()]:
         with torch.no_grad():
-            tensor.fill_(torch.nan)
+            tensor.fill_(torch.nan if tensor.is_floating_point() else -99)
     layer.reset_parameters(num_layers=4)
     for name, tensor in layer.state_dict().items():
-        assert tensor.isfinite().all(), name
+        assert (tensor.isfinite() & (tensor != -99)).all(), name
 
 
 @pytest.mark.parametrize("method", METHODS)

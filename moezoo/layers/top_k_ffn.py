@@ -1,0 +1,219 @@
+"""A feed-forward block in which only the strongest neurons answer a token.
+
+Exact: ``y = W_down topk(a)``, ``a = act(W_up x)``: the k largest activations stay, the others are
+zero (Li et al. 2022, "The Lazy Neuron Phenomenon", arXiv:2210.06313, section 4; Csordás et al.
+2023, arXiv:2310.10837, section 3.1).
+
+Statistical: pre-activations u are taken for Gaussian, so that about k of F pass a threshold that
+their mean and standard deviation give, and no sorting is needed (You et al. 2025, "Spark
+Transformer", arXiv:2506.06644): ``act(max(u - θ, 0))``, ``θ = mean(u) + std(u) Φ⁻¹(1 - k / F)``.
+
+Shapes: T tokens, D d_model, F hidden width, K neurons kept, R width that the gate reads.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moezoo.errors import InputError, check_choice, check_int
+from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.init import init_linear, output_std
+from moezoo.layers.dense import Activation, default_width
+from moezoo.routing.losses import masked_mean
+from moezoo_kernels.activations import ACTIVATIONS
+
+COUNTED_NEURONS = 4096
+"""Blocks up to this width report how often each neuron was used."""
+
+
+class TopKFFN(FeedForward):
+    """An MLP or gated linear unit with top-k activation, under Llama's tensor names.
+
+    Args:
+        d_model: width of the residual stream.
+        d_ff: hidden width F; default 4 d_model, or 8/3 d_model rounded up to 16 when gated
+            (4 d_model too if the input is split, which has the parameters of an MLP).
+        top_k: neurons per token; default F / 4 (arXiv:2310.10837 keeps 512 of 2053), or 8 % of F
+            if selection is statistical (arXiv:2506.06644).
+        selection: ``exact`` keeps the k strongest activations; ``statistical`` subtracts a
+            threshold that about k pre-activations (the gate's, if gated) pass.
+        rank: in exact selection, an activation's strength is its ``magnitude``, or its
+            ``contribution``, the magnitude times the length of its column of W_down.
+        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        gated: a gated linear unit instead of an MLP.
+        split_input: the gate reads the first half of the input, the linear branch the rest
+            (Spark FFN, arXiv:2506.06644); needs gated.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int | None = None,
+        top_k: int | None = None,
+        selection: Literal["exact", "statistical"] = "exact",
+        rank: Literal["magnitude", "contribution"] = "magnitude",
+        activation: Activation = "relu",
+        gated: bool = False,
+        split_input: bool = False,
+    ) -> None:
+        super().__init__(d_model)
+        if split_input and not gated:
+            raise InputError("split_input: an MLP has nothing to split; set gated: true")
+        if split_input and d_model < 2:
+            raise InputError("split_input: a d_model of 1 has no halves; set it to false")
+        if d_ff is None:
+            d_ff = default_width(d_model, gated and not split_input)
+        self.d_ff = check_int("d_ff", d_ff)
+        self.selection = check_choice("selection", selection, ("exact", "statistical"))
+        if top_k is None:
+            top_k = max(1, round(self.d_ff * (0.25 if selection == "exact" else 0.08)))
+        self.top_k = check_int("top_k", top_k, maximum=self.d_ff)
+        if selection == "statistical" and self.top_k == self.d_ff:
+            raise InputError(
+                f"top_k: {top_k} is all of d_ff, which no threshold keeps; "
+                "lower it, or set selection: exact"
+            )
+        if selection == "statistical":
+            self.quantile = NormalDist().inv_cdf(1 - self.top_k / self.d_ff)
+        self.rank = check_choice("rank", rank, ("magnitude", "contribution"))
+        if selection == "statistical" and rank != "magnitude":
+            raise InputError("rank: a threshold ranks nothing; set it to magnitude")
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.gated = gated
+        self.split_input = split_input
+
+        self.gate_width = d_model // 2 if split_input else d_model
+        up_width = d_model - self.gate_width if split_input else d_model
+        if gated:
+            self.gate_proj = nn.Linear(self.gate_width, self.d_ff, bias=False)
+        self.up_proj = nn.Linear(up_width, self.d_ff, bias=False)
+        self.down_proj = nn.Linear(self.d_ff, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Draw weights from N(0, 1/fan_in), the output's by the neurons that answer, k."""
+        if self.gated:
+            init_linear(self.gate_proj, self.gate_proj.in_features**-0.5)
+        init_linear(self.up_proj, self.up_proj.in_features**-0.5)
+        init_linear(self.down_proj, output_std(self.top_k, num_layers))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Apply the block to every token; a mask only keeps padding out of the statistics.
+
+        Returns:
+            ``stats``: ``tokens``; ``density``, the mean share of neurons that are not zero; and up
+            to ``COUNTED_NEURONS`` neurons, ``expert_counts`` (F,), how often each was not zero.
+        """
+        _, flat_mask = flatten_tokens(self, hidden, mask)
+        gate, up = self._branches(hidden)
+        act = ACTIVATIONS[self.activation]
+        if self.selection == "statistical":
+            inner = act(self._above_threshold(up if gate is None else gate))
+            inner = inner if gate is None else inner * up
+        else:
+            inner = self._strongest(act(up) if gate is None else act(gate) * up)
+        stats = self._stats(inner.detach().reshape(-1, self.d_ff), flat_mask)
+        return FeedForwardOutput(self.down_proj(inner), {}, stats)
+
+    def _branches(self, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
+        if not self.gated:
+            return None, self.up_proj(hidden)
+        if not self.split_input:
+            return self.gate_proj(hidden), self.up_proj(hidden)
+        first, rest = hidden.tensor_split([self.gate_width], dim=-1)
+        return self.gate_proj(first), self.up_proj(rest)
+
+    def _strongest(self, inner: Tensor) -> Tensor:
+        """Zero all but the k strongest activations; of equals, exactly as many as there is room."""
+        strength = inner.detach().abs()
+        if self.rank == "contribution":
+            lengths = self.down_proj.weight.detach().norm(dim=0)
+            strength = strength.to(torch.promote_types(strength.dtype, lengths.dtype)) * lengths
+        kept = strength.topk(self.top_k, dim=-1).indices
+        return torch.zeros_like(inner).scatter(-1, kept, inner.gather(-1, kept))
+
+    def _above_threshold(self, u: Tensor) -> Tensor:
+        """Compute ``max(u - θ, 0)``; the gradient goes through mean and deviation too."""
+        if not u.numel():
+            return u
+        wide = u.to(torch.promote_types(u.dtype, torch.float32))
+        deviation = wide.std(dim=-1, keepdim=True, unbiased=False)
+        threshold = wide.mean(dim=-1, keepdim=True) + deviation * self.quantile
+        return F.relu(wide - threshold).to(u.dtype)
+
+    def _stats(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
+        active_TF = inner_TF != 0
+        if mask_T is not None:
+            active_TF = active_TF & mask_T.unsqueeze(-1)
+        counts_F = active_TF.sum(dim=0)
+        tokens = counts_F.new_tensor(len(inner_TF)) if mask_T is None else mask_T.sum()
+        density = masked_mean(active_TF.sum(dim=-1) / self.d_ff, mask_T)
+        stats = {"tokens": tokens, "density": density}
+        return {"expert_counts": counts_F, **stats} if self.d_ff <= COUNTED_NEURONS else stats
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Decide neuron by neuron: by counting those that are stronger, or by the threshold."""
+        x_TD, flat_mask = flatten_tokens(self, hidden, mask)
+        act = ACTIVATIONS[self.activation]
+        up_TF = x_TD[:, -self.up_proj.in_features :] @ self.up_proj.weight.t()
+        first_TF = up_TF
+        if self.gated:
+            first_TF = x_TD[:, : self.gate_width] @ self.gate_proj.weight.t()
+        if self.selection == "statistical":
+            mean_T = first_TF.sum(dim=-1) / self.d_ff
+            variance_T = (first_TF - mean_T[:, None]).square().sum(dim=-1) / self.d_ff
+            # A constant row has no deviation, whose gradient there is taken as zero.
+            deviation_T = variance_T.where(variance_T > 0, 1.0).sqrt() * (variance_T > 0)
+            z = math.sqrt(2) * torch.special.erfinv(
+                torch.tensor(1 - 2 * self.top_k / self.d_ff, dtype=torch.float64)
+            )
+            theta_T = mean_T + deviation_T * z.to(x_TD.dtype)
+            excess_TF = first_TF - theta_T[:, None]
+            value_TF = act(excess_TF.where(excess_TF > 0, 0.0)) * (up_TF if self.gated else 1.0)
+        else:
+            value_TF = act(first_TF) * (up_TF if self.gated else 1.0)
+            strength_TF = value_TF.detach().abs()
+            if self.rank == "contribution":
+                strength_TF = strength_TF * self.down_proj.weight.detach().square().sum(0).sqrt()
+            # Of the strengths, the k-th largest; neurons below it are not kept.
+            weakest_T1 = strength_TF.sort(dim=-1, descending=True).values[:, self.top_k - 1, None]
+            value_TF = value_TF.where(strength_TF >= weakest_T1, 0.0)
+        output_TD = torch.zeros_like(x_TD)
+        for j in range(self.d_ff):
+            output_TD = output_TD + value_TF[:, j, None] * self.down_proj.weight[:, j]
+        stats = self._stats(value_TF.detach(), flat_mask)
+        return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+
+    def cost(self) -> Cost:
+        """Products as computed, which are dense: 4 d F FLOPs, 6 d F if gated and not split.
+
+        A token's active parameters are the input matrices and k columns of W_down.
+        """
+        inputs = sum(p.numel() for p in self.parameters()) - self.down_proj.weight.numel()
+        active = inputs + self.top_k * self.d_model
+        return Cost(
+            total_parameters=inputs + self.d_ff * self.d_model,
+            active_parameters=active,
+            flops_per_token=2 * (inputs + self.d_ff * self.d_model),
+            bytes_per_token=active * self.down_proj.weight.element_size(),
+        )
