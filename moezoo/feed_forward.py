@@ -97,6 +97,15 @@ class FeedForward(nn.Module):
         self.d_model = check_int("d_model", d_model)
 
     @property
+    def needs_earlier_tokens(self) -> bool:
+        """Whether ``token_ids`` must reach back to the first token, in cached generation too.
+
+        Such a layer takes ``token_ids`` (and ``mask``) of more tokens than ``hidden`` has: all so
+        far, the last of which are those of ``hidden``.
+        """
+        return False
+
+    @property
     def causal(self) -> bool:
         """Whether a token's output depends on no later token."""
         return True

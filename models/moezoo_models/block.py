@@ -71,4 +71,10 @@ def build_feed_forward(config: MoezooConfig, layer: int) -> FeedForward:
             f"ffn[{number}]: {name} as configured is not causal: a token would see later tokens; "
             "choose another routing, or set allow_non_causal: true"
         )
+    room = getattr(block, "vocab_size", config.vocab_size)
+    if block.needs_token_ids and room < config.vocab_size:
+        raise InputError(
+            f"ffn[{number}]: {name} has vocab_size {room}, the model {config.vocab_size}; "
+            "give the layer at least as many"
+        )
     return block

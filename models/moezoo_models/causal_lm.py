@@ -110,7 +110,8 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
         """Prepare one step of generation, as in transformers.
 
         For static caches that prepares four-dimensional masks, from which padding can not be told
-        any more: the feed-forward blocks get theirs beforehand.
+        any more: the feed-forward blocks get theirs beforehand. Those that route on earlier tokens
+        get all tokens so far, which the cache does not hold.
         """
         prepare: Any = GenerationMixin.prepare_inputs_for_generation
         inputs: dict[str, Any] = prepare(self, input_ids, attention_mask=attention_mask, **kwargs)
@@ -118,6 +119,8 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             current = inputs.get("inputs_embeds")
             length = (inputs["input_ids"] if current is None else current).shape[1]
             inputs["token_mask"] = attention_mask[:, -length:].to(torch.bool)
+        if self.model.looks_back():
+            inputs["context_ids"], inputs["context_mask"] = input_ids, attention_mask
         return inputs
 
 

@@ -133,6 +133,10 @@ class MoezooModel(MoezooPreTrainedModel):
     def _blocks(self) -> Iterator[DecoderLayer]:
         return cast("Iterator[DecoderLayer]", iter(self.layers))
 
+    def looks_back(self) -> bool:
+        """Tell whether a layer routes on earlier tokens and so wants ``context_ids``."""
+        return any(block.mlp.needs_earlier_tokens for block in self._blocks())
+
     def _record_ffn_arguments(self) -> None:
         """Write the blocks' defaults into the configuration, which then outlives their change."""
         rules = [dict(rule) for rule in self.config.ffn]
@@ -152,6 +156,8 @@ class MoezooModel(MoezooPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         token_mask: Tensor | None = None,
+        context_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MoezooModelOutput:
         """Run the decoder.
@@ -168,11 +174,15 @@ class MoezooModel(MoezooPreTrainedModel):
                 never in training.
             token_mask: ``(batch, sequence)`` bool, true at real tokens, for the feed-forward
                 blocks; default: the last columns of a two-dimensional ``attention_mask``.
+            context_ids: ``(batch, past + sequence)``, all tokens so far, for layers that route on
+                earlier tokens; wanted with a cache that is not empty. ``generate`` passes them.
+            context_mask: of the shape of ``context_ids``, true at real tokens; default: a
+                two-dimensional ``attention_mask``.
             kwargs: passed on to the attention backend.
 
         Raises:
             InputError: a token id outside the vocabulary (checked on CPU only, where it is free),
-                no input, or no ``input_ids`` for a layer that routes on them.
+                no input, or no ``input_ids`` or ``context_ids`` for a layer that routes on them.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -193,6 +203,9 @@ class MoezooModel(MoezooPreTrainedModel):
             position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
         if token_mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             token_mask = attention_mask[:, -length:].to(torch.bool)
+        if context_mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            context_mask = attention_mask
+        context = self._context(input_ids, token_mask, context_ids, context_mask, past_key_values)
         masks = self._attention_masks(attention_mask, inputs_embeds, position_ids, past_key_values)
 
         hidden = inputs_embeds
@@ -200,11 +213,13 @@ class MoezooModel(MoezooPreTrainedModel):
         losses: dict[str, list[Tensor]] = defaultdict(list)
         stats = []
         for kind, layer in zip(self.config.layer_types, self._blocks(), strict=True):
+            looks_back = layer.mlp.needs_earlier_tokens
+            token_ids, mask = context if looks_back else (input_ids, token_mask)
             hidden, layer_losses, layer_stats = layer(
                 hidden,
                 attention_mask=masks[kind],
-                token_ids=input_ids,
-                token_mask=token_mask,
+                token_ids=token_ids,
+                token_mask=mask,
                 rotary=rotary,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -227,6 +242,35 @@ class MoezooModel(MoezooPreTrainedModel):
                     f"input_ids: layer {number} ({type(layer.mlp).__name__}) routes on token ids; "
                     "give input_ids beside inputs_embeds"
                 )
+
+    def _context(
+        self,
+        input_ids: Tensor | None,
+        token_mask: Tensor | None,
+        context_ids: Tensor | None,
+        context_mask: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Give all tokens so far and their mask, for layers that route on earlier tokens."""
+        if input_ids is None or not self.looks_back():
+            return None, None
+        if context_ids is None and (
+            past_key_values is None or not past_key_values.get_seq_length()
+        ):
+            return input_ids, token_mask
+        if context_ids is None:
+            raise InputError(
+                "context_ids: a layer routes on earlier tokens, which the cache does not hold; "
+                "give all token ids so far as context_ids"
+            )
+        if context_mask is not None:
+            if context_mask.shape != context_ids.shape:
+                raise InputError(
+                    f"context_mask: shape {tuple(context_mask.shape)} does not match context_ids' "
+                    f"{tuple(context_ids.shape)}"
+                )
+            context_mask = context_mask.to(torch.bool)
+        return context_ids, context_mask
 
     def _attention_masks(
         self,

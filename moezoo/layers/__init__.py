@@ -3,6 +3,7 @@
 from moezoo.feed_forward import Method, Paper, register
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.fast_feed_forward import FastFeedForward
+from moezoo.layers.hash import HashLayer
 from moezoo.layers.memory_plus import MemoryPlus
 from moezoo.layers.peer import PEER
 from moezoo.layers.persistent_memory import PersistentMemoryAttention
@@ -197,6 +198,23 @@ register(
     ),
     Method("peer", PEER, Paper("He", 2024, "Mixture of A Million Experts", "2407.04153")),
     Method(
+        "hash",
+        HashLayer,
+        Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426"),
+    ),
+    Method(
+        "hash_bigram",
+        HashLayer,
+        Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426"),
+        {"key": "bigram"},
+    ),
+    Method(
+        "multi_hash",
+        HashLayer,
+        Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426"),
+        {"num_hashes": 4},
+    ),
+    Method(
         "sigma_moe",
         SigmaMoE,
         Paper(
@@ -238,6 +256,7 @@ __all__ = [
     "PEER",
     "DenseFFN",
     "FastFeedForward",
+    "HashLayer",
     "MemoryPlus",
     "PersistentMemoryAttention",
     "ProductKeyMemory",

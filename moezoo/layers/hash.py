@@ -1,0 +1,360 @@
+"""Hash layers: a fixed function of the token, not a learned router, says which expert answers.
+
+``y_t = FFN_{hash(x_t)}(h_t)`` with x the token ids and h the hidden states (Roller et al. 2021,
+arXiv:2106.04426, section 3). With R hash functions (MultiHash, section 3.3) the hidden width is cut
+into R segments, and each hash function chooses the expert that lends its segment:
+``y_t = Σ_r C^r_{hash_r(x_t)} relu(B^r_{hash_r(x_t)} h_t)``. No router, no auxiliary loss.
+
+Shapes: S tokens of a sequence, L >= S tokens known of it, T tokens of the batch, V size of the
+vocabulary, E experts, R hash functions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.errors import InputError, check_choice, check_int
+from moezoo.experts import MLPExperts
+from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.init import output_std
+from moezoo.layers.dense import Activation, default_width
+from moezoo.routing import Routing, hashing
+from moezoo.routing.stats import expert_counts
+from moezoo_kernels.activations import ACTIVATIONS
+
+KEYS = ("token", "previous", "bigram", "position", "future")
+HASH_FUNCTIONS = ("random", "balanced", "clustered", "dispersed")
+
+
+class HashLayer(FeedForward):
+    """Experts chosen by hashing token ids; each is a dense block's feed-forward network.
+
+    The hash is a table, int64, in the state dict. A random one is drawn from ``seed``; for the
+    others call :meth:`build_table` with what they follow from, once, before the first use.
+
+    Args:
+        d_model: width of the residual stream.
+        num_experts: number of experts E.
+        d_expert: hidden width of one expert; default that of the dense block, so that a token
+            costs what the dense block costs (rounded up to a multiple of num_hashes).
+        num_hashes: number of hash functions R, which divides d_expert; more than 1 is MultiHash.
+        key: what is hashed: the ``token`` itself, the ``previous`` one, the ``bigram`` of both,
+            the ``position`` (modulo E), or the ``future`` token, which is the paper's oracle: a
+            bound, not a language model.
+        hash_function: ``random``; ``balanced`` by token frequencies; ``clustered`` by similarity
+            of embeddings; ``dispersed`` against it.
+        vocab_size: number of token ids that the table has room for.
+        seed: where the table's random numbers begin; layers of equal seed have equal tables.
+        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        gated: gated linear units instead of MLPs.
+        bias: whether the experts' projections have biases.
+        allow_future: train with ``key="future"`` although it reads the token to be predicted.
+    """
+
+    needs_token_ids: ClassVar[bool] = True
+    table: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int = 16,
+        d_expert: int | None = None,
+        num_hashes: int = 1,
+        key: Literal["token", "previous", "bigram", "position", "future"] = "token",
+        hash_function: Literal["random", "balanced", "clustered", "dispersed"] = "random",
+        vocab_size: int = 32000,
+        seed: int = 0,
+        activation: Activation = "relu",
+        gated: bool = False,
+        bias: bool = False,
+        allow_future: bool = False,
+    ) -> None:
+        super().__init__(d_model)
+        self.num_experts = check_int("num_experts", num_experts)
+        self.num_hashes = check_int("num_hashes", num_hashes)
+        if d_expert is None:
+            d_expert = -(-default_width(d_model, gated) // num_hashes) * num_hashes
+        self.d_expert = check_int("d_expert", d_expert)
+        if d_expert % num_hashes:
+            raise InputError(f"num_hashes: {num_hashes} does not divide d_expert={d_expert}")
+        self.key = check_choice("key", key, KEYS)
+        self.hash_function = check_choice("hash_function", hash_function, HASH_FUNCTIONS)
+        if key == "position" and num_hashes > 1:
+            raise InputError("num_hashes: positions have one hash, modulo E; set it to 1")
+        if key in ("position", "bigram") and hash_function != "random":
+            raise InputError(
+                f"hash_function: '{hash_function}' is a hash of single tokens; "
+                f"with key '{key}' set it to random"
+            )
+        self.vocab_size = check_int("vocab_size", vocab_size)
+        self.seed = check_int("seed", seed, minimum=0)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.gated = gated
+        self.bias = bias
+        self.allow_future = allow_future
+
+        # Segment r of expert e is expert e R + r of this store.
+        self.experts = MLPExperts(
+            d_model, d_expert // num_hashes, num_experts * num_hashes, activation, gated, bias
+        )
+        # One row per hash, two for bigrams; the last column is for where there is no token.
+        rows = 0 if key == "position" else num_hashes * (2 if key == "bigram" else 1)
+        self.register_buffer("table", torch.empty(rows, vocab_size + 1, dtype=torch.int64))
+        self.reset_parameters()
+
+    @property
+    def causal(self) -> bool:
+        """False for the oracle, which looks at the next token."""
+        return self.key != "future"
+
+    @property
+    def needs_earlier_tokens(self) -> bool:
+        """Whether the hash of a token depends on those before it."""
+        return self.key in ("previous", "bigram", "position")
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Initialise the experts as dense blocks; draw a random table, forget any other."""
+        self.experts.reset_parameters(num_layers)
+        nn.init.normal_(self.experts.down_proj, std=output_std(self.d_expert, num_layers))
+        if self.hash_function == "random":
+            table = torch.randint(
+                self.num_experts, self.table.shape, generator=self._generator(), device="cpu"
+            )
+            self.table.copy_(table)
+        else:
+            self.table.fill_(-1)
+        self._is_built = self.hash_function == "random"
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(self.seed)
+
+    def build_table(
+        self,
+        frequencies: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        num_clusters: int | None = None,
+    ) -> None:
+        """Compute the table of this layer's ``hash_function``; the same input gives the same one.
+
+        Args:
+            frequencies: ``(V,)``, how often each token occurs; for ``balanced``.
+            embeddings: ``(V, any)``, a trained model's; for ``clustered`` and ``dispersed``.
+            num_clusters: for ``dispersed``; default num_experts.
+
+        Raises:
+            InputError: the input that the hash function needs is missing or of a wrong shape.
+        """
+        kind, generator = self.hash_function, self._generator()
+        source = frequencies if kind == "balanced" else embeddings
+        if kind == "random":
+            raise InputError("hash_function: a random table is there already; nothing to build")
+        if source is None or len(source) != self.vocab_size:
+            name = "frequencies" if kind == "balanced" else "embeddings"
+            given = "missing" if source is None else f"there are {len(source)}"
+            raise InputError(
+                f"{name}: {given}; a {kind} table wants one per token, {self.vocab_size}"
+            )
+        rows = []
+        for number in range(self.num_hashes):
+            if kind == "balanced":
+                shuffle = generator if number else None
+                rows.append(hashing.balanced_table(source, self.num_experts, shuffle))
+            elif kind == "clustered":
+                rows.append(hashing.clustered_table(source, self.num_experts, generator))
+            else:
+                rows.append(
+                    hashing.dispersed_table(source, self.num_experts, generator, num_clusters)
+                )
+        self.set_table(torch.stack(rows))
+
+    def set_table(self, table: Tensor) -> None:
+        """Install a table of one's own, on any device.
+
+        Args:
+            table: expert of each token, ``(V,)``, or ``(R, V)`` for each hash function (for
+                bigrams ``(2 R, V)``). Where there is no token, the expert is a random one.
+
+        Raises:
+            InputError: wrong shape, or an expert that does not exist.
+        """
+        table = table[None] if table.ndim == 1 else table
+        wanted = (self.table.shape[0], self.vocab_size)
+        if table.shape != wanted or table.is_floating_point():
+            raise InputError(f"table: give integers of shape {wanted}, not {tuple(table.shape)}")
+        if ((table < 0) | (table >= self.num_experts)).any():
+            raise InputError(f"table: experts are numbered 0 to {self.num_experts - 1}")
+        missing = hashing.random_table(len(table), self.num_experts, self._generator())
+        self.table[:, :-1] = table
+        self.table[:, -1] = missing
+        self._is_built = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_built = not self.table.is_meta and bool((self.table >= 0).all())
+
+    def _check_table(self) -> None:
+        # Loaders that replace tensors one by one do not tell the layer: look, but only once.
+        if not self._is_built:
+            self._is_built = bool((self.table >= 0).all())
+        if not self._is_built:
+            raise InputError(
+                f"hash_function: the {self.hash_function} table is not built; "
+                "call build_table, or load a checkpoint that has one"
+            )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Let each token's expert answer.
+
+        Args:
+            hidden: ``(..., S, d_model)``.
+            token_ids: ``(..., S)``, or ``(..., L)`` with earlier tokens of the same sequences.
+            router_input: ignored.
+            mask: of the shape of ``hidden`` or of ``token_ids``, true at real tokens. Padding is
+                not counted as a position, and never is anyone's previous token.
+
+        Returns:
+            ``stats``: ``expert_counts`` (E,), choices per expert; ``tokens``; ``usage``, the share
+            of experts that were chosen; ``unevenness``, KL(load || uniform) in nats.
+        """
+        return self._compute(hidden, token_ids, mask, brute_force=False)
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Run all experts on all tokens and pick the answers by a dense matrix."""
+        return self._compute(hidden, token_ids, mask, brute_force=True)
+
+    def _compute(
+        self, hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None, brute_force: bool
+    ) -> FeedForwardOutput:
+        tokens = flatten_tokens(self, hidden, None)[0]
+        routing = self.route(hidden, token_ids, mask)
+        experts = self.experts.reference if brute_force else self.experts
+        bound = () if brute_force else (routing.max_assignments,)
+        output = experts(tokens, routing.indices, routing.weights, *bound)
+        return FeedForwardOutput(output.reshape(hidden.shape), {}, routing.stats)
+
+    def route(
+        self, hidden: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Routing:
+        """Tell who answers: segment r of expert e is number e R + r. Arguments as for a call."""
+        if self.key == "future" and self.training and not self.allow_future:
+            raise InputError(
+                "key: 'future' reads the token that is to be predicted; for the paper's bound "
+                "set allow_future: true"
+            )
+        self._check_table()
+        hash_TR, mask_T = self._hash(hidden, token_ids, mask)
+        segment_R = torch.arange(self.num_hashes, device=hash_TR.device)
+        indices_TR = hash_TR * self.num_hashes + segment_R
+        if mask_T is not None:
+            hash_TR = hash_TR.masked_fill(~mask_T.unsqueeze(-1), -1)
+            indices_TR = indices_TR.masked_fill(~mask_T.unsqueeze(-1), -1)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        weights_TR = torch.ones(indices_TR.shape, dtype=dtype, device=hidden.device)
+        if mask_T is not None:
+            weights_TR = weights_TR * mask_T.unsqueeze(-1)
+        stats = self._stats(hash_TR, mask_T)
+        return Routing(indices_TR, weights_TR, {}, stats, indices_TR.numel())
+
+    def _hash(
+        self, hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Give each token's experts ``(T, R)``, and the mask of these tokens ``(T,)``."""
+        token_ids, mask = self._aligned(hidden, token_ids, mask)
+        missing = self.vocab_size
+        if self.key == "position":
+            hash_LR = hashing.positions(token_ids, mask).unsqueeze(-1) % self.num_experts
+        elif self.key == "bigram":
+            # Tabulation hashing: the sum of independent tables is a random function of the pair.
+            previous = hashing.shifted(token_ids, mask, -1, missing)
+            of_previous, of_token = self.table.chunk(2)
+            hash_LR = (of_previous.t()[previous] + of_token.t()[token_ids]) % self.num_experts
+        else:
+            offset = {"token": 0, "previous": -1, "future": 1}[self.key]
+            if offset:
+                token_ids = hashing.shifted(token_ids, mask, offset, missing)
+            hash_LR = self.table.t()[token_ids]
+        length = hidden.shape[-2] if hidden.ndim > 1 else 1
+        start = hash_LR.shape[-2] - length
+        hash_TR = hash_LR[..., start:, :].reshape(-1, self.num_hashes)
+        return hash_TR, None if mask is None else mask[..., start:].reshape(-1)
+
+    def _aligned(
+        self, hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Check token ids and mask, and bring the mask to the token ids' length."""
+        if token_ids is None:
+            raise InputError("token_ids: missing; HashLayer routes on them, so pass token_ids")
+        if hidden.ndim == 1:
+            hidden = hidden[None]
+            token_ids = token_ids.reshape(-1)
+            mask = None if mask is None else mask.reshape(-1)
+        ahead = token_ids.shape[-1] - hidden.shape[-2]
+        if token_ids.shape[:-1] != hidden.shape[:-2] or ahead < 0:
+            raise InputError(
+                f"token_ids: shape {tuple(token_ids.shape)} does not match hidden's "
+                f"{tuple(hidden.shape[:-1])}"
+            )
+        if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_ids(token_ids)
+        if mask is None:
+            return token_ids, None
+        mask = mask.to(torch.bool)
+        if mask.shape == hidden.shape[:-1] and ahead:
+            mask = torch.cat([mask.new_ones(*mask.shape[:-1], ahead), mask], dim=-1)
+        if mask.shape != token_ids.shape:
+            raise InputError(
+                f"mask: shape {tuple(mask.shape)} does not match hidden's "
+                f"{tuple(hidden.shape[:-1])}"
+            )
+        return token_ids, mask
+
+    def _check_ids(self, token_ids: Tensor) -> None:
+        if not token_ids.numel():
+            return
+        low, high = (int(bound) for bound in token_ids.aminmax())
+        if low < 0 or high >= self.vocab_size:
+            raise InputError(
+                f"token_ids: id {low if low < 0 else high} is outside the hash table of "
+                f"{self.vocab_size}; set vocab_size to the tokenizer's"
+            )
+
+    def _stats(self, hash_TR: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
+        counts_E = expert_counts(hash_TR, self.num_experts)
+        tokens = counts_E.new_tensor(len(hash_TR)) if mask_T is None else mask_T.sum()
+        share_E = counts_E.float() / counts_E.sum().clamp(min=1)
+        unevenness = math.log(self.num_experts) - torch.special.entr(share_E).sum()
+        return {
+            "expert_counts": counts_E,
+            "tokens": tokens,
+            "usage": (counts_E > 0).float().mean(),
+            "unevenness": unevenness * (tokens > 0),
+        }
+
+    def cost(self) -> Cost:
+        """One expert's worth: 4 d f FLOPs, 6 d f if gated, as the dense block; E of them held."""
+        per_segment = self.experts.parameters_per_expert()
+        active = self.num_hashes * per_segment
+        return Cost(
+            total_parameters=self.num_experts * active,
+            active_parameters=active,
+            flops_per_token=self.num_hashes * self.experts.flops_per_assignment(),
+            bytes_per_token=active * self.experts.down_proj.element_size(),
+        )

@@ -1,0 +1,171 @@
+"""Hash functions from tokens to experts: tables that are drawn or computed once, then fixed.
+
+Roller et al. 2021, arXiv:2106.04426, section 3. All are computed on the CPU from a generator of
+their own, so that they are the same in every process and whatever else was drawn.
+
+Shapes: V size of the vocabulary, E experts, R hash functions, D width of embeddings.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import InputError
+
+
+def random_table(vocab_size: int, num_experts: int, generator: torch.Generator) -> Tensor:
+    """Draw an expert for each token, uniformly and independently: ``(V,)`` int64."""
+    return torch.randint(num_experts, (vocab_size,), generator=generator)
+
+
+def balanced_table(
+    frequencies: Tensor, num_experts: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Even out the experts' load: each token, most frequent first, goes to the least loaded.
+
+    An expert's load exceeds the mean by at most the frequency of its last token, unless one token
+    alone does. Tokens that never occur carry no load and are dealt out evenly.
+
+    Args:
+        frequencies: ``(V,)``, how often each token occurs; counts or probabilities.
+        num_experts: number of experts E.
+        generator: shuffles tokens among their E neighbours in frequency, for further hash
+            functions that are balanced but group tokens otherwise.
+
+    Returns:
+        ``(V,)`` int64.
+
+    Raises:
+        InputError: frequencies are negative, not finite, or all zero.
+    """
+    counts = frequencies.detach().double().cpu()
+    if counts.ndim != 1 or not (counts.isfinite() & (counts >= 0)).all() or not counts.any():
+        raise InputError("frequencies: give one number ≥ 0 per token, not all zero")
+    order = counts.argsort(descending=True, stable=True)
+    if generator is not None:
+        blocks = order.split(num_experts)
+        order = torch.cat([b[torch.randperm(len(b), generator=generator)] for b in blocks])
+    amounts = counts[order].tolist()
+    room = [(0.0, expert) for expert in range(num_experts)]
+    chosen = []
+    unseen = 0
+    for amount in amounts:
+        if amount:
+            load, expert = heapq.heappop(room)
+            heapq.heappush(room, (load + amount, expert))
+        else:
+            expert = unseen % num_experts
+            unseen += 1
+        chosen.append(expert)
+    return torch.empty_like(order).scatter(0, order, torch.tensor(chosen))
+
+
+def clustered_table(embeddings: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
+    """Send similar tokens to the same expert: k-means with E clusters of ``(V, D)`` embeddings."""
+    return k_means(embeddings, num_experts, generator)
+
+
+def dispersed_table(
+    embeddings: Tensor,
+    num_experts: int,
+    generator: torch.Generator,
+    num_clusters: int | None = None,
+) -> Tensor:
+    """Send similar tokens to different experts: deal the members of each cluster out in turn.
+
+    Args:
+        embeddings: ``(V, D)``.
+        num_experts: number of experts E.
+        generator: source of k-means' starting points.
+        num_clusters: number of clusters; default E.
+
+    Returns:
+        ``(V,)`` int64. Experts differ by at most one token, in each cluster and altogether.
+    """
+    cluster_V = k_means(embeddings, num_clusters or num_experts, generator)
+    order = cluster_V.argsort(stable=True)
+    dealt = torch.arange(len(order)) % num_experts
+    return torch.empty_like(order).scatter(0, order, dealt)
+
+
+def k_means(
+    points: Tensor, num_clusters: int, generator: torch.Generator, iterations: int = 50
+) -> Tensor:
+    """Cluster points by Lloyd's algorithm from k-means++ starts: ``(V,)`` int64.
+
+    A cluster that loses all its points starts again at the point farthest from its centre.
+
+    Raises:
+        InputError: not a matrix, not finite, or fewer points than clusters.
+    """
+    x_VD = points.detach().to(device="cpu", dtype=torch.float32)
+    if x_VD.ndim != 2 or not x_VD.isfinite().all():
+        raise InputError("embeddings: give a finite matrix with one row per token")
+    if len(x_VD) < num_clusters:
+        raise InputError(f"embeddings: {len(x_VD)} tokens do not make {num_clusters} clusters")
+    centres_KD = _spread_starts(x_VD, num_clusters, generator)
+    cluster_V = torch.full((len(x_VD),), -1)
+    for _ in range(iterations):
+        distance_V, nearest_V = _nearest(x_VD, centres_KD)
+        if torch.equal(nearest_V, cluster_V):
+            break
+        cluster_V = nearest_V
+        sizes_K = torch.bincount(cluster_V, minlength=num_clusters)
+        sums_KD = torch.zeros_like(centres_KD).index_add_(0, cluster_V, x_VD)
+        centres_KD = sums_KD / sizes_K.clamp(min=1).unsqueeze(-1)
+        empty = (sizes_K == 0).nonzero().flatten()
+        centres_KD[empty] = x_VD[distance_V.topk(len(empty)).indices]
+    return cluster_V
+
+
+def _spread_starts(x_VD: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """Choose starts far from each other: each with probability as its squared distance."""
+    first = int(torch.randint(len(x_VD), (1,), generator=generator))
+    chosen = [first]
+    distance_V = (x_VD - x_VD[first]).square().sum(dim=-1)
+    for _ in range(num_clusters - 1):
+        # The first point whose cumulated distance passes a random level.
+        total_V = distance_V.double().cumsum(dim=0)
+        level = torch.rand(1, generator=generator, dtype=torch.float64) * total_V[-1]
+        following = min(int(torch.searchsorted(total_V, level, right=True)), len(x_VD) - 1)
+        chosen.append(following)
+        distance_V = torch.minimum(distance_V, (x_VD - x_VD[following]).square().sum(dim=-1))
+    return x_VD[chosen].clone()
+
+
+def _nearest(x_VD: Tensor, centres_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each point's squared distance to its nearest centre, and that centre's number."""
+    found = []
+    for part_PD in x_VD.split(8192):
+        scores_PK = centres_KD.square().sum(dim=-1) - 2 * part_PD @ centres_KD.t()
+        best = scores_PK.min(dim=-1)
+        distance_P = best.values + part_PD.square().sum(dim=-1)
+        found.append((distance_P.clamp(min=0), best.indices))
+    return torch.cat([d for d, _ in found]), torch.cat([n for _, n in found])
+
+
+def shifted(token_ids: Tensor, mask: Tensor | None, offset: int, missing: int) -> Tensor:
+    """Give the token ``offset`` places later (earlier if negative), of each place in a sequence.
+
+    Args:
+        token_ids: ``(..., S)`` int64.
+        mask: ``(..., S)`` bool, true at real tokens.
+        offset: 1 for the next token, -1 for the previous one.
+        missing: what stands where there is no such token, or padding.
+    """
+    if mask is not None:
+        token_ids = token_ids.masked_fill(~mask, missing)
+    length = token_ids.shape[-1]
+    nothing = token_ids.new_full((*token_ids.shape[:-1], abs(offset)), missing)
+    if offset < 0:
+        return torch.cat([nothing, token_ids], dim=-1)[..., :length]
+    return torch.cat([token_ids, nothing], dim=-1)[..., -length:] if length else token_ids
+
+
+def positions(token_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Count each sequence's real tokens from zero; ``(..., S)`` int64."""
+    real = torch.ones_like(token_ids) if mask is None else mask.to(torch.int64)
+    return (real.cumsum(dim=-1) - 1).clamp(min=0)
