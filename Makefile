@@ -20,10 +20,11 @@ help:
 	@echo
 	@echo "Choose the interpreter with PYTHON=python3.12 (3.11 or newer)."
 
-# Idle OpenMP threads that spin slow down every other process of a small machine.
 demo: $(VENV)/.train
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/moezoo demo
+	@$(BIN)/moezoo demo
 
+# The tests start many processes; OpenMP threads that spin while idle would slow them all down.
+# (A single training run wants them to spin: asleep, they wake too late for small matrices.)
 test: $(VENV)/.dev
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
