@@ -333,7 +333,8 @@ def _pretrained(path: str, vocab_size: int, attention: str) -> MoezooForCausalLM
     try:
         model, _ = load_checkpoint(path, attention=attention)
     except InputError as error:
-        raise InputError(f"initialize_from: {error}") from error
+        problem = str(error).removeprefix("checkpoint: ")
+        raise InputError(f"initialize_from: {problem}") from error
     if model.config.vocab_size != vocab_size:
         raise InputError(
             f"initialize_from: {path} has {model.config.vocab_size} tokens, the data has "
