@@ -78,6 +78,14 @@ class ParameterGroup:
     sparse: bool = False
 
 
+def set_apart(groups: list[ParameterGroup], special: list[ParameterGroup]) -> list[ParameterGroup]:
+    """Move the parameters of ``special`` groups out of the ``groups`` that hold them too."""
+    apart = {id(p) for group in special for p in group.parameters}
+    for group in groups:
+        group.parameters = [p for p in group.parameters if id(p) not in apart]
+    return [group for group in [*groups, *special] if group.parameters]
+
+
 class FeedForward(nn.Module):
     """A drop-in for a transformer's feed-forward block: ``(..., d_model) -> (..., d_model)``.
 
@@ -366,5 +374,6 @@ __all__ = [
     "register",
     "registered",
     "select_layers",
+    "set_apart",
     "zoo",
 ]

@@ -22,7 +22,7 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_to
 from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import losses as L
 from moezoo.routing import tree
-from moezoo.routing.stats import expert_counts
+from moezoo.routing.stats import expert_counts, unevenness, usage
 from moezoo_kernels.activations import ACTIVATIONS, activate
 
 Reduction = Literal["per_token", "sum", "mean"]
@@ -176,8 +176,8 @@ class FastFeedForward(FeedForward):
         stats = {
             "expert_counts": counts_E,
             "tokens": counts_E.sum(),
-            "usage": tree.usage(counts_E),
-            "unevenness": tree.unevenness(counts_E),
+            "usage": usage(counts_E),
+            "unevenness": unevenness(counts_E),
         }
         if entropy_TN is not None:
             stats["node_entropy"] = _reduce(entropy_TN.detach(), mask_T, "mean")

@@ -17,9 +17,9 @@ from moezoo.feed_forward import (
     FeedForwardOutput,
     ParameterGroup,
     flatten_tokens,
+    set_apart,
 )
 from moezoo.init import init_linear
-from moezoo.layers.product_key_memory import with_values_apart
 from moezoo.routing.product_key import QueryNorm
 
 
@@ -140,7 +140,7 @@ class MemoryPlus(FeedForward):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put the values apart: constant learning rate, no decay, perhaps sparse."""
-        return with_values_apart(super().parameter_groups(), self.memory)
+        return set_apart(super().parameter_groups(), self.memory.parameter_groups())
 
     def cost(self) -> Cost:
         """``2 D H C + 2 H n C + 2 H K V + 4 D V`` FLOPs; sums of values count as a product."""

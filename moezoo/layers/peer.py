@@ -29,6 +29,7 @@ from moezoo.feed_forward import (
     FeedForwardOutput,
     ParameterGroup,
     flatten_tokens,
+    set_apart,
 )
 from moezoo.layers.dense import Activation
 from moezoo.routing.product_key import QUERY_NORMS, ProductKeys, QueryNetwork, QueryNorm
@@ -199,22 +200,15 @@ class PEER(FeedForward):
 
         Decay would shrink the many experts that a batch does not ask.
         """
-        tables = {id(p) for p in self.experts.parameters()}
-        groups = super().parameter_groups()
-        experts = [p for group in groups for p in group.parameters if id(p) in tables]
-        for group in groups:
-            group.parameters = [p for p in group.parameters if id(p) not in tables]
-        groups.append(
-            ParameterGroup(
-                "experts",
-                experts,
-                lr_multiplier=self.expert_lr_multiplier,
-                weight_decay=False,
-                schedule=False,
-                sparse=self.sparse,
-            )
+        experts = ParameterGroup(
+            "experts",
+            [p for p in self.experts.parameters() if p.requires_grad],
+            lr_multiplier=self.expert_lr_multiplier,
+            weight_decay=False,
+            schedule=False,
+            sparse=self.sparse,
         )
-        return [group for group in groups if group.parameters]
+        return set_apart(super().parameter_groups(), [experts])
 
     def cost(self) -> Cost:
         """Queries 2 d h d_k, keys 2 h n d_k, experts h k (4 | 6) d FLOPs.

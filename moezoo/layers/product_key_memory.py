@@ -16,6 +16,7 @@ from moezoo.feed_forward import (
     FeedForwardOutput,
     ParameterGroup,
     flatten_tokens,
+    set_apart,
 )
 from moezoo.init import init_linear
 from moezoo.routing.product_key import QueryNorm
@@ -139,7 +140,7 @@ class ProductKeyMemory(FeedForward):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put the values apart: constant learning rate, no decay, perhaps sparse."""
-        return with_values_apart(super().parameter_groups(), self.memory)
+        return set_apart(super().parameter_groups(), self.memory.parameter_groups())
 
     def cost(self) -> Cost:
         """``2 D H C + 2 H n C + 2 H K V`` FLOPs; a weighted sum of values counts as a product."""
@@ -151,12 +152,3 @@ class ProductKeyMemory(FeedForward):
             flops_per_token=self.memory.flops_per_token() + 2 * projection,
             bytes_per_token=active * self.memory.keys.keys.element_size(),
         )
-
-
-def with_values_apart(groups: list[ParameterGroup], memory: KeyValueMemory) -> list[ParameterGroup]:
-    """Move a memory's values out of the groups that hold them, into their own."""
-    values = memory.parameter_groups()
-    apart = {id(p) for group in values for p in group.parameters}
-    for group in groups:
-        group.parameters = [p for p in group.parameters if id(p) not in apart]
-    return [group for group in groups if group.parameters] + values

@@ -18,7 +18,7 @@ from moezoo.errors import check_choice, check_int
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import tree
-from moezoo.routing.stats import expert_counts
+from moezoo.routing.stats import expert_counts, unevenness, usage
 from moezoo_kernels.activations import ACTIVATIONS
 
 # More counts than this are not given out; usage and unevenness sum them up.
@@ -165,8 +165,8 @@ class UltraFastFFF(FeedForward):
         counts = expert_counts(slots_TP, self.num_trees * bottoms)
         stats = {
             "tokens": tokens,
-            "usage": tree.usage(counts),
-            "unevenness": tree.unevenness(counts),
+            "usage": usage(counts),
+            "unevenness": unevenness(counts),
         }
         if counts.numel() <= _MOST_COUNTS:
             stats["expert_counts"] = counts

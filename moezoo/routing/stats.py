@@ -5,6 +5,8 @@ All take real tokens only and give detached fp32 tensors.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def load_entropy(counts_E: Tensor) -> Tensor:
     """Compute the entropy of the load divided by log E: 1 when even, 0 when one expert has all."""
     share = counts_E.float() / counts_E.sum().clamp(min=1)
     entropy = torch.special.entr(share).sum()
-    return entropy / max(torch.tensor(float(counts_E.numel())).log().item(), 1e-9)
+    return entropy / max(math.log(counts_E.numel()), 1e-9)
 
 
 def mean_entropy(probabilities_TE: Tensor, mask_T: Tensor | None) -> Tensor:

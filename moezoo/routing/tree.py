@@ -119,18 +119,6 @@ def bernoulli_entropy(logits: Tensor) -> Tensor:
     return F.softplus(-size) + size * (-size).sigmoid()
 
 
-def usage(counts_E: Tensor) -> Tensor:
-    """Give the share of leaves that at least one token reached."""
-    return (counts_E > 0).float().mean()
-
-
-def unevenness(counts_E: Tensor) -> Tensor:
-    """Compute the KL divergence of the load from an even one, in nats; 0 for no token at all."""
-    share_E = counts_E.float() / counts_E.sum().clamp(min=1)
-    divergence = torch.special.xlogy(share_E, share_E * counts_E.numel()).sum()
-    return divergence.clamp(min=0.0)
-
-
 def at_least_fp32(hidden: Tensor) -> Tensor:
     """Promote bf16 and fp16 to fp32."""
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
