@@ -5,6 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 QUIET  := --quiet --disable-pip-version-check
+BUILT  := pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
 
 # Where to take torch from, if not from the usual index; e.g. PyTorch's index of CPU wheels.
 TORCH_INDEX ?=
@@ -35,15 +36,16 @@ lint: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f kernels/moezoo_kernels/_native_*
 	find kernels moezoo models train tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp per set of extras; dev includes train, so it satisfies both.
-$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/pip $(VENV)/.torch
+$(VENV)/.train: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 	@echo "Installing moezoo[train] into $(VENV) ..."
 	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[train]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip $(VENV)/.torch
+$(VENV)/.dev: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 	@echo "Installing moezoo[dev] into $(VENV) ..."
 	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[dev]"
 	@touch $(VENV)/.train $@

@@ -43,3 +43,18 @@ def poison_empty() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled)
+
+
+@pytest.fixture(params=["avx512", "avx2", "generic"])
+def native_library(request, monkeypatch):
+    """Run a test once with each C++ library that this machine can load; gives its name."""
+    from moezoo_kernels import native
+
+    monkeypatch.setenv("MOEZOO_NATIVE", request.param)
+    native.load.cache_clear()
+    library = native.load()
+    if isinstance(library, str):
+        native.load.cache_clear()
+        pytest.skip(library)
+    yield request.param
+    native.load.cache_clear()

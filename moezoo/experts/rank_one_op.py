@@ -5,16 +5,12 @@ parameters for one long batch. Here only the dot products ever gather rows, for 
 at a time; every weighted sum of rows is an embedding bag, which reads them where they are. Saved
 for the backward are the inputs and the pre-activations ``(T, J)``.
 
-The gradient of a table is a sum over the assignments of each of its rows. They are sorted by row
-first, so the sum is an embedding bag too: deterministic on every device, and without atomics.
-
-Shapes: T tokens, D width, N experts, J assignments per token, I = 2 J if gated else J,
-R rows of a table's gradient.
+Shapes: T tokens, D width, N experts, J assignments per token, I = 2 J if gated else J.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,38 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moezoo_kernels.activations import activate, activate_backward
+from moezoo_kernels.row_sums import sort_by_row, table_gradient
 
 # What one chunk of gathered rows may take: about a core's cache, or enough to fill a GPU.
 _CHUNK_BYTES = {"cpu": 1 << 21}
 _DEFAULT_CHUNK_BYTES = 1 << 26
-
-
-class Assignments(NamedTuple):
-    """The assignments sorted by table row, those of no row (index -1) last.
-
-    Attributes:
-        order: ``(T * J,)`` positions in the flattened indices, by row, then by position.
-        starts: ``(R + 1,)`` where each row's run begins; the last is that of index -1.
-        rows: ``(R,)`` which rows these are; None for all of them.
-    """
-
-    order: Tensor
-    starts: Tensor
-    rows: Tensor | None
-
-
-def sort_by_row(indices: Tensor, num_rows: int, only_used: bool) -> Assignments:
-    """Sort assignments by row, stably; ``only_used`` leaves out rows that nobody reads."""
-    flat = indices.reshape(-1)
-    ordered, order = torch.where(flat < 0, num_rows, flat).sort(stable=True)
-    rows = None
-    if only_used:
-        rows = torch.unique_consecutive(ordered)
-        rows = rows[rows < num_rows]
-        wanted = torch.cat([rows, rows.new_full((1,), num_rows)])
-    else:
-        wanted = torch.arange(num_rows + 1, device=flat.device)
-    return Assignments(order, torch.searchsorted(ordered, wanted), rows)
 
 
 @torch.library.custom_op("moezoo::rank_one_experts", mutates_args=())
@@ -146,37 +115,6 @@ def _(
     return grad_x, next(like_weights), torch.empty_like(inner), next(like_weights)
 
 
-@torch.library.custom_op("moezoo::sum_rows", mutates_args=())
-def sum_rows(
-    source: Tensor, coefficients: Tensor, order: Tensor, starts: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Sum ``coefficients[t, j] * source[t]`` over each row's run of assignments: (R, D).
-
-    Args:
-        source: ``(T, D)``.
-        coefficients: ``(T, J)``.
-        order: ``(T * J,)``, from :func:`sort_by_row`.
-        starts: ``(R + 1,)``, from :func:`sort_by_row`; what follows the last is left out.
-        dtype: of the result, accumulated in fp32 where that is shorter.
-    """
-    rows = starts.numel() - 1
-    if order.numel() == 0:
-        return source.new_zeros(rows, source.shape[1], dtype=dtype)
-    tokens = order // coefficients.shape[1]
-    ordered = coefficients.reshape(-1)[order].to(dtype)
-    # One bag more takes the assignments of no row.
-    return F.embedding_bag(
-        tokens, source.to(dtype), starts, mode="sum", per_sample_weights=ordered
-    ).narrow(0, 0, rows)
-
-
-@sum_rows.register_fake
-def _(
-    source: Tensor, coefficients: Tensor, order: Tensor, starts: Tensor, dtype: torch.dtype
-) -> Tensor:
-    return source.new_empty(starts.numel() - 1, source.shape[1], dtype=dtype)
-
-
 def _dots(x: Tensor, table: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply each token with the table's rows that its indices name: (T, J), of ``dtype``."""
     (tokens, choices), width = indices.shape, table.shape[1]
@@ -232,25 +170,13 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     if needs_u or needs_v or needs_gate:
         assignments = sort_by_row(indices, v.shape[0], ctx.sparse)
         grads = [
-            _table_gradient(table, source, coefficients.contiguous(), assignments)
+            table_gradient(table, source, coefficients.contiguous(), assignments)
             if needed
             else None
             for table, source, coefficients, needed in wanted
         ]
     kept_x = grad_x if needs_x else None
     return kept_x, *grads, None, grad_weights if needs_weights else None, None, None
-
-
-def _table_gradient(
-    table: Tensor, source: Tensor, coefficients: Tensor, assignments: Assignments
-) -> Tensor:
-    order, starts, rows = assignments
-    values = sum_rows(source, coefficients, order, starts, table.dtype)
-    if rows is None:
-        return values
-    return torch.sparse_coo_tensor(
-        rows.unsqueeze(0), values, table.shape, is_coalesced=True, check_invariants=False
-    )
 
 
 forward.register_autograd(_differentiate, setup_context=_save)
@@ -286,13 +212,3 @@ def _backward_flops(
     """Count a multiply-add per number of each row read: of v, and of u and gate for x."""
     rows = 1 + needs_x * (1 if gate is None else 2)
     return 2 * _active(indices) * grad.shape[1] * rows
-
-
-@register_flop_formula(torch.ops.moezoo.sum_rows, get_raw=True)
-def _sum_flops(
-    source: Tensor, coefficients: Tensor, order: Tensor, starts: Tensor, *_: Any, **__: Any
-) -> int:
-    """Count a multiply-add per number of each token's row that is added."""
-    known = not isinstance(starts, FakeTensor) and starts.device.type != "meta"
-    active = int(starts[-1]) if known else order.numel()
-    return 2 * active * source.shape[1]

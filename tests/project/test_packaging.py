@@ -165,7 +165,7 @@ def test_pre_commit_runs_the_tools_of_make_lint():
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_says_what_is_wrong_with_the_interpreter(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "setup.py"):
         (tmp_path / name).touch()
     old = tmp_path / "old-python"
     old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.2\n')
@@ -188,20 +188,43 @@ def test_make_says_what_is_wrong_with_the_interpreter(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+def copy_sources(target: Path) -> None:
+    """Copy what a release is built from, and nothing that was built here."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "_native_*")
+    for folder in ("moezoo", "kernels", "models", "train"):
+        shutil.copytree(ROOT / folder, target / folder, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+
+
+def install(wheel: Path, site: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target"]
+    subprocess.run([*command, str(site), str(wheel)], check=True, capture_output=True)
+
+
+def in_site(site: Path, code: str) -> str:
+    """Run code with what was installed there, from another folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=site.parent,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_wheel_holds_our_packages_only_and_imports_from_elsewhere(tmp_path):
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("moezoo", "kernels", "models", "train"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    copy_sources(source)
+    # By way of the source distribution, so that one is complete too.
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run([*build, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target"]
-    subprocess.run([*install, str(site), str(wheel)], check=True, capture_output=True)
+    install(wheel, site)
 
     top = {path.name for path in site.iterdir()} - {"bin"}
     assert top == {*PACKAGES, f"moezoo-{moezoo.__version__}.dist-info"}
@@ -217,12 +240,25 @@ def test_wheel_holds_our_packages_only_and_imports_from_elsewhere(tmp_path):
 
     code = "import moezoo_kernels, moezoo, moezoo_models, moezoo_train\n"
     code += "for m in (moezoo_kernels, moezoo, moezoo_models, moezoo_train): print(m.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert all(line.startswith(str(site)) for line in done.stdout.split())
+    assert all(line.startswith(str(site)) for line in in_site(site, code).split())
+    if shutil.which("g++") or shutil.which("c++"):
+        code = "from moezoo_kernels import native; print(native.load().name)"
+        assert in_site(site, code).split()[0] in ("avx512", "avx2", "generic")
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_builds_and_runs_on_plain_torch(tmp_path):
+    source = tmp_path / "source"
+    copy_sources(source)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    without = {**os.environ, "CC": "no-compiler", "CXX": "no-compiler"}
+    subprocess.run([*build, str(source)], check=True, capture_output=True, env=without)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    install(wheel, site)
+    assert not list(site.rglob("_native_*"))
+    code = "import torch, moezoo; from moezoo_kernels import native; print(native.load())\n"
+    code += "print(moezoo.PEER(32)(torch.randn(3, 32)).hidden.shape)"
+    reason, shape = in_site(site, code).splitlines()
+    assert reason.startswith("not built: no C++ compiler")
+    assert shape == "torch.Size([3, 32])"

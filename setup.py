@@ -1,0 +1,66 @@
+"""Builds the C++ kernels once per instruction set; everything else is in pyproject.toml.
+
+They are plain C functions that torch's headers know nothing of, so this takes seconds and the
+result does not depend on torch's version. Without a compiler the package installs all the same
+and runs on plain torch.
+"""
+
+import os
+import platform
+import sys
+from copy import copy
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("kernels/csrc")
+COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+X86 = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+}
+
+
+class BuildNative(build_ext):
+    """Compile the instruction sets side by side, each into a folder of its own.
+
+    They share their sources, so they would overwrite each other's object files.
+    """
+
+    def build_extensions(self) -> None:
+        """Take a thread per instruction set."""
+        self.parallel = self.parallel or os.cpu_count()
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one library."""
+        apart = copy(self)
+        apart.build_temp = str(Path(self.build_temp, ext.name))
+        super(BuildNative, apart).build_extension(ext)
+
+
+def libraries() -> list[Extension]:
+    """List one library per instruction set that this kind of processor may have."""
+    if sys.platform == "win32":
+        return []
+    flags = {"generic": []}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        flags |= X86
+    # Apple's compiler has no OpenMP: one thread there.
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    return [
+        Extension(
+            f"moezoo_kernels._native_{name}",
+            sources=sorted(path.as_posix() for path in SOURCES.glob("*.cpp")),
+            depends=sorted(path.as_posix() for path in SOURCES.glob("*.h")),
+            extra_compile_args=[*COMMON, *openmp, *flags[name]],
+            extra_link_args=openmp,
+            language="c++",
+            optional=True,
+        )
+        for name in flags
+    ]
+
+
+setup(ext_modules=libraries(), cmdclass={"build_ext": BuildNative})
