@@ -13,11 +13,15 @@ from moezoo.errors import InputError, nearest
 
 
 class Command(NamedTuple):
-    """One word of the command line: where its function is, and what it does."""
+    """One word of the command line: where its function is, and what it does.
+
+    Arguments without a default are named options, or, if ``positional``, given by position.
+    """
 
     function: str
     summary: str
     lightning: bool = False
+    positional: bool = False
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -36,6 +40,13 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_models.evaluate:evaluate", "loss, perplexity and bits per byte on any text"
         ),
     },
+    "Convert dense checkpoints": {
+        "upcycle": Command(
+            "moezoo_models.conversion.upcycle:upcycle",
+            "a mixture of experts that begin as copies of the dense blocks",
+            positional=True,
+        ),
+    },
     "Look around": {
         "zoo": Command("moezoo.command.zoo:zoo", "every method: paper, parameters, cost"),
         "doctor": Command("moezoo.command.doctor:doctor", "versions, devices, usable backends"),
@@ -46,6 +57,7 @@ EXAMPLES = (
     "moezoo demo",
     "moezoo fit --config configs/moe.yaml --model.ffn.num_experts 16",
     'moezoo generate --checkpoint runs/demo/model --prompt "def "',
+    "moezoo upcycle path/to/llama runs/mixtral --experts 8 --top_k 2",
 )
 # Top-level modules of the optional dependencies, and the extra that brings each.
 EXTRAS = {
@@ -113,7 +125,7 @@ def _run(name: str, arguments: list[str]) -> None:
     if command.lightning:
         function([name, *arguments])
     else:
-        run_function(function, f"moezoo {name}", arguments)
+        run_function(function, f"moezoo {name}", arguments, command.positional)
 
 
 def _load(path: str) -> Callable[..., Any]:

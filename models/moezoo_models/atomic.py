@@ -20,33 +20,43 @@ def replacing_directory(target: Path) -> Iterator[Path]:
     """Give a fresh directory to fill, which takes the place of ``target`` at the end.
 
     The fresh directory is a hidden sibling. If the block raises, it is removed and ``target`` stays
-    as it was. The two are exchanged in one system call where Linux and the file system have it;
-    elsewhere by two renames, between which a crash leaves the old one as ``.NAME.old-…``.
+    as it was.
 
     Args:
         target: the directory to make or replace; its parents are made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8]
-    fresh = target.with_name(f".{target.name}.new-{tag}")
-    old = target.with_name(f".{target.name}.old-{tag}")
+    fresh = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
     fresh.mkdir()
     try:
         yield fresh
-        _flush(fresh)
-        if not target.exists():
-            fresh.rename(target)
-        elif not _exchange(fresh, target):
-            target.rename(old)
-            try:
-                fresh.rename(target)
-            except OSError:
-                old.rename(target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+        publish(fresh, target)
     finally:
-        # Incomplete, or after an exchange what was there before.
+        # What is incomplete.
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def publish(fresh: Path, target: Path) -> None:
+    """Put a complete directory in the place of ``target``, and remove what was there.
+
+    The two are exchanged in one system call where Linux and the file system have it; elsewhere by
+    two renames, between which a crash leaves the old one as ``.NAME.old-…``.
+    """
+    _flush(fresh)
+    if not target.exists():
+        fresh.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+    if _exchange(fresh, target):
+        fresh.rename(old)
+    else:
+        target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(directory: Path) -> None:

@@ -61,7 +61,7 @@ def save_checkpoint(
             f"checkpoint: {directory} holds something that is no checkpoint; "
             "give an empty or new directory"
         )
-    with replacing_directory(directory) as fresh, _quiet():
+    with replacing_directory(directory) as fresh, quiet():
         model.save_pretrained(fresh, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save(fresh)
@@ -89,7 +89,7 @@ def load_checkpoint(
         InputError: no checkpoint there, a damaged or foreign one, or one whose weights do not fit
             its config.json.
     """
-    directory = _existing(Path(path))
+    directory = existing(Path(path))
     config = read_config(directory)
     config._attn_implementation = attention
     with torch.device("meta"):
@@ -99,7 +99,7 @@ def load_checkpoint(
         }
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
     _compare(expected, tensor_shapes(directory), optional)
-    with _quiet():
+    with quiet():
         model = MoezooForCausalLM.from_pretrained(
             directory, config=config, local_files_only=True, use_safetensors=True
         )
@@ -135,7 +135,7 @@ def read_config(directory: Path) -> MoezooConfig:
     Raises:
         InputError: it is not JSON, or not a configuration that can be loaded.
     """
-    raw = _read_json(directory / CONFIG)
+    raw = read_json(directory / CONFIG)
     if raw.get("model_type") != MoezooConfig.model_type:
         return dense_config(raw)
     try:
@@ -151,7 +151,7 @@ def tensor_shapes(directory: Path) -> Shapes:
         InputError: there are no safetensors files, or one is missing, truncated or damaged.
     """
     shapes: Shapes = {}
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
@@ -163,7 +163,8 @@ def tensor_shapes(directory: Path) -> Shapes:
     return shapes
 
 
-def _existing(directory: Path) -> Path:
+def existing(directory: Path) -> Path:
+    """Return the directory if it holds a config.json, else raise :class:`InputError`."""
     if not directory.is_dir():
         what = "is a file" if directory.is_file() else "does not exist"
         raise InputError(f"checkpoint: {directory} {what}; give a directory with {CONFIG}")
@@ -174,11 +175,16 @@ def _existing(directory: Path) -> Path:
     return directory
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint.
+
+    Raises:
+        InputError: there are none, or the index names one that is missing.
+    """
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
-        names = _read_json(directory / INDEX).get("weight_map")
+        names = read_json(directory / INDEX).get("weight_map")
         if not isinstance(names, Mapping) or not names:
             raise InputError(f"checkpoint: {directory / INDEX} has no weight_map; save it again")
         files = [directory / name for name in sorted(set(names.values()))]
@@ -215,7 +221,8 @@ def _compare(expected: Shapes, found: Shapes, optional: set[str]) -> None:
     raise InputError(f"checkpoint: {problem}{also}; weights and {CONFIG} are of different models")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise :class:`InputError`."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -226,7 +233,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' progress bars, one per file, off the screen."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

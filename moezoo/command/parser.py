@@ -65,7 +65,12 @@ class ClearErrors:
         parser: Any = self
         if not parser.exit_on_error:
             super().error(message, ex)  # type: ignore[misc]
-        raise InputError(render(message, option_names(parser))) from ex
+        text = render(message, option_names(parser))
+        places = [a.dest for a in parser._actions if not a.option_strings and a.choices is None]
+        for place in places:
+            usage = f"write {parser.prog} {' '.join(each.upper() for each in places)}"
+            text = text.replace(f"give --{place}", usage)
+        raise InputError(text) from ex
 
 
 class CommandParser(ClearErrors, jsonargparse.ArgumentParser):
@@ -80,19 +85,27 @@ def option_names(parser: Any) -> Iterator[str]:
                 yield from option_names(subparser)
         else:
             flags = (flag for flag in action.option_strings if flag.startswith("--"))
-            yield from (flag[2:] for flag in flags if not flag.endswith(".help"))
+            # "--name+" appends to a list, and goes without saying.
+            yield from (flag[2:] for flag in flags if not flag.endswith((".help", "+")))
 
 
-def run_function(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> None:
+def run_function(
+    function: Callable[..., Any], prog: str, arguments: Sequence[str], positional: bool = False
+) -> None:
     """Call ``function`` with options parsed after its signature and docstring."""
-    parser = function_parser(function, prog)
+    parser = function_parser(function, prog, positional)
     options = parser.parse_args(_expand_flags(function, arguments))
     options.pop("config", None)
     function(**parser.instantiate(options))
 
 
-def function_parser(function: Callable[..., Any], prog: str) -> CommandParser:
-    """Build the parser of a function: an option per argument, help from the docstring."""
+def function_parser(
+    function: Callable[..., Any], prog: str, positional: bool = False
+) -> CommandParser:
+    """Build the parser of a function: an option per argument, help from the docstring.
+
+    If ``positional``, arguments without a default are given by position.
+    """
     documentation = docstring_parser.parse(function.__doc__ or "")
     texts = (documentation.short_description, documentation.long_description)
     parser = CommandParser(
@@ -100,14 +113,19 @@ def function_parser(function: Callable[..., Any], prog: str) -> CommandParser:
     )
     if inspect.signature(function).parameters:
         parser.add_argument("--config", action="config", help="YAML file with values for these.")
-    parser.add_function_arguments(function, as_group=False, as_positional=False)
+    parser.add_function_arguments(function, as_group=False, as_positional=positional)
     return parser
 
 
 def _expand_flags(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
-    """Write a bare ``--flag`` of a true-or-false argument as ``--flag=true``."""
+    """Write a bare ``--flag`` of a true-or-false argument as ``--flag=true``.
+
+    An argument's name may be written with dashes.
+    """
     hints = typing.get_type_hints(function)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    dashed = {f"--{name.replace('_', '-')}": f"--{name}" for name in hints}
+    arguments = ["=".join((dashed.get(n, n), *v)) for n, *v in (a.split("=", 1) for a in arguments)]
     expanded = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
         bare = argument in flags and following.startswith("--")

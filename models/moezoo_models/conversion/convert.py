@@ -1,0 +1,254 @@
+"""Carrying out a conversion: plan by headers, stream the tensors, compare, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor
+
+from moezoo.convert import LayerPlan
+from moezoo.errors import check_choice
+from moezoo_models.checkpoints import CONFIG
+from moezoo_models.conversion.drift import Drift, layer_drift, logits_drift
+from moezoo_models.conversion.source import Source, layer_of
+from moezoo_models.conversion.targets import Mixture, Output, Target
+from moezoo_models.conversion.writer import (
+    check_space,
+    check_target,
+    parse_size,
+    plan_shards,
+    workspace,
+)
+
+REPORT = "moezoo_conversion.json"
+FORMAT = 1  # of what is written; another number never continues an earlier run's files
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+)
+COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
+_BLOCK = ".mlp."
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did, as its report in the directory says it.
+
+    Attributes:
+        method: upcycle or carve.
+        source: fingerprint, architecture, size of the dense model.
+        target: architecture, sizes, SHA-256 of every file.
+        options: as they were given.
+        exact: whether the mixture was meant to compute what the dense model computes.
+        drift: how far it is off, measured.
+        extra: what else the method measured.
+    """
+
+    method: str
+    source: dict[str, Any]
+    target: dict[str, Any]
+    options: dict[str, Any]
+    exact: bool
+    drift: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def convert(
+    source: Source,
+    target: Path,
+    kind: Target,
+    mixture: Mixture,
+    plan: Callable[[int], LayerPlan],
+    *,
+    method: str,
+    options: dict[str, Any],
+    exact: bool,
+    max_shard_size: str,
+    check: str,
+    force: bool,
+    extra: Callable[[], dict[str, Any]] = dict,
+) -> Conversion:
+    """Write a mixture, atomically, and compare it with the dense model.
+
+    Args:
+        source: the dense model.
+        target: directory to make.
+        kind: its format.
+        mixture: the shapes, known beforehand.
+        plan: plans a layer. Called again for the same layer it must give the same plan.
+        method: its name, for the report.
+        options: for the report, and to know a run that can be continued.
+        exact: whether logits have to agree.
+        max_shard_size: as in ``5GB``.
+        check: auto, logits or layers.
+        force: replace what is there.
+        extra: asked for more figures at the end.
+
+    Raises:
+        InputError: the format can not hold this, or there is no room for it.
+    """
+    check_choice("check", check, ("auto", "logits", "layers"))
+    check_target(target, force)
+    kind.check(source, mixture)
+    remember = lru_cache(maxsize=1)(plan)
+    shards = plan_shards(_outputs(source, kind, mixture, remember), parse_size(max_shard_size))
+    total = sum(shard.bytes for shard in shards)
+    check_space(target, total)
+    identity = _identity(source, kind, mixture, options, max_shard_size)
+    with workspace(target, identity, force) as work:
+        with _progress() as bar:
+            task = bar.add_task("writing", total=total)
+            for shard in shards:
+                work.write(shard, partial(bar.advance, task))
+        work.write_index(shards)
+        work.write_json(CONFIG, kind.config(source, mixture))
+        _copy_files(source.directory, work.directory)
+        drift = _measure(source, work.directory, mixture, remember, check, total)
+        if exact and drift.relative > _tolerance(mixture.dtype):
+            raise RuntimeError(
+                f"the mixture is off by {drift.relative:.1e} of the dense model's output where it "
+                "should be exact; please report this with the config.json of the source"
+            )
+        conversion = Conversion(
+            method=method,
+            source={
+                "architecture": source.family,
+                "sha256": source.fingerprint(),
+                "parameters": sum(torch.Size(t.shape).numel() for t in source.tensors.values()),
+            },
+            target={
+                "architecture": kind.name,
+                "parameters": sum(
+                    torch.Size(o.shape).numel() for shard in shards for o in shard.outputs
+                ),
+                "bytes": total,
+                "layers": list(mixture.layers),
+                "sha256": dict(sorted(work.done.items())),
+            },
+            options=options,
+            exact=exact,
+            drift=asdict(drift),
+            extra=extra(),
+        )
+        work.write_json(REPORT, asdict(conversion))
+    print(summary(conversion, target))
+    return conversion
+
+
+def _progress() -> Progress:
+    """Show bytes written; nothing where the output is not a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    return Progress(
+        *columns,
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def summary(conversion: Conversion, target: Path) -> str:
+    """Say in a few lines what was made and how far it is off."""
+    old, new, drift = conversion.source, conversion.target, conversion.drift
+    what = "layers' outputs" if drift["of"] == "layers" else "logits"
+    agree = drift["argmax_agreement"]
+    also = "" if agree is None else f", same next token for {agree:.1%} of positions"
+    rows = (
+        ("from", f"{old['architecture']}, {old['parameters'] / 1e6:,.3g} M parameters"),
+        ("to", f"{new['architecture']}, {new['parameters'] / 1e6:,.3g} M parameters, {target}"),
+        ("exact", str(conversion.exact).lower()),
+        (
+            "drift",
+            f"{drift['absolute']:.1e} in the {what} ({drift['relative']:.1e} of the largest){also}",
+        ),
+    )
+    return "\n".join(f"{name:<8}{text}" for name, text in rows)
+
+
+def _outputs(
+    source: Source, kind: Target, mixture: Mixture, plan: Callable[[int], LayerPlan]
+) -> Iterator[Output]:
+    """List all tensors of the mixture, those of a block in the place of the dense block."""
+    placed: set[int] = set()
+    for name, info in source.tensors.items():
+        layer = layer_of(name)
+        if layer not in mixture.layers or _BLOCK not in name:
+            yield Output(name, info.shape, info.dtype, partial(_copy, source, name))
+        elif layer not in placed:
+            placed.add(layer)
+            made, read = partial(plan, layer), partial(source.block, layer)
+            yield from kind.outputs(layer, made, mixture, read)
+
+
+def _copy(source: Source, name: str) -> Iterator[Tensor]:
+    yield source.read(name)
+
+
+def _identity(
+    source: Source, kind: Target, mixture: Mixture, options: dict[str, Any], shard_size: str
+) -> str:
+    """Hash what decides the contents, so that an interrupted run can be told from another one."""
+    decides = [FORMAT, torch.__version__, source.raw, source.stamp(), kind.name, str(mixture)]
+    text = json.dumps([*decides, options, shard_size], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation settings byte for byte."""
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for name in COPIED_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+
+
+def _measure(
+    source: Source,
+    written: Path,
+    mixture: Mixture,
+    plan: Callable[[int], LayerPlan],
+    check: str,
+    total: int,
+) -> Drift:
+    if check == "auto":
+        check = "logits" if 2 * total < _free_memory() else "layers"
+    if check == "logits":
+        return logits_drift(source.directory, written)
+    return layer_drift(source, mixture.layers, plan)
+
+
+def _free_memory() -> int:
+    """Give the bytes that can be had without swapping; without Linux' word for it, 4 GB."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 << 30
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Give the relative drift that rounding explains."""
+    return 1e-5 if dtype == torch.float32 else 5e-2

@@ -1,0 +1,104 @@
+"""How far a mixture is from the dense model it was made of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moezoo.convert import LayerPlan
+from moezoo.errors import InputError
+from moezoo_models.checkpoints import CONFIG, load_checkpoint, quiet, read_json
+from moezoo_models.config import MoezooConfig
+from moezoo_models.conversion.source import Source
+
+_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The difference between two models on the same random tokens.
+
+    Attributes:
+        of: logits, or the outputs of single layers.
+        absolute: its largest absolute value.
+        relative: the same, over the largest absolute value of the dense one.
+        argmax_agreement: fraction of positions where both predict the same token; None for layers.
+    """
+
+    of: str
+    absolute: float
+    relative: float
+    argmax_agreement: float | None
+
+
+@torch.no_grad()
+def logits_drift(dense: Path, mixture: Path) -> Drift:
+    """Compare the logits of two checkpoints, each loaded as its users would, one after the other.
+
+    Raises:
+        InputError: weights of the mixture are missing, unexpected or of another shape.
+    """
+    expected = _logits(dense)
+    found = _logits(mixture)
+    same = expected.argmax(-1) == found.argmax(-1)
+    return _drift("logits", found, expected, float(same.float().mean()))
+
+
+@torch.no_grad()
+def layer_drift(source: Source, layers: tuple[int, ...], plan: Callable[[int], LayerPlan]) -> Drift:
+    """Compare each converted block with its plan, on random inputs, one layer in memory."""
+    worst = Drift("layers", 0.0, 0.0, None)
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers:
+        block = {name: weight.float() for name, weight in source.block(layer).items()}
+        x = torch.randn(_TOKENS, source.config.hidden_size, generator=generator)
+        inner = F.silu(x @ block["gate"].t()) * (x @ block["up"].t())
+        found = plan(layer).run(x, block["gate"], block["up"], block["down"])
+        drift = _drift("layers", found, inner @ block["down"].t(), None)
+        worst = max(worst, drift, key=lambda each: each.relative)
+    return worst
+
+
+def _drift(of: str, found: Tensor, expected: Tensor, agreement: float | None) -> Drift:
+    absolute = float((found.float() - expected.float()).abs().max())
+    largest = float(expected.float().abs().max())
+    return Drift(of, absolute, absolute / max(largest, 1e-30), agreement)
+
+
+def _logits(directory: Path) -> Tensor:
+    model = load_any(directory)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    length = min(_TOKENS, model.config.max_position_embeddings)
+    tokens = torch.randint(vocabulary, (1, length), generator=generator)
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+def load_any(directory: Path) -> Any:
+    """Load a checkpoint of ours with our code and any other with transformers', for evaluation.
+
+    Raises:
+        InputError: weights are missing, unexpected or of another shape.
+    """
+    if read_json(directory / CONFIG).get("model_type") == MoezooConfig.model_type:
+        return load_checkpoint(directory)[0].eval()
+    with quiet(), warnings.catch_warnings():
+        # An absent shared expert is, in stock architectures, one without neurons.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+    model, problems = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in problems[kind])
+        if names:
+            raise InputError(f"checkpoint: {kind.replace('_', ' ')} in {directory}: {names[0]}")
+    return model.eval()

@@ -1,0 +1,37 @@
+"""The formats a mixture can be written in: stock architectures of transformers, and ours."""
+
+from moezoo_models.conversion.targets.base import Mixture, Output, Target
+from moezoo_models.conversion.targets.glm4_moe import Glm4Moe
+from moezoo_models.conversion.targets.ours import Moezoo
+from moezoo_models.conversion.targets.stock import (
+    FlexOlmo,
+    GraniteMoe,
+    Mixtral,
+    Qwen2Moe,
+    Qwen3Moe,
+)
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Mixtral(),
+        Qwen2Moe(),
+        Qwen3Moe(),
+        Glm4Moe(),
+        GraniteMoe(),
+        FlexOlmo(),
+        Moezoo(),
+    )
+}
+"""All formats, by name."""
+
+CLOSEST = {
+    "llama": "mixtral",
+    "mistral": "mixtral",
+    "qwen2": "qwen2_moe",
+    "qwen3": "qwen3_moe",
+    "olmo2": "flex_olmo",
+}
+"""Each dense family's closest relative among them."""
+
+__all__ = ["CLOSEST", "TARGETS", "Mixture", "Output", "Target"]

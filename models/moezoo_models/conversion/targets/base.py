@@ -1,0 +1,342 @@
+"""What every format has in common: shapes, the cutting of experts, and how to refuse.
+
+A target says which dense architectures it can hold without changing their attention, what its
+``config.json`` is, and under which names and in which shapes it stores routers and experts. What it
+can not hold is refused: nothing is ever dropped silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moezoo.convert.plan import PROJECTIONS, Expert, LayerPlan, Projection
+from moezoo.errors import InputError
+from moezoo_models.conversion.source import Source
+
+Read = Callable[[], dict[str, Tensor]]
+"""Reads the dense block of a layer."""
+
+Plan = Callable[[], LayerPlan]
+"""Makes the plan of a layer, or remembers it."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What is the same in all converted layers, known before any of them is planned.
+
+    Attributes:
+        num_experts: routed experts N.
+        top_k: of them per token.
+        d_expert: neurons of a routed expert.
+        d_shared: neurons of the shared expert, 0 without.
+        weighting: as in :class:`~moezoo.convert.LayerPlan`.
+        layers: numbers of the converted layers.
+        d_model: width of the model.
+        dtype: of the dense blocks, and of what they become.
+    """
+
+    num_experts: int
+    top_k: int
+    d_expert: int
+    d_shared: int
+    weighting: str
+    layers: tuple[int, ...]
+    d_model: int
+    dtype: torch.dtype
+
+    def shape(self, projection: Projection, width: int) -> tuple[int, int]:
+        """Give the shape of an expert's projection, if it has ``width`` neurons."""
+        if projection == "down":
+            return self.d_model, width
+        return width, self.d_model
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write.
+
+    Attributes:
+        name: in the file.
+        shape: its shape.
+        dtype: its dtype.
+        pieces: gives the tensor in consecutive pieces along its first axis.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Callable[[], Iterator[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in a file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Target:
+    """A format.
+
+    Attributes:
+        name: what ``--to`` calls it.
+        families: dense architectures whose attention it can hold.
+        shared: whether it has a shared expert.
+        weightings: of the chosen experts, that it has.
+        converts: which layers it can convert, in words.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    shared = False
+    weightings: tuple[str, ...] = ("normalized",)
+    converts = "all layers"
+
+    def check(self, source: Source, mixture: Mixture) -> None:
+        """Raise :class:`InputError` where this format would not compute what is asked for."""
+        if problem := self.refuses(source):
+            raise InputError(f"{problem}; {alternatives(source)}")
+        if mixture.d_shared and not self.shared:
+            others = alternatives(source, lambda target: target.shared)
+            raise InputError(f"shared: {self.name} has no shared expert; {others}")
+        if mixture.weighting not in self.weightings:
+            raise InputError(
+                f"weighting: {self.name} has no '{mixture.weighting}' weights; "
+                f"it has {', '.join(self.weightings)}"
+            )
+        every = tuple(range(source.num_layers))
+        if mixture.layers != every and not self.can_skip(mixture.layers, source.num_layers):
+            others = alternatives(
+                source, lambda target: target.can_skip(mixture.layers, source.num_layers)
+            )
+            raise InputError(f"layers: {self.name} converts {self.converts}; {others}")
+
+    def refuses(self, source: Source) -> str | None:
+        """Say why this format can not hold the source's attention; None if it can."""
+        if source.family not in self.families:
+            return f"to: {self.name} can not hold the attention of a {source.family}"
+        return self.attention_problem(source)
+
+    def attention_problem(self, source: Source) -> str | None:
+        """Say what of the attention of a source of these families can not be held."""
+        return None
+
+    def can_skip(self, layers: tuple[int, ...], num_layers: int) -> bool:
+        """Whether the layers that are not named can stay dense."""
+        return False
+
+    def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
+        """Give the contents of ``config.json``."""
+        raise NotImplementedError
+
+    def outputs(self, layer: int, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
+        """List the tensors of one mixture, in the order they are written.
+
+        Args:
+            layer: its number.
+            plan: makes its plan; called only when pieces are asked for.
+            mixture: the shapes.
+            read: reads the dense block.
+        """
+        raise NotImplementedError
+
+
+class PerExpert(Target):
+    """One tensor per expert and projection, as most stock architectures store them."""
+
+    prefix = "mlp"
+    names: ClassVar[Mapping[Projection, str]] = {
+        "gate": "gate_proj",
+        "up": "up_proj",
+        "down": "down_proj",
+    }
+    shared_name = "shared_expert"
+    shared_factor = 1.0
+
+    def outputs(self, layer: int, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
+        """List the router, the experts and the shared expert."""
+        start = f"model.layers.{layer}.{self.prefix}"
+        yield from self.router(f"{start}.gate", plan, mixture)
+        for e in range(mixture.num_experts):
+            for each in PROJECTIONS:
+                yield Output(
+                    f"{start}.experts.{e}.{self.names[each]}.weight",
+                    mixture.shape(each, mixture.d_expert),
+                    mixture.dtype,
+                    partial(routed_part, plan, e, each, read),
+                )
+        yield from shared_outputs(
+            f"{start}.{self.shared_name}", plan, mixture, read, self.shared_factor
+        )
+
+    def router(self, name: str, plan: Plan, mixture: Mixture) -> Iterator[Output]:
+        """List the router's tensors."""
+        yield router_output(f"{name}.weight", plan, mixture)
+
+
+def router_output(name: str, plan: Plan, mixture: Mixture, flat: bool = False) -> Output:
+    """Describe the router's weight, ``(N, D)``.
+
+    Args:
+        name: in the file.
+        plan: whose router it is.
+        mixture: the shapes.
+        flat: multiply it with the plan's ``flatness``.
+    """
+
+    def pieces() -> Iterator[Tensor]:
+        yield (plan().router * (plan().flatness if flat else 1.0)).to(mixture.dtype)
+
+    return Output(name, (mixture.num_experts, mixture.d_model), mixture.dtype, pieces)
+
+
+def selection_bias_output(name: str, plan: Plan, mixture: Mixture) -> Output:
+    """Describe the bias ``(N,)`` on sigmoid scores that does what the plan's does on logits.
+
+    With a small factor ε the score of logit z is ``sigmoid(ε z) = 1/2 + ε z / 4`` up to ε³.
+    """
+
+    def pieces() -> Iterator[Tensor]:
+        bias = plan().router_bias
+        yield torch.zeros(mixture.num_experts) if bias is None else bias * (plan().flatness / 4)
+
+    return Output(name, (mixture.num_experts,), torch.float32, pieces)
+
+
+def shared_outputs(
+    name: str, plan: Plan, mixture: Mixture, read: Read, factor: float = 1.0
+) -> Iterator[Output]:
+    """List the shared expert's tensors, if there is one.
+
+    Args:
+        name: before the projections' names.
+        plan: whose expert it is.
+        mixture: the shapes.
+        read: reads the dense block.
+        factor: on its output.
+    """
+    if not mixture.d_shared:
+        return
+    for each in PROJECTIONS:
+        yield Output(
+            f"{name}.{each}_proj.weight",
+            mixture.shape(each, mixture.d_shared),
+            mixture.dtype,
+            partial(_shared_part, plan, each, read, factor),
+        )
+
+
+def empty_shared_outputs(name: str, mixture: Mixture) -> Iterator[Output]:
+    """List the tensors of the shared expert that transformers makes even if it has no neurons."""
+    for each in PROJECTIONS:
+        shape = mixture.shape(each, 0)
+        yield Output(f"{name}.{each}_proj.weight", shape, mixture.dtype, lambda: iter(()))
+
+
+def routed_part(plan: Plan, expert: int, projection: Projection, read: Read) -> Iterator[Tensor]:
+    """Cut one routed expert's part out of the dense block."""
+    yield _cut(plan().experts[expert], projection, plan, read)
+
+
+def stacked_parts(plan: Plan, projections: tuple[Projection, ...], read: Read) -> Iterator[Tensor]:
+    """Give all routed experts' parts one after the other, the layout of one stacked tensor."""
+    for expert in plan().experts:
+        for each in projections:
+            yield _cut(expert, each, plan, read)
+
+
+def _shared_part(plan: Plan, projection: Projection, read: Read, factor: float) -> Iterator[Tensor]:
+    shared = plan().shared
+    assert shared is not None
+    expert = replace(shared, out_scale=shared.out_scale * factor)
+    yield _cut(expert, projection, plan, read)
+
+
+def _cut(expert: Expert, projection: Projection, plan: Plan, read: Read) -> Tensor:
+    weight = read()[projection]
+    refitted = plan().down
+    if projection == "down" and refitted is not None:
+        weight = refitted.to(weight.dtype)
+    return expert.cut(projection, weight)
+
+
+_COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+)
+
+
+def stock_config(kind: Callable[..., Any], source: Source, **fields: Any) -> dict[str, Any]:
+    """Give a configuration of what all architectures share and of what this one has.
+
+    Args:
+        kind: transformers' configuration class.
+        source: the dense model.
+        fields: those of this architecture.
+    """
+    dense = source.config
+    common = {name: getattr(dense, name) for name in _COPIED}
+    config = kind(**common, rope_parameters=dict(dense.rope_parameters), **fields)
+    config.architectures = [kind.__name__.removesuffix("Config") + "ForCausalLM"]
+    return config.to_diff_dict()
+
+
+def head_dim(source: Source) -> int:
+    """Give the width of an attention head."""
+    config = source.config
+    derived = config.hidden_size // config.num_attention_heads
+    return getattr(config, "head_dim", None) or derived
+
+
+def attention_bias_problem(target: Target, source: Source) -> str | None:
+    """Name a bias in attention's output, which few mixtures have."""
+    if not getattr(source.config, "attention_bias", False):
+        return None
+    return (
+        f"attention_bias: {target.name} has no bias in o_proj, and dropping it would change "
+        "the model"
+    )
+
+
+def window_problem(target: Target, source: Source) -> str | None:
+    """Name sliding windows where the target would attend to everything."""
+    kinds = getattr(source.config, "layer_types", None)
+    if kinds is None:
+        slides = getattr(source.config, "sliding_window", None) is not None
+    else:
+        slides = "sliding_attention" in kinds
+    return f"sliding_window: {target.name} attends to all positions" if slides else None
+
+
+def head_dim_problem(target: Target, source: Source) -> str | None:
+    """Name heads that do not add up to the model's width where the target derives theirs."""
+    config = source.config
+    if head_dim(source) == config.hidden_size // config.num_attention_heads:
+        return None
+    return f"head_dim: {target.name} derives it from hidden_size and num_attention_heads"
+
+
+def alternatives(source: Source, fits: Callable[[Target], bool] = lambda _: True) -> str:
+    """Say which targets there are for a source."""
+    from moezoo_models.conversion.targets import TARGETS
+
+    fitting = [t.name for t in TARGETS.values() if t.refuses(source) is None and fits(t)]
+    return f"choose --to {' or '.join(fitting)}" if fitting else "no other target can either"

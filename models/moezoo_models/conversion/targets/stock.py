@@ -1,0 +1,220 @@
+"""Stock mixtures with softmax routers: Mixtral, Qwen2-MoE, Qwen3-MoE, GraniteMoE, FlexOlmo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import (
+    FlexOlmoConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+from moezoo.convert.plan import Projection
+from moezoo_models.conversion.source import Source
+from moezoo_models.conversion.targets.base import (
+    Mixture,
+    Output,
+    PerExpert,
+    Plan,
+    Read,
+    Target,
+    attention_bias_problem,
+    empty_shared_outputs,
+    head_dim,
+    head_dim_problem,
+    router_output,
+    stacked_parts,
+    stock_config,
+    window_problem,
+)
+
+
+class Mixtral(PerExpert):
+    """Mixtral (arXiv:2401.04088)."""
+
+    name = "mixtral"
+    families = ("llama", "mistral")
+    prefix = "block_sparse_moe"
+    names: ClassVar[Mapping[Projection, str]] = {"gate": "w1", "up": "w3", "down": "w2"}
+
+    def attention_problem(self, source: Source) -> str | None:
+        """Refuse biases."""
+        return attention_bias_problem(self, source)
+
+    def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
+        """Keep the sliding window of a Mistral."""
+        return stock_config(
+            MixtralConfig,
+            source,
+            intermediate_size=mixture.d_expert,
+            num_local_experts=mixture.num_experts,
+            num_experts_per_tok=mixture.top_k,
+            sliding_window=getattr(source.config, "sliding_window", None),
+            head_dim=head_dim(source),
+        )
+
+
+class QwenMixture(PerExpert):
+    """What Qwen2-MoE and Qwen3-MoE share: any layer may stay dense."""
+
+    weightings = ("normalized", "softmax")
+
+    def can_skip(self, layers: tuple[int, ...], num_layers: int) -> bool:
+        """Any can."""
+        return True
+
+    def mixture_fields(self, source: Source, mixture: Mixture) -> dict[str, Any]:
+        """Give the fields of the configuration that describe the experts."""
+        return {
+            "intermediate_size": source.width,
+            "moe_intermediate_size": mixture.d_expert,
+            "num_experts": mixture.num_experts,
+            "num_experts_per_tok": mixture.top_k,
+            # transformers assumes False, with which a mixture of copies is no copy.
+            "norm_topk_prob": mixture.weighting == "normalized",
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": sorted(set(range(source.num_layers)) - set(mixture.layers)),
+        }
+
+
+class Qwen2Moe(QwenMixture):
+    """Qwen2-MoE. Its shared expert's gate is a sigmoid: at weight 0 it halves what is doubled."""
+
+    name = "qwen2_moe"
+    families = ("llama", "qwen2")
+    shared = True
+    shared_factor = 2.0
+
+    def attention_problem(self, source: Source) -> str | None:
+        """Refuse a Llama's biases, and heads that it can not describe."""
+        return attention_bias_problem(self, source) or head_dim_problem(self, source)
+
+    def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
+        """Say which layers slide: by default, other ones than in Qwen2."""
+        dense = source.config
+        windows: dict[str, Any] = {"use_sliding_window": False}
+        if source.family == "qwen2":
+            windows = {
+                "use_sliding_window": dense.use_sliding_window,
+                "sliding_window": dense.sliding_window,
+                "max_window_layers": dense.max_window_layers,
+                "layer_types": list(dense.layer_types),
+            }
+        return stock_config(
+            Qwen2MoeConfig,
+            source,
+            qkv_bias=source.family == "qwen2",
+            shared_expert_intermediate_size=mixture.d_shared,
+            **self.mixture_fields(source, mixture),
+            **windows,
+        )
+
+    def outputs(self, layer: int, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
+        """Add the shared expert's gate, and the expert even if it has no neurons."""
+        yield from super().outputs(layer, plan, mixture, read)
+        start = f"model.layers.{layer}.mlp"
+        if not mixture.d_shared:
+            yield from empty_shared_outputs(f"{start}.shared_expert", mixture)
+        shape = (1, mixture.d_model)
+
+        def gate() -> Iterator[Tensor]:
+            yield torch.zeros(shape, dtype=mixture.dtype)
+
+        yield Output(f"{start}.shared_expert_gate.weight", shape, mixture.dtype, gate)
+
+
+class Qwen3Moe(QwenMixture):
+    """Qwen3-MoE (arXiv:2505.09388)."""
+
+    name = "qwen3_moe"
+    families = ("qwen3",)
+
+    def attention_problem(self, source: Source) -> str | None:
+        """Refuse sliding windows."""
+        return window_problem(self, source)
+
+    def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
+        """Keep the head width, and the biases if there are any."""
+        return stock_config(
+            Qwen3MoeConfig,
+            source,
+            head_dim=head_dim(source),
+            attention_bias=source.config.attention_bias,
+            use_sliding_window=False,
+            sliding_window=None,
+            **self.mixture_fields(source, mixture),
+        )
+
+
+class GraniteMoe(Target):
+    """GraniteMoE, the one that has biases in all of attention; experts stacked in one tensor."""
+
+    name = "granitemoe"
+    families = ("llama", "mistral")
+
+    def attention_problem(self, source: Source) -> str | None:
+        """Refuse sliding windows, and heads that it can not describe."""
+        return window_problem(self, source) or head_dim_problem(self, source)
+
+    def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
+        """Set the multipliers so that attention is a Llama's."""
+        return stock_config(
+            GraniteMoeConfig,
+            source,
+            intermediate_size=mixture.d_expert,
+            num_local_experts=mixture.num_experts,
+            num_experts_per_tok=mixture.top_k,
+            attention_bias=getattr(source.config, "attention_bias", False),
+            attention_multiplier=head_dim(source) ** -0.5,
+            embedding_multiplier=1.0,
+            residual_multiplier=1.0,
+            logits_scaling=1.0,
+        )
+
+    def outputs(self, layer: int, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
+        """List the router and the two stacks."""
+        experts, width, d_model = mixture.num_experts, mixture.d_expert, mixture.d_model
+        start = f"model.layers.{layer}.block_sparse_moe"
+        yield router_output(f"{start}.router.layer.weight", plan, mixture)
+        yield Output(
+            f"{start}.input_linear.weight",
+            (experts, 2 * width, d_model),
+            mixture.dtype,
+            partial(stacked_parts, plan, ("gate", "up"), read),
+        )
+        yield Output(
+            f"{start}.output_linear.weight",
+            (experts, d_model, width),
+            mixture.dtype,
+            partial(stacked_parts, plan, ("down",), read),
+        )
+
+
+class FlexOlmo(PerExpert):
+    """FlexOlmo (arXiv:2507.07024), OLMo2 with experts."""
+
+    name = "flex_olmo"
+    families = ("olmo2",)
+
+    def attention_problem(self, source: Source) -> str | None:
+        """Refuse heads that it can not describe."""
+        return head_dim_problem(self, source)
+
+    def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
+        """Keep the biases if there are any."""
+        return stock_config(
+            FlexOlmoConfig,
+            source,
+            intermediate_size=mixture.d_expert,
+            num_experts=mixture.num_experts,
+            num_experts_per_tok=mixture.top_k,
+            norm_topk_prob=True,
+            attention_bias=source.config.attention_bias,
+        )

@@ -1,0 +1,161 @@
+"""The expert plan: which neurons of a dense block make up each expert, and who routes to them.
+
+A gated block computes ``down @ (act(gate @ x) * (up @ x))``; its neuron i is row i of gate and up
+and column i of down. An expert is a list of neurons, possibly scaled, possibly with some of them
+drawn anew. Copying (upcycling) and cutting up (carving) differ only in the lists.
+
+Shapes: D d_model, F hidden width of the dense block, m neurons of an expert, N routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Projection = Literal["gate", "up", "down"]
+PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert, cut from a dense block.
+
+    Attributes:
+        neurons: ``(m,)`` int64, in the expert's order.
+        in_scale: factor on the rows of gate and up.
+        out_scale: factor on the columns of down.
+        redrawn: positions in ``neurons`` whose weights are drawn anew, the same ones in gate, up
+            and down; None for none.
+        seed: of those draws.
+    """
+
+    neurons: Tensor
+    in_scale: float = 1.0
+    out_scale: float = 1.0
+    redrawn: Tensor | None = None
+    seed: int = 0
+
+    def cut(self, projection: Projection, weight: Tensor) -> Tensor:
+        """Cut this expert's part out of a dense projection, in its dtype.
+
+        Args:
+            projection: which one.
+            weight: ``(F, D)`` for gate and up, ``(D, F)`` for down.
+
+        Returns:
+            ``(m, D)`` for gate and up, ``(D, m)`` for down.
+        """
+        axis = 1 if projection == "down" else 0
+        scale = self.out_scale if projection == "down" else self.in_scale
+        part = _take(weight, axis, self.neurons)
+        if self.redrawn is not None and self.redrawn.numel():
+            part = self._redraw(part, axis, self.seed + PROJECTIONS.index(projection))
+        return part if scale == 1.0 else (part.float() * scale).to(weight.dtype)
+
+    def _redraw(self, part: Tensor, axis: int, seed: int) -> Tensor:
+        """Draw the chosen neurons from N(mean, std) of the weights they replace."""
+        assert self.redrawn is not None
+        old = part.index_select(axis, self.redrawn).float()
+        noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(seed))
+        fresh = old.mean() + old.std(correction=0) * noise
+        return part.index_copy(axis, self.redrawn, fresh.to(part.dtype))
+
+
+def _take(weight: Tensor, axis: int, neurons: Tensor) -> Tensor:
+    """Take rows or columns: a view where they follow each other, so that copies cost nothing."""
+    first, count = int(neurons[0]), neurons.numel()
+    if torch.equal(neurons, torch.arange(first, first + count)):
+        return weight.narrow(axis, first, count)
+    return weight.index_select(axis, neurons)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one dense block becomes a mixture.
+
+    Attributes:
+        experts: the N routed experts, of equal size.
+        top_k: how many of them answer a token.
+        router: ``(N, D)`` fp32: logits are ``router @ x``.
+        router_bias: ``(N,)`` fp32, added to the logits; None for none.
+        weighting: of the chosen experts: ``normalized`` to sum 1 (softmax over the chosen), the
+            plain ``softmax`` over all experts, or ``unit``: each counts fully.
+        shared: an expert that answers every token.
+        down: ``(D, F)``, used instead of the dense block's (a refit); None for that.
+        flatness: small factor on the logits where unit weights have to be written as sigmoids
+            that are normalized: the smaller, the closer to equal.
+    """
+
+    experts: tuple[Expert, ...]
+    top_k: int
+    router: Tensor
+    router_bias: Tensor | None = None
+    weighting: Literal["normalized", "softmax", "unit"] = "normalized"
+    shared: Expert | None = None
+    down: Tensor | None = None
+    flatness: float = 2.0**-8
+
+    @property
+    def num_experts(self) -> int:
+        """The number of routed experts."""
+        return len(self.experts)
+
+    @property
+    def d_expert(self) -> int:
+        """Neurons per routed expert."""
+        return self.experts[0].neurons.numel()
+
+    @property
+    def d_shared(self) -> int:
+        """Neurons of the shared expert, 0 without."""
+        return 0 if self.shared is None else self.shared.neurons.numel()
+
+    def run(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        act: Callable[[Tensor], Tensor] = F.silu,
+    ) -> Tensor:
+        """Compute the mixture as this plan defines it, expert by expert.
+
+        Args:
+            x: ``(T, D)``.
+            gate: ``(F, D)`` of the dense block.
+            up: ``(F, D)``.
+            down: ``(D, F)``.
+            act: the activation.
+
+        Returns:
+            ``(T, D)``, in the dtype of ``x``.
+        """
+        weights = {"gate": gate, "up": up, "down": down if self.down is None else self.down}
+
+        def answer(expert: Expert) -> Tensor:
+            cut = {name: expert.cut(name, weights[name]).to(x.dtype) for name in PROJECTIONS}
+            return (act(x @ cut["gate"].t()) * (x @ cut["up"].t())) @ cut["down"].t()
+
+        dense_TN = self.weights(x).to(x.dtype)
+        output = torch.zeros_like(x) if self.shared is None else answer(self.shared)
+        for e, expert in enumerate(self.experts):
+            output = output + dense_TN[:, e : e + 1] * answer(expert)
+        return output
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Give every expert's weight for every token, ``(T, N)`` fp32; 0 where it is not chosen."""
+        logits_TN = F.linear(x.float(), self.router.float(), self.router_bias)
+        # By a stable sort, ties go to the lower expert: copies of one row stay together.
+        chosen_TK = logits_TN.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        if self.weighting == "softmax":
+            weights_TK = logits_TN.softmax(dim=-1).gather(1, chosen_TK)
+        elif self.weighting == "normalized":
+            weights_TK = logits_TN.gather(1, chosen_TK).softmax(dim=-1)
+        else:
+            weights_TK = torch.ones_like(chosen_TK, dtype=torch.float32)
+        return torch.zeros_like(logits_TN).scatter(1, chosen_TK, weights_TK)
