@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from moezoo.errors import InputError
@@ -103,9 +104,7 @@ def load_checkpoint(
         model = MoezooForCausalLM.from_pretrained(
             directory, config=config, local_files_only=True, use_safetensors=True
         )
-    has_tokenizer = any((directory / name).is_file() for name in _TOKENIZER_FILES)
-    tokenizer = load_tokenizer(directory) if has_tokenizer else None
-    return model.to(device), tokenizer
+    return model.to(device), read_tokenizer(directory)
 
 
 def load_with_tokenizer(
@@ -157,10 +156,36 @@ def tensor_shapes(directory: Path) -> Shapes:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"checkpoint: {file} is truncated or damaged ({error}); copy or save it again"
-            ) from error
+            raise InputError(damaged(file, error)) from error
     return shapes
+
+
+def read_tensor(path: str | Path, name: str) -> Tensor:
+    """Read one tensor of a checkpoint of any architecture, and nothing else of it.
+
+    Raises:
+        InputError: no checkpoint there, a damaged one, or one without that tensor.
+    """
+    directory = existing(Path(path))
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    return cast(Tensor, tensors.get_tensor(name))
+        except (SafetensorError, OSError) as error:
+            raise InputError(damaged(file, error)) from error
+    raise InputError(f"checkpoint: {directory} has no tensor '{name}'; give another one")
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer | None:
+    """Read the tokenizer of a checkpoint; None if it has none."""
+    there = any((Path(path) / name).is_file() for name in _TOKENIZER_FILES)
+    return load_tokenizer(path) if there else None
+
+
+def damaged(file: Path, error: Exception) -> str:
+    """Say in one line that a file of weights can not be read."""
+    return f"checkpoint: {file} is truncated or damaged ({error}); copy or save it again"
 
 
 def existing(directory: Path) -> Path:

@@ -57,6 +57,7 @@ class HashLayer(FeedForward):
 
     needs_token_ids: ClassVar[bool] = True
     table: Tensor
+    _is_built: bool
 
     def __init__(
         self,
@@ -115,6 +116,16 @@ class HashLayer(FeedForward):
     def needs_earlier_tokens(self) -> bool:
         """Whether the hash of a token depends on those before it."""
         return self.key in ("previous", "bigram", "position")
+
+    @property
+    def missing_input(self) -> Literal["frequencies", "embeddings"] | None:
+        """What :meth:`build_table` waits for; None once there is a table."""
+        # Loaders that replace tensors one by one do not tell the layer: look, but only once.
+        if not self._is_built:
+            self._is_built = bool((self.table >= 0).all())
+        if self._is_built:
+            return None
+        return "frequencies" if self.hash_function == "balanced" else "embeddings"
 
     def reset_parameters(self, num_layers: int = 1) -> None:
         """Initialise the experts as dense blocks; draw a random table, forget any other."""
@@ -197,10 +208,7 @@ class HashLayer(FeedForward):
         self._is_built = not self.table.is_meta and bool((self.table >= 0).all())
 
     def _check_table(self) -> None:
-        # Loaders that replace tensors one by one do not tell the layer: look, but only once.
-        if not self._is_built:
-            self._is_built = bool((self.table >= 0).all())
-        if not self._is_built:
+        if self.missing_input:
             raise InputError(
                 f"hash_function: the {self.hash_function} table is not built; "
                 "call build_table, or load a checkpoint that has one"

@@ -78,7 +78,7 @@ def test_recipe_holds_the_methods_own_settings(name):
 def test_recipes_differ_in_the_feed_forward_layer_only(path):
     def rest(file: Path) -> dict[str, Any]:
         options = yaml.safe_load(file.read_text(encoding="utf-8"))
-        for key in ("ffn", "ffn_rules", "allow_non_causal", "qk_norm"):
+        for key in ("ffn", "ffn_rules", "allow_non_causal", "hash_embeddings_from", "qk_norm"):
             options["model"].pop(key, None)
         options.pop("output")
         return options

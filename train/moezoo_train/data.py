@@ -13,8 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moezoo.errors import InputError, check_int
@@ -111,6 +113,11 @@ class TokenDataModule(LightningDataModule):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.prepared.tokenizer_directory)
         return self._tokenizer
+
+    def token_counts(self) -> Tensor:
+        """Count each token of the training split: ``(vocab_size,)`` int64."""
+        counts = torch.from_numpy(self.prepared.token_counts("train"))
+        return F.pad(counts, (0, self.vocab_size - len(counts)))
 
     def prepare_data(self) -> None:
         """Make the tokens if they are missing or out of date; Lightning calls it in one process."""

@@ -19,6 +19,7 @@ from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.callbacks import RandomState
+from moezoo_train.hash_tables import HashTables
 from moezoo_train.identity import check_same, check_tensors, describe, own_names
 from moezoo_train.metrics import TrainingMetrics, precise
 from moezoo_train.optim import OptimizerConfig, build_optimizer
@@ -64,6 +65,8 @@ class LanguageModel(LightningModule):
         allow_non_causal: accept layers in which a token sees later tokens (expert choice).
         initialize_from: a Hugging Face directory to take model and weights from; what would
             describe the model otherwise (d_model, ffn, …) is then ignored.
+        hash_embeddings_from: a Hugging Face directory of a trained model with the same tokenizer;
+            clustered and dispersed hash tables follow its token embeddings.
         optimizer: how parameters are updated.
         schedule: how the learning rate moves.
         compile: compile the model with torch.compile; minutes of warm-up on a CPU.
@@ -96,6 +99,7 @@ class LanguageModel(LightningModule):
         ffn_rules: list[FFNRule] | None = None,
         allow_non_causal: bool = False,
         initialize_from: str | None = None,
+        hash_embeddings_from: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
         compile: bool = False,
@@ -105,6 +109,7 @@ class LanguageModel(LightningModule):
         super().__init__()
         self.optimizer_config = optimizer
         self.schedule_config = schedule
+        self.hash_embeddings_from = hash_embeddings_from
         self.compile_model = compile
         self.on_nan = check_choice("on_nan", on_nan, ["stop", "skip"])
         if initialize_from is not None:
@@ -140,8 +145,8 @@ class LanguageModel(LightningModule):
         self._compiled = False
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring what every run needs: resumable randomness, and metrics."""
-        return [RandomState(), TrainingMetrics()]
+        """Bring what every run needs: resumable randomness, hash tables, and metrics."""
+        return [RandomState(), HashTables(), TrainingMetrics()]
 
     def setup(self, stage: str) -> None:
         """Fit the model to the data's tokenizer, and the data's sequences to the model.

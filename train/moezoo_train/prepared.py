@@ -23,6 +23,7 @@ SplitName = Literal["train", "val"]
 FORMAT = 1
 META_FILE = "meta.json"
 TOKENIZER_FOLDER = "tokenizer"
+_COUNTED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,24 @@ class PreparedData:
     def tokens(self, name: SplitName) -> NDArray[np.unsignedinteger[Any]]:
         """Map the tokens of a split, shape (tokens,), into memory."""
         return np.memmap(self.file(name), dtype=self.dtype, mode="r")
+
+    def token_counts(self, name: SplitName) -> NDArray[np.int64]:
+        """Count each token id of a split, shape (vocab_size,); exact, in little memory.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        tokens = self.tokens(name)
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for start in range(0, len(tokens), _COUNTED_AT_ONCE):
+            part = np.bincount(tokens[start : start + _COUNTED_AT_ONCE], minlength=self.vocab_size)
+            if len(part) > self.vocab_size:
+                raise InputError(
+                    f"data_dir: {self.file(name)} holds id {len(part) - 1}, outside its vocabulary "
+                    f"of {self.vocab_size}; run `moezoo prepare --output {self.directory}`"
+                )
+            counts += part
+        return counts
 
     def __str__(self) -> str:
         """Describe the data in one line."""

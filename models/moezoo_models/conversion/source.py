@@ -26,7 +26,7 @@ from transformers import (
 
 from moezoo.convert.plan import PROJECTIONS
 from moezoo.errors import InputError, nearest
-from moezoo_models.checkpoints import CONFIG, existing, quiet, read_json, weight_files
+from moezoo_models.checkpoints import CONFIG, damaged, existing, quiet, read_json, weight_files
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config
@@ -227,9 +227,7 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
                 part = tensors.get_slice(name)
                 yield name, tuple(part.get_shape()), part.get_dtype()
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"checkpoint: {file} is truncated or damaged ({error}); copy or save it again"
-        ) from error
+        raise InputError(damaged(file, error)) from error
 
 
 def _expected(config: Any) -> dict[str, tuple[int, ...]]:
