@@ -67,7 +67,8 @@ class ParameterGroup:
         lr_multiplier: factor on the run's learning rate.
         weight_decay: whether the run's weight decay applies.
         schedule: whether the learning rate follows the run's schedule, or stays constant.
-        sparse: whether gradients may be sparse (rows of a large table).
+        sparse: whether gradients are sparse tensors (rows of a large table); then no weight decay.
+        clip_group: gradients are clipped by their norm over all parameters of this clip group.
     """
 
     name: str
@@ -76,6 +77,7 @@ class ParameterGroup:
     weight_decay: bool = True
     schedule: bool = True
     sparse: bool = False
+    clip_group: str = "main"
 
 
 def set_apart(groups: list[ParameterGroup], special: list[ParameterGroup]) -> list[ParameterGroup]:

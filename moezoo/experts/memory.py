@@ -38,6 +38,7 @@ class KeyValueMemory(nn.Module):
         value_pool: name of a table shared with other layers of the model.
         sparse: sparse gradients for the values.
         value_lr_multiplier: learning rate of the values, as a multiple of the run's.
+        clip_values_apart: whether the values' gradient is clipped by its own norm.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class KeyValueMemory(nn.Module):
         value_pool: str | None,
         sparse: bool,
         value_lr_multiplier: float,
+        clip_values_apart: bool,
     ) -> None:
         super().__init__()
         check_number("value_lr_multiplier", value_lr_multiplier)
@@ -61,6 +63,7 @@ class KeyValueMemory(nn.Module):
             raise InputError(f"value_pool: {value_pool!r} is not a name; give a word or null")
         self.v_dim = check_int("v_dim", v_dim)
         self.value_lr_multiplier = value_lr_multiplier
+        self.clip_values_apart = clip_values_apart
         self.keys = ProductKeys(
             d_key, num_keys, num_heads, top_k, init=init, normalize=query_norm == "qk"
         )
@@ -130,6 +133,7 @@ class KeyValueMemory(nn.Module):
                 weight_decay=False,
                 schedule=False,
                 sparse=self.values.sparse,
+                clip_group="values" if self.clip_values_apart else "main",
             )
         ]
 

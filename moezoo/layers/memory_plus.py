@@ -42,9 +42,12 @@ class MemoryPlus(FeedForward):
         query_bias: whether the query's linear map has a bias.
         value_pool: name of a value table that is shared by the layers that name it; see
             :func:`moezoo.shared_values`. By default a layer has its own.
-        sparse: give the values sparse gradients, for SparseAdam; not under torch.compile.
+        sparse: give the values sparse gradients, so that a step moves only the rows that were read;
+            in one process, not under torch.compile.
         value_lr_multiplier: learning rate of the values, as a multiple of the run's (the authors
             set it to 1e-3). It follows no schedule, and they do not decay.
+        clip_values_apart: clip the gradient of the values by a norm of its own, and the rest of the
+            model by the norm of the rest, as the authors' trainer does.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class MemoryPlus(FeedForward):
         value_pool: str | None = None,
         sparse: bool = False,
         value_lr_multiplier: float = 1.0,
+        clip_values_apart: bool = True,
     ) -> None:
         super().__init__(d_model)
         if num_keys is None:
@@ -74,6 +78,7 @@ class MemoryPlus(FeedForward):
         self.value_pool = value_pool
         self.sparse = sparse
         self.value_lr_multiplier = value_lr_multiplier
+        self.clip_values_apart = clip_values_apart
         self.memory = KeyValueMemory(
             d_model,
             self.num_keys,
@@ -87,6 +92,7 @@ class MemoryPlus(FeedForward):
             value_pool,
             sparse,
             value_lr_multiplier,
+            clip_values_apart,
         )
         self.gate_proj = nn.Linear(d_model, self.v_dim, bias=False)
         self.out_proj = nn.Linear(self.v_dim, d_model, bias=False)

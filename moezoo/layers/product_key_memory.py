@@ -41,9 +41,12 @@ class ProductKeyMemory(FeedForward):
         query_bias: whether the query's linear map has a bias; a batch norm would subtract it.
         value_pool: name of a value table that is shared by the layers that name it; see
             :func:`moezoo.shared_values`. By default a layer has its own.
-        sparse: give the values sparse gradients, for SparseAdam; not under torch.compile.
+        sparse: give the values sparse gradients, so that a step moves only the rows that were read;
+            in one process, not under torch.compile.
         value_lr_multiplier: learning rate of the values, as a multiple of the run's; 4 in the
             paper (1e-3 and 2.5e-4, section 4.2). It follows no schedule, and they do not decay.
+        clip_values_apart: clip the gradient of the values by a norm of its own, and the rest of the
+            model by the norm of the rest, as the authors' trainer does.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class ProductKeyMemory(FeedForward):
         value_pool: str | None = None,
         sparse: bool = False,
         value_lr_multiplier: float = 4.0,
+        clip_values_apart: bool = True,
     ) -> None:
         super().__init__(d_model)
         if num_keys is None:
@@ -73,6 +77,7 @@ class ProductKeyMemory(FeedForward):
         self.value_pool = value_pool
         self.sparse = sparse
         self.value_lr_multiplier = value_lr_multiplier
+        self.clip_values_apart = clip_values_apart
         self.memory = KeyValueMemory(
             d_model,
             self.num_keys,
@@ -86,6 +91,7 @@ class ProductKeyMemory(FeedForward):
             value_pool,
             sparse,
             value_lr_multiplier,
+            clip_values_apart,
         )
         self.out_proj: nn.Linear | None = None
         if self.v_dim != d_model:

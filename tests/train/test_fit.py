@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -128,8 +129,8 @@ def test_the_written_configuration_repeats_the_run(finished, folder):
 def test_evaluating_gives_the_loss_of_the_run(finished, recipe, command, capsys):
     run([command, "--config", str(recipe)])
     report = json.loads((finished / "report.json").read_text())
-    # Lightning's table spends its digits on the integer part too.
-    assert f"{report['val_loss']:.6f}" in capsys.readouterr().out
+    shown = re.search(r"/loss\s+│\s+([\d.]+)", capsys.readouterr().out)
+    assert float(shown[1]) == pytest.approx(report["val_loss"], rel=1e-7)
 
 
 def test_a_run_is_not_overwritten_unasked(finished, recipe):

@@ -200,6 +200,10 @@ class TrainingMetrics(Callback):
             "train/tokens_per_second": self.tokens_per_second,
             "train/mfu": self.mfu,
             "train/grad_norm": cast("LanguageModel", pl_module).grad_norm,
+            **{
+                f"train/grad_norm/{name}": norm
+                for name, norm in cast("LanguageModel", pl_module).clip_group_norms.items()
+            },
             "train/skipped_steps": float(cast("LanguageModel", pl_module).skipped_steps),
         }
         for load in self.expert_load:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -19,10 +20,11 @@ from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.callbacks import RandomState
+from moezoo_train.clipping import MAIN, clip_norms, clip_values, gradient_norms, total_norm
 from moezoo_train.hash_tables import HashTables
 from moezoo_train.identity import check_same, check_tensors, describe, own_names
 from moezoo_train.metrics import TrainingMetrics, precise
-from moezoo_train.optim import OptimizerConfig, build_optimizer
+from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
 from moezoo_train.schedule import ScheduleConfig, build_schedule
 from moezoo_train.throughput import ffn_layers
 
@@ -76,7 +78,8 @@ class LanguageModel(LightningModule):
 
     Attributes:
         model: the model itself.
-        grad_norm: norm of the last step's gradient before clipping.
+        grad_norm: norm of the last step's whole gradient before clipping.
+        clip_group_norms: of that, the norms of the clip groups that layers have set apart.
         skipped_steps: steps skipped because of on_nan.
 
     Raises:
@@ -137,6 +140,7 @@ class LanguageModel(LightningModule):
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.grad_norm = math.nan
+        self.clip_group_norms: dict[str, float] = {}
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._ffn_stats: tuple[dict[str, Tensor], ...] = ()
@@ -205,10 +209,10 @@ class LanguageModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, unless loss or gradient is not finite: then stop, or drop the gradient."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self.grad_norm = float(norm)
+        """Clip each clip group, unless loss or gradient is not finite: then stop, or drop it."""
+        norms = gradient_norms(optimizer)
+        self.grad_norm = float(total_norm(norms))
+        self.clip_group_norms = {name: float(norm) for name, norm in norms.items() if name != MAIN}
         loss = math.nan if self._loss_sum is None else float(self._loss_sum)
         self._loss_sum = None
         # fp16's gradient scaler looks for overflow itself, and lowers the scale.
@@ -219,9 +223,9 @@ class LanguageModel(LightningModule):
             return
         self._skipped_in_a_row = 0
         if gradient_clip_val and gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            clip_values(optimizer, gradient_clip_val)
         elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, norm)
+            clip_norms(optimizer, norms, gradient_clip_val)
 
     def _not_finite(self, optimizer: Optimizer, loss: float) -> None:
         what = f"the gradient norm is {self.grad_norm}" if math.isfinite(loss) else f"loss {loss}"
@@ -252,6 +256,8 @@ class LanguageModel(LightningModule):
         # fp16's gradient scaler and the fused kernel would both unscale the gradients.
         fused = not str(self.trainer.precision).startswith("16")
         optimizer = build_optimizer(self.model, self.optimizer_config, fused=fused)
+        if any(is_sparse(group) for group in optimizer.param_groups):
+            check_sparse_gradients(self.trainer.strategy, self.compile_model)
         steps = self.trainer.estimated_stepping_batches
         run_steps = int(steps) if math.isfinite(steps) and steps > 0 else None
         config = self.schedule_config
@@ -324,6 +330,24 @@ class LanguageModel(LightningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
         self.skipped_steps = saved["skipped_steps"]
+
+
+def check_sparse_gradients(strategy: Strategy, compiled: bool) -> None:
+    """Refuse what has no sparse gradients.
+
+    Raises:
+        InputError: names the option to change.
+    """
+    if compiled:
+        raise InputError(
+            "model.compile: torch.compile has no sparse gradients; set it to false, or the "
+            "layer's sparse to false"
+        )
+    if not isinstance(strategy, SingleDeviceStrategy):
+        raise InputError(
+            "trainer.strategy: sparse gradients are not summed over processes; train in one "
+            "(trainer.devices 1, trainer.strategy auto), or set the layer's sparse to false"
+        )
 
 
 def _rule_config(rule: FFNRule, d_model: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Optimizers: AdamW, or Muon for the hidden matrices with AdamW for everything else.
 
 Both read the parameter groups that the layers ask for, so a layer's learning-rate multiplier or
-its wish not to be decayed holds whatever the optimizer.
+its wish not to be decayed holds whatever the optimizer. Tables with sparse gradients are updated by
+SparseAdam, which leaves rows without a gradient, and their moments, as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Optimizer, SparseAdam
 from torch.optim._muon import muon
 
 from moezoo import FeedForward, ParameterGroup
@@ -82,7 +83,7 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
         if not fresh:
             return
         claimed.update(fresh)
-        wish = (group.name, group.lr_multiplier, group.weight_decay, group.schedule, group.sparse)
+        wish = tuple(v for k, v in vars(group).items() if k != "parameters")
         if wish not in merged:
             merged[wish] = replace(group, parameters=[])
         merged[wish].parameters.extend(fresh)
@@ -109,12 +110,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = 
         fused: allow the fused kernel (fp16 gradient scaling cannot use it).
 
     Raises:
-        InputError: the model has no trained parameter.
+        InputError: the model has no trained parameter, or SparseAdam can not do what is asked.
     """
     hidden = _hidden_matrices(model) if config.name == "muon" else set()
     groups: list[dict[str, Any]] = []
     for group in parameter_groups(model):
-        plain = group.lr_multiplier == 1.0 and group.schedule and not group.sparse
+        if group.sparse:
+            groups.append(_sparse_group(group, config))
+            continue
+        plain = group.lr_multiplier == 1.0 and group.schedule and group.clip_group == "main"
         matrices = [p for p in group.parameters if plain and p in hidden]
         others = [p for p in group.parameters if not (plain and p in hidden)]
         if matrices:
@@ -123,9 +127,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = 
             groups.append(_adamw_group(group, others, config, fused))
     if not groups:
         raise InputError("optimizer: the model has no trained parameter; unfreeze some")
-    if config.name == "muon":
-        return MuonAdamW(groups)
+    if config.name == "muon" or any(is_sparse(group) for group in groups):
+        return CombinedOptimizer(groups)
     return AdamW([{k: v for k, v in group.items() if k != "algorithm"} for group in groups])
+
+
+def is_sparse(group: dict[str, Any]) -> bool:
+    """Tell whether an optimizer's group is of parameters with sparse gradients."""
+    return group.get("algorithm") == "sparse_adam"
 
 
 def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
@@ -147,6 +156,7 @@ def _common(group: ParameterGroup, parameters: list[nn.Parameter], lr: float) ->
         "name": group.name,
         "lr": lr * group.lr_multiplier,
         "schedule": group.schedule,
+        "clip_group": group.clip_group,
     }
 
 
@@ -162,6 +172,26 @@ def _adamw_group(
     }
 
 
+def _sparse_group(group: ParameterGroup, config: OptimizerConfig) -> dict[str, Any]:
+    if group.weight_decay and config.weight_decay:
+        raise InputError(
+            f"optimizer.weight_decay: it would move every row of the group '{group.name}', whose "
+            "gradients are sparse; set it to 0, or the layer's sparse to false"
+        )
+    built = _common(group, group.parameters, config.lr)
+    for field, value in (("lr", built["lr"]), ("eps", config.eps)):
+        if not value > 0:
+            raise InputError(
+                f"optimizer.{field}: SparseAdam wants more than 0 for the group '{group.name}'; "
+                "raise it, or set the layer's sparse to false"
+            )
+    return built | {
+        "algorithm": "sparse_adam",
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+    }
+
+
 def _muon_group(
     group: ParameterGroup, parameters: list[nn.Parameter], config: OptimizerConfig
 ) -> dict[str, Any]:
@@ -174,15 +204,16 @@ def _muon_group(
     }
 
 
-class MuonAdamW(Optimizer):
-    """Torch's Muon and AdamW as one optimizer.
+class CombinedOptimizer(Optimizer):
+    """Torch's Muon, AdamW and SparseAdam as one optimizer.
 
     Learning-rate schedules, checkpoints and Lightning see a single ordinary optimizer.
     Three-dimensional parameters, which :class:`torch.optim.Muon` refuses, are stacks of matrices:
     each is orthogonalised by itself.
 
     Args:
-        groups: parameter groups, each with ``algorithm``: ``"muon"`` or ``"adamw"``.
+        groups: parameter groups, each with ``algorithm``: ``"muon"``, ``"adamw"`` or
+            ``"sparse_adam"``.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -190,12 +221,14 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let AdamW work on its groups among this optimizer's groups and state."""
-        self._adamw: AdamW | None = None
-        own = [group for group in self.param_groups if group["algorithm"] == "adamw"]
-        if own:
-            self._adamw = AdamW(own)  # keeps these very dictionaries and fills in its defaults
-            self._adamw.state = self.state
+        """Let AdamW and SparseAdam work on their groups among this optimizer's groups and state."""
+        self._parts: list[Optimizer] = []
+        for algorithm, part in (("adamw", AdamW), ("sparse_adam", SparseAdam)):
+            own = [group for group in self.param_groups if group["algorithm"] == algorithm]
+            if own:
+                # It keeps these very dictionaries and fills in its defaults.
+                self._parts.append(part(own))
+                self._parts[-1].state = self.state
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         matrices: list[Tensor] = []
@@ -248,6 +281,6 @@ class MuonAdamW(Optimizer):
         for group in self.param_groups:
             if group["algorithm"] == "muon":
                 self._muon_step(group)
-        if self._adamw is not None:
-            self._adamw.step()
+        for part in self._parts:
+            part.step()
         return loss
