@@ -53,6 +53,8 @@ class HashLayer(FeedForward):
         gated: gated linear units instead of MLPs.
         bias: whether the experts' projections have biases.
         allow_future: train with ``key="future"`` although it reads the token to be predicted.
+        compat: ``parlai`` is the block of the authors' code: ``LN(h_t + FFN_{hash(x_t)}(h_t))``,
+            with one layer norm for all experts, of ReLU and one hash (theirs have biases).
     """
 
     needs_token_ids: ClassVar[bool] = True
@@ -73,6 +75,7 @@ class HashLayer(FeedForward):
         gated: bool = False,
         bias: bool = False,
         allow_future: bool = False,
+        compat: Literal["parlai"] | None = None,
     ) -> None:
         super().__init__(d_model)
         self.num_experts = check_int("num_experts", num_experts)
@@ -97,11 +100,18 @@ class HashLayer(FeedForward):
         self.gated = gated
         self.bias = bias
         self.allow_future = allow_future
+        self.compat = compat if compat is None else check_choice("compat", compat, ["parlai"])
+        if compat and (activation != "relu" or gated or num_hashes > 1):
+            raise InputError(
+                "compat: the experts in parlai are MLPs of relu with one hash; set activation to "
+                "relu, gated to false and num_hashes to 1, or compat to null"
+            )
 
         # Segment r of expert e is expert e R + r of this store.
         self.experts = MLPExperts(
             d_model, d_expert // num_hashes, num_experts * num_hashes, activation, gated, bias
         )
+        self.norm = nn.LayerNorm(d_model) if compat else None
         # One row per hash, two for bigrams; the last column is for where there is no token.
         rows = 0 if key == "position" else num_hashes * (2 if key == "bigram" else 1)
         self.register_buffer("table", torch.empty(rows, vocab_size + 1, dtype=torch.int64))
@@ -131,6 +141,8 @@ class HashLayer(FeedForward):
         """Initialise the experts as dense blocks; draw a random table, forget any other."""
         self.experts.reset_parameters(num_layers)
         nn.init.normal_(self.experts.down_proj, std=output_std(self.d_expert, num_layers))
+        if self.norm is not None:
+            self.norm.reset_parameters()
         if self.hash_function == "random":
             table = torch.randint(
                 self.num_experts, self.table.shape, generator=self._generator(), device="cpu"
@@ -256,6 +268,9 @@ class HashLayer(FeedForward):
         experts = self.experts.reference if brute_force else self.experts
         bound = () if brute_force else (routing.max_assignments,)
         output = experts(tokens, routing.indices, routing.weights, *bound)
+        if self.norm is not None:
+            normed = self.norm(tokens + output).to(output.dtype)
+            output = normed.masked_fill(routing.weights[:, :1] == 0, 0.0)  # padding
         return FeedForwardOutput(output.reshape(hidden.shape), {}, routing.stats)
 
     def route(
@@ -358,10 +373,11 @@ class HashLayer(FeedForward):
 
     def cost(self) -> Cost:
         """One expert's worth: 4 d f FLOPs, 6 d f if gated, as the dense block; E of them held."""
-        per_segment = self.experts.parameters_per_expert()
-        active = self.num_hashes * per_segment
+        expert = self.num_hashes * self.experts.parameters_per_expert()
+        norm = 0 if self.norm is None else sum(p.numel() for p in self.norm.parameters())
+        active = expert + norm
         return Cost(
-            total_parameters=self.num_experts * active,
+            total_parameters=self.num_experts * expert + norm,
             active_parameters=active,
             flops_per_token=self.num_hashes * self.experts.flops_per_assignment(),
             bytes_per_token=active * self.experts.down_proj.element_size(),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moezoo import HashLayer, InputError, SparseMoE
+from moezoo import FeedForward, HashLayer, InputError, SparseMoE
 from moezoo.routing import hashing
 
 D, V, E = 16, 50, 5
@@ -167,6 +167,56 @@ def test_one_expert_is_the_dense_block_and_costs_the_same():
     assert layer.cost().total_parameters == 16 * layer.cost().active_parameters
 
 
+@pytest.mark.parametrize("key", ["token", "previous", "position"])
+def test_parlais_block_has_an_inner_residual_and_one_norm(key):
+    """Token by token in words of their code; outputs and every gradient."""
+    layer = make(compat="parlai", key=key, bias=True)
+    parameters = list(layer.parameters())
+    assert len(parameters) == 6  # two matrices and biases of all experts; one norm
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, dtype=torch.float64) * 0.1)
+    hidden, ids = inputs(3, 11)
+    hidden.requires_grad_()
+    direction = torch.randn_like(hidden)
+    mask = torch.arange(11).expand(3, 11) >= torch.tensor([[0], [2], [0]])
+
+    def gradients(y: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad((y * direction).sum(), [hidden, *parameters]))
+
+    experts, rows = layer.experts, []
+    for b in range(3):
+        start = int((~mask[b]).sum())
+        rows.append([torch.zeros(D, dtype=torch.float64)] * start)
+        for t in range(start, 11):
+            k = expected_hash(layer, ids[b, start:].tolist(), t - start)[0]
+            x = hidden[b, t]
+            inner = (experts.gate_up_proj[k] @ x + experts.gate_up_bias[k]).relu()
+            total = x + experts.down_proj[k] @ inner + experts.down_bias[k]
+            centred = total - total.mean()
+            unit = centred / (centred.square().mean() + 1e-5).sqrt()
+            rows[-1].append(unit * layer.norm.weight + layer.norm.bias)
+    expected = torch.stack([torch.stack(row) for row in rows])
+    wanted = gradients(expected)
+    for call in (layer, layer.reference):
+        y = call(hidden, token_ids=ids, mask=mask).hidden
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
+        for found, true in zip(gradients(y), wanted, strict=True):
+            torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
+
+
+def test_parlais_block_counts_its_norm_and_is_off_by_default():
+    plain, theirs = make(), make(compat="parlai")
+    assert plain.norm is None
+    assert theirs.cost().total_parameters == sum(p.numel() for p in theirs.parameters())
+    assert theirs.cost().flops_per_token == plain.cost().flops_per_token
+    assert FeedForward.from_config(theirs.config()).norm is not None
+    theirs.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = theirs(torch.randn(4, D), token_ids=torch.arange(4)).hidden
+    assert y.dtype == torch.bfloat16
+
+
 # Tables
 
 
@@ -324,6 +374,9 @@ def test_the_oracle_is_refused_in_training_unless_flagged():
         ({"key": "position", "num_hashes": 2}, r"num_hashes: positions have one hash"),
         ({"key": "bigram", "hash_function": "balanced"}, r"hash_function: 'balanced' is a hash of"),
         ({"key": "next"}, r"key: 'next' is not known"),
+        ({"compat": "parlay"}, r"compat: 'parlay' is not known; did you mean 'parlai'"),
+        ({"compat": "parlai", "num_hashes": 2}, r"compat: .* set .* num_hashes to 1"),
+        ({"compat": "parlai", "activation": "gelu"}, r"compat: .* set activation to relu"),
         ({"hash_function": "balance"}, r"did you mean 'balanced'"),
     ],
 )
