@@ -14,12 +14,15 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_int, nearest
+
+if TYPE_CHECKING:
+    from moezoo.routing.stats import SlotLoad
 
 T = TypeVar("T")
 
@@ -149,6 +152,20 @@ class FeedForward(nn.Module):
     ) -> FeedForwardOutput:
         """Compute the same numbers by brute force, in plain differentiable torch, any dtype."""
         raise NotImplementedError
+
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad | None:
+        """Tell what each expert, value or neuron would be given, however many there are.
+
+        For analysis, and in evaluation mode. Arguments as for a call; None where nothing is chosen.
+        """
+        return None
 
     def cost(self) -> Cost:
         """Give parameters, FLOPs and bytes by formula."""

@@ -16,10 +16,7 @@ from moezoo.errors import InputError, check_int, check_number
 from moezoo.experts.values import ValueTable, value_table
 from moezoo.feed_forward import ParameterGroup
 from moezoo.routing.product_key import KeyInit, ProductKeys, QueryNetwork, QueryNorm
-from moezoo.routing.stats import expert_counts, slot_mass, unevenness, usage
-
-# Statistics are small: with more slots than this, only their summary is returned.
-_MAX_COUNTED_SLOTS = 4096
+from moezoo.routing.stats import SlotLoad, slot_load, slot_mass, slot_stats, usage
 
 
 class KeyValueMemory(nn.Module):
@@ -91,34 +88,43 @@ class KeyValueMemory(nn.Module):
         self, x_TD: Tensor, mask_T: Tensor | None, brute_force: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Read the memory: ``(T, V)``, zero at padding, and statistics."""
+        slots_THK, weights_THK = self._look_up(x_TD, mask_T, brute_force)
+        read = self.table.reference if brute_force else self.table
+        y_TV = read(slots_THK.flatten(1), weights_THK.flatten(1), mask_T)
+        return y_TV.to(_output_dtype(x_TD)), self._stats(slots_THK, weights_THK, mask_T)
+
+    def _look_up(
+        self, x_TD: Tensor, mask_T: Tensor | None, brute_force: bool
+    ) -> tuple[Tensor, Tensor]:
         if brute_force:
             scores_THK, slots_THK = self.keys.reference(self.query.reference(x_TD, mask_T))
         else:
             scores_THK, slots_THK = self.keys(self.query(x_TD, mask_T))
-        weights_THK = scores_THK.softmax(dim=-1)
-        read = self.table.reference if brute_force else self.table
-        y_TV = read(slots_THK.flatten(1), weights_THK.flatten(1), mask_T)
-        return y_TV.to(_output_dtype(x_TD)), self._stats(slots_THK, weights_THK, mask_T)
+        return slots_THK, scores_THK.softmax(dim=-1)
+
+    @torch.no_grad()
+    def slot_load(self, x_TD: Tensor, mask_T: Tensor | None) -> SlotLoad:
+        """Sum up how often, and with what weight, each value would be read."""
+        slots_THK, weights_THK = self._look_up(x_TD, mask_T, brute_force=False)
+        grid = (self.keys.num_keys, self.keys.num_keys)
+        return slot_load(
+            slots_THK,
+            weights_THK,
+            self.keys.num_slots,
+            mask_T,
+            kind="values",
+            shape=grid,
+            ranked=True,
+        )
 
     @torch.no_grad()
     def _stats(
         self, slots_THK: Tensor, weights_THK: Tensor, mask_T: Tensor | None
     ) -> dict[str, Tensor]:
         num_slots = self.keys.num_slots
-        mass_N = slot_mass(slots_THK, weights_THK, num_slots, mask_T)
+        stats = slot_stats(slots_THK, weights_THK, num_slots, mask_T)
         # Heads that agree on their best slot can hide behind the others: tell both.
-        best_N = slot_mass(slots_THK[..., :1], None, num_slots, mask_T)
-        tokens = mass_N.new_tensor(len(slots_THK)) if mask_T is None else mask_T.sum().float()
-        stats = {
-            "tokens": tokens.to(torch.int64),
-            "usage": usage(mass_N),
-            "top1_usage": usage(best_N),
-            "unevenness": unevenness(mass_N),
-        }
-        if num_slots <= _MAX_COUNTED_SLOTS:
-            if mask_T is not None:
-                slots_THK = slots_THK.masked_fill(~mask_T.reshape(-1, 1, 1), -1)
-            stats["expert_counts"] = expert_counts(slots_THK, num_slots)
+        stats["top1_usage"] = usage(slot_mass(slots_THK[..., :1], None, num_slots, mask_T))
         return stats
 
     def parameter_groups(self) -> list[ParameterGroup]:

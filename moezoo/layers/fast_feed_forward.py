@@ -22,7 +22,7 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_to
 from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import losses as L
 from moezoo.routing import tree
-from moezoo.routing.stats import expert_counts, unevenness, usage
+from moezoo.routing.stats import SlotLoad, expert_counts, slot_load, unevenness, usage
 from moezoo_kernels.activations import ACTIVATIONS, activate
 
 Reduction = Literal["per_token", "sum", "mean"]
@@ -153,6 +153,27 @@ class FastFeedForward(FeedForward):
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
         return FeedForwardOutput(output_TD.reshape(hidden.shape), losses, stats)
+
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Count the leaves that hard decisions reach; if soft, weigh by probabilities."""
+        asking = hidden if router_input is None else router_input
+        asking_TD, mask_T = flatten_tokens(self, asking, mask)
+        hard = not self.training if self.hard is None else self.hard
+        decisions = self._decide(asking_TD, hard, brute_force=False)
+        leaf_T1 = decisions.leaf_T.unsqueeze(-1)
+        load = slot_load(leaf_T1, None, self.num_experts, mask_T, kind="leaves")
+        if hard or decisions.p_TE is None:
+            return load
+        p_TE = decisions.p_TE if mask_T is None else decisions.p_TE * mask_T.unsqueeze(-1)
+        return load._replace(mass=p_TE.sum(dim=0))
 
     def _decide(self, asking_TD: Tensor, hard: bool, brute_force: bool) -> _Decisions:
         if hard and not self.training and not brute_force:

@@ -11,7 +11,6 @@ vocabulary, E experts, R hash functions.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +22,7 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_to
 from moezoo.init import output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import Routing, hashing
-from moezoo.routing.stats import expert_counts
+from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.activations import ACTIVATIONS
 
 KEYS = ("token", "previous", "bigram", "position", "future")
@@ -282,7 +281,6 @@ class HashLayer(FeedForward):
                 "key: 'future' reads the token that is to be predicted; for the paper's bound "
                 "set allow_future: true"
             )
-        self._check_table()
         hash_TR, mask_T = self._hash(hidden, token_ids, mask)
         segment_R = torch.arange(self.num_hashes, device=hash_TR.device)
         indices_TR = hash_TR * self.num_hashes + segment_R
@@ -293,13 +291,14 @@ class HashLayer(FeedForward):
         weights_TR = torch.ones(indices_TR.shape, dtype=dtype, device=hidden.device)
         if mask_T is not None:
             weights_TR = weights_TR * mask_T.unsqueeze(-1)
-        stats = self._stats(hash_TR, mask_T)
+        stats = slot_stats(hash_TR, None, self.num_experts, mask_T, most_counts=self.num_experts)
         return Routing(indices_TR, weights_TR, {}, stats, indices_TR.numel())
 
     def _hash(
         self, hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Give each token's experts ``(T, R)``, and the mask of these tokens ``(T,)``."""
+        self._check_table()
         token_ids, mask = self._aligned(hidden, token_ids, mask)
         missing = self.vocab_size
         if self.key == "position":
@@ -359,17 +358,18 @@ class HashLayer(FeedForward):
                 f"{self.vocab_size}; set vocab_size to the tokenizer's"
             )
 
-    def _stats(self, hash_TR: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
-        counts_E = expert_counts(hash_TR, self.num_experts)
-        tokens = counts_E.new_tensor(len(hash_TR)) if mask_T is None else mask_T.sum()
-        share_E = counts_E.float() / counts_E.sum().clamp(min=1)
-        unevenness = math.log(self.num_experts) - torch.special.entr(share_E).sum()
-        return {
-            "expert_counts": counts_E,
-            "tokens": tokens,
-            "usage": (counts_E > 0).float().mean(),
-            "unevenness": unevenness * (tokens > 0),
-        }
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Sum up how often each expert is chosen, by any of the hash functions."""
+        hash_TR, mask_T = self._hash(hidden, token_ids, mask)
+        return slot_load(hash_TR, None, self.num_experts, mask_T)
 
     def cost(self) -> Cost:
         """One expert's worth: 4 d f FLOPs, 6 d f if gated, as the dense block; E of them held."""

@@ -6,6 +6,7 @@ Layers at Scale*, arXiv:2412.09764, section 3).
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from moezoo.feed_forward import (
 )
 from moezoo.init import init_linear
 from moezoo.routing.product_key import QueryNorm
+from moezoo.routing.stats import SlotLoad
 
 
 class MemoryPlus(FeedForward):
@@ -143,6 +145,18 @@ class MemoryPlus(FeedForward):
         read, stats = self.memory(tokens, flat_mask, brute_force)
         output = self.out_proj(read * F.silu(self.gate_proj(tokens)))
         return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
+
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Sum up how often each slot is read, and its weight; ``shape`` is the keys' grid."""
+        return self.memory.slot_load(*flatten_tokens(self, hidden, mask))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put the values apart: constant learning rate, no decay, perhaps sparse."""

@@ -33,7 +33,7 @@ from moezoo.feed_forward import (
 )
 from moezoo.layers.dense import Activation
 from moezoo.routing.product_key import QUERY_NORMS, ProductKeys, QueryNetwork, QueryNorm
-from moezoo.routing.stats import expert_counts, slot_mass, unevenness, usage
+from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.activations import ACTIVATIONS
 
 ScoreFunction = Literal["softmax", "sigmoid", "relu"]
@@ -43,8 +43,6 @@ SCORE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
 }
-
-_MOST_COUNTS = 4096  # more experts than this are summarised, not listed
 
 
 class PEER(FeedForward):
@@ -169,7 +167,7 @@ class PEER(FeedForward):
         experts_THK, weights_THK = self._retrieve(asked_TD, mask_T, brute_force)
         answer = self.experts.reference if brute_force else self.experts
         output_TD = answer(tokens_TD, experts_THK.flatten(1), weights_THK.flatten(1))
-        stats = self._stats(experts_THK, weights_THK, mask_T)
+        stats = slot_stats(experts_THK, weights_THK, self.num_experts, mask_T)
         return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
 
     def _retrieve(
@@ -185,15 +183,19 @@ class PEER(FeedForward):
         padding = ~mask_T[:, None, None]
         return experts_THK.masked_fill(padding, -1), weights_THK.masked_fill(padding, 0.0)
 
-    def _stats(
-        self, experts_THK: Tensor, weights_THK: Tensor, mask_T: Tensor | None
-    ) -> dict[str, Tensor]:
-        mass_N = slot_mass(experts_THK, weights_THK, self.num_experts)
-        tokens = experts_THK.new_tensor(len(experts_THK)) if mask_T is None else mask_T.sum()
-        stats = {"tokens": tokens, "usage": usage(mass_N), "unevenness": unevenness(mass_N)}
-        if self.num_experts <= _MOST_COUNTS:
-            stats["expert_counts"] = expert_counts(experts_THK, self.num_experts)
-        return stats
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Sum up the experts' choices and weights; ``shape`` is the keys' n × n grid."""
+        experts_THK, weights_THK = self.route(hidden, router_input, mask)
+        grid = (self.keys.num_keys, self.keys.num_keys)
+        return slot_load(experts_THK, weights_THK, self.num_experts, shape=grid, ranked=True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Keep the experts out of weight decay and schedule, as the values of memory layers.

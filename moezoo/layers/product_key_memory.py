@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from moezoo.errors import check_int
@@ -20,6 +21,7 @@ from moezoo.feed_forward import (
 )
 from moezoo.init import init_linear
 from moezoo.routing.product_key import QueryNorm
+from moezoo.routing.stats import SlotLoad
 
 
 class ProductKeyMemory(FeedForward):
@@ -143,6 +145,18 @@ class ProductKeyMemory(FeedForward):
         if self.out_proj is not None:
             output = self.out_proj(output)
         return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
+
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Sum up how often each slot is read, and its weight; ``shape`` is the keys' grid."""
+        return self.memory.slot_load(*flatten_tokens(self, hidden, mask))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put the values apart: constant learning rate, no decay, perhaps sparse."""

@@ -14,7 +14,8 @@ from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.experts import MLPExperts
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.layers.dense import Activation, default_width
-from moezoo.routing import BalanceOptions, Router, RouterOptions
+from moezoo.routing import BalanceOptions, Router, RouterOptions, Routing
+from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels.activations import ACTIVATIONS
 
 
@@ -94,7 +95,7 @@ class SigmaMoE(FeedForward):
 
         Returns:
             ``losses``: ``entropy``, γ Σ p log p with p the mean softmax over all ranks' tokens.
-            ``stats``: ``expert_counts`` (E,), ``tokens``, ``router_entropy`` in nats, ``dropped``.
+            ``stats``: as those of :class:`moezoo.SparseMoE`.
         """
         return self._compute(hidden, router_input, mask, brute_force=False)
 
@@ -112,14 +113,31 @@ class SigmaMoE(FeedForward):
     def _compute(
         self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
     ) -> FeedForwardOutput:
-        tokens, flat_mask = flatten_tokens(self, hidden, mask)
-        read = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
-        routing = self.gate(read, flat_mask)
+        tokens, _ = flatten_tokens(self, hidden, mask)
+        routing = self._route(hidden, router_input, mask)
         if brute_force:
             output = self.experts.reference(tokens, routing.indices, routing.weights)
         else:
             output = self.experts(tokens, routing.indices, routing.weights, routing.max_assignments)
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
+
+    def _route(self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None) -> Routing:
+        tokens, flat_mask = flatten_tokens(self, hidden, mask)
+        read = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
+        return self.gate(read, flat_mask)
+
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Sum up the experts' choices and scores."""
+        routing = self._route(hidden, router_input, mask)
+        return slot_load(routing.indices, routing.weights, self.num_experts)
 
     def cost(self) -> Cost:
         """Selection and K experts: 2 d E + 4 K d G FLOPs; d E + 2 E d G parameters."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
@@ -18,6 +19,7 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_to
 from moezoo.init import init_linear
 from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
+from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels.activations import ACTIVATIONS
 
 
@@ -134,7 +136,9 @@ class SparseMoE(FeedForward):
         Returns:
             ``losses``: those of ``load_balancing``, ``router_z``, ``importance``, ``load`` and
             ``sequence_balance`` whose coefficient is not zero. ``stats``: ``expert_counts`` (E,)
-            before capacity, ``tokens``, ``router_entropy`` in nats, ``dropped`` assignments.
+            before capacity, ``tokens``, ``usage``, the share of experts chosen, ``unevenness``,
+            the divergence of their weights from uniform in nats, ``router_entropy`` in nats,
+            ``dropped`` assignments.
         """
         return self._compute(hidden, router_input, mask, brute_force=False)
 
@@ -153,11 +157,29 @@ class SparseMoE(FeedForward):
         self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
     ) -> Routing:
         """Tell who would answer: indices, weights, losses and statistics, without the experts."""
+        return self._route(hidden, router_input, mask, limited=True)
+
+    def _route(
+        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, limited: bool
+    ) -> Routing:
         tokens, flat_mask = flatten_tokens(self, hidden, mask)
         if router_input is not None:
             tokens, _ = flatten_tokens(self, router_input, None)
         sequences = (hidden.shape[0], hidden.shape[1]) if hidden.ndim == 3 else None
-        return self.gate(tokens, flat_mask, sequences)
+        return self.gate(tokens, flat_mask, sequences, limited)
+
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Sum up the experts' choices and weights, before capacity."""
+        routing = self._route(hidden, router_input, mask, limited=False)
+        return slot_load(routing.indices, routing.weights, self.num_experts)
 
     def _compute(
         self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool

@@ -26,10 +26,8 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_to
 from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing.losses import masked_mean
+from moezoo.routing.stats import MOST_COUNTS, SlotLoad, unevenness, usage
 from moezoo_kernels.activations import ACTIVATIONS
-
-COUNTED_NEURONS = 4096
-"""Blocks up to this width report how often each neuron was used."""
 
 
 class TopKFFN(FeedForward):
@@ -114,19 +112,38 @@ class TopKFFN(FeedForward):
         """Apply the block to every token; a mask only keeps padding out of the statistics.
 
         Returns:
-            ``stats``: ``tokens``; ``density``, the mean share of neurons that are not zero; and up
-            to ``COUNTED_NEURONS`` neurons, ``expert_counts`` (F,), how often each was not zero.
+            ``stats``: ``tokens``; ``density``, the mean share of neurons that are not zero;
+            ``usage``, the share of neurons that were not zero for some token; ``unevenness``, the
+            divergence of the neurons' summed magnitudes from uniform, in nats; and up to 4096
+            neurons, ``expert_counts`` (F,), how often each was not zero.
         """
         _, flat_mask = flatten_tokens(self, hidden, mask)
+        inner = self._inner(hidden)
+        stats = self._stats(inner.detach().reshape(-1, self.d_ff), flat_mask)
+        return FeedForwardOutput(self.down_proj(inner), {}, stats)
+
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Count how often each neuron is not zero, and sum up its magnitude."""
+        _, flat_mask = flatten_tokens(self, hidden, mask)
+        inner_TF = self._inner(hidden).reshape(-1, self.d_ff)
+        return _neuron_load(inner_TF, flat_mask)
+
+    def _inner(self, hidden: Tensor) -> Tensor:
+        """Compute the hidden layer, ``(..., F)``."""
         gate, up = self._branches(hidden)
         act = ACTIVATIONS[self.activation]
         if self.selection == "statistical":
             inner = act(self._above_threshold(up if gate is None else gate))
-            inner = inner if gate is None else inner * up
-        else:
-            inner = self._strongest(act(up) if gate is None else act(gate) * up)
-        stats = self._stats(inner.detach().reshape(-1, self.d_ff), flat_mask)
-        return FeedForwardOutput(self.down_proj(inner), {}, stats)
+            return inner if gate is None else inner * up
+        return self._strongest(act(up) if gate is None else act(gate) * up)
 
     def _branches(self, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
         if not self.gated:
@@ -155,14 +172,15 @@ class TopKFFN(FeedForward):
         return F.relu(wide - threshold).to(u.dtype)
 
     def _stats(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
-        active_TF = inner_TF != 0
-        if mask_T is not None:
-            active_TF = active_TF & mask_T.unsqueeze(-1)
-        counts_F = active_TF.sum(dim=0)
-        tokens = counts_F.new_tensor(len(inner_TF)) if mask_T is None else mask_T.sum()
-        density = masked_mean(active_TF.sum(dim=-1) / self.d_ff, mask_T)
-        stats = {"tokens": tokens, "density": density}
-        return {"expert_counts": counts_F, **stats} if self.d_ff <= COUNTED_NEURONS else stats
+        load = _neuron_load(inner_TF, mask_T)
+        tokens = load.counts.new_tensor(len(inner_TF)) if mask_T is None else mask_T.sum()
+        stats = {
+            "tokens": tokens,
+            "density": masked_mean((inner_TF != 0).sum(dim=-1) / self.d_ff, mask_T),
+            "usage": usage(load.counts),
+            "unevenness": unevenness(load.mass),
+        }
+        return {"expert_counts": load.counts, **stats} if self.d_ff <= MOST_COUNTS else stats
 
     def reference(
         self,
@@ -217,3 +235,11 @@ class TopKFFN(FeedForward):
             flops_per_token=2 * (inputs + self.d_ff * self.d_model),
             bytes_per_token=active * self.down_proj.weight.element_size(),
         )
+
+
+def _neuron_load(inner_TF: Tensor, mask_T: Tensor | None) -> SlotLoad:
+    if mask_T is not None:
+        inner_TF = inner_TF.masked_fill(~mask_T.unsqueeze(-1), 0.0)
+    wide = torch.promote_types(inner_TF.dtype, torch.float32)
+    mass_F = inner_TF.abs().sum(dim=0, dtype=wide)
+    return SlotLoad((inner_TF != 0).sum(dim=0), mass_F, None, "neurons", (inner_TF.shape[-1],))

@@ -18,11 +18,8 @@ from moezoo.errors import check_choice, check_int
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import tree
-from moezoo.routing.stats import expert_counts, unevenness, usage
+from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.activations import ACTIVATIONS
-
-# More counts than this are not given out; usage and unevenness sum them up.
-_MOST_COUNTS = 4096
 
 
 class UltraFastFFF(FeedForward):
@@ -155,22 +152,32 @@ class UltraFastFFF(FeedForward):
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         output_TD = output_TD.to(dtype)
-        bottoms = 2**self.depth
-        slots_TP = bottom_TP + bottoms * torch.arange(self.num_trees, device=hidden.device)
-        tokens = torch.tensor(len(slots_TP), device=hidden.device)
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
-            slots_TP = slots_TP.masked_fill(~mask_T.unsqueeze(-1), -1)
-            tokens = mask_T.sum()
-        counts = expert_counts(slots_TP, self.num_trees * bottoms)
-        stats = {
-            "tokens": tokens,
-            "usage": usage(counts),
-            "unevenness": unevenness(counts),
-        }
-        if counts.numel() <= _MOST_COUNTS:
-            stats["expert_counts"] = counts
+        slots_TP, num_slots = self._slots(bottom_TP)
+        stats = slot_stats(slots_TP, None, num_slots, mask_T)
         return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+
+    def _slots(self, bottom_TP: Tensor) -> tuple[Tensor, int]:
+        """Number the bottom neurons of all trees, and give how many there are."""
+        bottoms = 2**self.depth
+        first_P = bottoms * torch.arange(self.num_trees, device=bottom_TP.device)
+        return bottom_TP + first_P, self.num_trees * bottoms
+
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Sum up which bottom neurons are reached; ``shape`` is trees × neurons of one."""
+        x_TD, mask_T = flatten_tokens(self, hidden, mask)
+        slots_TP, num_slots = self._slots(self._descend(x_TD)[1])
+        grid = (self.num_trees, 2**self.depth) if self.num_trees > 1 else None
+        return slot_load(slots_TP, None, num_slots, mask_T, kind="leaves", shape=grid)
 
     def cost(self) -> Cost:
         """Count inference: ``4 P (depth + 1) d`` FLOPs in products with gathered rows."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moezoo.routing import losses as L
 from moezoo.routing.capacity import expert_capacity, within_capacity
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
-from moezoo.routing.stats import expert_counts, mean_entropy
+from moezoo.routing.stats import expert_counts, mean_entropy, slot_stats
 
 
 class Routing(NamedTuple):
@@ -104,6 +104,7 @@ class Router(nn.Module):
         hidden_TD: Tensor,
         mask_T: Tensor | None = None,
         sequences: tuple[int, int] | None = None,
+        limited: bool = True,
     ) -> Routing:
         """Route.
 
@@ -111,12 +112,14 @@ class Router(nn.Module):
             hidden_TD: what the router reads.
             mask_T: true at real tokens; padding goes to no expert and is not counted.
             sequences: how many sequences of what length the T tokens are; default one.
+            limited: whether the limit on capacity applies, if there is one.
         """
         with torch.autocast(hidden_TD.device.type, enabled=False):
             hidden_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
             if self.options.choice == "expert":
                 return self._experts_choose(hidden_TD, mask_T)
-            return self._tokens_choose(hidden_TD, mask_T, sequences or (1, len(hidden_TD)))
+            sequences = sequences or (1, len(hidden_TD))
+            return self._tokens_choose(hidden_TD, mask_T, sequences, limited)
 
     def _logits(self, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return F.linear(hidden_TD, weight_ED.to(hidden_TD.dtype))
@@ -128,7 +131,11 @@ class Router(nn.Module):
         return hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - jitter, 1 + jitter)
 
     def _tokens_choose(
-        self, hidden_TD: Tensor, mask_T: Tensor | None, sequences: tuple[int, int]
+        self,
+        hidden_TD: Tensor,
+        mask_T: Tensor | None,
+        sequences: tuple[int, int],
+        limited: bool,
     ) -> Routing:
         hidden_TD = self._jittered(hidden_TD)
         clean_TE = self._logits(hidden_TD, self.weight)
@@ -159,8 +166,10 @@ class Router(nn.Module):
             aux["load"] = self.balance.load * L.cv_squared(
                 self._load(clean_TE, noisy_TE, std_TE, indices_TK, mask_T)
             )
-        stats = self._stats(probabilities_TE, indices_TK, mask_T)
-        indices_TK, bound = self._limit(indices_TK, weights_TK, stats)
+        stats = self._stats(probabilities_TE, indices_TK, weights_TK, mask_T)
+        bound = indices_TK.numel()
+        if limited and self.capacity is not None:
+            indices_TK, bound = self._limit(indices_TK, weights_TK, stats, self.capacity)
         weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
         return Routing(indices_TK, weights_TK, aux, stats, bound)
 
@@ -248,25 +257,27 @@ class Router(nn.Module):
         return L.expected_load(clean_TE, noisy_TE, std_TE, self.top_k, mask_T)
 
     def _stats(
-        self, probabilities_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None
+        self,
+        probabilities_TE: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        mask_T: Tensor | None,
     ) -> dict[str, Tensor]:
-        counts_E = expert_counts(indices_TK, self.num_experts)
-        tokens = counts_E.new_tensor(len(probabilities_TE)) if mask_T is None else mask_T.sum()
-        return {
-            "expert_counts": counts_E,
-            "tokens": tokens,
-            "router_entropy": mean_entropy(probabilities_TE, mask_T),
-            "dropped": torch.zeros_like(tokens),
-        }
+        experts = self.num_experts
+        stats = slot_stats(indices_TK, weights_TK, experts, mask_T, most_counts=experts)
+        stats["router_entropy"] = mean_entropy(probabilities_TE, mask_T)
+        stats["dropped"] = torch.zeros_like(stats["tokens"])
+        return stats
 
     def _limit(
-        self, indices_TK: Tensor, weights_TK: Tensor, stats: dict[str, Tensor]
+        self,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        stats: dict[str, Tensor],
+        options: CapacityOptions,
     ) -> tuple[Tensor, int]:
-        """Apply the capacity limit, if there is one, and note what it dropped."""
+        """Apply the capacity limit, and note what it dropped."""
         tokens, top_k = indices_TK.shape
-        options = self.capacity
-        if options is None:
-            return indices_TK, tokens * top_k
         if self.training and options.second_choice_threshold:
             keep = weights_TK.detach() / options.second_choice_threshold
             keep[:, 0] = 1.0
@@ -301,7 +312,7 @@ class Router(nn.Module):
         aux = {}
         if self.balance.z_loss:
             aux["router_z"] = self.balance.z_loss * L.z_loss(logits_TE, mask_T)
-        stats = self._stats(scores_TE, indices_TE, mask_T)
+        stats = self._stats(scores_TE, indices_TE, weights_TE, mask_T)
         return Routing(indices_TE, weights_TE, aux, stats, room * self.num_experts)
 
     def observe(self, stats: Mapping[str, Tensor]) -> None:

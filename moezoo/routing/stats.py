@@ -1,14 +1,38 @@
 """Statistics of routing: how evenly experts are used, how sure the router is.
 
-All take real tokens only and give detached fp32 tensors.
+All take real tokens only and give detached tensors, in fp32, or in fp64 if that is what they get.
+What a router chooses among (experts, leaves, values, neurons) are its N *slots*.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+MOST_COUNTS = 4096
+"""Layers with more slots than this return no counts with every step, only their summary."""
+
+
+class SlotLoad(NamedTuple):
+    """What one forward pass asked of each of N slots, summed over its real tokens.
+
+    Attributes:
+        counts: ``(N,)`` int64, how often each was chosen.
+        mass: ``(N,)`` fp32 or fp64, the weight that each got: after the softmax, and before any
+            limit on capacity.
+        best: ``(N,)`` int64, how often each was the first choice; None where there is no first.
+        kind: what the slots are, in the plural: experts, leaves, values, neurons.
+        shape: how they are laid out; ``(n, n)`` for product keys, else ``(N,)``.
+    """
+
+    counts: Tensor
+    mass: Tensor
+    best: Tensor | None
+    kind: str
+    shape: tuple[int, ...]
 
 
 def expert_counts(indices: Tensor, num_experts: int) -> Tensor:
@@ -20,13 +44,13 @@ def expert_counts(indices: Tensor, num_experts: int) -> Tensor:
 
 def max_violation(counts_E: Tensor) -> Tensor:
     """Compute MaxVio, ``max load / mean load - 1``: 0 when even (arXiv:2408.15664, eq. 4)."""
-    counts_E = counts_E.float()
+    counts_E = _at_least_fp32(counts_E)
     return counts_E.max() / counts_E.mean().clamp(min=1e-9) - 1
 
 
 def load_entropy(counts_E: Tensor) -> Tensor:
     """Compute the entropy of the load divided by log E: 1 when even, 0 when one expert has all."""
-    share = counts_E.float() / counts_E.sum().clamp(min=1)
+    share = _at_least_fp32(counts_E) / counts_E.sum().clamp(min=1)
     entropy = torch.special.entr(share).sum()
     return entropy / max(math.log(counts_E.numel()), 1e-9)
 
@@ -42,7 +66,7 @@ def mean_entropy(probabilities_TE: Tensor, mask_T: Tensor | None) -> Tensor:
 def slot_mass(
     indices: Tensor, weights: Tensor | None, num_slots: int, mask_T: Tensor | None = None
 ) -> Tensor:
-    """Sum each slot's weights over the real tokens, ``(N,)`` fp32; without weights, count.
+    """Sum each slot's weights over the real tokens, ``(N,)``; without weights, count.
 
     Weights are those after the softmax (arXiv:1907.05242, section 4.4): before it they may cancel.
 
@@ -51,19 +75,88 @@ def slot_mass(
         weights: non-negative, shaped as the indices.
         num_slots: number of slots N.
         mask_T: true at real tokens.
+
+    Returns:
+        ``(N,)`` fp32, fp64 for fp64 weights.
     """
     # Integers add up to the same total in any order, floats do not: count in units of 2^-32.
     unit = 1.0 if weights is None else 2.0**-32
     amounts = torch.ones_like(indices)
+    dtype = torch.float32
     if weights is not None:
-        amounts = (weights.detach().double() / unit).round().to(torch.int64)
+        wide = _at_least_fp32(weights.detach())
+        dtype = wide.dtype
+        amounts = (wide / unit).round().to(torch.int64)  # dividing by a power of two is exact
     kept = indices >= 0
     if mask_T is not None:
         kept = kept & mask_T.reshape(-1, *(1,) * (indices.ndim - 1))
     total = torch.zeros(num_slots, dtype=torch.int64, device=indices.device)
     slots = indices.clamp(min=0).reshape(-1)
     total.scatter_add_(0, slots, amounts.masked_fill(~kept, 0).reshape(-1))
-    return total.float() * unit
+    return total.to(dtype) * unit
+
+
+def slot_load(
+    indices: Tensor,
+    weights: Tensor | None,
+    num_slots: int,
+    mask_T: Tensor | None = None,
+    *,
+    kind: str = "experts",
+    shape: tuple[int, ...] | None = None,
+    ranked: bool = False,
+) -> SlotLoad:
+    """Sum up who was chosen, for analysis: all N numbers, however many they are.
+
+    Args:
+        indices: ``(T, …)`` slots, -1 for none.
+        weights: non-negative, shaped as the indices; without them every choice weighs 1.
+        num_slots: number of slots N.
+        mask_T: true at real tokens.
+        kind: what the slots are.
+        shape: how they are laid out; default ``(N,)``.
+        ranked: whether the last dimension of the indices goes from the best choice to the worst.
+    """
+    if mask_T is not None:
+        indices = indices.masked_fill(~mask_T.reshape(-1, *(1,) * (indices.ndim - 1)), -1)
+    return SlotLoad(
+        expert_counts(indices, num_slots),
+        slot_mass(indices, weights, num_slots),
+        expert_counts(indices[..., :1], num_slots) if ranked else None,
+        kind,
+        shape or (num_slots,),
+    )
+
+
+def slot_stats(
+    indices: Tensor,
+    weights: Tensor | None,
+    num_slots: int,
+    mask_T: Tensor | None = None,
+    most_counts: int = MOST_COUNTS,
+) -> dict[str, Tensor]:
+    """Summarise who was chosen, cheaply enough for every step: nothing is sorted.
+
+    Args:
+        indices: as for :func:`slot_load`, as are weights, number of slots and mask.
+        weights: as there.
+        num_slots: as there.
+        mask_T: as there.
+        most_counts: give the counts of up to so many slots.
+
+    Returns:
+        ``tokens``; ``usage``, the share of slots with any weight; ``unevenness``, the divergence
+        of the slots' weights from uniform in nats; and, unless there are too many slots,
+        ``expert_counts`` ``(N,)``.
+    """
+    if mask_T is not None:
+        indices = indices.masked_fill(~mask_T.reshape(-1, *(1,) * (indices.ndim - 1)), -1)
+    mass_N = slot_mass(indices, weights, num_slots)
+    tokens = torch.tensor(len(indices), device=indices.device) if mask_T is None else mask_T.sum()
+    stats = {"tokens": tokens, "usage": usage(mass_N), "unevenness": unevenness(mass_N)}
+    if num_slots <= most_counts:
+        stats["expert_counts"] = expert_counts(indices, num_slots)
+    return stats
 
 
 def usage(mass_N: Tensor) -> Tensor:
@@ -73,16 +166,16 @@ def usage(mass_N: Tensor) -> Tensor:
 
 def unevenness(mass_N: Tensor) -> Tensor:
     """Compute ``KL(share || uniform)`` in nats: 0 when even, log N when one slot has it all."""
-    share_N = mass_N.float() / mass_N.sum().clamp(min=1e-30)
+    share_N = _at_least_fp32(mass_N) / mass_N.sum().clamp(min=1e-30)
     divergence = torch.special.xlogy(share_N, share_N * share_N.numel()).sum()
     return divergence.clamp(min=0.0)
 
 
 def gini(mass_N: Tensor) -> Tensor:
     """Compute the Gini coefficient: 0 when even, 1 - 1/N when one slot has it all."""
-    sorted_N = mass_N.float().sort().values
+    sorted_N = _at_least_fp32(mass_N).sort().values
     n = sorted_N.numel()
-    rank_N = torch.arange(1, n + 1, device=mass_N.device, dtype=torch.float32)
+    rank_N = torch.arange(1, n + 1, device=mass_N.device, dtype=sorted_N.dtype)
     weighted = ((2 * rank_N - n - 1) * sorted_N).sum()
     return weighted / (n * sorted_N.sum()).clamp(min=1e-30)
 
@@ -106,3 +199,8 @@ def slot_usage(mass_N: Tensor) -> dict[str, Tensor]:
     """
     summary = {"usage": usage(mass_N), "unevenness": unevenness(mass_N), "gini": gini(mass_N)}
     return summary | {f"top{p}": top_mass(mass_N, p / 100) for p in (50, 90, 99)}
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    """Promote integers, bf16 and fp16 to fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
