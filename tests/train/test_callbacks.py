@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from moezoo import InputError
+from moezoo_models.atomic import atomic_write
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.callbacks import LastCheckpoint, SaveModel, get_random_state, set_random_state
-from moezoo_train.checkpointing import AtomicCheckpointIO, atomic_write
+from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.loggers import MetricsCSV, build_loggers, read_metrics
 from moezoo_train.optim import OptimizerConfig
 

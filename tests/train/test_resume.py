@@ -174,7 +174,8 @@ def arguments(corpus: Path, tmp_path: Path, name: str) -> list[str]:
 KILLED = """
 import os, signal, sys
 import lightning.pytorch as pl
-from moezoo_train import checkpointing, cli
+from moezoo_models import atomic
+from moezoo_train import cli
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -195,7 +196,7 @@ else:
         if [str(t).endswith("last.ckpt") for t in written].count(True) == 3:
             die()
         replace(source, target)
-    checkpointing.os.replace = dying
+    atomic.os.replace = dying
 sys.argv = sys.argv[:1]
 cli.run(argv)
 """

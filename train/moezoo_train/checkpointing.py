@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from moezoo.errors import InputError
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary neighbour of ``path`` that takes its name once it is safely on disk.
-
-    A reader sees the old file or the new one, also after a crash; an exception inside leaves the
-    old one. Text is UTF-8.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # One fixed name: what a killed process left behind is overwritten, not collected.
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
+from moezoo_models.atomic import atomic_write
 
 _REQUIRED = {"state_dict", "pytorch-lightning_version"}
 

@@ -25,8 +25,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moezoo.command.parser import ClearErrors
 from moezoo.errors import InputError, check_int
+from moezoo_models.atomic import atomic_write
 from moezoo_train.callbacks import LastCheckpoint, SaveModel
-from moezoo_train.checkpointing import AtomicCheckpointIO, atomic_write
+from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.data import TokenDataModule
 from moezoo_train.loggers import build_loggers
 from moezoo_train.module import LanguageModel

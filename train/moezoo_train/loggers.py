@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moezoo.errors import InputError, check_choice
-from moezoo_train.checkpointing import atomic_write
+from moezoo_models.atomic import atomic_write
 
 LOGGERS = ("csv", "tensorboard", "wandb")
 

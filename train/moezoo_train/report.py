@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from moezoo_models.atomic import atomic_write
 from moezoo_models.generate import generate
-from moezoo_train.checkpointing import atomic_write
 from moezoo_train.loggers import read_metrics
 from moezoo_train.metrics import ExpertLoad, TrainingMetrics
 from moezoo_train.throughput import count_parameters
