@@ -3,14 +3,17 @@
 import io
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from moezoo_train.loggers import MetricsCSV
+from moezoo import PEER, MemoryPlus
+from moezoo_train.loggers import MetricsCSV, read_metrics
 from moezoo_train.metrics import ExpertLoad, LoadCounter
+from moezoo_train.module import FFNRule
 from moezoo_train.report import draw_losses, smoothed, table, write_report
 
 pytestmark = [
@@ -46,6 +49,51 @@ def test_expert_load_of_layers_without_a_learned_router():
     counter = LoadCounter()
     counter.add(({"expert_counts": torch.tensor([8, 0]), "tokens": torch.tensor(8)},))
     assert counter.take() == [ExpertLoad(0, 2.0, 0.0, None, None)]
+
+
+def test_load_of_slots_too_many_to_count_is_a_mean_over_tokens():
+    counter = LoadCounter()
+    for tokens, usage, top1 in ((30, 0.5, 0.1), (10, 0.1, 0.3)):
+        figures = {"usage": usage, "unevenness": 4 * usage, "top1_usage": top1}
+        stats = {name: torch.tensor(value) for name, value in figures.items()}
+        counter.add(
+            ({"context_mass": torch.tensor(0.5)}, {"tokens": torch.tensor(tokens), **stats})
+        )
+    (load,) = counter.take()
+    assert (load.layer, load.max_over_mean, load.entropy, load.dropped) == (1, None, None, None)
+    assert load.usage == pytest.approx(0.4)
+    assert load.unevenness == pytest.approx(1.6)
+    assert load.top1_usage == pytest.approx(0.15)
+
+
+def test_training_logs_the_usage_of_every_layer_that_chooses(
+    make_model, make_trainer, random_tokens, tmp_path
+):
+    trainer = make_trainer(
+        max_steps=2, val_check_interval=2, logger=MetricsCSV(tmp_path / "metrics.csv")
+    )
+    ffn = partial(PEER, num_experts=68**2, num_heads=2, top_k=2)
+    model = make_model(ffn=ffn, ffn_rules=[FFNRule([1], partial(MemoryPlus, num_keys=6, top_k=2))])
+    trainer.fit(model, random_tokens)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    logged = {name for row in rows for name in row}
+    for name in (
+        "usage/layer_00",
+        "unevenness/layer_00",
+        "top1_usage/layer_01",
+        "entropy/layer_01",
+    ):
+        assert f"experts/{name}" in logged
+    assert "experts/entropy/layer_00" not in logged  # 4624 experts are not counted
+    report = write_report(
+        tmp_path, trainer, model, console=(console := Console(file=io.StringIO()))
+    )
+    peer, memory = report.expert_load
+    assert 0 < peer.usage < 0.1  # 4 batches of 48 tokens with 4 choices, of 4624
+    assert f"usage {peer.usage:.1%} per batch, unevenness {peer.unevenness:.2f} nats" in (
+        " ".join(console.file.getvalue().split())
+    )
+    assert memory.max_over_mean >= 1
 
 
 def test_smoothing_starts_unbiased_and_keeps_constants():
@@ -93,7 +141,11 @@ def test_table_shows_what_is_missing_as_missing():
         train_loss=None, val_loss=None, val_bits_per_byte=None, val_perplexity=None, steps=1,
         tokens=2, tokens_per_second=3.0, mfu=0.5, peak_flops=(2e9, "data sheet"), train_seconds=4.0,
         total_parameters=10_000, active_parameters=10, skipped_steps=3,
-        expert_load=[ExpertLoad(2, 1.5, 0.75, 0.5, 0.25)],
+        expert_load=[
+            ExpertLoad(2, 1.5, 0.75, 0.5, 0.25, usage=1.0, unevenness=0.1),
+            ExpertLoad(3, 1.5, 0.75, None, None, usage=0.5, unevenness=0.1, top1_usage=0.25),
+            ExpertLoad(4, None, None, None, None, usage=1.0, unevenness=0.123),
+        ],
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=100)
     console.print(table(report, "run"))
@@ -103,6 +155,8 @@ def test_table_shows_what_is_missing_as_missing():
     assert "50% of 2 GFLOP/s (data sheet)" in text
     assert "skipped steps" in text
     assert "busiest 1.50 × mean, evenness 0.750, 25.0% dropped" in text
+    assert "0.750, usage 50.0% (best 25.0%) per batch" in text
+    assert "layer 4 │ usage 100.0% per batch, unevenness 0.12 nats" in " ".join(text.split())
 
 
 def test_losses_that_are_not_finite_are_left_out_of_the_picture(tmp_path):

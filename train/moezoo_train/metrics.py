@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from moezoo.routing.stats import load_entropy, max_violation
 from moezoo_train.distributed import gather_from_ranks
 from moezoo_train.loggers import MetricsCSV
 from moezoo_train.throughput import forward_flops_per_token, peak_flops
@@ -23,23 +24,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """How one layer used its experts.
+    """How one layer used its experts, values, leaves or neurons: its slots.
+
+    The first two are those of the choices of all micro-batches together; they are None where a
+    layer has too many slots to count at every step. Usage and unevenness are means over
+    micro-batches of each one's own: fewer tokens reach fewer slots. `moezoo inspect usage`
+    measures them over a whole text.
 
     Attributes:
         layer: number of the block in the model.
-        max_over_mean: tokens of the busiest expert over the mean; 1 is even, E is one expert for
+        max_over_mean: choices of the busiest slot over the mean; 1 is even, N is one slot for
             everything. Less 1 it is MaxVio (arXiv:2408.15664).
-        entropy: of the experts' shares, divided by log E: 1 is even, 0 is one expert.
+        entropy: of the slots' shares of the choices, divided by log N: 1 is even, 0 is one slot.
         router_entropy: mean entropy of a token's routing probabilities, divided by log E; None
             where nothing is learned, as in a hash layer.
         dropped: share of assignments dropped for lack of capacity; None where there is no such.
+        usage: share of the slots that had any weight.
+        unevenness: divergence of the slots' weights from uniform, in nats.
+        top1_usage: share of the slots that were some head's best; None where there are no heads.
+        density: mean share of a token's neurons that are not zero; None but for top-k activation.
+        node_entropy: mean entropy of a tree's decisions in nats; None where there is no tree.
     """
 
     layer: int
-    max_over_mean: float
-    entropy: float
+    max_over_mean: float | None
+    entropy: float | None
     router_entropy: float | None
     dropped: float | None
+    usage: float | None = None
+    unevenness: float | None = None
+    top1_usage: float | None = None
+    density: float | None = None
+    node_entropy: float | None = None
+
+
+_MEANS = ("router_entropy", "usage", "unevenness", "top1_usage", "density", "node_entropy")
+"""Statistics of a micro-batch that are averaged over tokens."""
 
 
 class LoadCounter:
@@ -49,16 +69,14 @@ class LoadCounter:
         self._sums: dict[int, dict[str, Tensor]] = {}
 
     def add(self, ffn_stats: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add one forward pass: the statistics of each block; those without experts are empty."""
+        """Add one forward pass: the statistics of each block; few, where nothing is chosen."""
         for layer, stats in enumerate(ffn_stats):
-            if "expert_counts" not in stats:
+            if "expert_counts" not in stats and "usage" not in stats:
                 continue
             tokens = precise(stats["tokens"])
-            new = {"counts": precise(stats["expert_counts"]), "tokens": tokens}
-            if "router_entropy" in stats:
-                new["entropy"] = precise(stats["router_entropy"]) * tokens
-            if "dropped" in stats:
-                new["dropped"] = precise(stats["dropped"])
+            new = {"tokens": tokens}
+            new |= {k: precise(stats[k]) for k in ("expert_counts", "dropped") if k in stats}
+            new |= {k: precise(stats[k]) * tokens for k in _MEANS if k in stats}
             old = self._sums.get(layer)
             self._sums[layer] = {k: v + old[k] for k, v in new.items()} if old else new
 
@@ -84,23 +102,27 @@ class LoadCounter:
         for layer, sums in sorted(self._sums.items()):
             if trainer is not None:
                 sums = {k: _sum_over_ranks(trainer, v) for k, v in sums.items()}
-            counts = sums["counts"]
-            assignments, tokens = counts.sum().clamp(min=1), sums["tokens"].clamp(min=1)
-            share = counts / assignments
-            scale = math.log(len(counts)) or 1.0
-            loads.append(
-                ExpertLoad(
-                    layer=layer,
-                    max_over_mean=float(share.max() * len(counts)),
-                    entropy=float(torch.special.entr(share).sum()) / scale,
-                    router_entropy=(
-                        float(sums["entropy"] / tokens) / scale if "entropy" in sums else None
-                    ),
-                    dropped=float(sums["dropped"] / assignments) if "dropped" in sums else None,
-                )
-            )
+            loads.append(_expert_load(layer, sums))
         self._sums = {}
         return loads
+
+
+def _expert_load(layer: int, sums: Mapping[str, Tensor]) -> ExpertLoad:
+    tokens = sums["tokens"].clamp(min=1)
+    figures = {name: float(sums[name] / tokens) if name in sums else None for name in _MEANS}
+    counts = sums.get("expert_counts")
+    if counts is None:
+        return ExpertLoad(layer, None, None, dropped=None, **figures)
+    if figures["router_entropy"] is not None:
+        figures["router_entropy"] /= math.log(len(counts)) or 1.0
+    dropped = sums["dropped"] / counts.sum().clamp(min=1) if "dropped" in sums else None
+    return ExpertLoad(
+        layer,
+        max_over_mean=float(max_violation(counts)) + 1,
+        entropy=float(load_entropy(counts)),
+        dropped=None if dropped is None else float(dropped),
+        **figures,
+    )
 
 
 def precise(value: Tensor) -> Tensor:
@@ -207,8 +229,8 @@ class TrainingMetrics(Callback):
             "train/skipped_steps": float(cast("LanguageModel", pl_module).skipped_steps),
         }
         for load in self.expert_load:
-            for field in ("max_over_mean", "entropy", "router_entropy", "dropped"):
-                if (value := getattr(load, field)) is not None:
+            for field, value in asdict(load).items():
+                if field != "layer" and value is not None:
                     metrics[f"experts/{field}/layer_{load.layer:02d}"] = value
         return metrics
 

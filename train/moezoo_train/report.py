@@ -46,7 +46,7 @@ class Report:
         total_parameters: of the model.
         active_parameters: those that one token touches.
         skipped_steps: steps whose loss or gradient was not finite.
-        expert_load: of each layer with experts, over the last logged steps.
+        expert_load: of each layer that chooses who answers, over the last logged steps.
         environment: machine and versions.
     """
 
@@ -177,16 +177,25 @@ def table(report: Report, title: str) -> Table:
     if report.skipped_steps:
         rows.append(("skipped steps", f"{report.skipped_steps:,}"))
     for load in report.expert_load:
-        dropped = f", {load.dropped:.1%} dropped" if load.dropped else ""
-        rows.append(
-            (
-                f"experts of layer {load.layer}",
-                f"busiest {load.max_over_mean:.2f} × mean, evenness {load.entropy:.3f}{dropped}",
-            )
-        )
+        rows.append((f"experts of layer {load.layer}", _describe(load)))
     for row in rows:
         grid.add_row(*row)
     return grid
+
+
+def _describe(load: ExpertLoad) -> str:
+    """Say how evenly a layer's experts were used: how many at all, where that is not all."""
+    parts = []
+    if load.max_over_mean is not None and load.entropy is not None:
+        parts.append(f"busiest {load.max_over_mean:.2f} × mean, evenness {load.entropy:.3f}")
+    if load.usage is not None and (load.usage < 1 or not parts):
+        best = f" (best {load.top1_usage:.1%})" if load.top1_usage is not None else ""
+        parts.append(f"usage {load.usage:.1%}{best} per batch")
+    if load.unevenness is not None and load.max_over_mean is None:
+        parts.append(f"unevenness {load.unevenness:.2f} nats")
+    if load.dropped:
+        parts.append(f"{load.dropped:.1%} dropped")
+    return ", ".join(parts)
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
