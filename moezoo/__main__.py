@@ -48,6 +48,9 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
     },
     "Look around": {
+        "inspect usage": Command(
+            "moezoo_models.usage:inspect_usage", "how evenly a model uses its experts"
+        ),
         "zoo": Command("moezoo.command.zoo:zoo", "every method: paper, parameters, cost"),
         "doctor": Command("moezoo.command.doctor:doctor", "versions, devices, usable backends"),
     },
@@ -109,11 +112,20 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"moezoo {moezoo.__version__}")
         return 0
-    name, *rest = arguments
-    if name not in COMMANDS:
-        raise InputError(f"there is no command '{name}'{nearest(name, COMMANDS)}")
-    _run(name, rest)
+    _run(*_split(arguments))
     return 0
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """Part a command, of one word or two, from its options."""
+    one, two = arguments[0], " ".join(arguments[:2])
+    if two in COMMANDS:
+        return two, arguments[2:]
+    if one in COMMANDS:
+        return one, arguments[1:]
+    begun = any(name.startswith(f"{one} ") for name in COMMANDS)
+    given = two if begun and not two.split()[-1].startswith("-") else one
+    raise InputError(f"there is no command '{given}'{nearest(given, COMMANDS)}")
 
 
 def _run(name: str, arguments: list[str]) -> None:
@@ -141,7 +153,7 @@ def overview() -> str:
     lines += ["usage: moezoo COMMAND [options]", ""]
     for title, commands in GROUPS.items():
         lines.append(title)
-        lines += [f"  {name:<10} {command.summary}" for name, command in commands.items()]
+        lines += [f"  {name:<14} {command.summary}" for name, command in commands.items()]
         lines.append("")
     lines += ["Examples", *(f"  {example}" for example in EXAMPLES), ""]
     lines.append("moezoo COMMAND --help shows the options of one command.")

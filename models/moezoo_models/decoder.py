@@ -130,17 +130,18 @@ class MoezooModel(MoezooPreTrainedModel):
         self._record_ffn_arguments()
         self.post_init()
 
-    def _blocks(self) -> Iterator[DecoderLayer]:
+    def blocks(self) -> Iterator[DecoderLayer]:
+        """Go through the blocks, from the first."""
         return cast("Iterator[DecoderLayer]", iter(self.layers))
 
     def looks_back(self) -> bool:
         """Tell whether a layer routes on earlier tokens and so wants ``context_ids``."""
-        return any(block.mlp.needs_earlier_tokens for block in self._blocks())
+        return any(block.mlp.needs_earlier_tokens for block in self.blocks())
 
     def _record_ffn_arguments(self) -> None:
         """Write the blocks' defaults into the configuration, which then outlives their change."""
         rules = [dict(rule) for rule in self.config.ffn]
-        for layer, block in enumerate(self._blocks()):
+        for layer, block in enumerate(self.blocks()):
             number, _ = self.config.feed_forward(layer)
             rules[number].update(block.mlp.config())
             rules[number]["init_args"].pop("d_model")
@@ -212,7 +213,7 @@ class MoezooModel(MoezooPreTrainedModel):
         rotary = self.rotary_emb(hidden, position_ids)
         losses: dict[str, list[Tensor]] = defaultdict(list)
         stats = []
-        for kind, layer in zip(self.config.layer_types, self._blocks(), strict=True):
+        for kind, layer in zip(self.config.layer_types, self.blocks(), strict=True):
             looks_back = layer.mlp.needs_earlier_tokens
             token_ids, mask = context if looks_back else (input_ids, token_mask)
             hidden, layer_losses, layer_stats = layer(
@@ -236,7 +237,7 @@ class MoezooModel(MoezooPreTrainedModel):
         )
 
     def _refuse_token_routing(self) -> None:
-        for number, layer in enumerate(self._blocks()):
+        for number, layer in enumerate(self.blocks()):
             if layer.mlp.needs_token_ids:
                 raise InputError(
                     f"input_ids: layer {number} ({type(layer.mlp).__name__}) routes on token ids; "

@@ -146,11 +146,10 @@ def evaluate_text(
         InputError: the text is empty, an option is out of range, or a token id is outside the
             model's vocabulary.
     """
-    pieces = tokenizer.encode_batch(_pieces(text))
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return evaluate_tokens(
         model,
-        [token for piece in pieces for token in piece],
+        encode_text(tokenizer, text),
         start_token=start,
         num_bytes=len(text.encode("utf-8")),
         sequence_length=sequence_length,
@@ -190,8 +189,7 @@ def evaluate_tokens(
     if not num_tokens:
         raise InputError("text: it has no tokens; give a text that is not empty")
     check_token_ids(stream, model.config.vocab_size)
-    longest = min(model.config.max_position_embeddings, _LONGEST_DEFAULT)
-    length = longest if sequence_length is None else check_int("sequence_length", sequence_length)
+    length = window_length(model, sequence_length)
     step = max(length // 2, 1) if stride is None else check_int("stride", stride, maximum=length)
     check_int("batch_size", batch_size)
 
@@ -213,6 +211,22 @@ def evaluate_tokens(
         sequence_length=length,
         stride=step,
     )
+
+
+def window_length(model: MoezooForCausalLM, sequence_length: int | None) -> int:
+    """Give the tokens that a model sees at once: as asked, or what it is made for, at most 2048.
+
+    Raises:
+        InputError: the length asked for is out of range.
+    """
+    if sequence_length is not None:
+        return check_int("sequence_length", sequence_length)
+    return min(model.config.max_position_embeddings, _LONGEST_DEFAULT)
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Turn a text of any length into its tokens."""
+    return [token for piece in tokenizer.encode_batch(_pieces(text)) for token in piece]
 
 
 Window = tuple[int, int, int]

@@ -161,7 +161,8 @@ def slot_stats(
 
 def usage(mass_N: Tensor) -> Tensor:
     """Compute the fraction of slots that were used at all."""
-    return (mass_N > 0).float().mean()
+    mass_N = _at_least_fp32(mass_N)
+    return (mass_N > 0).to(mass_N.dtype).mean()
 
 
 def unevenness(mass_N: Tensor) -> Tensor:

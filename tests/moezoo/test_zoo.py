@@ -1,6 +1,7 @@
 """Every method of the zoo keeps the promises of the layer API; listed once, tested throughout."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -209,6 +210,31 @@ def test_cost_formulas_equal_what_torch_counts(method):
     skipped = dropped * layer.experts.flops_per_assignment() if dropped else 0
     assert counter.get_total_flops() == tokens * cost.flops_per_token - skipped + context
     assert layer.to(torch.bfloat16).cost().bytes_per_token * 2 == cost.bytes_per_token
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_load_of_slots_is_what_the_statistics_summarise(method):
+    layer = make(method, torch.float64).eval()
+    hidden, mask = torch.randn(4, 15, D, dtype=torch.float64), torch.rand(4, 15) < 0.7
+    stats = run(layer, hidden, mask=mask).stats
+    load = layer.slot_load(hidden, token_ids=token_ids(hidden), mask=mask)
+    if load is None:
+        assert "usage" not in stats
+        return
+    assert load.counts.shape == load.mass.shape == (math.prod(load.shape),)
+    assert stats["tokens"] == mask.sum()
+    assert torch.equal(stats["expert_counts"], load.counts)
+    assert stats["usage"].item() == pytest.approx((load.mass > 0).double().mean().item(), rel=1e-6)
+    share = load.mass.double() / load.mass.sum()
+    divergence = math.log(len(share)) - torch.special.entr(share).sum().item()
+    assert stats["unevenness"].item() == pytest.approx(divergence, rel=1e-5, abs=1e-6)
+    halves = [
+        layer.slot_load(part, token_ids=token_ids(part), mask=seen)
+        for part, seen in zip(hidden.split(2), mask.split(2), strict=True)
+    ]
+    if layer.causal:
+        assert torch.equal(halves[0].counts + halves[1].counts, load.counts)
+        torch.testing.assert_close(halves[0].mass + halves[1].mass, load.mass)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -43,7 +43,7 @@ def test_overview_names_every_command(argv, capsys):
     assert command.main(argv) == 0
     output = capsys.readouterr().out
     for name, entry in command.COMMANDS.items():
-        assert f"\n  {name:<10} {entry.summary}\n" in output
+        assert f"\n  {name:<14} {entry.summary}\n" in output
     assert max(len(line) for line in output.splitlines()) <= 80
 
 
@@ -61,7 +61,7 @@ def test_every_command_exists():
 def test_help_is_readable(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        command.main([name, "--help"])
+        command.main([*name.split(), "--help"])
     assert stop.value.code == 0
     output = capsys.readouterr().out
     assert output.startswith(f"usage: moezoo {name}")
@@ -94,6 +94,10 @@ def command_options(name: str) -> list[str]:
 
 def test_unknown_command(capsys):
     assert fail(capsys, "fitt") == "there is no command 'fitt'; did you mean 'fit'?"
+    wanted = "; did you mean 'inspect usage'?"
+    assert fail(capsys, "inspect") == f"there is no command 'inspect'{wanted}"
+    assert fail(capsys, "inspect", "usge") == f"there is no command 'inspect usge'{wanted}"
+    assert fail(capsys, "inspect", "--text", "x") == f"there is no command 'inspect'{wanted}"
 
 
 MISTAKES = [

@@ -43,8 +43,14 @@ def commands_of(program: str) -> list[tuple[str, list[str]]]:
     for page, line in shell_lines():
         words = shlex.split(line, comments=True)
         if words and words[0] == program:
-            found.append((page, words[1:]))
+            found.append((page, joined_name(words[1:])))
     return found
+
+
+def joined_name(words: list[str]) -> list[str]:
+    """Make one word of a command's name that has two."""
+    two = " ".join(words[:2])
+    return [two, *words[2:]] if two in command.COMMANDS else words
 
 
 def tree_of_readme() -> set[str]:
@@ -122,7 +128,7 @@ def test_files_named_in_commands_exist():
 
 def test_overview_examples_are_commands():
     for example in command.EXAMPLES:
-        _, name, *words = shlex.split(example)
+        name, *words = joined_name(shlex.split(example)[1:])
         assert name in command.COMMANDS
         assert all((ROOT / word).is_file() for word in words if word.startswith("configs/"))
 

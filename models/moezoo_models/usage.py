@@ -1,0 +1,270 @@
+"""Measuring how evenly a model uses its experts, values, leaves and neurons on a text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from moezoo.analysis.heat_map import draw_usage
+from moezoo.analysis.usage import (
+    Evenness,
+    SlotUsage,
+    add_loads,
+    collect_loads,
+    layers_by_pool,
+    routed_layers,
+    usage_of,
+)
+from moezoo.command.tables import print_table
+from moezoo.errors import InputError, check_int
+from moezoo.routing.stats import SlotLoad
+from moezoo_models.atomic import atomic_write
+from moezoo_models.causal_lm import MoezooForCausalLM
+from moezoo_models.checkpoints import load_with_tokenizer
+from moezoo_models.decoder import check_token_ids
+from moezoo_models.devices import pick_device
+from moezoo_models.evaluate import encode_text, read_text, window_length
+
+
+@dataclass(frozen=True)
+class ModelUsage:
+    """How a model's layers used their slots on a text.
+
+    Attributes:
+        tokens: number of tokens, each of which passed every layer once.
+        sequence_length: tokens that the model saw at once.
+        methods: class of each layer, by its name: ``layer 3``.
+        loads: what was asked of each slot, by the layer's name. A table of values that several
+            layers share follows as ``layers 1 + 3``, summed over them.
+        usages: the summaries of these loads.
+    """
+
+    tokens: int
+    sequence_length: int
+    methods: dict[str, str]
+    loads: dict[str, SlotLoad]
+    usages: dict[str, SlotUsage]
+
+
+def inspect_usage(
+    checkpoint: str | Path,
+    text: str | Path,
+    output: str | Path = "runs/usage",
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    attention: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> ModelUsage:
+    """Print and draw how evenly a checkpoint's model uses its experts, values, leaves and neurons.
+
+    The text is cut into windows; every token passes the model once, and what each layer would
+    give its slots is added up: the weights (after the softmax), the choices, and first choices
+    where they are ranked. Written to the output directory: usage.json and usage.csv with the
+    figures of the table, usage.png, a heat map, and usage.safetensors with the sum of every slot.
+
+    Args:
+        checkpoint: directory of a checkpoint.
+        text: path of a text file in UTF-8.
+        output: directory that the files are written to.
+        sequence_length: tokens that the model sees at once; default: its
+            max_position_embeddings, at most 2048.
+        batch_size: windows computed at once.
+        device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
+        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
+        tokenizer: directory of the tokenizer; default: the checkpoint's own.
+
+    Returns:
+        What is written.
+
+    Raises:
+        InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
+            no layer that chooses; an option is out of range; the output can not be written.
+    """
+    content = read_text(Path(text))
+    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
+    if not routed_layers(model):
+        kinds = sorted({type(block.mlp).__name__ for block in model.model.blocks()})
+        raise InputError(
+            f"checkpoint: {checkpoint} has no layer that chooses who answers, only "
+            f"{', '.join(kinds)}; give a model with e.g. SparseMoE or PEER"
+        )
+    directory = Path(output)
+    with _writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    usage = count_usage(
+        model,
+        encode_text(words, content),
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+    )
+    _print(usage, str(checkpoint))
+    with _writing(directory):
+        _write(usage, directory, str(checkpoint), str(text))
+    print(f"usage.json, usage.csv, usage.png and usage.safetensors are in {directory}")
+    return usage
+
+
+@torch.no_grad()
+def count_usage(
+    model: MoezooForCausalLM,
+    tokens: Sequence[int] | Tensor,
+    *,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+) -> ModelUsage:
+    """Count how a model in memory uses its slots on tokens; see :func:`inspect_usage`.
+
+    Args:
+        model: the model, on any device; it stays in the mode it was in.
+        tokens: the text's tokens.
+        sequence_length: as for :func:`inspect_usage`.
+        batch_size: as there.
+
+    Raises:
+        InputError: there are no tokens, an option is out of range, or a token id is outside the
+            model's vocabulary.
+    """
+    stream = torch.as_tensor(tokens).long().cpu()
+    if not len(stream):
+        raise InputError("text: it has no tokens; give a text that is not empty")
+    check_token_ids(stream, model.config.vocab_size)
+    length = min(window_length(model, sequence_length), len(stream))
+    check_int("batch_size", batch_size)
+    layers = {
+        f"layer {name.partition('.')[0]}": layer
+        for name, layer in routed_layers(model.model.layers).items()
+    }
+    was_training = model.training
+    model.eval()
+    try:
+        with collect_loads(layers) as loads:
+            for batch in stream.split(length * batch_size):
+                _run(model, batch, length)
+    finally:
+        model.train(was_training)
+    methods = {name: type(layer).__name__ for name, layer in layers.items()}
+    for readers in layers_by_pool(layers):
+        name = "layers " + " + ".join(reader.removeprefix("layer ") for reader in readers)
+        methods[name] = "shared values"
+        total = loads[readers[0]]
+        for reader in readers[1:]:
+            total = add_loads(total, loads[reader])
+        loads[name] = total
+    usages = {name: usage_of(load) for name, load in loads.items()}
+    return ModelUsage(len(stream), length, methods, loads, usages)
+
+
+def _run(model: MoezooForCausalLM, tokens: Tensor, length: int) -> None:
+    """Pass windows of one length through the decoder; the last is filled up with padding."""
+    missing = -len(tokens) % length
+    windows = torch.nn.functional.pad(tokens, (0, missing)).reshape(-1, length)
+    mask = None
+    if missing:
+        mask = torch.arange(windows.numel()).reshape(windows.shape) < len(tokens)
+        mask = mask.to(model.device)
+    # Padding comes last and the model is causal: attention needs no mask to leave it out.
+    model.model(input_ids=windows.to(model.device), token_mask=mask, use_cache=False)
+
+
+def _print(usage: ModelUsage, checkpoint: str) -> None:
+    columns = ["layer", "method", ">slots", "by", ">usage", ">KL", ">Gini"]
+    columns += [">top50", ">top90", ">top99", ">MaxVio", ">dead"]
+    rows = []
+    for name, summary in usage.usages.items():
+        head = [name.split(" ", 1)[1], usage.methods[name], f"{summary.num_slots:,}"]
+        for measure, evenness in _distinct(summary).items():
+            rows.append([*head, measure, *_cells(evenness)])
+            head = ["", "", ""]
+    title = f"{checkpoint}: {usage.tokens:,} tokens in windows of {usage.sequence_length:,}"
+    print_table(title, columns, rows)
+
+
+def _distinct(summary: SlotUsage) -> dict[str, Evenness]:
+    """Leave out what says the same as the line above, as for layers without weights."""
+    distinct: dict[str, Evenness] = {}
+    for measure, evenness in summary.measures().items():
+        if evenness not in distinct.values():
+            distinct[measure] = evenness
+    return distinct
+
+
+def _cells(evenness: Evenness) -> list[str]:
+    return [
+        f"{evenness.usage:.2%}",
+        f"{evenness.unevenness:.3f}",
+        f"{evenness.gini:.3f}",
+        f"{evenness.top50:,}",
+        f"{evenness.top90:,}",
+        f"{evenness.top99:,}",
+        f"{evenness.max_violation:.2f}",
+        f"{evenness.dead:,}",
+    ]
+
+
+def _write(usage: ModelUsage, directory: Path, checkpoint: str, text: str) -> None:
+    layers = [
+        {"layer": name, "method": usage.methods[name], **asdict(summary)}
+        for name, summary in usage.usages.items()
+    ]
+    head = {"checkpoint": checkpoint, "text": text, "tokens": usage.tokens}
+    report = {**head, "sequence_length": usage.sequence_length, "layers": layers}
+    picture = io.BytesIO()
+    title = f"{checkpoint}: usage over {usage.tokens:,} tokens"
+    draw_usage(usage.loads, title).savefig(picture, format="png")
+    with atomic_write(directory / "usage.png") as file:
+        file.write(picture.getvalue())
+    with atomic_write(directory / "usage.safetensors") as file:
+        file.write(safetensors.torch.save(_tensors(usage)))
+    with atomic_write(directory / "usage.csv", "w") as file:
+        _write_csv(usage, file)
+    with atomic_write(directory / "usage.json", "w") as file:
+        json.dump(report, file, indent=2)
+        file.write("\n")
+
+
+def _write_csv(usage: ModelUsage, file: Any) -> None:
+    rows = [
+        {"layer": name, "method": usage.methods[name], **summary.as_row()}
+        for name, summary in usage.usages.items()
+    ]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _tensors(usage: ModelUsage) -> dict[str, Tensor]:
+    """Name the sums of every slot ``layer 3.weight``, ``layer 3.choice``, …, in their shape."""
+    tensors = {}
+    for name, load in usage.loads.items():
+        sums = {"weight": load.mass, "choice": load.counts, "first choice": load.best}
+        for measure, values in sums.items():
+            if values is not None:
+                tensors[f"{name}.{measure}"] = values.reshape(load.shape).contiguous()
+    return tensors
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Say in one line that the output can not be written."""
+    try:
+        yield
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as error:
+        raise InputError(
+            f"output: {directory} can not be written: {(error.strerror or str(error)).lower()}; "
+            "free space or give another directory"
+        ) from error

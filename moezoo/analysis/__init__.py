@@ -1,0 +1,1 @@
+"""Looking into layers: who is used, how evenly. `import moezoo` does not load it."""
