@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from moezoo.experts.slots import PersistentSlots
 from moezoo.init import init_linear, output_std
 from moezoo_models.attention_backends import ATTENTION, eager_attention
 from moezoo_models.norm import RMSNorm
+from moezoo_models.persistent import joint_attention
 from moezoo_models.rotary import rotate
 
 if TYPE_CHECKING:
@@ -62,8 +64,9 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         attention_mask: Any,
         past_key_values: Cache | None = None,
+        slots: PersistentSlots | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Let each position attend to those before it.
 
         Args:
@@ -71,10 +74,13 @@ class Attention(nn.Module):
             rotary: cos and sin at the positions, from :class:`RotaryEmbedding`.
             attention_mask: as the backend's mask function made it.
             past_key_values: cache that these keys and values are added to.
+            slots: persistent slots that take part in the softmax.
             kwargs: passed on to the backend.
 
         Returns:
-            ``(batch, sequence, hidden_size)``, and the attention weights of the eager backend.
+            ``(batch, sequence, hidden_size)``; the attention weights of the eager backend; and,
+            where there are slots, the share of the weights that is the context's,
+            ``(batch, heads, sequence)``.
         """
         batch, length, _ = hidden.shape
         heads = (batch, length, -1, self.head_dim)
@@ -83,21 +89,23 @@ class Attention(nn.Module):
         value = self.v_proj(hidden).view(heads).transpose(1, 2)
 
         # Under autocast the rotation is done in fp32, and backends want one dtype.
+        plain_query = query.to(value.dtype)
         query = rotate(query, *rotary).to(value.dtype)
         key = rotate(key, *rotary).to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend = ATTENTION.get_interface(self.config._attn_implementation, eager_attention)
-        attended, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(attended.reshape(batch, length, -1)), weights
+        backend, mass = self.config._attn_implementation, None
+        options = {
+            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "scaling": self.scaling,
+        }
+        if slots is not None:
+            attended, weights, mass = joint_attention(
+                self, slots, plain_query, query, key, value, attention_mask, backend, **options
+            )
+        else:
+            attend = ATTENTION.get_interface(backend, eager_attention)
+            options |= {"sliding_window": self.sliding_window, **kwargs}
+            attended, weights = attend(self, query, key, value, attention_mask, **options)
+        return self.o_proj(attended.reshape(batch, length, -1)), weights, mass

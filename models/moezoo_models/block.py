@@ -9,21 +9,31 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moezoo.errors import InputError
-from moezoo.feed_forward import FeedForward
+from moezoo.feed_forward import FeedForward, registered
+from moezoo.routing.losses import masked_mean
 from moezoo_models.attention import Attention
 from moezoo_models.config import MoezooConfig
 from moezoo_models.norm import RMSNorm
+from moezoo_models.persistent import JoinedSlots, build_slots, check_joint_backend
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """One pre-norm block: attention, then a feed-forward block of the zoo."""
+    """One pre-norm block: attention, then a feed-forward block of the zoo.
+
+    A layer of kind ``attention`` leaves attention alone in the block: no second norm, no second
+    sum.
+    """
 
     def __init__(self, config: MoezooConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer_idx)
         self.mlp = build_feed_forward(config, layer_idx)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm: RMSNorm | None = None
+        if isinstance(self.mlp, JoinedSlots):
+            check_joint_backend(config._attn_implementation)
+        else:
+            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -37,14 +47,17 @@ class DecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return the new hidden states and the feed-forward block's losses and statistics."""
-        attended, _ = self.self_attn(
+        attended, _, mass = self.self_attn(
             self.input_layernorm(hidden),
             rotary,
             attention_mask,
             past_key_values=past_key_values,
+            slots=self.mlp.slots if isinstance(self.mlp, JoinedSlots) else None,
             **kwargs,
         )
         hidden = hidden + attended
+        if self.post_attention_layernorm is None:
+            return hidden, {}, {"context_mass": _mean(mass, token_mask)}
         answer = self.mlp(
             self.post_attention_layernorm(hidden), token_ids=token_ids, mask=token_mask
         )
@@ -55,17 +68,17 @@ def build_feed_forward(config: MoezooConfig, layer: int) -> FeedForward:
     """Build the feed-forward block that the configuration's rules choose for a layer.
 
     Raises:
-        InputError: arguments that the layer refuses; a layer that is no feed-forward block; or
-            one in which tokens see later tokens, unless ``allow_non_causal``.
+        InputError: arguments that the layer refuses; a layer of kind ``attention`` that does not
+            fit the model's; or one in which tokens see later tokens, unless ``allow_non_causal``.
     """
     number, rule = config.feed_forward(layer)
     try:
+        if registered(rule["class_path"]).kind == "attention":
+            return build_slots(rule, config)
         block = FeedForward.from_config(rule, d_model=config.hidden_size)
     except InputError as error:
         raise InputError(f"ffn[{number}]: {error}") from error
     name = type(block).__name__
-    if block.kind != "feed_forward":
-        raise InputError(f"ffn[{number}]: {name} is of kind '{block.kind}', not feed_forward")
     if not block.causal and not config.allow_non_causal:
         raise InputError(
             f"ffn[{number}]: {name} as configured is not causal: a token would see later tokens; "
@@ -78,3 +91,9 @@ def build_feed_forward(config: MoezooConfig, layer: int) -> FeedForward:
             "give the layer at least as many"
         )
     return block
+
+
+def _mean(mass: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Average ``(batch, heads, sequence)`` over heads and real tokens."""
+    flat_mask = None if token_mask is None else token_mask.flatten()
+    return masked_mean(mass.detach().mean(1).flatten(), flat_mask)

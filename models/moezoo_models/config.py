@@ -56,7 +56,8 @@ class MoezooConfig(PreTrainedConfig):
         use_cache: whether generation keeps a key-value cache.
         ffn: rules that choose each layer's feed-forward block, later ones winning:
             ``{"layers": "all" | "every 2" | 3 | [3, 7], "class_path": "moezoo.SparseMoE",
-            "init_args": {...}}``. The width comes from the model. Default: DenseFFN everywhere.
+            "init_args": {...}}``. The width comes from the model. PersistentMemoryAttention joins
+            the block's attention instead. Default: DenseFFN everywhere.
         allow_non_causal: accept layers in which a token sees later tokens, such as expert choice.
         pad_token_id: id of padding, if any.
         bos_token_id: id that begins a text, if any.

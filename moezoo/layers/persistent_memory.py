@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_int
+from moezoo.experts.slots import PersistentSlots, join
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.init import init_linear, output_std
 from moezoo.routing.losses import masked_mean
@@ -26,13 +27,15 @@ from moezoo.routing.tree import at_least_fp32
 class PersistentMemoryAttention(FeedForward):
     """Causal self-attention with persistent slots: replaces attention and feed-forward at once.
 
-    It is of kind ``attention``: tokens see earlier tokens, and a decoder does not take it as its
-    feed-forward block. The dimension before the last is the sequence. Positions are left to the
-    caller: keys and queries carry none.
+    It is of kind ``attention``: tokens see earlier tokens. A decoder of ours that is told to use it
+    lets its own attention read the slots and drops the block's feed-forward half. By itself the
+    layer is as written here: the dimension before the last is the sequence, and keys and queries
+    carry no positions.
 
     Args:
         d_model: width of the residual stream.
-        num_heads: attention heads; default: of width 64 or the nearest below that divides.
+        num_heads: attention heads; default: of width 64 or the nearest below that divides, in a
+            decoder the decoder's.
         num_slots: persistent key-value pairs N of each head; default 4 d_model, which gives them
             the parameters of the dense block.
         include_self: let a token see itself in the context (the authors' code: only earlier ones).
@@ -48,11 +51,11 @@ class PersistentMemoryAttention(FeedForward):
         include_self: bool = True,
     ) -> None:
         super().__init__(d_model)
+        self.num_heads = num_heads
         if num_heads is None:
             width = next(w for w in range(min(64, d_model), 0, -1) if d_model % w == 0)
             num_heads = d_model // width
-        self.num_heads = check_int("num_heads", num_heads)
-        if d_model % num_heads:
+        if d_model % check_int("num_heads", num_heads):
             raise InputError(f"num_heads: {num_heads} does not divide d_model={d_model}")
         self.num_slots = check_int("num_slots", 4 * d_model if num_slots is None else num_slots)
         self.include_self = include_self
@@ -61,8 +64,7 @@ class PersistentMemoryAttention(FeedForward):
         self.k_proj = nn.Linear(d_model, d_model, bias=False)
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
-        self.slot_keys = nn.Parameter(torch.empty(num_heads, self.num_slots, self.head_width))
-        self.slot_values = nn.Parameter(torch.empty(num_heads, self.num_slots, self.head_width))
+        self.slots = PersistentSlots(num_heads, self.num_slots, self.head_width)
         self.reset_parameters()
 
     def reset_parameters(self, num_layers: int = 1) -> None:
@@ -70,8 +72,7 @@ class PersistentMemoryAttention(FeedForward):
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             init_linear(projection, self.d_model**-0.5)
         init_linear(self.o_proj, output_std(self.d_model, num_layers))
-        nn.init.normal_(self.slot_keys, std=self.head_width**-0.5)
-        nn.init.normal_(self.slot_values, std=self.num_slots**-0.5)
+        self.slots.reset_parameters()
 
     def forward(
         self,
@@ -106,14 +107,10 @@ class PersistentMemoryAttention(FeedForward):
         scores = at_least_fp32(q_BHTC @ k_BHLC.transpose(-1, -2)) * self.head_width**-0.5
         # A finite value, so that a token without any context gets a weight of 0 and not NaN.
         scores = scores.masked_fill(hidden_TL, torch.finfo(scores.dtype).min)
-        slot_scores = at_least_fp32(q_BHTC @ self.slot_keys.to(q_BHTC.dtype).transpose(-1, -2))
-        context, slots = scores.logsumexp(-1, True), slot_scores.logsumexp(-1, True)
-        slot_values = self.num_slots**0.5 * self.slot_values
-        from_context = scores.softmax(-1).to(v_BHLC.dtype) @ v_BHLC
-        from_slots = slot_scores.softmax(-1).to(v_BHLC.dtype) @ slot_values.to(v_BHLC.dtype)
-        mass_BHT1 = (context - slots).sigmoid()
-        merged = mass_BHT1 * from_context + (slots - context).sigmoid() * from_slots
-        return self._output(hidden, merged.to(v_BHLC.dtype), mass_BHT1.squeeze(-1), mask)
+        context = scores.softmax(-1).to(v_BHLC.dtype) @ v_BHLC
+        answer, answer_lse = self.slots(q_BHTC)
+        merged, mass_BHT1 = join(context, scores.logsumexp(-1, keepdim=True), answer, answer_lse)
+        return self._output(hidden, merged, mass_BHT1.squeeze(-1), mask)
 
     def reference(
         self,
@@ -131,8 +128,7 @@ class PersistentMemoryAttention(FeedForward):
             hidden, mask, past_key_values, layer_idx, key_mask
         )
         batch, length = q_BHTC.shape[0], k_BHLC.shape[2]
-        slot_keys = (self.head_width**0.5 * self.slot_keys).expand(batch, -1, -1, -1)
-        slot_values = (self.num_slots**0.5 * self.slot_values).expand(batch, -1, -1, -1)
+        slot_keys, slot_values = (pair.expand(batch, -1, -1, -1) for pair in self.slots.pairs())
         keys, values = torch.cat([k_BHLC, slot_keys], 2), torch.cat([v_BHLC, slot_values], 2)
         scores = (q_BHTC @ keys.transpose(-1, -2)) / self.head_width**0.5
         unseen = torch.nn.functional.pad(hidden_TL, (0, self.num_slots), value=False)
@@ -152,7 +148,7 @@ class PersistentMemoryAttention(FeedForward):
         if hidden.ndim < 2:
             raise InputError("hidden: give (..., sequence, d_model); attention needs a sequence")
         x_BTD = hidden.unsqueeze(0).flatten(0, -3)
-        heads = (self.num_heads, self.head_width)
+        heads = (self.slots.num_heads, self.head_width)
         q, k, v = (
             projection(x_BTD).unflatten(-1, heads).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -189,5 +185,5 @@ class PersistentMemoryAttention(FeedForward):
         """
         slots, projections = 2 * self.num_slots * self.d_model, 4 * self.d_model**2
         parameters = slots + projections
-        size = self.slot_keys.element_size()
+        size = self.q_proj.weight.element_size()
         return Cost(parameters, parameters, 2 * parameters, parameters * size)

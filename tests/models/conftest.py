@@ -135,6 +135,9 @@ MIXED = [rule("DenseFFN", d_ff=48), rule("TokenRouted", 1)]
 
 MOE = [rule("SparseMoE", num_experts=4, top_k=2, d_expert=16)]
 
+PERSISTENT = [rule("PersistentMemoryAttention", num_slots=12), rule("DenseFFN", 1, d_ff=48)]
+"""Blocks of attention alone around an ordinary one."""
+
 
 @pytest.fixture
 def make():
@@ -150,7 +153,7 @@ def make():
 @pytest.fixture
 def rules():
     """The rules above by name, for test files, which can not import this one."""
-    return {"mixed": MIXED, "moe": MOE, "rule": rule}
+    return {"mixed": MIXED, "moe": MOE, "persistent": PERSISTENT, "rule": rule}
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def gradients(model: MoezooForCausalLM) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["mixed", "moe"])
+@pytest.mark.parametrize("kind", ["mixed", "moe", "persistent"])
 @pytest.mark.parametrize("window", [None, 4])
 def test_no_token_sees_a_later_one(make, rules, ids, kind, window):
     model = make(ffn=rules[kind], sliding_window=window)
@@ -51,7 +51,7 @@ def test_decoding_with_a_cache_gives_the_same_logits(make, rules, ids, fields):
     close(torch.cat(steps, dim=1), whole)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "moe"])
+@pytest.mark.parametrize("kind", ["mixed", "moe", "persistent"])
 def test_left_padding_changes_nothing(make, rules, ids, kind):
     model = make(ffn=rules[kind]).eval()
     alone = model(ids[:1, :7])
@@ -68,7 +68,7 @@ def test_left_padding_changes_nothing(make, rules, ids, kind):
         close(padded.aux_losses[name], value)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "moe"])
+@pytest.mark.parametrize("kind", ["mixed", "moe", "persistent"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_batched_generation_equals_one_by_one(make, rules, ids, kind, cache):
     model = make(ffn=rules[kind]).eval()
@@ -267,7 +267,7 @@ def test_auxiliary_losses_train_through_recomputation(make, rules, ids):
         model.activation_checkpointing_enable({"use_reentrant": True})
 
 
-@pytest.mark.parametrize("kind", ["mixed", "moe"])
+@pytest.mark.parametrize("kind", ["mixed", "moe", "persistent"])
 def test_compiles_into_one_graph(make, rules, ids, kind):
     model = make(ffn=rules[kind])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

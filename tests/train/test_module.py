@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from moezoo import DenseFFN, InputError, SparseMoE
+from moezoo import DenseFFN, InputError, PersistentMemoryAttention, SparseMoE
 from moezoo.routing import RouterOptions
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.metrics import TrainingMetrics
@@ -337,8 +337,9 @@ def test_bf16_mixed_keeps_parameters_in_fp32(make_model, make_trainer, random_to
     assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
 
 
-def test_forward_flops_equal_torchs_counter(make_model):
-    model = make_model(ffn=DenseFFN, num_heads=4, num_kv_heads=2, attention="eager").model
+@pytest.mark.parametrize("ffn", [DenseFFN, PersistentMemoryAttention])
+def test_forward_flops_equal_torchs_counter(make_model, ffn):
+    model = make_model(ffn=ffn, num_heads=4, num_kv_heads=2, attention="eager").model
     ids = torch.zeros(2, 12, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids)
