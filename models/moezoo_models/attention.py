@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache
 from moezoo.experts.slots import PersistentSlots
 from moezoo.init import init_linear, output_std
 from moezoo_models.attention_backends import ATTENTION, eager_attention
+from moezoo_models.joint_attention import joint_attention
 from moezoo_models.norm import RMSNorm
-from moezoo_models.persistent import joint_attention
 from moezoo_models.rotary import rotate
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         }
         if slots is not None:
             attended, weights, mass = joint_attention(
-                self, slots, plain_query, query, key, value, attention_mask, backend, **options
+                slots, plain_query, query, key, value, attention_mask, backend, **options
             )
         else:
             attend = ATTENTION.get_interface(backend, eager_attention)

@@ -13,8 +13,9 @@ from moezoo.feed_forward import FeedForward, registered
 from moezoo.routing.losses import masked_mean
 from moezoo_models.attention import Attention
 from moezoo_models.config import MoezooConfig
+from moezoo_models.joint_attention import check_joint_backend
 from moezoo_models.norm import RMSNorm
-from moezoo_models.persistent import JoinedSlots, build_slots, check_joint_backend
+from moezoo_models.persistent import JoinedSlots, build_slots
 
 
 class DecoderLayer(GradientCheckpointingLayer):

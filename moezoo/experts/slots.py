@@ -48,7 +48,7 @@ class PersistentSlots(nn.Module):
 
         Args:
             query_BHTC: queries without positions; slots have none either.
-            dropout: probability of dropping a weight while training.
+            dropout: probability of dropping a weight.
 
         Returns:
             The answers ``(B, H, T, C)``, and ``(B, H, T, 1)`` log-sum-exps of the scores, in fp32
@@ -56,7 +56,7 @@ class PersistentSlots(nn.Module):
         """
         # 1/sqrt(C) on the scores and sqrt(C) on the keys cancel.
         scores_BHTN = at_least_fp32(query_BHTC @ self.keys.to(query_BHTC.dtype).mT)
-        weights = F.dropout(scores_BHTN.softmax(-1), dropout, self.training)
+        weights = F.dropout(scores_BHTN.softmax(-1), dropout)
         values = (self.num_slots**0.5 * self.values).to(query_BHTC.dtype)
         return weights.to(query_BHTC.dtype) @ values, scores_BHTN.logsumexp(-1, keepdim=True)
 

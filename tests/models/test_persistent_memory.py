@@ -5,6 +5,7 @@ import torch
 
 from moezoo import DenseFFN, InputError
 from moezoo.experts.slots import PersistentSlots
+from moezoo_models import joint_attention
 from moezoo_models.attention import Attention
 from moezoo_models.checkpoints import load_checkpoint, save_checkpoint
 from moezoo_models.config import MoezooConfig
@@ -128,21 +129,38 @@ def test_generation_with_and_without_a_cache(make, rules, ids):
     assert torch.equal(*texts)
 
 
-def test_backends_agree_and_dropout_reaches_the_slots(make, rules, ids):
-    models = [
-        make(ffn=rules["persistent"], attn_implementation=name, attention_dropout=0.5).eval()
-        for name in ("sdpa", "eager")
-    ]
-    sdpa, eager = (model(ids, output_attentions=True) for model in models)
+def test_backends_agree_and_show_the_share_of_the_context(make, rules, ids):
+    models = [make(ffn=rules["persistent"], attn_implementation=name) for name in ("sdpa", "eager")]
+    sdpa, eager = (model.eval()(ids, output_attentions=True) for model in models)
     torch.testing.assert_close(sdpa.logits, eager.logits, rtol=1e-5, atol=1e-5)
-    mass = eager.ffn_stats[0]["context_mass"]
-    torch.testing.assert_close(eager.attentions[0].sum(-1).mean(), mass)
-    slots = models[0].model.layers[0].mlp.slots
-    query = torch.randn(1, 4, 3, 8)
-    assert torch.equal(slots(query, 0.5)[0], slots(query)[0])
-    dropped, lse = slots.train()(query, 1.0)
-    assert not dropped.any()
-    assert torch.equal(lse, slots(query)[1])
+    shares = [output.ffn_stats[0]["context_mass"] for output in (sdpa, eager)]
+    torch.testing.assert_close(*shares)
+    torch.testing.assert_close(eager.attentions[0].sum(-1).mean(), shares[1])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_dropout_reaches_context_and_slots(make, rules, ids, backend):
+    fields = {"ffn": rules["persistent"], "attn_implementation": backend}
+    exact = make(**fields)(ids).logits
+    tiny = make(attention_dropout=1e-12, **fields).train()(ids).logits  # another code path
+    torch.testing.assert_close(tiny, exact, rtol=1e-5, atol=1e-5)
+    model = make(attention_dropout=1.0, **fields).train()
+    kept = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, x: kept.append(x[0]))
+    model(ids)
+    assert not kept[0].any()
+    torch.testing.assert_close(model.eval()(ids).logits, exact)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_operator_keeps_its_promises(masked):
+    def draw(*shape):
+        return torch.randn(shape, requires_grad=True)
+
+    mask = torch.zeros(2, 1, 5, 5).index_fill(3, torch.tensor([0, 3]), -1e30) if masked else None
+    query, key, value, answer = (draw(2, 3, 5, 8) for _ in range(4))
+    inputs = (query, key, value, mask, answer, draw(2, 3, 5, 1), not masked, 0.3)
+    torch.library.opcheck(joint_attention._fused, inputs)
 
 
 def test_recomputation_changes_nothing(make, rules, ids):
