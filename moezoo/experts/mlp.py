@@ -57,9 +57,17 @@ class MLPExperts(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(
-        self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, max_assignments: int
+        self,
+        x_TD: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        max_assignments: int,
+        output_bias: bool = True,
     ) -> Tensor:
-        """Sum the weighted answers of each token's experts; index -1 answers nothing."""
+        """Sum the weighted answers of each token's experts; index -1 answers nothing.
+
+        Without ``output_bias`` the answers go without theirs.
+        """
         return grouped_mlp(
             x_TD,
             self.gate_up_proj,
@@ -69,19 +77,32 @@ class MLPExperts(nn.Module):
             activation=self.activation,
             gated=self.gated,
             bias_in=self.gate_up_bias,
-            bias_out=self.down_bias,
+            bias_out=self.down_bias if output_bias else None,
             max_assignments=max_assignments,
         )
 
-    def reference(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Run every expert on every token and weight the answers by a dense (T, E) matrix."""
+    def reference(
+        self,
+        x_TD: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        output_bias: bool = True,
+        scale_TEF: Tensor | None = None,
+    ) -> Tensor:
+        """Run every expert on every token and weight the answers by a dense (T, E) matrix.
+
+        ``scale_TEF`` multiplies hidden units, as dropout does.
+        """
+        down_bias = self.down_bias if output_bias else None
         one_hot_TKE = F.one_hot(indices_TK + 1, self.num_experts + 1)[..., 1:].to(weights_TK.dtype)
         dense_TE = (weights_TK.unsqueeze(-1) * one_hot_TKE).sum(dim=1).to(x_TD.dtype)
         output = torch.zeros_like(x_TD)
         for e in range(self.num_experts):
             up = F.linear(x_TD, self.gate_up_proj[e], _row(self.gate_up_bias, e))
             inner = activate(up, self.activation, self.gated)
-            answer = F.linear(inner, self.down_proj[e], _row(self.down_bias, e))
+            if scale_TEF is not None:
+                inner = inner * scale_TEF[:, e]
+            answer = F.linear(inner, self.down_proj[e], _row(down_bias, e))
             output = output + dense_TE[:, e : e + 1] * answer
         return output
 

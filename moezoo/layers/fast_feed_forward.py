@@ -46,6 +46,10 @@ class FastFeedForward(FeedForward):
             only.
         load_balancing: coefficient of ``E Σ_l f_l P_l`` (arXiv:2405.16836).
         d_master: hidden width of the master leaf, which answers every token; 0 for none.
+        leaf_dropout: probability of dropping a leaf's hidden unit for a token; training only, and
+            not in the master leaf.
+        compat: ``upstream_eval`` leaves the leaf's output bias out of hard inference, as the
+            authors' package (fastfeedforward 0.2.1) does.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class FastFeedForward(FeedForward):
         region_leak: float = 0.0,
         load_balancing: float = 0.0,
         d_master: int = 0,
+        leaf_dropout: float = 0.0,
+        compat: Literal["upstream_eval"] | None = None,
     ) -> None:
         super().__init__(d_model)
         self.depth = check_int("depth", depth, minimum=0, maximum=24)
@@ -79,6 +85,10 @@ class FastFeedForward(FeedForward):
         self.region_leak = check_number("region_leak", region_leak, maximum=1.0)
         self.load_balancing = check_number("load_balancing", load_balancing)
         self.d_master = check_int("d_master", d_master, minimum=0)
+        self.leaf_dropout = check_number("leaf_dropout", leaf_dropout, maximum=1.0)
+        if compat is not None:
+            check_choice("compat", compat, ("upstream_eval",))
+        self.compat = compat
 
         self.tree = tree.DecisionTree(d_model, depth)
         self.leaves = MLPExperts(d_model, self.d_leaf, 2**depth, activation, gated, bias=True)
@@ -140,12 +150,18 @@ class FastFeedForward(FeedForward):
         hard = not self.training if self.hard is None else self.hard
         decisions = self._decide(asking_TD, hard, brute_force)
         losses, stats = self._report(decisions, mask_T)
+        scale_TEF = self._dropout_scale(x_TD)
+        # The package fails at depth 0, so there is nothing to reproduce.
+        bias = self.training or not hard or self.compat != "upstream_eval" or self.depth == 0
         if brute_force:
-            output_TD = self._all_leaves(x_TD, decisions, hard)
-        elif hard:
-            output_TD = self._one_leaf(x_TD, decisions.leaf_T, mask_T)
+            weights_TE = self._weights(decisions, hard, x_TD.dtype)
+            every_TE = torch.arange(self.num_experts, device=x_TD.device).expand(len(x_TD), -1)
+            output_TD = self.leaves.reference(x_TD, every_TE, weights_TE, bias, scale_TEF)
+        elif hard and scale_TEF is None:
+            output_TD = self._one_leaf(x_TD, decisions.leaf_T, mask_T, bias)
         else:
-            output_TD = self._mixture(x_TD, decisions)
+            weights_TE = self._weights(decisions, hard, x_TD.dtype)
+            output_TD = self._mixture(x_TD, weights_TE, scale_TEF)
         if self.d_master:
             master = (self.master.reference if brute_force else self.master)(x_TD).hidden
             mix = self.master_mix.sigmoid()
@@ -211,33 +227,38 @@ class FastFeedForward(FeedForward):
             losses["load_balancing"] = self.load_balancing * loss
         return losses, stats
 
-    def _one_leaf(self, x_TD: Tensor, leaf_T: Tensor, mask_T: Tensor | None) -> Tensor:
+    def _dropout_scale(self, x_TD: Tensor) -> Tensor | None:
+        """Draw the factors on all hidden units, ``(T, E, F)``: 0, or 1 / (1 - p)."""
+        if not (self.training and self.leaf_dropout):
+            return None
+        ones = x_TD.new_ones(len(x_TD), self.num_experts, self.d_leaf)
+        return F.dropout(ones, self.leaf_dropout)
+
+    def _weights(self, decisions: _Decisions, hard: bool, dtype: torch.dtype) -> Tensor:
+        """Give every leaf's weight, ``(T, E)``."""
+        if hard or decisions.p_TE is None:
+            return F.one_hot(decisions.leaf_T, self.num_experts).to(dtype)
+        return decisions.p_TE
+
+    def _one_leaf(self, x_TD: Tensor, leaf_T: Tensor, mask_T: Tensor | None, bias: bool) -> Tensor:
         """Compute each token's own leaf: an expert of weight one."""
         if mask_T is not None:
             leaf_T = leaf_T.masked_fill(~mask_T, -1)
         weights_T1 = torch.ones(len(x_TD), 1, dtype=torch.float32, device=x_TD.device)
-        return self.leaves(x_TD, leaf_T.unsqueeze(-1), weights_T1, len(x_TD))
+        return self.leaves(x_TD, leaf_T.unsqueeze(-1), weights_T1, len(x_TD), bias)
 
-    def _mixture(self, x_TD: Tensor, decisions: _Decisions) -> Tensor:
+    def _mixture(self, x_TD: Tensor, p_TE: Tensor, scale_TEF: Tensor | None) -> Tensor:
         """Compute all leaves as one wide block whose hidden units are scaled by π: two GEMMs."""
-        leaves, p_TE = self.leaves, decisions.p_TE
-        assert p_TE is not None
+        leaves = self.leaves
         assert leaves.gate_up_bias is not None
         assert leaves.down_bias is not None
         up = F.linear(x_TD, leaves.gate_up_proj.flatten(0, 1), leaves.gate_up_bias.flatten())
         inner_TEF = activate(up.unflatten(-1, (self.num_experts, -1)), self.activation, self.gated)
-        scaled_TEF = (inner_TEF * p_TE.unsqueeze(-1)).to(inner_TEF.dtype)
+        factor = p_TE.unsqueeze(-1) if scale_TEF is None else p_TE.unsqueeze(-1) * scale_TEF
+        scaled_TEF = (inner_TEF * factor).to(inner_TEF.dtype)
         down_DEF = leaves.down_proj.transpose(0, 1)
         output_TD = F.linear(scaled_TEF.flatten(1), down_DEF.flatten(1))
         return output_TD + p_TE.to(inner_TEF.dtype) @ leaves.down_bias
-
-    def _all_leaves(self, x_TD: Tensor, decisions: _Decisions, hard: bool) -> Tensor:
-        """Run every leaf on every token, weighted."""
-        weights_TE = decisions.p_TE
-        if hard or weights_TE is None:
-            weights_TE = F.one_hot(decisions.leaf_T, self.num_experts).to(x_TD.dtype)
-        every_TE = torch.arange(self.num_experts, device=x_TD.device).expand(len(x_TD), -1)
-        return self.leaves.reference(x_TD, every_TE, weights_TE)
 
     def cost(self) -> Cost:
         """Count hard inference: depth nodes, one leaf, the master leaf.

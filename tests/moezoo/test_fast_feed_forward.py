@@ -291,6 +291,54 @@ def test_option_hard_overrules_the_mode():
     assert "node_entropy" not in hard(tokens()).stats
 
 
+@pytest.mark.parametrize("hard", [None, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_leaf_dropout_equals_the_reference_with_all_gradients(hard, gated):
+    layer = fff(leaf_dropout=0.4, hard=hard, gated=gated, d_master=6)
+    parameters = list(layer.parameters())
+    found = []
+    for call in (layer, layer.reference):
+        torch.manual_seed(5)
+        output = call(tokens())
+        total = output.hidden.square().sum() + sum(output.losses.values())
+        found.append([output.hidden, *torch.autograd.grad(total, parameters)])
+    for fast, slow in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+
+
+def test_leaf_dropout_drops_neurons_of_leaves_in_training_only():
+    layer, plain = fff(leaf_dropout=1.0), fff()
+    probabilities = layer._decide(tokens(), False, False).p_TE
+    expected = probabilities @ layer.leaves.down_bias  # all that no neuron says
+    torch.testing.assert_close(layer(tokens()).hidden, expected, rtol=0, atol=1e-12)
+    assert torch.equal(layer.eval()(tokens()).hidden, plain.eval()(tokens()).hidden)
+    layer, hidden = fff(leaf_dropout=0.25), tokens(4000)
+    scale = layer._dropout_scale(hidden)
+    torch.testing.assert_close(scale.unique(), torch.tensor([0, 4 / 3], dtype=torch.float64))
+    share = (scale == 0).double().mean((1, 2))
+    assert share.mean().item() == pytest.approx(0.25, abs=3 * (0.1875 / scale.numel()) ** 0.5)
+    assert share.std() > 0  # each token has its own
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_the_packages_inference_leaves_the_output_bias_out(depth):
+    upstream, layer = (fff(depth=depth, compat=compat) for compat in ("upstream_eval", None))
+    hidden = tokens()
+    assert torch.equal(upstream(hidden).hidden, layer(hidden).hidden)  # training is not concerned
+    upstream.eval()
+    for call in (upstream, upstream.reference):
+        for x, found in zip(hidden[:9], call(hidden[:9]).hidden, strict=True):
+            leaf = walk(layer, x)[1]
+            expected = answer_of(layer, leaf, x)
+            if depth:  # the package fails at depth 0
+                expected = expected - layer.leaves.down_bias[leaf]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert FastFeedForward.from_config(upstream.config()).compat == "upstream_eval"
+    upstream.hard = False  # the package has no soft inference
+    soft = layer.train()(hidden).hidden
+    torch.testing.assert_close(upstream(hidden).hidden, soft, rtol=0, atol=1e-12)
+
+
 def after_training(hardening: float) -> tuple[float, float, float]:
     """Learn four classes by quadrant; give the nodes' entropy, soft and hard accuracy."""
     torch.manual_seed(0)
@@ -330,6 +378,8 @@ def test_hardening_closes_the_gap_between_soft_and_hard():
         ({"region_leak": 1.5}, "region_leak: 1.5 is out of range"),
         ({"hardening_reduction": "means"}, "hardening_reduction: .*did you mean 'mean'"),
         ({"hard": "yes"}, "hard: 'yes' is not known; give true, false or null"),
+        ({"leaf_dropout": 1.5}, "leaf_dropout: 1.5 is out of range"),
+        ({"compat": "upstream"}, "compat: 'upstream' is not known; .*'upstream_eval'"),
         ({"activation": "rulu"}, "activation: .*did you mean 'relu'"),
     ],
 )

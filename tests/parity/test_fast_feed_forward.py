@@ -10,9 +10,10 @@ package = pytest.importorskip("fastfeedforward")
 D, F = 12, 5
 
 
-def pair(depth: int, **arguments):
+def pair(depth: int, dropout: float = 0.0, **arguments):
     """Build both, with the same weights."""
-    theirs = package.FFF(D, F, D, depth)
+    theirs = package.FFF(D, F, D, depth, dropout=dropout)
+    arguments |= {"leaf_dropout": dropout}
     ours = FastFeedForward(D, depth=depth, d_leaf=F, hardening=1.0, **arguments)
     with torch.no_grad():
         ours.tree.weight.copy_(theirs.node_weights)
@@ -24,12 +25,14 @@ def pair(depth: int, **arguments):
     return ours, theirs
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
-def test_soft_output_and_gradients_agree(depth):
-    ours, theirs = pair(depth)
+def test_soft_output_and_gradients_agree(depth, dropout):
+    ours, theirs = pair(depth, dropout)
     hidden, direction = torch.randn(2, 40, D), torch.randn(2, 40, D)
     found = []
     for call in (lambda x: ours(x).hidden, theirs):
+        torch.manual_seed(3)  # both drop the same neurons
         x = hidden.clone().requires_grad_()
         y = call(x)
         (y * direction).sum().backward()
@@ -68,9 +71,22 @@ def test_hard_output_agrees_but_for_the_output_bias_that_the_package_drops(depth
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_hard_training_output_agrees(depth):
-    ours, theirs = pair(depth, hard=True)
+def test_hard_output_agrees_with_the_option_that_drops_it_too(depth):
+    ours, theirs = pair(depth, compat="upstream_eval")
     hidden = torch.randn(64, D)
     with torch.no_grad():
+        expected = theirs.eval_forward(hidden)
+        for call in (ours.eval(), ours.reference):
+            torch.testing.assert_close(call(hidden).hidden, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_hard_training_output_agrees(depth, dropout):
+    ours, theirs = pair(depth, dropout, hard=True)
+    hidden = torch.randn(64, D)
+    with torch.no_grad():
+        torch.manual_seed(3)
         expected = theirs(hidden, use_hard_decisions=True)
+        torch.manual_seed(3)
         torch.testing.assert_close(ours(hidden).hidden, expected, rtol=0, atol=1e-6)
