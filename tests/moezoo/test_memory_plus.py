@@ -25,6 +25,40 @@ def test_output_is_the_gated_lookup(v_dim):
     torch.testing.assert_close(layer(hidden).hidden, expected, rtol=1e-10, atol=1e-14)
 
 
+def hashing_memory(layer: MemoryPlus, hidden: torch.Tensor) -> torch.Tensor:
+    """Write out the authors' ``HashingMemory``, its three biases included, over all slots."""
+    memory, gate, out = layer.memory, layer.gate_proj, layer.out_proj
+    heads, _, _, half = memory.keys.keys.shape
+    queries = hidden @ memory.query.proj.weight.T + memory.query.proj.bias
+    queries = queries.view(len(hidden), heads, 2, half)
+    first, second = (
+        torch.einsum("thc,hnc->thn", queries[:, :, i], memory.keys.keys[:, i]) for i in range(2)
+    )
+    scores = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)  # slot i n + j
+    least = scores.sort(dim=-1, descending=True).values[..., layer.top_k - 1, None]
+    weights = scores.masked_fill(scores < least, -torch.inf).softmax(-1).sum(1)
+    read = weights @ memory.values.weight
+    gated = read * F.silu(hidden @ gate.weight.T + gate.bias)
+    return gated @ out.weight.T + out.bias
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 6])
+def test_equals_the_authors_layer_with_its_biases(top_k):
+    layer = MemoryPlus(8, 6, num_heads=3, top_k=top_k, d_key=4, v_dim=5, query_bias=True)
+    layer.gate_proj, layer.out_proj = torch.nn.Linear(8, 5), torch.nn.Linear(5, 8)
+    layer = layer.double()
+    torch.nn.init.normal_(layer.memory.query.proj.bias)
+    hidden = torch.randn(31, 8, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(31, 8, dtype=torch.float64)
+    inputs = [hidden, *layer.parameters()]
+    found, wanted = (
+        [output, *torch.autograd.grad((output * direction).sum(), inputs)]
+        for output in (layer(hidden).hidden, hashing_memory(layer, hidden))
+    )
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("query_norm", ["batch", "layer", "qk", "none"])
 @pytest.mark.parametrize("v_dim", [None, 10])
 def test_fast_path_equals_reference_for_every_option(query_norm, v_dim):
@@ -69,7 +103,10 @@ def test_defaults_are_the_papers_at_its_width():
 
 def test_initial_scales_are_the_authors():
     layer = MemoryPlus(128, v_dim=64)
-    keys = layer.memory.keys.keys
+    keys, query = layer.memory.keys.keys, layer.memory.query.proj.weight
+    assert keys.abs().max() <= layer.d_key**-0.5
+    assert query.abs().max() <= (6 / sum(query.shape)) ** 0.5  # Xavier's uniform distribution
+    assert query.std().item() == pytest.approx((2 / sum(query.shape)) ** 0.5, rel=0.02)
     assert keys.std().item() == pytest.approx((3 * layer.d_key) ** -0.5, rel=0.02)
     assert layer.memory.values.weight.std().item() == pytest.approx(64**-0.5, rel=0.02)
     for projection in (layer.gate_proj, layer.out_proj):
