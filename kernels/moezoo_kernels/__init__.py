@@ -8,5 +8,6 @@ imported, and ``from moezoo_kernels.grouped_mlp import …`` reaches into the pa
 from moezoo_kernels import backends
 from moezoo_kernels.backends import use
 from moezoo_kernels.grouped_mlp import grouped_mlp
+from moezoo_kernels.product_key_top_k import product_key_top_k
 
-__all__ = ["backends", "grouped_mlp", "use"]
+__all__ = ["backends", "grouped_mlp", "product_key_top_k", "use"]

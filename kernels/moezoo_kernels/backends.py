@@ -11,10 +11,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Backend:
     """
 
     name: str
-    function: Callable[..., Tensor] | None
+    function: Callable[..., Any] | None
     usable: Callable[[torch.device, torch.dtype], str | None]
 
 
@@ -91,7 +90,7 @@ def forced() -> str | None:
 
 def choose(
     op: str, device: torch.device, dtype: torch.dtype, *, prefer: str | None = None
-) -> Callable[..., Tensor]:
+) -> Callable[..., Any]:
     """Return the function that runs ``op`` on ``device`` in ``dtype``.
 
     Args:

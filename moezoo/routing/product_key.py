@@ -4,7 +4,7 @@ A key of slot ``i n + j`` is the concatenation of half-keys ``K1_i`` and ``K2_j`
 ``q1·K1_i + q2·K2_j`` for the halves ``q1, q2`` of a query (arXiv:1907.05242, section 3.2). The k
 best sums lie among the k best of each half: were ``i`` not among the first half's best, k other
 rows would score at least as high beside the same ``j``. Rounding keeps that order, so this holds
-in floating point too.
+in floating point too, where of equal sums the one with the better first half comes first.
 
 Shapes: T tokens, D d_model, H heads, C d_key, n half-keys per codebook, K choices per head.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.routing.losses import world_size
+from moezoo_kernels import product_key_top_k
 
 KeyInit = Literal["lample", "berges"]
 QueryNorm = Literal["batch", "layer", "qk", "none"]
@@ -90,15 +91,12 @@ class ProductKeys(nn.Module):
         """Find the K best of the n² slots for every query.
 
         Returns:
-            Scores ``(T, H, K)``, best first, and slots ``i n + j``, ``(T, H, K)`` int64.
+            Scores ``(T, H, K)``, best first, and slots ``i n + j``, ``(T, H, K)`` int64; for what
+            comes first of equal scores see :func:`moezoo_kernels.product_key_top_k`.
         """
         with torch.autocast(queries_THC.device.type, enabled=False):
             halves_2THn = self._half_scores(*self._promote(queries_THC))
-            best_2THK, rows_2THK = halves_2THn.topk(self.top_k, dim=-1)
-            sums_THKK = best_2THK[0].unsqueeze(-1) + best_2THK[1].unsqueeze(-2)
-            slots_THKK = rows_2THK[0].unsqueeze(-1) * self.num_keys + rows_2THK[1].unsqueeze(-2)
-            scores_THK, chosen_THK = sums_THKK.flatten(-2).topk(self.top_k, dim=-1)
-            return scores_THK, slots_THKK.flatten(-2).gather(-1, chosen_THK)
+            return product_key_top_k(halves_2THn, self.top_k)
 
     def reference(self, queries_THC: Tensor) -> tuple[Tensor, Tensor]:
         """Compare every query with every one of the n² whole keys."""
@@ -129,9 +127,10 @@ class ProductKeys(nn.Module):
         if self.share_keys:  # one product over the tokens of all heads
             stacked = halves_TH2C.permute(2, 0, 1, 3).flatten(1, 2)
             return torch.bmm(stacked, keys_H2nC[0].mT).unflatten(1, (tokens, heads))
-        stacked = halves_TH2C.permute(2, 1, 0, 3).flatten(0, 1)
-        codebooks = keys_H2nC.transpose(0, 1).flatten(0, 1)
-        return torch.bmm(stacked, codebooks.mT).unflatten(0, (2, heads)).transpose(1, 2)
+        # In the order of the codebooks in memory, so that neither operand is copied.
+        stacked = halves_TH2C.permute(1, 2, 0, 3).flatten(0, 1)
+        halves_H2Tn = torch.bmm(stacked, keys_H2nC.flatten(0, 1).mT).unflatten(0, (heads, 2))
+        return halves_H2Tn.permute(1, 2, 0, 3)
 
 
 class QueryNetwork(nn.Module):
