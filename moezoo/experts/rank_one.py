@@ -11,62 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moezoo.errors import InputError, check_choice, check_int
-from moezoo.experts import rank_one_op
+from moezoo.errors import check_choice, check_int
 from moezoo.init import output_std
+from moezoo_kernels import rank_one_experts
 from moezoo_kernels.activations import ACTIVATIONS, activate
-
-
-def rank_one_experts(
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    *,
-    activation: str = "gelu",
-    gate: Tensor | None = None,
-    sparse: bool = False,
-) -> Tensor:
-    """Sum, over each token's experts, their weighted answers.
-
-    For token t, slot j and expert ``i = indices[t, j] >= 0``::
-
-        y[t] += weights[t, j] * act(u[i] @ x[t]) * v[i]
-
-    or with ``act(gate[i] @ x[t]) * (u[i] @ x[t])`` for ``act(u[i] @ x[t])``. A slot of -1 adds
-    nothing, and its weight gets gradient zero. The same expert may stand in several slots of a
-    token; its answers add up. Nothing of size ``(T, J, D)`` is saved or ever exists: rows are
-    gathered for a chunk of tokens at a time. Same inputs give bit-identical gradients.
-
-    Products run in the dtype of the tables, whatever autocast says: only the rows that are read
-    could be cast, which costs more than it saves. Autocast decides the dtype of the output.
-
-    Args:
-        x: ``(T, D)`` tokens.
-        u: ``(N, D)``.
-        v: ``(N, D)``, of ``u``'s dtype.
-        indices: ``(T, J)`` int64 expert numbers; -1 for no expert.
-        weights: ``(T, J)``, fp32, or fp64 for fp64 tables.
-        activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
-        gate: ``(N, D)``, of ``u``'s dtype, for gated linear units.
-        sparse: give the tables' gradients as sparse tensors of the rows that were read
-            (for torch.optim.SparseAdam or SGD); not under torch.compile.
-
-    Returns:
-        ``(T, D)``, in the dtype of ``x`` (or of autocast).
-
-    Raises:
-        InputError: sparse gradients under torch.compile.
-    """
-    if sparse and torch.compiler.is_compiling():
-        raise InputError("sparse: torch.compile has no sparse gradients; set it to false")
-    arguments = (indices, weights, activation, sparse)
-    output = rank_one_op.forward(x, u, v, gate, *arguments)[0]
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        output = output.to(torch.get_autocast_dtype(device))
-    return output
 
 
 class RankOneExperts(nn.Module):

@@ -134,6 +134,100 @@ def assert_close():
     return _assert_close
 
 
+@dataclass
+class RankOneProblem:
+    """Operands of one call of rank_one_experts, and a gradient to send back."""
+
+    x: Tensor
+    u: Tensor
+    v: Tensor
+    gate: Tensor | None
+    indices: Tensor
+    weights: Tensor
+    grad: Tensor
+    activation: str
+
+    def to(self, dtype: torch.dtype) -> RankOneProblem:
+        """Convert every floating tensor; the weights stay at least fp32."""
+        names = ("x", "u", "v", "gate", "grad")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {name: None if t is None else t.detach().to(dtype) for name, t in tensors.items()}
+        weights = self.weights.detach().to(torch.promote_types(dtype, torch.float32))
+        return replace(self, **moved, weights=weights)
+
+    def run(self, function: Callable[..., Tensor], **options: object) -> Tensor:
+        operands = (self.x, self.u, self.v, self.indices, self.weights)
+        return function(*operands, activation=self.activation, gate=self.gate, **options)
+
+    def outputs(self, function: Callable[..., Tensor], **options: object) -> dict[str, Tensor]:
+        """Give the output and all gradients."""
+        names = ["x", "u", "v", "weights"] + ([] if self.gate is None else ["gate"])
+        for name in names:
+            getattr(self, name).requires_grad_()
+        output = self.run(function, **options)
+        operands = [getattr(self, name) for name in names]
+        gradients = torch.autograd.grad(output, operands, self.grad.to(output.dtype))
+        return {"y": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def _make_rank_one(
+    tokens: int = 63,
+    width: int = 29,
+    experts: int = 41,
+    choices: int = 6,
+    *,
+    routing: str = "some_none",
+    activation: str = "gelu",
+    gated: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> RankOneProblem:
+    """Few rows, so that a token often has one twice; the upper half of them unused."""
+    torch.manual_seed(seed)
+    indices = torch.randint(-1, max(1, experts // 2), (tokens, choices))
+    if routing == "all_none":
+        indices.fill_(-1)
+    if routing == "one_expert":
+        indices.fill_(experts - 1)
+    if routing == "repeated":
+        indices.clamp_(min=0)
+
+    def table() -> Tensor:
+        return torch.randn(experts, width, dtype=torch.float64) * width**-0.5
+
+    problem = RankOneProblem(
+        x=torch.randn(tokens, width, dtype=torch.float64),
+        u=table(),
+        v=table(),
+        gate=table() if gated else None,
+        indices=indices,
+        weights=torch.rand(tokens, choices, dtype=torch.float64) + 0.1,
+        grad=torch.randn(tokens, width, dtype=torch.float64),
+        activation=activation,
+    )
+    return problem.to(dtype)
+
+
+def _assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    """Compare tensor by tensor, relative to the norm of what is expected."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        found = actual[name].to_dense()
+        assert found.shape == value.shape, name
+        error = (found.double() - value.to_dense().double()).norm()
+        assert error <= bound * value.to_dense().double().norm(), f"{name} is off by {error:.2e}"
+
+
+@pytest.fixture
+def make_rank_one():
+    return _make_rank_one
+
+
+@pytest.fixture
+def assert_near():
+    return _assert_near
+
+
 @pytest.fixture(params=["cpu", "grouped_mm"])
 def fused_backend(request):
     with moezoo_kernels.use(request.param):
