@@ -10,5 +10,13 @@ from moezoo_kernels.backends import use
 from moezoo_kernels.grouped_mlp import grouped_mlp
 from moezoo_kernels.product_key_top_k import product_key_top_k
 from moezoo_kernels.rank_one_experts import rank_one_experts
+from moezoo_kernels.weighted_bag import weighted_bag
 
-__all__ = ["backends", "grouped_mlp", "product_key_top_k", "rank_one_experts", "use"]
+__all__ = [
+    "backends",
+    "grouped_mlp",
+    "product_key_top_k",
+    "rank_one_experts",
+    "use",
+    "weighted_bag",
+]

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moezoo_kernels import native
+
 
 class Assignments(NamedTuple):
     """The assignments sorted by table row, those of no row (index -1) last.
@@ -34,16 +36,30 @@ class Assignments(NamedTuple):
 
 def sort_by_row(indices: Tensor, num_rows: int, only_used: bool) -> Assignments:
     """Sort assignments by row, stably; ``only_used`` leaves out rows that nobody reads."""
+    order, starts = _sort(indices, num_rows)
+    if not only_used:
+        return Assignments(order, starts, None)
+    rows = torch.diff(starts).nonzero().squeeze(-1)
+    return Assignments(order, torch.cat([starts[rows], starts[-1:]]), rows)
+
+
+@torch.library.custom_op("moezoo::sort_by_row", mutates_args=())
+def _sort(indices: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Give the order (T * J,) of the assignments, and where each row's run begins, (N + 1,)."""
     flat = indices.reshape(-1)
+    if native.unusable(indices.device, torch.float32) is None:
+        dealt, order = torch.empty_like(flat), torch.empty_like(flat)
+        starts = flat.new_empty(num_rows + 1)
+        native.call("moezoo_sort_by_row", flat, flat.numel(), num_rows, dealt, order, starts)
+        return order, starts
     ordered, order = torch.where(flat < 0, num_rows, flat).sort(stable=True)
-    rows = None
-    if only_used:
-        rows = torch.unique_consecutive(ordered)
-        rows = rows[rows < num_rows]
-        wanted = torch.cat([rows, rows.new_full((1,), num_rows)])
-    else:
-        wanted = torch.arange(num_rows + 1, device=flat.device)
-    return Assignments(order, torch.searchsorted(ordered, wanted), rows)
+    wanted = torch.arange(num_rows + 1, device=flat.device)
+    return order, torch.searchsorted(ordered, wanted)
+
+
+@_sort.register_fake
+def _(indices: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    return indices.new_empty(indices.numel()), indices.new_empty(num_rows + 1)
 
 
 @torch.library.custom_op("moezoo::sum_rows", mutates_args=())
@@ -59,7 +75,23 @@ def sum_rows(
         starts: ``(R + 1,)``, from :func:`sort_by_row`; what follows the last is left out.
         dtype: of the result, accumulated in fp32 where that is shorter.
     """
-    rows = starts.numel() - 1
+    rows, width = starts.numel() - 1, source.shape[1]
+    if _is_native(source, coefficients, dtype):
+        sums = source.new_empty(rows, width, dtype=dtype)
+        native.call(
+            "moezoo_sum_rows",
+            source.contiguous(),
+            native.dtype_code(source.dtype),
+            coefficients.contiguous(),
+            coefficients.shape[1],
+            order.contiguous(),
+            starts.contiguous(),
+            rows,
+            width,
+            sums,
+            native.dtype_code(dtype),
+        )
+        return sums
     if order.numel() == 0:
         return source.new_zeros(rows, source.shape[1], dtype=dtype)
     tokens = order // coefficients.shape[1]
@@ -77,6 +109,12 @@ def _(
     return source.new_empty(starts.numel() - 1, source.shape[1], dtype=dtype)
 
 
+def _is_native(source: Tensor, coefficients: Tensor, dtype: torch.dtype) -> bool:
+    kinds = (source.dtype, dtype)
+    usable = all(native.unusable(source.device, kind) is None for kind in kinds)
+    return usable and coefficients.dtype == torch.float32
+
+
 def table_gradient(
     table: Tensor, source: Tensor, coefficients: Tensor, assignments: Assignments
 ) -> Tensor:
@@ -90,8 +128,11 @@ def table_gradient(
     """
     order, starts, rows = assignments
     values = sum_rows(source, coefficients, order, starts, table.dtype)
-    if rows is None:
-        return values
+    return values if rows is None else sparse_rows(rows, values, table)
+
+
+def sparse_rows(rows: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    """Make a coalesced sparse gradient ``(N, D)`` of ``values`` (R, D) at ascending ``rows``."""
     return torch.sparse_coo_tensor(
         rows.unsqueeze(0), values, table.shape, is_coalesced=True, check_invariants=False
     )

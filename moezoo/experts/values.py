@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from moezoo.errors import InputError, check_int
+from moezoo_kernels import weighted_bag
 
 
 class ValueTable(nn.Module):
@@ -49,12 +47,9 @@ class ValueTable(nn.Module):
         Padding gets zeros and gives no gradient; where the gradient is sparse, it leaves no rows
         in it either, since an optimizer's momentum would move those.
         """
-        if mask_T is None:
-            return self._bag(indices_TK, weights_TK)
-        if self.sparse:
-            bags = self._bag(indices_TK[mask_T], weights_TK[mask_T])
-            return bags.new_zeros(len(mask_T), self.v_dim).index_put((mask_T,), bags)
-        return self._bag(indices_TK, weights_TK.masked_fill(~mask_T.unsqueeze(-1), 0.0))
+        if mask_T is not None:
+            indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
+        return weighted_bag(self.weight, indices_TK, weights_TK, sparse=self.sparse)
 
     def reference(self, indices_TK: Tensor, weights_TK: Tensor, mask_T: Tensor | None) -> Tensor:
         """Multiply a dense ``(T, N)`` matrix of weights with the whole table."""
@@ -71,16 +66,6 @@ class ValueTable(nn.Module):
     def extra_repr(self) -> str:
         """Show the size."""
         return f"num_slots={self.num_slots}, v_dim={self.v_dim}, sparse={self.sparse}"
-
-    def _bag(self, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        weights_TK = weights_TK.to(self.weight.dtype)
-        return F.embedding_bag(
-            indices_TK,
-            self.weight,
-            mode="sum",
-            per_sample_weights=weights_TK,
-            sparse=self.sparse,
-        )
 
 
 _POOLS: ContextVar[dict[str, ValueTable] | None] = ContextVar("moezoo_value_pools", default=None)
@@ -130,24 +115,3 @@ def value_table(
                 f"({getattr(table, name)} and {wanted}); make them equal or name another pool"
             )
     return table, False
-
-
-def _bag_flops(
-    weight: Any,
-    indices: Any,
-    offsets: Any,
-    scale_grad_by_freq: bool = False,
-    mode: int = 0,
-    sparse: bool = False,
-    per_sample_weights: Any = None,
-    *_: Any,
-    **__: Any,
-) -> int:
-    """Count a multiply-add per weighted number; an unweighted bag multiplies nothing."""
-    return 0 if per_sample_weights is None else 2 * indices.numel() * weight.shape[1]
-
-
-# torch counts no FLOPs for weighted bags of its own.
-for _op in (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only):
-    if _op not in flop_registry:
-        register_flop_formula(_op, get_raw=True)(_bag_flops)

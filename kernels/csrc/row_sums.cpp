@@ -1,0 +1,140 @@
+#include "row_sums.h"
+
+namespace moezoo {
+namespace {
+
+// A stable sort by row in two linear passes. The first deals the assignments to at most 1024
+// buckets of consecutive rows, each thread a stretch of them; the second sorts each bucket by
+// counting, with counters that stay in cache. Nothing of size N times threads exists.
+class RowSort {
+ public:
+  RowSort(const int64_t* indices, int64_t count, int64_t num_rows, int64_t* dealt, int64_t* order,
+          int64_t* starts, int32_t threads)
+      : indices_(indices),
+        count_(count),
+        num_rows_(num_rows),
+        dealt_(dealt),
+        order_(order),
+        starts_(starts),
+        threads_(threads) {
+    while ((num_rows_ >> shift_) >= kBuckets) ++shift_;
+    buckets_ = (num_rows_ >> shift_) + 1;  // the number N stands for no row, and sorts last
+    stretches_ = std::max<int64_t>(1, std::min<int64_t>(threads, count / 4096));
+    places_.resize(stretches_ * buckets_);
+    begins_.resize(buckets_ + 1);
+  }
+
+  void run() {
+    count_buckets();
+    lay_out_buckets();
+    deal();
+#pragma omp parallel for num_threads(threads_) schedule(dynamic, 1)
+    for (int64_t bucket = 0; bucket < buckets_; ++bucket) sort_bucket(bucket);
+  }
+
+ private:
+  static constexpr int64_t kBuckets = 1024;
+
+  // An index of no row counts as N; so would one beyond the table: nothing is written out of bounds.
+  int64_t row(int64_t assignment) const {
+    const uint64_t index = static_cast<uint64_t>(indices_[assignment]);
+    return index < static_cast<uint64_t>(num_rows_) ? static_cast<int64_t>(index) : num_rows_;
+  }
+
+  // Calls body(places, assignment) on each assignment, a stretch of them per thread.
+  template <class Body>
+  void by_stretches(const Body& body) {
+#pragma omp parallel for num_threads(threads_) schedule(static, 1)
+    for (int64_t s = 0; s < stretches_; ++s) {
+      int64_t* places = places_.data() + s * buckets_;
+      const int64_t end = count_ * (s + 1) / stretches_;
+      for (int64_t a = count_ * s / stretches_; a < end; ++a) body(places, a);
+    }
+  }
+
+  void count_buckets() {
+    by_stretches([&](int64_t* places, int64_t a) { ++places[row(a) >> shift_]; });
+  }
+
+  // Turns counts into where each stretch puts its first assignment of each bucket.
+  void lay_out_buckets() {
+    int64_t place = 0;
+    for (int64_t bucket = 0; bucket < buckets_; ++bucket) {
+      begins_[bucket] = place;
+      for (int64_t s = 0; s < stretches_; ++s) {
+        int64_t& mine = places_[s * buckets_ + bucket];
+        const int64_t counted = mine;
+        mine = place;
+        place += counted;
+      }
+    }
+    begins_[buckets_] = place;
+  }
+
+  void deal() {
+    by_stretches([&](int64_t* places, int64_t a) { dealt_[places[row(a) >> shift_]++] = a; });
+  }
+
+  // starts[r] first counts row r, then says where its run begins.
+  void sort_bucket(int64_t bucket) {
+    const int64_t begin = begins_[bucket], end = begins_[bucket + 1];
+    const int64_t first = bucket << shift_;
+    const int64_t last = std::min((bucket + 1) << shift_, num_rows_ + 1);
+    std::vector<int64_t> next(last - first, 0);
+    for (int64_t p = begin; p < end; ++p) ++next[row(dealt_[p]) - first];
+    int64_t place = begin;
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t counted = next[r - first];
+      starts_[r] = next[r - first] = place;
+      place += counted;
+    }
+    for (int64_t p = begin; p < end; ++p) order_[next[row(dealt_[p]) - first]++] = dealt_[p];
+  }
+
+  const int64_t* indices_;
+  int64_t count_, num_rows_;
+  int64_t *dealt_, *order_, *starts_;
+  int32_t threads_;
+  int shift_ = 0;
+  int64_t buckets_, stretches_;
+  std::vector<int64_t> places_, begins_;
+};
+
+template <class T, class Sum>
+void sum_rows(const SortedAssignments& sorted, const T* source, const float* weights,
+              int64_t choices, int64_t width, Sum* sums, int32_t threads) {
+  sum_each_row(
+      sorted, source, weights, choices, width, threads,
+      [&](int64_t r, const float* sum, int64_t, int64_t) {
+        convert_row(sum, sums + r * width, width);
+      },
+      [&](int64_t r) { std::memset(sums + r * width, 0, width * sizeof *sums); });
+}
+
+}  // namespace
+}  // namespace moezoo
+
+using namespace moezoo;
+
+// Sorts T J assignments by row, stably: order (T J,), starts (N + 1,) where each row's run begins;
+// the last is that of the assignments of no row (a negative index). dealt (T J,) is scratch.
+MOEZOO_API void moezoo_sort_by_row(const int64_t* indices, int64_t count, int64_t num_rows,
+                                   int64_t* dealt, int64_t* order, int64_t* starts,
+                                   int32_t threads) {
+  RowSort(indices, count, num_rows, dealt, order, starts, threads).run();
+}
+
+// sums (R, D) = Σ weights[t, j] source[t] over each row's run of assignments (t, j), added up in
+// fp32 in the order of the run.
+MOEZOO_API void moezoo_sum_rows(const void* source, int64_t source_dtype, const float* weights,
+                                int64_t choices, const int64_t* order, const int64_t* starts,
+                                int64_t num_rows, int64_t width, void* sums, int64_t sums_dtype,
+                                int32_t threads) {
+  const SortedAssignments sorted{order, starts, nullptr, num_rows};
+  with_type(source_dtype, [&](auto from) {
+    with_type(sums_dtype, [&](auto to) {
+      sum_rows(sorted, static_cast<const decltype(from)*>(source), weights, choices, width,
+               static_cast<decltype(to)*>(sums), threads);
+    });
+  });
+}
