@@ -35,7 +35,7 @@ class RowSort {
  private:
   static constexpr int64_t kBuckets = 1024;
 
-  // An index of no row counts as N; so would one beyond the table: nothing is written out of bounds.
+  // An index of no row counts as N; so would one beyond the table: no write is out of bounds.
   int64_t row(int64_t assignment) const {
     const uint64_t index = static_cast<uint64_t>(indices_[assignment]);
     return index < static_cast<uint64_t>(num_rows_) ? static_cast<int64_t>(index) : num_rows_;

@@ -28,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": _relu2,
 }
 
+# By which number csrc/activations.h knows each.
+ACTIVATION_CODES = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu2": 4}
+
 _BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, x: _aten.threshold_backward(grad, x, 0),
     "gelu": lambda grad, x: _aten.gelu_backward(grad, x, approximate="none"),

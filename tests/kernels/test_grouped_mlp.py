@@ -111,7 +111,7 @@ def test_no_tokens(any_backend, make_problem, dtype):
 def test_the_sort_of_accelerators_gives_the_same(
     fused_backend, poison_empty, make_problem, assert_close, monkeypatch, routing, bound
 ):
-    monkeypatch.setattr(assignments, "_sort_active", assignments._sort_all)
+    monkeypatch.setattr(assignments, "_sort_on_cpu", assignments._sort_on_device)
     problem = make_problem(width=64, hidden=32, routing=routing).to(torch.float32)
     bound = int(problem.indices.ge(0).sum()) if bound else None
     expected = problem.to(torch.float64).outputs(reference)
@@ -130,7 +130,7 @@ def test_the_sort_of_accelerators_gives_the_same(
 def test_the_sort_of_accelerators_asserts(indices, rows, message):
     flat = torch.tensor(indices).reshape(-1)
     with pytest.raises(RuntimeError, match=message):
-        assignments._sort_all(flat, 5, rows)
+        assignments._sort_on_device(flat, 5, rows)
 
 
 def test_unused_experts_and_slots_get_zero_gradients(any_backend, poison_empty, make_problem):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moezoo_kernels import backends
 from moezoo_kernels.activations import ACTIVATIONS
-from moezoo_kernels.grouped_mlp import op, reference
+from moezoo_kernels.grouped_mlp import cpu, op, reference
 
 # On a CPU, below this many rows per expert, a loop over experts costs more than fresh buffers do.
 _FEW_ROWS_PER_EXPERT = 64
@@ -69,8 +69,7 @@ def grouped_mlp(
     bias_in = None if bias_in is None else _autocast(bias_in)
     bias_out = None if bias_out is None else _autocast(bias_out)
     _check(x, w_in, w_out, indices, weights, activation, gated, bias_in, bias_out)
-    few = _rows(indices, max_assignments) < _FEW_ROWS_PER_EXPERT * w_in.shape[0]
-    prefer = "grouped_mm" if few else None
+    prefer = _preferred(indices, w_in.shape[0], x.dtype, max_assignments)
     run = backends.choose("grouped_mlp", x.device, x.dtype, prefer=prefer)
     return run(
         x,
@@ -105,6 +104,16 @@ def _fused(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     arguments = (bias_in, bias_out, activation, gated, rows, keep, backend)
     return op.forward(x, w_in, w_out, indices, weights, *arguments)[0]
+
+
+def _preferred(
+    indices: Tensor, num_experts: int, dtype: torch.dtype, max_assignments: int | None
+) -> str | None:
+    """Name the backend that the size of a batch speaks for."""
+    if not torch.is_grad_enabled() and cpu.is_few(indices.numel(), num_experts, dtype):
+        return "cpu"
+    few = _rows(indices, max_assignments) < _FEW_ROWS_PER_EXPERT * num_experts
+    return "grouped_mm" if few else None
 
 
 def _rows(indices: Tensor, max_assignments: int | None) -> int:

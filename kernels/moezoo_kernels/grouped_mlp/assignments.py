@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moezoo_kernels.row_sums import sort_by_row
+
 
 @dataclass(frozen=True)
 class Assignments:
@@ -47,34 +49,36 @@ def sort_by_expert(indices: Tensor, num_experts: int, rows: int) -> Assignments:
         ValueError: an index is not in -1 … E-1, or more than ``rows`` are not -1. On an
             accelerator, where looking would mean waiting, the device asserts it instead.
     """
-    flat = indices.reshape(-1)
-    if indices.device.type == "cpu":
-        order, keys = _sort_active(flat, num_experts, rows)
-    else:
-        order, keys = _sort_all(flat, num_experts, rows)
-    experts = torch.arange(num_experts, device=flat.device)
-    ends = torch.searchsorted(keys, experts, right=True)
+    sort = _sort_on_cpu if indices.device.type == "cpu" else _sort_on_device
+    order, ends = sort(indices.reshape(-1), num_experts, rows)
     return Assignments(order, ends, indices.shape[1])
 
 
-def _sort_active(flat: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Drop the -1 first: a sort of N, not of T K, and the values can be looked at for free."""
-    slots = flat.ge(0).nonzero().squeeze(-1)
-    active = flat[slots]
-    if flat.numel() and (int(flat.min()) < -1 or int(flat.max()) >= num_experts):
-        wrong = int(flat.min()) if int(flat.min()) < -1 else int(flat.max())
+def check(indices: Tensor, num_experts: int, rows: int) -> None:
+    """Look at indices on a CPU, where that is free.
+
+    Raises:
+        ValueError: one is not in -1 … E-1, or more than ``rows`` are not -1.
+    """
+    if indices.numel() == 0:
+        return
+    least, most = (int(bound) for bound in indices.aminmax())
+    if least < -1 or most >= num_experts:
+        wrong = least if least < -1 else most
         raise ValueError(f"indices: {wrong} is not an expert; give -1 (none) … {num_experts - 1}")
-    if active.numel() > rows:
+    if rows < indices.numel() and rows < (active := int(indices.ge(0).sum())):
         raise ValueError(
-            f"max_assignments: {rows} is less than the {active.numel()} indices that are not -1"
+            f"max_assignments: {rows} is less than the {active} indices that are not -1"
         )
-    keys, permutation = torch.sort(active, stable=True)
-    order = flat.new_zeros(rows)
-    order[: active.numel()] = slots[permutation]
-    return order, keys
 
 
-def _sort_all(flat: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+def _sort_on_cpu(flat: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    check(flat, num_experts, rows)
+    order, starts, _ = sort_by_row(flat, num_experts, only_used=False)
+    return order[:rows].clone(), starts[1:].clone()
+
+
+def _sort_on_device(flat: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
     """Sort all slots with the -1 last, so that no shape depends on a value."""
     if flat.numel():
         in_range = (flat.min() >= -1) & (flat.max() < num_experts)
@@ -82,4 +86,5 @@ def _sort_all(flat: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor
         enough = flat.ge(0).sum() <= rows
         torch._assert_async(enough, "max_assignments: less than the indices that are not -1")
     keys, order = torch.sort(torch.where(flat < 0, num_experts, flat), stable=True)
-    return order[:rows].clone(), keys
+    experts = torch.arange(num_experts, device=flat.device)
+    return order[:rows].clone(), torch.searchsorted(keys, experts, right=True)

@@ -14,10 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo_kernels.activations import activate, activate_backward
+from moezoo_kernels import native
+from moezoo_kernels.activations import ACTIVATION_CODES
 from moezoo_kernels.grouped_matmul import groups
-from moezoo_kernels.grouped_mlp.assignments import Assignments
-from moezoo_kernels.grouped_mlp.operands import Experts, Gradients, Needs, accumulation_dtype
+from moezoo_kernels.grouped_mlp.assignments import Assignments, check
+from moezoo_kernels.grouped_mlp.operands import Experts, Gradients, Needs
+from moezoo_kernels.grouped_mlp.rowwise import RowPasses
+
+# At most so many slots, in all and per expert, are multiplied one by one. A product of matrices
+# catches up as slots share an expert; in bf16 sooner, where processors have instructions for it.
+_FEW_SLOTS = 256
+_FEW_PER_EXPERT = {torch.float32: 4, torch.bfloat16: 2}
 
 
 def forward(
@@ -29,10 +36,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Give the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
     w_in, w_out, bias_in, bias_out, activation, gated = experts
-    accumulation = accumulation_dtype(x.dtype)
-    output = torch.zeros(x.shape, dtype=accumulation)
+    passes = RowPasses(x.dtype, activation, gated)
+    output = torch.zeros(x.shape, dtype=passes.accumulation)
     inner = x.new_empty(assignments.order.numel() if keep else 0, w_in.shape[1])
-    tokens, row_weights = assignments.tokens, weights.reshape(-1)[assignments.order]
+    tokens = assignments.tokens
+    row_weights = weights.reshape(-1)[assignments.order].to(passes.accumulation)
     for e, start, end in groups(assignments.ends):
         tokens_n = tokens[start:end]
         x_nD = x.index_select(0, tokens_n)
@@ -42,10 +50,41 @@ def forward(
             inner_nI = _linear(x_nD, w_in[e], bias_I, out=inner[start:end])
         else:
             inner_nI = F.linear(x_nD, w_in[e], bias_I)
-        answer_nD = F.linear(activate(inner_nI, activation, gated), w_out[e], bias_D)
-        weighted_nD = answer_nD * row_weights[start:end, None]
-        output.index_add_(0, tokens_n, weighted_nD.to(accumulation))
+        answer_nD = F.linear(passes.activate(inner_nI), w_out[e], bias_D)
+        passes.combine(output, tokens_n, answer_nD, row_weights[start:end])
     return output.to(x.dtype), inner
+
+
+def is_few(slots: int, num_experts: int, dtype: torch.dtype) -> bool:
+    """Whether so many slots are better multiplied one by one: no batch, and few per expert."""
+    return slots <= min(_FEW_SLOTS, _FEW_PER_EXPERT.get(dtype, 0) * num_experts)
+
+
+def few(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """Give the output (T, D) of a handful of tokens: no sort, no copy, no product of matrices."""
+    w_in, w_out, bias_in, bias_out, activation, gated = experts
+    num_experts, width, hidden_width = w_out.shape
+    check(indices, num_experts, rows)
+    inner = torch.empty(indices.numel(), w_in.shape[1])
+    hidden = torch.empty(indices.numel(), hidden_width)
+    output = torch.empty(x.shape)
+    operands = (x, w_in, w_out, bias_in, bias_out)
+    native.call(
+        "moezoo_grouped_mlp_few",
+        *(None if t is None else t.contiguous() for t in operands),
+        native.dtype_code(x.dtype),
+        indices.contiguous(),
+        weights.float().contiguous(),
+        *indices.shape,
+        width,
+        hidden_width,
+        ACTIVATION_CODES[activation],
+        gated,
+        inner,
+        hidden,
+        output,
+    )
+    return output.to(x.dtype)
 
 
 def backward(
@@ -59,7 +98,8 @@ def backward(
 ) -> Gradients:
     """Give the gradients, recomputing the activation from the pre-activations ``inner``."""
     w_in, w_out, bias_in, bias_out, activation, gated = experts
-    accumulation = accumulation_dtype(x.dtype)
+    passes = RowPasses(x.dtype, activation, gated)
+    accumulation = passes.accumulation
     grad_x = torch.zeros(x.shape, dtype=accumulation) if needs.x else None
     counts = torch.diff(assignments.ends, prepend=torch.tensor([0]))
     unused = (counts == 0).nonzero().squeeze(-1)
@@ -67,32 +107,33 @@ def backward(
     grad_w_out = _gradient(w_out, needs.w_out, unused)
     grad_bias_in = _gradient(bias_in, needs.bias_in, unused)
     grad_bias_out = _gradient(bias_out, needs.bias_out, unused)
-    grad_weights = torch.zeros_like(weights.reshape(-1)) if needs.weights else None
-
-    tokens, row_weights = assignments.tokens, weights.reshape(-1)[assignments.order]
+    tokens = assignments.tokens
+    row_weights = weights.reshape(-1)[assignments.order].to(accumulation)
+    grad_N = row_weights.new_empty(row_weights.shape)
     for e, start, end in groups(assignments.ends):
-        tokens_n, weights_n1 = tokens[start:end], row_weights[start:end, None]
+        tokens_n, weights_n = tokens[start:end], row_weights[start:end]
         grad_nD = grad.index_select(0, tokens_n)
-        unweighted_nF = grad_nD @ w_out[e]
-        grad_hidden_nF = (unweighted_nF * weights_n1).to(x.dtype)
-        hidden_nF, grad_inner_nI = activate_backward(
-            grad_hidden_nF, inner[start:end], activation, gated
+        hidden_nF, grad_inner_nI, grad_n = passes.backward(
+            grad_nD @ w_out[e], inner[start:end], weights_n
         )
-        if grad_weights is not None:
-            grad_n = (unweighted_nF.to(accumulation) * hidden_nF).sum(-1)
-            if bias_out is not None:
-                grad_n += (grad_nD.to(accumulation) * bias_out[e]).sum(-1)
-            grad_weights[assignments.order[start:end]] = grad_n.to(weights.dtype)
+        if bias_out is not None and needs.weights:
+            grad_n += (grad_nD.to(accumulation) * bias_out[e]).sum(-1)
+        grad_N[start:end] = grad_n
         if grad_w_out is not None:
-            torch.mm(grad_nD.t(), hidden_nF.mul_(weights_n1), out=grad_w_out[e])
+            torch.mm(grad_nD.t(), hidden_nF, out=grad_w_out[e])
         if grad_bias_out is not None:
-            grad_bias_out[e] = (grad_nD * weights_n1).sum(0, dtype=accumulation)
+            grad_bias_out[e] = (grad_nD * weights_n[:, None]).sum(0, dtype=accumulation)
         if grad_w_in is not None:
             torch.mm(grad_inner_nI.t(), x.index_select(0, tokens_n), out=grad_w_in[e])
         if grad_bias_in is not None:
             grad_bias_in[e] = grad_inner_nI.sum(0, dtype=accumulation)
         if grad_x is not None:
-            grad_x.index_add_(0, tokens_n, (grad_inner_nI @ w_in[e]).to(accumulation))
+            passes.combine(grad_x, tokens_n, grad_inner_nI @ w_in[e], None)
+    grad_weights = None
+    if needs.weights:
+        used = int(assignments.ends[-1]) if assignments.ends.numel() else 0
+        grad_weights = weights.new_zeros(weights.numel())
+        grad_weights[assignments.order[:used]] = grad_N[:used].to(weights.dtype)
     return Gradients(
         None if grad_x is None else grad_x.to(x.dtype),
         grad_w_in,

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moezoo_kernels import native
 from moezoo_kernels.grouped_mlp import cpu, grouped_mm
 from moezoo_kernels.grouped_mlp.assignments import Assignments, sort_by_expert
 from moezoo_kernels.grouped_mlp.operands import Experts, Needs
@@ -44,13 +45,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Give the output (T, D), pre-activations (N, I), row order (N,) and group ends (E,).
 
-    Without ``keep`` no backward can follow, and the pre-activations are empty.
+    Without ``keep`` no backward can follow, and all but the output are empty.
     """
     experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
-    assignments = sort_by_expert(indices, w_in.shape[0], rows)
     with torch.autocast(x.device.type, enabled=False):
-        output, inner = _IMPLEMENTATIONS[backend].forward(x, experts, weights, assignments, keep)
-    return output, inner, assignments.order, assignments.ends
+        few = cpu.is_few(indices.numel(), w_in.shape[0], x.dtype) and not keep
+        if few and backend == "cpu" and native.unusable(x.device, x.dtype) is None:
+            output = cpu.few(x, experts, indices, weights, rows)
+        else:
+            assignments = sort_by_expert(indices, w_in.shape[0], rows)
+            run = _IMPLEMENTATIONS[backend].forward
+            output, inner = run(x, experts, weights, assignments, keep)
+    if keep:
+        return output, inner, assignments.order, assignments.ends
+    return output, x.new_empty(0, w_in.shape[1]), indices.new_empty(0), indices.new_empty(0)
 
 
 @forward.register_fake
@@ -70,7 +78,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_experts, inner_width, _ = w_in.shape
     inner = x.new_empty(rows if keep else 0, inner_width)
-    order, ends = indices.new_empty(rows), indices.new_empty(num_experts)
+    order = indices.new_empty(rows if keep else 0)
+    ends = indices.new_empty(num_experts if keep else 0)
     return x.new_empty(x.shape), inner, order, ends
 
 

@@ -1,0 +1,118 @@
+// What stands between the matrix products of an expert: activation, combine, and their gradients.
+//
+// Shapes: T tokens, K choices, D width, F hidden width, I = 2 F if gated else F, n rows of one
+// expert, each a (token, choice) pair.
+
+#include "grouped_mlp.h"
+
+namespace moezoo {
+namespace {
+
+// Numbers that are worth a thread.
+constexpr int64_t kGrain = 1 << 14;
+
+template <class Body>
+inline void by_rows(int64_t rows, int64_t width, int32_t threads, const Body& body) {
+  parallel_ranges(rows, kGrain / std::max<int64_t>(1, width) + 1, threads,
+                  [&](int64_t first, int64_t last) {
+                    for (int64_t i = first; i < last; ++i) body(i);
+                  });
+}
+
+// With h = act(gate) up and g = dh, the gradient of the row's hidden activations before its router
+// weight w: writes w h to `hidden` and the gradient of w h in `inner` to `grad_inner`, and returns
+// <g, h>, the gradient of w.
+template <class A, class T>
+float activate_row_backward(A activation, bool gated, const T* grad, const T* inner, float weight,
+                            int64_t hidden_width, T* hidden, T* grad_inner) {
+  Floats total{};
+  by_registers(hidden_width, [&](int64_t c, auto lanes) {
+    const Floats g = load(grad + c, lanes), weighted = weight * g;
+    const Activated gate = activate(activation(), load(inner + c, lanes));
+    Floats h = gate.value, grad_gate = weighted * gate.slope;
+    if (gated) {
+      const Floats up = load(inner + hidden_width + c, lanes);
+      h *= up;
+      grad_gate *= up;
+      store(grad_inner + hidden_width + c, weighted * gate.value, lanes);
+    }
+    store(grad_inner + c, grad_gate, lanes);
+    store(hidden + c, weight * h, lanes);
+    total += g * h;
+  });
+  return sum(total);
+}
+
+// Rows of one token stand together, as they are sorted by slot; cuts between threads fall where the
+// token changes, so that no two threads add to the same one.
+template <class T>
+void combine(const T* rows, const int64_t* tokens, const float* weights, int64_t n, int64_t width,
+             float* output, int32_t threads) {
+  const auto cut = [&](int64_t i) {
+    while (i > 0 && i < n && tokens[i] == tokens[i - 1]) ++i;
+    return i;
+  };
+  const int64_t grain = kGrain / std::max<int64_t>(1, width) + 1;
+  parallel_ranges(n, grain, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = cut(first); i < cut(last); ++i) {
+      float* to = output + tokens[i] * width;
+      const T* row = rows + i * width;
+      const float weight = weights ? weights[i] : 1.0f;
+      by_registers(width, [&](int64_t c, auto lanes) {
+        store(to + c, load(to + c, lanes) + weight * load(row + c, lanes), lanes);
+      });
+    }
+  });
+}
+
+}  // namespace
+}  // namespace moezoo
+
+using namespace moezoo;
+
+// hidden (n, F) = act(inner), or act(gate) up for the two halves of inner (n, I) if gated.
+MOEZOO_API void moezoo_grouped_mlp_activate(const void* inner, int64_t dtype, int64_t n,
+                                            int64_t hidden_width, int64_t activation,
+                                            int64_t gated, void* hidden, int32_t threads) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t inner_width = gated ? 2 * hidden_width : hidden_width;
+    with_activation(activation, [&](auto act) {
+      by_rows(n, hidden_width, threads, [&](int64_t i) {
+        activate_row(act, gated != 0, static_cast<const T*>(inner) + i * inner_width, hidden_width,
+                     static_cast<T*>(hidden) + i * hidden_width);
+      });
+    });
+  });
+}
+
+// From grad (n, F), the gradient of the unweighted answers times w_out: the weighted hidden
+// activations hidden (n, F), the gradient grad_inner (n, I), and grad_weights (n,).
+MOEZOO_API void moezoo_grouped_mlp_activate_backward(
+    const void* grad, const void* inner, int64_t dtype, const float* weights, int64_t n,
+    int64_t hidden_width, int64_t activation, int64_t gated, void* hidden, void* grad_inner,
+    float* grad_weights, int32_t threads) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t inner_width = gated ? 2 * hidden_width : hidden_width;
+    with_activation(activation, [&](auto act) {
+      by_rows(n, hidden_width, threads, [&](int64_t i) {
+        grad_weights[i] = activate_row_backward(
+            act, gated != 0, static_cast<const T*>(grad) + i * hidden_width,
+            static_cast<const T*>(inner) + i * inner_width, weights[i], hidden_width,
+            static_cast<T*>(hidden) + i * hidden_width,
+            static_cast<T*>(grad_inner) + i * inner_width);
+      });
+    });
+  });
+}
+
+// output[tokens[i]] += weights[i] rows[i], in the order of i; rows (n, D), output (T, D) in fp32.
+// Equal tokens stand together. Null weights are all one.
+MOEZOO_API void moezoo_grouped_mlp_combine(const void* rows, int64_t dtype, const int64_t* tokens,
+                                           const float* weights, int64_t n, int64_t width,
+                                           float* output, int32_t threads) {
+  with_type(dtype, [&](auto type) {
+    combine(static_cast<const decltype(type)*>(rows), tokens, weights, n, width, output, threads);
+  });
+}

@@ -1,0 +1,91 @@
+"""What stands between an expert's matrix products on a CPU: C++ passes, or plain torch.
+
+Each C++ pass (csrc/grouped_mlp.cpp) reads its operands once and computes in fp32. Plain torch runs
+where there is no library and in fp64 and fp16.
+
+Shapes: T tokens, D width, F hidden width, I = 2 F if gated else F, n rows of one expert.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moezoo_kernels import native
+from moezoo_kernels.activations import ACTIVATION_CODES, activate, activate_backward
+
+
+class HiddenGradients(NamedTuple):
+    """What the backward of an expert's activation gives."""
+
+    weighted: Tensor  # (n, F), the hidden activations times the router weights
+    inner: Tensor  # (n, I), gradient of the pre-activations
+    weights: Tensor  # (n,), gradient of the router weights
+
+
+class RowPasses:
+    """The row-wise passes around the products of one activation.
+
+    Args:
+        dtype: of the rows.
+        activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
+        gated: whether the experts are gated linear units.
+    """
+
+    def __init__(self, dtype: torch.dtype, activation: str, gated: bool) -> None:
+        self.activation, self.gated = activation, gated
+        self.accumulation = torch.promote_types(dtype, torch.float32)
+        self.native = native.unusable(torch.device("cpu"), dtype) is None
+        if self.native:
+            self._codes = (ACTIVATION_CODES[activation], gated)
+            self._dtype = native.dtype_code(dtype)
+
+    def activate(self, inner: Tensor) -> Tensor:
+        """Give the hidden activations (n, F) of pre-activations (n, I)."""
+        if not self.native:
+            return activate(inner, self.activation, self.gated)
+        n, width = inner.shape
+        hidden = inner.new_empty(n, width // 2 if self.gated else width)
+        name = "moezoo_grouped_mlp_activate"
+        native.call(name, inner, self._dtype, n, hidden.shape[1], *self._codes, hidden)
+        return hidden
+
+    def backward(self, grad: Tensor, inner: Tensor, weights: Tensor) -> HiddenGradients:
+        """Recompute the activation and give its gradients.
+
+        Args:
+            grad: ``(n, F)``, gradient of the hidden activations before their router weights.
+            inner: ``(n, I)`` pre-activations.
+            weights: ``(n,)`` router weights, of the dtype of sums.
+        """
+        if not self.native:
+            weighted_grad = (grad * weights[:, None]).to(inner.dtype)
+            hidden, of_inner = activate_backward(weighted_grad, inner, self.activation, self.gated)
+            of_weights = (grad.to(self.accumulation) * hidden).sum(-1)
+            return HiddenGradients(hidden.mul_(weights[:, None]), of_inner, of_weights)
+        n, width = grad.shape
+        found = HiddenGradients(
+            torch.empty_like(grad), torch.empty_like(inner), weights.new_empty(n)
+        )
+        name = "moezoo_grouped_mlp_activate_backward"
+        native.call(name, grad, inner, self._dtype, weights, n, width, *self._codes, *found)
+        return found
+
+    def combine(self, output: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -> None:
+        """Add ``weights[i] rows[i]`` to ``output[tokens[i]]``, in order of ``i``.
+
+        Args:
+            output: ``(T, D)`` of the dtype of sums.
+            tokens: ``(n,)``, ascending.
+            rows: ``(n, D)``.
+            weights: ``(n,)`` of the dtype of sums; None for ones.
+        """
+        if not self.native:
+            weighted = rows if weights is None else rows * weights[:, None]
+            output.index_add_(0, tokens, weighted.to(self.accumulation))
+            return
+        n, width = rows.shape
+        name = "moezoo_grouped_mlp_combine"
+        native.call(name, rows, self._dtype, tokens, weights, n, width, output)
