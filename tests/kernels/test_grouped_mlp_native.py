@@ -85,7 +85,7 @@ def test_nothing_is_kept_and_nothing_sorted_for_a_handful(make_problem, monkeypa
     monkeypatch.setattr(op, "sort_by_expert", None)
     if cpu.native.unusable(torch.device("cpu"), torch.float32) is not None:
         pytest.skip("no C++ library")
-    torch.testing.assert_close(_few(problem), expected)
+    assert (_few(problem) - expected).norm() <= 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize(
