@@ -10,7 +10,7 @@ Shapes: T tokens, D d_model, N = 2^depth - 1 nodes, E = 2^depth leaves, F width 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,8 @@ class FastFeedForward(FeedForward):
         compat: ``upstream_eval`` leaves the leaf's output bias out of hard inference, as the
             authors' package (fastfeedforward 0.2.1) does.
     """
+
+    reads_router_input: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -6,6 +6,8 @@ Layers at Scale*, arXiv:2412.09764, section 3).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +53,8 @@ class MemoryPlus(FeedForward):
         clip_values_apart: clip the gradient of the values by a norm of its own, and the rest of the
             model by the norm of the rest, as the authors' trainer does.
     """
+
+    reads_router_input: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -127,7 +131,7 @@ class MemoryPlus(FeedForward):
         Returns:
             ``stats`` as those of :class:`moezoo.ProductKeyMemory`.
         """
-        return self._compute(hidden, mask, brute_force=False)
+        return self._compute(hidden, router_input, mask, brute_force=False)
 
     def reference(
         self,
@@ -138,11 +142,14 @@ class MemoryPlus(FeedForward):
         mask: Tensor | None = None,
     ) -> FeedForwardOutput:
         """Compare with all n² keys and multiply a dense matrix of weights with all values."""
-        return self._compute(hidden, mask, brute_force=True)
+        return self._compute(hidden, router_input, mask, brute_force=True)
 
-    def _compute(self, hidden: Tensor, mask: Tensor | None, brute_force: bool) -> FeedForwardOutput:
+    def _compute(
+        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+    ) -> FeedForwardOutput:
         tokens, flat_mask = flatten_tokens(self, hidden, mask)
-        read, stats = self.memory(tokens, flat_mask, brute_force)
+        asked = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
+        read, stats = self.memory(asked, flat_mask, brute_force)
         output = self.out_proj(read * F.silu(self.gate_proj(tokens)))
         return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
 
@@ -156,7 +163,8 @@ class MemoryPlus(FeedForward):
         mask: Tensor | None = None,
     ) -> SlotLoad:
         """Sum up how often each slot is read, and its weight; ``shape`` is the keys' grid."""
-        return self.memory.slot_load(*flatten_tokens(self, hidden, mask))
+        asked = hidden if router_input is None else router_input
+        return self.memory.slot_load(*flatten_tokens(self, asked, mask))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put the values apart: constant learning rate, no decay, perhaps sparse."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ class PEER(FeedForward):
             (for torch.optim.SparseAdam or SGD); in one process, not under torch.compile.
         expert_lr_multiplier: learning rate of the experts, as a multiple of the run's.
     """
+
+    reads_router_input: ClassVar[bool] = True
 
     def __init__(
         self,

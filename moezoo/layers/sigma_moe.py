@@ -7,6 +7,8 @@ depend on the scores of the others. An entropy loss and dropout of whole experts
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,8 @@ class SigmaMoE(FeedForward):
         expert_dropout: probability δ of zeroing a token's score of an expert while training; 0.05
             for the paper's small models, 0.1 for the large ones.
     """
+
+    reads_router_input: ClassVar[bool] = True
 
     def __init__(
         self,

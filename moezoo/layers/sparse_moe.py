@@ -9,6 +9,7 @@ them, each from its paper.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class SparseMoE(FeedForward):
         balance: coefficients of the auxiliary losses.
         capacity: a limit on the tokens per expert; none by default (dropless).
     """
+
+    reads_router_input: ClassVar[bool] = True
 
     def __init__(
         self,

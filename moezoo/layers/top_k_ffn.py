@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
@@ -48,6 +47,8 @@ class TopKFFN(FeedForward):
         split_input: the gate reads the first half of the input, the linear branch the rest
             (Spark FFN, arXiv:2506.06644); needs gated.
     """
+
+    reads_router_input: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class TopKFFN(FeedForward):
             neurons, ``expert_counts`` (F,), how often each was not zero.
         """
         _, flat_mask = flatten_tokens(self, hidden, mask)
-        inner = self._inner(hidden)
+        inner = self._kept(hidden, router_input, mask)
         stats = self._stats(inner.detach().reshape(-1, self.d_ff), flat_mask)
         return FeedForwardOutput(self.down_proj(inner), {}, stats)
 
@@ -133,17 +134,21 @@ class TopKFFN(FeedForward):
     ) -> SlotLoad:
         """Count how often each neuron is not zero, and sum up its magnitude."""
         _, flat_mask = flatten_tokens(self, hidden, mask)
-        inner_TF = self._inner(hidden).reshape(-1, self.d_ff)
+        inner_TF = self._kept(hidden, router_input, mask).reshape(-1, self.d_ff)
         return _neuron_load(inner_TF, flat_mask)
 
-    def _inner(self, hidden: Tensor) -> Tensor:
-        """Compute the hidden layer, ``(..., F)``."""
+    def _kept(self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Compute the hidden layer ``(..., F)``, zero where it is not kept."""
         gate, up = self._branches(hidden)
-        act = ACTIVATIONS[self.activation]
-        if self.selection == "statistical":
-            inner = act(self._above_threshold(up if gate is None else gate))
-            return inner if gate is None else inner * up
-        return self._strongest(act(up) if gate is None else act(gate) * up)
+        inner = asked = self._inner(gate, up)
+        if router_input is not None:
+            flatten_tokens(self, router_input, mask)
+            with torch.no_grad():
+                asked = self._inner(*self._branches(router_input))
+        if self.selection == "exact":
+            return self._strongest(inner, asked)
+        inner = ACTIVATIONS[self.activation](inner.where(asked > 0, 0.0).to(up.dtype))
+        return inner if gate is None else inner * up
 
     def _branches(self, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
         if not self.gated:
@@ -153,23 +158,29 @@ class TopKFFN(FeedForward):
         first, rest = hidden.tensor_split([self.gate_width], dim=-1)
         return self.gate_proj(first), self.up_proj(rest)
 
-    def _strongest(self, inner: Tensor) -> Tensor:
-        """Zero all but the k strongest activations; of equals, exactly as many as there is room."""
-        strength = inner.detach().abs()
+    def _inner(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """Give every activation, or every pre-activation less the threshold."""
+        if self.selection == "statistical":
+            return self._excess(up if gate is None else gate)
+        act = ACTIVATIONS[self.activation]
+        return act(up) if gate is None else act(gate) * up
+
+    def _strongest(self, inner: Tensor, asked: Tensor) -> Tensor:
+        """Zero all but those that are strongest in ``asked``; of equals, as many as have room."""
+        strength = asked.detach().abs()
         if self.rank == "contribution":
             lengths = self.down_proj.weight.detach().norm(dim=0)
             strength = strength.to(torch.promote_types(strength.dtype, lengths.dtype)) * lengths
         kept = strength.topk(self.top_k, dim=-1).indices
         return torch.zeros_like(inner).scatter(-1, kept, inner.gather(-1, kept))
 
-    def _above_threshold(self, u: Tensor) -> Tensor:
-        """Compute ``max(u - θ, 0)``; the gradient goes through mean and deviation too."""
-        if not u.numel():
-            return u
+    def _excess(self, u: Tensor) -> Tensor:
+        """Compute ``u - θ``; the gradient goes through mean and deviation too."""
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
+        if not u.numel():
+            return wide
         deviation = wide.std(dim=-1, keepdim=True, unbiased=False)
-        threshold = wide.mean(dim=-1, keepdim=True) + deviation * self.quantile
-        return F.relu(wide - threshold).to(u.dtype)
+        return wide - (wide.mean(dim=-1, keepdim=True) + deviation * self.quantile)
 
     def _stats(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
         load = _neuron_load(inner_TF, mask_T)
@@ -193,24 +204,15 @@ class TopKFFN(FeedForward):
         """Decide neuron by neuron: by counting those that are stronger, or by the threshold."""
         x_TD, flat_mask = flatten_tokens(self, hidden, mask)
         act = ACTIVATIONS[self.activation]
-        up_TF = x_TD[:, -self.up_proj.in_features :] @ self.up_proj.weight.t()
-        first_TF = up_TF
-        if self.gated:
-            first_TF = x_TD[:, : self.gate_width] @ self.gate_proj.weight.t()
+        inner_TF, up_TF = self._reference_inner(x_TD)
+        asked_TF = inner_TF
+        if router_input is not None:
+            asked_TF, _ = self._reference_inner(flatten_tokens(self, router_input, mask)[0])
         if self.selection == "statistical":
-            mean_T = first_TF.sum(dim=-1) / self.d_ff
-            variance_T = (first_TF - mean_T[:, None]).square().sum(dim=-1) / self.d_ff
-            # A constant row has no deviation, whose gradient there is taken as zero.
-            deviation_T = variance_T.where(variance_T > 0, 1.0).sqrt() * (variance_T > 0)
-            z = math.sqrt(2) * torch.special.erfinv(
-                torch.tensor(1 - 2 * self.top_k / self.d_ff, dtype=torch.float64)
-            )
-            theta_T = mean_T + deviation_T * z.to(x_TD.dtype)
-            excess_TF = first_TF - theta_T[:, None]
-            value_TF = act(excess_TF.where(excess_TF > 0, 0.0)) * (up_TF if self.gated else 1.0)
+            value_TF = act(inner_TF.where(asked_TF > 0, 0.0)) * (up_TF if self.gated else 1.0)
         else:
-            value_TF = act(first_TF) * (up_TF if self.gated else 1.0)
-            strength_TF = value_TF.detach().abs()
+            value_TF = inner_TF
+            strength_TF = asked_TF.detach().abs()
             if self.rank == "contribution":
                 strength_TF = strength_TF * self.down_proj.weight.detach().square().sum(0).sqrt()
             # Of the strengths, the k-th largest; neurons below it are not kept.
@@ -221,6 +223,25 @@ class TopKFFN(FeedForward):
             output_TD = output_TD + value_TF[:, j, None] * self.down_proj.weight[:, j]
         stats = self._stats(value_TF.detach(), flat_mask)
         return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+
+    def _reference_inner(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Give every activation, or every pre-activation less the threshold; and W_up x."""
+        up_TF = x_TD[:, -self.up_proj.in_features :] @ self.up_proj.weight.t()
+        first_TF = up_TF
+        if self.gated:
+            first_TF = x_TD[:, : self.gate_width] @ self.gate_proj.weight.t()
+        if self.selection == "exact":
+            value_TF = ACTIVATIONS[self.activation](first_TF)
+            return value_TF * (up_TF if self.gated else 1.0), up_TF
+        mean_T = first_TF.sum(dim=-1) / self.d_ff
+        variance_T = (first_TF - mean_T[:, None]).square().sum(dim=-1) / self.d_ff
+        # A constant row has no deviation, whose gradient there is taken as zero.
+        deviation_T = variance_T.where(variance_T > 0, 1.0).sqrt() * (variance_T > 0)
+        z = math.sqrt(2) * torch.special.erfinv(
+            torch.tensor(1 - 2 * self.top_k / self.d_ff, dtype=torch.float64)
+        )
+        theta_T = mean_T + deviation_T * z.to(x_TD.dtype)
+        return first_TF - theta_T[:, None], up_TF
 
     def cost(self) -> Cost:
         """Products as computed, which are dense: 4 d F FLOPs, 6 d F if gated and not split.

@@ -10,6 +10,8 @@ Shapes: T tokens, D d_model, P trees, N = 2^(depth + 1) - 1 neurons of a tree.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ class UltraFastFFF(FeedForward):
             trees together are as wide as the dense block.
         activation: gelu (the paper's), relu, gelu_tanh, silu or relu2 (squared ReLU).
     """
+
+    reads_router_input: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -79,7 +83,9 @@ class UltraFastFFF(FeedForward):
             ``unevenness`` (KL of their counts from even, nats).
         """
         x_TD, mask_T = flatten_tokens(self, hidden, mask)
-        output_TD, bottom_TP = self._dense(x_TD) if self.training else self._descend(x_TD)
+        asking_TD = x_TD if router_input is None else flatten_tokens(self, router_input, None)[0]
+        compute = self._dense if self.training else self._descend
+        output_TD, bottom_TP = compute(x_TD, asking_TD)
         return self._output(hidden, output_TD, bottom_TP, mask_T)
 
     def reference(
@@ -92,6 +98,7 @@ class UltraFastFFF(FeedForward):
     ) -> FeedForwardOutput:
         """Run all neurons one by one, each times whether the decisions above lead to it."""
         x_TD, mask_T = flatten_tokens(self, hidden, mask)
+        asking_TD = x_TD if router_input is None else flatten_tokens(self, router_input, None)[0]
         first_bottom = 2**self.depth - 1
         act = ACTIVATIONS[self.activation]
         output_TD, bottom = torch.zeros_like(x_TD), []
@@ -99,22 +106,26 @@ class UltraFastFFF(FeedForward):
             logits = [x_TD @ w_D + b for w_D, b in zip(w_ND, b_N, strict=True)]
             on_path = [torch.ones_like(logits[0], dtype=torch.bool)]
             for node in range(first_bottom):
-                right_T = logits[node] > 0
+                right_T = asking_TD @ w_ND[node] + b_N[node] > 0
                 on_path += [on_path[node] & ~right_T, on_path[node] & right_T]
             for logit_T, reached_T, v_D in zip(logits, on_path, v_ND, strict=True):
                 output_TD = output_TD + (act(logit_T) * reached_T).unsqueeze(-1) * v_D
             bottom.append(torch.stack(on_path[first_bottom:], dim=-1).int().argmax(dim=-1))
         return self._output(hidden, output_TD, torch.stack(bottom, dim=-1), mask_T)
 
-    def _dense(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute all neurons, and mask: two GEMMs."""
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        """Compute the pre-activations of all neurons: ``(T, P, N)``."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            asking_TD = tree.at_least_fp32(x_TD)
+            x_TD = tree.at_least_fp32(x_TD)
             weight, bias = self.in_weight.flatten(0, 1), self.in_bias.flatten()
-            logits = F.linear(asking_TD, weight.to(asking_TD.dtype), bias.to(asking_TD.dtype))
-        logits_TPN = logits.unflatten(-1, (self.num_trees, self.num_nodes))
+            logits = F.linear(x_TD, weight.to(x_TD.dtype), bias.to(x_TD.dtype))
+        return logits.unflatten(-1, (self.num_trees, self.num_nodes))
+
+    def _dense(self, x_TD: Tensor, asking_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute all neurons, and mask: two GEMMs."""
+        logits_TPN = self._logits(x_TD)
         with torch.no_grad():
-            right_TPN = logits_TPN > 0
+            right_TPN = (logits_TPN if asking_TD is x_TD else self._logits(asking_TD)) > 0
             node_TP1 = torch.zeros_like(logits_TPN[..., :1], dtype=torch.int64)
             on_path_TPN = torch.zeros_like(right_TPN).scatter_(-1, node_TP1, True)
             for _ in range(self.depth):
@@ -125,7 +136,7 @@ class UltraFastFFF(FeedForward):
         output_TD = inner_TPN.flatten(1).to(weight.dtype) @ weight
         return output_TD, node_TP1.squeeze(-1) - (2**self.depth - 1)
 
-    def _descend(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _descend(self, x_TD: Tensor, asking_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the neurons on the path, level by level, reading their rows only."""
         in_weight, out_weight = self.in_weight.flatten(0, 1), self.out_weight.flatten(0, 1)
         in_bias = self.in_bias.flatten()
@@ -140,6 +151,8 @@ class UltraFastFFF(FeedForward):
             answer_T1D = tree.at_least_fp32(answer_T1D)
             output_T1D = answer_T1D if output_T1D is None else output_T1D + answer_T1D
             if level < self.depth:
+                if asking_TD is not x_TD:
+                    logits_TP = tree.row_logits(asking_TD, in_weight, in_bias, rows_TP)
                 node_TP = 2 * node_TP + 1 + (logits_TP.detach() > 0)
         assert output_T1D is not None
         return output_T1D.squeeze(1), node_TP - (2**self.depth - 1)
@@ -174,8 +187,9 @@ class UltraFastFFF(FeedForward):
         mask: Tensor | None = None,
     ) -> SlotLoad:
         """Sum up which bottom neurons are reached; ``shape`` is trees × neurons of one."""
-        x_TD, mask_T = flatten_tokens(self, hidden, mask)
-        slots_TP, num_slots = self._slots(self._descend(x_TD)[1])
+        asked = hidden if router_input is None else router_input
+        asking_TD, mask_T = flatten_tokens(self, asked, mask)
+        slots_TP, num_slots = self._slots(self._descend(asking_TD, asking_TD)[1])
         grid = (self.num_trees, 2**self.depth) if self.num_trees > 1 else None
         return slot_load(slots_TP, None, num_slots, mask_T, kind="leaves", shape=grid)
 

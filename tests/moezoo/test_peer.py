@@ -175,7 +175,7 @@ def test_statistics_are_those_of_the_weights():
     stats = layer(hidden, mask=mask).stats
     assert torch.equal(stats["expert_counts"], counts)
     assert stats["tokens"] == mask.sum()
-    torch.testing.assert_close(stats["usage"], (counts > 0).float().mean())
+    torch.testing.assert_close(stats["usage"].double(), (counts > 0).double().mean())
     torch.testing.assert_close(stats["unevenness"].double(), divergence, rtol=1e-5, atol=1e-6)
     assert "expert_counts" not in PEER(D, num_experts=65**2)(torch.randn(3, D)).stats
 

@@ -83,6 +83,38 @@ def test_fast_path_equals_reference_with_all_gradients(method, shape, training, 
     assert_same(fast, slow, 1e-10)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_router_input_decides_in_place_of_hidden_on_both_paths(method, training):
+    layer = make(method, torch.float64).train(training)
+    hidden, other = torch.randn(2, 40, D, dtype=torch.float64)
+    plain = gradients(layer, hidden, "forward")
+    fast = gradients(layer, hidden, "forward", router_input=other)
+    assert_same(fast, gradients(layer, hidden, "reference", router_input=other), 1e-10)
+    same = gradients(layer, hidden, "forward", router_input=hidden)["hidden"]
+    torch.testing.assert_close(same, plain["hidden"], rtol=1e-12, atol=1e-12)
+    assert torch.equal(fast["hidden"], plain["hidden"]) != layer.reads_router_input
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_who_answers_follows_router_input_alone(method):
+    # Neurons that are zero by their activation would not show that they were chosen.
+    smooth = {"activation": "gelu"} if method.name == "top_k_ffn" else {}
+    layer = method.build(D, **smooth).double().eval()
+    if not layer.reads_router_input:
+        pytest.skip("it chooses nothing, or by token_ids")
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    one, two, asked, other = torch.randn(4, 40, D, dtype=torch.float64)
+    first, second, third = (
+        layer(hidden, router_input=read).stats
+        for hidden, read in [(one, asked), (two, asked), (one, other)]
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    if layer.causal:  # expert choice fills every expert, whoever asks
+        assert any(not torch.equal(first[name], third[name]) for name in first)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_reruns_are_bit_identical(method, poison_empty):
     layer = make(method)
