@@ -1,0 +1,132 @@
+"""The random-routing ablation: the method in everything, but who answers ignores the content."""
+
+import pytest
+import torch
+from torch import nn
+
+import moezoo
+from moezoo.random_routing import RandomRouting, can_be_random
+
+D = 24
+ROUTED = [method for method in moezoo.zoo() if can_be_random(method.build(D))]
+
+
+def make(method, seed: int = 0, **arguments) -> RandomRouting:
+    torch.manual_seed(3)
+    # Neurons that are zero by their activation would not show that they were chosen.
+    smooth = {"activation": "gelu"} if method.name == "top_k_ffn" else {}
+    layer = method.build(D, **smooth)
+    for parameter in layer.parameters():  # zero-initialised routers would tie
+        nn.init.normal_(parameter, std=0.1)
+    return RandomRouting(layer, seed=seed, **arguments)
+
+
+def hidden(count: int = 60) -> torch.Tensor:
+    return torch.randn(1, count, D, generator=torch.Generator().manual_seed(1))
+
+
+def test_everything_but_dense_and_attention_has_an_ablation():
+    without = {method.name for method in moezoo.zoo()} - {method.name for method in ROUTED}
+    assert without == {"dense_mlp", "dense_glu", "persistent_memory"}
+
+
+@pytest.mark.parametrize("method", ROUTED, ids=lambda method: method.name)
+def test_choices_ignore_the_content(method):
+    layer = make(method).eval()
+    x = hidden()
+    tokens = torch.randint(50, (1, 60))
+    mask = torch.rand(1, 60) < 0.8
+    first = layer(x, token_ids=tokens, router_input=x, mask=mask)
+    order = torch.randperm(60)
+    others = layer(x[:, order] * 1.5, token_ids=tokens[:, order], router_input=-x, mask=mask)
+    assert first.stats.keys() == others.stats.keys()
+    for name, value in first.stats.items():
+        assert torch.equal(value, others.stats[name]), name
+    assert layer(x, mask=mask).hidden.equal(first.hidden)
+
+
+@pytest.mark.parametrize("method", ROUTED, ids=lambda method: method.name)
+def test_the_method_itself_does_look_at_the_content(method):
+    """What the test above compares does change where the choice follows the content."""
+    layer = make(method).eval().layer
+    if not layer.causal:
+        pytest.skip("expert choice fills every expert, whoever asks")
+    x, tokens = hidden(), torch.randint(50, (1, 60))
+    first = layer(x, token_ids=tokens).stats
+    changed = layer(x.roll(1, -1), token_ids=(tokens * 7 + 3) % 50).stats
+    assert any(not torch.equal(value, changed[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("method", ROUTED, ids=lambda method: method.name)
+def test_noise_is_fresh_in_training_and_repeats_in_evaluation(method):
+    layer, x = make(method), hidden()
+    if not layer.causal:
+        pytest.skip("expert choice fills every expert, whoever asks")
+    seen = [layer.train()(x).stats for _ in range(2)]
+    assert any(not torch.equal(value, seen[1][name]) for name, value in seen[0].items())
+    assert layer.eval()(x).hidden.equal(layer(x).hidden)
+    other = make(method, seed=5).eval()(x).stats
+    assert any(not torch.equal(value, other[name]) for name, value in layer(x).stats.items())
+
+
+def test_tokens_of_one_call_get_noise_of_their_own():
+    layer = RandomRouting(moezoo.SparseMoE(D, num_experts=8, top_k=2)).eval()
+    same = hidden(1).expand(1, 200, D)
+    assert (layer(same).stats["expert_counts"] > 20).all()
+
+
+def test_the_answers_still_read_the_hidden_state():
+    layer, x = make(moezoo.zoo()[5]), hidden().requires_grad_()
+    layer(x).hidden.sum().backward()
+    assert x.grad.abs().sum(-1).gt(0).all()
+
+
+def test_fast_path_equals_reference():
+    for method in ROUTED:
+        layer, x = make(method).double().eval(), hidden().double()
+        torch.testing.assert_close(layer(x).hidden, layer.reference(x).hidden)
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x
+
+
+def test_noise_has_the_scale_of_what_the_norm_makes():
+    norm, read = Gain(), []
+    layer = RandomRouting(moezoo.SparseMoE(D), norm)
+    layer.layer.gate.register_forward_hook(lambda module, args, output: read.append(args[0]))
+    layer(hidden(2000)).hidden.sum().backward()
+    assert read[0].std() == pytest.approx(2.5, rel=0.02)
+    assert read[0].mean() == pytest.approx(0, abs=0.05)
+    assert norm.weight.grad is None
+    assert not any(name.startswith("_norm") or "Gain" in name for name in layer.state_dict())
+
+
+@pytest.mark.parametrize("method", ROUTED, ids=lambda method: method.name)
+def test_it_costs_and_trains_as_the_method(method):
+    layer = make(method)
+    assert layer.cost() == layer.layer.cost()
+    wanted, found = (
+        {(g.name, g.lr_multiplier, g.weight_decay, len(g.parameters)) for g in groups}
+        for groups in (layer.layer.parameter_groups(), layer.parameter_groups())
+    )
+    assert found == wanted
+    assert type(layer.layer).__name__ in str(layer)
+
+
+def test_training_state_follows_the_random_load():
+    router = moezoo.RouterOptions(score="sigmoid", selection_bias=True)
+    layer = RandomRouting(moezoo.SparseMoE(D, router=router))
+    layer.observe(layer(hidden()).stats)
+    layer.step()
+    assert layer.layer.gate.selection_bias.any()
+
+
+def test_a_layer_without_routing_is_refused():
+    with pytest.raises(moezoo.InputError, match="DenseFFN chooses nothing per token"):
+        RandomRouting(moezoo.DenseFFN(D))
