@@ -11,10 +11,11 @@ BUILT  := pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo compare test lint clean
 
 help:
 	@echo "make demo    train a small sparse MoE on the Python standard library's source, on a CPU"
+	@echo "make compare train one method of each kind side by side, in less than 20 minutes"
 	@echo "make test    run all tests"
 	@echo "make lint    ruff and mypy, as in continuous integration"
 	@echo "make clean   remove .venv, caches and build products; runs/ stays"
@@ -23,6 +24,9 @@ help:
 
 demo: $(VENV)/.train
 	@$(BIN)/moezoo demo
+
+compare: $(VENV)/.train
+	@$(BIN)/moezoo compare --config configs/compare/small.yaml
 
 # The tests start many processes; OpenMP threads that spin while idle would slow them all down.
 # (A single training run wants them to spin: asleep, they wake too late for small matrices.)

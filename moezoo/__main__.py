@@ -31,6 +31,9 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "prepare": Command("moezoo_train.prepare:prepare", "turn text into a tokenizer and tokens"),
         "fit": Command("moezoo_train.cli:run", "train a model as a YAML file says", True),
+        "compare": Command(
+            "moezoo_train.compare:compare", "methods side by side at equal active FLOPs"
+        ),
         "validate": Command(
             "moezoo_train.cli:run", "measure a checkpoint on validation data", True
         ),

@@ -78,7 +78,10 @@ class CommandParser(ClearErrors, jsonargparse.ArgumentParser):
 
 
 def option_names(parser: Any) -> Iterator[str]:
-    """Yield the dotted names of every option, subcommands' without the subcommand's name."""
+    """Yield the dotted names of every option, subcommands' without the subcommand's name.
+
+    ``--name+``, by which lists are appended to, is no option of its own.
+    """
     for action in parser._actions:
         if isinstance(action.choices, dict):
             for subparser in action.choices.values():

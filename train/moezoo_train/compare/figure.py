@@ -1,0 +1,91 @@
+"""The picture of a comparison: each method's loss, its random-routing ablation beside it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moezoo_train.checkpointing import atomic_write
+from moezoo_train.compare.results import Mean, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OWN, RANDOM, BASELINE = "#1f4e9c", "#d1495b", "#555555"
+
+
+def draw(path: Path, rows: list[Row], baseline: str, caption: str) -> None:
+    """Write :func:`losses` as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = losses(rows, baseline, caption)
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
+
+
+def losses(rows: list[Row], baseline: str, caption: str) -> Figure:
+    """Draw a dot per method, the best on top, and a ring for its ablation.
+
+    Args:
+        rows: sorted by loss; those without one are left out.
+        baseline: name of the row that gets a line through all others.
+        caption: under the picture.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row.loss is not None]
+    figure = Figure(figsize=(7, 1.4 + 0.26 * len(shown)), dpi=200, layout="constrained")
+    axes = figure.add_subplot()
+    heights = list(range(len(shown)))
+    for height, row in zip(heights, shown, strict=True):
+        if row.loss and row.random_loss:
+            ends = [row.loss.value, row.random_loss.value]
+            axes.plot(ends, [height, height], color="#bbbbbb", linewidth=1.4, zorder=1)
+    _dots(axes, [(h, row.random_loss) for h, row in zip(heights, shown, strict=True)], True)
+    _dots(axes, [(h, row.loss) for h, row in zip(heights, shown, strict=True)], False)
+    for row in shown:
+        if row.name == baseline and row.loss:
+            axes.axvline(
+                row.loss.value,
+                color=BASELINE,
+                linewidth=0.9,
+                linestyle=(0, (4, 3)),
+                zorder=0,
+                label=f"{baseline}, the baseline",
+            )
+    axes.set_yticks(heights, [row.name if row.causal else f"{row.name} †" for row in shown])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlabel("validation loss (nats per token)")
+    axes.grid(axis="x", alpha=0.25)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    if any(not row.causal for row in shown):
+        caption += " † not causal."
+    figure.supxlabel(caption, fontsize=7, color=BASELINE)
+    return figure
+
+
+def _dots(axes: Any, points: list[tuple[int, Mean | None]], random: bool) -> None:
+    there = [(height, value) for height, value in points if value is not None]
+    if not there:
+        return
+    color = RANDOM if random else OWN
+    errors = [value.error or 0.0 for _, value in there]
+    axes.errorbar(
+        [value.value for _, value in there],
+        [height for height, _ in there],
+        xerr=errors if any(errors) else None,
+        fmt="o",
+        color=color,
+        markerfacecolor="white" if random else color,
+        markersize=7 if random else 4.5,
+        capsize=2,
+        linewidth=1,
+        zorder=2 if random else 3,
+        label="its random-routing ablation" if random else "method",
+    )
