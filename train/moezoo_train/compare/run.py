@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -80,6 +80,8 @@ class Result:
             validation text, over its maximum, mean over the layers that count them; 1 is even.
             None if none does.
         busiest: load of the busiest over the mean, the largest among these layers.
+        usage: share of the slots that had any weight, mean over batches and layers.
+        unevenness: divergence of their weights from uniform in nats, likewise.
         environment: machine and versions.
     """
 
@@ -96,6 +98,8 @@ class Result:
     active_parameters: int = 0
     evenness: float | None = None
     busiest: float | None = None
+    usage: float | None = None
+    unevenness: float | None = None
     environment: Mapping[str, Any] | None = None
 
     @property
@@ -213,7 +217,13 @@ def randomize(model: MoezooForCausalLM, layers: tuple[int, ...], seed: int) -> N
         block.mlp = RandomRouting(block.mlp, block.post_attention_layernorm, noise_seed)
 
 
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _numbers(report: Report, loads: list[ExpertLoad]) -> dict[str, Any]:
+    busiest = [load.max_over_mean for load in loads if load.max_over_mean is not None]
     if report.val_loss is None or report.val_bits_per_byte is None:
         raise InputError("there is no validation loss; the run ended before its last step")
     return {
@@ -224,7 +234,11 @@ def _numbers(report: Report, loads: list[ExpertLoad]) -> dict[str, Any]:
         "seconds": report.train_seconds,
         "total_parameters": report.total_parameters,
         "active_parameters": report.active_parameters,
-        "evenness": sum(load.entropy for load in loads) / len(loads) if loads else None,
-        "busiest": max((load.max_over_mean for load in loads), default=None),
+        "evenness": _mean(load.entropy for load in loads),
+        "busiest": max(
+            (b for load in loads if (b := load.max_over_mean) is not None), default=None
+        ),
+        "usage": _mean(load.usage for load in loads),
+        "unevenness": _mean(load.unevenness for load in loads),
         "environment": report.environment,
     }
