@@ -235,9 +235,7 @@ def _numbers(report: Report, loads: list[ExpertLoad]) -> dict[str, Any]:
         "total_parameters": report.total_parameters,
         "active_parameters": report.active_parameters,
         "evenness": _mean(load.entropy for load in loads),
-        "busiest": max(
-            (b for load in loads if (b := load.max_over_mean) is not None), default=None
-        ),
+        "busiest": max(busiest, default=None),
         "usage": _mean(load.usage for load in loads),
         "unevenness": _mean(load.unevenness for load in loads),
         "environment": report.environment,
