@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moezoo_kernels import backends
+from moezoo_kernels import backends, native
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.rank_one_experts import op, reference
 
@@ -129,6 +129,7 @@ def _anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
 
 backends.register(
     "rank_one_experts",
+    backends.Backend("cpu", partial(_fused, backend="cpu"), native.unusable),
     backends.Backend("torch", partial(_fused, backend="torch"), _anywhere),
     backends.Backend("reference", reference.rank_one_experts, _anywhere),
 )

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moezoo_kernels.rank_one_experts import plain_torch
+from moezoo_kernels.rank_one_experts import cpu, plain_torch
 from moezoo_kernels.rank_one_experts.operands import Experts, Needs
+from moezoo_kernels.row_sums import sparse_rows
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"torch": plain_torch}
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "torch": plain_torch}
 
 
 @torch.library.custom_op("moezoo::rank_one_experts", mutates_args=())
@@ -142,18 +143,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     grads = [g if needed else None for g, needed in zip(computed, needs, strict=True)]
     if sparse:
         for i in (1, 2, 3):
-            grads[i] = _sparse(rows, grads[i], u.shape)
+            values = grads[i]
+            grads[i] = None if values is None else sparse_rows(rows, values, u)
     *of_operands, of_weights = grads
     return *of_operands, None, of_weights, None, None, None
-
-
-def _sparse(rows: Tensor, values: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Make a table's gradient of the rows that were read."""
-    if values is None:
-        return None
-    return torch.sparse_coo_tensor(
-        rows.unsqueeze(0), values, shape, is_coalesced=True, check_invariants=False
-    )
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,289 @@
+// rank_one_experts, expert after expert: each row is read once for all its tokens, in the order in
+// which the rows lie. The assignments come sorted by expert.
+
+#include "rank_one_experts.h"
+#include "row_sums.h"
+
+namespace moezoo {
+namespace {
+
+constexpr int64_t kAhead = 16;  // rows that are asked for before they are used
+
+// What the passes know of the assignments, in their sorted order.
+class Sorted {
+ public:
+  Sorted(const SortedAssignments& runs, int64_t tokens, int64_t choices, bool gated)
+      : runs(runs),
+        count(runs.starts[runs.num_rows]),
+        all(tokens * choices),
+        tokens(tokens),
+        choices(choices),
+        gated(gated),
+        token(new int64_t[count]) {}
+
+  // Where the pre-activation of the assignment at p lies in (T, I).
+  int64_t inner_place(int64_t p, int64_t half) const {
+    const int64_t a = runs.order[p];
+    return gated ? a + (a / choices + half) * choices : a;
+  }
+
+  // Looks up the tokens and weights of the assignments at begin … end. They lie scattered, and come
+  // faster in a loop of their own, in which many are on their way at once.
+  void collect(int64_t begin, int64_t end, const float* weights, float* collected) const {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t a = runs.order[p];
+      token[p] = a / choices;
+      collected[p] = weights[a];
+    }
+  }
+
+  template <class T>
+  void request_rows(Tables<T> tables, int64_t width, int64_t r, int64_t column,
+                    int64_t columns) const {
+    const int64_t next = r + kAhead, *starts = runs.starts;
+    if (next >= runs.num_rows || starts[next] == starts[next + 1]) return;
+    for (int64_t k = 0; k < tables.size(); ++k)
+      request_row(tables[k] + runs.table_row(next) * width + column, columns);
+  }
+
+  SortedAssignments runs;
+  int64_t count, all;  // assignments to an expert, and with those to none
+  int64_t tokens, choices;
+  bool gated;
+  std::unique_ptr<int64_t[]> token;
+};
+
+// A stripe of columns of all tokens' sums, packed so that it stays in a core's second cache: left
+// in place, rows of a power of two numbers would share a few of the cache's sets.
+constexpr int64_t kStripe = 128;
+
+template <class T>
+void add_to_stripe(const T* piece, const int64_t* tokens, const float* weights, int64_t count,
+                   float* stripe) {
+  constexpr int64_t kWide = kRegisterBytes == 64 ? 8 : 4;  // half of the registers there are
+  for (int64_t column = 0; column < kStripe; column += kWide * kLanes) {
+    Floats part[kWide];
+    for (int64_t k = 0; k < kWide; ++k) part[k] = load(piece + column + k * kLanes, Full{});
+    for (int64_t p = 0; p < count; ++p) {
+      float* sum = stripe + tokens[p] * kStripe + column;
+      for (int64_t k = 0; k < kWide; ++k)
+        store(sum + k * kLanes, load(sum + k * kLanes, Full{}) + weights[p] * part[k], Full{});
+    }
+  }
+}
+
+// output (T, D) = Σ weights[k][p] row of table k, over each token's assignments, in the order of
+// the experts. Threads own stripes, so nobody else adds to a sum.
+template <class T>
+void sum_into_tokens(Tables<T> tables, const float* const* weights, const Sorted& sorted,
+                     int64_t width, float* output, int32_t threads) {
+  const SortedAssignments& runs = sorted.runs;
+  const int64_t stripes = (width + kStripe - 1) / kStripe;
+  parallel_ranges(stripes, 1, threads, [&](int64_t first, int64_t last) {
+    const Scratch stripe = scratch(sorted.tokens * kStripe);
+    float padded[kStripe] = {};
+    for (int64_t s = first; s < last; ++s) {
+      const int64_t column = s * kStripe, columns = std::min(kStripe, width - column);
+      std::fill(stripe.get(), stripe.get() + sorted.tokens * kStripe, 0.0f);
+      for (int64_t r = 0; r < runs.num_rows; ++r) {
+        sorted.request_rows(tables, width, r, column, kStripe);  // of a size known when compiling
+        const int64_t begin = runs.starts[r], count = runs.starts[r + 1] - begin;
+        if (!count) continue;
+        for (int64_t k = 0; k < tables.size(); ++k) {
+          const T* piece = tables[k] + runs.table_row(r) * width + column;
+          const int64_t* tokens = sorted.token.get() + begin;
+          if (columns == kStripe) {
+            add_to_stripe(piece, tokens, weights[k] + begin, count, stripe.get());
+          } else {
+            convert_row(piece, padded, columns);
+            add_to_stripe(padded, tokens, weights[k] + begin, count, stripe.get());
+          }
+        }
+      }
+      for (int64_t t = 0; t < sorted.tokens; ++t)
+        convert_row(stripe.get() + t * kStripe, output + t * width + column, columns);
+    }
+  });
+}
+
+template <class T>
+void forward(const Experts<T>& experts, const float* x, const float* weights, const Sorted& sorted,
+             float* output, float* inner, int32_t threads) {
+  const Tables<T> asked = experts.inner();
+  const SortedAssignments& runs = sorted.runs;
+  const int64_t width = experts.width, count = sorted.count;
+  const bool gated = sorted.gated;
+  const Scratch storage = scratch((gated ? 4 : 3) * count);
+  float* dots = storage.get() + 2 * count;
+  const Numbers numbers{storage.get(), {dots, dots + (gated ? count : 0)},
+                        storage.get() + count, nullptr, {nullptr, nullptr}, nullptr};
+  parallel_rows(runs, threads, [&](int64_t first, int64_t last) {
+    const int64_t begin = runs.starts[first], end = runs.starts[last];
+    sorted.collect(begin, end, weights, numbers.weight);
+    for (int64_t r = first; r < last; ++r) {
+      sorted.request_rows(asked, width, r, 0, width);
+      for (int64_t p = runs.starts[r]; p < runs.starts[r + 1]; ++p)
+        for (int64_t k = 0; k < asked.size(); ++k)
+          numbers.dots[k][p] =
+              dot(x + sorted.token[p] * width, asked[k] + runs.table_row(r) * width, width);
+    }
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t k = 0; k < asked.size(); ++k)
+        inner[sorted.inner_place(p, k)] = numbers.dots[k][p];
+    activate_all(experts.activation, gated, numbers.from(begin), end - begin);
+  });
+  for (int64_t p = count; p < sorted.all; ++p)
+    for (int64_t k = 0; k < asked.size(); ++k) inner[sorted.inner_place(p, k)] = 0.0f;
+  sum_into_tokens(experts.outer(), &numbers.coefficient, sorted, width, output, threads);
+}
+
+// Gradients of the tables, (R, D), in the order of the experts' inner() and outer(); null if not
+// wanted.
+template <class T>
+struct TableGradients {
+  T* inner[2];
+  T* outer;
+};
+
+// The gradients of some experts' assignments, and of their rows.
+template <class T>
+class ExpertBackward {
+ public:
+  ExpertBackward(const Experts<T>& experts, const float* grad, const float* inner, const float* x,
+                 const float* weights, const Sorted& sorted, const TableGradients<T>& gradients,
+                 const Numbers& numbers, float* grad_weights)
+      : experts_(experts), grad_(grad), inner_(inner), x_(x), weights_(weights), sorted_(sorted),
+        gradients_(gradients), numbers_(numbers), grad_weights_(grad_weights),
+        sum_(experts.width) {}
+
+  // Takes a few experts at a time: their tokens' rows stay in the second cache from the dot
+  // products to the sums, and the activation gets full registers.
+  void run(int64_t first, int64_t last) {
+    constexpr int64_t kTogether = 64;
+    const int64_t* starts = sorted_.runs.starts;
+    while (first < last) {
+      int64_t end = first + 1;
+      while (end < last && starts[end + 1] - starts[first] <= kTogether) ++end;
+      differentiate(first, end);
+      if (gradients_.outer) sum_runs(first, end, grad_, numbers_.coefficient, gradients_.outer);
+      for (int64_t k = 0; k < experts_.inner().size(); ++k)
+        if (gradients_.inner[k])
+          sum_runs(first, end, x_, numbers_.grad_dots[k], gradients_.inner[k]);
+      first = end;
+    }
+    finish_streaming();
+  }
+
+ private:
+  void differentiate(int64_t first, int64_t last) {
+    const SortedAssignments& runs = sorted_.runs;
+    const int64_t begin = runs.starts[first], end = runs.starts[last], width = experts_.width;
+    sorted_.collect(begin, end, weights_, numbers_.weight);
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t k = 0; k < experts_.inner().size(); ++k)
+        numbers_.dots[k][p] = inner_[sorted_.inner_place(p, k)];
+    for (int64_t r = first; r < last; ++r) {
+      sorted_.request_rows(experts_.outer(), width, r, 0, width);
+      for (int64_t p = runs.starts[r]; p < runs.starts[r + 1]; ++p)
+        numbers_.answer[p] = dot(grad_ + sorted_.token[p] * width,
+                                 experts_.v + runs.table_row(r) * width, width);
+    }
+    differentiate_all(experts_.activation, sorted_.gated, numbers_.from(begin), end - begin);
+    if (!grad_weights_) return;
+    for (int64_t p = begin; p < end; ++p) grad_weights_[runs.order[p]] = numbers_.grad_weight[p];
+  }
+
+  void sum_runs(int64_t first, int64_t last, const float* source, const float* weights, T* output) {
+    if (is_streamed(output, sorted_.runs.num_rows, experts_.width))
+      for (int64_t r = first; r < last; ++r) sum_run<Streamed>(r, source, weights, output);
+    else
+      for (int64_t r = first; r < last; ++r) sum_run<Cached>(r, source, weights, output);
+  }
+
+  // A few rows at a time, so that the first cache holds them.
+  template <class Put>
+  void sum_run(int64_t r, const float* source, const float* weights, T* output) {
+    constexpr int64_t kRows = 8;
+    const int64_t width = experts_.width, end = sorted_.runs.starts[r + 1];
+    const float *rows[kRows], *start = nullptr;
+    for (int64_t p = sorted_.runs.starts[r];; p += kRows) {
+      const int64_t count = std::min(kRows, end - p);
+      for (int64_t i = 0; i < count; ++i) rows[i] = source + sorted_.token[p + i] * width;
+      if (p + count == end)
+        return sum_rows<Put>(rows, weights + p, count, width, start, output + r * width);
+      sum_rows<Cached>(rows, weights + p, count, width, start, sum_.data());
+      start = sum_.data();
+    }
+  }
+
+  const Experts<T>& experts_;
+  const float *grad_, *inner_, *x_, *weights_;
+  const Sorted& sorted_;
+  const TableGradients<T>& gradients_;
+  const Numbers& numbers_;
+  float* grad_weights_;
+  std::vector<float> sum_;
+};
+
+template <class T>
+void backward(const Experts<T>& experts, const float* grad, const float* inner, const float* x,
+              const float* weights, const Sorted& sorted, const TableGradients<T>& gradients,
+              float* grad_x, float* grad_weights, int32_t threads) {
+  const SortedAssignments& runs = sorted.runs;
+  const int64_t width = experts.width, count = sorted.count, gated = sorted.gated;
+  for (T* table : {gradients.inner[0], gradients.inner[1], gradients.outer})
+    if (table) advise_huge_pages(table, runs.num_rows * width * sizeof(T));
+  const Scratch storage = scratch(8 * count);
+  const auto numbers_at = [&](int64_t i) { return storage.get() + i * count; };
+  const Numbers numbers{numbers_at(0),
+                        {numbers_at(1), numbers_at(1 + gated)},
+                        numbers_at(3),
+                        numbers_at(4),
+                        {numbers_at(5), numbers_at(5 + gated)},
+                        numbers_at(7)};
+  parallel_rows(runs, threads, [&](int64_t first, int64_t last) {
+    ExpertBackward<T>(experts, grad, inner, x, weights, sorted, gradients, numbers, grad_weights)
+        .run(first, last);
+  });
+  if (grad_weights)
+    for (int64_t p = count; p < sorted.all; ++p) grad_weights[runs.order[p]] = 0.0f;
+  if (grad_x) sum_into_tokens(experts.inner(), numbers.grad_dots, sorted, width, grad_x, threads);
+}
+
+}  // namespace
+}  // namespace moezoo
+
+using namespace moezoo;
+
+// output (T, D) and pre-activations inner (T, I), from the assignments sorted by expert: order
+// (T J,) and starts (N + 1,), those of no expert last.
+MOEZOO_API void moezoo_rank_one_experts_by_expert(
+    const float* x, const void* u, const void* v, const void* gate, int64_t dtype,
+    int64_t activation, const float* weights, const int64_t* order, const int64_t* starts,
+    int64_t num_experts, int64_t tokens, int64_t choices, int64_t width, float* output,
+    float* inner, int32_t threads) {
+  const Sorted sorted({order, starts, nullptr, num_experts}, tokens, choices, gate);
+  with_type(dtype, [&](auto type) {
+    const Experts<decltype(type)> experts(u, v, gate, width, activation);
+    forward(experts, x, weights, sorted, output, inner, threads);
+  });
+}
+
+// All gradients, each null if not wanted: grad_x (T, D), grad_weights (T, J), and of the tables
+// (R, D), of which rows (R,) says which rows they hold; null for all N. Sums are taken in fp32.
+MOEZOO_API void moezoo_rank_one_experts_backward_by_expert(
+    const float* grad, const float* inner, const float* x, const void* u, const void* v,
+    const void* gate, int64_t dtype, int64_t activation, const float* weights,
+    const int64_t* order, const int64_t* starts, const int64_t* rows, int64_t num_rows,
+    int64_t tokens, int64_t choices, int64_t width, float* grad_x, void* grad_u, void* grad_v,
+    void* grad_gate, float* grad_weights, int32_t threads) {
+  const Sorted sorted({order, starts, rows, num_rows}, tokens, choices, gate);
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const Experts<T> experts(u, v, gate, width, activation);
+    T *of_u = static_cast<T*>(grad_u), *of_gate = static_cast<T*>(grad_gate);
+    const TableGradients<T> gradients{{gate ? of_gate : of_u, gate ? of_u : nullptr},
+                                      static_cast<T*>(grad_v)};
+    backward(experts, grad, inner, x, weights, sorted, gradients, grad_x, grad_weights, threads);
+  });
+}
