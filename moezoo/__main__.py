@@ -15,13 +15,15 @@ from moezoo.errors import InputError, nearest
 class Command(NamedTuple):
     """One word of the command line: where its function is, and what it does.
 
-    Arguments without a default are named options, or, if ``positional``, given by position.
+    Arguments without a default are named options, or, if ``positional``, given by position. A
+    first word without dashes is the value of the option ``first``, which has a default.
     """
 
     function: str
     summary: str
     lightning: bool = False
     positional: bool = False
+    first: str | None = None
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -55,6 +57,9 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_models.usage:inspect_usage", "how evenly a model uses its experts"
         ),
         "zoo": Command("moezoo.command.zoo:zoo", "every method: paper, parameters, cost"),
+        "bench": Command(
+            "moezoo.command.bench:bench", "speed and memory against public peers", first="cases"
+        ),
         "doctor": Command("moezoo.command.doctor:doctor", "versions, devices, usable backends"),
     },
 }
@@ -136,6 +141,8 @@ def _run(name: str, arguments: list[str]) -> None:
 
     check_config_files(arguments)
     command = COMMANDS[name]
+    if command.first and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{command.first}", *arguments]
     function = _load(command.function)
     if command.lightning:
         function([name, *arguments])

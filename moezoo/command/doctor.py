@@ -11,6 +11,7 @@ import sys
 import torch
 
 import moezoo
+from moezoo.bench.environment import cpu_name
 from moezoo.command.tables import print_table
 
 PACKAGES = (
@@ -52,7 +53,7 @@ def _versions() -> list[list[str]]:
 
 
 def _devices() -> list[list[str]]:
-    cpu = f"{_cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    cpu = f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
     rows = [["cpu", f"{cpu}, {torch.backends.cpu.get_cpu_capability()}"]]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -65,15 +66,6 @@ def _devices() -> list[list[str]]:
     if torch.backends.mps.is_available():
         rows.append(["mps", "Apple GPU"])
     return rows
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
-            return next(names, platform.machine())
-    except OSError:
-        return platform.processor() or platform.machine()
 
 
 def _backends() -> list[list[str]]:

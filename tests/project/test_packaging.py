@@ -26,8 +26,8 @@ PACKAGES = {
     "moezoo_train": ROOT / "train" / "moezoo_train",
 }
 # Built from source against the torch that is there; probed for, never required.
-PROBED = {"megablocks", "scattermoe", "grouped_gemm"}
-MODULE_OF = {"pyyaml": "yaml"}
+PROBED = {"megablocks", "scattermoe", "grouped_gemm", "torchtitan"}
+MODULE_OF = {"pyyaml": "yaml", "peer-pytorch": "PEER_pytorch"}
 
 
 def direct_requirements() -> dict[str, Requirement]:

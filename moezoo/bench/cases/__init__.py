@@ -1,0 +1,12 @@
+"""All cases, in the order in which they are run and shown."""
+
+from moezoo.bench.case import Case
+from moezoo.bench.cases import experts, memory, peer, product_keys, trees
+
+CASES: list[Case] = [
+    *product_keys.CASES,
+    *peer.CASES,
+    *memory.CASES,
+    *experts.CASES,
+    *trees.CASES,
+]

@@ -1,0 +1,86 @@
+"""The gate before the stopwatch: who gives another answer has no speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moezoo.bench.case import Contender
+
+# Relative error in the Euclidean norm that rounding explains: sums are ordered differently, and in
+# bf16 intermediate results are rounded in different places.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+OUTPUT = "the output"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a contender computed: the output and the gradients, laid out as ours."""
+
+    output: Tensor
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest relative error between two answers, and where it is."""
+
+    where: str
+    error: float
+
+    def __str__(self) -> str:
+        """Say it as the table does."""
+        return f"differs by {self.error:.1e} in {self.where}"
+
+
+def answer(contender: Contender, direction: Tensor | None) -> Answer:
+    """Compute the output and, if a direction is given, the gradients of ``<output, direction>``."""
+    with contender.within():
+        if direction is None:
+            with torch.no_grad():
+                return Answer(contender.forward(), {})
+        names = list(contender.operands)
+        output = contender.forward()
+        if output.shape != direction.shape:
+            return Answer(output.detach(), {})
+        found = torch.autograd.grad(output, list(contender.operands.values()), direction)
+    gradients = {}
+    for name, gradient in zip(names, found, strict=True):
+        dense = gradient.to_dense() if gradient.layout is torch.sparse_coo else gradient
+        gradients[name] = dense
+    if contender.as_ours is not None:
+        gradients = contender.as_ours(gradients)
+    return Answer(output.detach(), gradients)
+
+
+def difference(ours: Answer, theirs: Answer) -> Difference:
+    """Find the largest relative error in the Euclidean norm, over output and gradients."""
+    if ours.output.shape != theirs.output.shape:
+        return Difference(f"{OUTPUT}'s shape", float("inf"))
+    worst = Difference(OUTPUT, _relative_error(theirs.output, ours.output))
+    for name, gradient in ours.gradients.items():
+        where = f"the gradient of {name}"
+        if name not in theirs.gradients:
+            return Difference(f"{where}, which is missing", float("inf"))
+        error = _relative_error(theirs.gradients[name], gradient)
+        if not error <= worst.error:
+            worst = Difference(where, error)
+    return worst
+
+
+def agrees(found: Difference, dtype: torch.dtype) -> bool:
+    """Tell whether rounding in ``dtype`` explains a difference."""
+    return found.error <= TOLERANCE[dtype]
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    precise = torch.promote_types(wanted.dtype, torch.float32)
+    size = torch.linalg.vector_norm(wanted, dtype=precise).item()
+    error = torch.linalg.vector_norm(found.to(precise) - wanted.to(precise)).item()
+    if not error < float("inf"):
+        return float("inf")
+    return error / size if size else (0.0 if error == 0 else float("inf"))

@@ -1,0 +1,261 @@
+"""Pictures of the results: ratios as bars, the roofline, and cost against size."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from moezoo.atomic import atomic_write
+from moezoo.bench.limits import Limits
+from moezoo.bench.results import Row
+
+# Wong's colours, which the colour-blind can tell apart.
+_BLUE, _SKY, _ORANGE, _GREEN, _PINK, _RED, _YELLOW = (
+    "#0072B2",
+    "#56B4E9",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#D55E00",
+    "#C9B400",
+)
+_GREY = "#666666"
+_LOOKS = [
+    (color, marker)
+    for marker in "osD^"
+    for color in (_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY, _YELLOW)
+]
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "moezoo",
+    "svg.fonttype": "path",
+}
+_BAR = 0.36
+
+
+def draw(
+    folder: Path, rows: Sequence[Row], limits: Limits, environment: Mapping[str, Any]
+) -> list[Path]:
+    """Draw what there are measurements for; give the files that were written.
+
+    Each picture is written as SVG and as PNG, whole or not at all.
+    """
+    measured = [row for row in rows if row.outcome == "measured"]
+    compared = [row for row in measured if row.forward_ratio is not None]
+    written: list[Path] = []
+    with matplotlib.rc_context(_STYLE):
+        if compared:
+            written += _save(folder, "ratios", ratios(compared), environment)
+        if measured:
+            written += _save(folder, "roofline", roofline(measured, limits), environment)
+        if any(len(_steps(line)) > 1 for line in series(compared).values()):
+            written += _save(folder, "sizes", sizes(compared), environment)
+    return written
+
+
+def _save(folder: Path, name: str, figure: Figure, environment: Mapping[str, Any]) -> list[Path]:
+    FigureCanvasAgg(figure)
+    text = (
+        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"moezoo {environment['moezoo']}, {str(environment['date'])[:10]}"
+    )
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=_GREY)
+    paths = []
+    for kind in ("svg", "png"):
+        buffer = io.BytesIO()
+        # Without a date in it, equal results give equal files.
+        metadata = {"Date": None} if kind == "svg" else {}
+        figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+        path = folder / f"{name}.{kind}"
+        with atomic_write(path) as file:
+            file.write(buffer.getvalue())
+        paths.append(path)
+    return paths
+
+
+def ratios(rows: Sequence[Row]) -> Figure:
+    """Draw how many times as fast ours is, a bar per peer and direction, and the targets."""
+    figure = Figure(figsize=(8, 1.4 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows):
+        bars = [(row.forward_ratio, row.target_forward, _BLUE)]
+        if row.step_ratio is not None:
+            bars.append((row.step_ratio, row.target_step, _SKY))
+        for position, (ratio, target, color) in enumerate(bars):
+            middle = place + _BAR * (position - (len(bars) - 1) / 2)
+            _bar(axes, middle, ratio or 1.0, target, color)
+    axes.axvline(1, color="black", lw=0.8)
+    found = [ratio for row in rows for ratio in (row.forward_ratio, row.step_ratio) if ratio]
+    targets = [target for row in rows for target in (row.target_forward, row.target_step) if target]
+    axes.set_xscale("log")
+    axes.set_xlim(min([*found, 0.8]) / 1.6, max([*found, *targets, 1.25]) * 1.6)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _times(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("the other's time over moezoo's")
+    handles: list[Any] = [
+        Patch(color=_BLUE, label="forward"),
+        Patch(color=_SKY, label="forward and backward"),
+        Line2D([], [], color=_RED, lw=2, label="target"),
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3)
+    return figure
+
+
+def _bar(axes: Axes, middle: float, ratio: float, target: float | None, color: str) -> None:
+    """Draw a bar that begins at 1: to the right ours is faster, to the left the other is."""
+    axes.barh(middle, ratio - 1, _BAR, left=1, color=color)
+    ahead = ratio >= 1
+    axes.annotate(
+        _times(ratio),
+        (ratio, middle),
+        (3 if ahead else -3, 0),
+        textcoords="offset points",
+        ha="left" if ahead else "right",
+        va="center_baseline",
+        fontsize=6.5,
+    )
+    if target is not None:
+        axes.plot([target] * 2, [middle - _BAR / 2, middle + _BAR / 2], color=_RED, lw=2)
+
+
+def roofline(rows: Sequence[Row], limits: Limits) -> Figure:
+    """Draw achieved FLOP/s over FLOPs per byte, below what bandwidth and arithmetic allow."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    same = [row for row in rows if row.same_function and row.flops and row.bytes]
+    looks = dict(zip(dict.fromkeys(row.title for row in same), cycle(_LOOKS), strict=False))
+    for row in same:
+        color, marker = looks[row.title]
+        look: dict[str, Any] = {"color": color, "marker": marker, "ms": 6, "ls": ""}
+        intensity = _intensity(row)
+        axes.plot(intensity, _rate(row, row.forward_ms), **look, zorder=3)
+        if row.peer_forward_ms is not None:
+            rate = _rate(row, row.peer_forward_ms)
+            axes.plot(intensity, rate, **look, mfc="white", alpha=0.8, zorder=2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _draw_limits(axes, limits, [_intensity(row) for row in same])
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("FLOPs per byte that must be moved (forward)")
+    axes.set_ylabel("GFLOP/s")
+    handles = [
+        Line2D([], [], color=color, marker=marker, ls="", label=title)
+        for title, (color, marker) in looks.items()
+    ]
+    handles.append(Line2D([], [], color=_GREY, marker="o", mfc="white", ls="", label="the others"))
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7.5)
+    return figure
+
+
+def _draw_limits(axes: Axes, limits: Limits, intensities: Sequence[float]) -> None:
+    left, right = min(intensities) / 3, max(intensities) * 3
+    for name, rate in sorted(limits.matmul.items(), key=lambda item: item[1]):
+        ridge = rate / limits.read
+        axes.plot([max(left, ridge), right], [rate / 1e9] * 2, color="black", lw=1)
+        text = f"{name} matrix product, {rate / 1e9:,.0f} GFLOP/s"
+        place = (right, rate / 1e9)
+        axes.annotate(
+            text, place, (0, 3), textcoords="offset points", ha="right", fontsize=7, color=_GREY
+        )
+    top = max(limits.matmul.values()) / limits.read
+    ends = [left, max(left, min(top, right))]
+    axes.plot(ends, [limits.read * end / 1e9 for end in ends], color="black", lw=1)
+    axes.annotate(
+        f"memory, {limits.read / 1e9:,.1f} GB/s",
+        (left, limits.read * left / 1e9),
+        (4, 8),
+        textcoords="offset points",
+        fontsize=7,
+        color=_GREY,
+    )
+    axes.set_xlim(left, right)
+
+
+def sizes(rows: Sequence[Row]) -> Figure:
+    """Draw forward time against size, a panel per series and a line per contender."""
+    drawn = {name: found for name, found in series(rows).items() if len(_steps(found)) > 1}
+    columns = min(3, len(drawn))
+    lines = math.ceil(len(drawn) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.9 * lines + 0.3), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for panel in panels[len(drawn) :]:
+        panel.set_axis_off()
+    for panel, (name, found) in zip(panels, drawn.items(), strict=False):
+        _draw_series(panel, name, found)
+    return figure
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Sort rows by the series that they belong to."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.series and row.size is not None and row.forward_ms is not None:
+            found.setdefault(row.series, []).append(row)
+    return found
+
+
+def _steps(rows: Sequence[Row]) -> list[int]:
+    return sorted({row.size for row in rows if row.size is not None})
+
+
+def _draw_series(axes: Axes, name: str, rows: Sequence[Row]) -> None:
+    ours = {row.size or 0: row.forward_ms or 0.0 for row in rows}
+    order = sorted(ours)
+    axes.plot(order, [ours[size] for size in order], "o-", color=_BLUE, lw=2, ms=4, label="moezoo")
+    colors = cycle((_RED, _GREEN, _ORANGE, _PINK, _GREY, _YELLOW))
+    for peer, color in zip(dict.fromkeys(row.peer for row in rows), colors, strict=False):
+        theirs = sorted((row.size or 0, row.peer_forward_ms or 0.0) for row in rows if row.peer == peer)
+        axes.plot(*zip(*theirs, strict=True), "s--", color=color, lw=1.2, ms=3.5, label=peer)
+    if max(order) / min(order) >= 2:
+        axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(order, [str(size) for size in order])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(name.partition(":")[0], fontsize=9, loc="left")
+    axes.set_xlabel(name.partition(":")[2].strip())
+    axes.set_ylabel("forward, ms")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def _label(row: Row) -> str:
+    dtype = "" if row.dtype == "float32" else f" {row.dtype}"
+    other = row.peer if row.same_function else f"({row.peer})"
+    return f"{row.case.removesuffix('-bf16').removesuffix('-cuda')}{dtype} / {other}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.0f}×" if value >= 99.5 else f"{value:.3g}×"
+
+
+def _intensity(row: Row) -> float:
+    assert row.flops
+    assert row.bytes
+    return row.flops / row.bytes
+
+
+def _rate(row: Row, milliseconds: float | None) -> float:
+    """Give GFLOP/s of the work that must be done, whatever was done beyond it."""
+    assert row.flops
+    assert milliseconds
+    return row.flops / milliseconds / 1e6
