@@ -11,13 +11,15 @@ BUILT  := pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test lint clean
+.PHONY: help demo compare test lint bench gpu clean
 
 help:
 	@echo "make demo    train a small sparse MoE on the Python standard library's source, on a CPU"
 	@echo "make compare train one method of each kind side by side, in less than 20 minutes"
 	@echo "make test    run all tests"
 	@echo "make lint    ruff and mypy, as in continuous integration"
+	@echo "make bench   speed and memory against public peers, on a CPU; a quarter of an hour"
+	@echo "make gpu     GPU tests, then the benchmark on a GPU; ten minutes"
 	@echo "make clean   remove .venv, caches and build products; runs/ stays"
 	@echo
 	@echo "Choose the interpreter with PYTHON=python3.12 (3.11 or newer)."
@@ -38,21 +40,33 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+bench: $(VENV)/.bench
+	@$(BIN)/moezoo bench all
+
+gpu: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/moezoo bench all --device cuda --minutes 6
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f kernels/moezoo_kernels/_native_*
 	find kernels moezoo models train tests -name __pycache__ -prune -exec rm -rf {} +
 
-# A stamp per set of extras; dev includes train, so it satisfies both.
+# A stamp per set of extras; dev includes bench, which includes train.
 $(VENV)/.train: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 	@echo "Installing moezoo[train] into $(VENV) ..."
 	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[train]"
 	@touch $@
 
+$(VENV)/.bench: $(BUILT) | $(BIN)/pip $(VENV)/.torch
+	@echo "Installing moezoo[bench] into $(VENV) ..."
+	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[bench]"
+	@touch $(VENV)/.train $@
+
 $(VENV)/.dev: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 	@echo "Installing moezoo[dev] into $(VENV) ..."
 	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[dev]"
-	@touch $(VENV)/.train $@
+	@touch $(VENV)/.train $(VENV)/.bench $@
 
 $(VENV)/.torch: constraints.txt | $(BIN)/pip
 ifneq ($(TORCH_INDEX),)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moezoo_kernels import backends
 
+PLAIN = "plain-torch"  # the peer that is our own fallback
 EXTRA = "pip install 'moezoo[bench]'"
 # Names under which ops register plain torch, the better one first.
 _PLAIN_BACKENDS = ("torch", "reference")

@@ -15,9 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from moezoo.atomic import atomic_write
+from moezoo.bench.case import PLAIN
 from moezoo.bench.limits import Limits
 from moezoo.bench.results import Row
 
@@ -58,10 +59,11 @@ def draw(
     """
     measured = [row for row in rows if row.outcome == "measured"]
     compared = [row for row in measured if row.forward_ratio is not None]
+    others = [row for row in compared if row.peer != PLAIN]
     written: list[Path] = []
     with matplotlib.rc_context(_STYLE):
-        if compared:
-            written += _save(folder, "ratios", ratios(compared), environment)
+        if others:
+            written += _save(folder, "ratios", ratios(others), environment)
         if measured:
             written += _save(folder, "roofline", roofline(measured, limits), environment)
         if any(len(_steps(line)) > 1 for line in series(compared).values()):
@@ -91,7 +93,7 @@ def _save(folder: Path, name: str, figure: Figure, environment: Mapping[str, Any
 
 def ratios(rows: Sequence[Row]) -> Figure:
     """Draw how many times as fast ours is, a bar per peer and direction, and the targets."""
-    figure = Figure(figsize=(8, 1.4 + 0.36 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.4 + 0.34 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         bars = [(row.forward_ratio, row.target_forward, _BLUE)]
@@ -100,18 +102,23 @@ def ratios(rows: Sequence[Row]) -> Figure:
         for position, (ratio, target, color) in enumerate(bars):
             middle = place + _BAR * (position - (len(bars) - 1) / 2)
             _bar(axes, middle, ratio or 1.0, target, color)
+    for place in _every_second(rows):
+        axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.045, lw=0, zorder=0)
     axes.axvline(1, color="black", lw=0.8)
     found = [ratio for row in rows for ratio in (row.forward_ratio, row.step_ratio) if ratio]
-    targets = [target for row in rows for target in (row.target_forward, row.target_step) if target]
+    targets = [wish for row in rows for wish in (row.target_forward, row.target_step) if wish]
     axes.set_xscale("log")
-    axes.set_xlim(min([*found, 0.8]) / 1.6, max([*found, *targets, 1.25]) * 1.6)
+    axes.set_xlim(min([*found, 0.8]) / 1.7, max([*found, *targets, 1.25]) * 1.7)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _times(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("the other's time over moezoo's")
+    axes.set_xlabel(
+        "the other's time over moezoo's\nin parentheses: another function, of equal FLOPs or width"
+    )
     handles: list[Any] = [
         Patch(color=_BLUE, label="forward"),
         Patch(color=_SKY, label="forward and backward"),
@@ -121,21 +128,31 @@ def ratios(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def _every_second(rows: Sequence[Row]) -> list[int]:
+    """Give the places of every second case's rows, which are shaded so that cases stand apart."""
+    order = list(dict.fromkeys(row.case for row in rows))
+    return [place for place, row in enumerate(rows) if order.index(row.case) % 2]
+
+
 def _bar(axes: Axes, middle: float, ratio: float, target: float | None, color: str) -> None:
     """Draw a bar that begins at 1: to the right ours is faster, to the left the other is."""
     axes.barh(middle, ratio - 1, _BAR, left=1, color=color)
-    ahead = ratio >= 1
+    ahead, end = ratio >= 1, ratio
+    if target is not None:
+        ends = [middle - _BAR / 2, middle + _BAR / 2]
+        axes.plot([target] * 2, ends, color="white", lw=3.6, zorder=3, solid_capstyle="butt")
+        axes.plot([target] * 2, ends, color=_RED, lw=2, zorder=4, solid_capstyle="butt")
+        if ratio <= target <= 1.5 * ratio:
+            end = target  # the number goes beyond the mark, which it would hide
     axes.annotate(
         _times(ratio),
-        (ratio, middle),
-        (3 if ahead else -3, 0),
+        (end, middle),
+        (4 if ahead else -4, 0),
         textcoords="offset points",
         ha="left" if ahead else "right",
         va="center_baseline",
         fontsize=6.5,
     )
-    if target is not None:
-        axes.plot([target] * 2, [middle - _BAR / 2, middle + _BAR / 2], color=_RED, lw=2)
 
 
 def roofline(rows: Sequence[Row], limits: Limits) -> Figure:
@@ -148,21 +165,27 @@ def roofline(rows: Sequence[Row], limits: Limits) -> Figure:
         color, marker = looks[row.title]
         look: dict[str, Any] = {"color": color, "marker": marker, "ms": 6, "ls": ""}
         intensity = _intensity(row)
-        axes.plot(intensity, _rate(row, row.forward_ms), **look, zorder=3)
+        ours = _rate(row, row.forward_ms)
+        axes.plot(intensity, ours, **look, zorder=4)
         if row.peer_forward_ms is not None:
-            rate = _rate(row, row.peer_forward_ms)
-            axes.plot(intensity, rate, **look, mfc="white", alpha=0.8, zorder=2)
+            theirs = _rate(row, row.peer_forward_ms)
+            axes.plot([intensity] * 2, [ours, theirs], color=color, lw=0.7, alpha=0.6, zorder=2)
+            axes.plot(intensity, theirs, **look, mfc="white", zorder=3)
     axes.set_xscale("log")
     axes.set_yscale("log")
     _draw_limits(axes, limits, [_intensity(row) for row in same])
     axes.grid(alpha=0.3)
     axes.set_xlabel("FLOPs per byte that must be moved (forward)")
     axes.set_ylabel("GFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     handles = [
         Line2D([], [], color=color, marker=marker, ls="", label=title)
         for title, (color, marker) in looks.items()
     ]
-    handles.append(Line2D([], [], color=_GREY, marker="o", mfc="white", ls="", label="the others"))
+    handles.append(
+        Line2D([], [], color=_GREY, marker="o", mfc="white", ls="", label="hollow: the others")
+    )
     figure.legend(handles=handles, loc="outside right upper", fontsize=7.5)
     return figure
 
@@ -180,21 +203,26 @@ def _draw_limits(axes: Axes, limits: Limits, intensities: Sequence[float]) -> No
     top = max(limits.matmul.values()) / limits.read
     ends = [left, max(left, min(top, right))]
     axes.plot(ends, [limits.read * end / 1e9 for end in ends], color="black", lw=1)
-    axes.annotate(
+    axes.set_xlim(left, right)
+    middle = math.sqrt(ends[0] * ends[1])
+    axes.text(
+        middle,
+        1.15 * limits.read * middle / 1e9,
         f"memory, {limits.read / 1e9:,.1f} GB/s",
-        (left, limits.read * left / 1e9),
-        (4, 8),
-        textcoords="offset points",
         fontsize=7,
         color=_GREY,
+        ha="center",
+        va="bottom",
+        rotation=math.degrees(math.atan(limits.read / 1e9)),
+        rotation_mode="anchor",
+        transform_rotates_text=True,
     )
-    axes.set_xlim(left, right)
 
 
 def sizes(rows: Sequence[Row]) -> Figure:
     """Draw forward time against size, a panel per series and a line per contender."""
     drawn = {name: found for name, found in series(rows).items() if len(_steps(found)) > 1}
-    columns = min(3, len(drawn))
+    columns = 2 if len(drawn) in (2, 4) else min(3, len(drawn))
     lines = math.ceil(len(drawn) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.9 * lines + 0.3), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
@@ -224,11 +252,14 @@ def _draw_series(axes: Axes, name: str, rows: Sequence[Row]) -> None:
     axes.plot(order, [ours[size] for size in order], "o-", color=_BLUE, lw=2, ms=4, label="moezoo")
     colors = cycle((_RED, _GREEN, _ORANGE, _PINK, _GREY, _YELLOW))
     for peer, color in zip(dict.fromkeys(row.peer for row in rows), colors, strict=False):
-        theirs = sorted((row.size or 0, row.peer_forward_ms or 0.0) for row in rows if row.peer == peer)
+        theirs = sorted(
+            (row.size or 0, row.peer_forward_ms or 0.0) for row in rows if row.peer == peer
+        )
         axes.plot(*zip(*theirs, strict=True), "s--", color=color, lw=1.2, ms=3.5, label=peer)
     if max(order) / min(order) >= 2:
         axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xticks(order, [str(size) for size in order])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(name.partition(":")[0], fontsize=9, loc="left")

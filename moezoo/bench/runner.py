@@ -20,7 +20,6 @@ from moezoo.bench.timing import Timing, interleave
 Outcome = Literal["measured", "differs", "missing", "failed", "skipped"]
 OURS = "ours"
 LIMIT = "limit"
-_WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -205,12 +204,8 @@ def _measure(
             steps[name] = step
             saved[name] = saved_bytes(contender)
             memory[name] = temporary_bytes(step, device)
-    for calls in (forwards, steps):
-        for call in calls.values():
-            for _ in range(_WARM_UP if device.type == "cuda" else 1):
-                call()
-    forward_times = interleave(forwards, device, options.runs, options.budget)
-    step_times = interleave(steps, device, options.runs, options.budget)
+    forward_times = interleave(forwards, device, options.runs, options.budget, always=OURS)
+    step_times = interleave(steps, device, options.runs, options.budget, always=OURS)
     return {
         name: Measured(forward_times[name], step_times.get(name), saved.get(name), memory.get(name))
         for name in contenders

@@ -49,18 +49,20 @@ def interleave(
     device: torch.device,
     runs: int,
     budget: float,
+    always: str,
 ) -> dict[str, Timing]:
-    """Time every call ``runs`` times, in turn.
+    """Time every call ``runs`` times, in turn, after calling each once.
 
     A call that would take longer than ``budget`` seconds in all gets fewer samples, no fewer than
     three, spread evenly over the rounds. Results are dropped before the next call begins, so that
     everyone pays for fresh memory alike.
 
     Args:
-        calls: by name; each has been called before, so that nothing is built while it is timed.
+        calls: by name.
         device: where they run. On CUDA, events are used and the cache is flushed before each call.
         runs: samples per call.
         budget: seconds per call.
+        always: the call that gets all samples, however slow it is.
     """
     sample = _cuda_sampler(device) if device.type == "cuda" else _sample_cpu
     first = {name: sample(call, 1) for name, call in calls.items()}
@@ -69,7 +71,9 @@ def interleave(
         for name, seconds in first.items()
     }
     counts = {
-        name: min(runs, max(_FEWEST, int(budget / max(first[name] * repeats[name], 1e-9))))
+        name: runs
+        if name == always
+        else min(runs, max(_FEWEST, int(budget / max(first[name] * repeats[name], 1e-9))))
         for name in calls
     }
     samples: dict[str, list[float]] = {name: [] for name in calls}

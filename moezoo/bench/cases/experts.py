@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import moezoo_kernels
 from moezoo.bench.case import (
+    PLAIN,
     Case,
     Contender,
     Gradients,
@@ -335,7 +336,7 @@ def _cpu_peers(ratio: float) -> dict[str, Peer]:
             target=Target(forward=ratio, step=ratio, saved=_SAVED),
         ),
         "dense": Peer(_dense, same=False, target=Target(forward=0.85)),
-        "plain-torch": Peer(_plain),
+        PLAIN: Peer(_plain),
     }
 
 
@@ -371,7 +372,7 @@ def _cuda_peers(gated: bool) -> dict[str, Peer]:
         "scattermoe": Peer(_scattermoe, SCATTERMOE, target=faster),
         "megablocks": Peer(_megablocks, MEGABLOCKS),
         "dense": Peer(_dense, same=False, target=Target(step=0.75)),
-        "plain-torch": Peer(_plain),
+        PLAIN: Peer(_plain),
     }
     if not gated:
         return peers

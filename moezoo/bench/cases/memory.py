@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.bench.case import (
+    PLAIN,
     Case,
     Contender,
     Package,
@@ -167,7 +168,7 @@ def _values_case(
     kind = "sparse" if sparse else "dense"
     peers = {
         "embedding_bag": Peer(_embedding_bag, target=target),
-        "plain-torch": Peer(_plain_values),
+        PLAIN: Peer(_plain_values),
     }
     return Case(
         name,
@@ -198,7 +199,7 @@ CASES = [
             "product-key-memory": Peer(
                 _product_key_memory, PRODUCT_KEY_MEMORY, target=Target(forward=5.0, step=2.5)
             ),
-            "plain-torch": Peer(_plain_layer),
+            PLAIN: Peer(_plain_layer),
         },
     ),
     _values_case(

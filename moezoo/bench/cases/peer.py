@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.bench.case import (
+    PLAIN,
     Case,
     Contender,
     Package,
@@ -181,7 +182,7 @@ def _layer_case(n: int, forward: float | None, step: float | None, **changes: An
         target = Target(forward=forward, step=step, memory=_LESS_MEMORY)
     peers: Mapping[str, Peer] = {
         "PEER-pytorch": Peer(_peer_pytorch, PEER_PYTORCH, target=target),
-        "plain-torch": Peer(_plain),
+        PLAIN: Peer(_plain),
     }
     sizes = _sizes(2048, 512, n)
     return Case(
@@ -209,7 +210,7 @@ CASES = [
         _sizes(2048, 512, 256),
         _QUICK,
         _build_core,
-        {"gather": Peer(_gather), "plain-torch": Peer(_plain)},
+        {"gather": Peer(_gather), PLAIN: Peer(_plain)},
         limit=Target(of_limit=0.6, step_of_limit=0.6),
     ),
     Case(
@@ -221,7 +222,7 @@ CASES = [
         _build_layer,
         {
             "PEER-pytorch": Peer(_peer_pytorch, PEER_PYTORCH, target=Target(step=10.0, memory=0.1)),
-            "plain-torch": Peer(_plain),
+            PLAIN: Peer(_plain),
         },
         device="cuda",
     ),

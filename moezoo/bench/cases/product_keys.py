@@ -8,7 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moezoo.bench.case import Case, Contender, Peer, Problem, Setting, Target, Work, plain_torch
+from moezoo.bench.case import (
+    PLAIN,
+    Case,
+    Contender,
+    Peer,
+    Problem,
+    Setting,
+    Target,
+    Work,
+    plain_torch,
+)
 from moezoo.bench.inputs import decided, product_key_margin
 from moezoo.routing.product_key import ProductKeys
 
@@ -68,7 +78,7 @@ def _case(device: Literal["cpu", "cuda"], n: int, k: int, suffix: str = "") -> C
     target = Target(forward=5.0) if device == "cpu" else None
     peers: dict[str, Any] = {
         "torch.topk": Peer(_topk, target=target),
-        "plain-torch": Peer(_plain),
+        PLAIN: Peer(_plain),
     }
     return Case(
         f"top-k-n{n}-k{k}{suffix}",

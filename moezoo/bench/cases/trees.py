@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.bench.case import (
+    PLAIN,
     Case,
     Contender,
     Gradients,
@@ -187,11 +188,11 @@ def _path_case(
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> Case:
     wanted = None if target is None else Target(forward=target)
-    series = "FFF inference: tree's depth" if tokens > 1 and device == "cpu" else ""
+    series = "FFF inference: depth of the tree" if tokens > 1 and device == "cpu" else ""
     peers = {
         "dense": Peer(_dense, same=False, target=wanted),
         "masked": Peer(_masked),
-        "plain-torch": Peer(_plain),
+        PLAIN: Peer(_plain),
     }
     suffix = "-cuda" if device == "cuda" else ""
     return Case(
@@ -216,12 +217,13 @@ def _leaves_case(training: bool, target: Target) -> Case:
         f"fff-leaves-{mode}",
         "layer",
         f"FFF with leaves, {mode}",
-        {"T": 512, "d": 512, "depth": 8, "leaf": 16},
+        # The package's training step at 512 tokens of width 512 takes most of a minute.
+        {"T": 128 if training else 512, "d": 256 if training else 512, "depth": 8, "leaf": 16},
         {"T": 12, "d": 16, "depth": 3, "leaf": 4},
         partial(_build_leaves, training=training),
         {
             "fastfeedforward": Peer(_fastfeedforward, FASTFEEDFORWARD, target=target),
-            "plain-torch": Peer(_plain),
+            PLAIN: Peer(_plain),
         },
         step=training,
     )
