@@ -1,0 +1,150 @@
+"""The adapters of peers that need a GPU, against stand-ins with their layouts.
+
+Each stand-in computes in plain torch what its original computes, as read in its source: ScatterMoE
+0.3 (`mlp.py`), MegaBlocks 0.10 (`layers/glu.py`, `layers/mlp.py`), torchtitan 0.3
+(`models/common/moe.py`). They can not show that the originals run, only that weights and gradients
+are carried over rightly.
+"""
+
+import dataclasses
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moezoo.bench.cases import CASES
+from moezoo.bench.runner import Options, run_case
+
+
+def combine(x, indices, weights, expert):
+    """Sum each token's experts, one by one."""
+    rows = []
+    for t in range(len(x)):
+        chosen = zip(indices[t].tolist(), weights[t], strict=True)
+        rows.append(sum(weight * expert(x[t], e) for e, weight in chosen))
+    return torch.stack(rows)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(0))
+
+
+class ScatterMLP(nn.Module):
+    gated = False
+
+    def __init__(self, input_size, hidden_size, num_experts, top_k, activation):
+        super().__init__()
+        self.experts, self.output_experts, self.activation = Stack(), Stack(), activation
+
+    def forward(self, x, expert_p, expert_idxs):
+        def expert(token, e):
+            h = self.experts.weight[e] @ token
+            if self.gated:
+                h, gates = h.chunk(2)
+                h = self.activation(gates) * h
+            else:
+                h = self.activation(h)
+            return self.output_experts.weight[e] @ h
+
+        return combine(x, expert_idxs, expert_p, expert)
+
+
+class ScatterGLUMLP(ScatterMLP):
+    gated = True
+
+
+class Dropless(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.mlp = args, nn.Module()
+
+    def forward(self, x, scores, expert_weights, top_experts):
+        args, mlp = self.args, self.mlp
+        assert x.ndim == 3
+        assert (args.bias, args.mlp_impl, args.moe_loss_weight) == (False, "grouped", 0.0)
+
+        def expert(token, e):
+            rows = slice(e * args.ffn_hidden_size, (e + 1) * args.ffn_hidden_size)
+            h = args.activation_fn(mlp.w1[rows] @ token)
+            if args.mlp_type == "glu":
+                h = h * (mlp.v1[rows] @ token)
+            return h @ mlp.w2[rows]
+
+        flat = x.flatten(0, 1)
+        return combine(flat, top_experts, expert_weights, expert).unflatten(0, x.shape[:2])
+
+
+class Titan(nn.Module):
+    def __init__(self, inner, dispatcher):
+        super().__init__()
+        self.inner_experts = nn.Module()
+        self.sizes = (inner.num_experts, dispatcher.num_experts)
+
+    def forward(self, x, scores, ids, counts):
+        inner = self.inner_experts
+        assert counts.sum() == ids.numel()
+        assert self.sizes == (len(counts), len(counts))
+
+        def expert(token, e):
+            h = F.silu(inner.w1_EFD[e] @ token) * (inner.w3_EFD[e] @ token)
+            return inner.w2_EDF[e] @ h
+
+        return combine(x[0], ids[0], scores[0], expert).unsqueeze(0)
+
+
+def titan_config(*, inner_experts, token_dispatcher):
+    return types.SimpleNamespace(build=lambda: Titan(inner_experts, token_dispatcher))
+
+
+def install(monkeypatch, path: str, **members) -> None:
+    """Put a module and its parents where imports find them."""
+    names = path.split(".")
+    for end in range(1, len(names) + 1):
+        name = ".".join(names[:end])
+        module = sys.modules.get(name) or types.ModuleType(name)
+        module.__spec__ = types.SimpleNamespace(name=name, origin=None)
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, name, module)
+    for name, member in members.items():
+        setattr(sys.modules[path], name, member)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    space = types.SimpleNamespace
+    install(monkeypatch, "scattermoe.mlp", MLP=ScatterMLP, GLUMLP=ScatterGLUMLP)
+    install(monkeypatch, "megablocks.layers.arguments", Arguments=space)
+    install(monkeypatch, "megablocks.layers.dmoe", ParallelDroplessMLP=Dropless)
+    install(
+        monkeypatch,
+        "torchtitan.models.common.moe",
+        GroupedExperts=space(Config=space),
+        RoutedExperts=space(Config=titan_config),
+    )
+    install(
+        monkeypatch,
+        "torchtitan.models.common.token_dispatcher",
+        LocalTokenDispatcher=space(Config=space),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "peers"),
+    [
+        ("qwen3-30b", {"scattermoe", "megablocks", "torchtitan", "transformers"}),
+        ("scatter-k2", {"scattermoe", "megablocks"}),
+    ],
+)
+def test_weights_and_gradients_are_carried_over(stand_ins, name, peers):
+    case = next(case for case in CASES if case.name == name)
+    assert peers < set(case.peers)
+    case = dataclasses.replace(case, device="cpu", dtype=torch.float32)
+    options = Options(quick=True, runs=1, budget=0.1, peers=frozenset(peers))
+    results = run_case(case, options)
+    assert {result.peer for result in results} == peers
+    assert {(result.outcome, result.note) for result in results} == {("measured", "")}
