@@ -48,11 +48,15 @@ def product_key_margin(keys: ProductKeys, queries_THC: Tensor) -> Tensor:
     """Tell how far each token's last chosen slot is above the first one left out: ``(T,)``."""
     halves = queries_THC.float().unflatten(-1, (2, -1))
     codebooks = keys.keys.float().expand(keys.num_heads, -1, -1, -1)
-    scores = torch.einsum("thpc,hpnc->thpn", halves, codebooks)
-    best = scores.topk(min(keys.top_k + 1, keys.num_keys), dim=-1).values
-    sums = (best[:, :, 0, :, None] + best[:, :, 1, None, :]).flatten(2)
-    top = sums.topk(keys.top_k + 1, dim=-1).values
-    return (top[..., -2] - top[..., -1]).amin(dim=1) / scores.std()
+    return halves_margin(torch.einsum("thpc,hpnc->tphn", halves, codebooks), keys.top_k)
+
+
+def halves_margin(scores_T2Hn: Tensor, top_k: int) -> Tensor:
+    """Tell the same from the scores of both halves."""
+    best = scores_T2Hn.topk(min(top_k + 1, scores_T2Hn.shape[-1]), dim=-1).values
+    sums = (best[:, 0, :, :, None] + best[:, 1, :, None, :]).flatten(2)
+    top = sums.topk(top_k + 1, dim=-1).values
+    return (top[..., -2] - top[..., -1]).amin(dim=1) / scores_T2Hn.std()
 
 
 def top_k_margin(scores_TE: Tensor, top_k: int) -> Tensor:

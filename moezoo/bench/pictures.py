@@ -73,8 +73,9 @@ def draw(
 
 def _save(folder: Path, name: str, figure: Figure, environment: Mapping[str, Any]) -> list[Path]:
     FigureCanvasAgg(figure)
+    threads = f"{environment['threads']} thread{'s' if environment['threads'] != 1 else ''}"
     text = (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"{environment['device']}, {threads}, torch {environment['torch']}, "
         f"moezoo {environment['moezoo']}, {str(environment['date'])[:10]}"
     )
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=_GREY)

@@ -151,6 +151,6 @@ def report(rows: Sequence[Row], limits: Limits, where: dict[str, object]) -> Non
         f"GFLOP/s {matmul}."
     )
     print(
-        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{where['device']}, threads: {where['threads']}, torch {where['torch']}, "
         f"moezoo {where['moezoo']} ({where['commit'] or 'no checkout'}), {where['date']}."
     )

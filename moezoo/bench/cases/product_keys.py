@@ -1,9 +1,9 @@
-"""Exact top-k over n² product keys."""
+"""Exact top-k over n² product keys, from the scores of both half-queries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,38 +19,34 @@ from moezoo.bench.case import (
     Work,
     plain_torch,
 )
-from moezoo.bench.inputs import decided, product_key_margin
-from moezoo.routing.product_key import ProductKeys
+from moezoo.bench.inputs import decided, halves_margin
+from moezoo_kernels import product_key_top_k
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Keys, queries, and how ours is called."""
+    """Scores ``(2, T, H, n)``, how many are wanted, and how ours is called."""
 
-    keys: ProductKeys
-    queries: Tensor
+    halves: Tensor
+    top_k: int
     ours: Contender
 
 
 def _build(setting: Setting) -> Problem:
-    """Narrow keys, so that little of the time is the product of queries and keys."""
-    tokens, heads, k = setting["T"], setting["h"], setting["k"]
-    with torch.device(setting.device):
-        keys = ProductKeys(setting["c"], setting["n"], heads, k)
-    queries = decided(
-        lambda count: torch.randn(count, heads, setting["c"], device=setting.device),
-        lambda drawn: product_key_margin(keys, drawn),
+    tokens, heads, n, k = (setting[name] for name in ("T", "h", "n", "k"))
+    halves = decided(
+        lambda count: torch.randn(count, 2, heads, n, device=setting.device),
+        lambda drawn: halves_margin(drawn, k),
         tokens,
-    ).requires_grad_()
-    ours = Contender(lambda: keys(queries)[0], {"queries": queries, "keys": keys.keys})
+    )
+    halves = halves.transpose(0, 1).contiguous().requires_grad_()
+    ours = Contender(lambda: product_key_top_k(halves, k)[0], {"halves": halves})
     # The same for all k of a head: two slots that tie to the last bit may come in either order.
     direction = torch.randn(tokens, heads, 1, device=setting.device).expand(-1, -1, k)
-    scores = 4.0 * tokens * heads * 2 * setting["n"]
-    flops = float(tokens * keys.flops_per_token())
-    found = 12.0 * tokens * heads * k  # a score and a slot each
-    work = Work(flops, queries.nbytes + keys.keys.nbytes + scores, found + scores)
-    step_work = Work(3 * flops, 2 * work.read, work.written + queries.nbytes + keys.keys.nbytes)
-    return Problem(ours, work, step_work, _Search(keys, queries, ours), direction.contiguous())
+    # A search has no products. A score and a slot are written for each that is found.
+    work = Work(0, halves.nbytes, 12.0 * tokens * heads * k)
+    step_work = Work(0, work.read, work.written + halves.nbytes)
+    return Problem(ours, work, step_work, _Search(halves, k, ours), direction.contiguous())
 
 
 def _plain(parts: _Search) -> Contender:
@@ -59,15 +55,13 @@ def _plain(parts: _Search) -> Contender:
 
 def _topk(parts: _Search) -> Contender:
     """Top-k of each half, all k² sums, top-k of those; a slot's number along with its score."""
-    keys, queries = parts.keys, parts.queries
-    codebooks = keys.keys
+    halves, k = parts.halves, parts.top_k
 
     def forward() -> Tensor:
-        scores = torch.einsum("thpc,hpnc->pthn", queries.unflatten(-1, (2, -1)), codebooks)
-        (first, second), (rows, columns) = scores.topk(keys.top_k, dim=-1)
+        (first, second), (rows, columns) = halves.topk(k, dim=-1)
         sums = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
-        slots = (rows.unsqueeze(-1) * keys.num_keys + columns.unsqueeze(-2)).flatten(-2)
-        best, chosen = sums.topk(keys.top_k, dim=-1)
+        slots = (rows.unsqueeze(-1) * halves.shape[-1] + columns.unsqueeze(-2)).flatten(-2)
+        best, chosen = sums.topk(k, dim=-1)
         slots.gather(-1, chosen)
         return best
 
@@ -76,18 +70,14 @@ def _topk(parts: _Search) -> Contender:
 
 def _case(device: Literal["cpu", "cuda"], n: int, k: int, suffix: str = "") -> Case:
     target = Target(forward=5.0) if device == "cpu" else None
-    peers: dict[str, Any] = {
-        "torch.topk": Peer(_topk, target=target),
-        PLAIN: Peer(_plain),
-    }
     return Case(
         f"top-k-n{n}-k{k}{suffix}",
         "op",
         "product-key top-k",
-        {"T": 2048, "h": 4, "k": k, "n": n, "c": 16},
-        {"T": 16, "h": 2, "k": 3, "n": 8, "c": 8},
+        {"T": 2048, "h": 4, "k": k, "n": n},
+        {"T": 16, "h": 2, "k": 3, "n": 8},
         _build,
-        peers,
+        {"torch.topk": Peer(_topk, target=target), PLAIN: Peer(_plain)},
         device=device,
         step=False,
         series=f"product-key top-{k}: half-keys n",

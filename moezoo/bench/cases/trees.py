@@ -88,7 +88,7 @@ def _masked(parts: _Path) -> Contender:
 
 
 def _plain(parts: _Path | _Leaves) -> Contender:
-    return plain_torch(parts.ours, "tree_descent")
+    return plain_torch(parts.ours, "tree_descent", "path_neurons", "leaf_mlp")
 
 
 def _build_leaves(setting: Setting, training: bool) -> Problem:

@@ -115,7 +115,7 @@ def test_the_report_names_every_case_and_the_machine(limits, results, where, cap
         assert row.shape in text
     assert "(dense)" in text
     assert "5.0 GB/s read" in text
-    assert "a processor, 2 threads, torch 2.13.0" in text
+    assert "a processor, threads: 2, torch 2.13.0" in text
     assert " ms " not in text.splitlines()[1]  # absolute times of a shared CPU mean nothing
     on_gpu = [dataclasses.replace(rows[0], device="cuda", forward_ms=1.5)]
     command.report(on_gpu, limits, where)
