@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moezoo_kernels import backends, native
+from moezoo_kernels import backends, native, triton_support
 from moezoo_kernels.weighted_bag import op, reference
 
 
@@ -48,6 +48,8 @@ def weighted_bag(
 def _fused(
     table: Tensor, indices: Tensor, weights: Tensor, *, sparse: bool, backend: str
 ) -> Tensor:
+    if backend == "torch" and not torch.compiler.is_compiling() and _has_kernel(table):
+        native.warn_once()
     weights = weights.to(torch.promote_types(table.dtype, torch.float32))
     return op.forward(table, indices, weights, sparse, backend)
 
@@ -64,6 +66,10 @@ def _check(table: Tensor, indices: Tensor, weights: Tensor) -> None:
         )
 
 
+def _has_kernel(table: Tensor) -> bool:
+    return table.device.type == "cpu" and table.dtype in (torch.float32, torch.bfloat16)
+
+
 def _anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
@@ -71,6 +77,7 @@ def _anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
 backends.register(
     "weighted_bag",
     backends.Backend("cpu", partial(_fused, backend="cpu"), native.unusable),
+    backends.Backend("triton", partial(_fused, backend="triton"), triton_support.unusable),
     backends.Backend("torch", partial(_fused, backend="torch"), _anywhere),
     backends.Backend("reference", reference.weighted_bag, _anywhere),
 )

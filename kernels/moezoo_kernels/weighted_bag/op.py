@@ -8,6 +8,7 @@ that were read, if it is sparse), V width.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -19,15 +20,13 @@ from torch.utils.flop_counter import register_flop_formula
 from moezoo_kernels.row_sums import Assignments, sort_by_row, sparse_rows
 from moezoo_kernels.weighted_bag import cpu, plain
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "torch": plain}
-
 
 @torch.library.custom_op("moezoo::weighted_bag", mutates_args=())
 def forward(table: Tensor, indices: Tensor, weights: Tensor, sparse: bool, backend: str) -> Tensor:
     """Give the bags, ``(T, V)`` in the table's dtype; weights are fp32, fp64 for fp64 tables."""
     _check_range(indices, table.shape[0])
     with torch.autocast(table.device.type, enabled=False):
-        return _IMPLEMENTATIONS[backend].forward(table, indices, weights)
+        return _implementation(backend).forward(table, indices, weights)
 
 
 @forward.register_fake
@@ -55,7 +54,7 @@ def backward(
     if order is not None and starts is not None:
         assignments = Assignments(order, starts, rows)
     with torch.autocast(grad.device.type, enabled=False):
-        of_table, of_weights = _IMPLEMENTATIONS[backend].backward(
+        of_table, of_weights = _implementation(backend).backward(
             grad, table, indices, weights, assignments, needs_weights
         )
     return (
@@ -79,6 +78,12 @@ def _(
     shape = (0,) if starts is None else (starts.numel() - 1, table.shape[1])
     of_weights = weights.new_empty(weights.shape) if needs_weights else grad.new_empty(0)
     return table.new_empty(shape), of_weights
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":  # looked for when asked for, as it imports triton
+        return importlib.import_module("moezoo_kernels.weighted_bag.triton_bag")
+    return {"cpu": cpu, "torch": plain}[backend]
 
 
 def _check_range(indices: Tensor, num_rows: int) -> None:

@@ -1,0 +1,41 @@
+"""Where Triton kernels run, and over which few configurations they are tuned.
+
+Importing this does not import triton; a module that holds kernels does, so ops import it late.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device: for tests, and slow."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why Triton kernels do not run on this device in this dtype; None if they do."""
+    if device.type != "cuda" and not interpreted():
+        return "needs a CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if dtype not in _DTYPES:
+        return f"has fp32, bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def configurations(*choices: tuple[dict[str, int], int]) -> list[Any]:
+    """List ``(constants, warps)`` to tune over; the interpreter, where no time counts, takes one.
+
+    None of the constants may change the order of a sum: results must not depend on what was faster.
+    """
+    import triton
+
+    listed = [triton.Config(constants, num_warps=warps) for constants, warps in choices]
+    return listed[:1] if interpreted() else listed
