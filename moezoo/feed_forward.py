@@ -104,8 +104,7 @@ class FeedForward(nn.Module):
 
     kind: ClassVar[str] = "feed_forward"
     needs_token_ids: ClassVar[bool] = False
-    reads_router_input: ClassVar[bool] = False
-    """Whether who answers is chosen by a vector, for which ``router_input`` may stand."""
+    reads_router_input: ClassVar[bool] = False  # whether a vector chooses who answers
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -138,9 +137,8 @@ class FeedForward(nn.Module):
         Args:
             hidden: ``(..., d_model)``, any floating dtype.
             token_ids: ``(...)`` int64, for layers that route on the token itself.
-            router_input: ``(..., d_model)``: who answers, and with what weight, is decided by this
-                instead of ``hidden``; those who answer still read ``hidden``. Layers without
-                ``reads_router_input`` ignore it.
+            router_input: ``(..., d_model)``, decides in place of ``hidden`` who answers, with what
+                weight; the answers read ``hidden``. Ignored without ``reads_router_input``.
             mask: ``(...)`` bool, true at real tokens. Padding is excluded from routing, losses and
                 statistics, and comes back as zeros from routed layers.
         """

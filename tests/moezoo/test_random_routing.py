@@ -41,7 +41,9 @@ def test_choices_ignore_the_content(method):
     others = layer(x[:, order] * 1.5, token_ids=tokens[:, order], router_input=-x, mask=mask)
     assert first.stats.keys() == others.stats.keys()
     for name, value in first.stats.items():
-        assert torch.equal(value, others.stats[name]), name
+        # How strongly chosen neurons answer follows what they read.
+        if not (method.layer is moezoo.TopKFFN and name == "unevenness"):
+            assert torch.equal(value, others.stats[name]), name
     assert layer(x, mask=mask).hidden.equal(first.hidden)
 
 

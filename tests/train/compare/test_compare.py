@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from moezoo_train.compare.settings import (
     TextOptions,
     parse_methods,
 )
+from moezoo_train.metrics import ExpertLoad
 from moezoo_train.optim import OptimizerConfig
 from moezoo_train.schedule import ScheduleConfig
 from moezoo_train.throughput import ffn_layers
@@ -167,6 +169,19 @@ def test_the_ablation_begins_with_the_weights_of_the_method(row):
     tokens = torch.randint(1024, (1, 20))
     outputs = [model.eval()(input_ids=tokens).logits for model in models]
     assert not torch.allclose(*outputs)
+
+
+def test_layers_that_are_too_large_to_count_say_nothing_of_their_load():
+    counted = ExpertLoad(0, max_over_mean=3.0, entropy=0.5, router_entropy=None, dropped=None)
+    large = ExpertLoad(1, max_over_mean=None, entropy=None, router_entropy=None, dropped=None)
+    report = SimpleNamespace(
+        val_loss=1.0, val_bits_per_byte=1.0, train_loss=1.0, tokens=1, train_seconds=1.0,
+        total_parameters=1, active_parameters=1, environment={},
+    )  # fmt: skip
+    numbers = runs._numbers(report, [counted, large])
+    assert (numbers["evenness"], numbers["busiest"]) == (0.5, 3.0)
+    numbers = runs._numbers(report, [large])
+    assert (numbers["evenness"], numbers["busiest"]) == (None, None)
 
 
 def test_noise_differs_between_layers_and_seeds():
