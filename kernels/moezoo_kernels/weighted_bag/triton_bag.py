@@ -147,8 +147,8 @@ def backward(
         of_weights = torch.empty(indices.shape, dtype=weights.dtype, device=weights.device)
         if of_weights.numel():
             columns = min(_MOST_COLUMNS, triton.next_power_of_2(max(1, width)))
-            operands = (grad, table.contiguous(), indices.contiguous(), of_weights)
-            _dots[(indices.numel(),)](*operands, width, choices, COLUMNS=columns)
+            read = (grad, table.contiguous(), indices.contiguous())
+            _dots[(indices.numel(),)](*read, of_weights, width, choices, COLUMNS=columns)
     return of_table, of_weights
 
 
