@@ -46,7 +46,7 @@ def sort_by_row(indices: Tensor, num_rows: int, only_used: bool) -> Assignments:
 @torch.library.custom_op("moezoo::sort_by_row", mutates_args=())
 def _sort(indices: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Give the order (T * J,) of the assignments, and where each row's run begins, (N + 1,)."""
-    flat = indices.reshape(-1)
+    flat = indices.reshape(-1).contiguous()  # a view of one dimension may have strides
     if native.unusable(indices.device, torch.float32) is None:
         dealt, order = torch.empty_like(flat), torch.empty_like(flat)
         starts = flat.new_empty(num_rows + 1)

@@ -93,3 +93,14 @@ def test_a_tables_gradient_is_that_of_autograd(sorting, poison_empty, only_used,
     gradient = table_gradient(table, source, weights, assignments)
     assert gradient.is_sparse == only_used
     torch.testing.assert_close(gradient.to_dense(), table.grad)
+
+
+def test_a_strided_column_of_indices_is_sorted_as_its_copy():
+    column = torch.randint(-1, 5, (30, 2))[:, :1]
+    assert not column.reshape(-1).is_contiguous()
+    for only_used in (False, True):
+        order, starts, rows = sort_by_row(column, 5, only_used)
+        expected = sort_by_row(column.clone(), 5, only_used)
+        assert torch.equal(order, expected.order)
+        assert torch.equal(starts, expected.starts)
+        assert rows is None or torch.equal(rows, expected.rows)
