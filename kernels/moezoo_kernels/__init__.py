@@ -10,13 +10,17 @@ from moezoo_kernels.backends import use
 from moezoo_kernels.grouped_mlp import grouped_mlp
 from moezoo_kernels.product_key_top_k import product_key_top_k
 from moezoo_kernels.rank_one_experts import rank_one_experts
+from moezoo_kernels.tree_descent import leaf_mlp, path_neurons, tree_descent
 from moezoo_kernels.weighted_bag import weighted_bag
 
 __all__ = [
     "backends",
     "grouped_mlp",
+    "leaf_mlp",
+    "path_neurons",
     "product_key_top_k",
     "rank_one_experts",
+    "tree_descent",
     "use",
     "weighted_bag",
 ]

@@ -23,6 +23,7 @@ from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import losses as L
 from moezoo.routing import tree
 from moezoo.routing.stats import SlotLoad, expert_counts, slot_load, unevenness, usage
+from moezoo_kernels import leaf_mlp
 from moezoo_kernels.activations import ACTIVATIONS, activate
 
 Reduction = Literal["per_token", "sum", "mean"]
@@ -243,11 +244,19 @@ class FastFeedForward(FeedForward):
         return decisions.p_TE
 
     def _one_leaf(self, x_TD: Tensor, leaf_T: Tensor, mask_T: Tensor | None, bias: bool) -> Tensor:
-        """Compute each token's own leaf: an expert of weight one."""
+        """Compute each token's own leaf."""
         if mask_T is not None:
             leaf_T = leaf_T.masked_fill(~mask_T, -1)
-        weights_T1 = torch.ones(len(x_TD), 1, dtype=torch.float32, device=x_TD.device)
-        return self.leaves(x_TD, leaf_T.unsqueeze(-1), weights_T1, len(x_TD), bias)
+        return leaf_mlp(
+            x_TD,
+            leaf_T,
+            self.leaves.gate_up_proj,
+            self.leaves.down_proj,
+            activation=self.activation,
+            gated=self.gated,
+            bias_in=self.leaves.gate_up_bias,
+            bias_out=self.leaves.down_bias if bias else None,
+        )
 
     def _mixture(self, x_TD: Tensor, p_TE: Tensor, scale_TEF: Tensor | None) -> Tensor:
         """Compute all leaves as one wide block whose hidden units are scaled by π: two GEMMs."""

@@ -21,7 +21,7 @@ from moezoo.experts.slots import PersistentSlots, join
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.init import init_linear, output_std
 from moezoo.routing.losses import masked_mean
-from moezoo.routing.tree import at_least_fp32
+from moezoo_kernels.dtypes import at_least_fp32
 
 
 class PersistentMemoryAttention(FeedForward):

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from moezoo.errors import check_choice, check_int
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.layers.dense import Activation, default_width
-from moezoo.routing import tree
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
+from moezoo_kernels import path_neurons
 from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.dtypes import at_least_fp32
 
 
 class UltraFastFFF(FeedForward):
@@ -116,7 +117,7 @@ class UltraFastFFF(FeedForward):
     def _logits(self, x_TD: Tensor) -> Tensor:
         """Compute the pre-activations of all neurons: ``(T, P, N)``."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = tree.at_least_fp32(x_TD)
+            x_TD = at_least_fp32(x_TD)
             weight, bias = self.in_weight.flatten(0, 1), self.in_bias.flatten()
             logits = F.linear(x_TD, weight.to(x_TD.dtype), bias.to(x_TD.dtype))
         return logits.unflatten(-1, (self.num_trees, self.num_nodes))
@@ -137,25 +138,15 @@ class UltraFastFFF(FeedForward):
         return output_TD, node_TP1.squeeze(-1) - (2**self.depth - 1)
 
     def _descend(self, x_TD: Tensor, asking_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the neurons on the path, level by level, reading their rows only."""
-        in_weight, out_weight = self.in_weight.flatten(0, 1), self.out_weight.flatten(0, 1)
-        in_bias = self.in_bias.flatten()
-        root_P = torch.arange(self.num_trees, device=x_TD.device) * self.num_nodes
-        node_TP = torch.zeros(len(x_TD), self.num_trees, dtype=torch.int64, device=x_TD.device)
-        output_T1D: Tensor | None = None
-        for level in range(self.depth + 1):
-            rows_TP = root_P + node_TP
-            logits_TP = tree.row_logits(x_TD, in_weight, in_bias, rows_TP)
-            inner_TP = ACTIVATIONS[self.activation](logits_TP).to(out_weight.dtype)
-            answer_T1D = torch.bmm(inner_TP.unsqueeze(1), F.embedding(rows_TP, out_weight))
-            answer_T1D = tree.at_least_fp32(answer_T1D)
-            output_T1D = answer_T1D if output_T1D is None else output_T1D + answer_T1D
-            if level < self.depth:
-                if asking_TD is not x_TD:
-                    logits_TP = tree.row_logits(asking_TD, in_weight, in_bias, rows_TP)
-                node_TP = 2 * node_TP + 1 + (logits_TP.detach() > 0)
-        assert output_T1D is not None
-        return output_T1D.squeeze(1), node_TP - (2**self.depth - 1)
+        """Compute the neurons on the path, reading their rows only."""
+        return path_neurons(
+            x_TD,
+            self.in_weight,
+            self.in_bias,
+            self.out_weight,
+            activation=self.activation,
+            asking=None if asking_TD is x_TD else asking_TD,
+        )
 
     def _output(
         self, hidden: Tensor, output_TD: Tensor, bottom_TP: Tensor, mask_T: Tensor | None

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moezoo_kernels import tree_descent
+from moezoo_kernels.dtypes import at_least_fp32
+
 
 class DecisionTree(nn.Module):
     """A complete binary tree with one hyperplane per node.
@@ -47,26 +50,9 @@ class DecisionTree(nn.Module):
             dtype = hidden_TD.dtype
             return F.linear(hidden_TD, self.weight.to(dtype), self.bias.to(dtype))
 
-    @torch.no_grad()
     def descend(self, hidden_TD: Tensor) -> Tensor:
         """Ask one node per level, reading only their rows: ``(T,)`` leaves, without gradient."""
-        node_T = torch.zeros(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
-        for _ in range(self.depth):
-            logit_T1 = row_logits(hidden_TD, self.weight, self.bias, node_T.unsqueeze(-1))
-            node_T = 2 * node_T + 1 + (logit_T1.squeeze(-1) >= 0)
-        return node_T - self.num_nodes
-
-
-def row_logits(hidden_TD: Tensor, weight_ND: Tensor, bias_N: Tensor, rows_TP: Tensor) -> Tensor:
-    """Compute ``(T, P)`` logits ``w_n · x + b_n`` of P rows per token, reading only those rows.
-
-    The gradient of an embedding is summed in a fixed order, that of indexing is not.
-    """
-    with torch.autocast(hidden_TD.device.type, enabled=False):
-        hidden_TD = at_least_fp32(hidden_TD)
-        weight_TPD = F.embedding(rows_TP, weight_ND).to(hidden_TD.dtype)
-        bias_TP1 = F.embedding(rows_TP, bias_N.unsqueeze(-1)).to(hidden_TD.dtype)
-        return (torch.bmm(weight_TPD, hidden_TD.unsqueeze(-1)) + bias_TP1).squeeze(-1)
+        return tree_descent(hidden_TD, self.weight, self.bias)
 
 
 def follow(right_TN: Tensor, depth: int) -> Tensor:
@@ -117,8 +103,3 @@ def bernoulli_entropy(logits: Tensor) -> Tensor:
     """
     size = logits.abs()
     return F.softplus(-size) + size * (-size).sigmoid()
-
-
-def at_least_fp32(hidden: Tensor) -> Tensor:
-    """Promote bf16 and fp16 to fp32."""
-    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))

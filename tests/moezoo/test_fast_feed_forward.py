@@ -88,6 +88,20 @@ def test_hard_inference_touches_its_path_and_one_leaf_only(depth):
         assert torch.equal(poisoned(x).hidden, expected)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_without_gradients_is_the_same_function(gated, dtype):
+    layer = fff(gated=gated).to(dtype).eval()
+    x, mask = tokens().to(dtype), torch.arange(64) % 5 > 0
+    with torch.no_grad():
+        fast = layer(x, mask=mask)
+        slow = layer.double().reference(x.double(), mask=mask)
+    assert fast.hidden.dtype == dtype
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-3  # one rounding to bf16
+    assert (fast.hidden - slow.hidden).norm() <= tolerance * slow.hidden.norm()
+    assert torch.equal(fast.stats["expert_counts"], slow.stats["expert_counts"])
+
+
 def test_inference_grows_with_depth_and_not_with_width():
     measured = []
     for depth in (2, 4, 8):

@@ -45,6 +45,21 @@ def test_output_is_the_sum_of_the_neurons_on_the_path(training, depth):
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_without_gradients_is_the_same_function(dtype, same):
+    layer = ultra().to(dtype).eval()
+    x = tokens().to(dtype)
+    with torch.no_grad():
+        given = {} if same else {"router_input": x.flip(0)}
+        fast = layer(x, **given)
+        slow = layer.double().reference(x.double(), **{k: v.double() for k, v in given.items()})
+    assert fast.hidden.dtype == dtype
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-3  # one rounding to bf16
+    assert (fast.hidden - slow.hidden).norm() <= tolerance * slow.hidden.norm()
+    assert torch.equal(fast.stats["expert_counts"], slow.stats["expert_counts"])
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_neurons_off_the_path_get_exactly_no_gradient(training):
     layer = ultra().train(training)
