@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moezoo_kernels import backends, native
+from moezoo_kernels import backends, native, triton_support
 from moezoo_kernels.product_key_top_k import op, reference, staircase
 
 
@@ -67,6 +67,13 @@ def _cpu_usable(device: torch.device, dtype: torch.dtype) -> str | None:
     return native.unusable(device, dtype)
 
 
+def _triton_usable(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = triton_support.unusable(device, dtype)
+    if reason is None and dtype != torch.float32:
+        return f"has fp32, not {str(dtype).removeprefix('torch.')}"
+    return reason
+
+
 def _everywhere(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
@@ -74,6 +81,7 @@ def _everywhere(device: torch.device, dtype: torch.dtype) -> str | None:
 backends.register(
     "product_key_top_k",
     backends.Backend("cpu", partial(_fused, backend="cpu"), _cpu_usable),
+    backends.Backend("triton", partial(_fused, backend="triton"), _triton_usable),
     backends.Backend("torch", _torch, _everywhere),
     backends.Backend("reference", reference.product_key_top_k, _everywhere),
 )

@@ -7,6 +7,7 @@ Shapes: T tokens, H heads, n half scores per codebook, K choices.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -15,13 +16,12 @@ from torch import Tensor
 
 from moezoo_kernels.product_key_top_k import cpu
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu}
-
 
 @torch.library.custom_op("moezoo::product_key_top_k", mutates_args=())
 def forward(halves: Tensor, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
     """Give scores (T, H, K) and slots (T, H, K) int64, best first."""
-    return _IMPLEMENTATIONS[backend].forward(halves, top_k)
+    with torch.cuda.device_of(halves):
+        return _implementation(backend).forward(halves, top_k)
 
 
 @forward.register_fake
@@ -34,12 +34,19 @@ def _(halves: Tensor, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("moezoo::product_key_top_k_backward", mutates_args=())
 def backward(grad: Tensor, slots: Tensor, n: int, by_head: bool, backend: str) -> Tensor:
     """Give the gradient of the halves, (2, T, H, n), in the order (H, 2, T, n) if ``by_head``."""
-    return _IMPLEMENTATIONS[backend].backward(grad, slots, n, by_head)
+    with torch.cuda.device_of(grad):
+        return _implementation(backend).backward(grad, slots, n, by_head)
 
 
 @backward.register_fake
 def _(grad: Tensor, slots: Tensor, n: int, by_head: bool, backend: str) -> Tensor:
     return cpu.empty_halves(grad, n, by_head)
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":  # looked for when asked for, as it imports triton
+        return importlib.import_module("moezoo_kernels.product_key_top_k.triton_select")
+    return cpu
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo_kernels import backends, native
+from moezoo_kernels import backends, native, triton_support
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.tree_descent import by_level, op, reference
 
-# From so many tokens times hidden units per leaf on, CPUs' bf16 matrix products win.
+# From so many tokens times hidden units per leaf on, matrix products win: bf16 ones on CPUs.
 _MANY_PER_LEAF = 16384
 
 
@@ -100,7 +100,8 @@ def leaf_mlp(
     _check("bias_in", bias_in, w_in, (num_leaves, inner))
     _check("bias_out", bias_out, w_in, (num_leaves, x.shape[1]))
     many = len(x) * hidden >= _MANY_PER_LEAF * num_leaves
-    prefer = "torch" if many and w_in.dtype == torch.bfloat16 else None
+    wins = x.device.type != "cpu" or w_in.dtype == torch.bfloat16
+    prefer = "torch" if many and wins else None
     return _choose("leaf_mlp", x, w_in, prefer)(
         x,
         leaves,
@@ -268,6 +269,7 @@ for _name, _function in (
     backends.register(
         _name,
         backends.Backend("cpu", partial(_function, backend="cpu"), native.unusable),
+        backends.Backend("triton", partial(_function, backend="triton"), triton_support.unusable),
         backends.Backend("torch", _plain(getattr(by_level, _name)), _everywhere),
         backends.Backend("reference", getattr(reference, _name), _everywhere),
     )

@@ -5,6 +5,7 @@ Shapes: T tokens, D width, N nodes of a tree, E leaves, I = 2 F if gated else F,
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -16,13 +17,12 @@ from torch.utils.flop_counter import register_flop_formula
 from moezoo_kernels.tree_descent import cpu
 from moezoo_kernels.tree_descent.shapes import depth_of
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu}
-
 
 @torch.library.custom_op("moezoo::tree_descent", mutates_args=())
 def tree_descent(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
     """Give each token's leaf, (T,) int64."""
-    return _IMPLEMENTATIONS[backend].tree_descent(x, weight, bias)
+    with torch.cuda.device_of(x):
+        return _implementation(backend).tree_descent(x, weight, bias)
 
 
 @tree_descent.register_fake
@@ -43,8 +43,9 @@ def leaf_mlp(
     backend: str,
 ) -> Tensor:
     """Give the answer of each token's leaf, (T, D) fp32."""
-    run = _IMPLEMENTATIONS[backend].leaf_mlp
-    return run(x, leaves, w_in, w_out, bias_in, bias_out, activation, gated)
+    run = _implementation(backend).leaf_mlp
+    with torch.cuda.device_of(x):
+        return run(x, leaves, w_in, w_out, bias_in, bias_out, activation, gated)
 
 
 @leaf_mlp.register_fake
@@ -73,8 +74,9 @@ def path_neurons(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Give the sum of the answers, (T, D) fp32, and the bottom neurons, (T, P) int64."""
-    run = _IMPLEMENTATIONS[backend].path_neurons
-    return run(x, asking, in_weight, in_bias, out_weight, activation)
+    run = _implementation(backend).path_neurons
+    with torch.cuda.device_of(x):
+        return run(x, asking, in_weight, in_bias, out_weight, activation)
 
 
 @path_neurons.register_fake
@@ -89,6 +91,12 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     bottoms = x.new_empty(x.shape[0], in_weight.shape[0], dtype=torch.int64)
     return x.new_empty(x.shape, dtype=torch.float32), bottoms
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":  # looked for when asked for, as it imports triton
+        return importlib.import_module("moezoo_kernels.tree_descent.triton_trees")
+    return cpu
 
 
 @register_flop_formula(torch.ops.moezoo.tree_descent, get_raw=True)
