@@ -125,9 +125,10 @@ def test_the_table_has_a_row_for_every_backend_and_one_default_per_device():
         "cpu",
         "grouped_mm",
         "reference",
+        "triton",
         "megablocks",
         "scattermoe",
     ]
-    assert [row.usable for row in rows] == [True, True, True, False, False]
+    assert [row.usable for row in rows] == [True, True, True, False, False, False]
     assert all(row.usable == (row.reason == "") for row in rows)
     assert [row.backend for row in rows if row.default] == ["cpu"]

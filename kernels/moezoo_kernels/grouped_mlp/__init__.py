@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moezoo_kernels import backends
+from moezoo_kernels import backends, triton_support
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.grouped_mlp import cpu, op, reference
 
@@ -209,6 +209,7 @@ backends.register(
     backends.Backend("cpu", partial(_fused, backend="cpu"), _cpu_usable),
     backends.Backend("grouped_mm", partial(_fused, backend="grouped_mm"), _grouped_mm_usable),
     backends.Backend("reference", reference.grouped_mlp, _reference_usable),
+    backends.Backend("triton", partial(_fused, backend="triton"), triton_support.unusable),
     backends.Backend(
         "megablocks",
         None,

@@ -11,6 +11,7 @@ N = ``rows``: room for that many assignments.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,11 @@ from moezoo_kernels.grouped_mlp import cpu, grouped_mm
 from moezoo_kernels.grouped_mlp.assignments import Assignments, sort_by_expert
 from moezoo_kernels.grouped_mlp.operands import Experts, Needs
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "grouped_mm": grouped_mm}
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":  # looked for when asked for, as it imports triton
+        return importlib.import_module("moezoo_kernels.grouped_mlp.triton_backend")
+    return {"cpu": cpu, "grouped_mm": grouped_mm}[backend]
 
 
 @torch.library.custom_op("moezoo::grouped_mlp", mutates_args=())
@@ -54,7 +59,7 @@ def forward(
             output = cpu.few(x, experts, indices, weights, rows)
         else:
             assignments = sort_by_expert(indices, w_in.shape[0], rows)
-            run = _IMPLEMENTATIONS[backend].forward
+            run = _implementation(backend).forward
             output, inner = run(x, experts, weights, assignments, keep)
     if keep:
         return output, inner, assignments.order, assignments.ends
@@ -104,7 +109,7 @@ def backward(
     experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
     assignments = Assignments(order, ends, weights.shape[1])
     with torch.autocast(x.device.type, enabled=False):
-        gradients = _IMPLEMENTATIONS[backend].backward(
+        gradients = _implementation(backend).backward(
             grad, inner, x, experts, weights, assignments, Needs(*needs)
         )
     of_x, of_w_in, of_w_out, *others = (x.new_empty(0) if g is None else g for g in gradients)

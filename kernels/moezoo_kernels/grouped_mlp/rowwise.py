@@ -8,21 +8,12 @@ Shapes: T tokens, D width, F hidden width, I = 2 F if gated else F, n rows of on
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from moezoo_kernels import native
 from moezoo_kernels.activations import ACTIVATION_CODES, activate, activate_backward
-
-
-class HiddenGradients(NamedTuple):
-    """What the backward of an expert's activation gives."""
-
-    weighted: Tensor  # (n, F), the hidden activations times the router weights
-    inner: Tensor  # (n, I), gradient of the pre-activations
-    weights: Tensor  # (n,), gradient of the router weights
+from moezoo_kernels.grouped_mlp.stages import HiddenGradients
 
 
 class RowPasses:
@@ -38,6 +29,8 @@ class RowPasses:
         self.activation, self.gated = activation, gated
         self.accumulation = torch.promote_types(dtype, torch.float32)
         self.native = native.unusable(torch.device("cpu"), dtype) is None
+        if not self.native and dtype in (torch.float32, torch.bfloat16):
+            native.warn_once()
         if self.native:
             self._codes = (ACTIVATION_CODES[activation], gated)
             self._dtype = native.dtype_code(dtype)

@@ -141,14 +141,15 @@ def backward(
         order, starts, _ = assignments
         of_table = table.new_empty(starts.numel() - 1, width)
         if of_table.numel():
-            operands = (grad, weights.contiguous(), order, starts, of_table)
-            _sum_rows[_by_columns(of_table.shape[0], width)](*operands, width, max(1, choices))
+            grid = _by_columns(of_table.shape[0], width)
+            sums = (weights.contiguous(), order, starts, of_table)
+            _sum_rows[grid](grad, *sums, width, max(1, choices))
     if needs_weights:
         of_weights = torch.empty(indices.shape, dtype=weights.dtype, device=weights.device)
         if of_weights.numel():
             columns = min(_MOST_COLUMNS, triton.next_power_of_2(max(1, width)))
-            read = (grad, table.contiguous(), indices.contiguous())
-            _dots[(indices.numel(),)](*read, of_weights, width, choices, COLUMNS=columns)
+            rows = (table.contiguous(), indices.contiguous())
+            _dots[(indices.numel(),)](grad, *rows, of_weights, width, choices, COLUMNS=columns)
     return of_table, of_weights
 
 

@@ -1,0 +1,185 @@
+"""The stages of ``grouped_mlp`` in Triton: the activation, its recomputation, and the combine.
+
+Shapes: N rows in expert order, T tokens, K choices, F hidden width, I = 2 F if gated else F.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moezoo_kernels.activations import ACTIVATION_CODES
+from moezoo_kernels.grouped_mlp.assignments import Assignments
+from moezoo_kernels.grouped_mlp.stages import HiddenGradients, Rows, Stages, is_padding
+from moezoo_kernels.grouped_mlp.triton_matmul import matmul, outer
+from moezoo_kernels.weighted_bag import triton_bag
+
+_MOST_COLUMNS = 1024
+
+
+@triton.jit
+def _share(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """Give s with act(x) = x s: the number of ``ACTIVATION_CODES``."""
+    if ACTIVATION == 0:  # relu
+        return tl.where(x > 0, 1.0, 0.0)
+    if ACTIVATION == 1:  # gelu
+        return 0.5 * (1.0 + tl.math.erf(0.7071067811865476 * x))
+    if ACTIVATION == 2:  # gelu_tanh, as (1 + tanh(z)) / 2 = sigmoid(2 z)
+        return tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    if ACTIVATION == 3:  # silu
+        return tl.sigmoid(x)
+    # relu2
+    return tl.where(x > 0, x, 0.0)
+
+
+@triton.jit
+def _slope(x: tl.tensor, share: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """Give the derivative of x s."""
+    if ACTIVATION == 0:
+        return share
+    if ACTIVATION == 1:
+        return share + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
+    if ACTIVATION == 2:
+        inner = 1.5957691216057308 * (1.0 + 3 * 0.044715 * x * x)
+        return share + x * share * (1.0 - share) * inner
+    if ACTIVATION == 3:
+        return share * (1.0 + x * (1.0 - share))
+    return 2.0 * share
+
+
+@triton.jit
+def _activate(
+    inner: tl.tensor,
+    hidden: tl.tensor,
+    width: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    first = inner + row * width * (2 if GATED else 1)
+    gate = tl.load(first + columns, mask=inside, other=0.0).to(tl.float32)
+    value = gate * _share(gate, ACTIVATION)
+    if GATED:
+        value *= tl.load(first + width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(hidden + row * width + columns, value.to(hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activate_backward(
+    grad: tl.tensor,
+    inner: tl.tensor,
+    weights: tl.tensor,
+    weighted: tl.tensor,
+    grad_inner: tl.tensor,
+    grad_weights: tl.tensor,
+    width: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weights + row)
+    offset = row * width * (2 if GATED else 1)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, width, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        inside = columns < width
+        g = tl.load(grad + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(inner + offset + columns, mask=inside, other=0.0).to(tl.float32)
+        share = _share(gate, ACTIVATION)
+        value = gate * share
+        of_gate = weight * g * _slope(gate, share, ACTIVATION)
+        if GATED:
+            up = tl.load(inner + offset + width + columns, mask=inside, other=0.0).to(tl.float32)
+            of_up = weight * g * value
+            tl.store(
+                grad_inner + offset + width + columns,
+                of_up.to(grad_inner.dtype.element_ty),
+                mask=inside,
+            )
+            of_gate *= up
+            value *= up
+        tl.store(
+            grad_inner + offset + columns, of_gate.to(grad_inner.dtype.element_ty), mask=inside
+        )
+        tl.store(
+            weighted + row * width + columns,
+            (weight * value).to(weighted.dtype.element_ty),
+            mask=inside,
+        )
+        total += g * value
+    tl.store(grad_weights + row, tl.sum(total))
+
+
+def activate(inner: Tensor, activation: str, gated: bool) -> Tensor:
+    """Give the hidden activations (N, F) of pre-activations (N, I)."""
+    rows, inner_width = inner.shape
+    width = inner_width // 2 if gated else inner_width
+    hidden = inner.new_empty(rows, width)
+    if hidden.numel():
+        columns = _columns(width)
+        _activate[(rows, triton.cdiv(width, columns))](
+            inner,
+            hidden,
+            width,
+            ACTIVATION=ACTIVATION_CODES[activation],
+            GATED=gated,
+            COLUMNS=columns,
+        )
+    return hidden
+
+
+def activate_backward(
+    grad: Tensor, inner: Tensor, weights: Tensor, activation: str, gated: bool
+) -> HiddenGradients:
+    """Recompute the activation and give its gradients, in one pass over each row."""
+    rows, width = grad.shape
+    found = HiddenGradients(
+        torch.empty_like(grad), torch.empty_like(inner), torch.zeros_like(weights)
+    )
+    if grad.numel():
+        _activate_backward[(rows,)](
+            grad,
+            inner,
+            weights,
+            *found,
+            width,
+            ACTIVATION=ACTIVATION_CODES[activation],
+            GATED=gated,
+            COLUMNS=_columns(width),
+        )
+    return found
+
+
+def sum_by_token(
+    rows_ND: Tensor, weights: Tensor | None, assignments: Assignments, num_tokens: int
+) -> Tensor:
+    """Sum each token's rows, in the order of its choices: bags of the rows, found by slot."""
+    order, choices = assignments.order, assignments.choices
+    num_slots = num_tokens * choices
+    rows = torch.arange(order.numel(), device=order.device)
+    slots = torch.where(is_padding(assignments), num_slots, order)
+    found = order.new_full((num_slots + 1,), -1).index_copy_(0, slots, rows)[:num_slots]
+    if weights is None:
+        weights = rows_ND.new_ones(num_slots, dtype=torch.float32)
+    by_token = (num_tokens, choices)
+    return triton_bag.forward(rows_ND, found.view(by_token), weights.float().view(by_token))
+
+
+def _columns(width: int) -> int:
+    return min(_MOST_COLUMNS, triton.next_power_of_2(width))
+
+
+STAGES = Stages(
+    gather=Rows,
+    matmul=matmul,
+    outer=outer,
+    activate=activate,
+    activate_backward=activate_backward,
+    sum_by_token=sum_by_token,
+)
