@@ -245,23 +245,29 @@ class QueryNetwork(nn.Module):
                 x_THC = F.layer_norm(x_THC, (self.d_key,), eps=_EPS)
             elif self.norm == "qk":
                 x_THC = F.rms_norm(x_THC, (self.d_key,), eps=_EPS)
-            if self.gain is not None:
-                x_THC = x_THC * self.gain.to(dtype).unflatten(0, (self.num_heads, self.d_key))
-            if self.shift is not None:
-                x_THC = x_THC + self.shift.to(dtype).unflatten(0, (self.num_heads, self.d_key))
-            return x_THC
+            if self.gain is None:
+                return x_THC
+            gain_HC = self.gain.to(dtype).unflatten(0, (self.num_heads, self.d_key))
+            if self.shift is None:
+                return x_THC * gain_HC
+            shift_HC = self.shift.to(dtype).unflatten(0, (self.num_heads, self.d_key))
+            return torch.addcmul(shift_HC, x_THC, gain_HC)
 
     def _batch_norm(self, x_TF: Tensor, mask_T: Tensor | None) -> Tensor:
         mean_F = self.running_mean.to(x_TF.dtype)
         var_F = self.running_var.to(x_TF.dtype)
-        if self.training:
-            count, batch_mean_F, batch_var_F = _moments(x_TF, mask_T)
-            enough = count > 1
-            # The averages moved below must not be the tensors that autograd has saved.
-            mean_F = torch.where(enough, batch_mean_F, mean_F)
-            var_F = torch.where(enough, batch_var_F, var_F)
-            self._move_averages(count, batch_mean_F.detach(), batch_var_F.detach())
-        return (x_TF - mean_F) * (var_F + _EPS).rsqrt()
+        if not self.training:
+            return (x_TF - mean_F) * (var_F + _EPS).rsqrt()
+        count = _count(x_TF, mask_T)
+        enough, safe = count > 1, count.clamp(min=1)
+        batch_mean_F = _sum_over_ranks(_zero_padding(x_TF, mask_T).sum(dim=0)) / safe
+        centred_TF = x_TF - torch.where(enough, batch_mean_F, mean_F)
+        squares_TF = _zero_padding(centred_TF, mask_T).square()
+        batch_var_F = _sum_over_ranks(squares_TF.sum(dim=0)) / safe
+        # The averages moved below must not be the tensors that autograd has saved.
+        scale_F = torch.where(enough, batch_var_F, var_F).add(_EPS).rsqrt()
+        self._move_averages(count, batch_mean_F.detach(), batch_var_F.detach())
+        return centred_TF * scale_F
 
     @torch.no_grad()
     def _move_averages(self, count: Tensor, mean_F: Tensor, var_F: Tensor) -> None:
@@ -279,17 +285,11 @@ class QueryNetwork(nn.Module):
         return normed if mask_T is None else torch.zeros_like(x_TF).index_put((mask_T,), normed)
 
 
-def _moments(x_TF: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Count the real tokens of all ranks; give the mean and biased variance of their features."""
+def _count(x_TF: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Count the real tokens of all ranks, in the dtype of what is divided by it."""
     if mask_T is None:
-        count = x_TF.new_full((), float(x_TF.shape[0]))
-    else:
-        count = mask_T.sum().to(x_TF.dtype)
-    count = _sum_over_ranks(count)
-    safe = count.clamp(min=1)
-    mean_F = _sum_over_ranks(_zero_padding(x_TF, mask_T).sum(dim=0)) / safe
-    centred_TF = _zero_padding(x_TF - mean_F, mask_T)
-    return count, mean_F, _sum_over_ranks(centred_TF.square().sum(dim=0)) / safe
+        return _sum_over_ranks(x_TF.new_full((), float(x_TF.shape[0])))
+    return _sum_over_ranks(mask_T.sum().to(x_TF.dtype))
 
 
 def _zero_padding(x_TF: Tensor, mask_T: Tensor | None) -> Tensor:
