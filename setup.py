@@ -16,6 +16,8 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("kernels/csrc")
 COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+# The intrinsics of GCC 12 start from registers that they leave undefined on purpose.
+COMMON.append("-Wno-maybe-uninitialized")
 X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
     "avx2": ["-mavx2", "-mfma"],
