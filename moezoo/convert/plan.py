@@ -57,6 +57,11 @@ class Expert:
             part = self._redraw(part, axis, self.seed + PROJECTIONS.index(projection))
         return part if scale == 1.0 else (part.float() * scale).to(weight.dtype)
 
+    def cut_bias(self, bias: Tensor) -> Tensor:
+        """Cut this expert's part out of the dense block's inner bias, ``(F,)`` to ``(m,)``."""
+        part = _take(bias, 0, self.neurons)
+        return part if self.in_scale == 1.0 else (part.float() * self.in_scale).to(bias.dtype)
+
     def _redraw(self, part: Tensor, axis: int, seed: int) -> Tensor:
         """Draw the chosen neurons from N(mean, std) of the weights they replace."""
         assert self.redrawn is not None
@@ -82,11 +87,17 @@ class LayerPlan:
         experts: the N routed experts, of equal size.
         top_k: how many of them answer a token.
         router: ``(N, D)`` fp32: logits are ``router @ x``.
-        router_bias: ``(N,)`` fp32, added to the logits; None for none.
+        router_bias: ``(N,)`` fp32, added to ``router @ x``; None for none.
+        router_neurons: ``(N,)`` int64, if every expert is scored by one neuron (CMoE,
+            arXiv:2502.04416, eq. 8): logits are then ``|act(router @ x) * (router_up @ x)|``, or
+            ``|act(router @ x + router_bias)|`` of a plain MLP. None for a linear router.
+        router_up: ``(N, D)`` fp32, those neurons' rows of ``up``, if the block is gated.
+        signed: leave the sign of those neurons' activations.
         weighting: of the chosen experts: ``normalized`` to sum 1 (softmax over the chosen), the
             plain ``softmax`` over all experts, or ``unit``: each counts fully.
         shared: an expert that answers every token.
         down: ``(D, F)``, used instead of the dense block's (a refit); None for that.
+        bias: ``(D,)`` fp32, added to every output instead of the dense block's; None for that.
         flatness: small factor on the logits where unit weights have to be written as sigmoids
             that are normalized: the smaller, the closer to equal.
     """
@@ -95,9 +106,13 @@ class LayerPlan:
     top_k: int
     router: Tensor
     router_bias: Tensor | None = None
+    router_neurons: Tensor | None = None
+    router_up: Tensor | None = None
+    signed: bool = False
     weighting: Literal["normalized", "softmax", "unit"] = "normalized"
     shared: Expert | None = None
     down: Tensor | None = None
+    bias: Tensor | None = None
     flatness: float = 2.0**-8
 
     @property
@@ -118,38 +133,60 @@ class LayerPlan:
     def run(
         self,
         x: Tensor,
-        gate: Tensor,
+        gate: Tensor | None,
         up: Tensor,
         down: Tensor,
         act: Callable[[Tensor], Tensor] = F.silu,
+        bias_in: Tensor | None = None,
+        bias_out: Tensor | None = None,
     ) -> Tensor:
         """Compute the mixture as this plan defines it, expert by expert.
 
         Args:
             x: ``(T, D)``.
-            gate: ``(F, D)`` of the dense block.
+            gate: ``(F, D)`` of the dense block; None for a plain MLP.
             up: ``(F, D)``.
             down: ``(D, F)``.
             act: the activation.
+            bias_in: ``(F,)``, added before the activation of a plain MLP.
+            bias_out: ``(D,)``, added once to every output.
 
         Returns:
             ``(T, D)``, in the dtype of ``x``.
         """
-        weights = {"gate": gate, "up": up, "down": down if self.down is None else self.down}
+        refitted = down if self.down is None else self.down
+        offset = bias_out if self.bias is None else self.bias
 
         def answer(expert: Expert) -> Tensor:
-            cut = {name: expert.cut(name, weights[name]).to(x.dtype) for name in PROJECTIONS}
-            return (act(x @ cut["gate"].t()) * (x @ cut["up"].t())) @ cut["down"].t()
+            row_bias = None if bias_in is None else expert.cut_bias(bias_in).to(x.dtype)
+            inner = F.linear(x, expert.cut("up", up).to(x.dtype), row_bias)
+            if gate is None:
+                inner = act(inner)
+            else:
+                inner = act(x @ expert.cut("gate", gate).to(x.dtype).t()) * inner
+            return inner @ expert.cut("down", refitted).to(x.dtype).t()
 
-        dense_TN = self.weights(x).to(x.dtype)
+        dense_TN = self.weights(x, act).to(x.dtype)
         output = torch.zeros_like(x) if self.shared is None else answer(self.shared)
         for e, expert in enumerate(self.experts):
             output = output + dense_TN[:, e : e + 1] * answer(expert)
-        return output
+        return output if offset is None else output + offset.to(x.dtype)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """Give every expert's weight for every token, ``(T, N)`` fp32; 0 where it is not chosen."""
-        logits_TN = F.linear(x.float(), self.router.float(), self.router_bias)
+    def logits(self, x: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+        """Score every expert for every token, ``(T, N)`` fp32, or fp64 for fp64 inputs."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        bias = None if self.router_bias is None else self.router_bias.to(wide.dtype)
+        logits_TN = F.linear(wide, self.router.to(wide.dtype), bias)
+        if self.router_neurons is None:
+            return logits_TN
+        logits_TN = act(logits_TN)
+        if self.router_up is not None:
+            logits_TN = logits_TN * F.linear(wide, self.router_up.to(wide.dtype))
+        return logits_TN if self.signed else logits_TN.abs()
+
+    def weights(self, x: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+        """Give every expert's weight for every token, ``(T, N)``; 0 where it is not chosen."""
+        logits_TN = self.logits(x, act)
         # By a stable sort, ties go to the lower expert: copies of one row stay together.
         chosen_TK = logits_TN.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         if self.weighting == "softmax":
@@ -157,5 +194,5 @@ class LayerPlan:
         elif self.weighting == "normalized":
             weights_TK = logits_TN.gather(1, chosen_TK).softmax(dim=-1)
         else:
-            weights_TK = torch.ones_like(chosen_TK, dtype=torch.float32)
+            weights_TK = torch.ones_like(chosen_TK, dtype=logits_TN.dtype)
         return torch.zeros_like(logits_TN).scatter(1, chosen_TK, weights_TK)
