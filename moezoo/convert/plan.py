@@ -76,7 +76,7 @@ def _take(weight: Tensor, axis: int, neurons: Tensor) -> Tensor:
     first, count = int(neurons[0]), neurons.numel()
     if torch.equal(neurons, torch.arange(first, first + count)):
         return weight.narrow(axis, first, count)
-    return weight.index_select(axis, neurons)
+    return weight.index_select(axis, neurons.to(weight.device))
 
 
 @dataclass(frozen=True)

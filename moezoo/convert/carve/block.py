@@ -5,7 +5,7 @@ Shapes: T tokens, D d_model, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,14 +89,14 @@ class Block:
         up_TF = F.linear(x_TD, self.up, self.bias_in)
         return self.act(up_TF) if self.gate is None else self.act(F.linear(x_TD, self.gate)) * up_TF
 
+    def activations(self, x_TD: Tensor) -> Tensor:
+        """Compute :meth:`hidden` some tokens at a time: in between, a GLU needs thrice as much."""
+        return torch.cat([self.hidden(part) for part in x_TD.split(_CHUNK)])
+
     def run(self, x_TD: Tensor) -> Tensor:
         """Compute the block, ``(T, D)``."""
-        return torch.cat([F.linear(h, self.down, self.bias_out) for h in self.chunks(x_TD)])
-
-    def chunks(self, x_TD: Tensor) -> Iterator[Tensor]:
-        """Compute the activations of some tokens at a time, ``(t, F)``: a block's are gigabytes."""
-        for part in x_TD.split(_CHUNK):
-            yield self.hidden(part)
+        parts = (F.linear(self.hidden(x), self.down, self.bias_out) for x in x_TD.split(_CHUNK))
+        return torch.cat(list(parts))
 
     def take(self, neurons: Tensor) -> Block:
         """Keep only some neurons."""

@@ -1,17 +1,60 @@
-"""The baseline: keep some neurons for all tokens."""
+"""The baseline that routing has to beat: the same number of neurons, the same ones for all tokens.
+
+Shapes: T tokens, D d_model, F neurons.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from moezoo.convert.carve.activity import importance
 from moezoo.convert.carve.block import Block
+from moezoo.convert.carve.least_squares import ridge
 
 PruneMethod = Literal["static", "static_mean", "static_ls"]
+PRUNE_METHODS = ("static", "static_mean", "static_ls")
 
 
-def prune(block: Block, x_TD: Tensor, keep: int, method: PruneMethod = "static") -> Block:
-    """Keep the neurons with the largest ``mean|h_i| ||down[:, i]||``."""
-    size_F = sum(h.abs().sum(dim=0) for h in block.chunks(x_TD)) * block.down.norm(dim=0)
-    return block.take(size_F.argsort(descending=True, stable=True)[:keep].sort().values)
+def prune(
+    block: Block, hidden_TF: Tensor, keep: int, method: PruneMethod, strength: float, bias: bool
+) -> Block:
+    """Keep the most important neurons, and make up for the others as far as constants can.
+
+    Args:
+        block: the dense block.
+        hidden_TF: its activations on calibration tokens.
+        keep: neurons to keep.
+        method: ``static`` keeps those with the largest ``mean|h_i| ||down_i||`` as they are.
+            ``static_mean`` goes by ``std(h_i)`` instead, and adds the others' mean contribution to
+            the output bias (FLAP, An et al. 2023, arXiv:2312.11983). ``static_ls`` fits ``down``
+            anew by least squares, with a bias if ``bias``.
+        strength: regularisation of the fit.
+        bias: see there.
+    """
+    varying = method == "static_mean" or (method == "static_ls" and bias)
+    length_F = block.down.norm(dim=0)
+    rating_F = importance(hidden_TF, block) if varying else hidden_TF.abs().mean(dim=0) * length_F
+    order = rating_F.argsort(descending=True, stable=True)
+    kept, rest = order[:keep].sort().values, order[keep:]
+    small = block.take(kept)
+    if method == "static":
+        return small
+    if method == "static_mean":
+        lost = block.down[:, rest] @ hidden_TF[:, rest].mean(dim=0)
+        return replace(small, bias_out=_add(block.bias_out, lost))
+    parts = (
+        (hidden[:, kept], hidden[:, rest] @ block.down[:, rest].t())
+        for hidden in hidden_TF.split(4096)
+    )
+    change, constant = ridge(parts, strength, bias)
+    return replace(small, down=small.down + change, bias_out=_add(block.bias_out, constant))
+
+
+def _add(bias: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if bias is None or more is None:
+        return more if bias is None else bias
+    return torch.add(bias, more)

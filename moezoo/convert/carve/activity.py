@@ -1,0 +1,93 @@
+"""What neurons do on calibration tokens: how much they matter, when, and with whom.
+
+Shapes: T tokens, F neurons, K marks per token, N clusters.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moezoo.convert.carve.block import Block
+
+
+def importance(hidden_TF: Tensor, block: Block) -> Tensor:
+    """Rate neurons by ``std(h_i) ||down[:, i]||``, ``(F,)``: what a constant can not replace."""
+    return hidden_TF.std(dim=0, correction=0) * block.down.norm(dim=0)
+
+
+def contribution_features(hidden_TF: Tensor, dimensions: int, seed: int) -> Tensor:
+    """Describe when each neuron deviates from its mean, ``(F, dimensions)``.
+
+    ``|h_i - mean(h_i)|`` over tokens, centred and of unit length, so that inner products are
+    correlations; projected at random, which keeps them up to ``1 / sqrt(dimensions)``. A neuron
+    that never deviates is zero.
+    """
+    deviation_TF = (hidden_TF - hidden_TF.mean(dim=0)).abs_()
+    deviation_TF -= deviation_TF.mean(dim=0)
+    length_F = deviation_TF.norm(dim=0)
+    features = _project(deviation_TF, dimensions, seed) / length_F.clamp(min=1e-30).unsqueeze(-1)
+    # Rounding must not give dead neurons a direction.
+    loudest = hidden_TF.abs().amax(dim=0) * len(hidden_TF) ** 0.5
+    dead_F = length_F <= 1e-6 * loudest
+    return features.masked_fill(dead_F.unsqueeze(-1), 0.0)
+
+
+def _project(activity_TF: Tensor, dimensions: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(activity_TF), dimensions)
+    directions = torch.randn(shape, generator=generator) * dimensions**-0.5
+    return activity_TF.t() @ directions.to(activity_TF)
+
+
+def cosine_block(block: Block) -> Block:
+    """Bring the rows of gate and up to length one, without biases (CMoE's code)."""
+    gate = None if block.gate is None else F.normalize(block.gate, dim=1)
+    return Block(gate, F.normalize(block.up, dim=1), block.down, block.act)
+
+
+def strongest(hidden_TF: Tensor, count: int) -> Tensor:
+    """Mark the neurons with the largest ``|h|`` of every token, ``(T, count)`` int64 (ATopK)."""
+    return torch.cat([h.abs().topk(count, dim=1).indices for h in hidden_TF.split(1024)])
+
+
+def rates(marks_TK: Tensor, width: int) -> Tensor:
+    """Count how many tokens mark each neuron, ``(F,)`` int64."""
+    return torch.bincount(marks_TK.flatten(), minlength=width)
+
+
+def coactivation_features(marks_TK: Tensor, width: int, dimensions: int, seed: int) -> Tensor:
+    """Describe which tokens mark each neuron; inner products are about co-activation counts."""
+    active_TF = torch.zeros(len(marks_TK), width, device=marks_TK.device)
+    return _project(active_TF.scatter_(1, marks_TK, 1.0), dimensions, seed)
+
+
+def mark_distances(marks_TK: Tensor, labels_F: Tensor, clusters: int, metric: str) -> Tensor:
+    """Measure how far every neuron's marks are from every cluster's mean marks.
+
+    With binary marks c and means ĉ in [0, 1], ``||c - ĉ||_1`` and ``||c - ĉ||_2^2`` are both a
+    constant of the cluster plus the sum, over the tokens that mark the neuron, of ``1 - 2 ĉ``. We
+    sum integers, so the result does not depend on any order.
+
+    Args:
+        marks_TK: the neurons each token marks.
+        labels_F: ``(F,)`` cluster of each neuron, -1 for none.
+        clusters: number of clusters N.
+        metric: ``l1`` or ``l2``.
+
+    Returns:
+        ``(F, N)`` fp64.
+    """
+    size_N = torch.bincount(labels_F + 1, minlength=clusters + 1)[1:].clamp(min=1)
+    count_TN = torch.zeros(len(marks_TK), clusters + 1, dtype=torch.int64, device=marks_TK.device)
+    count_TN.scatter_add_(1, labels_F[marks_TK] + 1, torch.ones_like(marks_TK))
+    count_TN = count_TN[:, 1:]
+    near_FN = torch.zeros(len(labels_F), clusters, dtype=torch.int64, device=marks_TK.device)
+    for k in range(marks_TK.shape[1]):
+        near_FN.index_add_(0, marks_TK[:, k], size_N - 2 * count_TN)
+    if metric == "l1":
+        constant_N = count_TN.sum(dim=0).double() / size_N
+        return near_FN.double() / size_N + constant_N
+    constant_N = count_TN.square().sum(dim=0).double() / size_N.square()
+    return (near_FN.double() / size_N + constant_N).clamp(min=0).sqrt()

@@ -1,0 +1,136 @@
+"""Who scores the experts of a carved block.
+
+Shapes: T tokens, D d_model, F neurons, N routed experts, m neurons of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moezoo.convert.carve.activity import mark_distances, rates
+from moezoo.convert.carve.block import Block
+from moezoo.convert.carve.least_squares import ridge
+from moezoo.convert.carve.options import CarveOptions
+from moezoo.convert.carve.oracle import contributions
+from moezoo.convert.carve.prior_approximate import expert_errors, fit_prior_approximate
+from moezoo.convert.carve.splits import Partition, cmoe_marks
+
+_FLATTEST = 0.01  # the largest difference of logits where unit weights are written as sigmoids
+
+
+@dataclass(frozen=True)
+class FittedRouter:
+    """A router's tensors, as :class:`~moezoo.convert.LayerPlan` names them."""
+
+    router: Tensor
+    router_bias: Tensor | None = None
+    router_neurons: Tensor | None = None
+    router_up: Tensor | None = None
+    signed: bool = False
+    flatness: float = 2.0**-8
+
+
+def fit_router(
+    block: Block, x_TD: Tensor, hidden_TF: Tensor, partition: Partition, options: CarveOptions
+) -> tuple[FittedRouter, dict[str, float]]:
+    """Make the router the options ask for, and figures of it."""
+    if options.router == "cmoe":
+        return neuron_router(block, x_TD, hidden_TF, partition, options)
+    if options.router == "gate_mean":
+        fitted = gate_mean_router(block, partition)
+    elif options.router == "ridge":
+        size_TN = contributions(hidden_TF, partition.experts, block.down)
+        pairs = zip(x_TD.split(4096), size_TN.split(4096), strict=True)
+        weight, bias = ridge(pairs, options.router_ridge, intercept=True)
+        fitted = FittedRouter(weight, bias)
+    else:
+        errors_TN = expert_errors(block, hidden_TF, partition, options)
+        weight, bias = fit_prior_approximate(x_TD, errors_TN, options.active, options.seed)
+        fitted = FittedRouter(weight, bias)
+    return _even_out(fitted, x_TD), {}
+
+
+def gate_mean_router(block: Block, partition: Partition) -> FittedRouter:
+    """Score by the mean gate vector of an expert's neurons (ExpertWeaver, arXiv:2602.15521)."""
+    source = block.up if block.gate is None else block.gate
+    bias = None if block.bias_in is None else block.bias_in[partition.experts].mean(dim=1)
+    return FittedRouter(source[partition.experts].mean(dim=1), bias)
+
+
+def _even_out(fitted: FittedRouter, x_TD: Tensor) -> FittedRouter:
+    """Take out what all experts' logits have in common, and give the rest a scale of one.
+
+    Neither changes who is chosen. It makes the softmax of the logits, which fine-tuning starts
+    from, neither flat nor hard, and keeps small numbers from being rounded away beside large ones.
+    """
+    weight_ND = fitted.router - fitted.router.mean(dim=0)
+    bias_N = torch.zeros_like(weight_ND[:, 0])
+    if fitted.router_bias is not None:
+        bias_N = fitted.router_bias - fitted.router_bias.mean()
+    logits_TN = F.linear(x_TD, weight_ND, bias_N)
+    scale = float(logits_TN.square().mean(dim=0).mean().sqrt()) or 1.0
+    return replace(
+        fitted,
+        router=weight_ND / scale,
+        router_bias=None if fitted.router_bias is None else bias_N / scale,
+        flatness=_FLATTEST * scale / max(float(logits_TN.abs().max()), 1e-30),
+    )
+
+
+def neuron_router(
+    block: Block, x_TD: Tensor, hidden_TF: Tensor, partition: Partition, options: CarveOptions
+) -> tuple[FittedRouter, dict[str, float]]:
+    """Score by one neuron per expert (CMoE, arXiv:2502.04416, section 4.3).
+
+    Returns:
+        The router, and the shares of tokens that mark a representative and a median neuron
+        (``representative_rate``, ``median_rate``).
+    """
+    marks_TK = cmoe_marks(block, x_TD, hidden_TF, options)
+    neurons_N = representatives(marks_TK, partition, options)
+    cosine = options.profile == "cosine"
+
+    def rows(weight: Tensor) -> Tensor:
+        return F.normalize(weight[neurons_N], dim=1) if cosine else weight[neurons_N]
+
+    gated = block.gate is not None
+    bias = None if block.bias_in is None or cosine else block.bias_in[neurons_N]
+    fitted = FittedRouter(
+        router=rows(block.up if block.gate is None else block.gate),
+        router_bias=bias,
+        router_neurons=neurons_N,
+        router_up=rows(block.up) if gated else None,
+        signed=options.signed,
+    )
+    share_F = rates(marks_TK, block.width).double().cpu() / len(marks_TK)
+    figures = {
+        "representative_rate": float(share_F[neurons_N].mean()),
+        "median_rate": float(share_F[partition.experts].median(dim=1).values.mean()),
+    }
+    return fitted, figures
+
+
+def representatives(marks_TK: Tensor, partition: Partition, options: CarveOptions) -> Tensor:
+    """Choose each expert's representative neuron, ``(N,)`` int64, the lowest of equally good ones.
+
+    Published is the neuron whose marks are nearest to the cluster's mean. But the means are below
+    one half nearly everywhere, so that every mark takes a neuron away from them (see
+    :func:`~moezoo.convert.carve.activity.mark_distances`): nearest is who is marked least, mostly a
+    neuron that never is.
+    """
+    labels_F = partition.labels()
+    if options.representative == "most_active":
+        rate_F = rates(marks_TK, len(labels_F)).cpu()
+        best = [int(neurons[rate_F[neurons].argmax()]) for neurons in partition.experts]
+        return torch.tensor(best)
+    on_device = labels_F.to(marks_TK.device)
+    distance_FN = mark_distances(marks_TK, on_device, options.routed, options.distance).cpu()
+    best = [
+        int(neurons[distance_FN[neurons, e].argmin()])
+        for e, neurons in enumerate(partition.experts)
+    ]
+    return torch.tensor(best)
