@@ -15,6 +15,7 @@ from moezoo.feed_forward import (
 )
 from moezoo.layers import (
     PEER,
+    CarvedMoE,
     DenseFFN,
     FastFeedForward,
     HashLayer,
@@ -35,6 +36,7 @@ __all__ = [
     "PEER",
     "BalanceOptions",
     "CapacityOptions",
+    "CarvedMoE",
     "Cost",
     "DenseFFN",
     "FastFeedForward",

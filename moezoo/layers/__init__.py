@@ -1,6 +1,7 @@
 """The zoo's members; a method is added by listing it here once."""
 
 from moezoo.feed_forward import Method, Paper, register
+from moezoo.layers.carved_moe import CarvedMoE
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.hash import HashLayer
@@ -225,6 +226,16 @@ register(
         ),
     ),
     Method(
+        "cmoe",
+        CarvedMoE,
+        Paper(
+            "Pei et al.",
+            2025,
+            "Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis",
+            "2502.04416",
+        ),
+    ),
+    Method(
         "top_k_ffn",
         TopKFFN,
         Paper(
@@ -254,6 +265,7 @@ register(
 
 __all__ = [
     "PEER",
+    "CarvedMoE",
     "DenseFFN",
     "FastFeedForward",
     "HashLayer",

@@ -147,7 +147,7 @@ class Router(nn.Module):
             probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
         if self.training and self.options.expert_dropout:
             scores_TE = scores_TE * (torch.rand_like(scores_TE) >= self.options.expert_dropout)
-        indices_TK = self._choose(scores_TE)
+        indices_TK = self._choose(scores_TE, noisy_TE)
         weights_TK = scores_TE.gather(1, indices_TK)
         if self.options.normalize:
             total = weights_TK.sum(dim=-1, keepdim=True)
@@ -181,7 +181,8 @@ class Router(nn.Module):
         std_TE = F.softplus(self._logits(hidden_TD, self.noise_weight)) + 1e-2
         return clean_TE + torch.randn_like(clean_TE) * std_TE, std_TE
 
-    def _choose(self, scores_TE: Tensor) -> Tensor:
+    def _choose(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:
+        """Choose by the scores; a subclass may break their ties by the logits."""
         options = self.options
         selection_TE = scores_TE.detach()
         if options.selection_bias:

@@ -50,6 +50,9 @@ class CarveOptions:
             (published; practically a dead neuron), or the ``most_active`` one.
         signed: leave the sign of ``cmoe``'s scores (eq. 8); the code takes absolute values.
         iterations: of balanced k-means at most; default 8, and the code's 1 for ``cmoe``.
+        teacher_share: what ``prior_approximate`` compares an expert's answer with, as a share of
+            the routed experts' sum; default ``active`` over their number, as in the authors' code.
+            Below one half that favours experts that answer little, and 1 those that answer most.
         features: dimensions that neurons' activities are projected to before clustering.
         router_ridge: regularisation of the ridge router, over the mean of the Gram's diagonal.
         refit_ridge: the same of the refit.
@@ -72,6 +75,7 @@ class CarveOptions:
     representative: Literal["centroid", "most_active"] = "centroid"
     signed: bool = False
     iterations: int | None = None
+    teacher_share: float | None = None
     features: int = 256
     router_ridge: float = 1e-2
     refit_ridge: float = 1e-1
@@ -103,6 +107,8 @@ class CarveOptions:
             check_int("top_activations", self.top_activations, maximum=width)
         if self.iterations is not None:
             check_int("iterations", self.iterations)
+        if self.teacher_share is not None:
+            check_number("teacher_share", self.teacher_share)
         check_int("features", self.features)
         check_number("router_ridge", self.router_ridge)
         check_number("refit_ridge", self.refit_ridge)

@@ -29,12 +29,13 @@ def expert_errors(
 ) -> Tensor:
     """Measure how far each expert's answer is from the teacher's share, ``(T, N)`` mean squares.
 
-    The share is ``teacher K / N``, as in the authors' code; with a shared part the teacher is what
-    that part does not answer.
+    The share is ``teacher K / N``, as in the authors' code, unless the options say otherwise; with
+    a shared part the teacher is what that part does not answer.
     """
     routed = partition.experts.flatten()
     teacher_TD = hidden_TF[:, routed] @ block.down[:, routed].t()
-    share_TD = teacher_TD * (options.active / options.routed)
+    share = options.teacher_share
+    share_TD = teacher_TD * (options.active / options.routed if share is None else share)
     errors = [
         (hidden_TF[:, e] @ block.down[:, e].t() - share_TD).square().mean(dim=1)
         for e in partition.experts

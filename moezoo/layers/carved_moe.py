@@ -1,0 +1,231 @@
+"""CMoE's layer: what a carved feed-forward block is, and how it is fine-tuned.
+
+``y = Shared(x) + Σ_{e in topK(s' + b)} g_e Expert_e(x)`` with ``g_e = 1 + s'_e u_e`` and
+``s' = softmax(s(x))`` (arXiv:2502.04416, section 4.4). The scale u is trained and begins at zero,
+so that a carved block begins with its experts counting fully, and the balance bias b follows the
+load. Shared part and experts are the dense block's own neurons: :func:`moezoo.convert.carve_block`
+says which, and :func:`moezoo.convert.carved_layer` copies them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo.experts import MLPExperts
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    ParameterGroup,
+    flatten_tokens,
+    set_apart,
+)
+from moezoo.layers.dense import Activation, DenseFFN, default_width
+from moezoo.routing.neuron import NeuronRouter
+from moezoo.routing.router import Routing
+from moezoo.routing.stats import SlotLoad, slot_load
+from moezoo_kernels.activations import ACTIVATIONS
+
+
+class CarvedMoE(FeedForward):
+    """Shared and routed parts of a feed-forward block, in CMoE's notation SxAyEz.
+
+    Args:
+        d_model: width of the residual stream.
+        num_experts: routed experts, z - x.
+        top_k: routed experts per token, y.
+        d_expert: neurons of one part; default: those of the dense block divided by z, rounded up
+            to a multiple of 16.
+        num_shared_experts: parts that answer every token, x; run as one block.
+        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        gated: gated linear units instead of MLPs.
+        bias: whether hidden neurons have biases.
+        output_bias: whether the output has a bias, once for all parts.
+        router: ``neuron``: an expert's score is the activation of a neuron of its own (eq. 8).
+            ``linear``: it is linear in x, with an intercept.
+        signed: leave the sign of the neurons' activations, as in eq. 8; the authors' code takes
+            absolute values.
+        bias_update_rate: γ, how far the balance bias moves per optimizer step.
+        u_lr_multiplier: learning rate of u, as a multiple of the run's; the paper has 1e-3 beside
+            5.95e-5 for LoRA, a factor of 17.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int = 5,
+        top_k: int = 3,
+        d_expert: int | None = None,
+        num_shared_experts: int = 3,
+        activation: Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        output_bias: bool = False,
+        router: Literal["neuron", "linear"] = "neuron",
+        signed: bool = False,
+        bias_update_rate: float = 1e-3,
+        u_lr_multiplier: float = 1.0,
+    ) -> None:
+        super().__init__(d_model)
+        self.num_experts = check_int("num_experts", num_experts)
+        self.top_k = check_int("top_k", top_k)
+        if top_k > num_experts:
+            raise InputError(
+                f"top_k: {top_k} is more than num_experts={num_experts}; "
+                "lower top_k or raise num_experts"
+            )
+        self.num_shared_experts = check_int("num_shared_experts", num_shared_experts, minimum=0)
+        if d_expert is None:
+            parts = num_experts + num_shared_experts
+            d_expert = -(-default_width(d_model, gated) // (16 * parts)) * 16
+        self.d_expert = check_int("d_expert", d_expert)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.gated = gated
+        self.bias = bias
+        self.output_bias = output_bias
+        self.router = check_choice("router", router, ("neuron", "linear"))
+        self.signed = signed
+        self.bias_update_rate = check_number("bias_update_rate", bias_update_rate)
+        self.u_lr_multiplier = check_number("u_lr_multiplier", u_lr_multiplier)
+
+        self.gate = NeuronRouter(
+            d_model, num_experts, top_k, router, activation, gated, bias, signed, bias_update_rate
+        )
+        self.u = nn.Parameter(torch.zeros(num_experts))
+        self.experts = MLPExperts(d_model, self.d_expert, num_experts, activation, gated, bias)
+        self.experts.down_bias = None  # the dense block had one, which is not any part's
+        if num_shared_experts:
+            d_shared = num_shared_experts * self.d_expert
+            self.shared_expert = DenseFFN(d_model, d_shared, activation, gated, bias)
+            self.shared_expert.down_proj.register_parameter("bias", None)
+        self.b_out: nn.Parameter | None = None
+        if output_bias:
+            self.b_out = nn.Parameter(torch.zeros(d_model))
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Draw the parts as those of a dense block; zero u, b and the output bias."""
+        self.gate.reset_parameters()
+        self.experts.reset_parameters(num_layers)
+        if self.num_shared_experts:
+            self.shared_expert.reset_parameters(num_layers)
+        nn.init.zeros_(self.u)
+        if self.b_out is not None:
+            nn.init.zeros_(self.b_out)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Let the shared part and each token's experts answer.
+
+        Returns:
+            ``stats``: as those of :class:`moezoo.SparseMoE`; an expert's weight there is s'.
+        """
+        return self._compute(hidden, router_input, mask, brute_force=False)
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Run all parts on all tokens and weight the experts' answers by a dense matrix."""
+        return self._compute(hidden, router_input, mask, brute_force=True)
+
+    def route(
+        self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
+    ) -> Routing:
+        """Tell who would answer: indices, scores s', statistics, without the experts."""
+        tokens, flat_mask = flatten_tokens(self, hidden, mask)
+        read = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
+        return self.gate(read, flat_mask)
+
+    def _compute(
+        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+    ) -> FeedForwardOutput:
+        tokens, flat_mask = flatten_tokens(self, hidden, mask)
+        routing = self.route(hidden, router_input, mask)
+        gates_TK = self._gates(routing)
+        if brute_force:
+            output = self.experts.reference(tokens, routing.indices, gates_TK)
+        else:
+            output = self.experts(tokens, routing.indices, gates_TK, routing.max_assignments)
+        always = self._always(tokens, brute_force)
+        if always is not None:
+            if flat_mask is not None:
+                always = always.masked_fill(~flat_mask.unsqueeze(-1), 0.0)
+            output = output + always.to(output.dtype)
+        return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
+
+    def _gates(self, routing: Routing) -> Tensor:
+        """Give ``g = 1 + s' u`` of the chosen experts, 0 where there is none."""
+        # An embedding's gradient is summed in a fixed order, that of indexing is not.
+        u_TK = F.embedding(routing.indices.clamp(min=0), self.u.unsqueeze(-1)).squeeze(-1)
+        gates_TK = 1.0 + routing.weights * u_TK.to(routing.weights.dtype)
+        return gates_TK.masked_fill(routing.indices < 0, 0.0)
+
+    def _always(self, tokens: Tensor, brute_force: bool) -> Tensor | None:
+        """Compute what every token gets: the shared part, the output bias."""
+        answer = None
+        if self.num_shared_experts:
+            expert = self.shared_expert
+            answer = (expert.reference if brute_force else expert)(tokens).hidden
+        if self.b_out is None:
+            return answer
+        if answer is None:
+            return self.b_out.expand(len(tokens), -1)
+        return answer + self.b_out.to(answer.dtype)
+
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Sum up the routed experts' choices and scores s'."""
+        routing = self.route(hidden, router_input, mask)
+        return slot_load(routing.indices, routing.weights, self.num_experts)
+
+    def observe(self, stats: Mapping[str, Tensor]) -> None:
+        """Hand one micro-batch's expert counts to the router."""
+        self.gate.observe(stats)
+
+    def step(self) -> None:
+        """Lower the balance bias of experts with more than the mean load, raise the others'."""
+        self.gate.step()
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Give u a learning rate of its own, and no weight decay."""
+        u = [self.u] if self.u.requires_grad else []
+        scale = ParameterGroup("u", u, lr_multiplier=self.u_lr_multiplier, weight_decay=False)
+        return set_apart(super().parameter_groups(), [scale])
+
+    def cost(self) -> Cost:
+        """Router (2 | 4) d E, shared part and top_k experts (4 | 6) d f FLOPs each."""
+        per_expert = self.experts.parameters_per_expert()
+        total = sum(p.numel() for p in self.parameters())
+        active = total - (self.num_experts - self.top_k) * per_expert
+        flops = self.gate.flops_per_token() + self.top_k * self.experts.flops_per_assignment()
+        if self.num_shared_experts:
+            flops += self.shared_expert.cost().flops_per_token
+        return Cost(
+            total_parameters=total,
+            active_parameters=active,
+            flops_per_token=flops,
+            bytes_per_token=active * self.experts.down_proj.element_size(),
+        )
