@@ -55,12 +55,11 @@ class Expert:
         part = _take(weight, axis, self.neurons)
         if self.redrawn is not None and self.redrawn.numel():
             part = self._redraw(part, axis, self.seed + PROJECTIONS.index(projection))
-        return part if scale == 1.0 else (part.float() * scale).to(weight.dtype)
+        return _scaled(part, scale)
 
     def cut_bias(self, bias: Tensor) -> Tensor:
         """Cut this expert's part out of the dense block's inner bias, ``(F,)`` to ``(m,)``."""
-        part = _take(bias, 0, self.neurons)
-        return part if self.in_scale == 1.0 else (part.float() * self.in_scale).to(bias.dtype)
+        return _scaled(_take(bias, 0, self.neurons), self.in_scale)
 
     def _redraw(self, part: Tensor, axis: int, seed: int) -> Tensor:
         """Draw the chosen neurons from N(mean, std) of the weights they replace."""
@@ -77,6 +76,13 @@ def _take(weight: Tensor, axis: int, neurons: Tensor) -> Tensor:
     if torch.equal(neurons, torch.arange(first, first + count)):
         return weight.narrow(axis, first, count)
     return weight.index_select(axis, neurons.to(weight.device))
+
+
+def _scaled(part: Tensor, scale: float) -> Tensor:
+    """Multiply in fp32 at least; one leaves everything as it is, views too."""
+    if scale == 1.0:
+        return part
+    return (part.to(torch.promote_types(part.dtype, torch.float32)) * scale).to(part.dtype)
 
 
 @dataclass(frozen=True)

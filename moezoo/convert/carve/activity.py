@@ -11,10 +11,16 @@ from torch import Tensor
 
 from moezoo.convert.carve.block import Block
 
+_TOKENS, _NEURONS = 1024, 256  # worked on at a time, so that memory holds all activations once
+
 
 def importance(hidden_TF: Tensor, block: Block) -> Tensor:
     """Rate neurons by ``std(h_i) ||down[:, i]||``, ``(F,)``: what a constant can not replace."""
-    return hidden_TF.std(dim=0, correction=0) * block.down.norm(dim=0)
+    mean_F = hidden_TF.mean(dim=0)
+    square_F = torch.zeros_like(mean_F)
+    for part in hidden_TF.split(_TOKENS):
+        square_F += (part - mean_F).square_().sum(dim=0)
+    return (square_F / len(hidden_TF)).sqrt() * block.down.norm(dim=0)
 
 
 def contribution_features(hidden_TF: Tensor, dimensions: int, seed: int) -> Tensor:
@@ -24,21 +30,26 @@ def contribution_features(hidden_TF: Tensor, dimensions: int, seed: int) -> Tens
     correlations; projected at random, which keeps them up to ``1 / sqrt(dimensions)``. A neuron
     that never deviates is zero.
     """
-    deviation_TF = (hidden_TF - hidden_TF.mean(dim=0)).abs_()
-    deviation_TF -= deviation_TF.mean(dim=0)
-    length_F = deviation_TF.norm(dim=0)
-    features = _project(deviation_TF, dimensions, seed) / length_F.clamp(min=1e-30).unsqueeze(-1)
+    directions_TC = _directions(len(hidden_TF), dimensions, seed).to(hidden_TF)
+    parts = [_part_features(part, directions_TC) for part in hidden_TF.split(_NEURONS, dim=1)]
+    return torch.cat(parts)
+
+
+def _part_features(hidden_TF: Tensor, directions_TC: Tensor) -> Tensor:
+    hidden_FT = hidden_TF.t().contiguous()
+    total_F = torch.linalg.vector_norm(hidden_FT, dim=1)
+    deviation_FT = hidden_FT.sub_(hidden_FT.mean(dim=1, keepdim=True)).abs_()
+    deviation_FT -= deviation_FT.mean(dim=1, keepdim=True)
+    length_F = torch.linalg.vector_norm(deviation_FT, dim=1)
+    features_FC = deviation_FT @ directions_TC / length_F.clamp(min=1e-30).unsqueeze(-1)
     # Rounding must not give dead neurons a direction.
-    loudest = hidden_TF.abs().amax(dim=0) * len(hidden_TF) ** 0.5
-    dead_F = length_F <= 1e-6 * loudest
-    return features.masked_fill(dead_F.unsqueeze(-1), 0.0)
+    return features_FC.masked_fill((length_F <= 1e-6 * total_F).unsqueeze(-1), 0.0)
 
 
-def _project(activity_TF: Tensor, dimensions: int, seed: int) -> Tensor:
+def _directions(tokens: int, dimensions: int, seed: int) -> Tensor:
+    """Draw random directions ``(T, dimensions)`` whose inner products are about the identity."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(activity_TF), dimensions)
-    directions = torch.randn(shape, generator=generator) * dimensions**-0.5
-    return activity_TF.t() @ directions.to(activity_TF)
+    return torch.randn((tokens, dimensions), generator=generator) * dimensions**-0.5
 
 
 def cosine_block(block: Block) -> Block:
@@ -49,7 +60,7 @@ def cosine_block(block: Block) -> Block:
 
 def strongest(hidden_TF: Tensor, count: int) -> Tensor:
     """Mark the neurons with the largest ``|h|`` of every token, ``(T, count)`` int64 (ATopK)."""
-    return torch.cat([h.abs().topk(count, dim=1).indices for h in hidden_TF.split(1024)])
+    return torch.cat([h.abs().topk(count, dim=1).indices for h in hidden_TF.split(_TOKENS)])
 
 
 def rates(marks_TK: Tensor, width: int) -> Tensor:
@@ -59,8 +70,14 @@ def rates(marks_TK: Tensor, width: int) -> Tensor:
 
 def coactivation_features(marks_TK: Tensor, width: int, dimensions: int, seed: int) -> Tensor:
     """Describe which tokens mark each neuron; inner products are about co-activation counts."""
-    active_TF = torch.zeros(len(marks_TK), width, device=marks_TK.device)
-    return _project(active_TF.scatter_(1, marks_TK, 1.0), dimensions, seed)
+    directions_TC = _directions(len(marks_TK), dimensions, seed).to(marks_TK.device)
+    features_FC = torch.zeros(width, dimensions, device=marks_TK.device)
+    for marks, directions in zip(
+        marks_TK.split(_TOKENS), directions_TC.split(_TOKENS), strict=True
+    ):
+        active_TF = torch.zeros(len(marks), width, device=marks.device).scatter_(1, marks, 1.0)
+        features_FC += active_TF.t() @ directions
+    return features_FC
 
 
 def mark_distances(marks_TK: Tensor, labels_F: Tensor, clusters: int, metric: str) -> Tensor:

@@ -33,7 +33,7 @@ def balanced_kmeans(points_nd: Tensor, clusters: int, iterations: int, seed: int
     for _ in range(iterations):
         # ||p - m||² less ||p||² and ||m||², neither of which a balanced assignment can change.
         cost_nk = -2.0 * points_nd @ means_kd.t()
-        found = balanced_assignment(cost_nk, labels)
+        found = balanced_assignment(cost_nk)
         if labels is not None and torch.equal(found, labels):
             break
         labels = found

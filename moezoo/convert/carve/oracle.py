@@ -13,8 +13,24 @@ from torch import Tensor
 
 def contributions(hidden_TF: Tensor, experts_NM: Tensor, down_DF: Tensor) -> Tensor:
     """Measure every routed expert's answer to every token, ``||down_e h_e||``, ``(T, N)``."""
-    answers = (hidden_TF[:, e] @ down_DF[:, e].t() for e in experts_NM.to(hidden_TF.device))
-    return torch.stack([answer.norm(dim=1) for answer in answers], dim=1)
+    lengths = [_lengths(hidden_TF, e, down_DF) for e in experts_NM.to(hidden_TF.device)]
+    return torch.stack(lengths, dim=1)
+
+
+def _lengths(hidden_TF: Tensor, neurons_M: Tensor, down_DF: Tensor) -> Tensor:
+    """Give ``||down_e h_e||`` of one expert, ``(T,)``; if small as ``h^T (down^T down) h``."""
+    down_DM = down_DF[:, neurons_M]
+    few = len(neurons_M) < len(down_DM)
+    gram_MM = down_DM.t() @ down_DM if few else None
+    lengths = []
+    for part in hidden_TF.split(2048):
+        hidden_TM = part[:, neurons_M]
+        if gram_MM is None:
+            lengths.append((hidden_TM @ down_DM.t()).norm(dim=1))
+        else:
+            square_T = (hidden_TM @ gram_MM).mul_(hidden_TM).sum(dim=1)
+            lengths.append(square_T.clamp(min=0).sqrt())
+    return torch.cat(lengths)
 
 
 def agreement(logits_TN: Tensor, contribution_TN: Tensor, active: int) -> dict[str, float]:

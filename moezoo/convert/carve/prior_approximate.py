@@ -32,14 +32,16 @@ def expert_errors(
     The share is ``teacher K / N``, as in the authors' code, unless the options say otherwise; with
     a shared part the teacher is what that part does not answer.
     """
-    routed = partition.experts.flatten()
-    teacher_TD = hidden_TF[:, routed] @ block.down[:, routed].t()
     share = options.teacher_share
-    share_TD = teacher_TD * (options.active / options.routed if share is None else share)
-    errors = [
-        (hidden_TF[:, e] @ block.down[:, e].t() - share_TD).square().mean(dim=1)
-        for e in partition.experts
-    ]
+    share = options.active / options.routed if share is None else share
+
+    def answer(neurons: Tensor) -> Tensor:
+        return hidden_TF[:, neurons] @ block.down[:, neurons].t()
+
+    target_TD = torch.zeros_like(hidden_TF[:, :1]).expand(-1, block.d_model)
+    for neurons in partition.experts:
+        target_TD = target_TD + share * answer(neurons)
+    errors = [(answer(e) - target_TD).square().mean(dim=1) for e in partition.experts]
     return torch.stack(errors, dim=1)
 
 

@@ -37,14 +37,15 @@ def prune(
     """
     varying = method == "static_mean" or (method == "static_ls" and bias)
     length_F = block.down.norm(dim=0)
-    rating_F = importance(hidden_TF, block) if varying else hidden_TF.abs().mean(dim=0) * length_F
+    size_F = torch.linalg.vector_norm(hidden_TF, ord=1, dim=0) / len(hidden_TF)
+    rating_F = importance(hidden_TF, block) if varying else size_F * length_F
     order = rating_F.argsort(descending=True, stable=True)
     kept, rest = order[:keep].sort().values, order[keep:]
     small = block.take(kept)
     if method == "static":
         return small
     if method == "static_mean":
-        lost = block.down[:, rest] @ hidden_TF[:, rest].mean(dim=0)
+        lost = block.down[:, rest] @ hidden_TF.mean(dim=0)[rest]
         return replace(small, bias_out=_add(block.bias_out, lost))
     parts = (
         (hidden[:, kept], hidden[:, rest] @ block.down[:, rest].t())

@@ -27,14 +27,13 @@ _TEMPERATURES = np.array([0.3, 0.1, 0.03, 0.01])
 _ROUNDS = 10
 
 
-def balanced_assignment(cost: Tensor, start: Tensor | None = None) -> Tensor:
+def balanced_assignment(cost: Tensor) -> Tensor:
     """Assign n items to k clusters of size n / k at the least total cost.
 
     Deterministic: the same costs give the same assignment, also among equally good ones.
 
     Args:
         cost: ``(n, k)``, finite, of any floating or integer dtype.
-        start: ``(n,)`` int64, a balanced assignment to improve; default: greedy.
 
     Returns:
         ``(n,)`` int64 clusters, on the CPU.
@@ -51,10 +50,7 @@ def balanced_assignment(cost: Tensor, start: Tensor | None = None) -> Tensor:
     if k == 1 or n == 0:
         return torch.zeros(n, dtype=torch.int64)
     table = table - table.min(axis=1, keepdims=True, initial=np.inf)
-    if start is None:
-        cluster = _greedy(table + _prices(table), n // k)
-    else:
-        cluster = start.to("cpu", torch.int64).numpy().copy()
+    cluster = _greedy(table + _prices(table), n // k)
     _cancel(table, cluster)
     return torch.from_numpy(cluster)
 
