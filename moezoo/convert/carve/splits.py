@@ -75,7 +75,11 @@ def split_neurons(
         points = _features(block, hidden_TF, options)[candidates]
         labels = balanced_kmeans(points, options.routed, iterations, options.seed)
     everyone = torch.cat([order[:count].cpu(), candidates.cpu()])
-    return _partition(everyone, torch.cat([torch.zeros(count), labels + options.shared]), options)
+    return _partition(
+        everyone,
+        torch.cat([torch.zeros(count, dtype=torch.int64), labels + options.shared]),
+        options,
+    )
 
 
 def _features(block: Block, hidden_TF: Tensor, options: CarveOptions) -> Tensor:

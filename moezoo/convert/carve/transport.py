@@ -20,8 +20,9 @@ from moezoo.errors import InputError
 _Cost = NDArray[np.float64]
 _Index = NDArray[np.int64]
 
-# Cycles that gain less than this, over the largest difference of costs, are rounding.
-_TOLERANCE = 1e-12
+# Gains smaller than this, over the largest difference of costs, may be rounding: going after them
+# might never end.
+_TOLERANCE = 1e-13
 # Of the start, relative to the mean cost; they decide how fast the optimum is found, not which.
 _TEMPERATURES = np.array([0.3, 0.1, 0.03, 0.01])
 _ROUNDS = 10
@@ -132,7 +133,7 @@ def _negative_cycle(moves: _Cost, tolerance: float) -> list[int] | None:
         through = distance[:, None] + moves
         source = through.argmin(axis=0)
         shorter = through[source, columns]
-        improved = shorter < distance - tolerance / k
+        improved = shorter < distance - tolerance
         if not improved.any():
             return None
         distance = np.where(improved, shorter, distance)
@@ -140,7 +141,8 @@ def _negative_cycle(moves: _Cost, tolerance: float) -> list[int] | None:
         cycle = _parent_cycle(parent)
         if cycle is not None:
             weight = sum(moves[i, j] for i, j in zip(cycle, [*cycle[1:], cycle[0]], strict=True))
-            return cycle if weight < -tolerance / k else None
+            # By theory less than -tolerance, but for rounding.
+            return cycle if weight < -tolerance / 2 else None
     return None
 
 
