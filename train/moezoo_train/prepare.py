@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moezoo.errors import InputError, check_int, check_number
+from moezoo_models.corpus import Corpus, open_corpus
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
-from moezoo_train.corpus import Corpus, open_corpus
 from moezoo_train.prepared import (
     FORMAT,
     META_FILE,
