@@ -45,10 +45,15 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_models.evaluate:evaluate", "loss, perplexity and bits per byte on any text"
         ),
     },
-    "Convert dense checkpoints": {
+    "Convert checkpoints": {
         "upcycle": Command(
             "moezoo_models.conversion.upcycle:upcycle",
             "a mixture of experts that begin as copies of the dense blocks",
+            positional=True,
+        ),
+        "export": Command(
+            "moezoo_models.export:export",
+            "a dense model of ours as a Llama, Mistral, Qwen2 or Qwen3",
             positional=True,
         ),
     },

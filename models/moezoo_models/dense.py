@@ -16,7 +16,7 @@ DENSE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 }
 """Configuration classes of the architectures that load as they are, by ``model_type``."""
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -49,10 +49,10 @@ def dense_config(raw: Mapping[str, Any]) -> MoezooConfig:
         config: Any = DENSE_CONFIGS[kind].from_dict(dict(raw))
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise InputError(f"config.json: {' '.join(str(error).split())}") from error
-    activation = check_choice("hidden_act", config.hidden_act, _ACTIVATIONS)
+    activation = check_choice("hidden_act", config.hidden_act, ACTIVATIONS)
     block = {
         "d_ff": config.intermediate_size,
-        "activation": _ACTIVATIONS[activation],
+        "activation": ACTIVATIONS[activation],
         "gated": True,
         "bias": getattr(config, "mlp_bias", False),
     }

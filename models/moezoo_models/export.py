@@ -1,0 +1,143 @@
+"""`moezoo export`: a dense model of ours as the stock architecture that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from moezoo.errors import InputError
+from moezoo.layers.dense import DenseFFN
+from moezoo_models.atomic import replacing_directory
+from moezoo_models.causal_lm import MoezooForCausalLM
+from moezoo_models.checkpoints import CONFIG, load_checkpoint, quiet
+from moezoo_models.config import MoezooConfig
+from moezoo_models.dense import ACTIVATIONS, DENSE_CONFIGS, dense_config
+from moezoo_models.tokenizer import Tokenizer
+
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_parameters",
+    "rms_norm_eps",
+    "attention_bias",
+    "attention_dropout",
+    "sliding_window",
+    "layer_types",
+    "tie_word_embeddings",
+    "initializer_range",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+)
+"""Fields that have the same name and meaning here and there, where they are there."""
+
+_NAMELESS = ("_name_or_path", "architectures", "ffn", "transformers_version")
+
+
+def export(checkpoint: str | Path, target: str | Path) -> Path:
+    """Write a dense model of ours as a Llama, Mistral, Qwen2 or Qwen3, whichever it is.
+
+    The tensors are the same, under the same names; only the configuration changes, so that
+    programs that know the stock architecture can read it.
+
+    Args:
+        checkpoint: directory of a model whose feed-forward blocks are all dense.
+        target: directory to make.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: the model is none of them, or ``target`` has something in it.
+    """
+    directory = Path(target)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise InputError(f"target: {directory} is there already; name a new directory")
+    model, tokenizer = load_checkpoint(checkpoint)
+    config = save_stock(directory, model, tokenizer)
+    print(f"{config.model_type:<8}{model.num_parameters() / 1e6:,.3g} M parameters, {directory}")
+    return directory
+
+
+def save_stock(
+    target: Path, model: MoezooForCausalLM, tokenizer: Tokenizer | None = None
+) -> PreTrainedConfig:
+    """Save a dense model in memory as the stock architecture that it is; see :func:`export`.
+
+    Raises:
+        InputError: it is none.
+    """
+    config = stock_config(model)
+    with torch.device("meta"):
+        stock: Any = AutoModelForCausalLM.from_config(config)
+    stock.load_state_dict(model.state_dict(), assign=True)
+    stock.tie_weights()
+    with replacing_directory(target) as fresh, quiet():
+        stock.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+    return config
+
+
+def stock_config(model: MoezooForCausalLM) -> PreTrainedConfig:
+    """Find the stock configuration that :func:`dense_config` would turn into this model's.
+
+    Raises:
+        InputError: there is none.
+    """
+    width, activation, bias = _block(model)
+    ours = _comparable(model.config)
+    for stock in _candidates(model.config, width, activation, bias):
+        if _comparable(dense_config(stock.to_dict())) == ours:
+            return stock
+    raise InputError(
+        f"checkpoint: its attention is none of {', '.join(DENSE_CONFIGS)}: see the norms, biases "
+        f"and windows in its {CONFIG}"
+    )
+
+
+def _block(model: MoezooForCausalLM) -> tuple[int, str, bool]:
+    """Give width, activation and bias of the blocks, if they are what stock models have."""
+    blocks = [layer.mlp for layer in model.model.layers]
+    for number, block in enumerate(blocks):
+        if not isinstance(block, DenseFFN):
+            kind = type(block).__name__
+            raise InputError(f"checkpoint: layer {number} is a {kind}; only dense models are stock")
+        if not block.gated or block.config() != blocks[0].config():
+            raise InputError(
+                f"checkpoint: layer {number} is not gated, or unlike the first; stock models have "
+                "the same gated block everywhere"
+            )
+    theirs = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    return blocks[0].d_ff, theirs[blocks[0].activation], blocks[0].bias
+
+
+def _candidates(
+    config: MoezooConfig, width: int, activation: str, bias: bool
+) -> Iterator[PreTrainedConfig]:
+    same = {name: getattr(config, name) for name in _SAME}
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"mlp_bias": bias},
+        "mistral": {},
+        "qwen2": {"use_sliding_window": config.sliding_window is not None},
+        "qwen3": {"use_sliding_window": config.sliding_window is not None},
+    }
+    for name, kind in DENSE_CONFIGS.items():
+        known = {key: value for key, value in same.items() if hasattr(kind, key)}
+        yield kind(intermediate_size=width, hidden_act=activation, **known, **own[name])
+
+
+def _comparable(config: MoezooConfig) -> dict[str, Any]:
+    """Give the fields that matter; the blocks are compared where they are built."""
+    return {key: value for key, value in config.to_dict().items() if key not in _NAMELESS}
