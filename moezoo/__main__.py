@@ -51,6 +51,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "a mixture of experts that begin as copies of the dense blocks",
             positional=True,
         ),
+        "carve": Command(
+            "moezoo_models.conversion.carve:carve",
+            "a dense checkpoint's own neurons as shared and routed experts",
+            positional=True,
+        ),
         "export": Command(
             "moezoo_models.export:export",
             "a dense model of ours as a Llama, Mistral, Qwen2 or Qwen3",

@@ -73,7 +73,7 @@ class Expert:
 def _take(weight: Tensor, axis: int, neurons: Tensor) -> Tensor:
     """Take rows or columns: a view where they follow each other, so that copies cost nothing."""
     first, count = int(neurons[0]), neurons.numel()
-    if torch.equal(neurons, torch.arange(first, first + count)):
+    if torch.equal(neurons, torch.arange(first, first + count, device=neurons.device)):
         return weight.narrow(axis, first, count)
     return weight.index_select(axis, neurons.to(weight.device))
 

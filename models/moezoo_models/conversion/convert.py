@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from torch import Tensor
 
 from moezoo.convert import LayerPlan
@@ -48,6 +55,7 @@ COPIED_FILES = (
 )
 COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
 _BLOCK = ".mlp."
+_SCRATCH = "calibration"
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,9 @@ def convert(
     max_shard_size: str,
     check: str,
     force: bool,
-    extra: Callable[[], dict[str, Any]] = dict,
+    scratch_bytes: int = 0,
+    prepare: Callable[[Path], None] = lambda _: None,
+    extra: Callable[[Path, bool], dict[str, Any]] = lambda _, __: {},
 ) -> Conversion:
     """Write a mixture, atomically, and compare it with the dense model.
 
@@ -102,7 +112,11 @@ def convert(
         max_shard_size: as in ``5GB``.
         check: auto, logits or layers.
         force: replace what is there.
-        extra: asked for more figures at the end.
+        scratch_bytes: room that ``prepare`` needs.
+        prepare: called before anything is planned, with a directory for files that are needed only
+            until the end; what an earlier run left there is kept.
+        extra: asked for more figures at the end, with the directory that was written and whether
+            its model fits into memory.
 
     Raises:
         InputError: the format can not hold this, or there is no room for it.
@@ -113,17 +127,21 @@ def convert(
     remember = lru_cache(maxsize=1)(plan)
     shards = plan_shards(_outputs(source, kind, mixture, remember), parse_size(max_shard_size))
     total = sum(shard.bytes for shard in shards)
-    check_space(target, total)
+    check_space(target, total + scratch_bytes)
     identity = _identity(source, kind, mixture, options, max_shard_size)
     with workspace(target, identity, force) as work:
-        with _progress() as bar:
+        scratch = work.directory / _SCRATCH
+        prepare(scratch)
+        with progress_bar(DownloadColumn(), TransferSpeedColumn()) as bar:
             task = bar.add_task("writing", total=total)
             for shard in shards:
                 work.write(shard, partial(bar.advance, task))
         work.write_index(shards)
         work.write_json(CONFIG, kind.config(source, mixture))
         _copy_files(source.directory, work.directory)
-        drift = _measure(source, work.directory, mixture, remember, check, total)
+        if check == "auto":
+            check = "logits" if 2 * total < _free_memory() else "layers"
+        drift = _measure(source, work.directory, mixture, remember, check)
         if exact and drift.relative > _tolerance(mixture.dtype):
             raise RuntimeError(
                 f"the mixture is off by {drift.relative:.1e} of the dense model's output where it "
@@ -148,20 +166,21 @@ def convert(
             options=options,
             exact=exact,
             drift=asdict(drift),
-            extra=extra(),
+            extra=extra(work.directory, check == "logits"),
         )
         work.write_json(REPORT, asdict(conversion))
+        shutil.rmtree(scratch, ignore_errors=True)
     print(summary(conversion, target))
     return conversion
 
 
-def _progress() -> Progress:
-    """Show bytes written; nothing where the output is not a terminal."""
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """Show progress on the error output; nothing where that is not a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
         *columns,
-        TransferSpeedColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -183,7 +202,32 @@ def summary(conversion: Conversion, target: Path) -> str:
             f"{drift['absolute']:.1e} in the {what} ({drift['relative']:.1e} of the largest){also}",
         ),
     )
-    return "\n".join(f"{name:<8}{text}" for name, text in rows)
+    lines = [f"{name:<8}{text}" for name, text in rows]
+    return "\n".join([*lines, *_perplexities(conversion.extra)])
+
+
+def _perplexities(extra: dict[str, Any]) -> Iterator[str]:
+    """Compare a carve with plain pruning to as many neurons, and say so if that is better."""
+    if "perplexity" not in extra:
+        return
+    found = extra["perplexity"]
+    yield f"perplexity on {extra['calibration']['held_out_tokens']:,} held-out tokens"
+    names = {
+        "dense": "dense",
+        "carved": "carved",
+        "loaded": "carved, as loaded",
+        "static": "pruned to as many neurons",
+        "static_refit": "the same, refitted",
+    }
+    for name, text in names.items():
+        if name in found:
+            yield f"  {text:<28}{found[name]:>10.4g}  × {found[name] / found['dense']:.3f}"
+    for rival, won in extra["beats"].items():
+        if not won:
+            yield (
+                f"The carve does not beat static pruning with the same budget ({names[rival]}): "
+                "prune, or carve finer, with more calibration tokens, or less."
+            )
 
 
 def _outputs(
@@ -230,10 +274,7 @@ def _measure(
     mixture: Mixture,
     plan: Callable[[int], LayerPlan],
     check: str,
-    total: int,
 ) -> Drift:
-    if check == "auto":
-        check = "logits" if 2 * total < _free_memory() else "layers"
     if check == "logits":
         return logits_drift(source.directory, written)
     return layer_drift(source, mixture.layers, plan)

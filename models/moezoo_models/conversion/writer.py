@@ -130,9 +130,9 @@ class Workspace:
             progress(shard.bytes)
             return
         temporary = path.with_name(f".{path.name}.new")
-        self.done[shard.name] = _write_safetensors(temporary, shard.outputs, progress)
+        self.done[shard.name] = write_safetensors(temporary, shard.outputs, progress)
         temporary.rename(path)
-        self._save()
+        self.save()
 
     def write_index(self, shards: Sequence[Shard]) -> None:
         """Write which tensor is in which file, if there are several."""
@@ -148,7 +148,8 @@ class Workspace:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (self.directory / name).write_text(text, encoding="utf-8")
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the manifest, by which a later run knows this directory."""
         manifest = {"identity": self.identity, "done": self.done}
         temporary = self.directory / f".{MANIFEST}.new"
         temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
@@ -177,8 +178,10 @@ def workspace(target: Path, identity: str, force: bool) -> Iterator[Workspace]:
     if done is None:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
+    work = Workspace(directory, identity, done or {})
+    work.save()
     try:
-        yield Workspace(directory, identity, done or {})
+        yield work
         (directory / MANIFEST).unlink(missing_ok=True)
         publish(directory, target)
     except Exception:
@@ -219,12 +222,20 @@ def _resumable(directory: Path, identity: str) -> dict[str, str] | None:
         return None
 
 
-def _write_safetensors(
-    path: Path, outputs: Sequence[Output], progress: Callable[[int], None]
+def write_safetensors(
+    path: Path, outputs: Sequence[Output], progress: Callable[[int], None] = lambda _: None
 ) -> str:
     """Write a safetensors file tensor by tensor, and hash it.
 
     The library's own writer wants all tensors of a file at once.
+
+    Args:
+        path: the file.
+        outputs: its tensors, wide dtypes first.
+        progress: told the number of bytes after each piece.
+
+    Returns:
+        The SHA-256 of the file.
     """
     digest = hashlib.sha256()
     with path.open("wb") as file:

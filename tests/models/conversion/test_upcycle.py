@@ -361,13 +361,13 @@ def test_too_little_room_is_known_before_the_first_byte(dense, tmp_path, monkeyp
 SLOW = """
 import sys, time
 from moezoo_models.conversion import writer
-original = writer._write_safetensors
+original = writer.write_safetensors
 def slowly(path, outputs, progress):
     def step(count):
         time.sleep(0.05)
         progress(count)
     return original(path, outputs, step)
-writer._write_safetensors = slowly
+writer.write_safetensors = slowly
 from moezoo_models.conversion.upcycle import upcycle
 upcycle(sys.argv[1], sys.argv[2], experts=4, top_k=2, drop=0.5, max_shard_size="120KB")
 """

@@ -1,0 +1,152 @@
+"""Text that a carve is fitted to, and text beside it that it is judged by."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import InputError, check_int
+from moezoo_models.corpus import open_corpus
+from moezoo_models.tokenizer import Tokenizer
+
+_READ_CHARACTERS = 64_000_000
+"""Of a larger source, the beginning is read."""
+_PASSAGE_WINDOWS = 4
+"""Passages have this many times the characters that a window has tokens."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of tokens.
+
+    Attributes:
+        fitted: ``(windows, length)`` int64, what algorithms may see.
+        held_out: the same, from other passages.
+        skipped: tokens at the start of each window that are not text.
+        source: what was read.
+        seed: of the order of its passages.
+    """
+
+    fitted: Tensor
+    held_out: Tensor
+    skipped: int
+    source: list[str]
+    seed: int
+
+    def describe(self) -> dict[str, Any]:
+        """Say for a report what this is; equal tokens have an equal hash."""
+        digest = hashlib.sha256()
+        for tokens in (self.fitted, self.held_out):
+            digest.update(tokens.numpy().tobytes())
+        return {
+            "source": self.source,
+            "tokens": self.fitted.numel(),
+            "held_out_tokens": self.held_out.numel(),
+            "window": self.fitted.shape[1],
+            "seed": self.seed,
+            "sha256": digest.hexdigest(),
+        }
+
+
+def read_calibration(
+    sources: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    tokens: int,
+    held_out_tokens: int,
+    window: int,
+    seed: int = 0,
+) -> Calibration:
+    """Read passages in random order and cut them into windows.
+
+    Each window begins as the model's texts do, with the token that opens documents if there is one.
+
+    Args:
+        sources: as for ``moezoo prepare``: ``stdlib``, files, folders, globs.
+        tokenizer: the model's.
+        vocab_size: of the model.
+        tokens: to be fitted to, rounded up to whole windows.
+        held_out_tokens: beside those.
+        window: length of a window.
+        seed: of the order of passages.
+
+    Raises:
+        InputError: a source can not be read or has too little text, or a token is not the model's.
+    """
+    check_int("calibration_tokens", tokens)
+    check_int("held_out_tokens", held_out_tokens)
+    check_int("window", window, minimum=2)
+    passages = _passages(sources, _PASSAGE_WINDOWS * window)
+    random.Random(seed).shuffle(passages)
+    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    text = window - len(opening)
+    encoded = iter(_encode(tokenizer, passages))
+    parts = []
+    for wanted in (tokens, held_out_tokens):
+        count = -(-wanted // window)
+        stream = _take(encoded, count * text)
+        if len(stream) < count * text:
+            raise InputError(
+                f"calibration: {', '.join(sources)} has too little text for {tokens:,} + "
+                f"{held_out_tokens:,} tokens; give more, or lower calibration_tokens and "
+                "held_out_tokens"
+            )
+        rows = torch.tensor(stream[: count * text]).view(count, text)
+        parts.append(torch.cat([torch.tensor(opening * count).view(count, -1).long(), rows], dim=1))
+    if (largest := max(int(part.max()) for part in parts)) >= vocab_size:
+        raise InputError(
+            f"tokenizer: it gave token {largest}, and the model has {vocab_size}; they do not "
+            "belong together"
+        )
+    return Calibration(parts[0], parts[1], len(opening), list(sources), seed)
+
+
+def _passages(sources: Sequence[str], characters: int) -> list[str]:
+    """Cut documents at line ends into passages of about so many characters."""
+    passages = []
+    budget = _READ_CHARACTERS
+    for document in _documents(sources):
+        if budget <= 0:
+            break
+        budget -= len(document)
+        current: list[str] = []
+        size = 0
+        for line in document.splitlines(keepends=True):
+            current.append(line)
+            size += len(line)
+            if size >= characters:
+                passages.append("".join(current))
+                current, size = [], 0
+        passages.append("".join(current))
+    return [passage for passage in passages if passage.strip()]
+
+
+def _documents(sources: Sequence[str]) -> Iterator[str]:
+    try:
+        for source in sources:
+            yield from open_corpus(source).documents()
+    except InputError as error:
+        raise InputError(str(error).replace("source:", "calibration:", 1)) from error
+
+
+def _encode(tokenizer: Tokenizer, passages: Iterable[str]) -> Iterator[list[int]]:
+    """Encode some passages at a time: few of a large source are needed."""
+    remaining = iter(passages)
+    while some := list(islice(remaining, 16)):
+        yield from ([*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(some))
+
+
+def _take(passages: Iterator[list[int]], count: int) -> list[int]:
+    """Join whole passages until there are so many tokens, or none left."""
+    stream: list[int] = []
+    while len(stream) < count and (following := next(passages, None)) is not None:
+        stream += following
+    return stream

@@ -1,0 +1,150 @@
+"""Variants of a dense model, computed beside each other, one layer at a time.
+
+Every variant answers each layer with a feed-forward block of its own, found on what its own earlier
+layers put out. Hidden states between two layers are in a memory-mapped file; it appears when a
+layer is complete, and a run that was killed goes on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from moezoo.convert.carve import Block
+from moezoo_models.conversion.calibration import Calibration
+from moezoo_models.conversion.source import Source
+from moezoo_models.conversion.stage import Answer, Head, Stage, embed
+from moezoo_models.conversion.targets import Output
+from moezoo_models.conversion.writer import write_safetensors
+
+States = dict[str, Tensor]
+"""``variant.fitted`` and ``variant.held_out``: ``(windows, length, D)`` fp32."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to change the dense model.
+
+    Attributes:
+        name: its name.
+        convert: given a layer's number, its inputs ``(T, D)`` on the calibration tokens and its
+            dense block, gives the block to use; None for the dense model itself.
+    """
+
+    name: str
+    convert: Callable[[int, Tensor, Block], Answer] | None
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """Variants of one model on one text.
+
+    Attributes:
+        source: the dense model.
+        calibration: the text.
+        variants: what is computed beside each other.
+        layers: those that variants convert; others stay dense.
+        directory: for hidden states; those of an earlier run are used.
+        device: where to compute.
+    """
+
+    source: Source
+    calibration: Calibration
+    variants: Sequence[Variant]
+    layers: tuple[int, ...]
+    directory: Path
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """Room for hidden states: those that come into a layer and those that come out."""
+        windows = sum(len(tokens) for _, tokens in self._parts())
+        length, width = self.calibration.fitted.shape[1], self.source.config.hidden_size
+        return 2 * windows * length * width * torch.float32.itemsize
+
+    def run(self, progress: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+        """Pass all variants through all layers.
+
+        Args:
+            progress: called after each layer, also those that an earlier run computed.
+
+        Returns:
+            Each variant's cross-entropy, ``(windows, length - 1)`` fp32 in nats, on the held-out
+            tokens.
+        """
+        done = self._done()
+        for layer in range(self.source.num_layers):
+            if layer >= done:
+                self._advance(layer)
+            progress()
+        head = Head(self.source, self.device)
+        tokens, skipped = self.calibration.held_out, self.calibration.skipped
+        with self._states(self.source.num_layers) as states:
+            return {
+                variant.name: head.nats(states[f"{variant.name}.held_out"], tokens, skipped)
+                for variant in self.variants
+            }
+
+    def _parts(self) -> Iterator[tuple[str, Tensor]]:
+        """List the names of hidden states, a variant's fitted ones first, and their tokens."""
+        for variant in self.variants:
+            if variant.convert is not None:
+                yield f"{variant.name}.fitted", self.calibration.fitted
+            yield f"{variant.name}.held_out", self.calibration.held_out
+
+    def _advance(self, layer: int) -> None:
+        stage = Stage(self.source, layer, self.device)
+        with self._states(layer) as states:
+
+            @lru_cache(maxsize=1)
+            def answer(variant: Variant) -> Answer:
+                if variant.convert is None or layer not in self.layers:
+                    return stage.block.run
+                inputs = stage.inputs(states[f"{variant.name}.fitted"])
+                return variant.convert(layer, inputs, stage.block)
+
+            def pieces(variant: Variant, part: str) -> Callable[[], Iterator[Tensor]]:
+                return lambda: stage.outputs(states[part], answer(variant))
+
+            by_name = {variant.name: variant for variant in self.variants}
+            outputs = [
+                Output(
+                    part,
+                    (*tokens.shape, self.source.config.hidden_size),
+                    torch.float32,
+                    pieces(by_name[part.rpartition(".")[0]], part),
+                )
+                for part, tokens in self._parts()
+            ]
+            self.directory.mkdir(parents=True, exist_ok=True)
+            temporary = self.directory / ".states.new"
+            write_safetensors(temporary, outputs)
+            temporary.rename(self._file(layer + 1))
+        self._file(layer).unlink(missing_ok=True)
+
+    @contextmanager
+    def _states(self, layer: int) -> Iterator[States]:
+        """Map the hidden states that come into a layer; those of the first are looked up."""
+        if layer == 0:
+            texts = (self.calibration.fitted, self.calibration.held_out)
+            known = {id(tokens): embed(self.source, tokens) for tokens in texts}
+            yield {part: known[id(tokens)] for part, tokens in self._parts()}
+            return
+        with safe_open(self._file(layer), framework="pt") as file:
+            yield {part: file.get_tensor(part) for part, _ in self._parts()}
+
+    def _file(self, layer: int) -> Path:
+        return self.directory / f"states-{layer:05d}.safetensors"
+
+    def _done(self) -> int:
+        """Count the layers that an earlier run completed."""
+        return max(
+            (n for n in range(self.source.num_layers + 1) if self._file(n).is_file()), default=0
+        )

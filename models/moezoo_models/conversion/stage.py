@@ -1,0 +1,152 @@
+"""One decoder layer of a dense model at a time, as transformers computes it.
+
+A model of this one layer, with transformers' own attention, rotary embedding, masks and norms, is
+made without memory; then the layer's tensors take their places. So every family, window and kind of
+rotary embedding is right, and memory holds one layer.
+
+Shapes: W windows, L tokens each, D d_model; T = W L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from moezoo.convert.carve import Block
+from moezoo_models.checkpoints import quiet
+from moezoo_models.conversion.source import Source
+
+Answer = Callable[[Tensor], Tensor]
+"""A feed-forward block: ``(T, D)`` to ``(T, D)``."""
+
+_TOKENS = 8192
+"""Tokens that pass through a layer at once."""
+
+
+class _Replaced(nn.Module):
+    """Stands in for the feed-forward block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer: Answer = torch.zeros_like
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.answer(hidden.flatten(0, -2)).view_as(hidden)
+
+
+class Stage:
+    """A layer, in fp32.
+
+    Args:
+        source: the dense model.
+        layer: number of the layer.
+        device: where to compute.
+    """
+
+    def __init__(self, source: Source, layer: int, device: torch.device) -> None:
+        self.model = _one_layer(source, layer).model
+        self.model.norm = nn.Identity()
+        self.model.rotary_emb = type(self.model.rotary_emb)(self.model.config).to(device)
+        self.model.layers[0].mlp = self.replaced = _Replaced()
+        start = f"model.layers.{layer}."
+        for name, _ in list(self.model.layers[0].named_parameters()):
+            _place(self.model.layers[0], name, source.read(start + name), device)
+        weights = {name: t.float().to(device) for name, t in source.block(layer).items()}
+        self.block = Block(weights["gate"], weights["up"], weights["down"])
+
+    @torch.no_grad()
+    def inputs(self, states: Tensor) -> Tensor:
+        """Give what the feed-forward block sees, ``(T, D)``.
+
+        Args:
+            states: ``(W, L, D)``, what comes into the layer.
+        """
+        seen: list[Tensor] = []
+
+        def record(x: Tensor) -> Tensor:
+            seen.append(x)
+            return torch.zeros_like(x)
+
+        for _ in self.outputs(states, record):
+            pass
+        return torch.cat(seen)
+
+    @torch.no_grad()
+    def outputs(self, states: Tensor, answer: Answer) -> Iterator[Tensor]:
+        """Pass states through the layer, some windows at a time.
+
+        Args:
+            states: ``(W, L, D)``.
+            answer: the feed-forward block.
+        """
+        self.replaced.answer = answer
+        for windows in states.split(max(_TOKENS // states.shape[1], 1)):
+            inputs = windows.to(self.block.up.device)
+            yield self.model(inputs_embeds=inputs, use_cache=False).last_hidden_state.cpu()
+
+
+class Head:
+    """What comes after the layers: the last norm and the output projection, in fp32."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        whole = _one_layer(source, 0)
+        self.norm, self.lm_head = whole.model.norm, whole.lm_head
+        tied = source.config.tie_word_embeddings
+        projection = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        _place(self.norm, "weight", source.read("model.norm.weight"), device)
+        _place(self.lm_head, "weight", source.read(projection), device)
+
+    @torch.no_grad()
+    def nats(self, states: Tensor, tokens: Tensor, skipped: int) -> Tensor:
+        """Give the cross-entropy of all windows' tokens after their first, ``(W, ≤ L - 1)`` fp32.
+
+        Args:
+            states: ``(W, L, D)``, what the last layer put out.
+            tokens: ``(W, L)``.
+            skipped: tokens at the start of a window that need not be predicted.
+        """
+        device = self.lm_head.weight.device
+        rows = (self.lm_head(self.norm(row.to(device))) for row in states)
+        return torch.stack(
+            [next_token_nats(*each, skipped) for each in zip(rows, tokens, strict=True)]
+        )
+
+
+def next_token_nats(logits: Tensor, tokens: Tensor, skipped: int) -> Tensor:
+    """Give the cross-entropy of one window's tokens after the first, fp32.
+
+    Args:
+        logits: ``(L, vocabulary)``.
+        tokens: ``(L,)`` int64.
+        skipped: tokens at the start that need not be predicted.
+    """
+    first = max(skipped - 1, 0)
+    targets = tokens[first + 1 :].to(logits.device)
+    return F.cross_entropy(logits[first:-1].float(), targets, reduction="none").cpu()
+
+
+def embed(source: Source, tokens: Tensor) -> Tensor:
+    """Look tokens up, ``(W, L)`` to ``(W, L, D)`` fp32."""
+    return source.read("model.embed_tokens.weight")[tokens].float()
+
+
+def _one_layer(source: Source, layer: int) -> Any:
+    """Make a model of a single layer, without memory."""
+    fields = source.config.to_dict() | {"num_hidden_layers": 1}
+    if kinds := getattr(source.config, "layer_types", None):
+        fields["layer_types"] = [kinds[layer]]
+    config = type(source.config).from_dict(fields)
+    with torch.device("meta"), quiet():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def _place(module: nn.Module, name: str, weight: Tensor, device: torch.device) -> None:
+    """Put a tensor in the place of a parameter."""
+    path, _, last = name.rpartition(".")
+    parameter = nn.Parameter(weight.float().to(device), requires_grad=False)
+    setattr(module.get_submodule(path), last, parameter)
