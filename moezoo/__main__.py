@@ -66,6 +66,11 @@ GROUPS: dict[str, dict[str, Command]] = {
         "inspect usage": Command(
             "moezoo_models.usage:inspect_usage", "how evenly a model uses its experts"
         ),
+        "inspect carving": Command(
+            "moezoo_models.conversion.study:inspect_carving",
+            "what carving and pruning cost a dense model, method by method",
+            positional=True,
+        ),
         "zoo": Command("moezoo.command.zoo:zoo", "every method: paper, parameters, cost"),
         "bench": Command(
             "moezoo.command.bench:bench", "speed and memory against public peers", first="cases"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -21,6 +20,9 @@ _READ_CHARACTERS = 64_000_000
 _PASSAGE_WINDOWS = 4
 """Passages have this many times the characters that a window has tokens."""
 
+_AT_ONCE = 16
+"""Passages that are encoded together; of a large source few are needed."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -31,7 +33,7 @@ class Calibration:
         held_out: the same, from other passages.
         skipped: tokens at the start of each window that are not text.
         source: what was read.
-        seed: of the order of its passages.
+        seed: which of the other passages are fitted to.
     """
 
     fitted: Tensor
@@ -76,7 +78,7 @@ def read_calibration(
         tokens: to be fitted to, rounded up to whole windows.
         held_out_tokens: beside those.
         window: length of a window.
-        seed: of the order of passages.
+        seed: which passages are fitted to; those held out are always the same.
 
     Raises:
         InputError: a source can not be read or has too little text, or a token is not the model's.
@@ -85,14 +87,16 @@ def read_calibration(
     check_int("held_out_tokens", held_out_tokens)
     check_int("window", window, minimum=2)
     passages = _passages(sources, _PASSAGE_WINDOWS * window)
-    random.Random(seed).shuffle(passages)
+    # What is held out must be the same whatever is fitted to.
+    random.Random(0).shuffle(passages)
     opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     text = window - len(opening)
-    encoded = iter(_encode(tokenizer, passages))
     parts = []
-    for wanted in (tokens, held_out_tokens):
+    for wanted in (held_out_tokens, tokens):
         count = -(-wanted // window)
-        stream = _take(encoded, count * text)
+        stream, used = _encode(tokenizer, passages, count * text)
+        del passages[:used]
+        random.Random(seed).shuffle(passages)
         if len(stream) < count * text:
             raise InputError(
                 f"calibration: {', '.join(sources)} has too little text for {tokens:,} + "
@@ -106,7 +110,8 @@ def read_calibration(
             f"tokenizer: it gave token {largest}, and the model has {vocab_size}; they do not "
             "belong together"
         )
-    return Calibration(parts[0], parts[1], len(opening), list(sources), seed)
+    held_out, fitted = parts
+    return Calibration(fitted, held_out, len(opening), list(sources), seed)
 
 
 def _passages(sources: Sequence[str], characters: int) -> list[str]:
@@ -137,16 +142,18 @@ def _documents(sources: Sequence[str]) -> Iterator[str]:
         raise InputError(str(error).replace("source:", "calibration:", 1)) from error
 
 
-def _encode(tokenizer: Tokenizer, passages: Iterable[str]) -> Iterator[list[int]]:
-    """Encode some passages at a time: few of a large source are needed."""
-    remaining = iter(passages)
-    while some := list(islice(remaining, 16)):
-        yield from ([*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(some))
+def _encode(tokenizer: Tokenizer, passages: Sequence[str], count: int) -> tuple[list[int], int]:
+    """Join whole passages until there are so many tokens, or none left.
 
-
-def _take(passages: Iterator[list[int]], count: int) -> list[int]:
-    """Join whole passages until there are so many tokens, or none left."""
+    Returns:
+        The tokens, and how many passages they are.
+    """
     stream: list[int] = []
-    while len(stream) < count and (following := next(passages, None)) is not None:
-        stream += following
-    return stream
+    used = 0
+    for start in range(0, len(passages), _AT_ONCE):
+        for ids in tokenizer.encode_batch(passages[start : start + _AT_ONCE]):
+            if len(stream) >= count:
+                return stream, used
+            stream += [*ids, tokenizer.eos_id]
+            used += 1
+    return stream, used
