@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def _candidates(
     }
     for name, kind in DENSE_CONFIGS.items():
         known = {key: value for key, value in same.items() if hasattr(kind, key)}
-        yield kind(intermediate_size=width, hidden_act=activation, **known, **own[name])
+        make: Callable[..., PreTrainedConfig] = kind
+        yield make(intermediate_size=width, hidden_act=activation, **known, **own[name])
 
 
 def _comparable(config: MoezooConfig) -> dict[str, Any]:

@@ -12,8 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moezoo.convert import LayerPlan
-from moezoo.convert.carve import Block, Carved, CarveOptions, carve_block, prune_block
+from moezoo.convert import (
+    Block,
+    Carved,
+    CarveOptions,
+    LayerPlan,
+    carve_block,
+    prune_block,
+)
 from moezoo.convert.carve.prune import PruneMethod
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import select_layers
@@ -29,9 +35,8 @@ from moezoo_models.conversion.targets import TARGETS, Mixture
 from moezoo_models.devices import pick_device
 
 _FORMATS = ("glm4_moe", "moezoo")
-"""Formats in which every chosen expert can count fully, the preferred one first."""
+"""Formats in which every chosen expert can count fully."""
 _LONGEST_WINDOW = 2048
-_LINEAR = ("ridge", "gate_mean", "prior_approximate")
 
 
 def carve(
@@ -49,7 +54,13 @@ def carve(
     ] = "contribution",
     router: Literal["ridge", "gate_mean", "prior_approximate", "cmoe"] = "ridge",
     refit: bool = True,
+    bias: bool | None = None,
     output_scale: float = 1.0,
+    top_activations: int | None = None,
+    profile: Literal["cosine", "raw"] = "cosine",
+    distance: Literal["l1", "l2"] = "l1",
+    representative: Literal["centroid", "most_active"] = "centroid",
+    signed: bool = False,
     to: str | None = None,
     layers: str | int | list[int] = "all",
     seed: int = 0,
@@ -79,9 +90,17 @@ def carve(
         split: which neurons go together: contribution (ours), cmoe (arXiv:2502.04416), random,
             contiguous, weight_kmeans, coactivation (arXiv:2110.01786).
         router: ridge, a linear map fitted to the size of experts' contributions (ours); gate_mean
-            (arXiv:2602.15521); prior_approximate (arXiv:2408.11855).
+            (arXiv:2602.15521); prior_approximate (arXiv:2408.11855); cmoe, one neuron per expert
+            (arXiv:2502.04416), which only moezoo holds.
         refit: fit the output projection anew to the dense block's output, by least squares.
+        bias: let the refit add an output bias, which only moezoo holds.
         output_scale: factor on routed experts' answers (LLaMA-MoE: routed over active).
+        top_activations: neurons per token that count as active for cmoe (10) and coactivation.
+        profile: activations that cmoe looks at: cosine, of normalised inputs and weights as in the
+            authors' code, or raw.
+        distance: of cmoe's clusters: l1 as in the code, l2 as in the paper.
+        representative: the neuron that cmoe routes by: centroid (published) or most_active.
+        signed: leave the sign of cmoe's scores, as in the paper; the code takes absolute values.
         to: glm4_moe, which unmodified transformers loads, or moezoo; default: the first that can
             hold the model.
         layers: which blocks to carve: all, every 2, a number or a list.
@@ -106,20 +125,20 @@ def carve(
         split=split,
         router=router,
         refit=refit,
+        bias=bias,
         output_scale=output_scale,
+        top_activations=top_activations,
+        profile=profile,
+        distance=distance,
+        representative=representative,
+        signed=signed,
         seed=check_int("seed", seed, minimum=0),
     )
     with open_source(source) as dense:
         options.check(dense.width)
-        if router not in _LINEAR:
-            raise InputError(
-                f"router: no format holds the {router} router, which is not linear; choose "
-                f"{', '.join(_LINEAR)}"
-            )
         chosen = tuple(select_layers(layers, dense.num_layers))
         if not chosen:
             raise InputError(f"layers: {layers!r} selects none of {dense.num_layers} layers")
-        kind = TARGETS[check_choice("to", to or _format(dense), _FORMATS)]
         mixture = Mixture(
             num_experts=options.routed,
             top_k=active,
@@ -129,12 +148,16 @@ def carve(
             layers=chosen,
             d_model=dense.config.hidden_size,
             dtype=dense.dtype,
+            neuron_router=router == "cmoe",
+            signed=signed,
+            output_bias=bool(bias),
         )
+        kind = TARGETS[check_choice("to", to or _format(dense, mixture), _FORMATS)]
         kind.check(dense, mixture)
         text = calibrate(
             dense, calibration, calibration_tokens, held_out_tokens, window, options.seed
         )
-        run = Carving(dense, text, options, mixture, pick_device(device))
+        run = Carving(dense, text, options, mixture, kind.flat, pick_device(device))
         return convert(
             dense,
             Path(target),
@@ -189,9 +212,10 @@ def calibrate(
     )
 
 
-def _format(source: Source) -> str:
-    """Choose the first format that can hold a model's attention, or the last one to refuse it."""
-    return next((f for f in _FORMATS if TARGETS[f].refuses(source) is None), _FORMATS[-1])
+def _format(source: Source, mixture: Mixture) -> str:
+    """Choose stock transformers if it can hold the model and its routers."""
+    stock = not (mixture.neuron_router or mixture.output_bias)
+    return "glm4_moe" if stock and TARGETS["glm4_moe"].refuses(source) is None else "moezoo"
 
 
 class Carving:
@@ -202,6 +226,7 @@ class Carving:
         calibration: the text.
         options: what to carve.
         mixture: the shapes.
+        flat: whether unit weights are written as sigmoids of small logits.
         device: where to compute.
     """
 
@@ -211,10 +236,12 @@ class Carving:
         calibration: Calibration,
         options: CarveOptions,
         mixture: Mixture,
+        flat: bool,
         device: torch.device,
     ) -> None:
         self._source, self._calibration = source, calibration
-        self._options, self._mixture, self._device = options, mixture, device
+        self._options, self._mixture = options, mixture
+        self._flat, self._device = flat, device
         self._nats: dict[str, Tensor] = {}
         self._plans = Plans(Path())
 
@@ -272,7 +299,7 @@ class Carving:
     def _carved(self, layer: int, x: Tensor, block: Block) -> Answer:
         if layer not in self._plans:
             carved = carve_layer(layer, x, block, self._options)
-            plan = writable(carved.plan, x, self._mixture.dtype)
+            plan = writable(carved.plan, x, self._mixture.dtype, self._flat)
             self._plans.save(layer, plan, carved.figures)
         return answer_of(self._plans.read(layer, self._device), block)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from moezoo.convert import LayerPlan
 from moezoo.convert.plan import Expert
 from moezoo_models.atomic import atomic_write
 
-_FLATNESS = 0.01
-"""Largest logit, beside the mean of its token, that unit weights are written with."""
+_LARGEST_LOGIT = 0.01
+"""With which unit weights are written as sigmoids."""
+_CHUNK = 8192
+"""Tokens whose logits are computed at once."""
+_OPTIONAL = ("router_bias", "router_neurons", "router_up", "down", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Plans:
             "top_k": plan.top_k,
             "weighting": plan.weighting,
             "flatness": plan.flatness,
+            "signed": plan.signed,
             "out_scale": plan.experts[0].out_scale,
             "figures": figures,
         }
@@ -43,8 +48,7 @@ class Plans:
             "experts": torch.stack([expert.neurons for expert in plan.experts]),
             "shared": None if plan.shared is None else plan.shared.neurons,
             "router": plan.router,
-            "router_bias": plan.router_bias,
-            "down": plan.down,
+            **{name: getattr(plan, name) for name in _OPTIONAL},
         }
         kept = {name: t.cpu().contiguous() for name, t in tensors.items() if t is not None}
         with atomic_write(self._file(layer)) as file:
@@ -64,11 +68,11 @@ class Plans:
             experts=tuple(Expert(e, out_scale=scalars["out_scale"]) for e in tensors["experts"]),
             top_k=scalars["top_k"],
             router=tensors["router"],
-            router_bias=tensors.get("router_bias"),
             weighting=scalars["weighting"],
             shared=None if shared is None else Expert(shared),
-            down=tensors.get("down"),
             flatness=scalars["flatness"],
+            signed=scalars["signed"],
+            **{name: tensors.get(name) for name in _OPTIONAL},
         )
 
     def figures(self, layer: int) -> dict[str, float]:
@@ -84,34 +88,47 @@ def _scalars(file: Any) -> dict[str, Any]:
     return json.loads(file.metadata()["plan"])
 
 
-def writable(plan: LayerPlan, x: Tensor, dtype: torch.dtype) -> LayerPlan:
-    """Make of a plan with unit weights what a checkpoint of this dtype can hold exactly.
+def writable(plan: LayerPlan, x: Tensor, dtype: torch.dtype, flat: bool) -> LayerPlan:
+    """Make of a plan with unit weights what a checkpoint of this dtype holds exactly.
 
-    A common offset of all logits says nothing; it is taken away, as sigmoids would be less alike
-    with it. ``flatness`` is the power of two with which the largest logit becomes at most 0.01, so
-    that no unit weight is off by more than 0.5 %. Where all experts answer there is nothing to
-    route. Router and refit are rounded as they will be in the file.
+    All tensors are rounded as they will be in the file. Where all experts answer there is nothing
+    to route.
 
     Args:
-        plan: with a linear router.
+        plan: the plan.
         x: ``(T, D)``, inputs on which logits are measured.
         dtype: of the checkpoint.
+        flat: the format has no unit weights, but sigmoids of a linear router's logits, normalized.
+            A common offset of all logits says nothing and would make those less alike: it is taken
+            away. ``flatness`` becomes the power of two with which the largest logit is at most
+            0.01, so that no weight is off by more than 0.5 %.
     """
-    router = plan.router.to(x.device) - plan.router.to(x.device).mean(dim=0)
-    bias = None if plan.router_bias is None else plan.router_bias - plan.router_bias.mean()
+    router, bias = plan.router.to(x), plan.router_bias
     if plan.top_k == plan.num_experts:
         router, bias = torch.zeros_like(router), None
-    largest = max(float((part @ router.t().to(x.dtype)).abs().max()) for part in x.split(8192))
-    flatness = _power_of_two(_FLATNESS / largest) if largest else plan.flatness
+    flatness = 1.0
+    if flat:
+        router = router - router.mean(dim=0)
+        bias = None if bias is None else bias - bias.mean()
+        largest = max(float((part @ router.t()).abs().max()) for part in x.split(_CHUNK))
+        flatness = _power_of_two(_LARGEST_LOGIT / largest) if largest else plan.flatness
+    elif bias is not None:
+        bias = bias.to(dtype).float()
     return dataclasses.replace(
         plan,
         router=(router * flatness).to(dtype).float() / flatness,
         router_bias=bias,
+        router_up=_rounded(plan.router_up, dtype),
         down=None if plan.down is None else plan.down.to(dtype),
+        bias=_rounded(plan.bias, dtype),
         flatness=flatness,
     )
 
 
+def _rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).float()
+
+
 def _power_of_two(value: float) -> float:
     """Give the largest power of two that is not larger."""
-    return 2.0 ** torch.tensor(value).log2().floor().int().item()
+    return 2.0 ** math.floor(math.log2(value))

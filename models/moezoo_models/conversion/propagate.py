@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moezoo.convert.carve import Block
+from moezoo.convert import Block
 from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.source import Source
 from moezoo_models.conversion.stage import Answer, Head, Stage, embed

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moezoo.convert.carve import Block
+from moezoo.convert import Block
 from moezoo_models.checkpoints import quiet
 from moezoo_models.conversion.source import Source
 

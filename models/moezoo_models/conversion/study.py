@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moezoo.convert.carve import Block, CarveOptions
+from moezoo.convert import Block, CarveOptions
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_models.conversion.carve import answer_of, calibrate, carve_layer, pruned

@@ -39,6 +39,9 @@ class Mixture:
         layers: numbers of the converted layers.
         d_model: width of the model.
         dtype: of the dense blocks, and of what they become.
+        neuron_router: whether experts are scored by neurons (CMoE) instead of linearly.
+        signed: whether those neurons' activations keep their sign.
+        output_bias: whether a bias is added to the output.
     """
 
     num_experts: int
@@ -49,6 +52,9 @@ class Mixture:
     layers: tuple[int, ...]
     d_model: int
     dtype: torch.dtype
+    neuron_router: bool = False
+    signed: bool = False
+    output_bias: bool = False
 
     def shape(self, projection: Projection, width: int) -> tuple[int, int]:
         """Give the shape of an expert's projection, if it has ``width`` neurons."""
@@ -88,6 +94,8 @@ class Target:
         shared: whether it has a shared expert.
         weightings: of the chosen experts, that it has.
         converts: which layers it can convert, in words.
+        flat: whether it writes unit weights as normalized sigmoids of small logits.
+        carved: whether it holds CMoE's router, and biases of the output.
     """
 
     name: str
@@ -95,6 +103,8 @@ class Target:
     shared = False
     weightings: tuple[str, ...] = ("normalized",)
     converts = "all layers"
+    flat = False
+    carved = False
 
     def check(self, source: Source, mixture: Mixture) -> None:
         """Raise :class:`InputError` where this format would not compute what is asked for."""
@@ -108,6 +118,10 @@ class Target:
                 f"weighting: {self.name} has no '{mixture.weighting}' weights; "
                 f"it has {', '.join(self.weightings)}"
             )
+        if (mixture.neuron_router or mixture.output_bias) and not self.carved:
+            what = "router: cmoe" if mixture.neuron_router else "bias: an output bias"
+            others = alternatives(source, lambda target: target.carved)
+            raise InputError(f"{what} has no place in {self.name}; {others}")
         every = tuple(range(source.num_layers))
         if mixture.layers != every and not self.can_skip(mixture.layers, source.num_layers):
             others = alternatives(
@@ -176,6 +190,17 @@ class PerExpert(Target):
     def router(self, name: str, plan: Plan, mixture: Mixture) -> Iterator[Output]:
         """List the router's tensors."""
         yield router_output(f"{name}.weight", plan, mixture)
+
+
+def constant_output(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, value: float = 0.0
+) -> Output:
+    """Describe a tensor whose elements are all the same."""
+
+    def pieces() -> Iterator[Tensor]:
+        yield torch.full(shape, value, dtype=dtype)
+
+    return Output(name, shape, dtype, pieces)
 
 
 def router_output(name: str, plan: Plan, mixture: Mixture, flat: bool = False) -> Output:

@@ -38,6 +38,7 @@ class Glm4Moe(PerExpert):
     weightings = ("normalized", "unit")
     shared_name = "shared_experts"
     converts = "all layers from one on"
+    flat = True
 
     def check(self, source: Source, mixture: Mixture) -> None:
         """Refuse a shared expert that is no whole number of routed ones."""

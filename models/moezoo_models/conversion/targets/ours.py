@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from moezoo.errors import InputError
 from moezoo_models.conversion.source import Source
@@ -14,8 +17,8 @@ from moezoo_models.conversion.targets.base import (
     Plan,
     Read,
     Target,
+    constant_output,
     router_output,
-    selection_bias_output,
     shared_outputs,
     stacked_parts,
 )
@@ -23,16 +26,21 @@ from moezoo_models.dense import dense_config
 
 
 class Moezoo(Target):
-    """:class:`moezoo_models.MoezooForCausalLM` with :class:`moezoo.SparseMoE` in any layers."""
+    """:class:`moezoo_models.MoezooForCausalLM` with :class:`moezoo.SparseMoE` or
+    :class:`moezoo.CarvedMoE` in any layers.
+    """
 
     name = "moezoo"
     families = ("llama", "mistral", "qwen2", "qwen3")
     shared = True
     weightings = ("normalized", "softmax", "unit")
+    carved = True
 
     def check(self, source: Source, mixture: Mixture) -> None:
-        """Refuse a router that could never learn."""
+        """Refuse a router that could never learn, and parts of no whole number of experts."""
         super().check(source, mixture)
+        if mixture.weighting == "unit" and mixture.d_shared % mixture.d_expert:
+            raise InputError("shared: carved blocks share a whole number of experts")
         if mixture.top_k == 1 and mixture.weighting == "normalized":
             raise InputError(
                 "top_k: a single normalized weight is always 1 and the router would never learn; "
@@ -46,23 +54,8 @@ class Moezoo(Target):
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
         """Add a rule for the mixtures to what the dense model is as ours."""
         config = dense_config(source.raw)
-        unit = mixture.weighting == "unit"
-        arguments: dict[str, Any] = {
-            "num_experts": mixture.num_experts,
-            "top_k": mixture.top_k,
-            "d_expert": mixture.d_expert,
-            "router": {
-                "score": "sigmoid" if unit else "softmax",
-                "normalize": mixture.weighting != "softmax",
-                "scale": float(mixture.top_k) if unit else 1.0,
-                "selection_bias": unit,
-            },
-        }
-        if mixture.d_shared:
-            arguments["num_shared_experts"] = max(mixture.d_shared // mixture.d_expert, 1)
-            arguments["d_shared"] = mixture.d_shared
-        rule = {"layers": list(mixture.layers), "class_path": "moezoo.SparseMoE"}
-        config.ffn = [*config.ffn, {**rule, "init_args": arguments}]
+        rule = _carved_rule(mixture) if mixture.weighting == "unit" else _sparse_rule(mixture)
+        config.ffn = [*config.ffn, {"layers": list(mixture.layers), **rule}]
         config.check()
         config.architectures = ["MoezooForCausalLM"]
         return config.to_diff_dict()
@@ -71,10 +64,9 @@ class Moezoo(Target):
         """List the router, the two stacks and the shared expert."""
         experts, width, d_model = mixture.num_experts, mixture.d_expert, mixture.d_model
         start = f"model.layers.{layer}.mlp"
-        unit = mixture.weighting == "unit"
-        yield router_output(f"{start}.gate.weight", plan, mixture, flat=unit)
-        if unit:
-            yield selection_bias_output(f"{start}.gate.selection_bias", plan, mixture)
+        yield router_output(f"{start}.gate.weight", plan, mixture)
+        if mixture.weighting == "unit":
+            yield from _carved_outputs(start, plan, mixture)
         yield Output(
             f"{start}.experts.gate_up_proj",
             (experts, 2 * width, d_model),
@@ -88,3 +80,57 @@ class Moezoo(Target):
             partial(stacked_parts, plan, ("down",), read),
         )
         yield from shared_outputs(f"{start}.shared_expert", plan, mixture, read)
+
+
+def _sparse_rule(mixture: Mixture) -> dict[str, Any]:
+    """Describe a mixture whose weights come from a softmax."""
+    arguments: dict[str, Any] = {
+        "num_experts": mixture.num_experts,
+        "top_k": mixture.top_k,
+        "d_expert": mixture.d_expert,
+        "router": {
+            "score": "softmax",
+            "normalize": mixture.weighting == "normalized",
+        },
+    }
+    if mixture.d_shared:
+        arguments["num_shared_experts"] = max(mixture.d_shared // mixture.d_expert, 1)
+        arguments["d_shared"] = mixture.d_shared
+    return {"class_path": "moezoo.SparseMoE", "init_args": arguments}
+
+
+def _carved_rule(mixture: Mixture) -> dict[str, Any]:
+    """Describe a mixture whose chosen experts count fully."""
+    arguments = {
+        "num_experts": mixture.num_experts,
+        "top_k": mixture.top_k,
+        "d_expert": mixture.d_expert,
+        "num_shared_experts": mixture.d_shared // mixture.d_expert,
+        "output_bias": mixture.output_bias,
+        "router": "neuron" if mixture.neuron_router else "linear",
+        "signed": mixture.signed,
+    }
+    return {"class_path": "moezoo.CarvedMoE", "init_args": arguments}
+
+
+def _carved_outputs(start: str, plan: Plan, mixture: Mixture) -> Iterator[Output]:
+    """List what CarvedMoE has beside weights: scales, biases, the router's second half."""
+    routed, dtype = (mixture.num_experts,), mixture.dtype
+    yield constant_output(f"{start}.u", routed, dtype)
+    yield constant_output(f"{start}.gate.selection_bias", routed, torch.float32)
+    parts: list[tuple[str, tuple[int, ...], Callable[[], Tensor | None]]] = []
+    if mixture.neuron_router:
+        parts.append(("gate.up_weight", (*routed, mixture.d_model), lambda: plan().router_up))
+    else:
+        parts.append(("gate.bias", routed, lambda: plan().router_bias))
+    if mixture.output_bias:
+        parts.append(("b_out", (mixture.d_model,), lambda: plan().bias))
+    for name, shape, value in parts:
+        yield Output(f"{start}.{name}", shape, dtype, partial(_whole, value, shape, dtype))
+
+
+def _whole(
+    value: Callable[[], Tensor | None], shape: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[Tensor]:
+    tensor = value()
+    yield torch.zeros(shape, dtype=dtype) if tensor is None else tensor.to(dtype)

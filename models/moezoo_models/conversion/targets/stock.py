@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
 from transformers import (
     FlexOlmoConfig,
     GraniteMoeConfig,
@@ -26,6 +24,7 @@ from moezoo_models.conversion.targets.base import (
     Read,
     Target,
     attention_bias_problem,
+    constant_output,
     empty_shared_outputs,
     head_dim,
     head_dim_problem,
@@ -122,12 +121,8 @@ class Qwen2Moe(QwenMixture):
         start = f"model.layers.{layer}.mlp"
         if not mixture.d_shared:
             yield from empty_shared_outputs(f"{start}.shared_expert", mixture)
-        shape = (1, mixture.d_model)
-
-        def gate() -> Iterator[Tensor]:
-            yield torch.zeros(shape, dtype=mixture.dtype)
-
-        yield Output(f"{start}.shared_expert_gate.weight", shape, mixture.dtype, gate)
+        name = f"{start}.shared_expert_gate.weight"
+        yield constant_output(name, (1, mixture.d_model), mixture.dtype)
 
 
 class Qwen3Moe(QwenMixture):
