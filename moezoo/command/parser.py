@@ -123,6 +123,8 @@ def function_parser(
 def _expand_flags(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
     """Write a bare ``--flag`` of a true-or-false argument as ``--flag=true``.
 
+    ``--no_flag`` is ``--flag=false``.
+
     An argument's name may be written with dashes.
     """
     hints = typing.get_type_hints(function)
@@ -132,7 +134,11 @@ def _expand_flags(function: Callable[..., Any], arguments: Sequence[str]) -> lis
     expanded = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
         bare = argument in flags and following.startswith("--")
-        expanded.append(f"{argument}=true" if bare else argument)
+        negation = argument.replace("-", "_").replace("__no_", "--", 1)
+        if negation in flags and argument not in flags:
+            expanded.append(f"{negation}=false")
+        else:
+            expanded.append(f"{argument}=true" if bare else argument)
     return expanded
 
 

@@ -211,7 +211,13 @@ def test_right_options_reach_the_function():
 
 
 def test_a_bare_flag_may_stand_last_or_have_a_value():
-    for arguments, quick in ((["--quick"], True), (["--quick=false"], False), ([], False)):
+    for arguments, quick in (
+        (["--quick"], True),
+        (["--quick=false"], False),
+        ([], False),
+        (["--quick", "--no-quick"], False),
+        (["--quick", "--no_quick"], False),
+    ):
         with pytest.raises(InputError, match=f"reached: here 8 {quick}"):
             run_function(train, "x", ["--output", "here", *arguments])
 

@@ -25,7 +25,7 @@ from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints import read_tokenizer
 from moezoo_models.conversion.calibration import Calibration, read_calibration
-from moezoo_models.conversion.convert import Conversion, convert, progress_bar
+from moezoo_models.conversion.convert import Conversion, convert, free_memory, progress_bar
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.plans import Plans, writable
 from moezoo_models.conversion.propagate import Propagation, Variant
@@ -136,6 +136,7 @@ def carve(
     )
     with open_source(source) as dense:
         options.check(dense.width)
+        _check_memory(dense, calibration_tokens)
         chosen = tuple(select_layers(layers, dense.num_layers))
         if not chosen:
             raise InputError(f"layers: {layers!r} selects none of {dense.num_layers} layers")
@@ -210,6 +211,17 @@ def calibrate(
         ),
         seed=seed,
     )
+
+
+def _check_memory(source: Source, tokens: int) -> None:
+    """Refuse more calibration tokens than memory has room for: inputs, activations, a Gram."""
+    width, d_model = source.width, source.config.hidden_size
+    needed = 4 * tokens * (width + 4 * d_model) + 12 * width**2
+    if needed > (free := free_memory()):
+        raise InputError(
+            f"calibration_tokens: {tokens:,} need about {needed / 1e9:,.1f} GB of memory and "
+            f"{free / 1e9:,.1f} GB are free; lower them"
+        )
 
 
 def _format(source: Source, mixture: Mixture) -> str:

@@ -140,7 +140,7 @@ def convert(
         work.write_json(CONFIG, kind.config(source, mixture))
         _copy_files(source.directory, work.directory)
         if check == "auto":
-            check = "logits" if 2 * total < _free_memory() else "layers"
+            check = "logits" if 2 * total < free_memory() else "layers"
         drift = _measure(source, work.directory, mixture, remember, check)
         if exact and drift.relative > _tolerance(mixture.dtype):
             raise RuntimeError(
@@ -280,7 +280,7 @@ def _measure(
     return layer_drift(source, mixture.layers, plan)
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Give the bytes that can be had without swapping; without Linux' word for it, 4 GB."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

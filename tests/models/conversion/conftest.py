@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 from pathlib import Path
 
 import pytest
@@ -39,23 +41,24 @@ LLAMA3_ROPE = {
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
 
-def configurations() -> dict[str, PreTrainedConfig]:
+def configurations(**changes) -> dict[str, PreTrainedConfig]:
     """One per family, and what is special in each."""
+    sizes = SIZES | changes
     return {
-        "llama": LlamaConfig(**SIZES),
+        "llama": LlamaConfig(**sizes),
         "llama_heads": LlamaConfig(
-            **SIZES, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+            **sizes, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
         ),
-        "llama_linear": LlamaConfig(**SIZES, rope_parameters=LINEAR_ROPE),
-        "llama_bias": LlamaConfig(**SIZES, attention_bias=True),
-        "mistral": MistralConfig(**SIZES, sliding_window=None),
-        "mistral_window": MistralConfig(**SIZES, sliding_window=16),
-        "qwen2": Qwen2Config(**SIZES),
+        "llama_linear": LlamaConfig(**sizes, rope_parameters=LINEAR_ROPE),
+        "llama_bias": LlamaConfig(**sizes, attention_bias=True),
+        "mistral": MistralConfig(**sizes, sliding_window=None),
+        "mistral_window": MistralConfig(**sizes, sliding_window=16),
+        "qwen2": Qwen2Config(**sizes),
         "qwen2_window": Qwen2Config(
-            **SIZES, use_sliding_window=True, sliding_window=16, max_window_layers=1
+            **sizes, use_sliding_window=True, sliding_window=16, max_window_layers=1
         ),
-        "qwen3": Qwen3Config(**SIZES, head_dim=16),
-        "olmo2": Olmo2Config(**SIZES),
+        "qwen3": Qwen3Config(**sizes, head_dim=16),
+        "olmo2": Olmo2Config(**sizes),
     }
 
 
@@ -80,3 +83,53 @@ def dense(tmp_path):
         return write_dense(tmp_path / name, configurations()[name], dtype, **options)
 
     return write
+
+
+@pytest.fixture
+def readable(tmp_path, byte_level_tokenizer):
+    """Write a dense checkpoint with a tokenizer, and return its directory."""
+
+    def write(name="llama", dtype=torch.float32, **changes) -> Path:
+        config = configurations(vocab_size=300, **changes)[name]
+        directory = write_dense(tmp_path / name, config, dtype)
+        byte_level_tokenizer.save(directory)
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Give what `carve` needs to calibrate quickly."""
+    file = tmp_path / "text.txt"
+    file.write_text(inspect.getsource(argparse))
+    return {
+        "calibration": str(file),
+        "calibration_tokens": 768,
+        "held_out_tokens": 256,
+        "window": 64,
+    }
+
+
+RECIPE = Path(__file__).parents[3] / "configs" / "dense_small.yaml"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Train a small Llama on the standard library's source: about a minute of one core."""
+    from moezoo_models.export import export
+    from moezoo_train.cli import run
+
+    folder = tmp_path_factory.mktemp("trained")
+    changes = {
+        "output": folder / "run",
+        "data.data_dir": folder / "data",
+        "data.max_bytes": 4_000_000,
+        "model.d_model": 64,
+        "model.num_heads": 2,
+        "model.ffn.init_args.d_ff": 256,
+        "trainer.max_steps": 400,
+        "trainer.accelerator": "cpu",
+    }
+    run(["fit", "--config", str(RECIPE), *(f"--{key}={value}" for key, value in changes.items())])
+    return export(folder / "run" / "model", folder / "llama")

@@ -109,7 +109,8 @@ class Target:
     def check(self, source: Source, mixture: Mixture) -> None:
         """Raise :class:`InputError` where this format would not compute what is asked for."""
         if problem := self.refuses(source):
-            raise InputError(f"{problem}; {alternatives(source)}")
+            others = alternatives(source, lambda target: mixture.weighting in target.weightings)
+            raise InputError(f"{problem}; {others}")
         if mixture.d_shared and not self.shared:
             others = alternatives(source, lambda target: target.shared)
             raise InputError(f"shared: {self.name} has no shared expert; {others}")
