@@ -87,7 +87,7 @@ def test_text_that_does_not_do_is_refused(content, changes, message, read, tmp_p
 
 
 def test_a_file_that_is_not_there_is_named(read):
-    with pytest.raises(InputError, match="calibration: 'nowhere.txt' does not exist"):
+    with pytest.raises(InputError, match=r"calibration: 'nowhere\.txt' does not exist"):
         read(["nowhere.txt"])
 
 

@@ -293,7 +293,7 @@ def test_mistakes_are_one_line_and_leave_nothing(options, message, readable, tex
 
 
 def test_sources_that_can_not_be_carved_are_refused(dense, readable, text, tmp_path):
-    with pytest.raises(InputError, match="tokenizer: .* holds none, and calibration reads text"):
+    with pytest.raises(InputError, match=r"tokenizer: .* holds none, and calibration reads text"):
         carve(dense(), tmp_path / "out", experts=8, **text)
     with pytest.raises(InputError, match="can not hold the attention of a olmo2; no other"):
         carve(readable("olmo2"), tmp_path / "out", experts=8, **text)
