@@ -64,8 +64,10 @@ def draw(
     with matplotlib.rc_context(_STYLE):
         if others:
             written += _save(folder, "ratios", ratios(others), environment)
-        if measured:
-            written += _save(folder, "roofline", roofline(measured, limits), environment)
+        # Selection has no FLOPs to speak of.
+        counted = [row for row in measured if row.same_function and row.flops and row.bytes]
+        if counted:
+            written += _save(folder, "roofline", roofline(counted, limits), environment)
         if any(len(_steps(line)) > 1 for line in series(compared).values()):
             written += _save(folder, "sizes", sizes(compared), environment)
     return written
@@ -160,9 +162,8 @@ def roofline(rows: Sequence[Row], limits: Limits) -> Figure:
     """Draw achieved FLOP/s over FLOPs per byte, below what bandwidth and arithmetic allow."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    same = [row for row in rows if row.same_function and row.flops and row.bytes]
-    looks = dict(zip(dict.fromkeys(row.title for row in same), cycle(_LOOKS), strict=False))
-    for row in same:
+    looks = dict(zip(dict.fromkeys(row.title for row in rows), cycle(_LOOKS), strict=False))
+    for row in rows:
         color, marker = looks[row.title]
         look: dict[str, Any] = {"color": color, "marker": marker, "ms": 6, "ls": ""}
         intensity = _intensity(row)
@@ -174,7 +175,7 @@ def roofline(rows: Sequence[Row], limits: Limits) -> Figure:
             axes.plot(intensity, theirs, **look, mfc="white", zorder=3)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    _draw_limits(axes, limits, [_intensity(row) for row in same])
+    _draw_limits(axes, limits, [_intensity(row) for row in rows])
     axes.grid(alpha=0.3)
     axes.set_xlabel("FLOPs per byte that must be moved (forward)")
     axes.set_ylabel("GFLOP/s")

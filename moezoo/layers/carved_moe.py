@@ -10,7 +10,7 @@ says which, and :func:`moezoo.convert.carved_layer` copies them here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ class CarvedMoE(FeedForward):
         u_lr_multiplier: learning rate of u, as a multiple of the run's; the paper has 1e-3 beside
             5.95e-5 for LoRA, a factor of 17.
     """
+
+    reads_router_input: ClassVar[bool] = True
 
     def __init__(
         self,

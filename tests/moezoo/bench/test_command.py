@@ -12,7 +12,7 @@ from moezoo.command import bench
 FILES = {
     "results.csv",
     "results.json",
-    *(f"{name}.{kind}" for name in ("ratios", "roofline") for kind in ("svg", "png")),
+    *(f"{name}.{kind}" for name in ("ratios",) for kind in ("svg", "png")),
 }
 
 

@@ -16,6 +16,7 @@ WIDTHS: dict[type[FeedForward], str] = {
     moezoo.DenseFFN: "d_ff",
     moezoo.SparseMoE: "d_expert",
     moezoo.SigmaMoE: "d_expert",
+    moezoo.CarvedMoE: "d_expert",
     moezoo.HashLayer: "d_expert",
     moezoo.PEER: "top_k",
     moezoo.ProductKeyMemory: "num_heads",
