@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from moezoo.convert import (
     carve_block,
     prune_block,
 )
+from moezoo.convert.carve.options import Split
 from moezoo.convert.carve.prune import PruneMethod
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import select_layers
@@ -49,9 +50,7 @@ def carve(
     calibration_tokens: int = 32768,
     held_out_tokens: int = 8192,
     window: int | None = None,
-    split: Literal[
-        "contribution", "cmoe", "random", "contiguous", "weight_kmeans", "coactivation"
-    ] = "contribution",
+    split: str = "contribution",
     router: Literal["ridge", "gate_mean", "prior_approximate", "cmoe"] = "ridge",
     refit: bool = True,
     bias: bool | None = None,
@@ -122,7 +121,7 @@ def carve(
         shared,
         active,
         experts,
-        split=split,
+        split=cast(Split, split),  # a Literal here would not fit the help's lines
         router=router,
         refit=refit,
         bias=bias,
