@@ -60,6 +60,8 @@ def result(run: Run) -> Result:
         active_parameters=919_000,
         evenness=0.5 + run.seed / 10 if run.row != "dense_mlp" else None,
         busiest=2.0 + run.seed if run.row != "dense_mlp" else None,
+        usage=0.25 + run.seed / 2 if run.row != "dense_mlp" else None,
+        unevenness=0.5 if run.row != "dense_mlp" else None,
         environment={
             "device": "abacus", "threads": 2, "precision": "32-true", "torch": "9", "python": "3",
         },
@@ -119,7 +121,7 @@ def test_the_table_says_all_and_hides_nothing(rows, results, tmp_path, capsys):
     assert lines[0] == "# Title"
     assert lines[5] == (
         "| mixtral | all | d_expert 169 | 3.800 ± 0.100 | 1.900 ± 0.050 | 4.200 ± 0.200 "
-        "| +0.400 ± 0.100 | 2.50 M | 919 k | 0.998 | 1,500 | 0.55 | 3.0 |"
+        "| +0.400 ± 0.100 | 2.50 M | 919 k | 0.998 | 1,500 | 0.55 | 3.0 | 50.0 % | 0.50 |"
     )
     assert lines[4].startswith("| expert_choice (not causal) | all |")
     assert lines[6].startswith("| dense_mlp | all | d_ff 512 | 4.100 ± 0.100 | 2.050 ± 0.050 | – |")
@@ -143,6 +145,8 @@ def test_csv_and_json_hold_the_numbers(rows, results, tmp_path, capsys):
     assert float(table["mixtral"]["gain_error"]) == pytest.approx(0.1)
     assert table["mixtral"]["width_value"] == "169"
     assert table["dense_mlp"]["gain"] == ""
+    assert float(table["mixtral"]["usage"]) == pytest.approx(0.5)
+    assert table["dense_mlp"]["unevenness"] == ""
     assert "loss nan" in table["hash"]["failures"]
     whole = json.loads((tmp_path / "results.json").read_text())
     assert whole["experiment"]["methods"]["peer"]["layers"] == 1

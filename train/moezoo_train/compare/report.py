@@ -31,6 +31,8 @@ COLUMNS = (
     ">tokens/s",
     ">evenness",
     ">busiest ÷ mean",
+    ">used",
+    ">unevenness",
 )
 
 
@@ -89,6 +91,8 @@ def cells_of(row: Row, num_layers: int) -> list[str]:
         NOTHING if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         NOTHING if row.evenness is None else f"{row.evenness:.2f}",
         NOTHING if row.busiest is None else f"{row.busiest:.1f}",
+        NOTHING if row.usage is None else f"{100 * row.usage:.1f} %",
+        NOTHING if row.unevenness is None else f"{row.unevenness:.2f}",
     ]
 
 
@@ -175,6 +179,8 @@ def _flat(row: Row) -> dict[str, Any]:
         "tokens_per_second",
         "evenness",
         "busiest",
+        "usage",
+        "unevenness",
     )
     numbers |= {name: getattr(row, name) for name in rest}
     return numbers | {"failures": "; ".join(row.failures)}

@@ -54,6 +54,8 @@ class Row:
         tokens_per_second: of training, mean over seeds.
         evenness: as in :class:`moezoo_train.compare.run.Result`, mean over seeds.
         busiest: likewise, the largest.
+        usage: likewise, mean over seeds.
+        unevenness: likewise, mean over seeds.
         failures: one line per failed run.
     """
 
@@ -72,6 +74,8 @@ class Row:
     tokens_per_second: float | None
     evenness: float | None
     busiest: float | None
+    usage: float | None
+    unevenness: float | None
     failures: tuple[str, ...]
 
 
@@ -91,7 +95,6 @@ def _row(members: list[tuple[Run, Result]]) -> Row:
     random = {run.seed: result for run, result in good if run.random}
     both = [seed for seed in learned if seed in random]
     own = list(learned.values())
-    evenness = [r.evenness for r in own if r.evenness is not None]
     speed = mean([r.tokens_per_second for r in own])
     return Row(
         name=first.row,
@@ -107,7 +110,14 @@ def _row(members: list[tuple[Run, Result]]) -> Row:
         active_parameters=own[0].active_parameters if own else None,
         flops_ratio=first.flops_ratio,
         tokens_per_second=speed.value if speed else None,
-        evenness=sum(evenness) / len(evenness) if evenness else None,
+        evenness=_average(r.evenness for r in own),
         busiest=max((r.busiest for r in own if r.busiest is not None), default=None),
+        usage=_average(r.usage for r in own),
+        unevenness=_average(r.unevenness for r in own),
         failures=tuple(f"{run}: {r.failure}" for run, r in members if r.failure is not None),
     )
+
+
+def _average(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
