@@ -167,7 +167,7 @@ register(
             "Enhancing Fast Feed Forward Networks with Load Balancing and a Master Leaf Node",
             "2405.16836",
         ),
-        {"hardening": 1.0, "hardening_reduction": "mean", "load_balancing": 1.0, "d_master": 8},
+        {"load_balancing": 0.01, "d_master": 8},
     ),
     Method(
         "ultra_fast_fff",

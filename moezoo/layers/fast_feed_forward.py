@@ -40,9 +40,11 @@ class FastFeedForward(FeedForward):
         activation: relu (the paper's), gelu, gelu_tanh, silu or relu2 (squared ReLU).
         gated: gated linear units as leaves instead of MLPs.
         hard: take one leaf instead of mixing all; default: exactly when not training.
-        hardening: coefficient of the entropy of the decisions, which drives them to 0 or 1.
-        hardening_reduction: ``per_token``: summed over nodes and averaged over tokens. ``sum``:
-            summed over both, as the paper's formula stands. ``mean``: averaged over both.
+        hardening: coefficient of the entropy of the decisions, which drives them to 0 or 1; the
+            default is that of the authors' notebook.
+        hardening_reduction: ``mean``: averaged over nodes and tokens. ``sum``: summed over both,
+            as the paper's formula stands, whose coefficient is 3. ``per_token``: summed over nodes
+            and averaged over tokens.
         region_leak: probability with which a node swaps its two children for a token; training
             only.
         load_balancing: coefficient of ``E Σ_l f_l P_l`` (arXiv:2405.16836).
@@ -63,8 +65,8 @@ class FastFeedForward(FeedForward):
         activation: Activation = "relu",
         gated: bool = False,
         hard: bool | None = None,
-        hardening: float = 3.0,
-        hardening_reduction: Reduction = "per_token",
+        hardening: float = 0.1,
+        hardening_reduction: Reduction = "mean",
         region_leak: float = 0.0,
         load_balancing: float = 0.0,
         d_master: int = 0,

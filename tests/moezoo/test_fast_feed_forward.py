@@ -356,7 +356,9 @@ def test_the_packages_inference_leaves_the_output_bias_out(depth):
 def after_training(hardening: float) -> tuple[float, float, float]:
     """Learn four classes by quadrant; give the nodes' entropy, soft and hard accuracy."""
     torch.manual_seed(0)
-    layer = FastFeedForward(D, depth=2, d_leaf=4, hardening=hardening)
+    layer = FastFeedForward(
+        D, depth=2, d_leaf=4, hardening=hardening, hardening_reduction="per_token"
+    )
     hidden = torch.randn(512, D)
     labels = (hidden[:, 0] > 0).long() * 2 + (hidden[:, 1] > 0).long()
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
