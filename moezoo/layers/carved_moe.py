@@ -54,6 +54,8 @@ class CarvedMoE(FeedForward):
         bias_update_rate: γ, how far the balance bias moves per optimizer step.
         u_lr_multiplier: learning rate of u, as a multiple of the run's; the paper has 1e-3 beside
             5.95e-5 for LoRA, a factor of 17.
+        router_lr_multiplier: likewise of the router. Its gradient comes through u alone, and Adam
+            takes full steps however small that is: at the run's rate the choices wander.
     """
 
     reads_router_input: ClassVar[bool] = True
@@ -73,6 +75,7 @@ class CarvedMoE(FeedForward):
         signed: bool = False,
         bias_update_rate: float = 1e-3,
         u_lr_multiplier: float = 1.0,
+        router_lr_multiplier: float = 0.01,
     ) -> None:
         super().__init__(d_model)
         self.num_experts = check_int("num_experts", num_experts)
@@ -95,6 +98,7 @@ class CarvedMoE(FeedForward):
         self.signed = signed
         self.bias_update_rate = check_number("bias_update_rate", bias_update_rate)
         self.u_lr_multiplier = check_number("u_lr_multiplier", u_lr_multiplier)
+        self.router_lr_multiplier = check_number("router_lr_multiplier", router_lr_multiplier)
 
         self.gate = NeuronRouter(
             d_model, num_experts, top_k, router, activation, gated, bias, signed, bias_update_rate
@@ -212,10 +216,19 @@ class CarvedMoE(FeedForward):
         self.gate.step()
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Give u a learning rate of its own, and no weight decay."""
-        u = [self.u] if self.u.requires_grad else []
-        scale = ParameterGroup("u", u, lr_multiplier=self.u_lr_multiplier, weight_decay=False)
-        return set_apart(super().parameter_groups(), [scale])
+        """Give u and the router learning rates of their own, and no weight decay."""
+        rates = {"u": self.u_lr_multiplier, "router": self.router_lr_multiplier}
+        members = {"u": [self.u], "router": list(self.gate.parameters())}
+        apart = [
+            ParameterGroup(
+                name,
+                [p for p in members[name] if p.requires_grad],
+                lr_multiplier=rates[name],
+                weight_decay=False,
+            )
+            for name in rates
+        ]
+        return set_apart(super().parameter_groups(), apart)
 
     def cost(self) -> Cost:
         """Router (2 | 4) d E, shared part and top_k experts (4 | 6) d f FLOPs each."""

@@ -142,12 +142,16 @@ def test_u_trains_from_the_first_step_and_the_router_from_the_second():
     assert losses[-1] < losses[0]
 
 
-def test_the_optimizer_gets_u_once_at_its_own_rate_and_undecayed():
-    layer = CarvedMoE(D, u_lr_multiplier=17.0)
+def test_the_optimizer_gets_u_and_router_once_at_their_own_rates_and_undecayed():
+    layer = CarvedMoE(D, u_lr_multiplier=17.0, router_lr_multiplier=0.5)
     groups = {g.name: g for g in layer.parameter_groups()}
     assert [id(p) for p in groups["u"].parameters] == [id(layer.u)]
     assert groups["u"].lr_multiplier == 17.0
     assert not groups["u"].weight_decay
+    assert {id(p) for p in groups["router"].parameters} == {id(p) for p in layer.gate.parameters()}
+    assert groups["router"].lr_multiplier == 0.5
+    listed = [id(p) for group in groups.values() for p in group.parameters]
+    assert sorted(listed) == sorted(id(p) for p in layer.parameters())
     layer.u.requires_grad_(False)
     assert "u" not in {g.name for g in layer.parameter_groups()}
 
