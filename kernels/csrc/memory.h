@@ -5,6 +5,7 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -27,22 +28,6 @@ using Scratch = std::unique_ptr<float[], Free>;
 inline Scratch scratch(int64_t count) {
   const int64_t lines = count * int64_t{sizeof(float)} / kCacheLine + 1;
   return Scratch(static_cast<float*>(std::aligned_alloc(kCacheLine, lines * kCacheLine)));
-}
-
-// Asks for huge pages behind a buffer that is about to be written for the first time: a page fault
-// per 2 MiB instead of one per 4 KiB. Only a hint; smaller buffers may be the allocator's own.
-inline void advise_huge_pages(void* buffer, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kHugePage = int64_t{1} << 21, kLarge = 32 * kHugePage;
-  if (bytes < kLarge) return;
-  const int64_t start = reinterpret_cast<int64_t>(buffer);
-  const int64_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
-  const int64_t end = (start + bytes) / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)buffer;
-  (void)bytes;
-#endif
 }
 
 // How a register is stored: as always, or past the caches, which saves reading the lines that are
@@ -89,13 +74,45 @@ inline void finish_streaming() {
 #endif
 }
 
-// Whether a matrix is worth streaming: larger than a core's caches, and every row's registers aligned.
+// Whether a matrix is worth streaming: larger than a core's caches, and every row's registers
+// aligned.
 template <class T>
-inline bool is_streamed(const T* matrix, int64_t rows, int64_t width) {
+inline bool is_large(const T* matrix, int64_t rows, int64_t width) {
   constexpr int64_t kCache = int64_t{8} << 20;
   const bool aligned = reinterpret_cast<uintptr_t>(matrix) % kRegisterBytes == 0;
   return aligned && width % kLanes == 0 && rows * width * int64_t{sizeof(T)} >= kCache;
 }
+
+// Asks for the pages behind a large buffer a stretch at a time, just before it is first written
+// from front to back: one call for each, instead of a fault for every 4 KiB, which would take
+// longer than what is written. Only a hint; pages that are there already stay as they are.
+class FreshPages {
+ public:
+  FreshPages(void* begin, void* end)
+      : next_(page_after(reinterpret_cast<uintptr_t>(begin))),
+        end_(reinterpret_cast<uintptr_t>(end)) {}
+
+  void before_writing(const void* until) {
+#if defined(MADV_POPULATE_WRITE)
+    while (next_ < reinterpret_cast<uintptr_t>(until) && next_ + kStretch <= end_) {
+      madvise(reinterpret_cast<void*>(next_), kStretch, MADV_POPULATE_WRITE);
+      next_ += kStretch;
+    }
+#else
+    (void)until;
+#endif
+  }
+
+ private:
+  static constexpr uintptr_t kStretch = uintptr_t{1} << 18;
+
+  static uintptr_t page_after(uintptr_t address) {
+    constexpr uintptr_t kPage = 4096;
+    return (address + kPage - 1) / kPage * kPage;
+  }
+
+  uintptr_t next_, end_;
+};
 
 }  // namespace
 }  // namespace moezoo

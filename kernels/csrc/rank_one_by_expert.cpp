@@ -154,27 +154,45 @@ class ExpertBackward {
                  const Numbers& numbers, float* grad_weights)
       : experts_(experts), grad_(grad), inner_(inner), x_(x), weights_(weights), sorted_(sorted),
         gradients_(gradients), numbers_(numbers), grad_weights_(grad_weights),
-        sum_(experts.width) {}
+        partial_(experts.width) {}
 
   // Takes a few experts at a time: their tokens' rows stay in the second cache from the dot
   // products to the sums, and the activation gets full registers.
   void run(int64_t first, int64_t last) {
     constexpr int64_t kTogether = 64;
     const int64_t* starts = sorted_.runs.starts;
+    std::vector<Sum> sums;
+    const auto want = [&](T* output, const float* source, const float* weights) {
+      if (output) sums.push_back(sum_of(output, source, weights, first, last));
+    };
+    want(gradients_.outer, grad_, numbers_.coefficient);
+    for (int64_t k : {0, 1}) want(gradients_.inner[k], x_, numbers_.grad_dots[k]);
     while (first < last) {
       int64_t end = first + 1;
       while (end < last && starts[end + 1] - starts[first] <= kTogether) ++end;
       differentiate(first, end);
-      if (gradients_.outer) sum_runs(first, end, grad_, numbers_.coefficient, gradients_.outer);
-      for (int64_t k = 0; k < experts_.inner().size(); ++k)
-        if (gradients_.inner[k])
-          sum_runs(first, end, x_, numbers_.grad_dots[k], gradients_.inner[k]);
+      for (Sum& sum : sums) sum_runs(sum, first, end);
       first = end;
     }
     finish_streaming();
   }
 
  private:
+  // One table's gradient: of each run, the weighted sum of its tokens' rows of the source.
+  struct Sum {
+    T* output;
+    const float *source, *weights;
+    bool large;  // written past the caches, into fresh pages
+    FreshPages pages;
+  };
+
+  Sum sum_of(T* output, const float* source, const float* weights, int64_t first,
+             int64_t last) const {
+    const int64_t width = experts_.width;
+    return {output, source, weights, is_large(output, sorted_.runs.num_rows, width),
+            FreshPages(output + first * width, output + last * width)};
+  }
+
   void differentiate(int64_t first, int64_t last) {
     const SortedAssignments& runs = sorted_.runs;
     const int64_t begin = runs.starts[first], end = runs.starts[last], width = experts_.width;
@@ -193,26 +211,28 @@ class ExpertBackward {
     for (int64_t p = begin; p < end; ++p) grad_weights_[runs.order[p]] = numbers_.grad_weight[p];
   }
 
-  void sum_runs(int64_t first, int64_t last, const float* source, const float* weights, T* output) {
-    if (is_streamed(output, sorted_.runs.num_rows, experts_.width))
-      for (int64_t r = first; r < last; ++r) sum_run<Streamed>(r, source, weights, output);
-    else
-      for (int64_t r = first; r < last; ++r) sum_run<Cached>(r, source, weights, output);
+  void sum_runs(Sum& sum, int64_t first, int64_t last) {
+    if (sum.large) {
+      sum.pages.before_writing(sum.output + last * experts_.width);
+      for (int64_t r = first; r < last; ++r) sum_run<Streamed>(sum, r);
+    } else {
+      for (int64_t r = first; r < last; ++r) sum_run<Cached>(sum, r);
+    }
   }
 
   // A few rows at a time, so that the first cache holds them.
   template <class Put>
-  void sum_run(int64_t r, const float* source, const float* weights, T* output) {
+  void sum_run(const Sum& sum, int64_t r) {
     constexpr int64_t kRows = 8;
     const int64_t width = experts_.width, end = sorted_.runs.starts[r + 1];
     const float *rows[kRows], *start = nullptr;
     for (int64_t p = sorted_.runs.starts[r];; p += kRows) {
       const int64_t count = std::min(kRows, end - p);
-      for (int64_t i = 0; i < count; ++i) rows[i] = source + sorted_.token[p + i] * width;
+      for (int64_t i = 0; i < count; ++i) rows[i] = sum.source + sorted_.token[p + i] * width;
       if (p + count == end)
-        return sum_rows<Put>(rows, weights + p, count, width, start, output + r * width);
-      sum_rows<Cached>(rows, weights + p, count, width, start, sum_.data());
-      start = sum_.data();
+        return sum_rows<Put>(rows, sum.weights + p, count, width, start, sum.output + r * width);
+      sum_rows<Cached>(rows, sum.weights + p, count, width, start, partial_.data());
+      start = partial_.data();
     }
   }
 
@@ -222,7 +242,7 @@ class ExpertBackward {
   const TableGradients<T>& gradients_;
   const Numbers& numbers_;
   float* grad_weights_;
-  std::vector<float> sum_;
+  std::vector<float> partial_;
 };
 
 template <class T>
@@ -231,8 +251,6 @@ void backward(const Experts<T>& experts, const float* grad, const float* inner, 
               float* grad_x, float* grad_weights, int32_t threads) {
   const SortedAssignments& runs = sorted.runs;
   const int64_t width = experts.width, count = sorted.count, gated = sorted.gated;
-  for (T* table : {gradients.inner[0], gradients.inner[1], gradients.outer})
-    if (table) advise_huge_pages(table, runs.num_rows * width * sizeof(T));
   const Scratch storage = scratch(8 * count);
   const auto numbers_at = [&](int64_t i) { return storage.get() + i * count; };
   const Numbers numbers{numbers_at(0),
