@@ -333,9 +333,10 @@ def test_mistakes_are_named(make_rank_one, changes, message):
         problem.run(rank_one_experts)
 
 
+@pytest.mark.parametrize("wrong", [-2, 41])
 @pytest.mark.parametrize("tokens", [1, 63])
-def test_an_index_of_no_expert_is_refused(make_rank_one, backend, tokens):
+def test_an_index_of_no_expert_is_refused(make_rank_one, backend, tokens, wrong):
     problem = make_rank_one(tokens, dtype=torch.float32)
-    problem.indices[-1, -1] = 41
-    with pytest.raises(IndexError):
+    problem.indices[-1, -1] = wrong
+    with pytest.raises(ValueError, match=rf"indices: {wrong} is not a row; give -1 \(none\) … 40"):
         problem.run(rank_one_experts)

@@ -14,39 +14,10 @@ from moezoo_kernels.activations import ACTIVATION_CODES
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.stages import HiddenGradients, Rows, Stages, is_padding
 from moezoo_kernels.grouped_mlp.triton_matmul import matmul, outer
+from moezoo_kernels.triton_activations import share_of, slope_of
 from moezoo_kernels.weighted_bag import triton_bag
 
 _MOST_COLUMNS = 1024
-
-
-@triton.jit
-def _share(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """Give s with act(x) = x s: the number of ``ACTIVATION_CODES``."""
-    if ACTIVATION == 0:  # relu
-        return tl.where(x > 0, 1.0, 0.0)
-    if ACTIVATION == 1:  # gelu
-        return 0.5 * (1.0 + tl.math.erf(0.7071067811865476 * x))
-    if ACTIVATION == 2:  # gelu_tanh, as (1 + tanh(z)) / 2 = sigmoid(2 z)
-        return tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-    if ACTIVATION == 3:  # silu
-        return tl.sigmoid(x)
-    # relu2
-    return tl.where(x > 0, x, 0.0)
-
-
-@triton.jit
-def _slope(x: tl.tensor, share: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """Give the derivative of x s."""
-    if ACTIVATION == 0:
-        return share
-    if ACTIVATION == 1:
-        return share + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
-    if ACTIVATION == 2:
-        inner = 1.5957691216057308 * (1.0 + 3 * 0.044715 * x * x)
-        return share + x * share * (1.0 - share) * inner
-    if ACTIVATION == 3:
-        return share * (1.0 + x * (1.0 - share))
-    return 2.0 * share
 
 
 @triton.jit
@@ -63,7 +34,7 @@ def _activate(
     inside = columns < width
     first = inner + row * width * (2 if GATED else 1)
     gate = tl.load(first + columns, mask=inside, other=0.0).to(tl.float32)
-    value = gate * _share(gate, ACTIVATION)
+    value = gate * share_of(gate, ACTIVATION)
     if GATED:
         value *= tl.load(first + width + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(hidden + row * width + columns, value.to(hidden.dtype.element_ty), mask=inside)
@@ -91,9 +62,9 @@ def _activate_backward(
         inside = columns < width
         g = tl.load(grad + row * width + columns, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(inner + offset + columns, mask=inside, other=0.0).to(tl.float32)
-        share = _share(gate, ACTIVATION)
+        share = share_of(gate, ACTIVATION)
         value = gate * share
-        of_gate = weight * g * _slope(gate, share, ACTIVATION)
+        of_gate = weight * g * slope_of(gate, share, ACTIVATION)
         if GATED:
             up = tl.load(inner + offset + width + columns, mask=inside, other=0.0).to(tl.float32)
             of_up = weight * g * value

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moezoo_kernels import backends, native
+from moezoo_kernels import backends, native, triton_support
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.rank_one_experts import op, reference
 
@@ -56,9 +56,8 @@ def rank_one_experts(
         ``(T, D)``, in the dtype of ``x`` (or of autocast).
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, unknown activation, sparse gradients
-            under torch.compile, or a forced backend that can not run.
-        IndexError: an index names no expert (on a CPU).
+        ValueError: shapes or dtypes do not fit together, an index is out of range, unknown
+            activation, sparse gradients under torch.compile, or a forced backend that can not run.
     """
     _check(x, u, v, gate, indices, weights, activation)
     if sparse and torch.compiler.is_compiling():
@@ -84,6 +83,8 @@ def _fused(
     sparse: bool,
     backend: str,
 ) -> Tensor:
+    if backend == "torch" and not torch.compiler.is_compiling() and _has_kernel(u):
+        native.warn_once()
     return op.forward(x, u, v, gate, indices, weights, activation, sparse, backend)[0]
 
 
@@ -123,6 +124,10 @@ def _check(
             raise ValueError(f"{name}: dtype is {table.dtype}, u has {u.dtype}; cast one of them")
 
 
+def _has_kernel(u: Tensor) -> bool:
+    return u.device.type == "cpu" and u.dtype in (torch.float32, torch.bfloat16)
+
+
 def _anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
@@ -130,6 +135,7 @@ def _anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
 backends.register(
     "rank_one_experts",
     backends.Backend("cpu", partial(_fused, backend="cpu"), native.unusable),
+    backends.Backend("triton", partial(_fused, backend="triton"), triton_support.unusable),
     backends.Backend("torch", partial(_fused, backend="torch"), _anywhere),
     backends.Backend("reference", reference.rank_one_experts, _anywhere),
 )

@@ -9,6 +9,7 @@ Shapes: T tokens, D width, N experts, J assignments per token, I = 2 J if gated 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -21,8 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moezoo_kernels.rank_one_experts import cpu, plain_torch
 from moezoo_kernels.rank_one_experts.operands import Experts, Needs
 from moezoo_kernels.row_sums import sparse_rows
-
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "torch": plain_torch}
+from moezoo_kernels.weighted_bag.op import check_range
 
 
 @torch.library.custom_op("moezoo::rank_one_experts", mutates_args=())
@@ -41,9 +41,10 @@ def forward(
 
     With ``sparse`` the tables' gradients are sparse tensors of the rows that were read.
     """
+    check_range(indices, u.shape[0])
     experts = Experts(u, v, gate, activation)
     with torch.autocast(x.device.type, enabled=False):
-        return _IMPLEMENTATIONS[backend].forward(x, experts, indices, weights)
+        return _implementation(backend).forward(x, experts, indices, weights)
 
 
 @forward.register_fake
@@ -84,7 +85,7 @@ def backward(
     """
     experts = Experts(u, v, gate, activation)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = _IMPLEMENTATIONS[backend].backward(
+        gradients = _implementation(backend).backward(
             grad, inner, x, experts, indices, weights, Needs(*needs), sparse
         )
     of_x, of_u, of_v, of_gate, of_weights = (
@@ -120,6 +121,12 @@ def _(
     tensors, tables = (x, u, v, gate, weights), (False, True, True, True, False)
     gradients = (like(*each) for each in zip(tensors, needs, tables, strict=True))
     return (*gradients, indices.new_empty(rows))
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":  # looked for when asked for, as it imports triton
+        return importlib.import_module("moezoo_kernels.rank_one_experts.triton_rank_one")
+    return {"cpu": cpu, "torch": plain_torch}[backend]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

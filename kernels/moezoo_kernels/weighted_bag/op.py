@@ -24,7 +24,7 @@ from moezoo_kernels.weighted_bag import cpu, plain
 @torch.library.custom_op("moezoo::weighted_bag", mutates_args=())
 def forward(table: Tensor, indices: Tensor, weights: Tensor, sparse: bool, backend: str) -> Tensor:
     """Give the bags, ``(T, V)`` in the table's dtype; weights are fp32, fp64 for fp64 tables."""
-    _check_range(indices, table.shape[0])
+    check_range(indices, table.shape[0])
     with torch.autocast(table.device.type, enabled=False):
         return _implementation(backend).forward(table, indices, weights)
 
@@ -86,7 +86,7 @@ def _implementation(backend: str) -> ModuleType:
     return {"cpu": cpu, "torch": plain}[backend]
 
 
-def _check_range(indices: Tensor, num_rows: int) -> None:
+def check_range(indices: Tensor, num_rows: int) -> None:
     """Refuse an index that is not in -1 … N-1; on an accelerator the device asserts it."""
     if indices.numel() == 0:
         return

@@ -1,0 +1,39 @@
+"""The activation functions of :mod:`moezoo_kernels.activations` for Triton kernels.
+
+Each is its argument times a share, which its derivative needs too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def share_of(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """Give s with act(x) = x s: the number of ``ACTIVATION_CODES``."""
+    if ACTIVATION == 0:  # relu
+        return tl.where(x > 0, 1.0, 0.0)
+    if ACTIVATION == 1:  # gelu
+        return 0.5 * (1.0 + tl.math.erf(0.7071067811865476 * x))
+    if ACTIVATION == 2:  # gelu_tanh, as (1 + tanh(z)) / 2 = sigmoid(2 z)
+        return tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    if ACTIVATION == 3:  # silu
+        return tl.sigmoid(x)
+    # relu2
+    return tl.where(x > 0, x, 0.0)
+
+
+@triton.jit
+def slope_of(x: tl.tensor, share: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """Give the derivative of x s."""
+    if ACTIVATION == 0:
+        return share
+    if ACTIVATION == 1:
+        return share + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
+    if ACTIVATION == 2:
+        inner = 1.5957691216057308 * (1.0 + 3 * 0.044715 * x * x)
+        return share + x * share * (1.0 - share) * inner
+    if ACTIVATION == 3:
+        return share * (1.0 + x * (1.0 - share))
+    return 2.0 * share
