@@ -108,7 +108,6 @@ def choose(
     return function
 
 
-@torch.compiler.assume_constant_result
 def _choose(
     op: str, name: str | None, prefer: str | None, device: torch.device, dtype: torch.dtype
 ) -> str:
@@ -122,6 +121,11 @@ def _choose(
         kind = str(dtype).removeprefix("torch.")
         raise ValueError(f"backend '{name}' can not run {op} on {device} in {kind}: {reason}")
     return name
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: that takes
+# longer than everything else that `import moezoo` does.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _default(op: str, device: torch.device, dtype: torch.dtype) -> str:
