@@ -12,7 +12,7 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def warn_once() -> None:
         _log.warning("moezoo: C++ kernels are %s. Plain torch runs instead, slower.", library)
 
 
-def function(name: str) -> ctypes._NamedFuncPointer:
+def function(name: str) -> Any:
     """Return an exported function.
 
     Raises:
@@ -88,7 +88,7 @@ def function(name: str) -> ctypes._NamedFuncPointer:
     library = load()
     if isinstance(library, str):
         raise RuntimeError(f"C++ kernels: {library}")
-    return library.functions[name]
+    return getattr(library.functions, name)  # remembers, where [name] would look it up again
 
 
 def call(name: str, *arguments: Tensor | int | float | bool | None) -> None:

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,6 +34,19 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"has fp32, bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def on_its_device(
+    launch: Callable[Concatenate[Tensor, Rest], Result],
+) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """Run a function on the device of its first argument: Triton launches on the current one."""
+
+    @wraps(launch)
+    def run(first: Tensor, *rest: Rest.args, **options: Rest.kwargs) -> Result:
+        with torch.cuda.device_of(first):
+            return launch(first, *rest, **options)
+
+    return run
 
 
 def configurations(*choices: tuple[dict[str, int], int]) -> list[Any]:

@@ -10,6 +10,7 @@ from functools import partial
 
 from moezoo_kernels.grouped_mlp import grouped_mm
 from moezoo_kernels.grouped_mlp.triton_stages import STAGES
+from moezoo_kernels.triton_support import on_its_device
 
-forward = partial(grouped_mm.forward, stages=STAGES)
-backward = partial(grouped_mm.backward, stages=STAGES)
+forward = on_its_device(partial(grouped_mm.forward, stages=STAGES))
+backward = on_its_device(partial(grouped_mm.backward, stages=STAGES))

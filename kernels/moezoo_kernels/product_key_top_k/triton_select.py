@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moezoo_kernels.product_key_top_k import staircase
 from moezoo_kernels.product_key_top_k.cpu import empty_halves, in_memory_order, with_dense_rows
-from moezoo_kernels.triton_support import configurations
+from moezoo_kernels.triton_support import configurations, on_its_device
 
 # Rows longer than this, and K² pairs of more than these, do not fit into a program's registers.
 _MOST_KEYS, _MOST_CHOICES = 4096, 64
@@ -120,6 +120,7 @@ def _scatter(
     tl.store(half + half_stride, second, mask=columns < n)
 
 
+@on_its_device
 def forward(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Give scores (T, H, K) and slots (T, H, K) int64, best first."""
     _, tokens, heads, n = halves.shape
@@ -137,6 +138,7 @@ def forward(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return scores, slots
 
 
+@on_its_device
 def backward(grad: Tensor, slots: Tensor, n: int, by_head: bool) -> Tensor:
     """Give the gradient of the halves, (2, T, H, n), laid out as they were."""
     halves = empty_halves(grad, n, by_head)

@@ -19,6 +19,7 @@ from moezoo_kernels.activations import ACTIVATION_CODES
 from moezoo_kernels.rank_one_experts.operands import Experts, Gradients, Needs
 from moezoo_kernels.row_sums import sort_by_row
 from moezoo_kernels.triton_activations import share_of, slope_of
+from moezoo_kernels.triton_support import on_its_device
 from moezoo_kernels.weighted_bag import triton_bag
 
 _MOST_COLUMNS = 1024
@@ -115,6 +116,7 @@ def _differentiate(
     tl.store(of_weights + assignment, answer * hidden)
 
 
+@on_its_device
 def forward(
     x: Tensor,  # (T, D)
     experts: Experts,
@@ -133,6 +135,7 @@ def forward(
     return triton_bag.forward(experts.v, indices, coefficients).to(x.dtype), inner
 
 
+@on_its_device
 def backward(
     grad: Tensor,  # (T, D)
     inner: Tensor,  # (T, I)

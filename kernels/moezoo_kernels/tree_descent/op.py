@@ -21,8 +21,7 @@ from moezoo_kernels.tree_descent.shapes import depth_of
 @torch.library.custom_op("moezoo::tree_descent", mutates_args=())
 def tree_descent(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
     """Give each token's leaf, (T,) int64."""
-    with torch.cuda.device_of(x):
-        return _implementation(backend).tree_descent(x, weight, bias)
+    return _implementation(backend).tree_descent(x, weight, bias)
 
 
 @tree_descent.register_fake
@@ -44,8 +43,7 @@ def leaf_mlp(
 ) -> Tensor:
     """Give the answer of each token's leaf, (T, D) fp32."""
     run = _implementation(backend).leaf_mlp
-    with torch.cuda.device_of(x):
-        return run(x, leaves, w_in, w_out, bias_in, bias_out, activation, gated)
+    return run(x, leaves, w_in, w_out, bias_in, bias_out, activation, gated)
 
 
 @leaf_mlp.register_fake
@@ -75,8 +73,7 @@ def path_neurons(
 ) -> tuple[Tensor, Tensor]:
     """Give the sum of the answers, (T, D) fp32, and the bottom neurons, (T, P) int64."""
     run = _implementation(backend).path_neurons
-    with torch.cuda.device_of(x):
-        return run(x, asking, in_weight, in_bias, out_weight, activation)
+    return run(x, asking, in_weight, in_bias, out_weight, activation)
 
 
 @path_neurons.register_fake

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo_kernels.tree_descent.shapes import depth_of
+from moezoo_kernels.triton_support import on_its_device
 
 # Hidden units of a leaf that are computed side by side, in elements of its tile.
 _TILE = 16384
@@ -171,6 +172,7 @@ def _answer(
     tl.store(output + token * width + columns, total, mask=inside)
 
 
+@on_its_device
 def tree_descent(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Give each token's leaf, (T,)."""
     tokens, width = x.shape
@@ -181,6 +183,7 @@ def tree_descent(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return leaves
 
 
+@on_its_device
 def leaf_mlp(
     x: Tensor,
     leaves: Tensor,
@@ -213,6 +216,7 @@ def leaf_mlp(
     return output
 
 
+@on_its_device
 def path_neurons(
     x: Tensor,
     asking: Tensor | None,

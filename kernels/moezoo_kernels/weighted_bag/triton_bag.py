@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo_kernels.row_sums import Assignments
-from moezoo_kernels.triton_support import configurations
+from moezoo_kernels.triton_support import configurations, on_its_device
 
 # Columns of one program, rows it asks for at once, warps.
 _CONFIGURATIONS = (
@@ -116,6 +116,7 @@ def _dots(
     tl.store(dots + assignment, tl.sum(total))
 
 
+@on_its_device
 def forward(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Give the bags, ``(T, V)``."""
     (tokens, choices), width = indices.shape, table.shape[1]
@@ -126,6 +127,7 @@ def forward(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return output
 
 
+@on_its_device
 def backward(
     grad: Tensor,  # (T, V)
     table: Tensor,
