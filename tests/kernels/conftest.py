@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,32 @@ import torch
 from torch import Tensor
 
 import moezoo_kernels
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave what needs Triton's interpreter to the process that test_triton.py starts for it."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("interpreted"):
+            item.add_marker(pytest.mark.skip(reason="run by test_triton.py"))
+
+
+@pytest.fixture
+def compile_for():
+    """Compile a kernel without a GPU, down to the machine code of a compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def compile_kernel(capability, kernel, signature, constants):
+        types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+        assert types.keys() == signature.keys() | constants.keys()
+        source = ASTSource(kernel, types, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert compiled.asm["cubin"]
+
+    return compile_kernel
 
 
 @dataclass

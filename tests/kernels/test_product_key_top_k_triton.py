@@ -1,9 +1,5 @@
 """product_key_top_k in Triton: in the interpreter on tiny problems, compiled, and on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,7 +7,7 @@ import moezoo_kernels
 from moezoo_kernels import product_key_top_k
 from moezoo_kernels.product_key_top_k.reference import product_key_top_k as reference
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
 NAN, INF = float("nan"), float("inf")
 # Tokens, heads, n, K; the last is beyond what the kernel holds in registers.
@@ -44,24 +40,20 @@ def check(halves, top_k):
     torch.testing.assert_close(same_of_halves, of_halves, rtol=2e-6, atol=2e-6)
 
 
-def interpreted():
-    for tokens, heads, n, top_k in SIZES:
-        check(halves_of("normal", tokens, heads, n), top_k)
-    for kind in ("few", "odd"):
-        check(halves_of(kind, 2, 2, 9, by_head=False), 4)
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("tokens", "heads", "n", "top_k"), SIZES)
+def test_the_interpreter_equals_the_reference(tokens, heads, n, top_k):
+    check(halves_of("normal", tokens, heads, n), top_k)
 
 
-def test_the_interpreter_equals_the_reference():
-    """In a process of its own, as triton looks at TRITON_INTERPRET when it is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kind", ["few", "odd"])
+def test_the_interpreter_breaks_ties_like_the_reference(kind):
+    check(halves_of(kind, 2, 2, 9, by_head=False), 4)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_for_ampere_and_hopper(capability):
+def test_kernels_compile_for_ampere_and_hopper(compile_for, capability):
     """Without a GPU: down to machine code, which the interpreter can not show."""
     from moezoo_kernels.product_key_top_k import triton_select
 
@@ -74,15 +66,6 @@ def test_kernels_compile_for_ampere_and_hopper(capability):
     compile_for(capability, triton_select._scatter, data | strides, sizes)
 
 
-def compile_for(capability, kernel, signature, constants):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["normal", "few", "odd"])
 @pytest.mark.parametrize("sizes", [*SIZES, (100, 8, 512, 16), (100, 4, 1024, 32), (9, 1, 300, 64)])
@@ -90,7 +73,3 @@ def test_a_gpu_equals_the_reference(kind, sizes):
     tokens, heads, n, top_k = sizes
     for by_head in (True, False):
         check(halves_of(kind, tokens, heads, n, "cuda", by_head), top_k)
-
-
-if __name__ == "__main__":
-    interpreted()

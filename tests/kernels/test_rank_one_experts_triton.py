@@ -1,10 +1,5 @@
 """rank_one_experts in Triton: in the interpreter on tiny problems, compiled, and on a GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,29 +8,10 @@ from moezoo_kernels import rank_one_experts
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.rank_one_experts.reference import rank_one_experts as reference
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton", reason="triton is not installed")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
-def test_the_interpreter_equals_the_reference():
-    """In a process of its own, as triton looks at TRITON_INTERPRET when it is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="run by the test above")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_interpreted_activations(make_rank_one, assert_near, activation, gated, poison_empty):
@@ -43,7 +19,7 @@ def test_interpreted_activations(make_rank_one, assert_near, activation, gated, 
     check(problem, assert_near, 2e-6)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by the test above")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("routing", ["some_none", "all_none", "one_expert", "repeated"])
 @pytest.mark.parametrize(("tokens", "width"), [(0, 4), (3, 1030), (1, 33), (2, 1)])
 def test_interpreted_routings(make_rank_one, assert_near, routing, tokens, width, poison_empty):
@@ -51,7 +27,7 @@ def test_interpreted_routings(make_rank_one, assert_near, routing, tokens, width
     check(problem, assert_near, 2e-6)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by the test above")
+@pytest.mark.interpreted
 def test_interpreted_without_slots(make_rank_one, assert_near, poison_empty):
     check(make_rank_one(2, 5, 3, 0, dtype=torch.float32), assert_near, 2e-6)
 
@@ -63,35 +39,20 @@ def check(problem, assert_near, bound):
             assert_near(problem.outputs(rank_one_experts, sparse=sparse), expected, bound)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("capability", "kind"), [(80, "fp32"), (90, "bf16")])
-def test_kernels_compile_for_ampere_and_hopper(capability, kind):
+def test_kernels_compile_for_ampere_and_hopper(compile_for, capability, kind):
     """Without a GPU: down to machine code, which the interpreter can not show."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from moezoo_kernels.rank_one_experts import triton_rank_one
 
     given = {"indices": "*i64", "weights": "*fp32", "inner": "*fp32", "coefficients": "*fp32"}
     tables = dict.fromkeys(["x", "u", "gate"], f"*{kind}")
     results = dict.fromkeys(["of_weights", "of_u", "of_gate"], "*fp32")
-    for gated in (False, True):
-        for activation in range(5):
-            constants = {"width": 1000, "choices": 128, "COLUMNS": 1024}
-            constants |= {"ACTIVATION": activation, "GATED": gated}
-            for kernel, signature in (
-                (triton_rank_one._answer, tables | given),
-                (
-                    triton_rank_one._differentiate,
-                    {"grad": "*fp32", "v": f"*{kind}"} | given | results,
-                ),
-            ):
-                ordered = {name: signature[name] for name in kernel.arg_names if name in signature}
-                source = ASTSource(
-                    kernel, ordered | dict.fromkeys(constants, "constexpr"), constants
-                )
-                compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-                assert compiled.asm["cubin"]
+    backward = {"grad": "*fp32", "v": f"*{kind}"} | given | results
+    for activation in range(5):
+        constants = {"width": 1000, "choices": 128, "COLUMNS": 1024}
+        constants |= {"ACTIVATION": activation, "GATED": activation % 2 == 1}
+        compile_for(capability, triton_rank_one._answer, tables | given, constants)
+        compile_for(capability, triton_rank_one._differentiate, backward, constants)
 
 
 def on_gpu(problem):

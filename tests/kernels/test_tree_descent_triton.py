@@ -1,9 +1,5 @@
 """Hard trees in Triton: in the interpreter on tiny problems, compiled, and on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,7 +8,7 @@ from moezoo_kernels import leaf_mlp, path_neurons, tree_descent
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.tree_descent import reference
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
 # Tokens, width, depth, trees, hidden width of a leaf.
 SIZES = [(3, 5, 3, 2, 3), (1, 1, 0, 1, 1), (2, 33, 2, 3, 20), (0, 4, 1, 1, 2)]
@@ -69,24 +65,20 @@ def check(tokens, width, depth, trees, hidden, activation, dtype=torch.float32, 
                 close(output, expected, digits)
 
 
-def interpreted():
-    for sizes in SIZES:
-        check(*sizes, "gelu")
-    for activation in ACTIVATIONS:
-        check(2, 5, 1, 1, 3, activation)
+@pytest.mark.interpreted
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_interpreter_equals_the_reference(sizes):
+    check(*sizes, "gelu")
 
 
-def test_the_interpreter_equals_the_reference():
-    """In a process of its own, as triton looks at TRITON_INTERPRET when it is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.interpreted
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_the_interpreter_has_every_activation(activation):
+    check(2, 5, 1, 1, 3, activation)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "*fp32"), (90, "*bf16")])
-def test_kernels_compile_for_ampere_and_hopper(capability, dtype):
+def test_kernels_compile_for_ampere_and_hopper(compile_for, capability, dtype):
     """Without a GPU: down to machine code, which the interpreter can not show."""
     from moezoo_kernels.tree_descent import triton_trees
 
@@ -104,22 +96,9 @@ def test_kernels_compile_for_ampere_and_hopper(capability, dtype):
     compile_for(capability, triton_trees._answer, data, sizes)
 
 
-def compile_for(capability, kernel, signature, constants):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("sizes", [*SIZES, (65, 768, 5, 2, 16)])
 def test_a_gpu_equals_the_reference(dtype, activation, sizes):
     check(*sizes, activation, dtype, "cuda")
-
-
-if __name__ == "__main__":
-    interpreted()

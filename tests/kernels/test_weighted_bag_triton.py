@@ -1,9 +1,5 @@
 """weighted_bag in Triton: in the interpreter on tiny problems, compiled, and on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,7 +7,7 @@ import moezoo_kernels
 from moezoo_kernels import weighted_bag
 from moezoo_kernels.weighted_bag.reference import weighted_bag as reference
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
 SIZES = [(3, 5, 7, 300), (4, 1, 2, 1), (1, 9, 5, 257), (2, 0, 3, 4), (0, 2, 3, 4), (5, 3, 1, 33)]
 
@@ -42,22 +38,14 @@ def check(operands, digits):
             assert (a.double() - b).norm() <= digits * b.norm()
 
 
-def interpreted():
-    for sizes in SIZES:
-        check(problem(*sizes), 2e-6)
-
-
-def test_the_interpreter_equals_the_reference():
-    """In a process of its own, as triton looks at TRITON_INTERPRET when it is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.interpreted
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_interpreter_equals_the_reference(sizes):
+    check(problem(*sizes), 2e-6)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_for_ampere_and_hopper(capability):
+def test_kernels_compile_for_ampere_and_hopper(compile_for, capability):
     """Without a GPU: down to machine code, which the interpreter can not show."""
     from moezoo_kernels.weighted_bag import triton_bag
 
@@ -69,15 +57,6 @@ def test_kernels_compile_for_ampere_and_hopper(capability):
     data = {"grad": "*bf16", "table": "*bf16", "indices": "*i64", "dots": "*fp32"}
     sizes = {"width": 1000, "choices": 128, "COLUMNS": 1024}
     compile_for(capability, triton_bag._dots, data, sizes)
-
-
-def compile_for(capability, kernel, signature, constants):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"]
 
 
 @pytest.mark.gpu
@@ -95,7 +74,3 @@ def test_a_gpu_gives_the_same_bits_again():
     with moezoo_kernels.use("triton"):
         first, second = (outputs(weighted_bag, *operands) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-if __name__ == "__main__":
-    interpreted()
