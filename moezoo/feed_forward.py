@@ -33,12 +33,13 @@ class FeedForwardOutput(NamedTuple):
     Attributes:
         hidden: ``(..., d_model)``, in the dtype of the input (or of autocast).
         losses: scalars in fp32, already weighted; the model adds them to its loss.
-        stats: detached tensors: expert counts, entropy, usage, dropped tokens.
+        stats: detached tensors: expert counts, entropy, usage, dropped tokens. Outside training
+            they are computed when they are first read.
     """
 
     hidden: Tensor
     losses: dict[str, Tensor]
-    stats: dict[str, Tensor]
+    stats: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

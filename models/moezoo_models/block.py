@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -46,7 +47,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         rotary: tuple[Tensor, Tensor],
         past_key_values: Cache | None,
         **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]:
         """Return the new hidden states and the feed-forward block's losses and statistics."""
         attended, _, mass = self.self_attn(
             self.input_layernorm(hidden),

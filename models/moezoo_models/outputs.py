@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,7 +28,7 @@ class MoezooModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     aux_losses: dict[str, Tensor] | None = None
-    ffn_stats: tuple[dict[str, Tensor], ...] | None = None
+    ffn_stats: tuple[Mapping[str, Tensor], ...] | None = None
 
 
 @dataclass
@@ -52,4 +53,4 @@ class MoezooOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     aux_losses: dict[str, Tensor] | None = None
-    ffn_stats: tuple[dict[str, Tensor], ...] | None = None
+    ffn_stats: tuple[Mapping[str, Tensor], ...] | None = None

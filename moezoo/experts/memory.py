@@ -9,12 +9,15 @@ Shapes: T tokens, D d_model, H heads, C d_key, K slots per head, N = n² slots, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_int, check_number
 from moezoo.experts.values import ValueTable, value_table
 from moezoo.feed_forward import ParameterGroup
+from moezoo.routing.deferred import statistics
 from moezoo.routing.product_key import KeyInit, ProductKeys, QueryNetwork, QueryNorm
 from moezoo.routing.stats import SlotLoad, slot_load, slot_mass, slot_stats, usage
 
@@ -86,12 +89,13 @@ class KeyValueMemory(nn.Module):
 
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None, brute_force: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Read the memory: ``(T, V)``, zero at padding, and statistics."""
         slots_THK, weights_THK = self._look_up(x_TD, mask_T, brute_force)
         read = self.table.reference if brute_force else self.table
         y_TV = read(slots_THK.flatten(1), weights_THK.flatten(1), mask_T)
-        return y_TV.to(_output_dtype(x_TD)), self._stats(slots_THK, weights_THK, mask_T)
+        stats = statistics(self, self._stats, slots_THK, weights_THK, mask_T)
+        return y_TV.to(_output_dtype(x_TD)), stats
 
     def _look_up(
         self, x_TD: Tensor, mask_T: Tensor | None, brute_force: bool
@@ -117,7 +121,6 @@ class KeyValueMemory(nn.Module):
             ranked=True,
         )
 
-    @torch.no_grad()
     def _stats(
         self, slots_THK: Tensor, weights_THK: Tensor, mask_T: Tensor | None
     ) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ Shapes: T tokens, D d_model, N = 2^depth - 1 nodes, E = 2^depth leaves, F width 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_to
 from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import losses as L
 from moezoo.routing import tree
+from moezoo.routing.deferred import statistics
 from moezoo.routing.stats import SlotLoad, expert_counts, slot_load, unevenness, usage
 from moezoo_kernels import leaf_mlp
 from moezoo_kernels.activations import ACTIVATIONS, activate
@@ -154,7 +156,9 @@ class FastFeedForward(FeedForward):
         asking_TD = x_TD if router_input is None else flatten_tokens(self, router_input, None)[0]
         hard = not self.training if self.hard is None else self.hard
         decisions = self._decide(asking_TD, hard, brute_force)
-        losses, stats = self._report(decisions, mask_T)
+        leaf_T, p_TE, entropy_TN = decisions
+        stats = statistics(self, self._stats, leaf_T, entropy_TN, mask_T)
+        losses = self._losses(p_TE, entropy_TN, mask_T, stats)
         scale_TEF = self._dropout_scale(x_TD)
         # The package fails at depth 0, so there is nothing to reproduce.
         bias = self.training or not hard or self.compat != "upstream_eval" or self.depth == 0
@@ -207,14 +211,12 @@ class FastFeedForward(FeedForward):
         decisions = decide(logits_TN, swap_TN, self.depth)
         return decisions._replace(entropy_TN=None) if hard and not self.training else decisions
 
-    def _report(
-        self, decisions: _Decisions, mask_T: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        leaf_T, p_TE, entropy_TN = decisions
+    def _stats(
+        self, leaf_T: Tensor, entropy_TN: Tensor | None, mask_T: Tensor | None
+    ) -> dict[str, Tensor]:
         if mask_T is not None:
             leaf_T = leaf_T.masked_fill(~mask_T, -1)
         counts_E = expert_counts(leaf_T, self.num_experts)
-        losses = {}
         stats = {
             "expert_counts": counts_E,
             "tokens": counts_E.sum(),
@@ -222,15 +224,27 @@ class FastFeedForward(FeedForward):
             "unevenness": unevenness(counts_E),
         }
         if entropy_TN is not None:
-            stats["node_entropy"] = _reduce(entropy_TN.detach(), mask_T, "mean")
-            if self.training and self.hardening:
-                loss = _reduce(entropy_TN, mask_T, self.hardening_reduction)
-                losses["hardening"] = self.hardening * loss
-        if p_TE is not None and self.training and self.load_balancing:
-            mean_E = L.masked_mean(p_TE, mask_T)
-            loss = L.load_balancing_loss(L.sum_over_ranks(counts_E), mean_E)
+            stats["node_entropy"] = _reduce(entropy_TN, mask_T, "mean")
+        return stats
+
+    def _losses(
+        self,
+        p_TE: Tensor | None,
+        entropy_TN: Tensor | None,
+        mask_T: Tensor | None,
+        stats: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        if not self.training:
+            return losses
+        if entropy_TN is not None and self.hardening:
+            loss = _reduce(entropy_TN, mask_T, self.hardening_reduction)
+            losses["hardening"] = self.hardening * loss
+        if p_TE is not None and self.load_balancing:
+            counts_E = L.sum_over_ranks(stats["expert_counts"])
+            loss = L.load_balancing_loss(counts_E, L.masked_mean(p_TE, mask_T))
             losses["load_balancing"] = self.load_balancing * loss
-        return losses, stats
+        return losses
 
     def _dropout_scale(self, x_TD: Tensor) -> Tensor | None:
         """Draw the factors on all hidden units, ``(T, E, F)``: 0, or 1 / (1 - p)."""

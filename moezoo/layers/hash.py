@@ -22,6 +22,7 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_to
 from moezoo.init import output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import Routing, hashing
+from moezoo.routing.deferred import statistics
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.activations import ACTIVATIONS
 
@@ -291,7 +292,8 @@ class HashLayer(FeedForward):
         weights_TR = torch.ones(indices_TR.shape, dtype=dtype, device=hidden.device)
         if mask_T is not None:
             weights_TR = weights_TR * mask_T.unsqueeze(-1)
-        stats = slot_stats(hash_TR, None, self.num_experts, mask_T, most_counts=self.num_experts)
+        chosen = (hash_TR, None, self.num_experts, mask_T)
+        stats = statistics(self, slot_stats, *chosen, self.num_experts)
         return Routing(indices_TR, weights_TR, {}, stats, indices_TR.numel())
 
     def _hash(

@@ -32,6 +32,7 @@ from moezoo.feed_forward import (
     set_apart,
 )
 from moezoo.layers.dense import Activation
+from moezoo.routing.deferred import statistics
 from moezoo.routing.product_key import QUERY_NORMS, ProductKeys, QueryNetwork, QueryNorm
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.activations import ACTIVATIONS
@@ -169,7 +170,8 @@ class PEER(FeedForward):
         experts_THK, weights_THK = self._retrieve(asked_TD, mask_T, brute_force)
         answer = self.experts.reference if brute_force else self.experts
         output_TD = answer(tokens_TD, experts_THK.flatten(1), weights_THK.flatten(1))
-        stats = slot_stats(experts_THK, weights_THK, self.num_experts, mask_T)
+        chosen = (experts_THK, weights_THK, self.num_experts, mask_T)
+        stats = statistics(self, slot_stats, *chosen)
         return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
 
     def _retrieve(

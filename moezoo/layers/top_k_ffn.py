@@ -24,6 +24,7 @@ from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import Activation, default_width
+from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, unevenness, usage
 from moezoo_kernels.activations import ACTIVATIONS
@@ -120,7 +121,7 @@ class TopKFFN(FeedForward):
         """
         _, flat_mask = flatten_tokens(self, hidden, mask)
         inner = self._kept(hidden, router_input, mask)
-        stats = self._stats(inner.detach().reshape(-1, self.d_ff), flat_mask)
+        stats = statistics(self, self._stats, inner.reshape(-1, self.d_ff), flat_mask)
         return FeedForwardOutput(self.down_proj(inner), {}, stats)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moezoo.errors import check_choice, check_int
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
 from moezoo.layers.dense import Activation, default_width
+from moezoo.routing.deferred import statistics
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels import path_neurons
 from moezoo_kernels.activations import ACTIVATIONS
@@ -158,9 +159,12 @@ class UltraFastFFF(FeedForward):
         output_TD = output_TD.to(dtype)
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
-        slots_TP, num_slots = self._slots(bottom_TP)
-        stats = slot_stats(slots_TP, None, num_slots, mask_T)
+        stats = statistics(self, self._stats, bottom_TP, mask_T)
         return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+
+    def _stats(self, bottom_TP: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
+        slots_TP, num_slots = self._slots(bottom_TP)
+        return slot_stats(slots_TP, None, num_slots, mask_T)
 
     def _slots(self, bottom_TP: Tensor) -> tuple[Tensor, int]:
         """Number the bottom neurons of all trees, and give how many there are."""

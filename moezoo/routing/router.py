@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from moezoo.routing import losses as L
 from moezoo.routing.capacity import expert_capacity, within_capacity
+from moezoo.routing.deferred import statistics
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
-from moezoo.routing.stats import expert_counts, mean_entropy, slot_stats
+from moezoo.routing.stats import count_tokens, expert_counts, mean_entropy, slot_stats
 
 
 class Routing(NamedTuple):
@@ -32,7 +33,7 @@ class Routing(NamedTuple):
     indices: Tensor
     weights: Tensor
     losses: dict[str, Tensor]
-    stats: dict[str, Tensor]
+    stats: Mapping[str, Tensor]
     max_assignments: int
 
 
@@ -166,10 +167,11 @@ class Router(nn.Module):
             aux["load"] = self.balance.load * L.cv_squared(
                 self._load(clean_TE, noisy_TE, std_TE, indices_TK, mask_T)
             )
-        stats = self._stats(probabilities_TE, indices_TK, weights_TK, mask_T)
+        asked, dropped = (probabilities_TE, indices_TK, weights_TK, mask_T), None
         bound = indices_TK.numel()
         if limited and self.capacity is not None:
-            indices_TK, bound = self._limit(indices_TK, weights_TK, stats, self.capacity)
+            indices_TK, dropped, bound = self._limit(indices_TK, weights_TK, mask_T, self.capacity)
+        stats = statistics(self, self._stats, *asked, dropped)
         weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
         return Routing(indices_TK, weights_TK, aux, stats, bound)
 
@@ -263,21 +265,22 @@ class Router(nn.Module):
         indices_TK: Tensor,
         weights_TK: Tensor,
         mask_T: Tensor | None,
+        dropped: Tensor | None,
     ) -> dict[str, Tensor]:
         experts = self.num_experts
         stats = slot_stats(indices_TK, weights_TK, experts, mask_T, most_counts=experts)
         stats["router_entropy"] = mean_entropy(probabilities_TE, mask_T)
-        stats["dropped"] = torch.zeros_like(stats["tokens"])
+        stats["dropped"] = torch.zeros_like(stats["tokens"]) if dropped is None else dropped
         return stats
 
     def _limit(
         self,
         indices_TK: Tensor,
         weights_TK: Tensor,
-        stats: dict[str, Tensor],
+        mask_T: Tensor | None,
         options: CapacityOptions,
-    ) -> tuple[Tensor, int]:
-        """Apply the capacity limit, and note what it dropped."""
+    ) -> tuple[Tensor, Tensor, int]:
+        """Apply the capacity limit: give indices, how many were dropped, how many may be left."""
         tokens, top_k = indices_TK.shape
         if self.training and options.second_choice_threshold:
             keep = weights_TK.detach() / options.second_choice_threshold
@@ -285,12 +288,11 @@ class Router(nn.Module):
             indices_TK = indices_TK.masked_fill(torch.rand_like(keep) >= keep, -1)
         factor = options.factor if self.training else options.eval_factor
         rule = (self.num_experts, top_k, factor, options.minimum)
-        served = within_capacity(
-            indices_TK, self.num_experts, expert_capacity(stats["tokens"], *rule)
-        )
-        stats["dropped"] = ((indices_TK >= 0) & ~served).sum()
+        capacity = expert_capacity(count_tokens(indices_TK, mask_T), *rule)
+        served = within_capacity(indices_TK, self.num_experts, capacity)
+        dropped = ((indices_TK >= 0) & ~served).sum()
         bound = self.num_experts * int(expert_capacity(tokens, *rule))
-        return indices_TK.masked_fill(~served, -1), min(tokens * top_k, bound)
+        return indices_TK.masked_fill(~served, -1), dropped, min(tokens * top_k, bound)
 
     def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
         """Let each expert take its C best tokens (arXiv:2202.09368, section 3.2)."""
@@ -313,7 +315,7 @@ class Router(nn.Module):
         aux = {}
         if self.balance.z_loss:
             aux["router_z"] = self.balance.z_loss * L.z_loss(logits_TE, mask_T)
-        stats = self._stats(scores_TE, indices_TE, weights_TE, mask_T)
+        stats = statistics(self, self._stats, scores_TE, indices_TE, weights_TE, mask_T, None)
         return Routing(indices_TE, weights_TE, aux, stats, room * self.num_experts)
 
     def observe(self, stats: Mapping[str, Tensor]) -> None:

@@ -42,6 +42,11 @@ def expert_counts(indices: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:]
 
 
+def count_tokens(indices: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Count the real tokens that chose, a scalar int64."""
+    return torch.tensor(len(indices), device=indices.device) if mask_T is None else mask_T.sum()
+
+
 def max_violation(counts_E: Tensor) -> Tensor:
     """Compute MaxVio, ``max load / mean load - 1``: 0 when even (arXiv:2408.15664, eq. 4)."""
     counts_E = _at_least_fp32(counts_E)
@@ -152,7 +157,7 @@ def slot_stats(
     if mask_T is not None:
         indices = indices.masked_fill(~mask_T.reshape(-1, *(1,) * (indices.ndim - 1)), -1)
     mass_N = slot_mass(indices, weights, num_slots)
-    tokens = torch.tensor(len(indices), device=indices.device) if mask_T is None else mask_T.sum()
+    tokens = count_tokens(indices, mask_T)
     stats = {"tokens": tokens, "usage": usage(mass_N), "unevenness": unevenness(mass_N)}
     if num_slots <= most_counts:
         stats["expert_counts"] = expert_counts(indices, num_slots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -143,7 +143,7 @@ class LanguageModel(LightningModule):
         self.clip_group_norms: dict[str, float] = {}
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._ffn_stats: tuple[dict[str, Tensor], ...] = ()
+        self._ffn_stats: tuple[Mapping[str, Tensor], ...] = ()
         self._loss_sum: Tensor | None = None
         self._validation: Tensor | None = None
         self._compiled = False
