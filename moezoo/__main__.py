@@ -84,6 +84,7 @@ EXAMPLES = (
     "moezoo fit --config configs/moe.yaml --model.ffn.num_experts 16",
     'moezoo generate --checkpoint runs/demo/model --prompt "def "',
     "moezoo upcycle path/to/llama runs/mixtral --experts 8 --top_k 2",
+    "moezoo carve path/to/llama runs/carved --shared 3 --active 3 --experts 8",
 )
 # Top-level modules of the optional dependencies, and the extra that brings each.
 EXTRAS = {

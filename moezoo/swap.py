@@ -28,7 +28,7 @@ class Swapped(list[FeedForward]):
         loss = loss + sum(sum(o.losses.values()) for o in outputs)
     """
 
-    def __init__(self, adapters: list[_Adapter]) -> None:
+    def __init__(self, adapters: list[Adapter]) -> None:
         super().__init__(adapter.layer for adapter in adapters)
         self._adapters = adapters
 
@@ -49,8 +49,8 @@ class Swapped(list[FeedForward]):
                 adapter.caught = None
 
 
-class _Adapter(nn.Module):
-    """Give a foreign decoder layer the tensor it expects."""
+class Adapter(nn.Module):
+    """Give a foreign model the tensor it expects."""
 
     def __init__(self, layer: FeedForward) -> None:
         super().__init__()
@@ -58,6 +58,7 @@ class _Adapter(nn.Module):
         self.caught: list[FeedForwardOutput] | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Compute the layer; keep its losses and statistics if somebody collects them."""
         output = self.layer(hidden_states)
         if self.caught is not None:
             self.caught.append(output)
@@ -111,7 +112,7 @@ def _adapter(
     d_model: int,
     num_layers: int,
     replaced: nn.Module,
-) -> _Adapter:
+) -> Adapter:
     if callable(factory):
         layer = factory(d_model)
     else:
@@ -125,7 +126,7 @@ def _adapter(
         raise InputError(f"factory: {type(layer).__name__} {why}, so it can't be swapped in")
     layer.reset_parameters(num_layers)
     like = next((p for p in replaced.parameters() if p.is_floating_point()), torch.empty(0))
-    adapter = _Adapter(layer).train(replaced.training)
+    adapter = Adapter(layer).train(replaced.training)
     return adapter.to(device=like.device, dtype=like.dtype)
 
 

@@ -24,9 +24,9 @@ def test_swap_trains_through_the_foreign_loss():
     swapped = moezoo.swap(model, "moezoo.SparseMoE", where="every 2")
     assert [type(layer.mlp).__name__ for layer in model.model.layers] == [
         "LlamaMLP",
-        "_Adapter",
+        "Adapter",
         "LlamaMLP",
-        "_Adapter",
+        "Adapter",
     ]
     with swapped.collect() as outputs:
         loss = model(input_ids=IDS, labels=IDS).loss
