@@ -27,6 +27,7 @@ from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -185,7 +186,8 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
 
 def damaged(file: Path, error: Exception) -> str:
     """Say in one line that a file of weights can not be read."""
-    return f"checkpoint: {file} is truncated or damaged ({error}); copy or save it again"
+    reason = str(error).partition("\n")[0]
+    return f"checkpoint: {file} is truncated or damaged ({reason}); copy or save it again"
 
 
 def existing(directory: Path) -> Path:
@@ -200,29 +202,39 @@ def existing(directory: Path) -> Path:
     return directory
 
 
-def weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path, pickled: bool = False) -> list[Path]:
     """List the safetensors files of a checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        pickled: where there are none, list PyTorch's own files, for who reads them safely.
 
     Raises:
         InputError: there are none, or the index names one that is missing.
     """
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    if (directory / INDEX).is_file():
-        names = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(names, Mapping) or not names:
-            raise InputError(f"checkpoint: {directory / INDEX} has no weight_map; save it again")
-        files = [directory / name for name in sorted(set(names.values()))]
-        for file in files:
-            if not file.is_file():
-                raise InputError(f"checkpoint: {file} is missing, but {INDEX} names it; copy it")
-        return files
+    for single in (WEIGHTS, PICKLED) if pickled else (WEIGHTS,):
+        index = directory / f"{single}.index.json"
+        if (directory / single).is_file():
+            return [directory / single]
+        if index.is_file():
+            return _indexed(index)
     if pickles := sorted(directory.glob("*.bin")):
         raise InputError(
             f"checkpoint: {pickles[0]} would have to be unpickled, which can run any code; "
             "convert it to safetensors"
         )
     raise InputError(f"checkpoint: {directory} holds neither {WEIGHTS} nor {INDEX}")
+
+
+def _indexed(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, Mapping) or not names:
+        raise InputError(f"checkpoint: {index} has no weight_map; save it again")
+    files = [index.with_name(name) for name in sorted(set(names.values()))]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"checkpoint: {file} is missing, but {index.name} names it; copy it")
+    return files
 
 
 def _compare(expected: Shapes, found: Shapes, optional: set[str]) -> None:

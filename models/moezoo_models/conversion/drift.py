@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moezoo.convert import LayerPlan
 from moezoo.errors import InputError
-from moezoo_models.checkpoints import CONFIG, load_checkpoint, quiet, read_json
+from moezoo_models.checkpoints import CONFIG, load_checkpoint, quiet, read_json, weight_files
 from moezoo_models.config import MoezooConfig
 from moezoo_models.conversion.source import Source
 
@@ -85,16 +85,23 @@ def _logits(directory: Path) -> Tensor:
 def load_any(directory: Path) -> Any:
     """Load a checkpoint of ours with our code and any other with transformers', for evaluation.
 
+    Where there are no safetensors, transformers unpickles tensors and nothing else, as we do.
+
     Raises:
         InputError: weights are missing, unexpected or of another shape.
     """
     if read_json(directory / CONFIG).get("model_type") == MoezooConfig.model_type:
         return load_checkpoint(directory)[0].eval()
+    safe = weight_files(directory, pickled=True)[0].suffix == ".safetensors"
     with quiet(), warnings.catch_warnings():
         # An absent shared expert is, in stock architectures, one without neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, output_loading_info=True, local_files_only=True, use_safetensors=True
+            directory,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=safe,
+            weights_only=True,
         )
     model, problems = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

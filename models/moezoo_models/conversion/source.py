@@ -1,10 +1,13 @@
-"""A dense Hugging Face directory: checked from headers only, then read tensor by tensor."""
+"""A dense Hugging Face directory: checked from headers only, then read tensor by tensor.
+
+Its weights are safetensors, or files of ``torch.save``, of which only tensors are unpickled.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +30,7 @@ from transformers import (
 from moezoo.convert.plan import PROJECTIONS
 from moezoo.errors import InputError, nearest
 from moezoo_models.checkpoints import CONFIG, damaged, existing, quiet, read_json, weight_files
+from moezoo_models.conversion.pickled import read_pickled
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config
@@ -35,6 +39,7 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
 """Configurations of the dense architectures that can be converted, by ``model_type``."""
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PIECE = 1 << 20
 
@@ -68,7 +73,7 @@ class Source:
     raw: dict[str, Any]
     config: Any
     tensors: dict[str, TensorInfo]
-    _files: dict[Path, Any] = field(default_factory=dict)
+    _files: dict[Path, Callable[[str], Tensor]] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
     _stack: ExitStack = field(default_factory=ExitStack)
 
@@ -107,8 +112,8 @@ class Source:
         """
         file = self.tensors[name].file
         if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(file, framework="pt"))
-        tensor = self._files[file].get_tensor(name)
+            self._files[file] = self._open(file)
+        tensor = self._files[file](name)
         if name not in self._checked:
             for piece in tensor.reshape(-1).split(_PIECE):
                 if not piece.isfinite().all():
@@ -118,6 +123,12 @@ class Source:
                     )
             self._checked.add(name)
         return tensor
+
+    def _open(self, file: Path) -> Callable[[str], Tensor]:
+        if _is_pickled(file):
+            return read_pickled(file).__getitem__
+        opened: Any = self._stack.enter_context(safe_open(file, framework="pt"))
+        return opened.get_tensor
 
     def block(self, layer: int) -> dict[str, Tensor]:
         """Read the dense block of a layer: ``gate`` and ``up`` (F, D), ``down`` (D, F)."""
@@ -210,7 +221,7 @@ def _config(raw: dict[str, Any]) -> Any:
 
 def _headers(directory: Path) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
-    for file in weight_files(directory):
+    for file in weight_files(directory, pickled=True):
         for name, shape, kind in _header(file):
             if kind not in _DTYPES:
                 raise InputError(
@@ -220,7 +231,15 @@ def _headers(directory: Path) -> dict[str, TensorInfo]:
     return found
 
 
+def _is_pickled(file: Path) -> bool:
+    return file.suffix != ".safetensors"
+
+
 def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    if _is_pickled(file):
+        for name, tensor in read_pickled(file).items():
+            yield name, tuple(tensor.shape), _KINDS.get(tensor.dtype, str(tensor.dtype))
+        return
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
