@@ -284,7 +284,7 @@ class Carving:
         """
         perplexity = {name: math.exp(nats.mean()) for name, nats in self._nats.items()}
         if loads:
-            perplexity["loaded"] = math.exp(loaded_nats(written, self._calibration).mean())
+            perplexity["loaded"] = math.exp(model_nats(load_any(written), self._calibration).mean())
         rival = "static_refit" if self._options.refit else "static"
         return {
             "calibration": self._calibration.describe(),
@@ -339,12 +339,12 @@ def pruned(keep: int, method: PruneMethod, layer: int, x: Tensor, block: Block) 
 
 
 @torch.no_grad()
-def loaded_nats(checkpoint: Path, calibration: Calibration) -> Tensor:
-    """Load a checkpoint as its users would and measure it on the held-out tokens.
+def model_nats(model: Any, calibration: Calibration) -> Tensor:
+    """Measure a model of transformers or ours, in its dtype, on the held-out tokens.
 
     Returns:
         As :meth:`~moezoo_models.conversion.propagate.Propagation.run` gives for one variant.
     """
-    model, tokens, skipped = load_any(checkpoint), calibration.held_out, calibration.skipped
-    rows = [model(input_ids=row[None], use_cache=False).logits[0] for row in tokens]
+    tokens, skipped = calibration.held_out, calibration.skipped
+    rows = (model(input_ids=row[None], use_cache=False).logits[0] for row in tokens)
     return torch.stack([next_token_nats(*each, skipped) for each in zip(rows, tokens, strict=True)])
