@@ -5,7 +5,8 @@ Shapes: T tokens, D d_model, F neurons, P regressors, Q targets, N routed expert
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def solve(gram: Tensor, rhs: Tensor, strength: float) -> Tensor:
     for dtype in dict.fromkeys((gram.dtype, torch.float64)):
         wide = gram.to(dtype, copy=True)
         wide.diagonal().add_(strength * size.to(dtype))
-        factor, failed = torch.linalg.cholesky_ex(wide)
+        with _one_thread():
+            factor, failed = torch.linalg.cholesky_ex(wide)
         if not failed:
             answer = torch.cholesky_solve(rhs.to(dtype), factor)
             if bool(answer.isfinite().all()):
@@ -63,6 +65,21 @@ def solve(gram: Tensor, rhs: Tensor, strength: float) -> Tensor:
         "ridge: the least squares have no solution, not even in fp64; raise the ridge, or give "
         "more calibration tokens"
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let the same inputs give the same bits on any machine: LAPACK's blocks follow its threads.
+
+    Matrix products and triangular solves divide the rows and columns of what they compute, which
+    changes no sum.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def refit_down(
