@@ -71,7 +71,9 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if use_cache is None and shift_labels is not None:
             use_cache = False
-        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        return_dict = kwargs.pop("return_dict", None)  # PEFT passes None on
+        if return_dict is None:
+            return_dict = self.config.return_dict
         decoded = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

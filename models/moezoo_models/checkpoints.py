@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moezoo.errors import InputError
@@ -35,9 +36,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 def save_checkpoint(
     path: str | Path,
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokenizer: Tokenizer | None = None,
     max_shard_size: str = "5GB",
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint directory; an interruption leaves the earlier one, or none.
 
@@ -46,6 +48,7 @@ def save_checkpoint(
         model: the model.
         tokenizer: written into the same directory.
         max_shard_size: start another safetensors file when one exceeds this.
+        state_dict: what to write instead of the model's own tensors.
 
     Returns:
         The directory.
@@ -64,7 +67,8 @@ def save_checkpoint(
             "give an empty or new directory"
         )
     with replacing_directory(directory) as fresh, quiet():
-        model.save_pretrained(fresh, max_shard_size=max_shard_size)
+        tensors = None if state_dict is None else dict(state_dict)
+        model.save_pretrained(fresh, max_shard_size=max_shard_size, state_dict=tensors)
         if tokenizer is not None:
             tokenizer.save(fresh)
     return directory
@@ -120,13 +124,24 @@ def load_with_tokenizer(
         InputError: as :func:`load_checkpoint`; or there is no tokenizer.
     """
     model, own = load_checkpoint(path, device, attention)
+    return model, choose_tokenizer(path, tokenizer, own)
+
+
+def choose_tokenizer(
+    path: str | Path, tokenizer: str | Path | None, own: Tokenizer | None
+) -> Tokenizer:
+    """Load the tokenizer that is asked for, else take a checkpoint's own.
+
+    Raises:
+        InputError: there is neither.
+    """
     if tokenizer is not None:
-        return model, load_tokenizer(tokenizer)
+        return load_tokenizer(tokenizer)
     if own is None:
         raise InputError(
             f"checkpoint: {path} holds no tokenizer; copy its files there or set tokenizer"
         )
-    return model, own
+    return own
 
 
 def read_config(directory: Path) -> MoezooConfig:

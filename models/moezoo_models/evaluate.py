@@ -6,16 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
-from moezoo_models.causal_lm import MoezooForCausalLM
-from moezoo_models.checkpoints import load_with_tokenizer
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
+from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tokenizer import Tokenizer
 
 _LONGEST_DEFAULT = 2048
@@ -76,7 +77,8 @@ def evaluate(
     The first token is predicted from the token that begins texts, or the one that ends them.
 
     Args:
-        checkpoint: directory of a checkpoint: ours, or a dense Llama, Mistral, Qwen2 or Qwen3.
+        checkpoint: directory of a checkpoint: ours, or one that moezoo upcycle or
+            carve read or write.
         text: path of a text file in UTF-8.
         sequence_length: tokens that the model sees at once; default: its
             max_position_embeddings, at most 2048.
@@ -95,7 +97,7 @@ def evaluate(
             option is out of range; a token id is outside the model's vocabulary.
     """
     content = read_text(Path(text))
-    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
+    model, words = load_any_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
     result = evaluate_text(
         model,
         words,
@@ -132,7 +134,7 @@ def read_text(file: Path) -> str:
 
 
 def evaluate_text(
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     text: str,
     *,
@@ -160,7 +162,7 @@ def evaluate_text(
 
 @torch.no_grad()
 def evaluate_tokens(
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokens: Sequence[int] | Tensor,
     *,
     start_token: int,
@@ -213,7 +215,7 @@ def evaluate_tokens(
     )
 
 
-def window_length(model: MoezooForCausalLM, sequence_length: int | None) -> int:
+def window_length(model: PreTrainedModel, sequence_length: int | None) -> int:
     """Give the tokens that a model sees at once: as asked, or what it is made for, at most 2048.
 
     Raises:
@@ -243,13 +245,15 @@ def _windows(num_tokens: int, length: int, stride: int) -> list[Window]:
     return windows
 
 
-def _losses(model: MoezooForCausalLM, stream: Tensor, windows: list[Window]) -> list[float]:
+def _losses(model: PreTrainedModel, stream: Tensor, windows: list[Window]) -> list[float]:
     """Give the nats of each window's positions that count; logits are made for those only."""
     inputs = torch.stack([stream[begin:end] for begin, end, _ in windows]).to(model.device)
-    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+    whole: Any = model
+    hidden = whole.model(input_ids=inputs, use_cache=False).last_hidden_state
+    scale = getattr(model.config, "logits_scaling", 1.0)  # Granite's
     losses = []
     for row, (begin, end, counted) in zip(hidden, windows, strict=True):
-        logits = model.lm_head(row[counted - begin :]).float()
+        logits = whole.lm_head(row[counted - begin :]).float() / scale
         targets = stream[counted + 1 : end + 1].to(logits.device)
         nats = F.cross_entropy(logits, targets, reduction="none").double().sum()
         losses.append(float(nats))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import InputError, check_int, check_number
-from moezoo_models.causal_lm import MoezooForCausalLM
-from moezoo_models.checkpoints import load_with_tokenizer
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
+from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tokenizer import Tokenizer
 
 _BROKEN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -39,7 +39,8 @@ def generate(
     The same checkpoint, prompt, options and seed give the same text on the same machine.
 
     Args:
-        checkpoint: directory of a checkpoint: ours, or a dense Llama, Mistral, Qwen2 or Qwen3.
+        checkpoint: directory of a checkpoint: ours, or one that moezoo upcycle or
+            carve read or write.
         prompt: text to continue; empty to begin a new one.
         max_new_tokens: stop after that many tokens, if the model does not end the text before.
         temperature: divides the logits before sampling; 0 always takes the likeliest token.
@@ -58,7 +59,7 @@ def generate(
         InputError: the checkpoint can not be loaded, or an option is out of range.
     """
     place = pick_device(device)
-    model, words = load_with_tokenizer(checkpoint, tokenizer, place, attention)
+    model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention)
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)
@@ -83,7 +84,7 @@ def generate(
 
 
 def continue_text(
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     prompt: str = "",
     *,
@@ -131,7 +132,7 @@ def continue_text(
         torch.manual_seed(seed)
         model.eval()
         try:
-            model.generate(  # type: ignore[misc]
+            cast(Any, model).generate(
                 ids.to(model.device),
                 attention_mask=torch.ones_like(ids, device=model.device),
                 generation_config=config,
@@ -190,7 +191,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def _generation_config(
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     max_new_tokens: int,
     temperature: float,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moezoo.convert import LayerPlan
-from moezoo.errors import InputError
-from moezoo_models.checkpoints import CONFIG, load_checkpoint, quiet, read_json, weight_files
+from moezoo_models.checkpoints import CONFIG, load_checkpoint, read_json
 from moezoo_models.config import MoezooConfig
 from moezoo_models.conversion.source import Source
+from moezoo_models.stock import load_stock
 
 _TOKENS = 64
 
@@ -92,20 +90,4 @@ def load_any(directory: Path) -> Any:
     """
     if read_json(directory / CONFIG).get("model_type") == MoezooConfig.model_type:
         return load_checkpoint(directory)[0].eval()
-    safe = weight_files(directory, pickled=True)[0].suffix == ".safetensors"
-    with quiet(), warnings.catch_warnings():
-        # An absent shared expert is, in stock architectures, one without neurons.
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=safe,
-            weights_only=True,
-        )
-    model, problems = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in problems[kind])
-        if names:
-            raise InputError(f"checkpoint: {kind.replace('_', ' ')} in {directory}: {names[0]}")
-    return model.eval()
+    return load_stock(directory, pickled=True)

@@ -1,0 +1,223 @@
+"""Stock models of transformers, loaded as they are and run as ours are.
+
+What `moezoo upcycle`, `carve` and `export` write, and the dense models they start from, stay what
+transformers calls them: trained here and saved, they load in unmodified transformers again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moezoo.errors import InputError, nearest
+from moezoo.routing.stats import expert_counts, mean_entropy
+from moezoo_models.attention_backends import check_backend
+from moezoo_models.causal_lm import MoezooForCausalLM, next_token_loss
+from moezoo_models.checkpoints import (
+    CONFIG,
+    choose_tokenizer,
+    existing,
+    load_checkpoint,
+    load_with_tokenizer,
+    quiet,
+    read_json,
+    read_tokenizer,
+    tensor_shapes,
+    weight_files,
+)
+from moezoo_models.config import MoezooConfig
+from moezoo_models.dense import DENSE_CONFIGS
+from moezoo_models.outputs import MoezooOutput
+from moezoo_models.tokenizer import Tokenizer
+
+DENSE = (*DENSE_CONFIGS, "olmo2")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "flex_olmo")
+"""Architectures of transformers that are trained and run here, by ``model_type``."""
+
+
+def load_as_it_is(
+    path: str | Path, device: str | torch.device = "cpu", attention: str | None = None
+) -> tuple[PreTrainedModel, Tokenizer | None]:
+    """Load a checkpoint of ours as ours, and a stock one as transformers has it.
+
+    Args:
+        path: the directory.
+        device: where to put the model.
+        attention: attention backend; default sdpa.
+
+    Returns:
+        The model in evaluation mode, in the dtype it was saved in, and the tokenizer, or None if
+        the directory holds none.
+
+    Raises:
+        InputError: no checkpoint there, a damaged or quantised one, one of another architecture, or
+            one whose weights do not fit its config.json.
+    """
+    directory = existing(Path(path))
+    raw = read_json(directory / CONFIG)
+    kind = str(raw.get("model_type"))
+    if kind == MoezooConfig.model_type:
+        return load_checkpoint(directory, device, attention)
+    if kind not in (*DENSE, *MIXTURES):
+        known = (MoezooConfig.model_type, *DENSE, *MIXTURES)
+        raise InputError(f"model_type: '{kind}' can not be loaded{nearest(kind, known)}")
+    if raw.get("quantization_config"):
+        raise InputError(
+            "quantization_config: quantised weights can not be loaded; dequantise them"
+        )
+    tensor_shapes(directory)  # says which file is damaged, if one is
+    check_backend(attention)
+    model = load_stock(directory, attention)
+    return model.to(device), read_tokenizer(directory)  # type: ignore[arg-type]
+
+
+def load_any_with_tokenizer(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """Load a model for text: as ours where that is possible, else as transformers has it.
+
+    Raises:
+        InputError: as :func:`load_as_it_is`; or there is no tokenizer.
+    """
+    kind = read_json(existing(Path(path)) / CONFIG).get("model_type")
+    if kind == MoezooConfig.model_type or kind in DENSE_CONFIGS:
+        return load_with_tokenizer(path, tokenizer, device, attention)
+    model, own = load_as_it_is(path, device, attention)
+    return model, choose_tokenizer(path, tokenizer, own)
+
+
+def load_stock(
+    directory: Path, attention: str | None = None, pickled: bool = False
+) -> PreTrainedModel:
+    """Load a directory with transformers, for evaluation.
+
+    Args:
+        directory: the checkpoint.
+        attention: attention backend; default sdpa.
+        pickled: where there are no safetensors, let transformers unpickle tensors and nothing else.
+
+    Raises:
+        InputError: weights are missing, unexpected or of another shape, or transformers refuses
+            the configuration.
+    """
+    safe = weight_files(directory, pickled)[0].suffix == ".safetensors"
+    with quiet(), warnings.catch_warnings():
+        # An absent shared expert is, in stock architectures, one without neurons.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=safe,
+                weights_only=True,
+                attn_implementation=attention,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"checkpoint: {directory} can not be loaded: {reason}") from error
+    model, problems = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in problems[kind])
+        if names:
+            raise InputError(f"checkpoint: {kind.replace('_', ' ')} in {directory}: {names[0]}")
+    return cast(PreTrainedModel, model.eval())
+
+
+def predict(model: nn.Module, input_ids: Tensor, next_tokens: Tensor) -> MoezooOutput:
+    """Compute the loss of a model, ours or transformers', as ours does.
+
+    A stock mixture's load-balancing loss is transformers' own, weighted by the
+    ``router_aux_loss_coef`` of its configuration. It is taken over the choices of all layers
+    together, so that one layer's unevenness may hide another's.
+
+    Args:
+        model: a causal language model.
+        input_ids: ``(batch, sequence)`` int64.
+        next_tokens: ``(batch, sequence)`` int64; -100 is left out.
+    """
+    if isinstance(model, MoezooForCausalLM):
+        return cast(
+            MoezooOutput, model(input_ids=input_ids, shift_labels=next_tokens, use_cache=False)
+        )
+    config: Any = model.config
+    mixture = config.model_type in MIXTURES
+    asked = {"output_router_logits": True} if mixture else {}
+    output = model(input_ids=input_ids, use_cache=False, **asked)
+    lm_loss = next_token_loss(output.logits, next_tokens)
+    losses: dict[str, Tensor] = {}
+    balance = getattr(output, "aux_loss", None)
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    if isinstance(balance, Tensor) and coefficient:
+        losses["load_balancing"] = coefficient * balance
+    return MoezooOutput(
+        loss=sum(losses.values(), lm_loss),
+        lm_loss=lm_loss,
+        logits=output.logits,
+        aux_losses=losses,
+        ffn_stats=_statistics(model, output.router_logits) if mixture else (),
+    )
+
+
+def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Find the weights ``(experts, out, in)`` of a stock mixture's routed experts, by name."""
+    if getattr(getattr(model, "config", None), "model_type", None) not in MIXTURES:
+        return {}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and ".experts." in name
+    }
+
+
+def active_share(model: nn.Module) -> float:
+    """Give the share of a stock mixture's routed experts that answer a token."""
+    config: Any = model.config
+    return float(config.num_experts_per_tok / next(iter(stacked_experts(model).values())).shape[0])
+
+
+def flops_of_experts(model: nn.Module) -> int:
+    """Count a token's forward FLOPs in a stock mixture's routers and routed experts."""
+    experts = stacked_experts(model)
+    if not experts:
+        return 0
+    chosen = sum(p.numel() for p in experts.values()) * active_share(model)
+    stacks = sum(name.endswith("down_proj") for name in experts)
+    count, width = next(p.shape[:2] for name, p in experts.items() if name.endswith("down_proj"))
+    return round(2 * (chosen + stacks * count * width))
+
+
+@torch.no_grad()
+def _statistics(
+    model: nn.Module, router_logits: tuple[Tensor, ...]
+) -> tuple[dict[str, Tensor], ...]:
+    """Count each block's choices from its logits ``(tokens, experts)``; nothing of dense blocks."""
+    config: Any = model.config
+    remaining = iter(router_logits)
+    statistics: list[dict[str, Tensor]] = []
+    for block in cast(Any, model).model.layers:
+        if not any(parameter.ndim == 3 for parameter in block.parameters()):
+            statistics.append({})
+            continue
+        logits = next(remaining).float()
+        scores = logits
+        for name, bias in block.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                scores = logits.sigmoid() + bias
+        chosen = scores.topk(config.num_experts_per_tok, dim=-1).indices
+        statistics.append(
+            {
+                "tokens": torch.tensor(len(logits), device=logits.device),
+                "expert_counts": expert_counts(chosen, logits.shape[-1]),
+                "router_entropy": mean_entropy(logits.softmax(-1), None),
+            }
+        )
+    return tuple(statistics)
