@@ -25,6 +25,7 @@ PACKAGES = (
     "datasets",
     "pyarrow",
     "wandb",
+    "peft",
 )
 OPTIONAL = {
     "triton": "pip install 'moezoo[gpu]'",

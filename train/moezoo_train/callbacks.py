@@ -14,7 +14,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from moezoo.errors import check_choice
-from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.distributed import gather_from_ranks
 
 if TYPE_CHECKING:
@@ -194,7 +193,6 @@ class SaveModel(Callback):
             return
         if trainer.is_global_zero and self._saved_step != trainer.global_step:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-            model = cast("LanguageModel", pl_module).model
-            save_checkpoint(self.path, model, tokenizer)
+            cast("LanguageModel", pl_module).save(self.path, tokenizer)
         self._saved_step = trainer.global_step
         trainer.strategy.barrier("save_model")

@@ -5,6 +5,7 @@ Everything of a run lies in one directory::
     runs/NAME/config.yaml           what it was told, complete
     runs/NAME/checkpoints/*.ckpt    last.ckpt and best.ckpt, to resume from
     runs/NAME/model/                the model as a Hugging Face directory, with its tokenizer
+    runs/NAME/adapter/              the adapters alone, if that is what was trained
     runs/NAME/metrics.csv           and tensorboard/
     runs/NAME/report.json, loss.png, sample.txt
 """
@@ -31,6 +32,7 @@ from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.data import TokenDataModule
 from moezoo_train.loggers import build_loggers
 from moezoo_train.module import LanguageModel
+from moezoo_train.pretrained import default_tokenizer
 from moezoo_train.progress import StepProgress, quiet_lightning
 from moezoo_train.report import write_report
 
@@ -48,7 +50,7 @@ TRAINER_DEFAULTS = {
 SIGTERM_EXIT = 128 + 15
 _RUN_FILES = ("config.yaml", "metrics.csv", "report.json", "loss.png", "sample.txt")
 _RUN_SIGNS = ("metrics.csv", "checkpoints", "model")
-_RUN_FOLDERS = ("checkpoints", "model", "tensorboard", "wandb")
+_RUN_FOLDERS = ("checkpoints", "model", "adapter", "tensorboard", "wandb")
 
 
 def run(argv: list[str]) -> None:
@@ -160,6 +162,9 @@ class MoezooCLI(LightningCLI):
         check_int("checkpoint_every", config["checkpoint_every"])
         check_int("sample_tokens", config["sample_tokens"], minimum=0)
         _check_validation_interval(config["trainer"])
+        data = config["data"]
+        if data["source"] is not None and data["tokenizer"] is None:
+            data["tokenizer"] = default_tokenizer(config["model"]["initialize_from"])
         fresh = self.subcommand == "fit" and config.get("ckpt_path") is None
         if fresh and not config["trainer"].get("fast_dev_run"):
             _make_room(Path(config["output"]), config["overwrite"])

@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from moezoo.errors import InputError
 from moezoo_models import MoezooConfig
 
 UNRELATED = {"use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
 """Fields of a configuration that may change between training and resuming."""
+
+_ORIGIN = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+"""Fields of a stock configuration that say where it comes from."""
 
 _OWN_NAMES = {
     "hidden_size": "d_model",
@@ -36,10 +40,13 @@ def own_names() -> Iterator[None]:
         raise InputError(message) from error
 
 
-def describe(config: MoezooConfig) -> dict[str, Any]:
+def describe(config: PreTrainedConfig) -> dict[str, Any]:
     """Describe a model by the fields, all JSON-able, that its numbers depend on."""
+    known = config.to_dict()
+    if not isinstance(config, MoezooConfig):
+        return {name: value for name, value in known.items() if name not in UNRELATED | _ORIGIN}
     fields = [name for name in MoezooConfig.__annotations__ if name not in UNRELATED]
-    return {name: getattr(config, name) for name in fields if name in config.to_dict()}
+    return {name: getattr(config, name) for name in fields if name in known}
 
 
 def check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> None:

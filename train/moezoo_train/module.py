@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,17 +15,28 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from moezoo import DenseFFN, FeedForward
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models import MoezooConfig, MoezooForCausalLM
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.stock import predict
+from moezoo_models.tokenizer import Tokenizer
 from moezoo_train.callbacks import RandomState
 from moezoo_train.clipping import MAIN, clip_norms, clip_values, gradient_norms, total_norm
 from moezoo_train.hash_tables import HashTables
 from moezoo_train.identity import check_same, check_tensors, describe, own_names
+from moezoo_train.lora import (
+    LoRAOptions,
+    add_adapters,
+    check_lora,
+    describe_adapters,
+    save_model,
+    trained_state,
+)
 from moezoo_train.metrics import TrainingMetrics, precise
 from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
+from moezoo_train.pretrained import check_tokenizer, pretrained, remember_ends
 from moezoo_train.schedule import ScheduleConfig, build_schedule
 from moezoo_train.throughput import ffn_layers
 
@@ -65,8 +77,10 @@ class LanguageModel(LightningModule):
         ffn: the feed-forward layer of every block.
         ffn_rules: exceptions to it, later ones winning.
         allow_non_causal: accept layers in which a token sees later tokens (expert choice).
-        initialize_from: a Hugging Face directory to take model and weights from; what would
-            describe the model otherwise (d_model, ffn, …) is then ignored.
+        initialize_from: a directory to take model and weights from: ours, or a stock one that
+            `moezoo upcycle` or `carve` read or write; what would describe the model otherwise
+            (d_model, ffn, …) is then ignored.
+        lora: train low-rank adapters of that model instead of all of it.
         hash_embeddings_from: a Hugging Face directory of a trained model with the same tokenizer;
             clustered and dispersed hash tables follow its token embeddings.
         optimizer: how parameters are updated.
@@ -102,6 +116,7 @@ class LanguageModel(LightningModule):
         ffn_rules: list[FFNRule] | None = None,
         allow_non_causal: bool = False,
         initialize_from: str | None = None,
+        lora: LoRAOptions | None = None,
         hash_embeddings_from: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
@@ -115,8 +130,14 @@ class LanguageModel(LightningModule):
         self.hash_embeddings_from = hash_embeddings_from
         self.compile_model = compile
         self.on_nan = check_choice("on_nan", on_nan, ["stop", "skip"])
+        check_lora(lora, initialize_from, optimizer, compile)
+        self.initialize_from = initialize_from
+        self.lora = lora
+        self.model: PreTrainedModel
         if initialize_from is not None:
-            self.model = _pretrained(initialize_from, vocab_size, attention)
+            self.model = pretrained(initialize_from, vocab_size, attention)
+            if lora is not None:
+                add_adapters(self.model, lora, initialize_from)
         else:
             rules = [FFNRule("all", ffn), *(ffn_rules or [])]
             width = check_int("d_model", d_model)
@@ -166,11 +187,9 @@ class LanguageModel(LightningModule):
                 f"{self.model.config.max_position_embeddings}; raise model.max_length"
             )
         tokenizer = getattr(data, "tokenizer", None)
-        for name in ("bos_id", "eos_id"):
-            token = getattr(tokenizer, name, None)
-            if token is not None:  # generation has to know where a text ends
-                setattr(self.model.config, name.replace("_id", "_token_id"), token)
-                setattr(self.model.generation_config, name.replace("_id", "_token_id"), token)
+        if self.initialize_from is not None and tokenizer is not None:
+            check_tokenizer(self.initialize_from, tokenizer)
+        remember_ends(self.model, tokenizer)
 
     def configure_model(self) -> None:
         """Compile, once, if asked to."""
@@ -180,9 +199,7 @@ class LanguageModel(LightningModule):
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         """Run the model on a batch; see :class:`MoezooOutput`."""
-        return self.model(
-            input_ids=batch["input_ids"], shift_labels=batch["labels"], use_cache=False
-        )
+        return predict(self.model, batch["input_ids"], batch["labels"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Compute the loss; hand its parts and the layers' statistics to the callbacks."""
@@ -199,8 +216,9 @@ class LanguageModel(LightningModule):
 
     def on_after_backward(self) -> None:
         """Let the layers take note of the micro-batch."""
-        for layer, stats in zip(ffn_layers(self.model), self._ffn_stats, strict=True):
-            layer.observe(stats)
+        if layers := ffn_layers(self.model):
+            for layer, stats in zip(layers, self._ffn_stats, strict=True):
+                layer.observe(stats)
         self._ffn_stats = ()
 
     def configure_gradient_clipping(
@@ -313,7 +331,14 @@ class LanguageModel(LightningModule):
             "config": describe(self.model.config),
             "optimizer": asdict(self.optimizer_config),
             "skipped_steps": self.skipped_steps,
+            "lora": describe_adapters(self.model, self.lora),
         }
+        if self.lora is not None:
+            checkpoint["state_dict"] = trained_state(self)
+
+    def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
+        """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer."""
+        save_model(path, self.model, tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or optimizer before anything is changed.
@@ -326,7 +351,10 @@ class LanguageModel(LightningModule):
             raise InputError("ckpt_path: the checkpoint was not written by moezoo fit")
         with own_names():
             check_same("model", saved["config"], describe(self.model.config))
-        check_tensors(checkpoint["state_dict"], self.state_dict())
+        check_same("lora", saved["lora"], describe_adapters(self.model, self.lora))
+        whole, state = self.state_dict(), checkpoint["state_dict"]
+        check_tensors(state, whole if self.lora is None else trained_state(self))
+        checkpoint["state_dict"] = {**whole, **state}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
         self.skipped_steps = saved["skipped_steps"]
@@ -356,17 +384,3 @@ def _rule_config(rule: FFNRule, d_model: int) -> dict[str, Any]:
         config = rule.ffn(d_model).config()
     config["init_args"].pop("d_model")
     return {"layers": rule.layers, **config}
-
-
-def _pretrained(path: str, vocab_size: int, attention: str) -> MoezooForCausalLM:
-    try:
-        model, _ = load_checkpoint(path, attention=attention)
-    except InputError as error:
-        problem = str(error).removeprefix("checkpoint: ")
-        raise InputError(f"initialize_from: {problem}") from error
-    if model.config.vocab_size != vocab_size:
-        raise InputError(
-            f"initialize_from: {path} has {model.config.vocab_size} tokens, the data has "
-            f"{vocab_size}; prepare the data with its tokenizer: --data.tokenizer {path}"
-        )
-    return model

@@ -19,6 +19,7 @@ from torch.optim._muon import muon
 from moezoo import FeedForward, ParameterGroup
 from moezoo.errors import InputError, check_choice, check_number
 from moezoo.experts import MLPExperts
+from moezoo_models.stock import stacked_experts
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 """Coefficients of the quintic iteration, as published by Muon's author and default in torch."""
@@ -147,6 +148,7 @@ def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, MLPExperts):
             linear |= {module.gate_up_proj, module.down_proj}
+    linear |= set(stacked_experts(model).values())
     return {p for p in model.parameters() if p in linear and p not in outside}
 
 

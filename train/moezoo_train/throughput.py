@@ -8,13 +8,14 @@ recomputation under activation checkpointing is not.
 from __future__ import annotations
 
 import time
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from moezoo import FeedForward
-from moezoo_models import MoezooForCausalLM
+from moezoo_models.stock import active_share, flops_of_experts, stacked_experts
 
 # Dense (not 2:4 sparse) tensor-core peaks in FLOP/s from the vendors' data sheets, for bf16.
 PEAK_BF16 = {
@@ -30,26 +31,34 @@ PEAK_BF16 = {
 }
 
 
-def forward_flops_per_token(model: MoezooForCausalLM, sequence_length: int) -> int:
-    """Count the forward pass of one token in a sequence: a multiply-add is two operations."""
+def forward_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int:
+    """Count the forward pass of one token in a sequence: a multiply-add is two operations.
+
+    Adapters are not counted.
+    """
     layers = ffn_layers(model)
     inside = {id(m) for layer in layers for m in layer.modules()}
     linear = sum(
         2 * module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and id(module) not in inside
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside and ".lora_" not in name
     )
-    config = model.config
-    heads = config.num_attention_heads * cast(int, config.head_dim)
-    attention = config.num_hidden_layers * 4 * heads * sequence_length
-    return linear + attention + sum(layer.cost().flops_per_token for layer in layers)
+    config: Any = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_hidden_layers * 4 * config.num_attention_heads * width * sequence_length
+    ffn = sum(layer.cost().flops_per_token for layer in layers)
+    return linear + attention + ffn + flops_of_experts(model)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters there are, and how many of them one token touches."""
     total = sum(p.numel() for p in model.parameters())
     costs = [layer.cost() for layer in ffn_layers(model)]
-    return total, total - sum(c.total_parameters - c.active_parameters for c in costs)
+    idle = sum(c.total_parameters - c.active_parameters for c in costs)
+    if experts := stacked_experts(model):
+        stored = sum(p.numel() for p in experts.values())
+        idle += stored - round(stored * active_share(model))
+    return total, total - idle
 
 
 def ffn_layers(model: nn.Module) -> list[FeedForward]:
