@@ -13,6 +13,8 @@ from moezoo.convert.carve.block import Block
 
 _TOKENS, _NEURONS = 1024, 256  # worked on at a time, so that memory holds all activations once
 
+_FEATURE_TOKENS = 4096
+
 
 def importance(hidden_TF: Tensor, block: Block) -> Tensor:
     """Rate neurons by ``std(h_i) ||down[:, i]||``, ``(F,)``: what a constant can not replace."""
@@ -27,9 +29,11 @@ def contribution_features(hidden_TF: Tensor, dimensions: int, seed: int) -> Tens
     """Describe when each neuron deviates from its mean, ``(F, dimensions)``.
 
     ``|h_i - mean(h_i)|`` over tokens, centred and of unit length, so that inner products are
-    correlations; projected at random, which keeps them up to ``1 / sqrt(dimensions)``. A neuron
-    that never deviates is zero.
+    correlations; projected at random, which keeps them up to ``1 / sqrt(dimensions)``. Of many
+    tokens a few thousand, evenly spaced, tell correlations four times as exactly. A neuron that
+    never deviates is zero.
     """
+    hidden_TF = hidden_TF[:: max(len(hidden_TF) // _FEATURE_TOKENS, 1)]
     directions_TC = _directions(len(hidden_TF), dimensions, seed).to(hidden_TF)
     parts = [_part_features(part, directions_TC) for part in hidden_TF.split(_NEURONS, dim=1)]
     return torch.cat(parts)

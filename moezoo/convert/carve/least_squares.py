@@ -13,6 +13,8 @@ from torch import Tensor
 
 from moezoo.errors import InputError
 
+_BLOCK = 512
+
 
 def ridge(
     parts: Iterable[tuple[Tensor, Tensor]], strength: float, intercept: bool
@@ -32,29 +34,45 @@ def ridge(
     Raises:
         InputError: the Gram matrix can not be factored, not even in fp64.
     """
-    gram = rhs = sum_p = sum_q = torch.zeros(())
+    gram = rhs = sum_p = sum_q = torch.empty(0)
     count = 0
     for regressors, targets in parts:
-        gram = gram.to(regressors) + regressors.t() @ regressors
-        rhs = rhs.to(regressors) + regressors.t() @ targets
-        sum_p, sum_q = sum_p.to(regressors) + regressors.sum(0), sum_q.to(targets) + targets.sum(0)
+        if not count:
+            gram = regressors.new_zeros(regressors.shape[1], regressors.shape[1])
+            rhs = regressors.new_zeros(regressors.shape[1], targets.shape[1])
+            sum_p, sum_q = torch.zeros_like(rhs[:, 0]), torch.zeros_like(rhs[0])
+        _add_gram(gram, regressors)
+        rhs.addmm_(regressors.t(), targets)
+        sum_p += regressors.sum(0)
+        sum_q += targets.sum(0)
         count += len(regressors)
     if not intercept:
         return solve(gram, rhs, strength).t(), None
     mean_p, mean_q = sum_p / count, sum_q / count
-    gram = gram - torch.outer(sum_p, mean_p)
-    weight = solve(gram, rhs - torch.outer(sum_p, mean_q), strength).t()
+    gram.addr_(sum_p, mean_p, alpha=-1.0)
+    weight = solve(gram, rhs.addr_(sum_p, mean_q, alpha=-1.0), strength).t()
     return weight, mean_q - weight @ mean_p
 
 
+def _add_gram(gram_PP: Tensor, regressors_TP: Tensor) -> None:
+    """Add ``X^T X``, in blocks, and only those below and on the diagonal: nearly half the work."""
+    for start in range(0, len(gram_PP), _BLOCK):
+        end = min(start + _BLOCK, len(gram_PP))
+        gram_PP[start:end, :end].addmm_(regressors_TP[:, start:end].t(), regressors_TP[:, :end])
+
+
 def solve(gram: Tensor, rhs: Tensor, strength: float) -> Tensor:
-    """Solve ``(gram + strength mean(diag) I) X = rhs`` by Cholesky, in fp64 where fp32 fails."""
-    size = gram.diagonal().mean()
+    """Solve ``(gram + strength mean(diag) I) X = rhs`` by Cholesky, in fp64 where fp32 fails.
+
+    What ``gram`` holds above the diagonal is not read, and its diagonal is overwritten.
+    """
+    diagonal = gram.diagonal().clone()
+    size = diagonal.mean()
     if float(size) == 0.0:  # nothing varies, so there is nothing to fit
         return torch.zeros_like(rhs)
     for dtype in dict.fromkeys((gram.dtype, torch.float64)):
-        wide = gram.to(dtype, copy=True)
-        wide.diagonal().add_(strength * size.to(dtype))
+        wide = gram.to(dtype)
+        wide.diagonal().copy_(diagonal.to(dtype) + strength * size.to(dtype))
         with _one_thread():
             factor, failed = torch.linalg.cholesky_ex(wide)
         if not failed:

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from moezoo import InputError
 from moezoo.convert import Block, CarveOptions, carve_block, prune_block
+from moezoo.convert.carve.activity import contribution_features
 from moezoo.convert.carve.clusters import balanced_kmeans
-from moezoo.convert.carve.least_squares import solve
+from moezoo.convert.carve.least_squares import ridge, solve
 from moezoo.convert.carve.options import ROUTERS, SPLITS
 
 
@@ -195,6 +196,29 @@ def test_a_bias_pays_where_activations_have_a_mean(planted):
     assert without.plan.bias is None
     assert with_bias.figures["error"] < without.figures["error"]
     assert with_bias.figures["overlap"] >= with_bias.figures["chance_overlap"] + 0.15
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_blocks_of_the_squares_are_all_there(intercept):
+    # More regressors than two blocks, and a last block of another size; tokens in unequal parts.
+    x, y = torch.randn(700, 1100, dtype=torch.float64), torch.randn(700, 3, dtype=torch.float64)
+    weight, bias = ridge(zip(x.split(300), y.split(300), strict=True), 0.1, intercept)
+    p = x - x.mean(dim=0) if intercept else x
+    q = y - y.mean(dim=0) if intercept else y
+    gram = p.t() @ p
+    penalty = 0.1 * gram.diagonal().mean() * torch.eye(1100, dtype=torch.float64)
+    expected = torch.linalg.solve(gram + penalty, p.t() @ q).t()
+    torch.testing.assert_close(weight, expected, rtol=1e-9, atol=1e-12)
+    if intercept:
+        torch.testing.assert_close(bias, y.mean(dim=0) - expected @ x.mean(dim=0))
+    else:
+        assert bias is None
+
+
+def test_of_many_tokens_evenly_spaced_ones_describe_neurons():
+    hidden = torch.randn(3 * 4096 + 5, 10, dtype=torch.float64)
+    found = contribution_features(hidden, 32, seed=1)
+    assert torch.equal(found, contribution_features(hidden[::3], 32, seed=1))
 
 
 def test_singular_squares_are_solved_in_double_precision():
