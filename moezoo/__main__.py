@@ -36,6 +36,10 @@ GROUPS: dict[str, dict[str, Command]] = {
         "compare": Command(
             "moezoo_train.compare:compare", "methods side by side at equal active FLOPs"
         ),
+        "compare upcycling": Command(
+            "moezoo_train.upcycling:compare_upcycling",
+            "a dense model trained on, and mixtures of its copies",
+        ),
         "validate": Command(
             "moezoo_train.cli:run", "measure a checkpoint on validation data", True
         ),
@@ -100,6 +104,7 @@ EXTRAS = {
     "pyarrow": "data",
     "datasets": "data",
     "wandb": "wandb",
+    "peft": "lora",
     "deepspeed": "deepspeed",
     "xformers": "xformers",
     "triton": "gpu",

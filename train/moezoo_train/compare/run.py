@@ -8,18 +8,18 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from moezoo.command.messages import one_line
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward
 from moezoo.random_routing import RandomRouting
-from moezoo_models import MoezooForCausalLM
 from moezoo_train.checkpointing import atomic_write
 from moezoo_train.cli import TRAINER_DEFAULTS
 from moezoo_train.compare.plan import Run, fingerprint
@@ -48,8 +48,7 @@ class ValidationLoad(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the model."""
-        model = cast(LanguageModel, pl_module).model
-        self._hook = model.register_forward_hook(
+        self._hook = pl_module.register_forward_hook(
             lambda module, arguments, output: self._counter.add(output.ffn_stats)
         )
 
@@ -161,14 +160,35 @@ def train(run: Run, folder: Path, console: Console) -> tuple[Report, list[Expert
     experiment = run.experiment
     text = open_text(experiment.text, run.seed)
     module = build(run, text.vocab_size)
+    return fit(module, text, folder, experiment.max_steps, experiment.precision, console)
+
+
+def fit(
+    module: LanguageModel,
+    text: TokenDataModule,
+    folder: Path,
+    max_steps: int,
+    precision: str,
+    console: Console,
+) -> tuple[Report, list[ExpertLoad]]:
+    """Train a model, validating at the end; give report and validation load.
+
+    Args:
+        module: what to train.
+        text: on what.
+        folder: gets ``metrics.csv``.
+        max_steps: optimizer steps.
+        precision: as the trainer's.
+        console: shows progress, if it is a terminal.
+    """
     load = ValidationLoad()
     options: dict[str, Any] = TRAINER_DEFAULTS | {
-        "max_steps": experiment.max_steps,
-        "val_check_interval": experiment.max_steps,
-        "log_every_n_steps": min(10, experiment.max_steps),
+        "max_steps": max_steps,
+        "val_check_interval": max_steps,
+        "log_every_n_steps": min(10, max_steps),
         "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
         "devices": 1,
-        "precision": experiment.precision,
+        "precision": precision,
         "logger": [MetricsCSV(folder / "metrics.csv")],
         "callbacks": [load, *([StepProgress(console)] if console.is_terminal else [])],
         "enable_progress_bar": console.is_terminal,
@@ -208,7 +228,7 @@ def build(run: Run, vocab_size: int) -> LanguageModel:
     return module
 
 
-def randomize(model: MoezooForCausalLM, layers: tuple[int, ...], seed: int) -> None:
+def randomize(model: PreTrainedModel, layers: tuple[int, ...], seed: int) -> None:
     """Give the chosen blocks random routing, on noise of the scale of what they read."""
     blocks: Any = model.model.layers
     for index in layers:
