@@ -70,6 +70,10 @@ GROUPS: dict[str, dict[str, Command]] = {
         "inspect usage": Command(
             "moezoo_models.usage:inspect_usage", "how evenly a model uses its experts"
         ),
+        "inspect experts": Command(
+            "moezoo_models.specialization:inspect_experts",
+            "which tokens the experts answer, and the paths between layers",
+        ),
         "inspect carving": Command(
             "moezoo_models.conversion.study:inspect_carving",
             "what carving and pruning cost a dense model, method by method",

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -27,14 +20,19 @@ from moezoo.analysis.usage import (
     usage_of,
 )
 from moezoo.command.tables import print_table
-from moezoo.errors import InputError, check_int
 from moezoo.routing.stats import SlotLoad
-from moezoo_models.atomic import atomic_write
 from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checkpoints import load_with_tokenizer
-from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
-from moezoo_models.evaluate import encode_text, read_text, window_length
+from moezoo_models.evaluate import encode_text, read_text
+from moezoo_models.inspection import (
+    Stream,
+    check_routed,
+    evaluating,
+    make_directory,
+    passes,
+    write_report,
+)
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,9 @@ def inspect_usage(
     """
     content = read_text(Path(text))
     model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
-    if not routed_layers(model):
-        kinds = sorted({type(block.mlp).__name__ for block in model.model.blocks()})
-        raise InputError(
-            f"checkpoint: {checkpoint} has no layer that chooses who answers, only "
-            f"{', '.join(kinds)}; give a model with e.g. SparseMoE or PEER"
-        )
+    check_routed(model, checkpoint)
     directory = Path(output)
-    with _writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     usage = count_usage(
         model,
         encode_text(words, content),
@@ -110,9 +102,7 @@ def inspect_usage(
         batch_size=batch_size,
     )
     _print(usage, str(checkpoint))
-    with _writing(directory):
-        _write(usage, directory, str(checkpoint), str(text))
-    print(f"usage.json, usage.csv, usage.png and usage.safetensors are in {directory}")
+    _write(usage, directory, str(checkpoint), str(text))
     return usage
 
 
@@ -136,24 +126,14 @@ def count_usage(
         InputError: there are no tokens, an option is out of range, or a token id is outside the
             model's vocabulary.
     """
-    stream = torch.as_tensor(tokens).long().cpu()
-    if not len(stream):
-        raise InputError("text: it has no tokens; give a text that is not empty")
-    check_token_ids(stream, model.config.vocab_size)
-    length = min(window_length(model, sequence_length), len(stream))
-    check_int("batch_size", batch_size)
+    stream = Stream.of(model, tokens, sequence_length, batch_size)
     layers = {
         f"layer {name.partition('.')[0]}": layer
         for name, layer in routed_layers(model.model.layers).items()
     }
-    was_training = model.training
-    model.eval()
-    try:
-        with collect_loads(layers) as loads:
-            for batch in stream.split(length * batch_size):
-                _run(model, batch, length)
-    finally:
-        model.train(was_training)
+    with evaluating(model), collect_loads(layers) as loads:
+        for _ in passes(model, stream):
+            pass
     methods = {name: type(layer).__name__ for name, layer in layers.items()}
     for readers in layers_by_pool(layers):
         name = "layers " + " + ".join(reader.removeprefix("layer ") for reader in readers)
@@ -163,19 +143,7 @@ def count_usage(
             total = add_loads(total, loads[reader])
         loads[name] = total
     usages = {name: usage_of(load) for name, load in loads.items()}
-    return ModelUsage(len(stream), length, methods, loads, usages)
-
-
-def _run(model: MoezooForCausalLM, tokens: Tensor, length: int) -> None:
-    """Pass windows of one length through the decoder; the last is filled up with padding."""
-    missing = -len(tokens) % length
-    windows = torch.nn.functional.pad(tokens, (0, missing)).reshape(-1, length)
-    mask = None
-    if missing:
-        mask = torch.arange(windows.numel()).reshape(windows.shape) < len(tokens)
-        mask = mask.to(model.device)
-    # Padding comes last and the model is causal: attention needs no mask to leave it out.
-    model.model(input_ids=windows.to(model.device), token_mask=mask, use_cache=False)
+    return ModelUsage(len(stream.tokens), stream.sequence_length, methods, loads, usages)
 
 
 def _print(usage: ModelUsage, checkpoint: str) -> None:
@@ -220,29 +188,12 @@ def _write(usage: ModelUsage, directory: Path, checkpoint: str, text: str) -> No
     ]
     head = {"checkpoint": checkpoint, "text": text, "tokens": usage.tokens}
     report = {**head, "sequence_length": usage.sequence_length, "layers": layers}
-    picture = io.BytesIO()
-    title = f"{checkpoint}: usage over {usage.tokens:,} tokens"
-    draw_usage(usage.loads, title).savefig(picture, format="png")
-    with atomic_write(directory / "usage.png") as file:
-        file.write(picture.getvalue())
-    with atomic_write(directory / "usage.safetensors") as file:
-        file.write(safetensors.torch.save(_tensors(usage)))
-    with atomic_write(directory / "usage.csv", "w") as file:
-        _write_csv(usage, file)
-    with atomic_write(directory / "usage.json", "w") as file:
-        json.dump(report, file, indent=2)
-        file.write("\n")
-
-
-def _write_csv(usage: ModelUsage, file: Any) -> None:
     rows = [
         {"layer": name, "method": usage.methods[name], **summary.as_row()}
         for name, summary in usage.usages.items()
     ]
-    columns = dict.fromkeys(column for row in rows for column in row)
-    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    figure = draw_usage(usage.loads, f"{checkpoint}: usage over {usage.tokens:,} tokens")
+    write_report(directory, "usage", report, rows, {"usage": figure}, _tensors(usage))
 
 
 def _tensors(usage: ModelUsage) -> dict[str, Tensor]:
@@ -254,17 +205,3 @@ def _tensors(usage: ModelUsage) -> dict[str, Tensor]:
             if values is not None:
                 tensors[f"{name}.{measure}"] = values.reshape(load.shape).contiguous()
     return tensors
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Say in one line that the output can not be written."""
-    try:
-        yield
-        if not os.access(directory, os.W_OK):
-            raise PermissionError(13, "permission denied")
-    except OSError as error:
-        raise InputError(
-            f"output: {directory} can not be written: {(error.strerror or str(error)).lower()}; "
-            "free space or give another directory"
-        ) from error

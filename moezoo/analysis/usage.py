@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from moezoo.errors import InputError
+from moezoo.analysis.watching import Context, watch
 from moezoo.experts.memory import KeyValueMemory
 from moezoo.feed_forward import FeedForward
 from moezoo.routing.stats import SlotLoad, max_violation, slot_usage
@@ -113,29 +112,15 @@ def collect_loads(layers: Mapping[str, FeedForward]) -> Iterator[dict[str, SlotL
     Raises:
         InputError: a layer is in training mode, where it may choose differently each time.
     """
-    for name, layer in layers.items():
-        if layer.training:
-            raise InputError(f"layers: '{name}' is in training mode; call model.eval() first")
     loads: dict[str, SlotLoad] = {}
-    hooks = [_listen(name, layer, loads) for name, layer in layers.items()]
-    try:
-        yield loads
-    finally:
-        for hook in hooks:
-            hook.remove()
 
-
-def _listen(
-    name: str, layer: FeedForward, loads: dict[str, SlotLoad]
-) -> torch.utils.hooks.RemovableHandle:
-    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden"]
-        context = {k: kwargs[k] for k in ("token_ids", "router_input", "mask") if k in kwargs}
+    def see(name: str, layer: FeedForward, hidden: Tensor, context: Context) -> None:
         load = layer.slot_load(hidden, **context)
         if load is not None:
             loads[name] = add_loads(loads[name], load) if name in loads else _exact(load)
 
-    return layer.register_forward_pre_hook(before_forward, with_kwargs=True)
+    with watch(layers, see):
+        yield loads
 
 
 def _exact(load: SlotLoad) -> SlotLoad:

@@ -1,0 +1,200 @@
+"""What `moezoo inspect` commands share: a text passed through a checkpoint's model, and files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from moezoo.analysis.usage import routed_layers
+from moezoo.errors import InputError, check_int
+from moezoo.feed_forward import FeedForward
+from moezoo_models.atomic import atomic_write
+from moezoo_models.causal_lm import MoezooForCausalLM
+from moezoo_models.conversion.convert import progress_bar
+from moezoo_models.decoder import check_token_ids
+from moezoo_models.evaluate import window_length
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A text as the model is given it.
+
+    Attributes:
+        tokens: ``(T,)`` int64, on the CPU.
+        sequence_length: tokens that the model sees at once.
+        batch_size: windows computed at once.
+    """
+
+    tokens: Tensor
+    sequence_length: int
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        model: MoezooForCausalLM,
+        tokens: Sequence[int] | Tensor,
+        sequence_length: int | None,
+        batch_size: int,
+    ) -> Stream:
+        """Check tokens and options.
+
+        Raises:
+            InputError: there are no tokens, an option is out of range, or a token id is outside
+                the model's vocabulary.
+        """
+        stream = torch.as_tensor(tokens).long().cpu()
+        if not len(stream):
+            raise InputError("text: it has no tokens; give a text that is not empty")
+        check_token_ids(stream, model.config.vocab_size)
+        length = min(window_length(model, sequence_length), len(stream))
+        return cls(stream, length, check_int("batch_size", batch_size))
+
+
+def blocks_by_name(model: MoezooForCausalLM) -> dict[str, FeedForward]:
+    """Name the feed-forward layers ``layer 3``; blocks of attention alone have none."""
+    return {
+        f"layer {number}": block.mlp
+        for number, block in enumerate(model.model.blocks())
+        if block.mlp.kind == "feed_forward"
+    }
+
+
+@torch.no_grad()
+def passes(model: MoezooForCausalLM, stream: Stream) -> Iterator[tuple[int, Tensor]]:
+    """Pass the text through the decoder, showing how far it is.
+
+    Yields:
+        After each pass, the place of its first token in the text, and its tokens ``(T,)``: those
+        of all its windows, one after the other. What layers see may be longer by padding.
+    """
+    with progress_bar() as bar:
+        task = bar.add_task("reading", total=len(stream.tokens))
+        start = 0
+        for batch in stream.tokens.split(stream.sequence_length * stream.batch_size):
+            _run(model, batch, stream.sequence_length)
+            yield start, batch
+            start += len(batch)
+            bar.update(task, completed=start)
+
+
+def _run(model: MoezooForCausalLM, tokens: Tensor, length: int) -> None:
+    """Pass windows of one length through the decoder; the last is filled up with padding."""
+    missing = -len(tokens) % length
+    windows = torch.nn.functional.pad(tokens, (0, missing)).reshape(-1, length)
+    mask = None
+    if missing:
+        mask = torch.arange(windows.numel()).reshape(windows.shape) < len(tokens)
+        mask = mask.to(model.device)
+    # Padding comes last and the model is causal: attention needs no mask to leave it out.
+    model.model(input_ids=windows.to(model.device), token_mask=mask, use_cache=False)
+
+
+def check_routed(model: MoezooForCausalLM, checkpoint: str | Path) -> None:
+    """Refuse a model in which nothing is chosen.
+
+    Raises:
+        InputError: names the layers that it has.
+    """
+    if not routed_layers(model):
+        kinds = sorted({type(block.mlp).__name__ for block in model.model.blocks()})
+        raise InputError(
+            f"checkpoint: {checkpoint} has no layer that chooses who answers, only "
+            f"{', '.join(kinds)}; give a model with e.g. SparseMoE or PEER"
+        )
+
+
+@contextmanager
+def evaluating(model: MoezooForCausalLM) -> Iterator[None]:
+    """Put a model into evaluation mode inside the block, and then back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Say in one line that the output can not be written."""
+    try:
+        yield
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as error:
+        raise InputError(
+            f"output: {directory} can not be written: {(error.strerror or str(error)).lower()}; "
+            "free space or give another directory"
+        ) from error
+
+
+def make_directory(directory: Path) -> None:
+    """Make the output directory before anything is computed.
+
+    Raises:
+        InputError: it can not be made or written to.
+    """
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+
+
+def write_report(
+    directory: Path,
+    name: str,
+    report: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    figures: Mapping[str, Figure],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write ``name``.json, .csv and .safetensors, and a PNG of each figure; print what is where.
+
+    Args:
+        directory: exists.
+        name: of the files.
+        report: for the JSON file.
+        rows: of the CSV file; one may lack columns that another has.
+        figures: by the names of their files, without ending.
+        tensors: by name, on the CPU.
+
+    Raises:
+        InputError: the files can not be written.
+    """
+    with writing(directory):
+        for stem, figure in figures.items():
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png")
+            with atomic_write(directory / f"{stem}.png") as file:
+                file.write(picture.getvalue())
+        with atomic_write(directory / f"{name}.safetensors") as file:
+            file.write(safetensors.torch.save(dict(tensors)))
+        with atomic_write(directory / f"{name}.csv", "w") as file:
+            columns = dict.fromkeys(column for row in rows for column in row)
+            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        with atomic_write(directory / f"{name}.json", "w") as file:
+            json.dump(report, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+    files = [f"{name}.json", f"{name}.csv", *(f"{stem}.png" for stem in figures)]
+    print(f"{', '.join(files)} and {name}.safetensors are in {directory}")
+
+
+def show(text: str, width: int = 24) -> str:
+    """Make a token or a context readable in one line: blanks and controls as in Python strings."""
+    readable = repr(text)[1:-1] if text else "(nothing)"
+    return readable if len(readable) <= width else "…" + readable[1 - width :]

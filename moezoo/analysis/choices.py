@@ -1,0 +1,161 @@
+"""Who answers each token: the choices behind :meth:`moezoo.FeedForward.slot_load`, unsummed.
+
+Shapes: T tokens, K choices per token, N slots.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moezoo.analysis.watching import Context, input_of
+from moezoo.errors import InputError
+from moezoo.experts.memory import KeyValueMemory
+from moezoo.feed_forward import FeedForward, flatten_tokens
+from moezoo.layers import (
+    PEER,
+    CarvedMoE,
+    FastFeedForward,
+    HashLayer,
+    MemoryPlus,
+    ProductKeyMemory,
+    SigmaMoE,
+    SparseMoE,
+    TopKFFN,
+    UltraFastFFF,
+)
+from moezoo.routing import Routing
+from moezoo_kernels import path_neurons
+
+
+class SlotChoices(NamedTuple):
+    """Whom each token chose.
+
+    Attributes:
+        indices: ``(T, K)`` int64 slots, -1 where there is none, as at padding.
+        weights: ``(T, K)``, not negative: what each was given, before any limit on capacity; zero
+            where there is no slot.
+        num_slots: N.
+        kind: what the slots are, in the plural: experts, leaves, values, neurons. In trees it is
+            the leaf that hard decisions reach.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    num_slots: int
+    kind: str
+
+    def heaviest(self) -> Tensor:
+        """Give the slot of each token that weighs most, ``(T,)``; the first among equals."""
+        best_T1 = self.weights.argmax(dim=-1, keepdim=True)
+        return self.indices.gather(-1, best_T1).squeeze(-1)
+
+
+def slot_choices(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices:
+    """Tell who would answer each token of one forward pass in evaluation mode.
+
+    Args:
+        layer: any layer of the zoo that chooses.
+        hidden: ``(..., d_model)``.
+        context: what a call of the layer gets by name: ``token_ids``, ``router_input``, ``mask``.
+
+    Raises:
+        InputError: the layer is of a class that is not known here.
+    """
+    with torch.no_grad():
+        choices = _choose(layer, hidden, context)
+    mask = context.get("mask")
+    indices, weights = choices.indices, choices.weights
+    if mask is not None:
+        real_T1 = mask[..., -hidden.shape[-2] :].reshape(-1, 1).to(indices.device, torch.bool)
+        indices = indices.masked_fill(~real_T1, -1)
+    return choices._replace(
+        indices=indices, weights=weights.to(indices.device).masked_fill(indices < 0, 0.0)
+    )
+
+
+@singledispatch
+def _choose(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices:
+    raise InputError(f"layers: it is not known how to read the choices of {type(layer).__name__}")
+
+
+def asked_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:
+    """Give what decides who answers, ``(T, d_model)``."""
+    read = context.get("router_input")
+    return flatten_tokens(layer, hidden if read is None else read, None)[0]
+
+
+def _experts(routing: Routing, num_experts: int) -> SlotChoices:
+    return SlotChoices(routing.indices, routing.weights, num_experts, "experts")
+
+
+@_choose.register
+def _(layer: SparseMoE, hidden: Tensor, context: Context) -> SlotChoices:
+    asked_TD = asked_tokens(layer, hidden, context)
+    mask = context.get("mask")
+    flat_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
+    return _experts(layer.gate(asked_TD, flat_mask, limited=False), layer.num_experts)
+
+
+@_choose.register
+def _(layer: SigmaMoE, hidden: Tensor, context: Context) -> SlotChoices:
+    return _experts(layer.gate(asked_tokens(layer, hidden, context)), layer.num_experts)
+
+
+@_choose.register
+def _(layer: CarvedMoE, hidden: Tensor, context: Context) -> SlotChoices:
+    return _experts(layer.route(hidden, context.get("router_input")), layer.num_experts)
+
+
+@_choose.register
+def _(layer: HashLayer, hidden: Tensor, context: Context) -> SlotChoices:
+    routing = layer.route(hidden, context.get("token_ids"), context.get("mask"))
+    # Segment r of expert e is number e R + r.
+    experts_TR = routing.indices.div(layer.num_hashes, rounding_mode="floor")
+    return SlotChoices(experts_TR, routing.weights, layer.num_experts, "experts")
+
+
+@_choose.register
+def _(layer: PEER, hidden: Tensor, context: Context) -> SlotChoices:
+    experts_THK, weights_THK = layer.route(hidden, context.get("router_input"))
+    return SlotChoices(experts_THK.flatten(1), weights_THK.flatten(1), layer.num_experts, "experts")
+
+
+@_choose.register(ProductKeyMemory)
+@_choose.register(MemoryPlus)
+def _(layer: ProductKeyMemory | MemoryPlus, hidden: Tensor, context: Context) -> SlotChoices:
+    memory: KeyValueMemory = layer.memory
+    scores_THK, slots_THK = memory.keys(memory.query(asked_tokens(layer, hidden, context), None))
+    weights_THK = scores_THK.softmax(dim=-1)
+    return SlotChoices(slots_THK.flatten(1), weights_THK.flatten(1), layer.num_experts, "values")
+
+
+@_choose.register
+def _(layer: FastFeedForward, hidden: Tensor, context: Context) -> SlotChoices:
+    leaf_T1 = layer.tree.descend(asked_tokens(layer, hidden, context)).unsqueeze(-1)
+    return SlotChoices(leaf_T1, torch.ones(leaf_T1.shape), layer.num_experts, "leaves")
+
+
+@_choose.register
+def _(layer: UltraFastFFF, hidden: Tensor, context: Context) -> SlotChoices:
+    asked_TD = asked_tokens(layer, hidden, context)
+    _, bottom_TP = path_neurons(
+        asked_TD, layer.in_weight, layer.in_bias, layer.out_weight, activation=layer.activation
+    )
+    bottoms = 2**layer.depth
+    slots_TP = bottom_TP + bottoms * torch.arange(layer.num_trees, device=bottom_TP.device)
+    return SlotChoices(slots_TP, torch.ones(slots_TP.shape), layer.num_trees * bottoms, "leaves")
+
+
+@_choose.register
+def _(layer: TopKFFN, hidden: Tensor, context: Context) -> SlotChoices:
+    read = context.get("router_input")
+    inner = input_of(layer.down_proj, lambda: layer.forward(hidden, router_input=read))
+    size_TF = inner.reshape(-1, layer.d_ff).abs()
+    most = max(int((size_TF != 0).sum(dim=-1).max()), 1) if len(size_TF) else 1
+    weights_TK, neurons_TK = size_TF.topk(most, dim=-1)
+    neurons_TK = neurons_TK.masked_fill(weights_TK == 0, -1)
+    return SlotChoices(neurons_TK, weights_TK, layer.d_ff, "neurons")
