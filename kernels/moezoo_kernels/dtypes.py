@@ -1,4 +1,4 @@
-"""The dtype of arithmetic that decides something."""
+"""Which dtype arithmetic is done in."""
 
 from __future__ import annotations
 
@@ -7,5 +7,13 @@ from torch import Tensor
 
 
 def at_least_fp32(hidden: Tensor) -> Tensor:
-    """Promote bf16 and fp16 to fp32."""
+    """Promote bf16 and fp16 to fp32, for what decides something."""
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """Cast as ``F.linear``'s operands are cast under autocast, which leaves custom ops alone."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))

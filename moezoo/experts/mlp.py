@@ -5,6 +5,8 @@ Shapes: T tokens, D d_model, E experts, F hidden width of an expert, K choices p
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,12 @@ from torch import Tensor, nn
 from moezoo.init import output_std
 from moezoo_kernels import grouped_mlp
 from moezoo_kernels.activations import activate
+from moezoo_kernels.dtypes import autocast
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from moezoo.parallel import Sent
 
 
 class MLPExperts(nn.Module):
@@ -24,6 +32,10 @@ class MLPExperts(nn.Module):
         activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
         gated: gated linear units; the gate's rows come first in ``gate_up_proj``.
         bias: whether both projections have biases.
+
+    Attributes:
+        mesh: the ranks that share the experts, after :meth:`shard`.
+        can_shard: false where the owner computes with the parameters itself.
     """
 
     def __init__(
@@ -38,6 +50,8 @@ class MLPExperts(nn.Module):
         super().__init__()
         self.d_model, self.d_expert, self.num_experts = d_model, d_expert, num_experts
         self.activation, self.gated = activation, gated
+        self.mesh: DeviceMesh | None = None
+        self.can_shard = True
         inner = 2 * d_expert if gated else d_expert
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, inner, d_model))
         self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
@@ -56,6 +70,28 @@ class MLPExperts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's share of the experts only; see :func:`moezoo.parallel.shard_experts`.
+
+        Raises:
+            InputError: the ranks do not divide the experts.
+        """
+        from moezoo.parallel import split_parameters
+
+        split_parameters(self, mesh, 0, "num_experts")
+        self.mesh = mesh
+
+    def send(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Sent | None:
+        """Send tokens to the ranks of their experts, to pass on to the call; None if all are here.
+
+        What is computed between this and the call overlaps with the sending.
+        """
+        if self.mesh is None:
+            return None
+        from moezoo.parallel import send_tokens
+
+        return send_tokens(autocast(x_TD), indices_TK, weights_TK, self.num_experts, self.mesh)
+
     def forward(
         self,
         x_TD: Tensor,
@@ -63,23 +99,55 @@ class MLPExperts(nn.Module):
         weights_TK: Tensor,
         max_assignments: int,
         output_bias: bool = True,
+        sent: Sent | None = None,
     ) -> Tensor:
         """Sum the weighted answers of each token's experts; index -1 answers nothing.
 
-        Without ``output_bias`` the answers go without theirs.
+        Without ``output_bias`` the answers go without theirs. ``sent`` is what :meth:`send` gave
+        for these tokens, if it was called.
         """
+        sent = sent or self.send(x_TD, indices_TK, weights_TK)
+        if sent is None:
+            return self._answer(x_TD, indices_TK, weights_TK, max_assignments, output_bias)
+        answers = self._answer(sent.x, sent.indices, sent.weights, sent.assignments, output_bias)
+        return sent.combine(answers)
+
+    def _answer(
+        self,
+        x_TD: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        max_assignments: int,
+        output_bias: bool,
+    ) -> Tensor:
+        """Let the experts of this rank answer."""
+        down_bias = self.down_bias if output_bias else None
         return grouped_mlp(
             x_TD,
-            self.gate_up_proj,
-            self.down_proj,
+            self._own(self.gate_up_proj),
+            self._own(self.down_proj),
             indices_TK,
             weights_TK,
             activation=self.activation,
             gated=self.gated,
-            bias_in=self.gate_up_bias,
-            bias_out=self.down_bias if output_bias else None,
+            bias_in=None if self.gate_up_bias is None else self._own(self.gate_up_bias),
+            bias_out=None if down_bias is None else self._own(down_bias),
             max_assignments=max_assignments,
         )
+
+    def _own(self, parameter: Tensor) -> Tensor:
+        if self.mesh is None:
+            return parameter
+        from moezoo.parallel import own
+
+        return own(parameter)
+
+    def _whole(self, parameter: Tensor | None) -> Tensor | None:
+        if self.mesh is None or parameter is None:
+            return parameter
+        from moezoo.parallel import whole
+
+        return whole(parameter)
 
     def reference(
         self,
@@ -93,26 +161,30 @@ class MLPExperts(nn.Module):
 
         ``scale_TEF`` multiplies hidden units, as dropout does.
         """
-        down_bias = self.down_bias if output_bias else None
+        up_proj, down_proj = self._whole(self.gate_up_proj), self._whole(self.down_proj)
+        assert up_proj is not None
+        assert down_proj is not None
+        up_bias = self._whole(self.gate_up_bias)
+        down_bias = self._whole(self.down_bias if output_bias else None)
         one_hot_TKE = F.one_hot(indices_TK + 1, self.num_experts + 1)[..., 1:].to(weights_TK.dtype)
         dense_TE = (weights_TK.unsqueeze(-1) * one_hot_TKE).sum(dim=1).to(x_TD.dtype)
         output = torch.zeros_like(x_TD)
         for e in range(self.num_experts):
-            up = F.linear(x_TD, self.gate_up_proj[e], _row(self.gate_up_bias, e))
+            up = F.linear(x_TD, up_proj[e], _row(up_bias, e))
             inner = activate(up, self.activation, self.gated)
             if scale_TEF is not None:
                 inner = inner * scale_TEF[:, e]
-            answer = F.linear(inner, self.down_proj[e], _row(down_bias, e))
+            answer = F.linear(inner, down_proj[e], _row(down_bias, e))
             output = output + dense_TE[:, e : e + 1] * answer
         return output
 
     def parameters_per_expert(self) -> int:
         """Count the parameters of one expert."""
-        return sum(p[0].numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters()) // self.num_experts
 
     def flops_per_assignment(self) -> int:
         """Give the forward FLOPs of one token in one expert."""
-        return 2 * (self.gate_up_proj[0].numel() + self.down_proj[0].numel())
+        return 2 * (self.gate_up_proj.numel() + self.down_proj.numel()) // self.num_experts
 
 
 def _row(bias: Tensor | None, index: int) -> Tensor | None:

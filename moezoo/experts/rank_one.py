@@ -8,13 +8,19 @@ Shapes: T tokens, D d_model, N experts, J experts per token.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from moezoo.errors import check_choice, check_int
+from moezoo.errors import InputError, check_choice, check_int
 from moezoo.init import output_std
 from moezoo_kernels import rank_one_experts
 from moezoo_kernels.activations import ACTIVATIONS, activate
+from moezoo_kernels.dtypes import autocast
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class RankOneExperts(nn.Module):
@@ -27,7 +33,12 @@ class RankOneExperts(nn.Module):
         activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
         gated: gated linear units: a third table ``gate``.
         sparse: whether the tables' gradients are sparse tensors.
+
+    Attributes:
+        mesh: the ranks that share the tables' rows, after :meth:`shard`.
     """
+
+    can_shard = True
 
     def __init__(
         self,
@@ -45,6 +56,7 @@ class RankOneExperts(nn.Module):
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.gated = gated
         self.sparse = sparse
+        self.mesh: DeviceMesh | None = None
         self.u = nn.Parameter(torch.empty(num_experts, d_model))
         self.v = nn.Parameter(torch.empty(num_experts, d_model))
         self.gate = nn.Parameter(torch.empty(num_experts, d_model)) if gated else None
@@ -59,26 +71,74 @@ class RankOneExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, indices_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
         """Sum the weighted answers of each token's experts; index -1 answers nothing."""
+        if self.mesh is None:
+            tables = (self.u, self.v, self.gate)
+            return self._answer(x_TD, indices_TJ, weights_TJ, *tables)
+        from moezoo.parallel import Everywhere, own
+
+        everywhere = Everywhere(len(x_TD), self.mesh)
+        rows = self.num_experts // self.mesh.size()
+        indices_NJ = everywhere.show(indices_TJ) - rows * self.mesh.get_local_rank()
+        elsewhere = (indices_NJ < 0) | (indices_NJ >= rows)
+        partial_ND = self._answer(
+            everywhere.show(autocast(x_TD)),
+            indices_NJ.masked_fill(elsewhere, -1),
+            everywhere.show(weights_TJ),
+            own(self.u),
+            own(self.v),
+            None if self.gate is None else own(self.gate),
+        )
+        return everywhere.collect(partial_ND).sum(dim=0)
+
+    def _answer(
+        self,
+        x_TD: Tensor,
+        indices_TJ: Tensor,
+        weights_TJ: Tensor,
+        u: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+    ) -> Tensor:
         return rank_one_experts(
             x_TD,
-            self.u,
-            self.v,
+            u,
+            v,
             indices_TJ,
             weights_TJ,
             activation=self.activation,
-            gate=self.gate,
+            gate=gate,
             sparse=self.sparse,
         )
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's rows of the tables; see :func:`moezoo.parallel.shard_experts`.
+
+        Raises:
+            InputError: the ranks do not divide the rows, or gradients are sparse.
+        """
+        from moezoo.parallel import split_parameters
+
+        if self.sparse:
+            raise InputError("sparse: tables that ranks share have no sparse gradients; set false")
+        split_parameters(self, mesh, 0, "num_experts")
+        self.mesh = mesh
 
     def reference(self, x_TD: Tensor, indices_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
         """Run all N experts on every token and weight them by a dense matrix (T, N)."""
         dense_TN = weights_TJ.new_zeros(x_TD.shape[0], self.num_experts + 1)
         dense_TN = dense_TN.scatter_add(1, indices_TJ + 1, weights_TJ)[:, 1:]
-        inner = x_TD @ self.u.t()
+        inner = x_TD @ self._whole(self.u).t()
         if self.gate is not None:
-            inner = torch.cat([x_TD @ self.gate.t(), inner], dim=-1)
+            inner = torch.cat([x_TD @ self._whole(self.gate).t(), inner], dim=-1)
         answers_TN = activate(inner, self.activation, self.gated)
-        return (dense_TN.to(x_TD.dtype) * answers_TN) @ self.v
+        return (dense_TN.to(x_TD.dtype) * answers_TN) @ self._whole(self.v)
+
+    def _whole(self, table: Tensor) -> Tensor:
+        if self.mesh is None:
+            return table
+        from moezoo.parallel import whole
+
+        return whole(table)
 
     def flops_per_assignment(self) -> int:
         """Give the forward FLOPs of one token in one expert: 2 d per table."""

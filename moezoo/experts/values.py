@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_int
 from moezoo_kernels import weighted_bag
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class ValueTable(nn.Module):
@@ -27,13 +31,19 @@ class ValueTable(nn.Module):
         v_dim: their width V.
         sparse: give the weight a sparse gradient, which holds the rows that were read and no
             others (for ``torch.optim.SparseAdam`` or ``SGD``). Not under ``torch.compile``.
+
+    Attributes:
+        mesh: the ranks that share the values' width, after :meth:`shard`.
     """
+
+    can_shard = True
 
     def __init__(self, num_slots: int, v_dim: int, sparse: bool = False) -> None:
         super().__init__()
         self.num_slots = check_int("num_slots", num_slots)
         self.v_dim = check_int("v_dim", v_dim)
         self.sparse = sparse
+        self.mesh: DeviceMesh | None = None
         self.weight = nn.Parameter(torch.empty(num_slots, v_dim))
         self.reset_parameters()
 
@@ -49,15 +59,42 @@ class ValueTable(nn.Module):
         """
         if mask_T is not None:
             indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
-        return weighted_bag(self.weight, indices_TK, weights_TK, sparse=self.sparse)
+        if self.mesh is None:
+            return weighted_bag(self.weight, indices_TK, weights_TK, sparse=self.sparse)
+        from moezoo.parallel import Everywhere, own
+
+        everywhere = Everywhere(len(indices_TK), self.mesh)
+        read = everywhere.show(indices_TK), everywhere.show(weights_TK)
+        columns_RTV = everywhere.collect(weighted_bag(own(self.weight), *read))
+        return columns_RTV.movedim(0, 1).flatten(1)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's columns of every value, as Memory Layers at Scale do (section 3.2).
+
+        See :func:`moezoo.parallel.shard_experts`.
+
+        Raises:
+            InputError: the ranks do not divide the width, or gradients are sparse.
+        """
+        from moezoo.parallel import split_parameters
+
+        if self.sparse:
+            raise InputError("sparse: values that ranks share have no sparse gradients; set false")
+        split_parameters(self, mesh, 1, "v_dim")
+        self.mesh = mesh
 
     def reference(self, indices_TK: Tensor, weights_TK: Tensor, mask_T: Tensor | None) -> Tensor:
         """Multiply a dense ``(T, N)`` matrix of weights with the whole table."""
         if mask_T is not None:
             weights_TK = weights_TK.masked_fill(~mask_T.unsqueeze(-1), 0.0)
-        weights_TK = weights_TK.to(self.weight.dtype)
+        weight: Tensor = self.weight
+        if self.mesh is not None:
+            from moezoo.parallel import whole
+
+            weight = whole(weight)
+        weights_TK = weights_TK.to(weight.dtype)
         dense_TN = weights_TK.new_zeros(len(weights_TK), self.num_slots)
-        return dense_TN.scatter_add(1, indices_TK, weights_TK) @ self.weight
+        return dense_TN.scatter_add(1, indices_TK, weights_TK) @ weight
 
     def flops_per_row(self) -> int:
         """Give the forward FLOPs of one value read."""

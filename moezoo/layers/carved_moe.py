@@ -163,12 +163,14 @@ class CarvedMoE(FeedForward):
     ) -> FeedForwardOutput:
         tokens, flat_mask = flatten_tokens(self, hidden, mask)
         routing = self.route(hidden, router_input, mask)
-        gates_TK = self._gates(routing)
-        if brute_force:
-            output = self.experts.reference(tokens, routing.indices, gates_TK)
-        else:
-            output = self.experts(tokens, routing.indices, gates_TK, routing.max_assignments)
+        chosen = (tokens, routing.indices, self._gates(routing))
+        sent = None if brute_force else self.experts.send(*chosen)
+        # The shared part answers while tokens travel to experts on other ranks.
         always = self._always(tokens, brute_force)
+        if brute_force:
+            output = self.experts.reference(*chosen)
+        else:
+            output = self.experts(*chosen, routing.max_assignments, sent=sent)
         if always is not None:
             if flat_mask is not None:
                 always = always.masked_fill(~flat_mask.unsqueeze(-1), 0.0)

@@ -99,6 +99,7 @@ class FastFeedForward(FeedForward):
 
         self.tree = tree.DecisionTree(d_model, depth)
         self.leaves = MLPExperts(d_model, self.d_leaf, 2**depth, activation, gated, bias=True)
+        self.leaves.can_shard = False  # training computes them all as one wide block
         if d_master:
             self.master = DenseFFN(d_model, d_master, activation, gated, bias=True)
             self.master_mix = nn.Parameter(torch.empty(()))

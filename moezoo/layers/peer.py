@@ -65,7 +65,7 @@ class PEER(FeedForward):
         query_norm: batch, layer, qk (queries and keys) or none.
         share_keys: one set of keys for all heads, as in the paper, or one per head.
         sparse: give the experts' gradients as sparse tensors of the rows that were read
-            (for torch.optim.SparseAdam or SGD); in one process, not under torch.compile.
+            (for torch.optim.SparseAdam or SGD); not under torch.compile.
         expert_lr_multiplier: learning rate of the experts, as a multiple of the run's.
     """
 

@@ -46,7 +46,7 @@ class ProductKeyMemory(FeedForward):
         value_pool: name of a value table that is shared by the layers that name it; see
             :func:`moezoo.shared_values`. By default a layer has its own.
         sparse: give the values sparse gradients, so that a step moves only the rows that were read;
-            in one process, not under torch.compile.
+            not under torch.compile.
         value_lr_multiplier: learning rate of the values, as a multiple of the run's; 4 in the
             paper (1e-3 and 2.5e-4, section 4.2). It follows no schedule, and they do not decay.
         clip_values_apart: clip the gradient of the values by a norm of its own, and the rest of the

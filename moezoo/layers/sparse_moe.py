@@ -189,12 +189,16 @@ class SparseMoE(FeedForward):
     ) -> FeedForwardOutput:
         tokens, flat_mask = flatten_tokens(self, hidden, mask)
         routing = self.route(hidden, router_input, mask)
+        chosen = (tokens, routing.indices, routing.weights)
+        sent = None if brute_force else self.experts.send(*chosen)
+        # The shared expert answers while tokens travel to experts on other ranks.
+        shared = self._shared(tokens, flat_mask, brute_force) if self.d_shared else None
         if brute_force:
-            output = self.experts.reference(tokens, routing.indices, routing.weights)
+            output = self.experts.reference(*chosen)
         else:
-            output = self.experts(tokens, routing.indices, routing.weights, routing.max_assignments)
-        if self.d_shared:
-            output = output + self._shared(tokens, flat_mask, brute_force)
+            output = self.experts(*chosen, routing.max_assignments, sent=sent)
+        if shared is not None:
+            output = output + shared
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
 
     def _shared(self, tokens: Tensor, mask: Tensor | None, brute_force: bool) -> Tensor:

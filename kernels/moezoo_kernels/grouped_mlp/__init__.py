@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moezoo_kernels import backends, triton_support
 from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.dtypes import autocast
 from moezoo_kernels.grouped_mlp import cpu, op, reference
 
 # On a CPU, below this many rows per expert, a loop over experts costs more than fresh buffers do.
@@ -65,9 +66,9 @@ def grouped_mlp(
         ValueError: shapes or dtypes do not fit together, an index is out of range, more indices
             than ``max_assignments``, unknown activation, or a forced backend that can not run.
     """
-    x, w_in, w_out = _autocast(x), _autocast(w_in), _autocast(w_out)
-    bias_in = None if bias_in is None else _autocast(bias_in)
-    bias_out = None if bias_out is None else _autocast(bias_out)
+    x, w_in, w_out = autocast(x), autocast(w_in), autocast(w_out)
+    bias_in = None if bias_in is None else autocast(bias_in)
+    bias_out = None if bias_out is None else autocast(bias_out)
     _check(x, w_in, w_out, indices, weights, activation, gated, bias_in, bias_out)
     prefer = _preferred(indices, w_in.shape[0], x.dtype, max_assignments)
     run = backends.choose("grouped_mlp", x.device, x.dtype, prefer=prefer)
@@ -119,14 +120,6 @@ def _preferred(
 def _rows(indices: Tensor, max_assignments: int | None) -> int:
     slots = indices.numel()
     return slots if max_assignments is None else min(slots, max_assignments)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """Cast as ``F.linear``'s operands are cast under autocast, which leaves custom ops alone."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _check(

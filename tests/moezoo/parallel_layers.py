@@ -1,0 +1,117 @@
+"""What test_parallel.py runs in two processes: layers whose experts these share."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from moezoo import (
+    PEER,
+    CarvedMoE,
+    FeedForward,
+    HashLayer,
+    InputError,
+    MemoryPlus,
+    ProductKeyMemory,
+    SigmaMoE,
+    SparseMoE,
+)
+from moezoo.parallel import shard_experts, whole
+from moezoo.routing import RouterOptions
+
+WIDTH, VOCABULARY = 12, 30
+LAYERS = {
+    "mixture": partial(SparseMoE, num_experts=4, top_k=2, d_expert=8, num_shared_experts=1),
+    "biases": partial(SparseMoE, num_experts=6, top_k=3, d_expert=5, gated=False, bias=True),
+    "expert choice": partial(
+        SparseMoE, num_experts=4, d_expert=8, router=RouterOptions(choice="expert", normalize=False)
+    ),
+    "sigma": partial(SigmaMoE, num_experts=4),
+    "hash": partial(HashLayer, num_experts=4, vocab_size=VOCABULARY),
+    "multi hash": partial(HashLayer, num_experts=4, vocab_size=VOCABULARY, num_hashes=2),
+    "carved": partial(CarvedMoE, num_experts=4, top_k=2),
+    "peer": partial(PEER, num_experts=64, top_k=4),
+    "gated peer": partial(PEER, num_experts=64, top_k=4, gated=True),
+    "memory": partial(ProductKeyMemory, num_keys=8, top_k=4),
+    "memory plus": partial(MemoryPlus, num_keys=8, top_k=4),
+}
+# Tokens of the two ranks, and whether all are the same token, which some experts never see.
+SIZES = {"uneven": (7, 4, False), "none on one": (6, 0, False), "one expert": (5, 3, True)}
+Outcome = dict[str, torch.Tensor]
+
+
+def build(name: str) -> FeedForward:
+    """Build a layer, the same every time."""
+    torch.manual_seed(0)
+    return LAYERS[name](WIDTH).double().eval()
+
+
+def inputs(sizes: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give all tokens, their ids, and the gradient of what they become."""
+    first, second, same = SIZES[sizes]
+    generator = torch.Generator().manual_seed(1)
+    shape = (first + second, WIDTH)
+    hidden, upstream = (torch.randn(shape, generator=generator).double() for _ in range(2))
+    ids = torch.randint(VOCABULARY, shape[:1], generator=generator)
+    if same:
+        hidden, ids = hidden[:1].expand(shape), ids[:1].expand(shape[0])
+    return hidden, ids, upstream
+
+
+def compute(layer: FeedForward, sizes: str, tokens: slice, recompute: bool = False) -> Outcome:
+    """Run a layer forward and backward on some of the tokens."""
+    hidden, ids, upstream = (x[tokens].clone() for x in inputs(sizes))
+    hidden.requires_grad_()
+    run = partial(layer, token_ids=ids)
+    output = checkpoint(run, hidden, use_reentrant=False) if recompute else run(hidden)
+    assert output is not None
+    (output.hidden * upstream).sum().backward()
+    assert hidden.grad is not None
+    return {"output": output.hidden.detach(), "gradient of the input": hidden.grad}
+
+
+def gradients(layer: FeedForward, ranks: int) -> Outcome:
+    """Give the sums over ranks of the parameters' gradients, by name."""
+    total = {}
+    for name, parameter in layer.named_parameters():
+        if isinstance(parameter, DTensor):  # a mean over the ranks already
+            total[name] = whole(parameter.grad) * ranks
+        else:
+            gradient = parameter.grad
+            total[name] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+            dist.all_reduce(total[name])
+    return total
+
+
+def main(folder: Path) -> None:
+    """Leave what the ranks computed."""
+    mesh = init_device_mesh("cpu", (2,))
+    for name in LAYERS:
+        for sizes, (first, second, _) in SIZES.items():
+            tokens = slice(first) if dist.get_rank() == 0 else slice(first, first + second)
+            layer = build(name)
+            shard_experts(layer, mesh)
+            outcome = compute(layer, sizes, tokens, recompute=sizes == "uneven")
+            outcome |= gradients(layer, ranks=2)
+            hidden, ids, _ = inputs(sizes)
+            outcome["reference"] = layer.reference(hidden[tokens], token_ids=ids[tokens]).hidden
+            outcome = {key: value.detach() for key, value in outcome.items()}
+            torch.save(outcome, folder / f"{name}, {sizes}, {dist.get_rank()}.pt")
+    for layer in (SparseMoE(8, num_experts=3), PEER(8, num_experts=16, top_k=2, sparse=True)):
+        try:
+            shard_experts(layer, mesh)
+        except InputError as error:
+            with (folder / f"refused {dist.get_rank()}.txt").open("a") as file:
+                file.write(f"{error}\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    main(Path(sys.argv[1]))
+    dist.destroy_process_group()

@@ -1,0 +1,71 @@
+"""Layers whose experts two processes share, against the same layers in one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+import parallel_layers as layers  # noqa: E402 - also a program of its own
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Return where two processes left what they computed."""
+    folder = tmp_path_factory.mktemp("parallel")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.run(
+        [*launcher, layers.__file__, str(folder)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize("sizes", layers.SIZES)
+@pytest.mark.parametrize("name", layers.LAYERS)
+def test_two_ranks_compute_what_one_does(folder, name, sizes):
+    if name == "expert choice" and sizes != "none on one":
+        pytest.skip("experts choose among the tokens of one rank")
+    ranks = [torch.load(folder / f"{name}, {sizes}, {r}.pt", weights_only=True) for r in (0, 1)]
+    layer = layers.build(name)
+    alone = layers.compute(layer, sizes, slice(None))
+    close = {"rtol": 1e-10, "atol": 1e-10}
+    for what, expected in alone.items():
+        torch.testing.assert_close(torch.cat([r[what] for r in ranks]), expected, **close)
+    torch.testing.assert_close(torch.cat([r["reference"] for r in ranks]), alone["output"], **close)
+    for key, parameter in layer.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for rank in ranks:
+            torch.testing.assert_close(rank[key], expected, **close)
+
+
+def test_one_expert_leaves_a_rank_without_tokens():
+    hidden, ids, _ = layers.inputs("one expert")
+    routing = layers.build("hash").route(hidden, ids)
+    assert len(set((routing.indices // 2).flatten().tolist())) == 1
+
+
+def test_what_ranks_can_not_share_is_refused(folder):
+    for rank in (0, 1):
+        lines = (folder / f"refused {rank}.txt").read_text().splitlines()
+        assert lines == [
+            "num_experts: 3 is not a multiple of the 2 ranks that share it; change it, or the "
+            "strategy's expert_parallel",
+            "sparse: tables that ranks share have no sparse gradients; set false",
+        ]
