@@ -165,7 +165,7 @@ def _draw(panels: list[_Panel], height: float, title: str, scale: str) -> Figure
     grid = figure.add_gridspec(
         lines + 1, columns, height_ratios=[*[height + _WRITING] * lines, 0.1]
     )
-    image = None
+    image: Any = None
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(grid[number // columns, number % columns])
         image = _draw_panel(axes, panel)

@@ -44,7 +44,9 @@ def watch(layers: Mapping[str, FeedForward], see: See) -> Iterator[None]:
 def _listen(name: str, layer: FeedForward, see: See) -> torch.utils.hooks.RemovableHandle:
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden"]
-        context = {k: kwargs[k] for k in ("token_ids", "router_input", "mask") if k in kwargs}
+        context: dict[str, Tensor | None] = {
+            k: kwargs[k] for k in ("token_ids", "router_input", "mask") if k in kwargs
+        }
         with torch.no_grad():
             see(name, layer, hidden, context)
 
