@@ -351,7 +351,7 @@ class LanguageModel(LightningModule):
             raise InputError("ckpt_path: the checkpoint was not written by moezoo fit")
         with own_names():
             check_same("model", saved["config"], describe(self.model.config))
-        check_same("lora", saved["lora"], describe_adapters(self.model, self.lora))
+        check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))
         whole, state = self.state_dict(), checkpoint["state_dict"]
         check_tensors(state, whole if self.lora is None else trained_state(self))
         checkpoint["state_dict"] = {**whole, **state}
