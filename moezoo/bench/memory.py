@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,23 +16,43 @@ from moezoo.bench.case import Contender
 def saved_bytes(contender: Contender) -> int:
     """Count the bytes that autograd keeps between forward and backward.
 
-    Every storage counts once and whole, as that is what stays allocated. Operands and constants,
-    which are there anyway, do not count.
+    Operands and constants, which are there anyway, do not count.
     """
     given = [*contender.operands.values(), *contender.constants]
-    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    with contender.within(), saved_storages(given) as kept:
+        output = contender.forward()
+    del output
+    return sum(kept.values())
+
+
+@contextmanager
+def saved_storages(given: Iterable[Tensor] = ()) -> Iterator[dict[int, int]]:
+    """Note what autograd keeps of the forward passes inside, without computing anything more.
+
+    Every storage counts once and whole, as that is what stays allocated. Real and fake tensors are
+    seen alike. Keep what the forward passes return until the end, so that no address is used twice.
+
+    Args:
+        given: tensors that are there anyway, and do not count.
+
+    Yields:
+        The bytes of every storage that is kept, by its address; it fills while inside.
+    """
+    known = {storage_key(tensor) for tensor in given}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+        if tensor.layout is torch.strided and (key := storage_key(tensor)) not in known:
+            kept[key] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with contender.within(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = contender.forward()
-    del output
-    return sum(size for pointer, size in kept.items() if pointer not in known)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Tell a strided tensor's storage from all others that are alive, also where it is fake."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def temporary_bytes(step: Callable[[], tuple[Tensor, ...]], device: torch.device) -> int:
