@@ -33,6 +33,9 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "prepare": Command("moezoo_train.prepare:prepare", "turn text into a tokenizer and tokens"),
         "fit": Command("moezoo_train.cli:run", "train a model as a YAML file says", True),
+        "plan": Command(
+            "moezoo_train.plan:run", "memory, traffic and time of a run on many GPUs", True
+        ),
         "compare": Command(
             "moezoo_train.compare:compare", "methods side by side at equal active FLOPs"
         ),

@@ -1,0 +1,127 @@
+"""Predicted bytes of collectives against those that two processes make, counted one by one.
+
+The processes import this file: it must not load Lightning, which takes seconds.
+"""
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moezoo_models import MoezooConfig, MoezooForCausalLM
+
+# Name of a case: kind of model, layout, micro-batches per step, activation checkpointing.
+CASES = {
+    "dense ddp": ("dense", "ddp", 1, False),
+    "moe ddp": ("moe", "ddp", 3, False),
+    "moe ddp checkpointed": ("moe", "ddp", 1, True),
+    "peer ddp": ("peer", "ddp", 1, False),
+    "memory_plus ddp": ("memory_plus", "ddp", 1, False),
+    "dense fsdp": ("dense", "fsdp", 1, False),
+    "dense fsdp checkpointed": ("dense", "fsdp", 1, True),
+    "moe fsdp": ("moe", "fsdp", 2, False),
+    "peer fsdp": ("peer", "fsdp", 1, False),
+    "pair ep": ("pair", "ep", 1, False),  # every token goes to both processes
+    "pair ep checkpointed": ("pair", "ep", 1, True),
+}
+WIDTH = 32
+# What torch calls a collective, and which of its arguments is the whole.
+WHOLE = {
+    "c10d::allreduce_": ("all_reduce", 0),
+    "c10d::broadcast_": ("broadcast", 0),
+    "c10d::_allgather_base_": ("all_gather", 0),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
+    "_c10d_functional::all_to_all_single": ("all_to_all", 0),
+}
+WAITING = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
+
+
+class CountingMode(TorchDispatchMode):
+    """Adds up the bytes of every collective that passes torch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and func._schema.name not in WAITING:
+            kind, position = WHOLE[func._schema.name]  # an unknown collective fails the test
+            whole = args[position]
+            if kind == "all_to_all" and whole.shape[-1] != WIDTH:
+                kind = "counts, indices and weights"
+            for tensor in [whole] if isinstance(whole, torch.Tensor) else whole:
+                self.bytes[kind] += tensor.numel() * tensor.element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def count_step(model: MoezooForCausalLM, layout: str, micro_batches: int) -> dict[str, int]:
+    """Count one step; of DDP the third, by when it has made its buckets."""
+    if layout == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        wrapped: Any = model
+    elif layout == "ep":
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from moezoo.parallel import shard_experts
+
+        shard_experts(model, init_device_mesh("cpu", (2,)))
+        wrapped = model
+    else:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(3 if layout == "ddp" else 1):
+        with CountingMode() as counted:
+            for number in range(micro_batches):
+                if layout == "ddp":
+                    wrapped.require_backward_grad_sync = number == micro_batches - 1
+                ids = torch.randint(75, (3, 21))
+                wrapped(input_ids=ids, shift_labels=ids, use_cache=False).loss.backward()
+    return dict(counted.bytes)
+
+
+def run_rank(rank: int, path: str, cases: dict[str, Any]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    found = {}
+    for name, (config, layout, micro_batches, checkpointing) in cases.items():
+        model = MoezooForCausalLM(MoezooConfig(**config)).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        found[name] = count_step(model, layout, micro_batches)
+    if rank == 0:
+        torch.save(found, path + ".counted")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory, make_config) -> dict[str, dict[str, int]]:
+    """Return the bytes of every case, counted in one launch of two processes."""
+    path = str(tmp_path_factory.mktemp("ranks") / "rendezvous")
+    cases = {name: (make_config(case[0]), *case[1:]) for name, case in CASES.items()}
+    mp.start_processes(run_rank, (path, cases), nprocs=2, start_method="spawn")
+    return torch.load(path + ".counted", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_are_those_counted(name, counted, make_plan):
+    kind, layout, micro_batches, checkpointing = CASES[name]
+    plan = make_plan(
+        kind, layout, accumulation=micro_batches, activation_checkpointing=checkpointing
+    )
+    predicted: Counter[str] = Counter()
+    for one in plan.collectives():
+        predicted[one.kind] += one.size
+    if layout == "ep":  # alone: the rest is as in ddp
+        assert predicted["all_to_all"] == counted[name]["all_to_all"]
+    else:
+        assert dict(predicted) == counted[name]

@@ -1,0 +1,216 @@
+"""From what a GPU holds, computes and sends to bounds on the time of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from moezoo_train.plan.layouts import DEEPSPEED, Collective, Plan, refusal
+from moezoo_train.plan.machine import Machine
+from moezoo_train.plan.setup import Setup
+from moezoo_train.plan.trace import Trace, trace
+from moezoo_train.throughput import ffn_layers
+
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+SCALE = (*(2**n for n in range(14)), 10_000)
+"""Numbers of GPUs that the pictures show."""
+
+
+class Bounds(NamedTuple):
+    """Seconds below which a step can not be done, were it only for one thing.
+
+    With everything overlapped perfectly a step takes the largest; with nothing, the sum. Latencies
+    are not counted, nor is what reaches less than the data sheet's peak.
+
+    Attributes:
+        compute: FLOPs of the matrix products at the peak.
+        memory: bytes that a GPU must read and write in its own memory.
+        network: bytes that it must send.
+    """
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def step(self) -> float:
+        """The largest."""
+        return max(self)
+
+    @property
+    def largest(self) -> str:
+        """The name of the largest."""
+        return max(self._fields, key=lambda name: getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan on a machine.
+
+    Attributes:
+        plan: the run in a layout.
+        machine: the GPUs.
+    """
+
+    plan: Plan
+    machine: Machine
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU has the memory."""
+        return self.plan.memory().total <= self.machine.memory
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of one optimizer step on all GPUs together."""
+        setup = self.plan.setup
+        return setup.tokens * self.plan.share * setup.accumulation * self.plan.gpus
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one step on one GPU."""
+        return self.plan.setup.flops_per_token * self.tokens_per_step / self.plan.gpus
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of all GPUs, at most."""
+        return self.tokens_per_step / self.bounds.step
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """The bounds on the time of a step."""
+        machine, half = self.machine, self.plan.setup.precision.half
+        return Bounds(
+            self.flops / (machine.half if half else machine.single),
+            self.bytes_moved / machine.bandwidth,
+            sum(network_seconds(one, machine) for one in self.plan.collectives()),
+        )
+
+    @property
+    def bytes_moved(self) -> float:
+        """Bytes that a GPU reads and writes in one step, at least.
+
+        Parameters are read once in each pass, of experts and tables no more than the tokens touch;
+        activations are written and read; gradients are written, and read by the next micro-batch
+        or the optimizer, which reads and writes its state and its share of the parameters.
+        """
+        plan, memory, setup = self.plan, self.plan.memory(), self.plan.setup
+        passes = 3 if setup.checkpointing else 2
+        weights = passes * touched(setup, plan.share) * setup.precision.compute.itemsize
+        kept = 2 * (memory.activations + memory.weight_copies)
+        micro_batch = weights + kept + 2 * memory.gradients
+        owned = memory.parameters / (plan.gpus if plan.layout in ("zero1", "zero2") else 1)
+        return setup.accumulation * micro_batch + 2 * (memory.optimizer + owned)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give all figures, for JSON."""
+        memory, bounds = self.plan.memory(), self.bounds
+        return {
+            "layout": self.plan.layout,
+            "gpus": self.plan.gpus,
+            "expert_parallel": self.plan.expert_parallel,
+            "memory_bytes": {**memory._asdict(), "total": memory.total},
+            "fits": self.fits,
+            "flops_per_gpu": self.flops,
+            "collectives": [{**one._asdict(), "sent": one.sent} for one in self.plan.collectives()],
+            "bound_seconds": {**bounds._asdict(), "step": bounds.step, "largest": bounds.largest},
+            "tokens_per_step": self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def touched(setup: Setup, share: float = 1.0) -> float:
+    """Count the parameters that the tokens of a micro-batch touch, at most."""
+    tokens = setup.tokens * share
+    untouched = 0.0
+    for layer in ffn_layers(setup.model):
+        cost = layer.cost()
+        untouched += cost.total_parameters - min(
+            cost.total_parameters, tokens * cost.active_parameters
+        )
+    return sum(p.numel() for p in setup.parameters) - untouched
+
+
+def network_seconds(collective: Collective, machine: Machine) -> float:
+    """Bound the time of an exchange by the links that it must take.
+
+    Inside a node every GPU sends over its own link. A ring through several nodes leaves each node
+    once and shares the node's network cards with those of other groups, so that it can be as fast
+    as all cards together; of an all-to-all every GPU's own card takes what goes to other nodes.
+    """
+    size, node = collective.sent, machine.gpus_per_node
+    if collective.group * collective.stride <= node:
+        return size / machine.link
+    if collective.kind == "all_to_all":
+        outside = (collective.group - node) / (collective.group - 1)
+        return max(size * outside / machine.network, size * (1 - outside) / machine.link)
+    rings = min(collective.stride, node)
+    return size / min(machine.link, machine.network * node / rings)
+
+
+class Planner:
+    """Plans one run in any layout, tracing it once.
+
+    Args:
+        setup: the run.
+        machine: the GPUs.
+        expert_parallel: GPUs that share one set of experts; None for the largest number inside a
+            node that divides GPUs and experts.
+        cpu: attend as a CPU does.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        machine: Machine,
+        expert_parallel: int | None = None,
+        cpu: bool = False,
+    ) -> None:
+        self.setup, self.machine, self.cpu = setup, machine, cpu
+        self._expert_parallel = expert_parallel
+        self._traces: dict[bool, Trace] = {}
+
+    def expert_parallel(self, gpus: int) -> int:
+        """Give the number of GPUs that share one set of experts."""
+        if self._expert_parallel is not None:
+            return self._expert_parallel
+        counts = [experts.num_experts for experts, _ in self.setup.expert_layers]
+        most = math.gcd(gpus, *counts)
+        return max(n for n in range(1, self.machine.gpus_per_node + 1) if most % n == 0)
+
+    def refusal(self, layout: str, gpus: int) -> str | None:
+        """Say why a layout can not be had; None if it can."""
+        return refusal(self.setup, layout, gpus, self.expert_parallel(gpus))
+
+    def estimate(self, layout: str, gpus: int, share: float = 1.0) -> Estimate:
+        """Plan a layout on so many GPUs, each with this share of the configured micro-batch."""
+        groups = self.expert_parallel(gpus) if layout == "ep" else 1
+        plan = Plan(self.setup, self._trace(layout), layout, gpus, groups, share)
+        return Estimate(plan, self.machine)
+
+    def scale(
+        self, layout: str, global_batch_of: int | None = None, counts: Iterable[int] = SCALE
+    ) -> list[Estimate]:
+        """Plan a layout on more and more GPUs, where it can be had.
+
+        Args:
+            layout: the layout.
+            global_batch_of: hold the global batch of so many GPUs, as long as there is a window for
+                each; None gives every GPU the configured micro-batch.
+            counts: numbers of GPUs.
+        """
+        found = []
+        for gpus in counts:
+            share = 1.0 if global_batch_of is None else global_batch_of / gpus
+            if self.refusal(layout, gpus) is None and share * self.setup.batch_size >= 1:
+                found.append(self.estimate(layout, gpus, share))
+        return found
+
+    def _trace(self, layout: str) -> Trace:
+        autocast = layout not in DEEPSPEED or not self.setup.precision.mixed
+        if autocast not in self._traces:
+            self._traces[autocast] = trace(self.setup, cpu=self.cpu, autocast=autocast)
+        return self._traces[autocast]

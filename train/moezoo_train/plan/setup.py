@@ -1,0 +1,192 @@
+"""What a training configuration says, with the model built but not filled."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from moezoo.errors import InputError
+from moezoo.experts import MLPExperts
+from moezoo_models import MoezooForCausalLM
+from moezoo_train.module import LanguageModel
+from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
+from moezoo_train.throughput import ffn_layers, forward_flops_per_token
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+WHOLE = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a run.
+
+    Attributes:
+        name: as Lightning's ``precision``.
+        parameters: dtype of parameters, gradients and optimizer state.
+        compute: dtype of matrix products and of what is exchanged between experts.
+    """
+
+    name: str
+    parameters: torch.dtype
+    compute: torch.dtype
+
+    @property
+    def mixed(self) -> bool:
+        """Whether autocast makes low-precision copies of the parameters."""
+        return self.parameters != self.compute
+
+    @property
+    def half(self) -> bool:
+        """Whether matrix products take 16 bits."""
+        return self.compute.itemsize == 2
+
+
+def precision(name: str | int | None) -> Precision:
+    """Read Lightning's ``trainer.precision``.
+
+    Raises:
+        InputError: a precision without formulas here.
+    """
+    short = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+    text = short.get(str(name), str(name))
+    if text in AUTOCAST:
+        return Precision(text, torch.float32, AUTOCAST[text])
+    if text in WHOLE:
+        return Precision(text, WHOLE[text], WHOLE[text])
+    known = ", ".join([*AUTOCAST, *WHOLE])
+    raise InputError(f"trainer.precision: there are no formulas for '{name}'; choose from: {known}")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training run as its configuration describes it.
+
+    Attributes:
+        model: on the meta device, in fp32.
+        optimizer: how parameters are updated.
+        precision: dtypes.
+        batch_size: windows per micro-batch and process.
+        sequence_length: tokens per window.
+        accumulation: micro-batches per optimizer step.
+    """
+
+    model: MoezooForCausalLM
+    optimizer: OptimizerConfig
+    precision: Precision
+    batch_size: int
+    sequence_length: int
+    accumulation: int
+
+    @classmethod
+    def of(
+        cls,
+        module: LanguageModel,
+        precision: Precision,
+        batch_size: int,
+        sequence_length: int,
+        accumulation: int = 1,
+    ) -> Setup:
+        """Take over what a LightningModule was told.
+
+        Raises:
+            InputError: there is no formula for its gradients.
+        """
+        setup = cls(
+            module.model,
+            module.optimizer_config,
+            precision,
+            batch_size,
+            sequence_length,
+            accumulation,
+        )
+        if any(is_sparse(group) for group in setup.parameter_groups):
+            raise InputError(
+                "sparse: the size of sparse gradients depends on the text, and they are not summed "
+                "over processes; set the layer's sparse to false"
+            )
+        return setup
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on one GPU."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks are run again in the backward pass."""
+        return any(getattr(b, "gradient_checkpointing", False) for b in self.model.model.blocks())
+
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        """Every parameter once, also where it is tied or shared."""
+        return list(self.model.parameters())
+
+    @cached_property
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """The optimizer's groups over the trained parameters."""
+        return build_optimizer(self.model, self.optimizer, fused=False).param_groups
+
+    @cached_property
+    def expert_layers(self) -> list[tuple[MLPExperts, int]]:
+        """Stacked experts behind a router, each with how many of them a token takes."""
+        found = []
+        for layer in ffn_layers(self.model):
+            experts = getattr(layer, "experts", None)
+            if isinstance(experts, MLPExperts):
+                names = (name for name in ("top_k", "num_hashes") if hasattr(layer, name))
+                found.append((experts, int(getattr(layer, next(names)))))
+        return found
+
+    @cached_property
+    def expert_parameters(self) -> set[Parameter]:
+        """Those that expert parallelism shards."""
+        return {p for experts, _ in self.expert_layers for p in experts.parameters()}
+
+    @cached_property
+    def buffers(self) -> list[Tensor]:
+        """Every buffer once."""
+        return list(self.model.buffers())
+
+    @cached_property
+    def units(self) -> list[list[Parameter]]:
+        """What FSDP gathers at a time: each block, and last what is in none of them."""
+        seen: set[Parameter] = set()
+        units: list[list[Parameter]] = []
+        for module in [*self.model.model.blocks(), self.model]:
+            own = [p for p in module.parameters() if p not in seen]
+            seen.update(own)
+            units.append(own)
+        return units
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """FLOPs of the matrix products of a training step, per token.
+
+        The backward pass takes twice the forward pass (Kaplan et al. 2020, arXiv:2001.08361,
+        section 2.1); activation checkpointing repeats the blocks' forward pass, not the head's.
+        """
+        forward = forward_flops_per_token(self.model, self.sequence_length)
+        head = 2 * self.model.lm_head.weight.numel()
+        return 3.0 * forward + (forward - head if self.checkpointing else 0)
+
+    def excerpt(
+        self, layers: list[int], checkpointing: bool, dtype: torch.dtype
+    ) -> MoezooForCausalLM:
+        """Copy the model to another dtype, with these of its blocks only."""
+        decoder = self.model.model
+        whole = decoder.layers
+        decoder.layers = nn.ModuleList(whole[number] for number in layers)
+        try:
+            copied = copy.deepcopy(self.model)
+            nn.Module.to(copied, dtype)
+        finally:
+            decoder.layers = whole
+        copied.config.layer_types = [copied.config.layer_types[number] for number in layers]
+        for block in copied.model.blocks():
+            block.gradient_checkpointing = checkpointing
+        return copied

@@ -1,0 +1,229 @@
+"""A forward and a backward pass through shapes alone.
+
+What a layer saves for its backward pass follows from its code, so it is read off the code: the
+model runs on fake tensors (``torch._subclasses.FakeTensorMode``), which have shapes and dtypes and
+no data, with autograd's saved tensors and all collectives noted. Blocks of the same kind save the
+same, so at most two of each kind are run, and a hundred layers take no longer than two.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from moezoo.bench.memory import saved_storages, storage_key
+from moezoo_models import MoezooForCausalLM
+from moezoo_models.attention_backends import ATTENTION
+from moezoo_train.plan.setup import Setup
+
+COLLECTIVES = ("c10d", "_c10d_functional")
+"""Namespaces of torch's operators for collectives."""
+
+
+@dataclass
+class Trace:
+    """What one micro-batch of one process needs.
+
+    Attributes:
+        activations: bytes kept between forward and backward, without the next.
+        weight_copies: of these, bytes of the low-precision parameters that autocast makes.
+        block: bytes that the largest block keeps while it is run again; 0 without checkpointing.
+        collectives: bytes of the layers' own collectives, by kind: statistics over all processes.
+    """
+
+    activations: float = 0.0
+    weight_copies: float = 0.0
+    block: float = 0.0
+    collectives: dict[str, float] = field(default_factory=dict)
+
+    def plus(self, other: Trace, times: float) -> Trace:
+        """Add another trace so many times; the largest block stays what it is."""
+        collectives = defaultdict(float, self.collectives)
+        for kind, size in other.collectives.items():
+            collectives[kind] += times * size
+        return Trace(
+            self.activations + times * other.activations,
+            self.weight_copies + times * other.weight_copies,
+            self.block,
+            dict(collectives),
+        )
+
+
+def trace(setup: Setup, *, cpu: bool = False, autocast: bool = True) -> Trace:
+    """Trace a micro-batch of a whole model.
+
+    Args:
+        setup: the run.
+        cpu: attend as a CPU does, which under autocast computes attention in fp32.
+        autocast: whether a run of mixed precision uses autocast; otherwise, as in DeepSpeed, its
+            parameters themselves are of the lower precision.
+    """
+    kinds = _kinds(setup.model)
+    first = [layers[0] for layers in kinds]
+    checkpointing = setup.checkpointing
+    base = _run(setup, sorted(first), cpu, autocast, checkpointing)
+    whole = base
+    for layers in kinds:
+        if len(layers) > 1:
+            two = _run(setup, sorted([*first, layers[1]]), cpu, autocast, checkpointing)
+            whole = whole.plus(two.plus(base, -1.0), len(layers) - 1)
+    if checkpointing:
+        none = _run(setup, [], cpu, autocast, False)
+        alone = [_run(setup, [number], cpu, autocast, False) for number in first]
+        whole.block = max(_kept(one) for one in alone) - _kept(none)
+    return whole
+
+
+def _kinds(model: MoezooForCausalLM) -> list[list[int]]:
+    """Sort the numbers of the blocks by what the blocks are."""
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for number, block in enumerate(model.model.blocks()):
+        description = [block.mlp.config(), model.config.layer_types[number]]
+        kinds[json.dumps(description, sort_keys=True)].append(number)
+    return list(kinds.values())
+
+
+def _kept(found: Trace) -> float:
+    return found.activations + found.weight_copies
+
+
+def _run(setup: Setup, layers: list[int], cpu: bool, autocast: bool, checkpointing: bool) -> Trace:
+    """Trace the model with these of its blocks only."""
+    lower = setup.precision.mixed and not autocast
+    dtype = setup.precision.compute if lower else setup.precision.parameters
+    casting: Any = nullcontext()
+    if setup.precision.mixed and autocast:
+        casting = torch.autocast("cpu", setup.precision.compute)
+    attention = nullcontext() if cpu else _attention_of_gpus()
+    model = setup.excerpt(layers, checkpointing, dtype)
+    with _fake_processes(), FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        ids = torch.empty(setup.batch_size, setup.sequence_length, dtype=torch.int64)
+        labels = torch.empty_like(ids)
+        given = [*model.parameters(), *model.buffers()]
+        observer = _Observer(given)
+        with observer, _KnownValues(), attention:
+            with casting, saved_storages(given) as kept:
+                # Embedded here: what embeds tokens on a CPU looks at their values first.
+                output = model(
+                    input_ids=ids,
+                    attention_mask=_masks(model),
+                    inputs_embeds=model.model.embed_tokens(ids),
+                    shift_labels=labels,
+                    use_cache=False,
+                )
+            if observer.collectives:  # there may be more of them on the way back
+                output.loss.backward()
+        copies = sum(size for key, size in kept.items() if key in observer.copies)
+    return Trace(sum(kept.values()) - copies, copies, 0.0, dict(observer.collectives))
+
+
+def _masks(model: MoezooForCausalLM) -> dict[str, None] | None:
+    """Leave out the causal mask where training does, though transformers wants it for fake tensors.
+
+    Windows of the training data hold no padding, so that sdpa is causal by a flag.
+    """
+    if model.config._attn_implementation != "sdpa" or model.config.sliding_window is not None:
+        return None
+    return dict.fromkeys(model.config.layer_types)
+
+
+@contextmanager
+def _fake_processes() -> Iterator[None]:
+    """Let layers believe that there are two processes; what they send goes nowhere."""
+    dist.init_process_group("fake", rank=0, world_size=2)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed.nn.functional", FutureWarning)
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _attention_of_gpus() -> Iterator[None]:
+    """Attend in the dtype of queries and keys, as on a GPU, on tensors that are on a CPU."""
+    own = ATTENTION["sdpa"]
+    ATTENTION["sdpa"] = sdpa_attention_forward
+    try:
+        yield
+    finally:
+        ATTENTION["sdpa"] = own
+
+
+class _KnownValues(TorchFunctionMode):
+    """Answer what layers ask of values, which fake tensors do not have.
+
+    Token ids are in range, and the tables of hash layers, which are made when training starts, are
+    there.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.aminmax:
+            return 0, 0
+        if func is Tensor.__bool__:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class _Observer(TorchDispatchMode):
+    """Note collectives, and which tensors are parameters in another dtype."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__()
+        self._parameters = {storage_key(parameter) for parameter in parameters}
+        self._alive: list[Any] = []
+        self.copies: set[int] = set()
+        self.collectives: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in COLLECTIVES:
+            self.collectives[collective_kind(func)] += collective_bytes(args)
+        result = func(*args, **(kwargs or {}))
+        self._alive.append(result)  # else its address may be used again; fake tensors are small
+        if func is torch.ops.aten._to_copy.default and storage_key(args[0]) in self._parameters:
+            self.copies.add(storage_key(result))
+        return result
+
+
+def collective_kind(operator: Any) -> str:
+    """Name a collective of torch as the plan does: ``all_reduce`` for ``c10d::allreduce_``."""
+    name = operator.name().partition("::")[2].partition(".")[0].strip("_")
+    kinds = {
+        "allreduce": "all_reduce",
+        "allgather_base": "all_gather",
+        "all_gather_into_tensor": "all_gather",
+        "reduce_scatter_base": "reduce_scatter",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "alltoall_base": "all_to_all",
+        "all_to_all_single": "all_to_all",
+    }
+    return kinds.get(name, name)
+
+
+def collective_bytes(arguments: Any) -> int:
+    """Give the size of the larger side of a collective: what is gathered, scattered or summed."""
+
+    def size(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return value.numel() * value.element_size()
+        return sum(size(part) for part in value) if isinstance(value, list | tuple) else 0
+
+    return max((size(argument) for argument in arguments), default=0)
