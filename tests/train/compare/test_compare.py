@@ -1,5 +1,6 @@
 """`moezoo compare` from end to end on a page of text, and what it does when run again."""
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from moezoo import InputError
 from moezoo.__main__ import main
 from moezoo.random_routing import RandomRouting
 from moezoo_train.compare import run as runs
+from moezoo_train.compare.command import fits
 from moezoo_train.compare.plan import fingerprint, plan
 from moezoo_train.compare.settings import (
     Experiment,
@@ -19,6 +21,7 @@ from moezoo_train.compare.settings import (
     TextOptions,
     parse_methods,
 )
+from moezoo_train.loggers import read_metrics
 from moezoo_train.metrics import ExpertLoad
 from moezoo_train.optim import OptimizerConfig
 from moezoo_train.schedule import ScheduleConfig
@@ -85,7 +88,18 @@ def test_it_trains_compares_and_is_resumed_run_by_run(recipe, capsys):
     captured = capsys.readouterr()
     assert "8 runs, 0 of them finished before" in captured.err
     assert "[8/8] memory, seed 1: val loss" in captured.err
-    assert "out/ holds table.md, results.csv, results.json, loss.png." in captured.out
+    assert captured.out.endswith("load.png, load.svg, index.html.\n")
+    assert all(300e6 < r["peak_memory"] < 20e9 for r in first.values())
+    with open("out/curves.csv") as file:
+        curves = [line for line in csv.DictReader(file) if line["method"] == "moe"]
+    assert [(line["random_routing"], line["tokens"]) for line in curves] == [
+        ("False", "192"),
+        ("True", "192"),
+    ]
+    logged = [read_metrics(f"out/moe-{seed}/metrics.csv")[0] for seed in (0, 1)]
+    losses = [float(line["train/loss"]) for line in logged]
+    assert float(curves[0]["loss"]) == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert float(curves[0]["error"]) == pytest.approx(abs(losses[0] - losses[1]) / 2, rel=1e-4)
     rows = {row["name"]: row for row in json.loads(Path("out/results.json").read_text())["rows"]}
     pair = first["moe-random-0"]["val_loss"] - first["moe-0"]["val_loss"]
     other = first["moe-random-1"]["val_loss"] - first["moe-1"]["val_loss"]
@@ -98,6 +112,18 @@ def test_it_trains_compares_and_is_resumed_run_by_run(recipe, capsys):
     assert "8 runs, 7 of them finished before" in capsys.readouterr().err
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert results()["moe-1"]["val_loss"] == first["moe-1"]["val_loss"]  # to the last bit
+
+    assert main(["compare", "--config", "out/config.yaml"]) == 0
+    assert "8 runs, 8 of them finished before" in capsys.readouterr().err
+
+    Path("out/moe-1/result.json").unlink()
+    assert command(recipe, "--minutes", "0") == 0
+    captured = capsys.readouterr()
+    assert "no time for 1 runs; the same command goes on" in captured.err
+    assert "Not trained yet: moe, seed 1." in captured.out
+    rows = {row["name"]: row for row in json.loads(Path("out/results.json").read_text())["rows"]}
+    assert rows["moe"]["loss"]["count"] == 1
+    assert not Path("out/moe-1/result.json").exists()
 
     assert command(recipe, "--max_steps", "2", "--only", "[dense_mlp]") == 0
     assert "2 runs, 0 of them finished before" in capsys.readouterr().err
@@ -125,6 +151,23 @@ def test_a_failing_run_is_reported_and_the_others_go_on(recipe, capsys, monkeypa
     monkeypatch.setattr(runs, "train", train)
     assert command(recipe, "--seeds", "[0]") == 0
     assert "4 runs, 3 of them finished before" in capsys.readouterr().err
+
+
+def test_no_run_is_begun_that_would_end_too_late():
+    assert fits([], None)
+    assert fits([1e9], None)
+    assert not fits([], 0)
+    assert fits([], 0.1)  # nothing is known of how long one takes
+    assert fits([60.0, 120.0], 5)
+    assert not fits([60.0, 120.0], 4.9)
+
+
+def test_without_a_finished_run_there_is_nothing_to_show(recipe, capsys):
+    assert command(recipe, "--minutes", "0") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "moezoo: error: minutes: no run of out is finished yet; allow more of them"
+    )
+    assert not Path("out").exists()
 
 
 def test_an_interrupted_run_leaves_no_result(recipe, capsys, monkeypatch):
@@ -238,6 +281,7 @@ MISTAKES = [
     ({"seeds": [1, 1]}, "seeds: [1, 1] holds one twice"),
     ({"seeds": []}, "seeds: there is none"),
     ({"only": ["mo"]}, "only: 'mo' is not known; did you mean 'moe'?"),
+    ({"minutes": -1}, "minutes: -1 is out of range"),
     ({"max_steps": 0}, "max_steps: 0 is out of range"),
     ({"max_steps": 1}, "schedule.warmup_steps: 1 does not fit into 1 steps"),
     ({"model": {"d_model": 30, "num_heads": 4}}, "d_model: 30 is not divisible by num_heads 4"),

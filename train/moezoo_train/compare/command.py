@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from moezoo.errors import InputError, check_choice
+from moezoo.errors import InputError, check_choice, check_number
+from moezoo_train.compare.curves import flops_per_token, read_curves
 from moezoo_train.compare.plan import Run, plan
 from moezoo_train.compare.report import write_report
 from moezoo_train.compare.results import aggregate
-from moezoo_train.compare.run import Result, build, execute, finished
+from moezoo_train.compare.run import Result, execute, finished
 from moezoo_train.compare.settings import (
     Experiment,
     ModelOptions,
@@ -37,6 +37,7 @@ def compare(
     tolerance: float = 0.05,
     precision: str = "32-true",
     only: list[str] | None = None,
+    minutes: float | None = None,
     model: ModelOptions = ModelOptions(),  # noqa: B008 - frozen
     text: TextOptions = TextOptions(),  # noqa: B008 - frozen
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
@@ -52,8 +53,8 @@ def compare(
     Args:
         methods: rows of the table: a name, and in what the method differs from the zoo's (method,
             arguments, layers, width, ablation, optimizer).
-        output: directory of the comparison; table.md, results.csv, results.json and loss.png are
-            written to it, and a folder for each run.
+        output: directory of the comparison; index.html, table.md, pictures and the numbers behind
+            them are written to it, and a folder for each run.
         baseline: method of the zoo whose FLOPs the others meet; blocks that a method does not take
             have it too.
         layers: blocks that get the method: all, every 2, 3, or [3, 7].
@@ -63,6 +64,8 @@ def compare(
         tolerance: largest relative difference of a layer's FLOPs from the baseline's.
         precision: as the trainer's, e.g. 32-true or bf16-mixed.
         only: train and show these rows only.
+        minutes: begin no run that would likely end later than this; the same command goes on where
+            it left off. With 0 nothing is trained, and what is finished is shown.
         model: the decoder around the layers.
         text: what is learned from.
         optimizer: how parameters are updated; the layers' own learning-rate multipliers hold.
@@ -89,16 +92,22 @@ def compare(
         schedule=schedule,
         precision=precision,
     )
+    if minutes is not None:
+        check_number("minutes", minutes)
     runs = plan(experiment)
-    _check(runs)
-    results = _run_all(Path(output), runs, _prepare(text), Console(stderr=True))
-    pairs = list(zip(runs, results, strict=True))
+    flops = _check(runs)
+    results = _run_all(Path(output), runs, _prepare(text), Console(stderr=True), minutes)
+    pairs = [(run, result) for run, result in zip(runs, results, strict=True) if result]
+    if not pairs:
+        raise InputError(f"minutes: no run of {output} is finished yet; allow more of them")
     files = write_report(
         Path(output),
         f"Methods at equal active FLOPs: {output}",
         experiment,
         aggregate(pairs),
-        results,
+        [result for _, result in pairs],
+        read_curves(Path(output), pairs, flops),
+        [str(run) for run, result in zip(runs, results, strict=True) if not result],
     )
     print(f"{output}/ holds {', '.join(files)}.")
     failed = [str(run) for run, result in pairs if result.failure is not None]
@@ -109,12 +118,12 @@ def compare(
         )
 
 
-def _check(runs: list[Run]) -> None:
-    """Build every model without its weights: what is wrong shows before anything is trained."""
-    for run in runs:
-        if run.seed == runs[0].seed:
-            with torch.device("meta"):
-                build(run, run.experiment.text.vocab_size)
+def _check(runs: list[Run]) -> dict[str, int]:
+    """Build every model without its weights: what is wrong shows before anything is trained.
+
+    Gives the forward FLOPs of a token by row.
+    """
+    return {run.row: flops_per_token(run) for run in runs if run.seed == runs[0].seed}
 
 
 def _prepare(text: TextOptions) -> dict[str, Any]:
@@ -127,24 +136,41 @@ def _prepare(text: TextOptions) -> dict[str, Any]:
     ).inputs
 
 
-def _run_all(output: Path, runs: list[Run], data: dict[str, Any], console: Console) -> list[Result]:
-    """Train what is not finished, with a line for each run."""
+def _run_all(
+    output: Path,
+    runs: list[Run],
+    data: dict[str, Any],
+    console: Console,
+    minutes: float | None,
+) -> list[Result | None]:
+    """Train what is not finished while there is time, with a line for each run."""
     quiet_lightning()
-    known = [finished(output, run, data) for run in runs]
-    left = known.count(None)
+    results = [finished(output, run, data) for run in runs]
+    left = results.count(None)
     console.print(f"{len(runs)} runs, {len(runs) - left} of them finished before", highlight=False)
-    results, seconds, done = [], 0.0, 0
-    for number, (run, result) in enumerate(zip(runs, known, strict=True), 1):
-        if result is None:
-            started = time.perf_counter()
-            result = execute(output, run, data, console)
-            seconds += time.perf_counter() - started
-            done += 1
-            rest = seconds / done * (left - done)
-            line = f"[{number}/{len(runs)}] {run}: {_outcome(result)}; {_minutes(rest)} left"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        results.append(result)
+    taken: list[float] = []
+    for number, run in enumerate(runs, 1):
+        if results[number - 1] is not None:
+            continue
+        if not fits(taken, minutes):
+            console.print(
+                f"no time for {left - len(taken)} runs; the same command goes on", highlight=False
+            )
+            break
+        started = time.perf_counter()
+        result = results[number - 1] = execute(output, run, data, console)
+        taken.append(time.perf_counter() - started)
+        rest = sum(taken) / len(taken) * (left - len(taken))
+        line = f"[{number}/{len(runs)}] {run}: {_outcome(result)}; {_minutes(rest)} left"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return results
+
+
+def fits(taken: list[float], minutes: float | None) -> bool:
+    """Say whether another run ends in time if it takes as long as the longest of those before."""
+    if minutes is None:
+        return True
+    return minutes > 0 and sum(taken) + max(taken, default=0.0) <= 60 * minutes
 
 
 def _outcome(result: Result) -> str:

@@ -1,12 +1,15 @@
-"""The picture of a comparison: each method's loss, its random-routing ablation beside it."""
+"""The pictures of a comparison: losses, learning curves, parameters and load, as PNG and SVG."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo_train.checkpointing import atomic_write
+from moezoo_train.compare.curves import Curve
+from moezoo_train.compare.panels import compute, load, parameters
 from moezoo_train.compare.results import Mean, Row
 
 if TYPE_CHECKING:
@@ -15,16 +18,48 @@ if TYPE_CHECKING:
 OWN, RANDOM, BASELINE = "#1f4e9c", "#d1495b", "#555555"
 
 
-def draw(path: Path, rows: list[Row], baseline: str, caption: str) -> None:
-    """Write :func:`losses` as a PNG."""
+def draw(
+    folder: Path,
+    rows: list[Row],
+    curves: Sequence[Curve],
+    measures: Mapping[str, Mapping[str, Mean]],
+    baseline: str,
+    caption: str,
+) -> list[str]:
+    """Write every picture that there are numbers for, and give the files' names.
+
+    Args:
+        folder: where they go.
+        rows: best first.
+        curves: how their losses fell.
+        measures: of who answered, by row, as :func:`moezoo_train.compare.results.loads` gives them.
+        baseline: name of the row that the others are compared with.
+        caption: under each picture.
+    """
+    figures = {}
+    if any(row.loss for row in rows):
+        figures["loss"] = losses(rows, baseline, caption)
+        figures["parameters"] = parameters(rows, baseline, caption)
+    if curves:
+        figures["compute"] = compute(rows, curves, baseline, caption)
+    if measures:
+        figures["load"] = load(rows, measures, baseline, caption)
+    return [name for stem, figure in figures.items() for name in _save(folder, stem, figure)]
+
+
+def _save(folder: Path, stem: str, figure: Figure) -> list[str]:
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = losses(rows, baseline, caption)
     FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+    # Without a date and random names in it, equal results give equal files.
+    with matplotlib.rc_context({"svg.hashsalt": "moezoo"}):
+        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, metadata=metadata)
+            with atomic_write(folder / f"{stem}.{kind}") as file:
+                file.write(buffer.getvalue())
+    return [f"{stem}.png", f"{stem}.svg"]
 
 
 def losses(rows: list[Row], baseline: str, caption: str) -> Figure:

@@ -1,43 +1,34 @@
-"""The table of a comparison: printed, ``table.md``, ``results.csv`` and ``results.json``."""
+"""What a comparison leaves: the table, printed and as Markdown, CSV and JSON, pictures, a page."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from moezoo.command.tables import count, print_table
+from moezoo.command.tables import print_table
 from moezoo_train.checkpointing import atomic_write
+from moezoo_train.compare.curves import Curve, curves_csv
 from moezoo_train.compare.figure import draw
-from moezoo_train.compare.results import Row
+from moezoo_train.compare.page import Finished, write_page
+from moezoo_train.compare.results import Row, loads
 from moezoo_train.compare.run import Result
-from moezoo_train.compare.settings import Experiment
+from moezoo_train.compare.settings import Experiment, configuration
+from moezoo_train.compare.table import COLUMNS, cells_of, markdown, table_csv
 
-NOTHING = "–"
-COLUMNS = (
-    "method",
-    "blocks",
-    "width",
-    ">val loss",
-    ">bits/byte",
-    ">random routing",
-    ">random − own",
-    ">parameters",
-    ">active",
-    ">FLOPs ÷ baseline",
-    ">tokens/s",
-    ">evenness",
-    ">busiest ÷ mean",
-    ">used",
-    ">unevenness",
-)
+PRINTED = COLUMNS[:-1]
+"""The terminal's table is wide enough without the memory."""
 
 
 def write_report(
-    output: Path, title: str, experiment: Experiment, rows: list[Row], results: list[Result]
+    output: Path,
+    title: str,
+    experiment: Experiment,
+    rows: list[Row],
+    results: list[Result],
+    curves: Sequence[Curve] = (),
+    missing: Sequence[str] = (),
 ) -> list[str]:
     """Write all files of a comparison, print its table, and give the files' names.
 
@@ -47,62 +38,41 @@ def write_report(
         experiment: what was compared.
         rows: one per method, best first.
         results: of all runs.
+        curves: how their losses fell.
+        missing: runs that are not trained yet.
     """
     cells = [cells_of(row, experiment.model.num_layers) for row in rows]
     notes = [*conditions(experiment, results), *remarks(rows)]
-    with atomic_write(output / "table.md", "w") as file:
-        file.write(markdown(title, cells, notes))
-    with atomic_write(output / "results.csv", "w") as file:
-        file.write(table_csv(rows))
-    with atomic_write(output / "results.json", "w") as file:
-        whole = {
-            "title": title,
-            "notes": notes,
-            "experiment": asdict(experiment),
-            "rows": [asdict(row) for row in rows],
-            "runs": [asdict(result) for result in results],
-        }
-        json.dump(whole, file, indent=2)
-        file.write("\n")
-    files = ["table.md", "results.csv", "results.json"]
-    if any(row.loss for row in rows):
-        files.append("loss.png")
-        draw(output / "loss.png", rows, experiment.baseline, notes[0])
-    print_table(title, COLUMNS, cells)
+    if missing:
+        notes.append(f"Not trained yet: {', '.join(missing)}.")
+    whole = {
+        "title": title,
+        "notes": notes,
+        "command": f"moezoo compare --config {output / 'config.yaml'}",
+        "experiment": asdict(experiment),
+        "rows": [asdict(row) for row in rows],
+        "runs": [asdict(result) for result in results],
+    }
+    texts = {
+        "table.md": markdown(title, cells, notes),
+        "results.csv": table_csv(rows),
+        "results.json": json.dumps(whole, indent=2) + "\n",
+        "curves.csv": curves_csv(curves),
+        "config.yaml": configuration(experiment, str(output)),
+    }
+    for name, text in texts.items():
+        with atomic_write(output / name, "w") as file:
+            file.write(text)
+    pictures = draw(
+        output, rows, curves, loads(rows, results), experiment.baseline, caption=notes[0]
+    )
+    write_page(
+        output / "index.html", Finished(whole, rows, results, list(curves), texts["config.yaml"])
+    )
+    print_table(title, PRINTED, [line[: len(PRINTED)] for line in cells])
     for note in notes:
         print(note)
-    return files
-
-
-def cells_of(row: Row, num_layers: int) -> list[str]:
-    """Write a row's cells as text."""
-    every = len(row.layers) == num_layers
-    return [
-        row.name if row.causal else f"{row.name} (not causal)",
-        "all" if every else ", ".join(map(str, row.layers)),
-        NOTHING if row.width is None else f"{row.width[0]} {row.width[1]}",
-        "failed" if row.loss is None else str(row.loss),
-        _text(row.bits_per_byte),
-        _text(row.random_loss),
-        NOTHING if row.gain is None else _signed(row.gain),
-        NOTHING if row.total_parameters is None else count(row.total_parameters),
-        NOTHING if row.active_parameters is None else count(row.active_parameters),
-        f"{row.flops_ratio:.3f}",
-        NOTHING if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-        NOTHING if row.evenness is None else f"{row.evenness:.2f}",
-        NOTHING if row.busiest is None else f"{row.busiest:.1f}",
-        NOTHING if row.usage is None else f"{100 * row.usage:.1f} %",
-        NOTHING if row.unevenness is None else f"{row.unevenness:.2f}",
-    ]
-
-
-def _text(value: Any) -> str:
-    return NOTHING if value is None else str(value)
-
-
-def _signed(value: Any) -> str:
-    text = str(value)
-    return text.replace("-", "−") if value.value < 0 else f"+{text}"
+    return [*texts, *pictures, "index.html"]
 
 
 def conditions(experiment: Experiment, results: list[Result]) -> list[str]:
@@ -139,48 +109,3 @@ def remarks(rows: list[Row]) -> list[str]:
         )
     lines += [f"Failed: {failure}" for row in rows for failure in row.failures]
     return lines
-
-
-def markdown(title: str, cells: list[list[str]], notes: list[str]) -> str:
-    """Write the table in Markdown."""
-    header = [name.lstrip(">") for name in COLUMNS]
-    rule = ["---:" if name.startswith(">") else "---" for name in COLUMNS]
-    lines = [f"| {' | '.join(line)} |" for line in [header, rule, *cells]]
-    return "\n".join([f"# {title}", "", *lines, "", *(f"{note}\n" for note in notes)])
-
-
-def table_csv(rows: list[Row]) -> str:
-    """Write the rows as numbers, one column each."""
-    flat = [_flat(row) for row in rows]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return buffer.getvalue()
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    numbers: dict[str, Any] = {
-        "method": row.name,
-        "layer": row.layer,
-        "blocks": " ".join(map(str, row.layers)),
-        "width": row.width[0] if row.width else "",
-        "width_value": row.width[1] if row.width else "",
-        "causal": row.causal,
-    }
-    for name in ("loss", "bits_per_byte", "random_loss", "gain"):
-        value = getattr(row, name)
-        numbers[name] = value.value if value else ""
-        numbers[f"{name}_error"] = "" if value is None or value.error is None else value.error
-    rest = (
-        "total_parameters",
-        "active_parameters",
-        "flops_ratio",
-        "tokens_per_second",
-        "evenness",
-        "busiest",
-        "usage",
-        "unevenness",
-    )
-    numbers |= {name: getattr(row, name) for name in rest}
-    return numbers | {"failures": "; ".join(row.failures)}

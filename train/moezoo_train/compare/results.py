@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from moezoo_train.compare.plan import Run
 from moezoo_train.compare.run import Result
@@ -56,6 +57,7 @@ class Row:
         busiest: likewise, the largest.
         usage: likewise, mean over seeds.
         unevenness: likewise, mean over seeds.
+        peak_memory: of training in bytes, the largest over seeds.
         failures: one line per failed run.
     """
 
@@ -76,6 +78,7 @@ class Row:
     busiest: float | None
     usage: float | None
     unevenness: float | None
+    peak_memory: int | None
     failures: tuple[str, ...]
 
 
@@ -114,6 +117,7 @@ def _row(members: list[tuple[Run, Result]]) -> Row:
         busiest=max((r.busiest for r in own if r.busiest is not None), default=None),
         usage=_average(r.usage for r in own),
         unevenness=_average(r.unevenness for r in own),
+        peak_memory=max((r.peak_memory for r in own if r.peak_memory is not None), default=None),
         failures=tuple(f"{run}: {r.failure}" for run, r in members if r.failure is not None),
     )
 
@@ -121,3 +125,41 @@ def _row(members: list[tuple[Run, Result]]) -> Row:
 def _average(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+LOADS = ("evenness", "usage", "busiest", "unevenness")
+"""What runs say of who answered the validation text."""
+
+
+def loads(rows: Iterable[Row], results: Iterable[Result]) -> dict[str, dict[str, Mean]]:
+    """Average what the runs say of their load, with errors; by row, then by measure.
+
+    Rows that count nothing are left out, and so are their random-routing ablations.
+    """
+    by_run = {result.run: result for result in results if result.failure is None}
+    found = {}
+    for row in rows:
+        own = [r for r in by_run.values() if r.run.removeprefix(f"{row.name}-").isdigit()]
+        measures = {
+            name: mean([value for r in own if (value := getattr(r, name)) is not None])
+            for name in LOADS
+        }
+        known = {name: value for name, value in measures.items() if value is not None}
+        if known:
+            found[row.name] = known
+    return found
+
+
+def parse_row(values: Mapping[str, Any]) -> Row:
+    """Read a row of ``results.json``; what an earlier version did not measure is None.
+
+    Raises:
+        KeyError: it is no row.
+        TypeError: likewise.
+    """
+    known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(Row)}
+    for name in ("loss", "bits_per_byte", "random_loss", "gain"):
+        known[name] = None if known[name] is None else Mean(**known[name])
+    known |= {name: tuple(values[name]) for name in ("layers", "failures")}
+    known["width"] = tuple(known["width"]) if known["width"] else None
+    return Row(**known)

@@ -22,6 +22,7 @@ from moezoo.feed_forward import FeedForward
 from moezoo.random_routing import RandomRouting
 from moezoo_train.checkpointing import atomic_write
 from moezoo_train.cli import TRAINER_DEFAULTS
+from moezoo_train.compare.memory import PeakMemory
 from moezoo_train.compare.plan import Run, fingerprint
 from moezoo_train.compare.settings import TextOptions, find_method
 from moezoo_train.data import TokenDataModule
@@ -81,6 +82,8 @@ class Result:
         busiest: load of the busiest over the mean, the largest among these layers.
         usage: share of the slots that had any weight, mean over batches and layers.
         unevenness: divergence of their weights from uniform in nats, likewise.
+        peak_memory: bytes, as :class:`moezoo_train.compare.memory.PeakMemory` measures them while
+            the run trains and validates; None if it is not known.
         environment: machine and versions.
     """
 
@@ -99,6 +102,7 @@ class Result:
     busiest: float | None = None
     usage: float | None = None
     unevenness: float | None = None
+    peak_memory: int | None = None
     environment: Mapping[str, Any] | None = None
 
     @property
@@ -143,7 +147,9 @@ def execute(output: Path, run: Run, data: dict[str, Any], console: Console) -> R
         "identity": identity,
     }
     try:
-        result = Result(**common, **_numbers(*train(run, folder, console)))
+        with PeakMemory() as memory:
+            report, loads = train(run, folder, console)
+        result = Result(**common, **_numbers(report, loads), peak_memory=memory.peak)
     except Exception as error:
         if os.environ.get("MOEZOO_TRACEBACK"):
             raise

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import yaml
 
 import moezoo
 from moezoo.errors import InputError, check_choice, check_int, check_number, nearest
@@ -121,6 +124,23 @@ class Experiment:
             f.name: getattr(self.optimizer, f.name) for f in dataclasses.fields(OptimizerConfig)
         }
         return _named(f"methods.{row}.optimizer", OptimizerConfig, {**common, **own})
+
+
+def configuration(experiment: Experiment, output: str) -> str:
+    """Write a comparison as the YAML file that repeats it.
+
+    Args:
+        experiment: what is compared.
+        output: directory of the comparison.
+    """
+    # By way of JSON tuples become lists.
+    options = json.loads(json.dumps(dataclasses.asdict(experiment)))
+    methods = {
+        name: {key: value for key, value in row.items() if value not in (None, {})}
+        for name, row in options.pop("methods").items()
+    }
+    whole = {"output": output, **options, "methods": methods}
+    return str(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
 
 
 def parse_methods(methods: Mapping[str, Any]) -> dict[str, MethodOptions]:
