@@ -77,6 +77,9 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_models.specialization:inspect_experts",
             "which tokens the experts answer, and the paths between layers",
         ),
+        "inspect sparsity": Command(
+            "moezoo_models.sparsity:inspect_sparsity", "how few neurons answer a token"
+        ),
         "inspect carving": Command(
             "moezoo_models.conversion.study:inspect_carving",
             "what carving and pruning cost a dense model, method by method",

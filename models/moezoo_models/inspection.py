@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from moezoo.analysis.neurons import Neurons, neurons_of
 from moezoo.analysis.usage import routed_layers
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
@@ -116,6 +117,20 @@ def check_routed(model: MoezooForCausalLM, checkpoint: str | Path) -> None:
             f"checkpoint: {checkpoint} has no layer that chooses who answers, only "
             f"{', '.join(kinds)}; give a model with e.g. SparseMoE or PEER"
         )
+
+
+def neuron_sets(model: MoezooForCausalLM) -> dict[str, list[Neurons]]:
+    """List the sets of neurons of each feed-forward layer, by the layer's name.
+
+    Raises:
+        InputError: the model has no feed-forward layers.
+    """
+    sets = {name: neurons_of(layer) for name, layer in blocks_by_name(model).items()}
+    if not sets:
+        raise InputError(
+            "checkpoint: it has no feed-forward layers, only attention; give another model"
+        )
+    return sets
 
 
 @contextmanager

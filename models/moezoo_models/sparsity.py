@@ -1,0 +1,209 @@
+"""Looking at a checkpoint: how few of its neurons answer a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from moezoo.analysis.curves import draw_sparsity
+from moezoo.analysis.neurons import Neurons
+from moezoo.analysis.sparsity import Sparsity, SparsityCounter
+from moezoo.analysis.watching import Context, token_mask, watch
+from moezoo.command.tables import print_table
+from moezoo.errors import check_number
+from moezoo.feed_forward import FeedForward
+from moezoo_models.causal_lm import MoezooForCausalLM
+from moezoo_models.checkpoints import load_with_tokenizer
+from moezoo_models.devices import pick_device
+from moezoo_models.evaluate import encode_text, read_text
+from moezoo_models.inspection import (
+    Stream,
+    blocks_by_name,
+    evaluating,
+    make_directory,
+    neuron_sets,
+    passes,
+    write_report,
+)
+
+
+@dataclass(frozen=True)
+class ModelSparsity:
+    """How sparse a model's activations are on a text.
+
+    Attributes:
+        tokens: number of tokens, each of which passed every layer once.
+        sequence_length: tokens that the model saw at once.
+        threshold: share of a token's largest activation from which one is strong.
+        methods: class of the layer, by the name of a set of neurons: ``layer 3``, or
+            ``layer 3, shared expert``.
+        summaries: the shares.
+        nonzero: ``(N,)`` int64, how often each neuron was not zero.
+        strong: ``(N,)`` int64, how often it was strong.
+    """
+
+    tokens: int
+    sequence_length: int
+    threshold: float
+    methods: dict[str, str]
+    summaries: dict[str, Sparsity]
+    nonzero: dict[str, Tensor]
+    strong: dict[str, Tensor]
+
+
+def inspect_sparsity(
+    checkpoint: str | Path,
+    text: str | Path,
+    output: str | Path = "runs/sparsity",
+    threshold: float = 0.01,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    attention: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> ModelSparsity:
+    """Print and draw how few of a checkpoint's neurons answer a token, layer by layer.
+
+    Every token of the text passes the model once. Written to the output directory: sparsity.json
+    and sparsity.csv with the figures of the table, sparsity.png, and sparsity.safetensors with
+    how often each neuron was not zero, and strong.
+
+    Args:
+        checkpoint: directory of a checkpoint.
+        text: path of a text file in UTF-8.
+        output: directory that the files are written to.
+        threshold: share of a token's largest activation from which one is strong.
+        sequence_length: tokens that the model sees at once; default: its
+            max_position_embeddings, at most 2048.
+        batch_size: windows computed at once.
+        device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
+        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
+        tokenizer: directory of the tokenizer; default: the checkpoint's own.
+
+    Returns:
+        What is written.
+
+    Raises:
+        InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
+            no feed-forward layer; an option is out of range; the output can not be written.
+    """
+    check_number("threshold", threshold, maximum=1.0)
+    content = read_text(Path(text))
+    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
+    neuron_sets(model)
+    make_directory(Path(output))
+    found = measure_sparsity(
+        model,
+        encode_text(words, content),
+        threshold=threshold,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+    )
+    _print(found, str(checkpoint))
+    _write(found, Path(output), str(checkpoint), str(text))
+    return found
+
+
+def measure_sparsity(
+    model: MoezooForCausalLM,
+    tokens: Sequence[int] | Tensor,
+    *,
+    threshold: float = 0.01,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+) -> ModelSparsity:
+    """Measure a model in memory on tokens; see :func:`inspect_sparsity`.
+
+    Args:
+        model: the model, on any device; it stays in the mode it was in.
+        tokens: the text's tokens.
+        threshold: as for :func:`inspect_sparsity`.
+        sequence_length: as there.
+        batch_size: as there.
+
+    Raises:
+        InputError: there are no tokens or no feed-forward layers, an option is out of range, or a
+            token id is outside the model's vocabulary.
+    """
+    stream = Stream.of(model, tokens, sequence_length, batch_size)
+    sets = neuron_sets(model)
+    counters = {
+        name: [SparsityCounter(neurons.number, threshold) for neurons in parts]
+        for name, parts in sets.items()
+    }
+
+    def see(name: str, layer: FeedForward, hidden: Tensor, context: Context) -> None:
+        real = int(token_mask(hidden, context).sum())
+        for neurons, counter in zip(sets[name], counters[name], strict=True):
+            counter.add(neurons.read(hidden, context), real)
+
+    layers = blocks_by_name(model)
+    with evaluating(model), watch(layers, see):
+        for _ in passes(model, stream):
+            pass
+    named = {
+        full_name(name, neurons): (type(layers[name]).__name__, counter)
+        for name, parts in sets.items()
+        for neurons, counter in zip(parts, counters[name], strict=True)
+    }
+    return ModelSparsity(
+        tokens=len(stream.tokens),
+        sequence_length=stream.sequence_length,
+        threshold=threshold,
+        methods={name: method for name, (method, _) in named.items()},
+        summaries={name: counter.summary() for name, (_, counter) in named.items()},
+        nonzero={name: counter.nonzero for name, (_, counter) in named.items()},
+        strong={name: counter.strong for name, (_, counter) in named.items()},
+    )
+
+
+def full_name(layer: str, neurons: Neurons) -> str:
+    """Name a set of neurons: ``layer 3``, or ``layer 3, shared expert``."""
+    return f"{layer}, {neurons.name}" if neurons.name else layer
+
+
+def _print(found: ModelSparsity, checkpoint: str) -> None:
+    columns = ["layer", "method", ">neurons", ">computed", ">nonzero", ">strong", ">effective"]
+    columns += [">dead", ">median neuron", ">busiest", ">Gini"]
+    rows = []
+    for name, summary in found.summaries.items():
+        shares = (summary.computed, summary.nonzero, summary.strong, summary.effective)
+        over_neurons = (summary.dead, summary.frequency_50, summary.frequency_most)
+        rows.append(
+            [
+                name.removeprefix("layer "),
+                found.methods[name],
+                f"{summary.neurons:,}",
+                *(f"{share:.2%}" for share in (*shares, *over_neurons)),
+                f"{summary.gini:.3f}",
+            ]
+        )
+    title = f"{checkpoint}: {found.tokens:,} tokens in windows of {found.sequence_length:,}; "
+    print_table(f"{title}strong: over {found.threshold:g} of the token's largest", columns, rows)
+
+
+def _write(found: ModelSparsity, directory: Path, checkpoint: str, text: str) -> None:
+    rows = [
+        {"layer": name, "method": found.methods[name], **asdict(summary)}
+        for name, summary in found.summaries.items()
+    ]
+    report = {
+        "checkpoint": checkpoint,
+        "text": text,
+        "tokens": found.tokens,
+        "sequence_length": found.sequence_length,
+        "threshold": found.threshold,
+        "layers": rows,
+    }
+    figure = draw_sparsity(
+        found.summaries,
+        {name: strong / found.tokens for name, strong in found.strong.items()},
+        {name: f"{name}: {found.methods[name]}" for name in found.summaries},
+        f"Sparsity: {checkpoint}, {found.tokens:,} tokens",
+    )
+    tensors = {f"{name}.nonzero": counts for name, counts in found.nonzero.items()}
+    tensors |= {f"{name}.strong": counts for name, counts in found.strong.items()}
+    write_report(directory, "sparsity", report, rows, {"sparsity": figure}, tensors)
