@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moezoo import CarvedMoE, Cost, FeedForward
+from moezoo import CarvedMoE
 from moezoo.errors import InputError, check_int, check_number, nearest
 from moezoo.experts import MLPExperts
 from moezoo_models.atomic import replacing_directory
@@ -105,8 +104,6 @@ def add_adapters(model: PreTrainedModel, options: LoRAOptions, base: str) -> Non
             "lora.target_parameters to []"
         )
     also = _also(model, options)
-    # PEFT's wrapper around experts hides what a layer asks them for its cost.
-    costs = [(m, m.cost()) for m in model.modules() if isinstance(m, FeedForward)]
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
@@ -121,8 +118,9 @@ def add_adapters(model: PreTrainedModel, options: LoRAOptions, base: str) -> Non
         inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
         raise InputError(f"lora: {' '.join(str(error).split())}") from error
-    for layer, cost in costs:
-        layer.cost = partial(_same, cost)  # type: ignore[method-assign]
+    for _, wrapper in _wrappers(model):
+        if isinstance(wrapper.get_base_layer(), MLPExperts):
+            _see_through(wrapper)
     for parameter in also:
         parameter.requires_grad_(True)
 
@@ -200,8 +198,17 @@ def weights_hash(model: nn.Module) -> str:
     return blake2b(str(sorted(found.items())).encode(), digest_size=16).hexdigest()
 
 
-def _same(cost: Cost) -> Cost:
-    return cost
+def _see_through(wrapper: nn.Module) -> None:
+    """Let a layer ask its wrapped experts for what PEFT's wrapper lacks: costs, sending, widths."""
+
+    def ask(self: nn.Module, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return getattr(nn.Module.__getattr__(self, "base_layer"), name)
+
+    kind = type(wrapper)
+    wrapper.__class__ = type(kind.__name__, (kind,), {"__getattr__": ask})
 
 
 def _modules(model: nn.Module, options: LoRAOptions) -> list[str]:

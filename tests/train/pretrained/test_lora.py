@@ -79,7 +79,7 @@ def test_adapters_move_and_the_base_does_not(name, directory, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own call
-@pytest.mark.parametrize("name", ["mixtral", "ours"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_saved_adapters_are_peft_s(name, directory, tmp_path):
     """PEFT itself puts them back on the untouched directory."""
     module = LanguageModel(300, initialize_from=str(directory(name)), lora=SMALL)
