@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.routing.options import BalanceOptions, RouterOptions
 from moezoo.routing.router import Router
+from moezoo.routing.wide_linear import wide_linear
 from moezoo_kernels.activations import ACTIVATIONS
 
 
@@ -71,14 +71,12 @@ class NeuronRouter(Router):
             nn.init.zeros_(bias)
 
     def _logits(self, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        dtype = hidden_TD.dtype
-        bias_E = None if self.bias is None else self.bias.to(dtype)
-        logits_TE = F.linear(hidden_TD, weight_ED.to(dtype), bias_E)
+        logits_TE = wide_linear(hidden_TD, weight_ED, self.bias)
         if self.score == "linear":
             return logits_TE
         logits_TE = ACTIVATIONS[self.activation](logits_TE)
         if self.up_weight is not None:
-            logits_TE = logits_TE * F.linear(hidden_TD, self.up_weight.to(dtype))
+            logits_TE = logits_TE * wide_linear(hidden_TD, self.up_weight)
         return logits_TE if self.signed else logits_TE.abs()
 
     def _choose(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:

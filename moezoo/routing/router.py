@@ -17,6 +17,8 @@ from moezoo.routing.capacity import expert_capacity, within_capacity
 from moezoo.routing.deferred import statistics
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.stats import count_tokens, expert_counts, mean_entropy, slot_stats
+from moezoo.routing.wide_linear import wide_linear
+from moezoo_kernels.dtypes import at_least_fp32
 
 
 class Routing(NamedTuple):
@@ -116,19 +118,19 @@ class Router(nn.Module):
             limited: whether the limit on capacity applies, if there is one.
         """
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            hidden_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
             if self.options.choice == "expert":
                 return self._experts_choose(hidden_TD, mask_T)
             sequences = sequences or (1, len(hidden_TD))
             return self._tokens_choose(hidden_TD, mask_T, sequences, limited)
 
     def _logits(self, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        return F.linear(hidden_TD, weight_ED.to(hidden_TD.dtype))
+        return wide_linear(hidden_TD, weight_ED)
 
     def _jittered(self, hidden_TD: Tensor) -> Tensor:
         jitter = self.options.jitter
         if not (self.training and jitter):
             return hidden_TD
+        hidden_TD = at_least_fp32(hidden_TD)
         return hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - jitter, 1 + jitter)
 
     def _tokens_choose(
