@@ -52,7 +52,9 @@ inline void parallel_ranges(int64_t n, int64_t grain, int32_t threads, const Bod
     body(int64_t{0}, n);
     return;
   }
-#pragma omp parallel for num_threads(static_cast<int>(ranges)) schedule(static, 1)
+  // All threads even for few ranges: libgomp ends those that a smaller team leaves out, and starts
+  // them anew for the next operation of torch, which shares them.
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t r = 0; r < ranges; ++r) body(n * r / ranges, n * (r + 1) / ranges);
 }
 
