@@ -33,8 +33,7 @@ class FeedForwardOutput(NamedTuple):
     Attributes:
         hidden: ``(..., d_model)``, in the dtype of the input (or of autocast).
         losses: scalars in fp32, already weighted; the model adds them to its loss.
-        stats: detached tensors: expert counts, entropy, usage, dropped tokens. Outside training
-            they are computed when they are first read.
+        stats: detached: counts, entropy, usage, drops; outside training computed when first read.
     """
 
     hidden: Tensor
