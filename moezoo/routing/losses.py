@@ -6,11 +6,17 @@ over no token at all is zero, not NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moezoo.routing.stats import expert_counts
+
+_ALONE: ContextVar[bool] = ContextVar("moezoo_alone", default=False)
 
 
 def load_balancing_loss(counts_E: Tensor, p_E: Tensor) -> Tensor:
@@ -128,13 +134,25 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum a detached tensor over all data-parallel ranks; itself in a single process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world_size() == 1:
         return x
     x = x.clone()
     dist.all_reduce(x)
     return x
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process run a model that the others do not: nothing is summed over ranks."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
 def world_size() -> int:
     """Give the number of data-parallel ranks."""
+    if _ALONE.get():
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

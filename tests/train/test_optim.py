@@ -7,10 +7,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 import moezoo
 from moezoo import InputError, ParameterGroup
 from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_train.muon import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, orthogonalize
 from moezoo_train.optim import CombinedOptimizer, OptimizerConfig, build_optimizer, parameter_groups
 from moezoo_train.schedule import ScheduleConfig, build_schedule, lr_factor
 
@@ -252,3 +254,13 @@ def test_bad_schedule_options():
         ScheduleConfig(min_lr_ratio=2.0)
     with pytest.raises(InputError, match=r"schedule\.warmup_steps"):
         ScheduleConfig(warmup_steps=-1)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
+def test_orthogonalization_is_torchs(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = _zeropower_via_newtonschulz(matrix, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, 1e-7)
+    assert torch.equal(orthogonalize(matrix), expected)
+    precise = orthogonalize(matrix, torch.float32)
+    torch.testing.assert_close(precise, expected.float(), rtol=0, atol=3e-2)
+    torch.testing.assert_close(orthogonalize(matrix.double(), torch.float64).float(), precise)

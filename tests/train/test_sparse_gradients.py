@@ -6,15 +6,16 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from moezoo import PEER, DenseFFN, FeedForward, InputError, MemoryPlus, ParameterGroup
 from moezoo import ProductKeyMemory as PKM
 from moezoo_train.clipping import clip_norms, clip_values, gradient_norms, total_norm
-from moezoo_train.module import FFNRule, LanguageModel, check_sparse_gradients
+from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.optim import CombinedOptimizer, OptimizerConfig, build_optimizer
 from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.strategies import FSDP2Strategy, check_sparse_gradients
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -200,12 +201,11 @@ def test_what_can_not_work_is_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_only_one_process_has_sparse_gradients(make_trainer):
-    check_sparse_gradients(make_trainer().strategy, compiled=False)
-    with pytest.raises(
-        InputError, match=r"trainer\.strategy: sparse gradients are not summed over"
-    ):
-        check_sparse_gradients(DDPStrategy(), compiled=False)
+def test_only_strategies_that_sum_them_have_sparse_gradients(make_trainer):
+    for strategy in (make_trainer().strategy, DDPStrategy(), FSDP2Strategy()):
+        check_sparse_gradients(strategy, compiled=False)
+    with pytest.raises(InputError, match=r"trainer\.strategy: it has no sparse gradients"):
+        check_sparse_gradients(ModelParallelStrategy(), compiled=False)
 
 
 class Decayed(DenseFFN):

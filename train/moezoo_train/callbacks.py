@@ -191,7 +191,7 @@ class SaveModel(Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
-        if trainer.is_global_zero and self._saved_step != trainer.global_step:
+        if self._saved_step != trainer.global_step:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
             cast("LanguageModel", pl_module).save(self.path, tokenizer)
         self._saved_step = trainer.global_step

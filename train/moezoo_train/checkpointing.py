@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from moezoo.errors import InputError
 from moezoo_models.atomic import atomic_write
+from moezoo_train.sharded_checkpoints import is_sharded, load_sharded
 
 _REQUIRED = {"state_dict", "pytorch-lightning_version"}
 
@@ -31,8 +34,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_write(path) as file:
+        target = Path(path)
+        if not is_sharded(target):
+            with atomic_write(target) as file:
+                torch.save(checkpoint, file)
+            return
+        # A directory, of a run whose processes wrote one each, goes when the file is complete.
+        complete = target.with_name(f".{target.name}.file")
+        with atomic_write(complete) as file:
             torch.save(checkpoint, file)
+        shutil.rmtree(target)
+        complete.rename(target)
 
     def load_checkpoint(
         self,
@@ -45,6 +57,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: there is none, it is damaged, or it is not a Lightning checkpoint.
         """
+        if is_sharded(path):
+            return load_sharded(Path(path))
         try:
             checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
         except FileNotFoundError:

@@ -8,9 +8,12 @@ so that a large gradient of one does not shrink the steps of the other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 MAIN = "main"
@@ -26,8 +29,19 @@ def gradient_norms(optimizer: Optimizer) -> dict[str, Tensor]:
         for parameter in parameters:
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.coalesce()
-        norms[name] = get_total_norm([_dense(p) for p in parameters])
+        norms[name] = _norm([_values(p) for p in parameters])
     return norms
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Take the norm of tensors, of which some may lie in parts on several processes."""
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
+        by_mesh.setdefault(mesh, []).append(gradient)
+    norms = [get_total_norm(members) for members in by_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return get_total_norm(whole) if len(whole) != 1 else whole[0]
 
 
 def total_norm(norms: dict[str, Tensor]) -> Tensor:
@@ -45,20 +59,16 @@ def clip_norms(optimizer: Optimizer, norms: dict[str, Tensor], limit: float) -> 
         limit: largest norm of each group.
     """
     for name, parameters in _clip_groups(optimizer).items():
-        dense, sparse = _split(parameters)
-        clip_grads_with_norm_(dense, limit, norms[name])
-        for values in sparse:  # the factor that torch multiplies the dense ones with
-            values.mul_((limit / (norms[name] + 1e-6)).clamp(max=1.0).to(values.device))
+        factor = (limit / (norms[name] + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        for values in _own(parameters):
+            values.mul_(factor.to(values.device))
 
 
 @torch.no_grad()
 def clip_values(optimizer: Optimizer, limit: float) -> None:
     """Clamp every number of the gradient to ``[-limit, limit]``."""
     for parameters in _clip_groups(optimizer).values():
-        dense, sparse = _split(parameters)
-        if dense:  # torch's kernel for many tensors refuses none
-            clip_grad_value_(dense, limit)
-        for values in sparse:
+        for values in _own(parameters):
             values.clamp_(-limit, limit)
 
 
@@ -71,13 +81,14 @@ def _clip_groups(optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
     return {name: members for name, members in groups.items() if members}
 
 
-def _split(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """Separate parameters of dense gradients from the rows of (coalesced) sparse ones."""
-    dense = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
-    return dense, [_dense(p) for p in parameters if p.grad is not None and p.grad.is_sparse]
+def _own(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Give this process's part of each gradient, to be changed in place."""
+    gradients = [_values(p) for p in parameters]
+    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
 
 
-def _dense(parameter: nn.Parameter) -> Tensor:
+def _values(parameter: nn.Parameter) -> Tensor:
+    """Give the gradient, or of a (coalesced) sparse one the rows."""
     gradient = parameter.grad
     assert gradient is not None
     return gradient.values() if gradient.is_sparse else gradient

@@ -132,19 +132,24 @@ def describe_adapters(model: PreTrainedModel, options: LoRAOptions | None) -> di
     return asdict(options) | {"base": model.adapted_weights}
 
 
-def save_model(path: Path, model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
+def save_model(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer | None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
     """Write a model as a directory that loads without PEFT; its adapters alone go beside it.
 
     Args:
         path: the directory, as for :func:`save_checkpoint`; adapters go to ``adapter`` beside it.
         model: with or without adapters.
         tokenizer: written along.
+        state_dict: what to write instead of the tensors of a model without adapters.
     """
-    merged = None
     if hasattr(model, "adapted_weights"):
         save_adapters(path.with_name("adapter"), model)
-        merged = merged_state(model)
-    save_checkpoint(path, model, tokenizer, state_dict=merged)
+        state_dict = merged_state(model)
+    save_checkpoint(path, model, tokenizer, state_dict=state_dict)
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -19,11 +18,14 @@ from transformers import PreTrainedModel
 
 from moezoo import DenseFFN, FeedForward
 from moezoo.errors import InputError, check_choice, check_int
+from moezoo.routing.losses import sum_over_ranks
 from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_models.causal_lm import IGNORED
 from moezoo_models.stock import predict
 from moezoo_models.tokenizer import Tokenizer
 from moezoo_train.callbacks import RandomState
 from moezoo_train.clipping import MAIN, clip_norms, clip_values, gradient_norms, total_norm
+from moezoo_train.distributed import average_sparse_gradients, process_count
 from moezoo_train.hash_tables import HashTables
 from moezoo_train.identity import check_same, check_tensors, describe, own_names
 from moezoo_train.lora import (
@@ -38,7 +40,9 @@ from moezoo_train.metrics import TrainingMetrics, precise
 from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
 from moezoo_train.pretrained import check_tokenizer, pretrained, remember_ends
 from moezoo_train.schedule import ScheduleConfig, build_schedule
+from moezoo_train.strategies import check_sparse_gradients, lay_out_for
 from moezoo_train.throughput import ffn_layers
+from moezoo_train.whole import in_parts, whole_tensors
 
 MAX_SKIPPED_IN_A_ROW = 10
 CONFIG_KEY = "moezoo"
@@ -167,7 +171,7 @@ class LanguageModel(LightningModule):
         self._ffn_stats: tuple[Mapping[str, Tensor], ...] = ()
         self._loss_sum: Tensor | None = None
         self._validation: Tensor | None = None
-        self._compiled = False
+        self._configured = False
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what every run needs: resumable randomness, hash tables, and metrics."""
@@ -192,10 +196,13 @@ class LanguageModel(LightningModule):
         remember_ends(self.model, tokenizer)
 
     def configure_model(self) -> None:
-        """Compile, once, if asked to."""
-        if self.compile_model and not self._compiled:
+        """Lay the model out over the processes, and compile it if asked to; once."""
+        if self._configured:
+            return
+        self._configured = True
+        lay_out_for(self.trainer.strategy, self)
+        if self.compile_model:
             self.model.compile()
-            self._compiled = True
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         """Run the model on a batch; see :class:`MoezooOutput`."""
@@ -205,11 +212,17 @@ class LanguageModel(LightningModule):
         """Compute the loss; hand its parts and the layers' statistics to the callbacks."""
         output = self(batch)
         self._ffn_stats = output.ffn_stats
-        loss = output.loss.detach()
-        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+        loss, lm_loss = output.loss, output.lm_loss
+        if process_count() > 1:
+            # The mean over processes is to be the mean over all tokens that are scored.
+            scored = (batch["labels"] != IGNORED).sum()
+            share = scored * process_count() / sum_over_ranks(scored).clamp(min=1)
+            loss, lm_loss = loss + (share - 1.0) * lm_loss, lm_loss * share
+        seen = loss.detach()
+        self._loss_sum = seen if self._loss_sum is None else self._loss_sum + seen
         return {
-            "loss": output.loss,
-            "lm_loss": output.lm_loss.detach(),
+            "loss": loss,
+            "lm_loss": lm_loss.detach(),
             "aux": {name: value.detach() for name, value in output.aux_losses.items()},
             "ffn_stats": output.ffn_stats,
         }
@@ -228,6 +241,7 @@ class LanguageModel(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip each clip group, unless loss or gradient is not finite: then stop, or drop it."""
+        average_sparse_gradients(self.model)
         norms = gradient_norms(optimizer)
         self.grad_norm = float(total_norm(norms))
         self.clip_group_norms = {name: float(norm) for name, norm in norms.items() if name != MAIN}
@@ -337,8 +351,14 @@ class LanguageModel(LightningModule):
             checkpoint["state_dict"] = trained_state(self)
 
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
-        """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer."""
-        save_model(path, self.model, tokenizer)
+        """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer.
+
+        The first process writes; all must call this, as each may hold parts.
+        """
+        first = self.global_rank == 0
+        whole = whole_tensors(self.model.state_dict(), first) if in_parts(self.model) else None
+        if first:
+            save_model(path, self.model, tokenizer, whole)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or optimizer before anything is changed.
@@ -358,24 +378,6 @@ class LanguageModel(LightningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
         self.skipped_steps = saved["skipped_steps"]
-
-
-def check_sparse_gradients(strategy: Strategy, compiled: bool) -> None:
-    """Refuse what has no sparse gradients.
-
-    Raises:
-        InputError: names the option to change.
-    """
-    if compiled:
-        raise InputError(
-            "model.compile: torch.compile has no sparse gradients; set it to false, or the "
-            "layer's sparse to false"
-        )
-    if not isinstance(strategy, SingleDeviceStrategy):
-        raise InputError(
-            "trainer.strategy: sparse gradients are not summed over processes; train in one "
-            "(trainer.devices 1, trainer.strategy auto), or set the layer's sparse to false"
-        )
 
 
 def _rule_config(rule: FFNRule, d_model: int) -> dict[str, Any]:

@@ -12,18 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer, SparseAdam
-from torch.optim._muon import muon
 
 from moezoo import FeedForward, ParameterGroup
 from moezoo.errors import InputError, check_choice, check_number
 from moezoo.experts import MLPExperts
 from moezoo_models.stock import stacked_experts
-
-NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
-"""Coefficients of the quintic iteration, as published by Muon's author and default in torch."""
-NEWTON_SCHULZ_STEPS = 5
+from moezoo_train.muon import muon_step
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,8 @@ class OptimizerConfig:
         muon_momentum: Muon's Nesterov momentum.
         muon_scale: ``original`` scales an update by sqrt(max(1, rows/columns)); ``match_rms_adamw``
             gives it AdamW's size, so that muon_lr can equal lr.
+        muon_dtype: arithmetic of Muon's orthogonalisation: ``bfloat16``, as its author's, or
+            ``float32``, in which the number of processes does not show in the result.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -54,10 +52,12 @@ class OptimizerConfig:
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
     muon_scale: Literal["original", "match_rms_adamw"] = "original"
+    muon_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, ["adamw", "muon"])
         check_choice("optimizer.muon_scale", self.muon_scale, ["original", "match_rms_adamw"])
+        check_choice("optimizer.muon_dtype", self.muon_dtype, ["bfloat16", "float32"])
         for field in ("lr", "weight_decay", "eps", "muon_lr"):
             check_number(f"optimizer.{field}", getattr(self, field))
         if len(self.betas) != 2:
@@ -203,11 +203,12 @@ def _muon_group(
         "weight_decay": config.weight_decay if group.weight_decay else 0.0,
         "momentum": config.muon_momentum,
         "adjust_lr_fn": config.muon_scale,
+        "dtype": config.muon_dtype,
     }
 
 
 class CombinedOptimizer(Optimizer):
-    """Torch's Muon, AdamW and SparseAdam as one optimizer.
+    """Muon, and torch's AdamW and SparseAdam, as one optimizer.
 
     Learning-rate schedules, checkpoints and Lightning see a single ordinary optimizer.
     Three-dimensional parameters, which :class:`torch.optim.Muon` refuses, are stacks of matrices:
@@ -233,34 +234,20 @@ class CombinedOptimizer(Optimizer):
                 self._parts[-1].state = self.state
 
     def _muon_step(self, group: dict[str, Any]) -> None:
-        matrices: list[Tensor] = []
-        gradients: list[Tensor] = []
-        momenta: list[Tensor] = []
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-            for parts, whole in (
-                (matrices, parameter),
-                (gradients, parameter.grad),
-                (momenta, state["momentum_buffer"]),
-            ):
-                parts.extend(whole.unbind(0) if whole.ndim == 3 else [whole])
-        muon(
-            matrices,
-            gradients,
-            momenta,
+        muon_step(
+            parameters,
+            [p.grad for p in parameters],
+            [self.state[p]["momentum_buffer"] for p in parameters],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
-            nesterov=True,
-            ns_coefficients=NEWTON_SCHULZ,
-            ns_steps=NEWTON_SCHULZ_STEPS,
-            eps=1e-7,
             adjust_lr_fn=group["adjust_lr_fn"],
-            has_complex=False,
+            dtype=getattr(torch, group["dtype"]),
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

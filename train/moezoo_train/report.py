@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from moezoo.routing.losses import alone
 from moezoo_models.atomic import atomic_write
 from moezoo_models.generate import generate
 from moezoo_train.loggers import read_metrics
@@ -245,7 +246,8 @@ def _series(rows: list[dict[str, str]], name: str) -> tuple[list[float], list[fl
 
 def sample(checkpoint: Path, prompt: str, tokens: int) -> str:
     """Let the trained model write, with a fixed seed."""
-    return generate(checkpoint, prompt, max_new_tokens=tokens, stream=False)
+    with alone():  # other processes do not write
+        return generate(checkpoint, prompt, max_new_tokens=tokens, stream=False)
 
 
 def smoothed(values: list[float]) -> list[float]:

@@ -1,0 +1,213 @@
+"""What test_strategies.py runs, once in its own process and once in two, launched by torchrun."""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from moezoo import PEER, DenseFFN, MemoryPlus, SparseMoE
+from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.cli import run
+from moezoo_train.data import _ResumableLoader
+from moezoo_train.module import LanguageModel
+from moezoo_train.optim import OptimizerConfig
+from moezoo_train.progress import quiet_lightning
+from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.strategies import FSDP2Strategy
+from moezoo_train.whole import whole_tensors
+
+VOCABULARY, WIDTH, WINDOWS = 40, 16, 4
+
+LAYERS = {
+    "dense": partial(DenseFFN, d_ff=32),
+    "moe": partial(SparseMoE, num_experts=4, top_k=2, d_expert=8, num_shared_experts=1),
+    "peer": partial(PEER, num_experts=64, num_heads=2, top_k=4),
+    "memory": partial(MemoryPlus, num_keys=8, num_heads=2, top_k=4, value_pool="values"),
+    "sparse memory": partial(MemoryPlus, num_keys=8, num_heads=2, top_k=4, sparse=True),
+    "sparse peer": partial(PEER, num_experts=64, num_heads=2, top_k=4, sparse=True),
+}
+STRATEGIES = {
+    "ddp": lambda: "ddp",
+    "fsdp2": FSDP2Strategy,
+    "replicas": partial(FSDP2Strategy, replicas=2),
+    "expert_parallel": partial(FSDP2Strategy, expert_parallel=2),
+}
+# Adam divides by the gradient's size: rounding in a gradient of nearly zero would decide a whole
+# step. A larger eps makes this a comparison of gradients.
+ADAMW = OptimizerConfig(lr=2e-3, eps=1e-3)
+MUON = OptimizerConfig("muon", lr=2e-3, eps=1e-3, muon_lr=2e-3, muon_dtype="float32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training run, apart from its strategy."""
+
+    layer: str
+    steps: int = 20
+    optimizer: OptimizerConfig = ADAMW
+    model: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
+    "muon": Case("moe", 8, MUON),
+    "accumulation": Case("moe", 6, trainer={"accumulate_grad_batches": 2}),
+    "activation checkpointing": Case("moe", 6, model={"activation_checkpointing": True}),
+    "bf16": Case("moe", 6, trainer={"precision": "bf16-mixed"}),
+    "sparse memory": Case("sparse memory", 6),
+    "sparse peer": Case("sparse peer", 6),
+}
+TWO_PROCESSES = [(name, strategy) for name in list(CASES)[:4] for strategy in STRATEGIES]
+TWO_PROCESSES += [("muon", "fsdp2"), ("muon", "expert_parallel"), ("accumulation", "fsdp2")]
+TWO_PROCESSES += [("accumulation", "expert_parallel"), ("activation checkpointing", "fsdp2")]
+TWO_PROCESSES += [("activation checkpointing", "expert_parallel"), ("bf16", "expert_parallel")]
+TWO_PROCESSES += [(name, s) for name in ("sparse memory", "sparse peer") for s in ("ddp", "fsdp2")]
+
+# Runs that are interrupted halfway: of 2 steps each, by Muon, as its state has two shapes.
+HALF, INTERRUPTED = 2, Case("moe", 4, MUON)
+WRITERS = {
+    "fsdp2 file": FSDP2Strategy,
+    "fsdp2 directory": partial(FSDP2Strategy, save_distributed_checkpoint=True),
+    "expert_parallel file": partial(FSDP2Strategy, expert_parallel=2),
+    "expert_parallel directory": partial(
+        FSDP2Strategy, expert_parallel=2, save_distributed_checkpoint=True
+    ),
+}
+READINGS = [(writer, writer) for writer in WRITERS] + [
+    ("one process", "fsdp2 file"),
+    ("one process", "expert_parallel directory"),
+    ("fsdp2 directory", "expert_parallel file"),
+    ("expert_parallel directory", "fsdp2 file"),
+]
+
+
+class Batches:
+    """Random windows, some labels of which are ignored; W processes share what one has alone."""
+
+    def __init__(self, rank: int, processes: int) -> None:
+        self.share = slice(rank * WINDOWS // processes, (rank + 1) * WINDOWS // processes)
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(VOCABULARY, (WINDOWS, 9), generator=generator)
+        labels = ids[:, 1:].clone()
+        labels[0, : number % 8] = -100  # processes score different numbers of tokens
+        return {"input_ids": ids[self.share, :-1], "labels": labels[self.share]}
+
+
+class Windows(pl.LightningDataModule):
+    """The batches, from where a run stands."""
+
+    def train_dataloader(self) -> Any:
+        batches: Any = Batches(self.trainer.global_rank, self.trainer.world_size)
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return _ResumableLoader(batches, lambda: progress.state_dict()["total"]["processed"], 0)
+
+
+class Record(pl.Callback):
+    """Keep losses, and the gradient after a first step."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        parts = [outputs["lm_loss"], *outputs["aux"].values()]
+        self.losses.append(trainer.strategy.reduce(torch.stack(parts), reduce_op="mean"))
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        if trainer.global_step == 1:
+            found = {n: p.grad for n, p in module.model.named_parameters()}
+            whole = whole_tensors({n: g for n, g in found.items() if not g.is_sparse})
+            self.gradients = {name: gradient.clone() for name, gradient in whole.items()}
+
+
+def train(
+    case: Case,
+    strategy: Any,
+    folder: Path,
+    steps: int | None = None,
+    resume: Path | None = None,
+    save: Path | None = None,
+) -> dict[str, Any]:
+    """Train, and give losses, the second step's gradient and the last step's parameters."""
+    pl.seed_everything(1, verbose=False)
+    module = LanguageModel(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        num_layers=2,
+        num_heads=2,
+        max_length=32,
+        ffn=LAYERS[case.layer],
+        optimizer=case.optimizer,
+        schedule=ScheduleConfig("constant", warmup_steps=2),
+        **case.model,
+    )
+    record = Record()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=dist.get_world_size() if dist.is_initialized() else 1,
+        strategy=strategy,
+        max_steps=steps or case.steps,
+        max_epochs=-1,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[record],
+        **case.trainer,
+    )
+    trainer.fit(module, Windows(), ckpt_path=resume, weights_only=True)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return {
+        "losses": torch.stack(record.losses),
+        "gradients": record.gradients,
+        "parameters": whole_tensors(module.model.state_dict()),
+    }
+
+
+def checkpoint_path(folder: Path, writer: str) -> Path:
+    """Name the checkpoint of an interrupted run."""
+    return folder / f"half of {writer}.ckpt"
+
+
+def main(folder: Path, arguments: list[str]) -> None:
+    """Run everything that wants two processes."""
+
+    def keep(name: str, result: dict[str, Any]) -> None:
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{name}.pt")
+
+    for name, strategy in TWO_PROCESSES:
+        keep(f"{name}, {strategy}", train(CASES[name], STRATEGIES[strategy](), folder))
+    for writer, strategy in WRITERS.items():
+        keep(f"whole, {writer}", train(INTERRUPTED, strategy(), folder))
+        path = checkpoint_path(folder, writer)
+        train(INTERRUPTED, strategy(), folder, steps=HALF, save=path)
+    for writer, reader in READINGS:
+        resumed = train(
+            INTERRUPTED, WRITERS[reader](), folder, resume=checkpoint_path(folder, writer)
+        )
+        keep(f"{writer} to {reader}", resumed)
+    run(arguments)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    quiet_lightning()
+    dist.init_process_group("gloo")
+    main(Path(sys.argv[1]), sys.argv[2:])
+    dist.destroy_process_group()

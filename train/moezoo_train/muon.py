@@ -1,0 +1,170 @@
+"""Muon's update for matrices that may lie in parts on several processes.
+
+The update is the momentum's nearest orthogonal matrix (Jordan 2024; Liu et al. 2025,
+arXiv:2502.16982), which only the whole matrix has. Processes that share matrices by rows (FSDP2)
+therefore exchange them: each gets some matrices whole, orthogonalises these, and sends the rows
+back, so that no work is done twice. Stacks of experts are shared by experts and need no exchange.
+
+Products of sharded matrices would be right too, but for rounding: partial sums rounded to bf16 turn
+the result by a percent, sums of whole matrices round as they do in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim._muon import _adjust_lr
+
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+"""Coefficients of the quintic iteration, as published by Muon's author and default in torch."""
+NEWTON_SCHULZ_STEPS = 5
+_EPS = 1e-7
+
+
+def muon_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    adjust_lr_fn: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Update matrices ``(rows, columns)`` and stacks of matrices in place.
+
+    Args:
+        parameters: the same on all processes, in the same order.
+        gradients: of the parameters.
+        momenta: running means of the gradients, which are updated.
+        lr: learning rate.
+        weight_decay: decoupled.
+        momentum: Nesterov's.
+        adjust_lr_fn: see :class:`torch.optim.Muon`.
+        dtype: of the products that orthogonalise.
+    """
+    updates = []
+    for gradient, mean in zip(map(_local, gradients), map(_local, momenta), strict=True):
+        mean.lerp_(gradient, 1 - momentum)
+        updates.append(gradient.lerp(mean, momentum))
+    orthogonal = _orthogonalize(updates, parameters, dtype)
+    for parameter, update in zip(parameters, orthogonal, strict=True):
+        target = _local(parameter)
+        target.mul_(1 - lr * weight_decay)
+        target.add_(update, alpha=-_adjust_lr(lr, adjust_lr_fn, parameter.shape[-2:]))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _orthogonalize(
+    updates: list[Tensor], parameters: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Orthogonalise this process's parts of the updates."""
+    result: list[Tensor] = list(updates)
+    in_parts: dict[Any, list[int]] = {}
+    for number, (update, parameter) in enumerate(zip(updates, parameters, strict=True)):
+        group = _row_group(parameter)
+        if group is not None:
+            in_parts.setdefault(group, []).append(number)
+        elif update.ndim == 3:
+            matrices = [orthogonalize(matrix, dtype) for matrix in update]
+            result[number] = torch.stack(matrices) if matrices else update
+        else:
+            result[number] = orthogonalize(update, dtype)
+    for group, numbers in in_parts.items():
+        shapes = [parameters[n].shape for n in numbers]
+        orthogonal = _exchange([updates[n] for n in numbers], shapes, group, dtype)
+        for number, part in zip(numbers, orthogonal, strict=True):
+            result[number] = part
+    return result
+
+
+def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Bring a matrix's singular values near 1 by Newton-Schulz iterations, as torch's Muon does.
+
+    Args:
+        matrix: ``(rows, columns)``.
+        dtype: of the arithmetic and of what is returned.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.to(dtype, copy=True)
+    if tall := matrix.shape[0] > matrix.shape[1]:
+        x = x.T
+    x.div_(x.norm().clamp(min=_EPS))
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def _row_group(parameter: Tensor) -> dist.ProcessGroup | None:
+    """Give the processes that share a matrix by rows; None if its matrices are whole here."""
+    if not isinstance(parameter, DTensor):
+        return None
+    mesh = parameter.device_mesh
+    cut = [
+        dimension
+        for dimension, placement in enumerate(parameter.placements)
+        if not placement.is_replicate() and mesh.size(dimension) > 1
+    ]
+    if parameter.ndim == 3 and all(parameter.placements[d].is_shard(0) for d in cut):
+        return None
+    if not cut:
+        return None
+    if parameter.ndim != 2 or len(cut) > 1 or parameter.placements[cut[0]] != Shard(0):
+        raise NotImplementedError(f"Muon for {parameter.placements} of {tuple(parameter.shape)}")
+    return mesh.get_group(cut[0])
+
+
+def _exchange(
+    parts: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup, dtype: torch.dtype
+) -> list[Tensor]:
+    """Orthogonalise matrices of which every process has some rows; the j-th is rank j mod R's."""
+    ranks, me = group.size(), group.rank()
+    owned = [range(rank, len(parts), ranks) for rank in range(ranks)]
+    rows = [[len(c) for c in _chunks(shape[0], ranks)] for shape in shapes]
+    columns = [shape[1] for shape in shapes]
+    mine = [j for rank in range(ranks) for j in owned[rank]]  # by the rank that they go to
+    leaving = [sum(rows[j][me] * columns[j] for j in js) for js in owned]
+    arriving = [sum(rows[j][rank] * columns[j] for j in owned[me]) for rank in range(ranks)]
+
+    sent = torch.cat([parts[j].flatten() for j in mine])
+    received = _all_to_all(sent, leaving, arriving, group)
+    by_rank = [
+        piece.split([rows[j][rank] * columns[j] for j in owned[me]])
+        for rank, piece in enumerate(received.split(arriving))
+    ]
+    whole = [
+        orthogonalize(torch.cat([pieces[i] for pieces in by_rank]).reshape(shapes[j]), dtype)
+        for i, j in enumerate(owned[me])
+    ]
+    cut = [matrix.split(rows[j]) for matrix, j in zip(whole, owned[me], strict=True)]
+    back = [pieces[rank].flatten() for rank in range(ranks) for pieces in cut]
+    answer = torch.cat(back) if back else sent.new_zeros(0, dtype=dtype)
+    returned = _all_to_all(answer, arriving, leaving, group)
+    orthogonal = list(parts)
+    for j, piece in zip(mine, returned.split([parts[j].numel() for j in mine]), strict=True):
+        orthogonal[j] = piece.reshape(parts[j].shape)
+    return orthogonal
+
+
+def _chunks(size: int, ranks: int) -> list[range]:
+    """Cut rows as ``torch.chunk`` does, the last ranks perhaps getting none."""
+    length = -(-size // ranks)
+    return [range(min(r * length, size), min((r + 1) * length, size)) for r in range(ranks)]
+
+
+def _all_to_all(
+    x: Tensor, leaving: list[int], arriving: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    received = x.new_empty(sum(arriving))
+    dist.all_to_all_single(received, x, arriving, leaving, group=group)
+    return received
