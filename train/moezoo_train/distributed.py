@@ -16,7 +16,6 @@ from moezoo.experts.values import ValueTable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
     from transformers import PreTrainedModel
 
 
