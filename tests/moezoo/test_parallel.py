@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert process.returncode == 0, process.stderr[-5000:]
     return folder
