@@ -80,6 +80,9 @@ GROUPS: dict[str, dict[str, Command]] = {
         "inspect sparsity": Command(
             "moezoo_models.sparsity:inspect_sparsity", "how few neurons answer a token"
         ),
+        "inspect triggers": Command(
+            "moezoo_models.triggers:inspect_triggers", "what triggers neurons, and what they say"
+        ),
         "inspect carving": Command(
             "moezoo_models.conversion.study:inspect_carving",
             "what carving and pruning cost a dense model, method by method",

@@ -133,6 +133,11 @@ def neuron_sets(model: MoezooForCausalLM) -> dict[str, list[Neurons]]:
     return sets
 
 
+def full_name(layer: str, neurons: Neurons) -> str:
+    """Name a set of neurons: ``layer 3``, or ``layer 3, shared expert``."""
+    return f"{layer}, {neurons.name}" if neurons.name else layer
+
+
 @contextmanager
 def evaluating(model: MoezooForCausalLM) -> Iterator[None]:
     """Put a model into evaluation mode inside the block, and then back."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from moezoo.analysis.curves import draw_sparsity
-from moezoo.analysis.neurons import Neurons
 from moezoo.analysis.sparsity import Sparsity, SparsityCounter
 from moezoo.analysis.watching import Context, token_mask, watch
 from moezoo.command.tables import print_table
@@ -23,6 +22,7 @@ from moezoo_models.inspection import (
     Stream,
     blocks_by_name,
     evaluating,
+    full_name,
     make_directory,
     neuron_sets,
     passes,
@@ -158,11 +158,6 @@ def measure_sparsity(
         nonzero={name: counter.nonzero for name, (_, counter) in named.items()},
         strong={name: counter.strong for name, (_, counter) in named.items()},
     )
-
-
-def full_name(layer: str, neurons: Neurons) -> str:
-    """Name a set of neurons: ``layer 3``, or ``layer 3, shared expert``."""
-    return f"{layer}, {neurons.name}" if neurons.name else layer
 
 
 def _print(found: ModelSparsity, checkpoint: str) -> None:

@@ -1,1 +1,1 @@
-"""Looking into layers: who is used, how evenly. `import moezoo` does not load it."""
+"""Looking into layers: who is used, and for what. `import moezoo` does not load it."""

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from moezoo.analysis.sparsity import Sparsity
+from moezoo.analysis.triggers import Agreement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,27 +43,70 @@ def draw_sparsity(
         headings: what is written for a name.
         title: of the whole picture.
     """
-    from matplotlib import colormaps
-
-    names = list(summaries)
-    height = max(2.8, 0.26 * len(names) + 1.2)
-    figure = new_figure(10.0, height, title)
+    figure = new_figure(10.0, _height(len(summaries)), title)
     shares, curves = figure.subplots(1, 2)
-    _draw_shares(shares, summaries, [headings[name] for name in names])
-    colours = colormaps["viridis"](np.linspace(0, 0.92, len(names)))
-    for name, colour in zip(names, colours, strict=True):
-        place, frequency = ranked(frequencies[name])
-        curves.plot(place, frequency.clip(min=_LEAST), color=colour, label=name, linewidth=1.3)
-    curves.set_yscale("log")
+    _draw_shares(shares, summaries, [headings[name] for name in summaries])
+    _draw_ranked(curves, frequencies, _LEAST)
     curves.set_ylim(_LEAST, 1.5)
-    curves.set_xlim(0, 100)
     curves.set_xlabel("neurons of the layer, the busiest first (%)", fontsize=8)
     curves.set_ylabel("share of the tokens for which it is strong", fontsize=8)
-    curves.tick_params(labelsize=7)
-    curves.grid(alpha=0.25)
-    columns = 1 if len(names) <= 14 else 2
-    curves.legend(fontsize=6.5, ncols=columns, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def draw_agreement(
+    agreements: Mapping[str, Agreement],
+    strengths: Mapping[str, Tensor],
+    headings: Mapping[str, str],
+    title: str,
+) -> Figure:
+    """Draw how often neurons say what follows their trigger, and how much each writes.
+
+    Args:
+        agreements: by the name of a set of neurons.
+        strengths: ``(N,)`` coefficient at the strongest trigger times the length of the value.
+        headings: what is written for a name.
+        title: of the whole picture.
+    """
+    figure = new_figure(10.0, _height(len(agreements)), title)
+    bars, curves = figure.subplots(1, 2)
+    rows = np.arange(len(agreements))
+    agree = [100 * one.agree for one in agreements.values()]
+    bars.barh(rows, agree, height=0.7, color="#3182bd", label="agree")
+    chance = [100 * one.by_chance for one in agreements.values()]
+    bars.plot(
+        chance, rows, "|", color="#d62728", markersize=9, markeredgewidth=2, label="by chance"
+    )
+    bars.set_yticks(rows, [headings[name] for name in agreements], fontsize=7)
+    bars.invert_yaxis()
+    bars.set_xlim(left=0)
+    bars.set_xlabel("neurons that say what follows their strongest trigger (%)", fontsize=8)
+    bars.tick_params(labelsize=7)
+    bars.legend(fontsize=6.5, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    most = max(float(strength.max()) for strength in strengths.values())
+    _draw_ranked(curves, strengths, max(most, 1e-30) * _LEAST)
+    curves.set_xlabel("neurons of the layer, the strongest first (%)", fontsize=8)
+    curves.set_ylabel("coefficient × length of value", fontsize=8)
+    return figure
+
+
+def _height(rows: int) -> float:
+    return max(2.8, 0.26 * rows + 1.2)
+
+
+def _draw_ranked(axes: Any, values: Mapping[str, Tensor], least: float) -> None:
+    """Draw a curve per layer, from the largest value to the smallest."""
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"](np.linspace(0, 0.92, len(values)))
+    for (name, value), colour in zip(values.items(), colours, strict=True):
+        place, height = ranked(value)
+        axes.plot(place, height.clip(min=least), color=colour, label=name, linewidth=1.3)
+    axes.set_yscale("log")
+    axes.set_xlim(0, 100)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25)
+    columns = 1 if len(values) <= 14 else 2
+    axes.legend(fontsize=6.5, ncols=columns, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _draw_shares(axes: Any, summaries: Mapping[str, Sparsity], labels: list[str]) -> None:

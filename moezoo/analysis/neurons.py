@@ -161,6 +161,17 @@ def _expert_inner(experts: MLPExperts, expert: int, x_RD: Tensor) -> Tensor:
     return activate(up, experts.activation, experts.gated)
 
 
+def _merged(indices_RJ: Tensor, weights_RJ: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the weights of a neuron that several heads chose; what gets free is neuron -1."""
+    order = indices_RJ.sort(dim=-1)
+    is_new = torch.ones_like(order.values, dtype=torch.bool)
+    is_new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
+    place = is_new.cumsum(dim=-1) - 1
+    indices = torch.full_like(indices_RJ, -1).scatter(1, place, order.values)
+    weights = weights_RJ.gather(1, order.indices)
+    return indices, torch.zeros_like(weights).scatter_add(1, place, weights)
+
+
 def _table(
     number: int,
     unit: str,
@@ -175,8 +186,7 @@ def _table(
         choices = choose(hidden, context)
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])
         for rows in _real_rows(hidden, context).split(_TABLE_ROWS):
-            indices = choices.indices[rows]
-            chosen = choices.weights[rows]
+            indices, chosen = _merged(choices.indices[rows], choices.weights[rows])
             activations, weights = read_rows(tokens_TD[rows], indices, chosen)
             yield NeuronBlock(rows, indices, activations, weights)
 

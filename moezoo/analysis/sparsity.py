@@ -63,9 +63,8 @@ class SparsityCounter:
         threshold: share of a token's largest activation from which one is strong.
 
     Attributes:
-        nonzero: ``(N,)`` int64, how often each neuron was not zero; a token counts twice for a
-            neuron that two of its heads chose.
-        strong: ``(N,)`` int64, how often it was strong.
+        nonzero: ``(N,)`` int64, for how many tokens each neuron was not zero.
+        strong: ``(N,)`` int64, for how many it was strong.
     """
 
     def __init__(self, number: int, threshold: float) -> None:
@@ -80,12 +79,14 @@ class SparsityCounter:
         self.tokens += tokens
         for block in blocks:
             size = block.activations.detach().abs().float()
+            asked = size.numel()
             if block.neurons.ndim == 2:
                 size = size.masked_fill(block.neurons < 0, 0.0)
+                asked = int((block.neurons >= 0).sum())
             largest = size.amax(dim=-1, keepdim=True)
             self._count(self.nonzero, block, size > 0)
             self._count(self.strong, block, size > self.threshold * largest)
-            self.computed += size.numel()
+            self.computed += asked
             squares = size.square().sum(dim=-1)
             ratio = size.sum(dim=-1).square() / squares.clamp(min=torch.finfo(squares.dtype).tiny)
             self.effective += float(ratio.double().sum())

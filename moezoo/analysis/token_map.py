@@ -1,8 +1,8 @@
 """Pictures of specialisation: which slots a token chooses, and which slots follow each other.
 
 Colours are ratios: red where a token chooses a slot more than tokens do on average, blue where it
-does less, in powers of two. So a slot that everybody uses is no coloured column, and layers with a
-few and with many slots look alike.
+does less, in powers of two; grey is never. So a slot that everybody uses is no coloured column, and
+layers with a few and with many slots look alike.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ MOST_SLOTS = 64
 MOST_PANELS = 6
 _COLUMNS = 3
 _COLOURS = "RdBu_r"
+_NEVER = "0.8"
 _LIMIT = 3  # powers of two that the colours span, in both directions
 # Inches: a panel's width, a row of tokens, a square of slots, and what is written around a panel.
 _WIDTH, _ROW, _SQUARE, _WRITING = 3.4, 0.145, 2.2, 0.75
@@ -141,11 +142,11 @@ def _telling(carried: Tensor) -> Tensor:
 
 
 def _ratios(table: Tensor, rows: Tensor, columns: Tensor) -> np.ndarray:
-    """Give ``log2(p(x, y) / (p(x) p(y)))``: the darkest blue where never, 0 for unused slots."""
+    """Give ``log2(p(x, y) / (p(x) p(y)))``: minus infinity where never."""
     counts = table.double()
     expected = counts.sum(dim=1, keepdim=True)[rows] * counts.sum(dim=0)[columns] / counts.sum()
     ratio = counts[rows][:, columns] / expected.clamp(min=1e-300)
-    return ratio.log2().clamp(min=-_LIMIT - 1).masked_fill(expected == 0, 0.0).numpy()
+    return ratio.log2().masked_fill(expected == 0, -torch.inf).numpy()
 
 
 def _slots_label(shown: int, slots: int) -> str:
@@ -156,7 +157,7 @@ def _draw(panels: list[_Panel], height: float, title: str, scale: str) -> Figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(len(panels), _COLUMNS)
+    columns = 2 if len(panels) == 4 else min(len(panels), _COLUMNS)
     lines = math.ceil(len(panels) / columns)
     size = (max(_WIDTH * columns, 5.0), (height + _WRITING) * lines + 1.1)
     figure = Figure(figsize=size, dpi=160, layout="constrained")
@@ -174,14 +175,16 @@ def _draw(panels: list[_Panel], height: float, title: str, scale: str) -> Figure
     ticks = range(-_LIMIT, _LIMIT + 1)
     bar.set_ticks(ticks, labels=[f"{2**t}" if t >= 0 else f"1/{2**-t}" for t in ticks])
     bar.ax.tick_params(labelsize=7, length=2)
-    bar.ax.set_xlabel(scale, fontsize=8)
+    bar.ax.set_xlabel(f"{scale} (grey: never)", fontsize=8)
     return figure
 
 
 def _draw_panel(axes: Any, panel: _Panel) -> Any:
+    from matplotlib import colormaps
+
     image = axes.imshow(
-        panel.ratio,
-        cmap=_COLOURS,
+        np.ma.masked_invalid(panel.ratio),
+        cmap=colormaps[_COLOURS].with_extremes(bad=_NEVER),
         vmin=-_LIMIT,
         vmax=_LIMIT,
         aspect="auto",

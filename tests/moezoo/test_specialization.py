@@ -154,8 +154,9 @@ def test_the_pictures_show_the_planted_diagonal():
     image = figure.axes[0].images[0].get_array()
     assert image.shape == (24, 30)
     # Each token has one red cell, and they go down and to the right.
-    red = (image > 3).argmax(axis=1)
+    red = (image > 3).filled(False).argmax(axis=1)
     assert (image > 3).sum() == 24
+    assert image.mask.sum() == 24 * 29  # it is never anywhere else
     assert (red[1:] > red[:-1]).all()
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[0] == f"'word {int(counts[:, red[0]].argmax())}'"
