@@ -83,6 +83,10 @@ GROUPS: dict[str, dict[str, Command]] = {
         "inspect triggers": Command(
             "moezoo_models.triggers:inspect_triggers", "what triggers neurons, and what they say"
         ),
+        "inspect spectrum": Command(
+            "moezoo_models.spectrum:inspect_spectrum",
+            "how many directions hidden activations and weights use",
+        ),
         "inspect carving": Command(
             "moezoo_models.conversion.study:inspect_carving",
             "what carving and pruning cost a dense model, method by method",

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from moezoo.analysis.sparsity import Sparsity
+from moezoo.analysis.spectrum import Spectrum
 from moezoo.analysis.triggers import Agreement
 
 if TYPE_CHECKING:
@@ -132,3 +133,43 @@ def ranked(frequency_N: Tensor) -> tuple[np.ndarray, np.ndarray]:
     picked = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), _MOST_POINTS)).round())
     place = 100 * (picked + 0.5) / len(ordered)
     return place, ordered[picked.astype(np.int64)]
+
+
+def draw_spectra(
+    spectra: Mapping[str, tuple[Spectrum, Tensor]], headings: Mapping[str, str], title: str
+) -> Figure:
+    """Draw the ranks over the width, and how the variance adds up over directions.
+
+    Args:
+        spectra: summary and shares ``(D,)`` of the variance, descending, by the name of a layer.
+        headings: what is written for a name.
+        title: of the whole picture.
+    """
+    from matplotlib import colormaps
+
+    figure = new_figure(10.0, _height(len(spectra)), title)
+    bars, curves = figure.subplots(1, 2)
+    rows = np.arange(len(spectra))
+    for kind, colour in (("soft_rank", "#9ecae1"), ("hard_rank", "#3182bd")):
+        share = [100 * getattr(one, kind) / one.width for one, _ in spectra.values()]
+        bars.barh(rows, share, height=0.75, color=colour, label=kind.replace("_", " "))
+    bars.set_yticks(rows, [headings[name] for name in spectra], fontsize=7)
+    bars.invert_yaxis()
+    bars.set_xlim(0, 100)
+    bars.set_xlabel("rank over width (%)", fontsize=8)
+    bars.tick_params(labelsize=7)
+    bars.legend(fontsize=6.5, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    colours = colormaps["viridis"](np.linspace(0, 0.92, len(spectra)))
+    for (name, (_, share_D)), colour in zip(spectra.items(), colours, strict=True):
+        place = 100 * np.arange(len(share_D) + 1) / len(share_D)
+        total = np.concatenate([[0.0], 100 * share_D.double().cumsum(0).numpy()])
+        curves.plot(place, total, color=colour, label=name, linewidth=1.3)
+    curves.plot([0, 100], [0, 100], color="0.6", linewidth=0.8, linestyle=":", label="even")
+    curves.set_xlim(0, 100)
+    curves.set_ylim(0, 101)
+    curves.set_xlabel("directions, the strongest first (%)", fontsize=8)
+    curves.set_ylabel("share of the variance (%)", fontsize=8)
+    curves.tick_params(labelsize=7)
+    curves.grid(alpha=0.25)
+    curves.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure

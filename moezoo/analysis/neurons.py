@@ -54,12 +54,15 @@ class NeuronBlock(NamedTuple):
         neurons: ``(J,)`` which neurons, or ``(R, J)`` where each token has its own; -1 is none.
         activations: ``(R, J)``; of gated linear units the product of both halves.
         weights: broadcasts to ``(R, J)``: what activations are multiplied with besides.
+        before: ``(R, J)``, what goes into the activation function (the gate's, if gated); None
+            where each token has neurons of its own.
     """
 
     rows: Tensor
     neurons: Tensor
     activations: Tensor
     weights: Tensor
+    before: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def _dense(layer: DenseFFN | TopKFFN, name: str = "", scale: Callable | None = N
             router_input = None if asked_TD is None else asked_TD[rows]
             inner_RF = _inner(layer, x_RD, router_input)
             weights = x_RD.new_ones(len(rows), 1) if scale is None else scale(x_RD)
-            yield NeuronBlock(rows, neurons_F, inner_RF, weights)
+            yield NeuronBlock(rows, neurons_F, inner_RF, weights, _before(layer, x_RD))
 
     def values(neurons: Tensor) -> Tensor:
         return layer.down_proj.weight.t()[neurons]
@@ -127,6 +130,12 @@ def _dense(layer: DenseFFN | TopKFFN, name: str = "", scale: Callable | None = N
 
 def _inner(layer: DenseFFN | TopKFFN, x_RD: Tensor, router_input: Tensor | None) -> Tensor:
     return input_of(layer.down_proj, lambda: layer.forward(x_RD, router_input=router_input))
+
+
+def _before(layer: DenseFFN | TopKFFN, x_RD: Tensor) -> Tensor:
+    if not layer.gated:
+        return layer.up_proj(x_RD)
+    return layer.gate_proj(x_RD[:, : layer.gate_proj.in_features])
 
 
 def _stacked(
@@ -145,8 +154,10 @@ def _stacked(
             rows, places = (choices.indices == e).nonzero(as_tuple=True)
             weights = choices.weights[rows, places].unsqueeze(-1)
             for part in torch.arange(len(rows), device=rows.device).split(_DENSE_ROWS):
-                inner_RF = _expert_inner(experts, e, tokens_TD[rows[part]])
-                yield NeuronBlock(rows[part], neurons_F, inner_RF, weights[part])
+                up = _expert_up(experts, e, tokens_TD[rows[part]])
+                inner_RF = activate(up, experts.activation, experts.gated)
+                before_RF = up[:, :width]  # the gate's rows come first
+                yield NeuronBlock(rows[part], neurons_F, inner_RF, weights[part], before_RF)
 
     def values(neurons: Tensor) -> Tensor:
         expert = neurons.div(width, rounding_mode="floor")
@@ -155,10 +166,9 @@ def _stacked(
     return Neurons("", experts.num_experts * width, width, unit, read, values)
 
 
-def _expert_inner(experts: MLPExperts, expert: int, x_RD: Tensor) -> Tensor:
+def _expert_up(experts: MLPExperts, expert: int, x_RD: Tensor) -> Tensor:
     bias = None if experts.gate_up_bias is None else experts.gate_up_bias[expert]
-    up = F.linear(x_RD, experts.gate_up_proj[expert], bias)
-    return activate(up, experts.activation, experts.gated)
+    return F.linear(x_RD, experts.gate_up_proj[expert], bias)
 
 
 def _merged(indices_RJ: Tensor, weights_RJ: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from moezoo.feed_forward import FeedForward
 Context = dict[str, Tensor | None]
 """What a layer is given beside hidden states: ``token_ids``, ``router_input``, ``mask``."""
 
+_CONTEXT = ("token_ids", "router_input", "mask")
+
 See = Callable[[str, FeedForward, Tensor, Context], None]
 """Told the name of a layer, the layer, its hidden states ``(..., d_model)``, and the context."""
 
@@ -44,9 +46,7 @@ def watch(layers: Mapping[str, FeedForward], see: See) -> Iterator[None]:
 def _listen(name: str, layer: FeedForward, see: See) -> torch.utils.hooks.RemovableHandle:
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden"]
-        context: dict[str, Tensor | None] = {
-            k: kwargs[k] for k in ("token_ids", "router_input", "mask") if k in kwargs
-        }
+        context: Context = {name: kwargs[name] for name in _CONTEXT if name in kwargs}
         with torch.no_grad():
             see(name, layer, hidden, context)
 
