@@ -260,13 +260,17 @@ def test_versions_are_counted(comparison):
 
 
 def test_it_is_drawn_again_from_what_an_earlier_version_wrote(tmp_path):
-    shutil.copy(ROOT / "docs" / "compare" / "results.json", tmp_path)
+    whole = json.loads((ROOT / "docs" / "compare" / "results.json").read_text())
+    whole["rows"] = whole["rows"][:4]
+    for each in [*whole["rows"], *whole["runs"]]:
+        each.pop("peak_memory", None)
+    (tmp_path / "results.json").write_text(json.dumps(whole))
     files = redraw(tmp_path)
     assert {*files, "results.json"} == {path.name for path in tmp_path.iterdir()}
     assert "index.html" in files
     assert "compute.png" not in files  # there are no curves beside it
     found = read_comparison(tmp_path)
-    assert len(found.rows) == 25
+    assert len(found.rows) == 4
     assert found.rows[0].peak_memory is None
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 5
+WIDTH = 6.5
+"""Inches that a caption needs."""
 QUIET = "#555555"
 MEASURES = {
     "evenness": "evenness of the load",
@@ -41,7 +43,7 @@ def compute(rows: Sequence[Row], curves: Sequence[Curve], baseline: str, caption
     shown = [name for name in names if name != baseline] or names
     columns = min(COLUMNS, len(shown))
     lines = math.ceil(len(shown) / columns)
-    size = (max(4.5, 1.85 * columns + 0.7), 1.45 * lines + 1.1)
+    size = (max(WIDTH, 1.85 * columns + 0.7), 1.45 * lines + 1.1)
     figure = Figure(figsize=size, dpi=200, layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     last = max(point.flops for curve in curves for point in curve.points)
@@ -134,10 +136,9 @@ def parameters(rows: Sequence[Row], baseline: str, caption: str) -> Figure:
     if max(values) > 4 * min(values):
         axes.set_xscale("log")
     else:
-        room = (
-            0.1 * max(values) if max(values) == min(values) else 0.08 * (max(values) - min(values))
-        )
-        axes.set_xlim(min(values) - room, max(values) + room)
+        # Never so narrow that sizes which are all but equal look far apart.
+        low, high = min(*values, 0.9 * max(values)), max(*values, min(values) / 0.9)
+        axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(round(value))))
     ends = [loss.value + sign * (loss.error or 0) for _, loss in shown for sign in (1, -1)]
@@ -221,7 +222,7 @@ def load(
 
     shown = [row for row in rows if row.name in measures]
     kinds = [name for name in MEASURES if any(name in found for found in measures.values())]
-    size = (1.6 + 1.6 * len(kinds), 1.1 + 0.24 * len(shown))
+    size = (max(WIDTH, 1.6 + 1.6 * len(kinds)), 1.1 + 0.24 * len(shown))
     figure = Figure(figsize=size, dpi=200, layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     palette = colors(rows, baseline)

@@ -44,7 +44,7 @@ def write_report(
     cells = [cells_of(row, experiment.model.num_layers) for row in rows]
     notes = [*conditions(experiment, results), *remarks(rows)]
     if missing:
-        notes.append(f"Not trained yet: {', '.join(missing)}.")
+        notes.append(f"Not trained yet: {'; '.join(missing)}.")
     whole = {
         "title": title,
         "notes": notes,

@@ -259,7 +259,7 @@ function scatter(host, rows, pairs) {
   const [box, labelled] = sideBox(width, height, shown);
   const sizes = shown.map((row) => row.active);
   const wide = Math.max(...sizes) > 4 * Math.min(...sizes);
-  const [from, to] = wide ? [Math.min(...sizes) / 1.3, Math.max(...sizes) * 1.3] : padded(sizes, 0.1);
+  const [from, to] = wide ? [Math.min(...sizes) / 1.3, Math.max(...sizes) * 1.3] : around(sizes);
   const x = (wide ? logarithmic : linear)(from, to, box.left, box.right);
   const ends = shown.flatMap((row) => [row.loss[0] - (row.loss[1] ?? 0), row.loss[0] + (row.loss[1] ?? 0)]);
   const y = linear(...padded(ends), box.bottom, box.top);

@@ -73,6 +73,12 @@ function padded(values, share = 0.06) {
   return [low - room, high + room];
 }
 
+// The same, never so narrow that sizes which are all but equal look far apart.
+function around(sizes) {
+  const low = Math.min(...sizes), high = Math.max(...sizes);
+  return padded([Math.min(low, 0.9 * high), Math.max(high, low / 0.9)], 0.06);
+}
+
 function short(value) {
   const units = ["", " k", " M", " G", " T", " P", " E"];
   let place = 0;

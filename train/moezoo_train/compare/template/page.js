@@ -138,7 +138,7 @@ function buildCharts() {
     + "before. Compute counts three times the active FLOPs of the forward pass; trees and the "
     + "strongest-neuron layers compute more than that while training, which time shows. The first "
     + "quarter of a run is cut off above."
-    + (ablations ? " Point at a curve to see its random routing, dashed." : "");
+    + (ablations && data.rows.length > FEW ? " Point at a curve to see its random routing, dashed." : "");
 }
 
 function buildNotes() {
