@@ -115,14 +115,14 @@ def parameters(rows: Sequence[Row], baseline: str, caption: str) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    shown = [(row, row.loss) for row in rows if row.loss and row.active_parameters]
+    shown = [(row, row.loss) for row in rows if row.loss]
     height = max(3.4, 1.2 + 0.17 * len(shown))
     figure = Figure(figsize=(7, height), dpi=200, layout="constrained")
     axes = figure.add_subplot()
     palette = colors(rows, baseline)
     for row, loss in shown:
         axes.errorbar(
-            row.active_parameters,
+            row.active_parameters or 0,
             loss.value,
             yerr=loss.error,
             fmt="o",
