@@ -150,7 +150,7 @@ def measure_spectra(
     """
     stream = Stream.of(model, tokens, sequence_length, batch_size)
     sets, layers = neuron_sets(model), blocks_by_name(model)
-    found = []
+    found: list[Spectra] = []
     for names in _portions(sets, layers, most_bytes):
         covariances = {name: _Layer(layers[name], sets[name]) for name in names}
 

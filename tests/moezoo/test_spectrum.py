@@ -86,4 +86,4 @@ def test_the_picture_has_every_layer():
     figure = draw_spectra(drawn, {"layer 0": "layer 0: planted"}, "test")
     widths = [patch.get_width() for patch in figure.axes[0].patches]
     assert widths == pytest.approx([100 * 2**1.75 / 4, 100 * 32 / 11 / 4])
-    assert figure.axes[1].lines[0].get_ydata().tolist() == [0, 50, 75, 87.5, 100]
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [50, 75, 87.5, 100]
