@@ -62,7 +62,8 @@ def lay_out(model: PreTrainedModel, layout: Layout) -> None:
     tables = [m for m in model.modules() if isinstance(m, ValueTable) and m not in shared]
     # A table may be read by several blocks: it is gathered by itself.
     units: list[nn.Module] = [table for table in tables if not table.sparse]
-    units += [*model.base_model.layers, model]
+    decoder: Any = model.base_model
+    units += [*decoder.layers, model]
     for unit in units:
         fully_shard(unit, mesh=layout.dense, ignored_params=left_alone)
 
