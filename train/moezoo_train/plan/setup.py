@@ -94,8 +94,10 @@ class Setup:
         """Take over what a LightningModule was told.
 
         Raises:
-            InputError: there is no formula for its gradients.
+            InputError: it is no model of ours, or there is no formula for its gradients.
         """
+        if not isinstance(module.model, MoezooForCausalLM):
+            raise InputError("initialize_from: plan knows models of this library's own only")
         setup = cls(
             module.model,
             module.optimizer_config,
@@ -106,8 +108,8 @@ class Setup:
         )
         if any(is_sparse(group) for group in setup.parameter_groups):
             raise InputError(
-                "sparse: the size of sparse gradients depends on the text, and they are not summed "
-                "over processes; set the layer's sparse to false"
+                "sparse: the size of sparse gradients depends on the text; set the layer's sparse "
+                "to false to plan it"
             )
         return setup
 
