@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from moezoo.routing.stats import expert_counts
 
-_ALONE: ContextVar[bool] = ContextVar("moezoo_alone", default=False)
+_ALONE: list[bool] = []  # one per open alone(); torch.compile can read no ContextVar
 
 
 def load_balancing_loss(counts_E: Tensor, p_E: Tensor) -> Tensor:
@@ -144,15 +143,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 @contextmanager
 def alone() -> Iterator[None]:
     """Let this process run a model that the others do not: nothing is summed over ranks."""
-    token = _ALONE.set(True)
+    _ALONE.append(True)
     try:
         yield
     finally:
-        _ALONE.reset(token)
+        _ALONE.pop()
 
 
 def world_size() -> int:
     """Give the number of data-parallel ranks."""
-    if _ALONE.get():
+    if _ALONE:
         return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

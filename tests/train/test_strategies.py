@@ -115,7 +115,8 @@ def assert_equal(one: dict[str, Any], two: dict[str, Any], tolerance: float = 1e
 
 @pytest.mark.parametrize(("name", "strategy"), cases.TWO_PROCESSES)
 def test_two_processes_equal_one(folder, name, strategy):
-    tolerance = 1e-2 if name == "bf16" else 1e-6
+    # Two processes round sums of bf16 products, each exact to 4e-3, in another order.
+    tolerance = 3e-2 if name == "bf16" else 1e-6
     one, two = alone(name, folder), read(folder, f"{name}, {strategy}")
     assert_equal(one, two, tolerance)
     assert len(one["losses"]) >= 6

@@ -12,7 +12,7 @@ from torch import Tensor
 from moezoo_kernels import backends, triton_support
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.dtypes import autocast
-from moezoo_kernels.grouped_mlp import cpu, op, reference
+from moezoo_kernels.grouped_mlp import cpu, op, peers, reference
 
 # On a CPU, below this many rows per expert, a loop over experts costs more than fresh buffers do.
 _FEW_ROWS_PER_EXPERT = 64
@@ -184,7 +184,9 @@ def _reference_usable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _peer(package: str, install: str) -> Callable[[torch.device, torch.dtype], str | None]:
+def _peer(
+    package: str, install: str, needs: str | None = None, only: torch.dtype | None = None
+) -> Callable[[torch.device, torch.dtype], str | None]:
     """Look for a package whose kernels could stand here, without importing it."""
 
     def usable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -192,7 +194,11 @@ def _peer(package: str, install: str) -> Callable[[torch.device, torch.dtype], s
             return "needs a CUDA device"
         if importlib.util.find_spec(package) is None:
             return f"not installed; {install}"
-        return "installed, but no adapter for it is written yet"
+        if needs is not None and importlib.util.find_spec(needs) is None:
+            return f"its {needs} is not installed"
+        if only is not None and dtype != only:
+            return f"computes in bf16 only, not {str(dtype).removeprefix('torch.')}"
+        return None
 
     return usable
 
@@ -205,13 +211,18 @@ backends.register(
     backends.Backend("triton", partial(_fused, backend="triton"), triton_support.unusable),
     backends.Backend(
         "megablocks",
-        None,
-        _peer("megablocks", "pip install --no-deps --no-build-isolation megablocks"),
+        partial(peers.grouped_mlp, package="megablocks"),
+        _peer(
+            "megablocks",
+            "pip install --no-deps --no-build-isolation megablocks",
+            needs="grouped_gemm",
+            only=torch.bfloat16,
+        ),
     ),
     backends.Backend(
         "scattermoe",
-        None,
-        _peer("scattermoe", "pip install git+https://github.com/shawntan/scattermoe"),
+        partial(peers.grouped_mlp, package="scattermoe"),
+        _peer("scattermoe", "pip install --no-deps git+https://github.com/shawntan/scattermoe"),
     ),
 )
 
