@@ -49,7 +49,8 @@ GROUPS: dict[str, dict[str, Command]] = {
         "test": Command("moezoo_train.cli:run", "measure a checkpoint on test data", True),
         "generate": Command("moezoo_models.generate:generate", "continue a prompt"),
         "evaluate": Command(
-            "moezoo_models.evaluate:evaluate", "loss, perplexity and bits per byte on any text"
+            "moezoo_models.evaluate:evaluate",
+            "loss and bits per byte on any text, or lm-eval's tasks",
         ),
     },
     "Convert checkpoints": {
@@ -122,12 +123,13 @@ EXTRAS = {
     "datasets": "data",
     "wandb": "wandb",
     "peft": "lora",
+    "lm_eval": "eval",
     "deepspeed": "deepspeed",
     "xformers": "xformers",
     "triton": "gpu",
 }
-# Packages whose ValueErrors are about settings: Lightning's trainer, and MOEZOO_BACKEND.
-REFUSING = ("lightning", "moezoo_kernels")
+# Packages whose ValueErrors are about settings: Lightning's trainer, MOEZOO_BACKEND, and tasks.
+REFUSING = ("lightning", "moezoo_kernels", "lm_eval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,11 @@
-"""Measuring how well a model predicts a text."""
+"""Measuring how well a model predicts a text, or answers the tasks of a benchmark."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
+from moezoo_models.atomic import atomic_write
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
 from moezoo_models.stock import load_any_with_tokenizer
+from moezoo_models.tasks import Questions, TaskEvaluation, evaluate_questions
 from moezoo_models.tokenizer import Tokenizer
 
 _LONGEST_DEFAULT = 2048
@@ -61,20 +64,28 @@ class Evaluation:
 
 def evaluate(
     checkpoint: str | Path,
-    text: str | Path,
+    text: str | Path | None = None,
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
     attention: str | None = None,
     tokenizer: str | Path | None = None,
-) -> Evaluation:
-    """Print loss, perplexity and bits per byte of a checkpoint's model on a text file.
+    tasks: str | None = None,
+    task_path: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    output: str | Path | None = None,
+) -> Evaluation | TaskEvaluation:
+    """Print how well a checkpoint's model predicts a text file, or answers lm-eval's tasks.
 
-    A window of ``sequence_length`` tokens moves over the text by ``stride``. Each token is
-    predicted once: in the first window all of them, later those that are new in the window, so
-    that every one has at least ``sequence_length - stride`` tokens before it, or all there are.
-    The first token is predicted from the token that begins texts, or the one that ends them.
+    Of a text: loss, perplexity and bits per byte. A window of ``sequence_length`` tokens moves over
+    the text by ``stride``. Each token is predicted once: in the first window all of them, later
+    those that are new in the window, so that every one has at least ``sequence_length - stride``
+    tokens before it, or all there are. The first token is predicted from the token that begins
+    texts, or the one that ends them.
+
+    Of tasks: what lm-evaluation-harness measures, with its prompts and its metrics.
 
     Args:
         checkpoint: directory of a checkpoint: ours, or one that moezoo upcycle or
@@ -82,32 +93,80 @@ def evaluate(
         text: path of a text file in UTF-8.
         sequence_length: tokens that the model sees at once; default: its
             max_position_embeddings, at most 2048.
-        stride: tokens by which the window moves; default: half of sequence_length. Smaller is
-            slower and gives each token more context.
-        batch_size: windows computed at once.
+        stride: of a text, tokens by which the window moves; default: half of sequence_length.
+            Smaller is slower and gives each token more context.
+        batch_size: windows, or a task's questions, computed at once.
         device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
         attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
         tokenizer: directory of the tokenizer; default: the checkpoint's own.
+        tasks: in place of a text, names of lm-eval's tasks, groups or tags, separated by commas.
+        task_path: of tasks, a directory of YAML files that define your own.
+        limit: of tasks, take that many documents of each, to try things out.
+        num_fewshot: of tasks, solved examples before each question; default: as each task says.
+        output: JSON file that the figures are written to; default: runs/evaluate/tasks.json for
+            tasks, and none for a text.
 
     Returns:
         The figures that are printed.
 
     Raises:
-        InputError: the file is missing, empty or binary; the checkpoint can not be loaded; an
-            option is out of range; a token id is outside the model's vocabulary.
+        InputError: the file is missing, empty or binary; a task does not exist; the checkpoint can
+            not be loaded; an option is out of range; a token id is outside the model's vocabulary.
+        ModuleNotFoundError: there are tasks, and lm-eval is not installed.
     """
-    content = read_text(Path(text))
+    if (text is None) == (tasks is None):
+        raise InputError("text: give either a file, --text FILE, or tasks, --tasks NAME,NAME")
+    if text is not None:
+        _refuse("tasks", task_path=task_path, limit=limit, num_fewshot=num_fewshot)
+        content = read_text(Path(text))
+        model, words = load_any_with_tokenizer(
+            checkpoint, tokenizer, pick_device(device), attention
+        )
+        result = evaluate_text(
+            model,
+            words,
+            content,
+            sequence_length=sequence_length,
+            stride=stride,
+            batch_size=batch_size,
+        )
+        print(result.table())
+        if output is not None:
+            what = {"checkpoint": str(checkpoint), "text": str(text)}
+            _write_json(Path(output), {**what, **asdict(result)})
+        return result
+
+    _refuse("text", stride=stride)
+    # Before the weights are read, as that takes long and tasks are where users err.
+    questions = Questions.find(str(tasks).split(","), task_path, limit, num_fewshot)
     model, words = load_any_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
-    result = evaluate_text(
-        model,
-        words,
-        content,
-        sequence_length=sequence_length,
-        stride=stride,
-        batch_size=batch_size,
+    answered = evaluate_questions(
+        model, words, questions, sequence_length=sequence_length, batch_size=batch_size
     )
-    print(result.table())
-    return result
+    print(answered.table())
+    file = Path("runs/evaluate/tasks.json" if output is None else output)
+    _write_json(file, {"checkpoint": str(checkpoint), **answered.report})
+    print(f"written to {file}")
+    return answered
+
+
+def _refuse(of: str, **options: object) -> None:
+    """Refuse options that only the other kind of evaluation has."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name}: it is for --{of} only; leave it out, or give --{of}")
+
+
+def _write_json(file: Path, report: Mapping[str, Any]) -> None:
+    try:
+        with atomic_write(file, "w") as stream:
+            json.dump(report, stream, indent=2, ensure_ascii=False)
+            stream.write("\n")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(
+            f"output: {file} can not be written: {reason}; give another file"
+        ) from error
 
 
 def read_text(file: Path) -> str:
@@ -250,14 +309,21 @@ def _losses(model: PreTrainedModel, stream: Tensor, windows: list[Window]) -> li
     inputs = torch.stack([stream[begin:end] for begin, end, _ in windows]).to(model.device)
     whole: Any = model
     hidden = whole.model(input_ids=inputs, use_cache=False).last_hidden_state
-    scale = getattr(model.config, "logits_scaling", 1.0)  # Granite's
     losses = []
     for row, (begin, end, counted) in zip(hidden, windows, strict=True):
-        logits = whole.lm_head(row[counted - begin :]).float() / scale
+        logits = logits_of(model, row[counted - begin :])
         targets = stream[counted + 1 : end + 1].to(logits.device)
         nats = F.cross_entropy(logits, targets, reduction="none").double().sum()
         losses.append(float(nats))
     return losses
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Turn last hidden states ``(..., hidden_size)`` into logits ``(..., vocab_size)`` in fp32."""
+    whole: Any = model
+    scale = getattr(model.config, "logits_scaling", 1.0)  # Granite's
+    logits: Tensor = whole.lm_head(hidden).float() / scale
+    return logits
 
 
 def _pieces(text: str) -> list[str]:

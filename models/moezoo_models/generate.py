@@ -114,7 +114,7 @@ def continue_text(
     Raises:
         InputError: an option is out of range, or the tokenizer is not the model's.
     """
-    config = _generation_config(
+    config = generation_config(
         model, tokenizer, max_new_tokens, float(temperature), top_k, float(top_p)
     )
     ids = torch.tensor([_prompt_ids(tokenizer, prompt)])
@@ -190,7 +190,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids or [tokenizer.eos_id]
 
 
-def _generation_config(
+def generation_config(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     max_new_tokens: int,
@@ -198,6 +198,11 @@ def _generation_config(
     top_k: int,
     top_p: float,
 ) -> GenerationConfig:
+    """Say as transformers does how to continue; the options are those of :func:`generate`.
+
+    Raises:
+        InputError: an option is out of range.
+    """
     check_int("max_new_tokens", max_new_tokens)
     check_number("temperature", temperature)
     check_int("top_k", top_k, minimum=0)

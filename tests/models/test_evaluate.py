@@ -1,12 +1,15 @@
 """Loss, perplexity and bits per byte against sums done by hand."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from moezoo import InputError
+from moezoo import __main__ as command
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_models.evaluate import evaluate, evaluate_text, evaluate_tokens
 
@@ -150,3 +153,37 @@ def test_a_foreign_tokenizer_is_noticed(make, byte_tokenizer):
         evaluate_text(make(), byte_tokenizer, "jazz")
     with pytest.raises(InputError, match="text: it has no tokens"):
         evaluate_text(make(), byte_tokenizer, "")
+
+
+def test_figures_are_written_where_asked(model, byte_level_tokenizer, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "c", model, byte_level_tokenizer)
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8", newline="")
+    file = tmp_path / "out" / "figures.json"
+    result = evaluate(checkpoint, tmp_path / "text", device="cpu", output=file)
+    figures = json.loads(file.read_text())
+    assert (figures["loss"], figures["tokens"]) == (result.loss, result.tokens)
+    assert figures["text"] == str(tmp_path / "text")
+    with pytest.raises(InputError, match=r"output: .*x can not be written: "):
+        evaluate(checkpoint, tmp_path / "text", device="cpu", output=tmp_path / "text" / "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "text: give either a file, --text FILE, or tasks"),
+        ({"text": "a", "tasks": "b"}, "text: give either a file, --text FILE, or tasks"),
+        ({"text": "a", "limit": 3}, "limit: it is for --tasks only; leave it out"),
+        ({"text": "a", "task_path": "x"}, "task_path: it is for --tasks only; leave it out"),
+        ({"tasks": "a", "stride": 3}, "stride: it is for --text only; leave it out"),
+    ],
+)
+def test_a_text_or_tasks(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(tmp_path, **options)
+
+
+def test_tasks_without_the_harness(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert command.main(["evaluate", "--checkpoint", str(tmp_path), "--tasks", "piqa"]) == 2
+    expected = "moezoo: error: lm_eval is not installed; run: pip install 'moezoo[eval]'\n"
+    assert capsys.readouterr().err == expected

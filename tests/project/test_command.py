@@ -196,6 +196,10 @@ ERRORS = [
         ModuleNotFoundError("No module named 'lightning.pytorch'", name="lightning.pytorch"),
         "lightning is not installed; run: pip install 'moezoo[train]'",
     ),
+    (
+        ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval"),
+        "lm_eval is not installed; run: pip install 'moezoo[eval]'",
+    ),
 ]
 
 
