@@ -11,13 +11,14 @@ BUILT  := pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test lint bench gpu clean
+.PHONY: help demo compare test lint docs bench gpu clean
 
 help:
 	@echo "make demo    train a small sparse MoE on the Python standard library's source, on a CPU"
 	@echo "make compare train one method of each kind side by side, in less than 20 minutes"
 	@echo "make test    run all tests"
 	@echo "make lint    ruff and mypy, as in continuous integration"
+	@echo "make docs    the site of these pages, in build/site"
 	@echo "make bench   speed and memory against public peers, on a CPU; a quarter of an hour"
 	@echo "make gpu     GPU tests, then the benchmark on a GPU; ten minutes"
 	@echo "make clean   remove .venv, caches and build products; runs/ stays"
@@ -39,6 +40,10 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in build/site; look at it with: $(BIN)/mkdocs serve"
 
 bench: $(VENV)/.bench
 	@$(BIN)/moezoo bench all
@@ -67,6 +72,11 @@ $(VENV)/.dev: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 	@echo "Installing moezoo[dev] into $(VENV) ..."
 	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[dev]"
 	@touch $(VENV)/.train $(VENV)/.bench $@
+
+$(VENV)/.docs: $(BUILT) | $(BIN)/pip $(VENV)/.torch
+	@echo "Installing moezoo[docs] into $(VENV) ..."
+	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[docs]"
+	@touch $@
 
 $(VENV)/.torch: constraints.txt | $(BIN)/pip
 ifneq ($(TORCH_INDEX),)

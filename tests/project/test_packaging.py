@@ -137,11 +137,12 @@ def test_packages_say_that_they_are_typed():
 
 
 def test_make_installs_under_constraints_and_demo_takes_no_dev_packages():
-    for stamp, extra in ((".train", "train"), (".dev", "dev")):
+    for stamp, extra in ((".train", "train"), (".dev", "dev"), (".docs", "docs")):
         lines = recipe(f"$(VENV)/{stamp}")
         assert f'--constraint constraints.txt --editable ".[{extra}]"' in lines
     assert "demo: $(VENV)/.train\n" in makefile()
     assert "test: $(VENV)/.dev\n" in makefile()
+    assert "docs: $(VENV)/.docs\n" in makefile()
 
 
 def test_continuous_integration_runs_lint_and_test():
@@ -149,7 +150,7 @@ def test_continuous_integration_runs_lint_and_test():
     assert os.access(script, os.X_OK)
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text
-    assert text.splitlines()[-1] == "make lint test"
+    assert text.splitlines()[-2:] == ["make docs", "make lint test"]
 
 
 def test_pre_commit_runs_the_tools_of_make_lint():

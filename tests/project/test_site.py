@@ -1,0 +1,76 @@
+"""The site has every page, and its links lead to where files are on it."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def site():
+    specification = importlib.util.spec_from_file_location("site_of_docs", ROOT / "docs/hooks.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_every_page_of_docs_is_in_the_navigation_once(site):
+    named = list(site.pages_of(site.expanded(SETTINGS["nav"])))
+    assert len(named) == len(set(named))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(named)
+    assert {"README.md", "kernels/README.md", "models/cards/README.md"} <= set(named)
+    for uri in named:
+        assert (ROOT / site.source_of(uri)).is_file(), uri
+
+
+def test_pages_below_docs_that_the_navigation_leaves_out_are_linked_to(site):
+    text = (ROOT / "docs/compare.md").read_text(encoding="utf-8")
+    linked = {target for _, target in site.links(text, "docs/compare.md")}
+    below = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*/**/*.md")}
+    assert below <= linked
+
+
+@pytest.mark.parametrize(
+    ("source", "markdown", "expected"),
+    [
+        ("README.md", "[x](docs/peer.md#cost) [y](LICENSE)", "[x](peer.md#cost) [y](LICENSE)"),
+        ("docs/peer.md", "[x](usage.md)", "[x](usage.md)"),
+        ("docs/peer.md", "[x](../models/cards/peer.md)", "[x](models/cards/peer.md)"),
+        ("docs/peer.md", "[x](../moezoo/layers/peer.py)", "[x](moezoo/layers/peer.py)"),
+        ("docs/compare/table.md", "[x](../../README.md)", "[x](../README.md)"),
+        ("models/cards/README.md", "[x](../../docs/compare.md)", "[x](../../compare.md)"),
+        ("kernels/README.md", "[x](../docs/peer.md) [y](#z)", "[x](../peer.md) [y](#z)"),
+        ("docs/peer.md", "[x](https://a.b/c.md) [y](gone.md)", None),
+        ("docs/peer.md", "layers[0](hidden) and ![x](../../outside.png)", None),
+    ],
+)
+def test_links_are_those_of_the_site(site, source, markdown, expected):
+    assert site.rewritten(markdown, source) == (expected or markdown)
+
+
+def test_nothing_is_fetched_when_a_page_is_read():
+    assert SETTINGS["theme"]["font"] is False
+    assert SETTINGS["plugins"] == ["search"]
+    assert not {"extra_css", "extra_javascript"} & SETTINGS.keys()
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path):
+    pytest.importorskip("material", reason="mkdocs is not installed (pip install 'moezoo[docs]')")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = sorted(tmp_path.rglob("*.html"))
+    assert tmp_path / "models/cards/peer/index.html" in pages
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]*\bsrc=\"([^\"]+)", text)
+        loaded += re.findall(r"<link[^>]*rel=\"(?:stylesheet|preconnect|icon)\"[^>]*>", text)
+        assert not [where for where in loaded if "//" in where], page
