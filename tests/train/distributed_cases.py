@@ -19,7 +19,7 @@ from moezoo_train.optim import OptimizerConfig
 from moezoo_train.progress import quiet_lightning
 from moezoo_train.schedule import ScheduleConfig
 from moezoo_train.strategies import FSDP2Strategy
-from moezoo_train.whole import whole_tensors
+from moezoo_train.whole import whole_state, whole_tensors
 
 VOCABULARY, WIDTH, WINDOWS = 40, 16, 4
 
@@ -125,7 +125,7 @@ class Record(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         if trainer.global_step == 1:
-            found = {n: p.grad for n, p in module.model.named_parameters()}
+            found = {n: p.grad for n, p in module.model.named_parameters() if p.grad is not None}
             whole = whole_tensors({n: g for n, g in found.items() if not g.is_sparse})
             self.gradients = {name: gradient.clone() for name, gradient in whole.items()}
 
@@ -175,7 +175,7 @@ def train(
     return {
         "losses": torch.stack(record.losses),
         "gradients": record.gradients,
-        "parameters": whole_tensors(module.model.state_dict()),
+        "parameters": whole_state(module.model),
     }
 
 

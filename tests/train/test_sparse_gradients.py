@@ -11,7 +11,13 @@ from torch import nn
 
 from moezoo import PEER, DenseFFN, FeedForward, InputError, MemoryPlus, ParameterGroup
 from moezoo import ProductKeyMemory as PKM
-from moezoo_train.clipping import clip_norms, clip_values, gradient_norms, total_norm
+from moezoo_train.clipping import (
+    clip_norms,
+    clip_values,
+    gradient_norms,
+    grouped_gradients,
+    total_norm,
+)
 from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.optim import CombinedOptimizer, OptimizerConfig, build_optimizer
 from moezoo_train.schedule import ScheduleConfig
@@ -248,7 +254,7 @@ def clipped():
 
 def test_norms_are_those_of_the_dense_gradients(clipped):
     optimizer, _, dense = clipped
-    norms = gradient_norms(optimizer)
+    norms = gradient_norms(grouped_gradients(optimizer))
     assert list(norms) == ["main", "values"]
     torch.testing.assert_close(norms["main"], torch.stack(dense[:2]).norm())
     torch.testing.assert_close(norms["values"], dense[2].norm())
@@ -262,7 +268,8 @@ def test_groups_are_clipped_apart(clipped, limit):
     twins = [nn.Parameter(torch.zeros(6, 3)) for _ in dense]
     for twin, gradient in zip(twins, dense, strict=True):
         twin.grad = gradient
-    clip_norms(optimizer, gradient_norms(optimizer), limit)
+    gradients = grouped_gradients(optimizer)
+    clip_norms(gradients, gradient_norms(gradients), limit)
     torch.nn.utils.clip_grad_norm_(twins[:2], limit)
     torch.nn.utils.clip_grad_norm_(twins[2:], limit)
     for weight, twin in zip(weights, twins, strict=True):
@@ -272,8 +279,7 @@ def test_groups_are_clipped_apart(clipped, limit):
 
 def test_numbers_are_clamped_in_sparse_gradients_too(clipped):
     optimizer, weights, dense = clipped
-    gradient_norms(optimizer)
-    clip_values(optimizer, 0.3)
+    clip_values(grouped_gradients(optimizer), 0.3)
     for weight, gradient in zip(weights, dense, strict=True):
         torch.testing.assert_close(weight.grad.to_dense(), gradient.clamp(-0.3, 0.3))
 

@@ -8,9 +8,11 @@ so that a large gradient of one does not shrink the steps of the other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -19,17 +21,40 @@ from torch.optim import Optimizer
 MAIN = "main"
 
 
-def gradient_norms(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Give the norm of the gradient of each clip group that has one, the main group first.
+def grouped_gradients(optimizer: Optimizer) -> dict[str, list[Tensor]]:
+    """Sort the gradients by clip group, the main group first; of sparse ones, give the rows.
 
     A sparse gradient may list a row several times, once for each use; these are summed here.
     """
-    norms = {}
-    for name, parameters in _clip_groups(optimizer).items():
-        for parameter in parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()
-        norms[name] = _norm([_values(p) for p in parameters])
+    groups: dict[str, list[Tensor]] = {MAIN: []}
+    for group in optimizer.param_groups:
+        members = groups.setdefault(group.get("clip_group", MAIN), [])
+        members.extend(_values(p) for p in group["params"] if p.grad is not None)
+    return {name: members for name, members in groups.items() if members}
+
+
+def _values(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.coalesce()
+    gradient = parameter.grad
+    assert gradient is not None
+    return gradient.values() if gradient.is_sparse else gradient
+
+
+def gradient_norms(
+    gradients: Mapping[str, list[Tensor]], over_ranks: bool = False
+) -> dict[str, Tensor]:
+    """Give the norm of the gradient of each clip group that has one.
+
+    Args:
+        gradients: by clip group.
+        over_ranks: whether the gradients are those of all processes, one after the other.
+    """
+    norms = {name: _norm(members) for name, members in gradients.items()}
+    if over_ranks:
+        squares = torch.stack(list(norms.values())).square()
+        dist.all_reduce(squares)
+        norms = dict(zip(norms, squares.sqrt(), strict=True))
     return norms
 
 
@@ -50,45 +75,30 @@ def total_norm(norms: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_norms(optimizer: Optimizer, norms: dict[str, Tensor], limit: float) -> None:
-    """Scale the gradient of each clip group down to a norm of at most ``limit``.
+def clip_norms(
+    gradients: Mapping[str, list[Tensor]], norms: Mapping[str, Tensor], limit: float
+) -> None:
+    """Scale the gradient of each clip group down to a norm of at most ``limit``, in place.
 
     Args:
-        optimizer: whose gradients.
+        gradients: by clip group.
         norms: what :func:`gradient_norms` gave.
         limit: largest norm of each group.
     """
-    for name, parameters in _clip_groups(optimizer).items():
+    for name, members in gradients.items():
         factor = (limit / (norms[name] + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-        for values in _own(parameters):
+        for values in map(_local, members):
             values.mul_(factor.to(values.device))
 
 
 @torch.no_grad()
-def clip_values(optimizer: Optimizer, limit: float) -> None:
-    """Clamp every number of the gradient to ``[-limit, limit]``."""
-    for parameters in _clip_groups(optimizer).values():
-        for values in _own(parameters):
+def clip_values(gradients: Mapping[str, list[Tensor]], limit: float) -> None:
+    """Clamp every number of the gradient to ``[-limit, limit]``, in place."""
+    for members in gradients.values():
+        for values in map(_local, members):
             values.clamp_(-limit, limit)
 
 
-def _clip_groups(optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
-    """Sort the parameters that have a gradient."""
-    groups: dict[str, list[nn.Parameter]] = {MAIN: []}
-    for group in optimizer.param_groups:
-        members = groups.setdefault(group.get("clip_group", MAIN), [])
-        members.extend(p for p in group["params"] if p.grad is not None)
-    return {name: members for name, members in groups.items() if members}
-
-
-def _own(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Give this process's part of each gradient, to be changed in place."""
-    gradients = [_values(p) for p in parameters]
-    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-
-
-def _values(parameter: nn.Parameter) -> Tensor:
-    """Give the gradient, or of a (coalesced) sparse one the rows."""
-    gradient = parameter.grad
-    assert gradient is not None
-    return gradient.values() if gradient.is_sparse else gradient
+def _local(gradient: Tensor) -> Tensor:
+    """Give this process's part."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

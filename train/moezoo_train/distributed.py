@@ -51,7 +51,7 @@ def lay_out(model: PreTrainedModel, layout: Layout) -> None:
 
     from moezoo.parallel import shard_experts
 
-    _take_from_first([*model.parameters(), *model.buffers()], layout.device)
+    take_from_first([*model.parameters(), *model.buffers()], layout.device)
     left_alone = {p for _, p in sparse_parameters(model)}
     shared = [] if layout.experts is None else shard_experts(model, layout.experts)
     for store in shared:
@@ -68,7 +68,7 @@ def lay_out(model: PreTrainedModel, layout: Layout) -> None:
         fully_shard(unit, mesh=layout.dense, ignored_params=left_alone)
 
 
-def _take_from_first(tensors: Sequence[Tensor], device: torch.device) -> None:
+def take_from_first(tensors: Sequence[Tensor], device: torch.device) -> None:
     """Overwrite tensors by those of the first process: seeds may differ between processes."""
     for tensor in tensors:
         sent = tensor.detach().to(device)
@@ -91,7 +91,7 @@ def keep_from_ddp(model: nn.Module, device: torch.device) -> None:
     sparse = dict(sparse_parameters(model))
     if sparse:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(sparse))
-        _take_from_first(list(sparse.values()), device)
+        take_from_first(list(sparse.values()), device)
 
 
 @torch.no_grad()

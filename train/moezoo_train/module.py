@@ -23,8 +23,8 @@ from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.causal_lm import IGNORED
 from moezoo_models.stock import predict
 from moezoo_models.tokenizer import Tokenizer
+from moezoo_train import clipping
 from moezoo_train.callbacks import RandomState
-from moezoo_train.clipping import MAIN, clip_norms, clip_values, gradient_norms, total_norm
 from moezoo_train.distributed import average_sparse_gradients, process_count
 from moezoo_train.hash_tables import HashTables
 from moezoo_train.identity import check_same, check_tensors, describe, own_names
@@ -42,7 +42,8 @@ from moezoo_train.pretrained import check_tokenizer, pretrained, remember_ends
 from moezoo_train.schedule import ScheduleConfig, build_schedule
 from moezoo_train.strategies import check_sparse_gradients, lay_out_for
 from moezoo_train.throughput import ffn_layers
-from moezoo_train.whole import in_parts, whole_tensors
+from moezoo_train.whole import in_parts, undivided_state, whole_state
+from moezoo_train.zero import ZeROStrategy
 
 MAX_SKIPPED_IN_A_ROW = 10
 CONFIG_KEY = "moezoo"
@@ -242,22 +243,29 @@ class LanguageModel(LightningModule):
     ) -> None:
         """Clip each clip group, unless loss or gradient is not finite: then stop, or drop it."""
         average_sparse_gradients(self.model)
-        norms = gradient_norms(optimizer)
-        self.grad_norm = float(total_norm(norms))
-        self.clip_group_norms = {name: float(norm) for name, norm in norms.items() if name != MAIN}
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ZeROStrategy):
+            gradients = strategy.gradients()
+        else:
+            gradients = clipping.grouped_gradients(optimizer)
+        norms = clipping.gradient_norms(gradients, over_ranks=isinstance(strategy, ZeROStrategy))
+        self.grad_norm = float(clipping.total_norm(norms))
+        self.clip_group_norms = {
+            name: float(norm) for name, norm in norms.items() if name != clipping.MAIN
+        }
         loss = math.nan if self._loss_sum is None else float(self._loss_sum)
         self._loss_sum = None
         # fp16's gradient scaler looks for overflow itself, and lowers the scale.
         scaled = str(self.trainer.precision).startswith("16-mixed")
         finite = math.isfinite(loss) and (scaled or math.isfinite(self.grad_norm))
-        if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
+        if not strategy.reduce_boolean_decision(finite, all=True):
             self._not_finite(optimizer, loss)
             return
         self._skipped_in_a_row = 0
         if gradient_clip_val and gradient_clip_algorithm == "value":
-            clip_values(optimizer, gradient_clip_val)
+            clipping.clip_values(gradients, gradient_clip_val)
         elif gradient_clip_val:
-            clip_norms(optimizer, norms, gradient_clip_val)
+            clipping.clip_norms(gradients, norms, gradient_clip_val)
 
     def _not_finite(self, optimizer: Optimizer, loss: float) -> None:
         what = f"the gradient norm is {self.grad_norm}" if math.isfinite(loss) else f"loss {loss}"
@@ -356,7 +364,7 @@ class LanguageModel(LightningModule):
         The first process writes; all must call this, as each may hold parts.
         """
         first = self.global_rank == 0
-        whole = whole_tensors(self.model.state_dict(), first) if in_parts(self.model) else None
+        whole = whole_state(self.model, first) if in_parts(self.model) else None
         if first:
             save_model(path, self.model, tokenizer, whole)
 
@@ -372,7 +380,7 @@ class LanguageModel(LightningModule):
         with own_names():
             check_same("model", saved["config"], describe(self.model.config))
         check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))
-        whole, state = self.state_dict(), checkpoint["state_dict"]
+        whole, state = undivided_state(self), checkpoint["state_dict"]
         check_tensors(state, whole if self.lora is None else trained_state(self))
         checkpoint["state_dict"] = {**whole, **state}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

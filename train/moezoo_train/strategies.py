@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -28,9 +29,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from moezoo.errors import InputError, check_int
-from moezoo_train.distributed import Layout, keep_from_ddp, lay_out
+from moezoo_train.distributed import Layout, keep_from_ddp, lay_out, take_from_first
 from moezoo_train.sharded_checkpoints import load_sharded, save_sharded
 from moezoo_train.whole import split_like, whole_optimizer_state, whole_tensors
+from moezoo_train.zero import ZeROStrategy, check_zero
 
 if TYPE_CHECKING:
     from moezoo_train.module import LanguageModel
@@ -184,6 +186,16 @@ def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
         if module.lora is not None:
             raise InputError("trainer.strategy: adapters are not divided; train them with ddp")
         lay_out(module.model, strategy.layout)
+    elif isinstance(strategy, ZeROStrategy):
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            check_zero(strategy, module)
+        model = module.model
+        take_from_first([*model.parameters(), *model.buffers()], strategy.root_device)
+    elif isinstance(strategy, DeepSpeedStrategy):
+        raise InputError(
+            "trainer.strategy: Lightning's DeepSpeed reads checkpoints by unpickling; give zero1, "
+            "zero2 or zero3 (moezoo_train.zero.ZeROStrategy)"
+        )
     elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
         raise InputError(
             "trainer.strategy: parameters in shards want 'fsdp2' "
@@ -204,7 +216,8 @@ def check_sparse_gradients(strategy: Strategy, compiled: bool) -> None:
             "model.compile: torch.compile has no sparse gradients; set it to false, or the "
             "layer's sparse to false"
         )
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy)
+    if not known or isinstance(strategy, ZeROStrategy | DeepSpeedStrategy):
         raise InputError(
             "trainer.strategy: it has no sparse gradients; give ddp or fsdp2, or set the layer's "
             "sparse to false"

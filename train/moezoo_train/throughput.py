@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moezoo import FeedForward
 from moezoo_models.stock import active_share, flops_of_experts, stacked_experts
+from moezoo_train.whole import undivided
 
 # Dense (not 2:4 sparse) tensor-core peaks in FLOP/s from the vendors' data sheets, for bf16.
 PEAK_BF16 = {
@@ -36,6 +37,7 @@ def forward_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int
 
     Adapters are not counted.
     """
+    model = undivided(model)
     layers = ffn_layers(model)
     inside = {id(m) for layer in layers for m in layer.modules()}
     linear = sum(
@@ -52,6 +54,7 @@ def forward_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters there are, and how many of them one token touches."""
+    model = undivided(model)
     total = sum(p.numel() for p in model.parameters())
     costs = [layer.cost() for layer in ffn_layers(model)]
     idle = sum(c.total_parameters - c.active_parameters for c in costs)

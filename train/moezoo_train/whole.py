@@ -2,17 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def in_parts(model: nn.Module) -> bool:
     """Tell whether processes keep parts of a model's parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(p, DTensor) or _in_zero(p) for p in model.parameters())
+
+
+def _in_zero(tensor: Any) -> bool:
+    """Tell whether DeepSpeed (ZeRO stage 3) keeps a parameter in parts."""
+    return hasattr(tensor, "ds_id")
+
+
+@contextmanager
+def gathered(tensor: Tensor, change: bool = False) -> Iterator[None]:
+    """Have a parameter whole that DeepSpeed keeps in parts; all processes must call this together.
+
+    Args:
+        tensor: nothing is done about any other.
+        change: whether what the first process changes is to be kept.
+    """
+    if not _in_zero(tensor):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if change else None):
+        yield
+
+
+def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Any]:
+    """Give a module's ``state_dict()`` put together; see :func:`whole_tensors`."""
+    together: dict[str, Any] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        with gathered(tensor):
+            whole = whole_tensors({name: tensor}, keep)
+            # What was gathered goes when the block ends.
+            together |= {n: t.clone() for n, t in whole.items()} if _in_zero(tensor) else whole
+    return together
+
+
+def undivided(model: Model) -> Model:
+    """Give a model whose parameters have their sizes: itself, or else one without numbers.
+
+    DeepSpeed leaves tensors of no size where it keeps parameters in parts.
+    """
+    if not any(_in_zero(parameter) for parameter in model.parameters()):
+        return model
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def undivided_state(module: nn.Module) -> dict[str, Any]:
+    """Give a module's ``state_dict()``, with whole shapes though perhaps without numbers."""
+    return {
+        name: torch.empty(tensor.ds_shape, dtype=tensor.dtype, device="meta")
+        if _in_zero(tensor)
+        else tensor.detach()
+        for name, tensor in module.state_dict(keep_vars=True).items()
+    }
 
 
 def whole_tensors(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:
