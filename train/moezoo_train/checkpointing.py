@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from moezoo.errors import InputError
 from moezoo_models.atomic import atomic_write
@@ -76,6 +79,68 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "directory of a model as model.initialize_from"
             )
         return checkpoint
+
+
+class BackgroundCheckpointIO(AtomicCheckpointIO):
+    """The same files, written by a thread from a copy in main memory, while training goes on.
+
+    One at a time: the next checkpoint, reading, and the end of the run wait for the last one, and
+    raise what went wrong with it. (Lightning's own plugin copies tensors only, while other state
+    changes under the thread's hands, and replaces the plugin that is to write by its default.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Copy a checkpoint, and let it be written."""
+        self._wait()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        state = _copy(checkpoint, {})
+        self._pending = self._pool.submit(super().save_checkpoint, state, path, storage_options)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint; see :class:`AtomicCheckpointIO`."""
+        self._wait()
+        return super().load_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Remove a checkpoint."""
+        self._wait()
+        super().remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """See that everything is written."""
+        try:
+            self._wait()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+            self._pool = None
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _copy(value: Any, seen: dict[Any, Tensor]) -> Any:
+    """Copy a checkpoint to main memory; tensors that are one, as tied weights are, stay one."""
+    if isinstance(value, Tensor):
+        place = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+        if place not in seen:
+            seen[place] = value.detach().to("cpu", copy=True)
+        return seen[place]
+    if isinstance(value, dict):
+        return {key: _copy(inner, seen) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy(inner, seen) for inner in value)
+    return copy.deepcopy(value)
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,13 +28,14 @@ from moezoo.command.parser import ClearErrors
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_train.callbacks import LastCheckpoint, SaveModel
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.data import TokenDataModule
 from moezoo_train.loggers import build_loggers
 from moezoo_train.module import LanguageModel
 from moezoo_train.pretrained import default_tokenizer
 from moezoo_train.progress import StepProgress, quiet_lightning
 from moezoo_train.report import write_report
+from moezoo_train.strategies import writes_directories
 
 TRAINER_DEFAULTS = {
     "max_steps": 1000,
@@ -123,6 +124,12 @@ class MoezooCLI(LightningCLI):
             "--checkpoint_every", type=int, default=200, help="optimizer steps between last.ckpt"
         )
         group.add_argument(
+            "--checkpoint_async",
+            type=bool,
+            default=False,
+            help="write checkpoints while training goes on, from a copy in main memory",
+        )
+        group.add_argument(
             "--keep",
             type=Literal["last", "best"],
             default="last",
@@ -183,7 +190,9 @@ class MoezooCLI(LightningCLI):
         output = Path(config["output"])
         plugins = _as_list(trainer.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+            background = self.subcommand == "fit" and config["checkpoint_async"]
+            writer = BackgroundCheckpointIO() if background else AtomicCheckpointIO()
+            kwargs["plugins"] = [*plugins, writer]
         kwargs["default_root_dir"] = trainer.get("default_root_dir") or str(output)
         kwargs["callbacks"] = [*_as_list(trainer.get("callbacks")), *self._callbacks(output)]
         if self.subcommand == "fit":
@@ -194,9 +203,15 @@ class MoezooCLI(LightningCLI):
         else:
             kwargs["logger"] = False
         try:
-            return super().instantiate_trainer(**kwargs)
+            built = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+        if config["checkpoint_async"] and writes_directories(built.strategy):
+            raise InputError(
+                "checkpoint_async: the files of save_distributed_checkpoint are not written in the "
+                "background; set one of the two to false"
+            )
+        return built
 
     def _callbacks(self, output: Path) -> list[Callback]:
         config = self.config_init[self.subcommand]

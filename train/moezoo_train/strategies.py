@@ -175,6 +175,11 @@ StrategyRegistry.register(
 )
 
 
+def writes_directories(strategy: Strategy) -> bool:
+    """Tell whether every process writes its part of a checkpoint."""
+    return isinstance(strategy, FSDP2Strategy) and strategy._save_distributed_checkpoint
+
+
 def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
     """Do what a strategy needs before it takes a model.
 
