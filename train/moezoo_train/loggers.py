@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from moezoo.atomic import named_errors
 from moezoo.errors import InputError, check_choice
 from moezoo_models.atomic import atomic_write
 
@@ -77,7 +78,7 @@ class MetricsCSV(Logger):
                 self._writer(file).writeheader()
                 self._writer(file).writerows(self._rows)
         elif self._written < len(self._rows):
-            with open(self.path, "a", encoding="utf-8") as file:
+            with named_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                 self._writer(file).writerows(self._rows[self._written :])
         self._written = len(self._rows)
 
