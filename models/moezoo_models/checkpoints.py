@@ -1,7 +1,7 @@
 """Checkpoints: Hugging Face directories with config.json, safetensors and a tokenizer.
 
-Saving is atomic. Loading checks names and shapes of all tensors before it reads any, unpickles
-nothing and imports no code that a checkpoint names.
+Saving is atomic. Loading checks names and shapes of all tensors before it reads any, compares
+checksums, unpickles nothing and imports no code that a checkpoint names.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from moezoo.atomic import named_errors
 from moezoo.errors import InputError
 from moezoo_models.atomic import replacing_directory
 from moezoo_models.causal_lm import MoezooForCausalLM
+from moezoo_models.checksums import check_seal, seal
 from moezoo_models.config import MoezooConfig
 from moezoo_models.dense import dense_config
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
@@ -54,7 +56,7 @@ def save_checkpoint(
         The directory.
 
     Raises:
-        InputError: ``path`` is a file, or a directory that is no checkpoint.
+        InputError: ``path`` is a file, or a directory that is no checkpoint; or the disk is full.
     """
     directory = Path(path)
     if directory.is_symlink():
@@ -68,7 +70,16 @@ def save_checkpoint(
         )
     with replacing_directory(directory) as fresh, quiet():
         tensors = None if state_dict is None else dict(state_dict)
-        model.save_pretrained(fresh, max_shard_size=max_shard_size, state_dict=tensors)
+        try:
+            model.save_pretrained(fresh, max_shard_size=max_shard_size, state_dict=tensors)
+        except SafetensorError as error:
+            raise InputError(
+                f"checkpoint: {directory} can not be written ({one_line(error)}); free space or "
+                "give another directory"
+            ) from error
+        for file in fresh.glob("*.safetensors"):
+            with named_errors(directory):
+                seal(file)
         if tokenizer is not None:
             tokenizer.save(fresh)
     return directory
@@ -104,7 +115,13 @@ def load_checkpoint(
             for name, tensor in MoezooForCausalLM(config).state_dict().items()
         }
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    _compare(expected, tensor_shapes(directory), optional)
+    found = tensor_shapes(directory)
+    for file in weight_files(directory):
+        try:
+            check_seal(file)
+        except (ValueError, OSError) as error:
+            raise InputError(damaged(file, error)) from error
+    _compare(expected, found, optional)
     with quiet():
         model = MoezooForCausalLM.from_pretrained(
             directory, config=config, local_files_only=True, use_safetensors=True
@@ -201,8 +218,13 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
 
 def damaged(file: Path, error: Exception) -> str:
     """Say in one line that a file of weights can not be read."""
-    reason = str(error).partition("\n")[0]
-    return f"checkpoint: {file} is truncated or damaged ({reason}); copy or save it again"
+    return f"checkpoint: {file} is truncated or damaged ({one_line(error)}); copy or save it again"
+
+
+def one_line(error: BaseException) -> str:
+    """Give the beginning of what a library says."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
 
 
 def existing(directory: Path) -> Path:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from moezoo.errors import InputError
 from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints import one_line
+from moezoo_models.checksums import check_archive
 from moezoo_train.sharded_checkpoints import is_sharded, load_sharded
 
 _REQUIRED = {"state_dict", "pytorch-lightning_version"}
@@ -27,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning writes to the system's temporary folder and moves from there, which is a copy, not a
     rename, where that is another disk. This writes beside the target. Reading never unpickles,
-    whatever the trainer says, and what can not be read is one clear line.
+    whatever the trainer says, compares checksums, and what can not be read is one clear line.
     """
 
     def save_checkpoint(
@@ -39,13 +41,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         if not is_sharded(target):
-            with atomic_write(target) as file:
-                torch.save(checkpoint, file)
+            _write(checkpoint, target)
             return
         # A directory, of a run whose processes wrote one each, goes when the file is complete.
         complete = target.with_name(f".{target.name}.file")
-        with atomic_write(complete) as file:
-            torch.save(checkpoint, file)
+        _write(checkpoint, complete)
         shutil.rmtree(target)
         complete.rename(target)
 
@@ -63,6 +63,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if is_sharded(path):
             return load_sharded(Path(path))
         try:
+            if "://" not in str(path):
+                check_archive(path)
             checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
         except FileNotFoundError:
             raise InputError(f"ckpt_path: there is no checkpoint {path}") from None
@@ -70,7 +72,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise InputError(f"ckpt_path: {path} is a folder; name a .ckpt file in it") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise InputError(
-                f"ckpt_path: {path} is damaged or not a checkpoint ({_first_line(error)}); "
+                f"ckpt_path: {path} is damaged or not a checkpoint ({one_line(error)}); "
                 "use another, e.g. best.ckpt beside it"
             ) from error
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _REQUIRED:
@@ -143,6 +145,12 @@ def _copy(value: Any, seen: dict[Any, Tensor]) -> Any:
     return copy.deepcopy(value)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+def _write(checkpoint: dict[str, Any], target: Path) -> None:
+    try:
+        with atomic_write(target) as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        # Torch's writer of archives stumbles over its own end when the disk is full.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

@@ -3,7 +3,7 @@
 Beside the parts, ``rest.ckpt`` holds everything else, and of each divided tensor its name, shape
 and dtype. Torch's own format of distributed checkpoints keeps an index that has to be unpickled;
 this one is torch's Hugging Face format, whose index is the files' headers. Any number of processes
-can read what another number wrote.
+can read what another number wrote. The rest also holds the checksums of the parts.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ from torch.optim import Optimizer
 
 from moezoo.errors import InputError
 from moezoo_models.atomic import publish
+from moezoo_models.checkpoints import one_line
+from moezoo_models.checksums import check_archive, crc_of_file
+from moezoo_train.distributed import gather_from_ranks, process_count
 
 REST = "rest.ckpt"
 TIED = "moezoo.tied"
 """Field of the rest: names of tensors that are others, under whose names they were written."""
+SUMS = "moezoo.checksums"
+"""Field of the rest: the checksums of the other files, by name."""
 
 
 def is_sharded(path: str | Path) -> bool:
@@ -54,6 +59,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     with _quiet():
         writer = dcp.HuggingFaceStorageWriter(str(fresh), save_distributed=True)
         dcp.save(parts, storage_writer=writer)
+    rest[SUMS] = _sums(fresh, together=True)
     if first:
         torch.save(rest, fresh / REST)
         if path.is_file():
@@ -80,7 +86,9 @@ def load_sharded(
         InputError: a file is missing or damaged.
     """
     try:
+        check_archive(path / REST)
         rest: dict[str, Any] = torch.load(path / REST, map_location="cpu", weights_only=True)
+        _check_sums(rest.pop(SUMS, {}), _sums(path, together=model is not None))
         wanted: dict[str, Tensor] = {}
         like = _by_name(model or {}, optimizers or [])
         tied = rest.pop(TIED)
@@ -108,12 +116,30 @@ def load_sharded(
         SafetensorError,
         dcp.CheckpointException,
     ) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise InputError(
-            f"ckpt_path: {path} is damaged or incomplete ({first_line}); use another, e.g. "
+            f"ckpt_path: {path} is damaged or incomplete ({one_line(error)}); use another, e.g. "
             "best.ckpt beside it"
         ) from error
     return rest
+
+
+def _sums(path: Path, together: bool) -> dict[str, int]:
+    """Give the checksum of each part; ``together``, each process reads some of them."""
+    step = process_count() if together else 1
+    files = sorted(path.glob("*.safetensors"))
+    own = {
+        file.name: crc_of_file(file) for file in files[dist.get_rank() if step > 1 else 0 :: step]
+    }
+    shares = gather_from_ranks(own) if together else [own]
+    return {name: value for share in shares for name, value in share.items()}
+
+
+def _check_sums(written: Mapping[str, int], found: Mapping[str, int]) -> None:
+    for name, value in written.items():
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if found[name] != value:
+            raise ValueError(f"the checksum of {name} is wrong")
 
 
 def _check_complete(wanted: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
