@@ -121,7 +121,9 @@ class TokenDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make the tokens if they are missing or out of date; Lightning calls it in one process."""
-        if self.source is not None:
+        if self.source is None:
+            self.prepared.check_sums()
+        else:
             prepare(
                 source=self.source,
                 output=self.data_dir,

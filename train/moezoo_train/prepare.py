@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moezoo.errors import InputError, check_int, check_number
+from moezoo_models.checksums import crc_of_file
 from moezoo_models.corpus import Corpus, open_corpus
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.prepared import (
@@ -95,6 +96,7 @@ def prepare(
     }
     output = Path(output)
     if (ready := _reusable(output, inputs)) is not None:
+        _remove_finished_work(output, inputs)
         _say(f"nothing has changed; using {ready}")
         return ready
     with _writing(output):
@@ -246,8 +248,8 @@ class _Preparation:
         return PreparedData(
             directory=self.output,
             vocab_size=vocab_size,
-            train=_measure(everything[~held_out]),
-            val=_measure(everything[held_out]),
+            train=_measure(everything[~held_out], self.work / "train.bin"),
+            val=_measure(everything[held_out], self.work / "val.bin"),
             inputs=self.inputs,
             tokenizer_hash=hash_folder(self.work / TOKENIZER_FOLDER),
         )
@@ -278,16 +280,38 @@ def _reusable(output: Path, inputs: dict[str, Any]) -> PreparedData | None:
     """Return the prepared data if they are whole and made from the same inputs."""
     try:
         prepared = PreparedData.load(output)
+        if prepared.inputs != inputs:
+            return None
+        prepared.check_sums()
     except InputError:
         return None
-    return prepared if prepared.inputs == inputs else None
+    return prepared
+
+
+def _remove_finished_work(output: Path, inputs: dict[str, Any]) -> None:
+    """Remove what a process left that was killed between publishing and removing it."""
+    work = output / _PARTIAL
+    # Finished data may be read-only, and another process may be at work.
+    with suppress(OSError):
+        if work.is_dir() and _started_with(work) in (None, inputs):
+            with FileLock(output / ".lock", timeout=0):
+                shutil.rmtree(work)
+
+
+def _started_with(work: Path) -> Any:
+    """Give the inputs of unfinished work; None if it was being removed."""
+    record = work / "inputs.json"
+    return json.loads(record.read_text()) if record.is_file() else None
 
 
 def _explain_renewal(output: Path, inputs: dict[str, Any]) -> None:
     if not (output / META_FILE).exists():
         return
     try:
-        before = PreparedData.load(output).inputs
+        prepared = PreparedData.load(output)
+        before = prepared.inputs
+        if before == inputs:
+            prepared.check_sums()
     except InputError as error:
         _say(f"preparing again, as {error}")
         return
@@ -295,11 +319,12 @@ def _explain_renewal(output: Path, inputs: dict[str, Any]) -> None:
     _say(f"preparing {output} again, as this changed: {', '.join(changed)}")
 
 
-def _measure(documents: NDArray[Any]) -> Split:
+def _measure(documents: NDArray[Any], tokens: Path) -> Split:
     return Split(
         documents=len(documents),
         tokens=int(documents["tokens"].sum()),
         bytes=int(documents["bytes"].sum()),
+        crc32=crc_of_file(tokens),
     )
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
+from moezoo_models.checksums import crc_of_file
 
 SplitName = Literal["train", "val"]
-FORMAT = 1
+FORMAT = 2
 META_FILE = "meta.json"
 TOKENIZER_FOLDER = "tokenizer"
 _COUNTED_AT_ONCE = 1 << 22
@@ -34,11 +35,13 @@ class Split:
         documents: number of documents.
         tokens: number of token ids, document boundaries included.
         bytes: length of the text in UTF-8.
+        crc32: checksum of the file of token ids.
     """
 
     documents: int
     tokens: int
     bytes: int
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class PreparedData:
         """Read what ``moezoo prepare`` left in ``directory``.
 
         Raises:
-            InputError: there are no prepared tokens, or not all of them.
+            InputError: there are no prepared tokens, or not all of them. What is in the files is
+                for :meth:`check_sums`, which reads all of them.
         """
         directory = Path(directory)
         advice = f"run `moezoo prepare --output {directory}`"
@@ -97,6 +101,20 @@ class PreparedData:
                 f"{advice}"
             )
         return prepared
+
+    def check_sums(self) -> None:
+        """See that the tokens are those that were written.
+
+        Raises:
+            InputError: names the file that is not.
+        """
+        names: tuple[SplitName, ...] = ("train", "val")
+        for name in names:
+            if crc_of_file(self.file(name)) != self.split(name).crc32:
+                raise InputError(
+                    f"data_dir: {self.file(name)} is damaged: its checksum is wrong; run `moezoo "
+                    f"prepare --output {self.directory}`"
+                )
 
     def write_meta(self, file: Path) -> None:
         """Write ``meta.json``."""
