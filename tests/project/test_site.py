@@ -68,7 +68,11 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pages = sorted(tmp_path.rglob("*.html"))
-    assert tmp_path / "models/cards/peer/index.html" in pages
+    assert tmp_path / "models/cards/peer.html" in pages
+    # Whole pages among the documents are not written over by pages made of Markdown.
+    for page in (ROOT / "docs").rglob("*.html"):
+        copy = tmp_path / page.relative_to(ROOT / "docs")
+        assert copy.read_bytes() == page.read_bytes(), page
     for page in pages:
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|iframe)[^>]*\bsrc=\"([^\"]+)", text)
