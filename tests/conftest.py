@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+import types
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -58,3 +60,24 @@ def native_library(request, monkeypatch):
         pytest.skip(library)
     yield request.param
     native.load.cache_clear()
+
+
+@pytest.fixture
+def install_module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that puts a stand-in for a module, and its parents, where imports look."""
+
+    def install(path: str, **members: object) -> None:
+        names = path.split(".")
+        for end in range(1, len(names) + 1):
+            name = ".".join(names[:end])
+            module = sys.modules.get(name) or types.ModuleType(name)
+            module.__spec__ = types.SimpleNamespace(name=name, origin=None)
+            module.__path__ = []
+            monkeypatch.setitem(sys.modules, name, module)
+            if end > 1:
+                parent = sys.modules[".".join(names[: end - 1])]
+                monkeypatch.setattr(parent, names[end - 1], module, raising=False)
+        for name, member in members.items():
+            setattr(sys.modules[path], name, member)
+
+    return install

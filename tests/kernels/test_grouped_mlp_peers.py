@@ -1,7 +1,6 @@
 """Adapters to other projects' kernels: on stand-ins that compute what theirs promise."""
 
 import importlib.util
-import sys
 import types
 
 import pytest
@@ -12,20 +11,6 @@ from moezoo_kernels import backends
 from moezoo_kernels.grouped_mlp import peers, reference
 
 T, D, E, H, K = 7, 5, 4, 3, 2
-
-
-def install(monkeypatch, path: str, **members) -> None:
-    names = path.split(".")
-    for end in range(1, len(names) + 1):
-        name = ".".join(names[:end])
-        module = sys.modules.get(name) or types.ModuleType(name)
-        module.__path__ = []
-        monkeypatch.setitem(sys.modules, name, module)
-        if end > 1:
-            parent = sys.modules[".".join(names[: end - 1])]
-            monkeypatch.setattr(parent, names[end - 1], module, raising=False)
-    for name, member in members.items():
-        setattr(sys.modules[path], name, member)
 
 
 def flatten_sort_count(chosen, num_experts):
@@ -75,15 +60,13 @@ def sort(flat, end_bit):
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
-    install(
-        monkeypatch,
+def stand_ins(install_module):
+    install_module(
         "scattermoe.parallel_experts",
         flatten_sort_count=flatten_sort_count,
         parallel_linear=parallel_linear,
     )
-    install(
-        monkeypatch,
+    install_module(
         "megablocks.ops",
         sort=sort,
         histogram=lambda flat, n: flat.bincount(minlength=n).int(),
@@ -91,7 +74,7 @@ def stand_ins(monkeypatch):
         gather=gather,
         scatter=scatter,
     )
-    install(monkeypatch, "megablocks.grouped_gemm_util", ops=types.SimpleNamespace(gmm=gmm))
+    install_module("megablocks.grouped_gemm_util", ops=types.SimpleNamespace(gmm=gmm))
 
 
 def operands(gated: bool, bias: bool, experts: int = E, dtype=torch.float64, device="cpu"):

@@ -7,7 +7,6 @@ are carried over rightly.
 """
 
 import dataclasses
-import sys
 import types
 
 import pytest
@@ -101,33 +100,18 @@ def titan_config(*, inner_experts, token_dispatcher):
     return types.SimpleNamespace(build=lambda: Titan(inner_experts, token_dispatcher))
 
 
-def install(monkeypatch, path: str, **members) -> None:
-    """Put a module and its parents where imports find them."""
-    names = path.split(".")
-    for end in range(1, len(names) + 1):
-        name = ".".join(names[:end])
-        module = sys.modules.get(name) or types.ModuleType(name)
-        module.__spec__ = types.SimpleNamespace(name=name, origin=None)
-        module.__path__ = []
-        monkeypatch.setitem(sys.modules, name, module)
-    for name, member in members.items():
-        setattr(sys.modules[path], name, member)
-
-
 @pytest.fixture
-def stand_ins(monkeypatch):
+def stand_ins(install_module):
     space = types.SimpleNamespace
-    install(monkeypatch, "scattermoe.mlp", MLP=ScatterMLP, GLUMLP=ScatterGLUMLP)
-    install(monkeypatch, "megablocks.layers.arguments", Arguments=space)
-    install(monkeypatch, "megablocks.layers.dmoe", ParallelDroplessMLP=Dropless)
-    install(
-        monkeypatch,
+    install_module("scattermoe.mlp", MLP=ScatterMLP, GLUMLP=ScatterGLUMLP)
+    install_module("megablocks.layers.arguments", Arguments=space)
+    install_module("megablocks.layers.dmoe", ParallelDroplessMLP=Dropless)
+    install_module(
         "torchtitan.models.common.moe",
         GroupedExperts=space(Config=space),
         RoutedExperts=space(Config=titan_config),
     )
-    install(
-        monkeypatch,
+    install_module(
         "torchtitan.models.common.token_dispatcher",
         LocalTokenDispatcher=space(Config=space),
     )
