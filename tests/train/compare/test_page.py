@@ -77,6 +77,8 @@ found.theme = document.documentElement.dataset.theme;
 document.getElementById("theme").click();
 found.otherTheme = document.documentElement.dataset.theme;
 found.styled = getComputedStyle(document.querySelector(".card")).borderRadius;
+found.claims = [...document.querySelectorAll("#claims tbody tr")].map((line) =>
+  [...line.cells].map((cell) => cell.textContent));
 found.config = document.querySelector("#again details code").textContent;
 found.errors = errors;
 const note = document.createElement("pre");
@@ -152,7 +154,11 @@ def comparison() -> Finished:
         "title": "Methods at equal active FLOPs: runs/a <b>",
         "notes": ["2 blocks & more.", "Not causal: expert_choice."],
         "command": "moezoo compare --config runs/a/config.yaml",
-        "experiment": {"baseline": "dense_mlp", "model": {"num_layers": 2}},
+        "experiment": {
+            "baseline": "dense_mlp",
+            "model": {"num_layers": 2},
+            "claims": {"a": {"says": WICKED, "paper": "b", "order": ["mixtral", "dense_mlp"]}},
+        },
     }
     curves = [curve("mixtral", 3.5), curve("mixtral", 3.9, True), curve("dense_mlp", 3.8)]
     return Finished(whole, ROWS, results, curves, config="methods: {<b>: {}}\n")
@@ -219,6 +225,9 @@ def test_it_sorts_filters_and_draws_in_a_browser(browser, comparison, tmp_path, 
     assert found["empty"] == []
     assert {found["theme"], found["otherTheme"]} == {"light", "dark"}
     assert found["styled"] == "12px"
+    assert found["claims"] == [
+        [WICKED, "b", "holds", "mixtral < dense_mlp", "loss", "+0.200", "+0.200 to +0.200"]
+    ]
     assert found["config"] == comparison.config
     assert shot.shape[:2] == (3000, max(width, 500))
     # A page that drew nothing has the few different lines of its background and frames.

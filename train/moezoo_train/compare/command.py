@@ -18,6 +18,7 @@ from moezoo_train.compare.settings import (
     Experiment,
     ModelOptions,
     TextOptions,
+    parse_claims,
     parse_methods,
 )
 from moezoo_train.optim import OptimizerConfig
@@ -29,6 +30,7 @@ from moezoo_train.schedule import ScheduleConfig
 def compare(
     methods: dict[str, Any],
     output: str = "runs/compare/default",
+    claims: dict[str, Any] = {},  # noqa: B006 - never changed
     baseline: str = "dense_mlp",
     layers: str | int | list[int] = "all",
     ablation: bool = True,
@@ -55,6 +57,8 @@ def compare(
             arguments, layers, width, ablation, optimizer).
         output: directory of the comparison; index.html, table.md, pictures and the numbers behind
             them are written to it, and a folder for each run.
+        claims: what papers say of the rows: a name, and says, paper, order and measure; the report
+            says which hold.
         baseline: method of the zoo whose FLOPs the others meet; blocks that a method does not take
             have it too.
         layers: blocks that get the method: all, every 2, 3, or [3, 7].
@@ -78,8 +82,9 @@ def compare(
     rows = parse_methods(methods)
     for name in only or []:
         check_choice("only", name, rows)
+    taken = {name: row for name, row in rows.items() if only is None or name in only}
     experiment = Experiment(
-        methods={name: row for name, row in rows.items() if only is None or name in only},
+        methods=taken,
         baseline=baseline,
         layers=layers,
         ablation=ablation,
@@ -91,6 +96,11 @@ def compare(
         optimizer=optimizer,
         schedule=schedule,
         precision=precision,
+        claims={
+            name: claim
+            for name, claim in parse_claims(claims, rows).items()
+            if all(row in taken for place in claim.places for row in place)
+        },
     )
     if minutes is not None:
         check_number("minutes", minutes)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo_train.checkpointing import atomic_write
+from moezoo_train.compare.claims import Judged
 from moezoo_train.compare.curves import Curve
+from moezoo_train.compare.forest import forest
 from moezoo_train.compare.panels import compute, load, parameters
 from moezoo_train.compare.results import Mean, Row
 
@@ -25,6 +27,7 @@ def draw(
     measures: Mapping[str, Mapping[str, Mean]],
     baseline: str,
     caption: str,
+    judged: Sequence[Judged] = (),
 ) -> list[str]:
     """Write every picture that there are numbers for, and give the files' names.
 
@@ -35,6 +38,7 @@ def draw(
         measures: of who answered, by row, as :func:`moezoo_train.compare.results.loads` gives them.
         baseline: name of the row that the others are compared with.
         caption: under each picture.
+        judged: claims about the rows.
     """
     figures = {}
     if any(row.loss for row in rows):
@@ -44,6 +48,8 @@ def draw(
         figures["compute"] = compute(rows, curves, baseline, caption)
     if measures:
         figures["load"] = load(rows, measures, baseline, caption)
+    if any(contest.interval for one in judged for contest in one.contests):
+        figures["claims"] = forest(judged, caption)
     return [name for stem, figure in figures.items() for name in _save(folder, stem, figure)]
 
 

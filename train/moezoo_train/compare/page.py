@@ -14,6 +14,7 @@ from typing import Any
 
 from moezoo.errors import InputError
 from moezoo_train.checkpointing import atomic_write
+from moezoo_train.compare.claims import judge, parse_claims
 from moezoo_train.compare.curves import Curve, focus, parse_curves
 from moezoo_train.compare.palette import FAMILIES, by_family, colors, family
 from moezoo_train.compare.results import Mean, Row, loads, parse_row
@@ -116,6 +117,25 @@ def contents(comparison: Finished) -> dict[str, Any]:
             for row in rows
         ],
         "curves": [_curve(curve) for curve in comparison.curves],
+        "claims": [
+            {
+                "says": one.claim.says,
+                "paper": one.claim.paper,
+                "measure": one.claim.measure,
+                "verdict": one.verdict,
+                "contests": [
+                    {
+                        "lower": contest.lower,
+                        "higher": contest.higher,
+                        "gain": _mean(contest.gain),
+                        "interval": contest.interval,
+                        "verdict": contest.verdict,
+                    }
+                    for contest in one.contests
+                ],
+            }
+            for one in judge(parse_claims(whole), results)
+        ],
         "focus": focus(comparison.curves),
         "nothing": NOTHING,
     }

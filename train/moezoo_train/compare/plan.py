@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Run:
         flops_ratio: the layer's FLOPs per token over the baseline's.
         causal: whether its loss is that of a causal language model.
         experiment: what all runs have in common.
+        follows: the run whose trained embeddings its hash table is built from, if any.
+        is_followed: whether it is such a run of another.
     """
 
     row: str
@@ -46,6 +48,8 @@ class Run:
     flops_ratio: float
     causal: bool
     experiment: Experiment
+    follows: Run | None = None
+    is_followed: bool = False
 
     @property
     def folder(self) -> str:
@@ -62,7 +66,8 @@ class Run:
             data: what identifies the prepared tokens.
         """
         experiment = self.experiment
-        return {
+        followed = {"follows": fingerprint(self.follows.identity(data))} if self.follows else {}
+        return followed | {
             "format": FORMAT,
             "moezoo": moezoo.__version__,
             "torch": torch.__version__,
@@ -91,20 +96,39 @@ def fingerprint(identity: dict[str, Any]) -> str:
 def plan(experiment: Experiment) -> list[Run]:
     """List all runs, first those of the first seed, so that a table is complete early.
 
+    The baseline is the first of each seed: hash tables may be built from what it has learned.
+
     Raises:
         InputError: a row's method, arguments, layers or width are no good; names the row.
     """
     rows = {row: _row(experiment, row) for row in experiment.methods}
+    following = {row for row, (common, _) in rows.items() if _follows(common["ffn"])}
+    if following and experiment.baseline not in rows:
+        raise InputError(
+            f"methods.{min(following)}: its hash table is built from what the baseline has "
+            f"learned; add the row '{experiment.baseline}: {{}}'"
+        )
+    ordered = sorted(rows.items(), key=lambda item: item[0] != experiment.baseline)
     runs = []
+    baseline: Run | None = None
     for seed in experiment.seeds:
-        for row, (common, layer) in rows.items():
+        for row, (common, layer) in ordered:
             wanted = experiment.methods[row].ablation
             ablation = experiment.ablation if wanted is None else wanted
             if wanted and not can_be_random(layer):
                 raise InputError(f"methods.{row}.ablation: it has no routing to make random")
             for random in (False, True) if ablation and can_be_random(layer) else (False,):
-                runs.append(Run(row=row, random=random, seed=seed, experiment=experiment, **common))
+                run = Run(row=row, random=random, seed=seed, experiment=experiment, **common)
+                if row in following:
+                    run = replace(run, follows=baseline)
+                elif following and row == experiment.baseline and not random:
+                    run = baseline = replace(run, is_followed=True)
+                runs.append(run)
     return runs
+
+
+def _follows(ffn: dict[str, Any]) -> bool:
+    return ffn["init_args"].get("hash_function") in ("clustered", "dispersed")
 
 
 def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]:

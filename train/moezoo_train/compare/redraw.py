@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from moezoo.errors import InputError
+from moezoo_train.compare.claims import judge, parse_claims
 from moezoo_train.compare.figure import draw
 from moezoo_train.compare.page import read_comparison, write_page
 from moezoo_train.compare.results import loads
@@ -29,6 +30,7 @@ def redraw(folder: Path) -> list[str]:
         loads(found.rows, found.results),
         found.whole["experiment"]["baseline"],
         found.whole["notes"][0],
+        judge(parse_claims(found.whole), found.results),
     )
     write_page(folder / "index.html", found)
     return [*pictures, "index.html"]

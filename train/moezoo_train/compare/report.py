@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moezoo.command.tables import print_table
 from moezoo_train.checkpointing import atomic_write
+from moezoo_train.compare import claims
 from moezoo_train.compare.curves import Curve, curves_csv
 from moezoo_train.compare.figure import draw
 from moezoo_train.compare.page import Finished, write_page
@@ -53,6 +54,7 @@ def write_report(
         "rows": [asdict(row) for row in rows],
         "runs": [asdict(result) for result in results],
     }
+    judged = claims.judge(experiment.claims, results)
     texts = {
         "table.md": markdown(title, cells, notes),
         "results.csv": table_csv(rows),
@@ -60,11 +62,13 @@ def write_report(
         "curves.csv": curves_csv(curves),
         "config.yaml": configuration(experiment, str(output)),
     }
+    if judged:
+        texts["claims.md"] = claims.markdown(title, judged, notes)
     for name, text in texts.items():
         with atomic_write(output / name, "w") as file:
             file.write(text)
     pictures = draw(
-        output, rows, curves, loads(rows, results), experiment.baseline, caption=notes[0]
+        output, rows, curves, loads(rows, results), experiment.baseline, notes[0], judged
     )
     write_page(
         output / "index.html", Finished(whole, rows, results, list(curves), texts["config.yaml"])
@@ -72,6 +76,8 @@ def write_report(
     print_table(title, PRINTED, [line[: len(PRINTED)] for line in cells])
     for note in notes:
         print(note)
+    for one in judged:
+        print(f"{one.verdict}: {one.claim.says} ({one.claim.paper})")
     return [*texts, *pictures, "index.html"]
 
 

@@ -20,6 +20,7 @@ from moezoo.command.messages import one_line
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward
 from moezoo.random_routing import RandomRouting
+from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.checkpointing import atomic_write
 from moezoo_train.cli import TRAINER_DEFAULTS
 from moezoo_train.compare.memory import PeakMemory
@@ -33,6 +34,8 @@ from moezoo_train.progress import StepProgress
 from moezoo_train.report import Report, collect
 
 RESULT = "result.json"
+MODEL = "model"
+"""Folder of the trained model, where another run follows it."""
 
 
 class ValidationLoad(pl.Callback):
@@ -130,6 +133,8 @@ def finished(output: Path, run: Run, data: dict[str, Any]) -> Result | None:
     except (OSError, ValueError, TypeError):
         return None  # never run, or not by this version
     same = result.hash == fingerprint(run.identity(data))
+    if run.is_followed and not (output / run.folder / MODEL).exists():
+        return None  # it was trained when no other run wanted its embeddings
     return result if same and result.failure is None else None
 
 
@@ -166,7 +171,12 @@ def train(run: Run, folder: Path, console: Console) -> tuple[Report, list[Expert
     experiment = run.experiment
     text = open_text(experiment.text, run.seed)
     module = build(run, text.vocab_size)
-    return fit(module, text, folder, experiment.max_steps, experiment.precision, console)
+    if run.follows:
+        module.hash_embeddings_from = str(folder.parent / run.follows.folder / MODEL)
+    outcome = fit(module, text, folder, experiment.max_steps, experiment.precision, console)
+    if run.is_followed:
+        save_checkpoint(folder / MODEL, module.model, text.tokenizer)
+    return outcome
 
 
 def fit(

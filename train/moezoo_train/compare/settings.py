@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from moezoo.errors import InputError, check_choice, check_int, check_number, nea
 from moezoo.feed_forward import select_layers
 from moezoo_train.optim import OptimizerConfig
 from moezoo_train.schedule import ScheduleConfig
+
+MEASURES = {"loss": "val_loss", "busiest": "busiest", "unevenness": "unevenness"}
+"""What a claim may say is lower, and the number of a run's result that holds it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,29 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a paper says of some rows.
+
+    Attributes:
+        says: the claim in words.
+        paper: where, e.g. an arXiv number.
+        order: rows from the lowest measure to the highest; a place may be a list of rows, of
+            which each is claimed to be below each of the next place.
+        measure: ``loss``, ``busiest`` or ``unevenness``.
+    """
+
+    says: str
+    paper: str
+    order: list[str | list[str]]
+    measure: str = "loss"
+
+    @property
+    def places(self) -> list[list[str]]:
+        """The order, with each place as a list."""
+        return [[place] if isinstance(place, str) else list(place) for place in self.order]
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything that the runs of one comparison have in common, and its rows.
 
@@ -98,6 +125,7 @@ class Experiment:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: str
+    claims: dict[str, Claim] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_int("max_steps", self.max_steps)
@@ -139,7 +167,10 @@ def configuration(experiment: Experiment, output: str) -> str:
         name: {key: value for key, value in row.items() if value not in (None, {})}
         for name, row in options.pop("methods").items()
     }
+    claims = options.pop("claims")
     whole = {"output": output, **options, "methods": methods}
+    if claims:
+        whole["claims"] = claims
     return str(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
 
 
@@ -164,6 +195,34 @@ def _parse_method(name: str, options: Any) -> MethodOptions:
         if not isinstance(getattr(parsed, key), Mapping):
             raise InputError(f"methods.{name}.{key}: write it as a mapping")
     return parsed
+
+
+def parse_claims(
+    claims: Mapping[str, Any], methods: Mapping[str, MethodOptions]
+) -> dict[str, Claim]:
+    """Read what is claimed of the rows from what a YAML file holds.
+
+    Raises:
+        InputError: an option of a claim is unknown, missing or of the wrong kind, or names no row.
+    """
+    return {str(name): _parse_claim(f"claims.{name}", c, methods) for name, c in claims.items()}
+
+
+def _parse_claim(key: str, options: Any, methods: Mapping[str, MethodOptions]) -> Claim:
+    if not isinstance(options, Mapping):
+        raise InputError(f"{key}: {options!r} is not a mapping; write e.g. {{order: [peer, hash]}}")
+    for name in ("says", "paper", "order"):
+        if name not in options:
+            raise InputError(f"{key}.{name}: missing")
+    claim: Claim = _named(key, Claim, dict(options))
+    check_choice(f"{key}.measure", claim.measure, MEASURES)
+    if not isinstance(claim.order, list) or len(claim.order) < 2:
+        raise InputError(f"{key}.order: name two rows or more, the lowest first")
+    if not all(claim.places):
+        raise InputError(f"{key}.order: a place has no row; name one or more")
+    for row in itertools.chain(*claim.places):
+        check_choice(f"{key}.order", row, methods)
+    return claim
 
 
 def _named(key: str, cls: Any, options: dict[str, Any]) -> Any:

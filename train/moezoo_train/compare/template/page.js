@@ -164,6 +164,32 @@ function buildNotes() {
   }
 }
 
+function signed(value) {
+  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
+}
+
+function buildClaims() {
+  byId("claims-card").hidden = !data.claims.length;
+  const names = ["claim", "paper", "verdict", "compared", "measure", "difference", "95 % interval"];
+  const head = names.map((name, n) => html("th", { scope: "col", class: n > 4 ? "number" : "" }, name));
+  const body = html("tbody");
+  for (const claim of data.claims) {
+    claim.contests.forEach(({ lower, higher, gain, interval, verdict }, n) => {
+      const line = html("tr", { class: verdict });
+      if (n === 0) {
+        const rows = { rowspan: claim.contests.length };
+        line.append(html("td", { ...rows, class: "says" }, claim.says),
+          html("td", rows, claim.paper), html("td", { ...rows, class: claim.verdict }, claim.verdict));
+      }
+      line.append(html("td", {}, `${lower} < ${higher}`), html("td", {}, claim.measure),
+        html("td", { class: "number" }, gain ? signed(gain[0]) : data.nothing),
+        html("td", { class: "number" }, interval ? interval.map(signed).join(" to ") : data.nothing));
+      body.append(line);
+    });
+  }
+  byId("claims").append(html("thead", {}, html("tr", {}, ...head)), body);
+}
+
 function buildTheme() {
   const system = matchMedia("(prefers-color-scheme: dark)");
   let own = null;
@@ -183,6 +209,7 @@ function buildTheme() {
 
 buildTheme();
 buildHeading();
+buildClaims();
 buildFilter();
 buildCharts();
 buildNotes();
