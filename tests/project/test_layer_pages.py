@@ -1,0 +1,70 @@
+"""A page for each layer: what it is, when to use it, and figures that were measured."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import moezoo
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {
+    "CarvedMoE": "carving",
+    "FastFeedForward": "fast_feed_forward",
+    "HashLayer": "hash_layer",
+    "MemoryPlus": "memory_plus",
+    "PEER": "peer",
+    "PersistentMemoryAttention": "persistent_memory",
+    "ProductKeyMemory": "product_key_memory",
+    "SigmaMoE": "sigma_moe",
+    "SparseMoE": "sparse_moe",
+    "TopKFFN": "top_k_ffn",
+    "UltraFastFFF": "ultra_fast_fff",
+}
+
+
+def test_every_layer_but_the_dense_one_has_a_page():
+    assert {method.layer.__name__ for method in moezoo.zoo()} == PAGES.keys() | {"DenseFFN"}
+
+
+@pytest.mark.parametrize("page", PAGES.values())
+def test_it_has_a_formula_a_figure_and_says_when_to_use_it(page):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    start = text.partition("\n## ")[0]
+    figures = re.findall(r"!\[[^]]+\]\((figures/\w+\.svg)\)", start)
+    assert [figure for figure in figures if (DOCS / figure).is_file()], page
+    if page != "carving":  # which is a page about a conversion
+        assert re.search(r"^    \S.* = |`y = ", text, re.MULTILINE)
+        assert "\n## When to use it\n" in text
+        assert "\n## Cost\n" in text
+
+
+def test_measured_figures_are_those_of_the_comparison():
+    rows = json.loads((DOCS / "compare" / "results.json").read_text(encoding="utf-8"))["rows"]
+    measured = {row["name"]: row for row in rows}
+    shown = set()
+    for page in PAGES.values():
+        _, _, section = (
+            (DOCS / f"{page}.md").read_text(encoding="utf-8").partition("\n## Measured\n")
+        )
+        for line in re.findall(r"^\| (\w+) \|(.*)\|$", section, re.MULTILINE):
+            if line[0] in measured and page != "carving":
+                row = measured[line[0]]
+                loss, random, *_ = (cell.strip() for cell in line[1].split("|"))
+                assert loss == f"{row['loss']['value']:.3f}", (page, line)
+                ablation = row["random_loss"]
+                assert random == (f"{ablation['value']:.3f}" if ablation else "–"), (page, line)
+                shown.add(line[0])
+    assert set(measured) - {"dense_glu", "cmoe"} <= shown
+
+
+def test_every_figure_is_drawn_by_the_script():
+    specification = importlib.util.spec_from_file_location("figures", DOCS / "figures" / "draw.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    names = {figure.__name__ for figure in script.FIGURES}
+    assert {path.stem for path in (DOCS / "figures").glob("*.svg")} == names
+    canvas = script.FIGURES[0]()
+    assert len(canvas.axes.texts) > 7
