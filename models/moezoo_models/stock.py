@@ -129,6 +129,9 @@ def load_stock(
         names = sorted(str(name) for name in problems[kind])
         if names:
             raise InputError(f"checkpoint: {kind.replace('_', ' ')} in {directory}: {names[0]}")
+    # Its default for experts, grouped matrix products, wants rows of multiples of 16 bytes.
+    if any(p.ndim == 3 and p.shape[-1] * p.element_size() % 16 for p in model.parameters()):
+        model.config._experts_implementation = "eager"
     return cast(PreTrainedModel, model.eval())
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moezoo import InputError
 from moezoo_models.checkpoints import load_checkpoint
@@ -57,6 +57,20 @@ def test_one_step_and_back_into_transformers(name, directory, tmp_path, make_tra
         torch.testing.assert_close(
             loaded.eval()(input_ids=tokens(), use_cache=False).logits, expected, rtol=0, atol=0
         )
+
+
+def test_experts_whose_rows_are_no_multiple_of_16_bytes_run(tmp_path):
+    """Transformers' default for experts refuses them."""
+    config = MixtralConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=5, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    model, _ = load_as_it_is(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    with torch.no_grad():
+        found, expected = (m(input_ids=tokens()).logits for m in (model, stock))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -1,0 +1,134 @@
+"""Every `moezoo` command of README and docs/ runs, as it stands but for the size."""
+
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import yaml
+
+from moezoo.__main__ import COMMANDS, main
+
+from .test_documentation import PAGES, ROOT, blocks, joined, joined_name
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist"),
+]
+MODEL = "--model.d_model 16 --model.num_layers 4 --model.num_heads 2 --model.num_kv_heads 2"
+DATA = "--data.sequence_length 16 --data.batch_size 2"
+STEPS = "--trainer.max_steps 2 --trainer.val_check_interval 2 --model.schedule.warmup_steps 1"
+TEXT = "--data.source path/to/texts --data.vocab_size 300"
+COMPARED = (
+    "--max_steps 2 --schedule.warmup_steps 1 --text.source path/to/texts --text.vocab_size 300 "
+    "--text.sequence_length 16 --text.batch_size 2 --text.val_fraction 0.2 --seeds [0] "
+    "--precision 32-true --tolerance 0.9 --model.d_model 32 --model.num_heads 2 "
+    "--ablation false --only [dense_mlp,mixtral]"
+)
+SMALL = {
+    "demo": "--recipe demo.yaml --max_steps 2 --source path/to/texts",
+    "prepare": "--vocab_size 300",
+    "bench": "--quick --runs 1",
+    "generate": "--max_new_tokens 4",
+    "compare": COMPARED,
+    "compare upcycling": "--max_steps 6 --schedule.warmup_steps 1 --text.sequence_length 16",
+    "inspect carving": (
+        "--seeds 1 --calibration path/to/texts --calibration_tokens 512 --held_out_tokens 256"
+    ),
+}
+"""What makes a command small; later options win."""
+ELSEWHERE = {
+    "--tasks": "wants lm-eval, and the first of the two a network: tests/models/test_harness.py",
+}
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """Give the words of a page's commands; lines for the shell, pip or make are left out."""
+    lines = [line for block in blocks(page, "sh") for line in joined(block).splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line[:1] == ["moezoo"] or line[:2] == ["python", "-m"]]
+
+
+WITH_COMMANDS = [page for page in PAGES if page.name != "CONTRIBUTING.md" and commands_of(page)]
+BEFORE = {
+    "compare.md": ["moezoo compare --config configs/compare/small.yaml"],
+    "finetuning.md": ["moezoo upcycle path/to/llama runs/mixtral --experts 8 --top_k 2"],
+}
+"""What the page's readers have done by then."""
+
+
+def run(words: list[str]) -> int:
+    if words[0] == "python":
+        sys.argv = words[2:]
+        runpy.run_module(words[2], run_name="__main__")
+        return 0
+    name, *options = joined_name(words[1:])
+    assert name in COMMANDS
+    try:
+        return main([*name.split(), *options, *shlex.split(smaller(name, options))])
+    finally:
+        if dist.is_initialized():  # a strategy leaves that to the end of the process
+            dist.destroy_process_group()
+
+
+def smaller(name: str, options: list[str]) -> str:
+    if name != "fit":
+        return SMALL.get(name, "")
+    size = [STEPS, DATA, "--trainer.devices 1 --overwrite true"]
+    if "--model.initialize_from" not in options:
+        size.append(MODEL)
+    if "null" not in options:  # of data.source: what is prepared has a vocabulary already
+        size.append(TEXT)
+    return " ".join(size)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """A folder as a reader has it after the demo, with texts and models of his own."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("configs", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    texts = folder / "path" / "to" / "texts"
+    texts.mkdir(parents=True)
+    for number in range(20):
+        lines = [f"def f{n}(a, b):\n    return a * {n * number} + b\n" for n in range(60)]
+        (texts / f"{number}.txt").write_text("\n".join(lines))
+    demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    demo["model"] |= {"d_model": 16, "num_layers": 2, "num_heads": 2}
+    demo["model"]["schedule"]["warmup_steps"] = 1
+    demo["data"] |= {
+        "source": "path/to/texts", "vocab_size": 300, "sequence_length": 16, "val_fraction": 0.2,
+    }  # fmt: skip
+    demo["trainer"]["val_check_interval"] = 2
+    (folder / "demo.yaml").write_text(yaml.safe_dump(demo))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in (
+            "moezoo demo",
+            "moezoo fit --config configs/dense.yaml",
+            "moezoo export runs/dense/model path/to/llama",
+        ):
+            assert run(shlex.split(line)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
+def test_commands_run(page, workshop, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "reader"
+    shutil.copytree(workshop, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["moezoo"])
+    ran = 0
+    for words in [*map(shlex.split, BEFORE.get(page.name, [])), *commands_of(page)]:
+        if any(option in words for option in ELSEWHERE):
+            continue
+        code = run(words)
+        captured = capsys.readouterr()
+        assert code == 0, f"{shlex.join(words)}\n{captured.err[-2000:]}"
+        ran += 1
+    assert ran
