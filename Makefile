@@ -31,10 +31,12 @@ demo: $(VENV)/.train
 compare: $(VENV)/.train
 	@$(BIN)/moezoo compare --config configs/compare/small.yaml
 
-# The tests start many processes; OpenMP threads that spin while idle would slow them all down.
+# A worker for each core, and one thread for each: tests are too small to share. They start many
+# processes; OpenMP threads that spin while idle would slow them all down.
 # (A single training run wants them to spin: asleep, they wake too late for small matrices.)
 test: $(VENV)/.dev
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest \
+	  --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
