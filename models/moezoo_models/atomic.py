@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moezoo.atomic import atomic_write
 
-__all__ = ["atomic_write", "publish", "replacing_directory"]
+__all__ = ["atomic_write", "publish", "remove_leftovers", "replacing_directory"]
 
 _CURRENT_DIRECTORY = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE
@@ -38,6 +38,22 @@ def replacing_directory(target: Path) -> Iterator[Path]:
     finally:
         # What is incomplete.
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed processes left beside a file or directory that they were writing.
+
+    Nobody else may be writing it. Killed between :func:`publish`'s two renames, ``target`` gets its
+    earlier content back.
+    """
+    for old in target.parent.glob(f".{target.name}.old-*"):
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+    for fresh in target.parent.glob(f".{target.name}.new-*"):
+        shutil.rmtree(fresh)
+    target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
 
 
 def publish(fresh: Path, target: Path) -> None:

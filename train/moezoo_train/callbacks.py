@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -98,7 +100,8 @@ def set_random_state(state: dict[str, Any]) -> None:
 class LastCheckpoint(ModelCheckpoint):
     """Keep ``last.ckpt``: every n optimizer steps, at the end, and when SIGTERM asks to stop.
 
-    Always between optimizer steps, so that a resumed run repeats the uninterrupted one exactly.
+    Always between optimizer steps, and behind a validation that is due, so that a resumed run
+    repeats the uninterrupted one exactly: Lightning would not make up for that validation.
 
     Args:
         path: the folder of checkpoints.
@@ -114,12 +117,20 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.terminated = False
+        self._asked_to_stop = False
+        self._waiting = False
         self._finished_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where a resumed run stands, so that no half-accumulated step is saved."""
         super().on_train_start(trainer, pl_module)
         self._finished_step = self._last_global_step_saved = trainer.global_step
+        self._asked_to_stop = trainer.received_sigterm
+        trainer._signal_connector.received_sigterm = False
+        if threading.current_thread() is threading.main_thread():
+            # Lightning's own handler would leave several processes in the middle of a step, without
+            # a checkpoint, after a broadcast that meets whatever the others are exchanging.
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
 
     def on_train_batch_end(
         self,
@@ -130,17 +141,30 @@ class LastCheckpoint(ModelCheckpoint):
         batch_idx: int,
     ) -> None:
         """Save if it is time, or if the run was asked to stop and a step has just ended."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step_ended = trainer.global_step != self._finished_step
         self._finished_step = trainer.global_step
-        if trainer.world_size > 1 or not (self.terminated or trainer.received_sigterm):
-            return  # Lightning stops several processes together by itself
-        # Lightning would stop right here, in the middle of an accumulated step.
-        self.terminated = True
-        trainer._signal_connector.received_sigterm = False
-        if step_ended:
+        if not step_ended:
+            return
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        validating = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False):
+            self.terminated = trainer.should_stop = True
+            if not validating:
+                trainer.limit_val_batches = 0  # Lightning validates what is stopped early
+        if self.terminated or trainer.global_step % self._every_n_train_steps == 0:
+            self._waiting = validating
+            if not validating:
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what had to wait."""
+        if self._waiting:
+            self._waiting = False
             self._save(trainer)
-            trainer.should_stop = True
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._asked_to_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state."""

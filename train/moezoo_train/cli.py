@@ -26,10 +26,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moezoo.command.parser import ClearErrors
 from moezoo.errors import InputError, check_int
-from moezoo_models.atomic import atomic_write
+from moezoo_models.atomic import atomic_write, remove_leftovers
+from moezoo_models.checkpoints import one_line
 from moezoo_train.callbacks import LastCheckpoint, SaveModel
 from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.data import TokenDataModule
+from moezoo_train.distributed import is_lost_process
 from moezoo_train.loggers import build_loggers
 from moezoo_train.module import LanguageModel
 from moezoo_train.pretrained import default_tokenizer
@@ -48,7 +50,6 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-SIGTERM_EXIT = 128 + 15
 _RUN_FILES = ("config.yaml", "metrics.csv", "report.json", "loss.png", "sample.txt")
 _RUN_SIGNS = ("metrics.csv", "checkpoints", "model")
 _RUN_FOLDERS = ("checkpoints", "model", "adapter", "tensorboard", "wandb")
@@ -59,7 +60,7 @@ def run(argv: list[str]) -> None:
 
     Raises:
         InputError: something in the command line, the configuration or the data is wrong.
-        SystemExit: after ``--help``; with 143 after a checkpoint when SIGTERM ended the run.
+        SystemExit: with 0, after ``--help``, and after a checkpoint when SIGTERM ended the run.
     """
     quiet_lightning()
     try:
@@ -76,6 +77,13 @@ def run(argv: list[str]) -> None:
         )
     except MisconfigurationException as error:
         raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise InputError(
+            f"trainer: another process of this run has ended or does not answer "
+            f"({one_line(error)}); see what it said last, then go on with --ckpt_path last"
+        ) from error
 
 
 class Parser(ClearErrors, LightningArgumentParser):
@@ -175,6 +183,8 @@ class MoezooCLI(LightningCLI):
         fresh = self.subcommand == "fit" and config.get("ckpt_path") is None
         if fresh and not config["trainer"].get("fast_dev_run"):
             _make_room(Path(config["output"]), config["overwrite"])
+        if self.subcommand == "fit":
+            _remove_leftovers(Path(config["output"]))
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; Lightning's version calls what jsonargparse deprecates."""
@@ -238,12 +248,13 @@ class MoezooCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint) and callback.terminated:
-                print(
-                    f"stopped by SIGTERM after step {self.trainer.global_step}; "
-                    "go on with --ckpt_path last",
-                    file=sys.stderr,
-                )
-                raise SystemExit(SIGTERM_EXIT)
+                if self.trainer.is_global_zero:
+                    print(
+                        f"stopped by SIGTERM after step {self.trainer.global_step}; "
+                        "go on with --ckpt_path last",
+                        file=sys.stderr,
+                    )
+                raise SystemExit(0)
         if self.trainer.is_global_zero and not config["trainer"].get("fast_dev_run"):
             write_report(
                 Path(config["output"]),
@@ -276,6 +287,13 @@ def _make_room(output: Path, overwrite: bool) -> None:
         )
     for path in there:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@rank_zero_only
+def _remove_leftovers(output: Path) -> None:
+    remove_leftovers(output / "model")
+    for name in ("last.ckpt", "best.ckpt"):
+        remove_leftovers(output / "checkpoints" / name)
 
 
 def _as_list(value: Any) -> list[Any]:

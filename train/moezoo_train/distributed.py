@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moezoo.experts.rank_one import RankOneExperts
 from moezoo.experts.values import ValueTable
+
+# Gloo raises plain RuntimeErrors.
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Timed out waiting|Socket closed|Broken pipe|"
+    r"Application timeout caused pair closure"
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -127,6 +134,11 @@ def _gather_rows(own: Tensor) -> Tensor:
 def process_count() -> int:
     """Give the number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Tell whether an error says that another process ended, or did not answer in time."""
+    return isinstance(error, dist.DistError) or _LOST.search(str(error)) is not None
 
 
 def gather_from_ranks(own: Any) -> list[Any]:
