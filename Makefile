@@ -11,12 +11,13 @@ BUILT  := pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test lint docs bench gpu clean
+.PHONY: help demo compare test torture lint docs bench gpu clean
 
 help:
 	@echo "make demo    train a small sparse MoE on the Python standard library's source, on a CPU"
 	@echo "make compare train one method of each kind side by side, in less than 20 minutes"
 	@echo "make test    run all tests"
+	@echo "make torture kill training, preparing and saving fifty times each; a quarter of an hour"
 	@echo "make lint    ruff and mypy, as in continuous integration"
 	@echo "make docs    the site of these pages, in build/site"
 	@echo "make bench   speed and memory against public peers, on a CPU; a quarter of an hour"
@@ -37,6 +38,9 @@ compare: $(VENV)/.train
 test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest \
 	  --numprocesses auto --maxprocesses 8 --dist loadfile
+
+torture: $(VENV)/.dev
+	@MOEZOO_KILLS=50 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/reliability
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -1,0 +1,75 @@
+"""A corpus, and a process from which runs are forked."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from forked import Server  # also a program of its own
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Return a folder of small documents of words in random order."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ("the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "with", "bread", "over")
+    generator = random.Random(0)
+    for number in range(30):
+        text = " ".join(generator.choice(words) for _ in range(120))
+        (folder / f"{number}.txt").write_text(f"{number} {text}\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def data(server, corpus, tmp_path_factory) -> Path:
+    """Return prepared tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    arguments = [f"--source={corpus}", f"--output={folder}", "--vocab_size=300"]
+    ended = server.run("prepare", *arguments, "--val_fraction=0.1", folder=folder)
+    assert ended.code == 0, ended.output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fit(data):
+    """Return a function that gives the arguments of a run of nine steps, in eighteen batches."""
+
+    def arguments(output: Path, **options) -> list[str]:
+        defaults = {
+            "output": output,
+            "checkpoint_every": 2,
+            "loggers": "[csv]",
+            "sample_tokens": 0,
+            "trainer.max_steps": 9,
+            "trainer.accelerator": "cpu",
+            "trainer.accumulate_grad_batches": 2,
+            "trainer.val_check_interval": 6,
+            "trainer.limit_val_batches": 2,
+            "trainer.log_every_n_steps": 3,
+            "trainer.enable_progress_bar": "false",
+            "data.source": "null",
+            "data.data_dir": data,
+            "data.sequence_length": 16,
+            "data.batch_size": 2,
+            "model.d_model": 16,
+            "model.num_layers": 2,
+            "model.num_heads": 2,
+            "model.ffn": "moezoo.SparseMoE",
+            "model.ffn.num_experts": 4,
+            "model.ffn.router.jitter": 0.1,
+            "model.optimizer.name": "muon",
+            "model.schedule.warmup_steps": 2,
+        }
+        return ["fit", *(f"--{name}={value}" for name, value in (defaults | options).items())]
+
+    return arguments

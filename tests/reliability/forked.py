@@ -1,0 +1,262 @@
+"""Runs commands in children of one process that has imported everything already.
+
+Fifty runs that are killed then cost what they compute, and not fifty imports of torch as well. This
+file is both sides: what the tests call, and, started as a program, the process that forks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parents[2]
+PATHS = [str(ROOT / part) for part in (".", "kernels", "models", "train", "tests/reliability")]
+LIMIT = 120.0
+"""Seconds after which a child is taken to hang."""
+
+WRITING = os.O_WRONLY | os.O_RDWR
+CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended.
+
+    Attributes:
+        code: its exit status; minus the number of the signal that ended it.
+        output: what it wrote to standard output and standard error.
+        seconds: how long it ran.
+        operations: how often it changed the file system under its folder; 0 if it was killed.
+    """
+
+    code: int
+    output: str
+    seconds: float
+    operations: int
+
+
+class Server:
+    """The process that forks.
+
+    Args:
+        folder: where it keeps what its children say.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(PATHS),
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, folder: Path, **order: Any) -> Ended:
+        """Run a command in a folder, and wait for its end.
+
+        Args:
+            arguments: of the ``moezoo`` command, or ``save`` to write checkpoints without end.
+            folder: where it writes, and its current directory.
+            order: what is to happen to it, see :func:`obey` and :func:`wait`.
+        """
+        return self.run_ranks(1, *arguments, folder=folder, **order)[0]
+
+    def run_ranks(self, ranks: int, *arguments: str, folder: Path, **order: Any) -> list[Ended]:
+        """Run a command as a cluster does: one process per rank, told by its environment."""
+        logs = [self._folder / f"output{rank}.txt" for rank in range(ranks)]
+        order |= {"arguments": arguments, "folder": str(folder), "logs": [*map(str, logs)]}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        ended = json.loads(self._process.stdout.readline())
+        return [Ended(**values, **_read(log)) for values, log in zip(ended, logs, strict=True)]
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate(timeout=LIMIT)
+
+
+def _read(log: Path) -> dict[str, Any]:
+    """Part what a child wrote from the count behind it, which is missing if it was killed."""
+    output, ended, count = log.read_text().partition("\0")
+    return {"output": output, "operations": int(count) if ended else 0}
+
+
+def serve() -> None:
+    """Fork children for every line that is read, and say how they ended."""
+    import torch
+
+    import moezoo_train.cli
+    import moezoo_train.prepare  # noqa: F401
+    from moezoo.__main__ import main
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        order = json.loads(line)
+        children = []
+        port = free_port()
+        for rank, log in enumerate(order["logs"]):
+            child = os.fork()
+            if child == 0:
+                if len(order["logs"]) > 1:
+                    os.environ |= as_rank(rank, len(order["logs"]), port)
+                obey(order, log, main)
+            children.append(child)
+        print(json.dumps([wait(child, **order) for child in children]), flush=True)
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Give the variables by which a launcher tells a process who it is."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "TORCHELASTIC_RUN_ID": "run",
+    }
+
+
+def wait(
+    child: int, seconds: float = LIMIT, number: int = signal.SIGKILL, **_: Any
+) -> dict[str, Any]:
+    """Wait for a child, and send it a signal after some seconds."""
+    started = time.monotonic()
+    sent = False
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        passed = time.monotonic() - started
+        if ended:
+            return {"code": os.waitstatus_to_exitcode(status), "seconds": passed}
+        if passed > LIMIT:
+            os.kill(child, signal.SIGKILL)
+        elif passed > seconds and not sent:
+            os.kill(child, number)
+            sent = True
+        time.sleep(0.001)
+
+
+def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
+    """Be the child.
+
+    The order may hold ``operation`` and ``delay``: die so many seconds after the n-th change of the
+    file system; ``file_limit``: bytes that a file may have; ``unprivileged``: do not write what
+    permissions forbid, although root could; ``shard_bytes``: of ``moezoo prepare``.
+    """
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.chdir(order["folder"])
+    code = 1
+    watch = Watch(order["folder"], order.get("operation"), order.get("delay", 0.0))
+    try:
+        if "file_limit" in order:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"],) * 2)
+        if order.get("unprivileged"):
+            drop_privileges()
+        if "shard_bytes" in order:
+            sys.modules["moezoo_train.prepare"].SHARD_BYTES = order["shard_bytes"]
+        sys.addaudithook(watch)
+        if order["arguments"] == ["save"]:
+            save(Path(order["folder"]))
+        code = main(order["arguments"])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(1, f"\0{watch.count}".encode())
+    os._exit(code)
+
+
+class Watch:
+    """Counts the changes of the file system under a folder, and dies at one of them."""
+
+    def __init__(self, folder: str, operation: int | None, delay: float) -> None:
+        self.folder, self.operation, self.delay = folder, operation, delay
+        self.count = 0
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            mine = isinstance(arguments[2], int) and bool(arguments[2] & WRITING)
+        else:
+            mine = event in CHANGES
+        # Names within a folder that is being removed come without it.
+        inside = str(arguments[0]).startswith(self.folder) if mine else False
+        if not (inside or (event in {"os.remove", "os.rmdir"} and arguments[-1] not in (-1, None))):
+            return
+        self.count += 1
+        if self.count == self.operation:
+            if self.delay:
+                threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def drop_privileges() -> None:
+    """Give up root's right to write where permissions forbid it (capset, CAP_DAC_OVERRIDE)."""
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    version_3, this_process, override, read_search = 0x20080522, 0, 1 << 1, 1 << 2
+    header = (ctypes.c_uint32 * 2)(version_3, this_process)
+    data = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, data) == 0
+    for index in range(3):
+        data[index] &= ~(override | read_search)
+    assert libc.capset(header, data) == 0
+
+
+def save(folder: Path) -> NoReturn:
+    """Write checkpoints of both kinds without end; all numbers of the n-th are n."""
+    import torch
+
+    from moezoo_models import MoezooConfig, MoezooForCausalLM
+    from moezoo_models.checkpoints import save_checkpoint
+    from moezoo_train.checkpointing import AtomicCheckpointIO
+
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = MoezooForCausalLM(MoezooConfig(**sizes))
+    number = 0
+    while True:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(number)
+        save_checkpoint(folder / "model", model, max_shard_size="20KB")
+        state = {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}
+        AtomicCheckpointIO().save_checkpoint(state, folder / "last.ckpt")
+        print(number)
+        number += 1
+
+
+if __name__ == "__main__":
+    serve()
