@@ -7,7 +7,7 @@ checksums, unpickles nothing and imports no code that a checkpoint names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -68,21 +68,37 @@ def save_checkpoint(
             f"checkpoint: {directory} holds something that is no checkpoint; "
             "give an empty or new directory"
         )
-    with replacing_directory(directory) as fresh, quiet():
-        tensors = None if state_dict is None else dict(state_dict)
-        try:
-            model.save_pretrained(fresh, max_shard_size=max_shard_size, state_dict=tensors)
-        except SafetensorError as error:
-            raise InputError(
-                f"checkpoint: {directory} can not be written ({one_line(error)}); free space or "
-                "give another directory"
-            ) from error
-        for file in fresh.glob("*.safetensors"):
-            with named_errors(directory):
-                seal(file)
+    tensors = None if state_dict is None else dict(state_dict)
+    with replacing_directory(directory) as fresh:
+        write_model(fresh, directory, model, max_shard_size=max_shard_size, state_dict=tensors)
         if tokenizer is not None:
             tokenizer.save(fresh)
     return directory
+
+
+def write_model(fresh: Path, target: Path, model: PreTrainedModel, **options: Any) -> None:
+    """Let transformers write a model, and seal its files.
+
+    Args:
+        fresh: directory to write into.
+        target: what it will be called, for messages.
+        model: any of transformers'.
+        options: of ``save_pretrained``.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    try:
+        with quiet():
+            model.save_pretrained(fresh, **options)
+    except SafetensorError as error:
+        raise InputError(
+            f"checkpoint: {target} can not be written ({one_line(error)}); free space or "
+            "give another directory"
+        ) from error
+    for file in fresh.glob("*.safetensors"):
+        with named_errors(target):
+            seal(file)
 
 
 def load_checkpoint(
@@ -116,11 +132,7 @@ def load_checkpoint(
         }
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
     found = tensor_shapes(directory)
-    for file in weight_files(directory):
-        try:
-            check_seal(file)
-        except (ValueError, OSError) as error:
-            raise InputError(damaged(file, error)) from error
+    check_weights(weight_files(directory))
     _compare(expected, found, optional)
     with quiet():
         model = MoezooForCausalLM.from_pretrained(
@@ -193,6 +205,19 @@ def tensor_shapes(directory: Path) -> Shapes:
     return shapes
 
 
+def check_weights(files: Iterable[Path]) -> None:
+    """See that safetensors files are what was written, where they hold a checksum.
+
+    Raises:
+        InputError: one is not.
+    """
+    for file in files:
+        try:
+            check_seal(file)
+        except (ValueError, OSError) as error:
+            raise InputError(damaged(file, error)) from error
+
+
 def read_tensor(path: str | Path, name: str) -> Tensor:
     """Read one tensor of a checkpoint of any architecture, and nothing else of it.
 
@@ -204,6 +229,7 @@ def read_tensor(path: str | Path, name: str) -> Tensor:
         try:
             with safe_open(file, framework="pt") as tensors:
                 if name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    check_weights([file])
                     return cast(Tensor, tensors.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise InputError(damaged(file, error)) from error

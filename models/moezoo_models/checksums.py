@@ -60,18 +60,35 @@ def seal(path: Path) -> None:
     """
     with path.open("rb") as file:
         header = _read_header(file)
-        header[_METADATA] = {**header.get(_METADATA, {}), _FIELD: ""}
         start = file.tell()
-        header[_METADATA][_FIELD] = f"{_sealed_sum(header, file):08x}"
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors are to begin at a multiple of 8
+        total = crc_of(file, sum_of_header(header))
         sealed = path.with_name(f"{path.name}.sealed")
         with sealed.open("wb") as target:
-            target.write(len(text).to_bytes(8, "little") + text)
+            target.write(sealed_header(header, total))
             file.seek(start)
             while part := file.read(_AT_ONCE):
                 target.write(part)
     os.replace(sealed, path)
+
+
+def sealed_header(header: dict[str, Any], total: int) -> bytes:
+    """Encode the header of a safetensors file, its length before it.
+
+    Args:
+        header: what it says.
+        total: the checksum to write into it, which does not change its length: that of the tensors,
+            in the order of the file, begun with :func:`sum_of_header`.
+    """
+    metadata = {**header.get(_METADATA, {}), _FIELD: f"{total:08x}"}
+    text = json.dumps({**header, _METADATA: metadata}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are to begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def sum_of_header(header: dict[str, Any]) -> int:
+    """Give the checksum of a header, of all but the checksum that it may hold."""
+    metadata = {n: value for n, value in header.get(_METADATA, {}).items() if n != _FIELD}
+    return zlib.crc32(json.dumps({**header, _METADATA: metadata}, sort_keys=True).encode())
 
 
 def check_seal(path: Path) -> None:
@@ -83,7 +100,7 @@ def check_seal(path: Path) -> None:
     with path.open("rb") as file:
         header = _read_header(file)
         written = header.get(_METADATA, {}).get(_FIELD)
-        if written is not None and written != f"{_sealed_sum(header, file):08x}":
+        if written is not None and written != f"{crc_of(file, sum_of_header(header)):08x}":
             raise ValueError("its checksum is wrong")
 
 
@@ -92,10 +109,3 @@ def _read_header(file: IO[bytes]) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError("its header is not an object")
     return header
-
-
-def _sealed_sum(header: dict[str, Any], file: IO[bytes]) -> int:
-    """Sum up the header, all but the checksum itself, and the tensors behind it."""
-    metadata = {name: value for name, value in header[_METADATA].items() if name != _FIELD}
-    text = json.dumps({**header, _METADATA: metadata}, sort_keys=True).encode()
-    return crc_of(file, zlib.crc32(text))

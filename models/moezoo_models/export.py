@@ -13,7 +13,7 @@ from moezoo.errors import InputError
 from moezoo.layers.dense import DenseFFN
 from moezoo_models.atomic import replacing_directory
 from moezoo_models.causal_lm import MoezooForCausalLM
-from moezoo_models.checkpoints import CONFIG, load_checkpoint, quiet
+from moezoo_models.checkpoints import CONFIG, load_checkpoint, write_model
 from moezoo_models.config import MoezooConfig
 from moezoo_models.dense import ACTIVATIONS, DENSE_CONFIGS, dense_config
 from moezoo_models.tokenizer import Tokenizer
@@ -83,8 +83,8 @@ def save_stock(
         stock: Any = AutoModelForCausalLM.from_config(config)
     stock.load_state_dict(model.state_dict(), assign=True)
     stock.tie_weights()
-    with replacing_directory(target) as fresh, quiet():
-        stock.save_pretrained(fresh)
+    with replacing_directory(target) as fresh:
+        write_model(fresh, target, stock)
         if tokenizer is not None:
             tokenizer.save(fresh)
     return config

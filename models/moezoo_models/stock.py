@@ -20,6 +20,7 @@ from moezoo_models.attention_backends import check_backend
 from moezoo_models.causal_lm import MoezooForCausalLM, next_token_loss
 from moezoo_models.checkpoints import (
     CONFIG,
+    check_weights,
     choose_tokenizer,
     existing,
     load_checkpoint,
@@ -71,6 +72,7 @@ def load_as_it_is(
             "quantization_config: quantised weights can not be loaded; dequantise them"
         )
     tensor_shapes(directory)  # says which file is damaged, if one is
+    check_weights(weight_files(directory))
     check_backend(attention)
     model = load_stock(directory, attention)
     return model.to(device), read_tokenizer(directory)  # type: ignore[arg-type]

@@ -29,7 +29,15 @@ from transformers import (
 
 from moezoo.convert.plan import PROJECTIONS
 from moezoo.errors import InputError, nearest
-from moezoo_models.checkpoints import CONFIG, damaged, existing, quiet, read_json, weight_files
+from moezoo_models.checkpoints import (
+    CONFIG,
+    check_weights,
+    damaged,
+    existing,
+    quiet,
+    read_json,
+    weight_files,
+)
 from moezoo_models.conversion.pickled import read_pickled
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
@@ -108,7 +116,7 @@ class Source:
         """Map a tensor of the files into memory; its pages are read when they are touched.
 
         Raises:
-            InputError: it holds a NaN or an infinity.
+            InputError: it holds a NaN or an infinity, or its file is not what was written.
         """
         file = self.tensors[name].file
         if file not in self._files:
@@ -127,6 +135,7 @@ class Source:
     def _open(self, file: Path) -> Callable[[str], Tensor]:
         if _is_pickled(file):
             return read_pickled(file).__getitem__
+        check_weights([file])
         opened: Any = self._stack.enter_context(safe_open(file, framework="pt"))
         return opened.get_tensor
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor
 from moezoo.errors import InputError
 from moezoo_models.atomic import publish
 from moezoo_models.checkpoints import CONFIG, INDEX, WEIGHTS
+from moezoo_models.checksums import sealed_header, sum_of_header
 from moezoo_models.conversion.source import layer_of
 from moezoo_models.conversion.targets import Output
 
@@ -225,7 +227,7 @@ def _resumable(directory: Path, identity: str) -> dict[str, str] | None:
 def write_safetensors(
     path: Path, outputs: Sequence[Output], progress: Callable[[int], None] = lambda _: None
 ) -> str:
-    """Write a safetensors file tensor by tensor, and hash it.
+    """Write a safetensors file tensor by tensor, its checksum in its header, and hash it.
 
     The library's own writer wants all tensors of a file at once.
 
@@ -237,29 +239,29 @@ def write_safetensors(
     Returns:
         The SHA-256 of the file.
     """
-    digest = hashlib.sha256()
+    header = _header(outputs)
+    total = sum_of_header(header)
     with path.open("wb") as file:
-
-        def write(data: Any) -> None:
-            digest.update(data)
-            file.write(data)
-
-        write(_header(outputs))
+        file.write(sealed_header(header, total))
         for output in outputs:
             written = 0
             for piece in output.pieces():
                 assert piece.dtype == output.dtype, output.name
                 for part in _bytes(piece):
-                    write(part)
+                    total = zlib.crc32(part, total)
+                    file.write(part)
                     written += len(part)
                     progress(len(part))
             assert written == output.bytes, output.name
+        file.seek(0)
+        file.write(sealed_header(header, total))
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _header(outputs: Sequence[Output]) -> bytes:
+def _header(outputs: Sequence[Output]) -> dict[str, Any]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for output in outputs:
@@ -270,9 +272,7 @@ def _header(outputs: Sequence[Output]) -> bytes:
             "data_offsets": [start, end],
         }
         start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return header
 
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:
