@@ -52,9 +52,9 @@ def test_sigterm_at_any_time_leaves_a_run_that_goes_on(server, fit, tmp_path):
     assert rows(run) == rows(whole)
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_stop_before_a_validation_that_is_due_does_not_lose_it(server, fit, tmp_path, step):
-    """It is due after the third step, and not after the second."""
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_stop_loses_no_validation_that_is_due_and_repeats_no_row(server, fit, tmp_path, step):
+    """One is due after the third step, not after the second and fourth; so is a row."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     ask = callback("Signal", rank=0, step=step, number=int(signal.SIGTERM))
     for arguments in (fit(whole), [*fit(run), ask], [*fit(run), "--ckpt_path=last"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ class MetricsCSV(Logger):
         """Add a row; nine digits hold a float32 exactly."""
         row = {"step": "" if step is None else str(step)}
         row |= {name: f"{float(value):.9g}" for name, value in metrics.items()}
-        self._rows.append(row)
+        same_step = takewhile(lambda known: known["step"] == row["step"], reversed(self._rows))
+        if row not in same_step:  # Lightning gives the last one again where a run stops early
+            self._rows.append(row)
 
     @rank_zero_only
     def start(self, step: int) -> None:
