@@ -295,7 +295,7 @@ def test_nan_skips_the_whole_accumulated_step(make_model, make_trainer, random_t
     for key, state in moments[1].items():
         for field, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[3][key][field]))
-    assert model.skipped_steps == 1
+    assert model.guard.skipped == 1
     assert recorder.rows[-1]["train/skipped_steps"] == 1
     assert all(torch.isfinite(p).all() for p in model.parameters())
 

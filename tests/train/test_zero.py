@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints import load_checkpoint
+from moezoo_train.guard import SpikeRule, StepGuard
 from moezoo_train.loggers import read_metrics
 from moezoo_train.optim import OptimizerConfig
 from moezoo_train.strategies import check_sparse_gradients, lay_out_for
@@ -188,7 +189,7 @@ def fitting(strategy: Any, **options: Any) -> SimpleNamespace:
     """Stand in for a module that is about to be trained."""
     defaults = {
         "optimizer_config": OptimizerConfig(),
-        "on_nan": "stop",
+        "guard": StepGuard("stop"),
         "compile_model": False,
         "lora": None,
         "trainer": SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING)),
@@ -200,11 +201,12 @@ def fitting(strategy: Any, **options: Any) -> SimpleNamespace:
     ("options", "message"),
     [
         ({"optimizer_config": OptimizerConfig("muon")}, "optimizer.name: Muon wants whole"),
-        ({"on_nan": "skip"}, "model.on_nan: ZeRO can not skip"),
+        ({"guard": StepGuard("skip")}, "model.on_nan: ZeRO can not skip .*; give stop"),
+        ({"guard": StepGuard("stop", SpikeRule())}, "model.spikes: ZeRO can not skip .*; give nu"),
         ({"compile_model": True}, "model.compile: ZeRO's hooks"),
         ({"lora": object()}, "adapters are not divided"),
     ],
-    ids=["muon", "skip", "compile", "lora"],
+    ids=["muon", "skip", "spikes", "compile", "lora"],
 )
 def test_what_zero_would_compute_otherwise_is_refused(options, message):
     strategy = ZeROStrategy()

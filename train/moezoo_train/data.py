@@ -25,6 +25,9 @@ from moezoo_train.prepare import prepare
 from moezoo_train.prepared import PreparedData
 from moezoo_train.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches
 
+NAMED = 8
+"""Windows of a batch that a message names."""
+
 
 class TokenDataModule(LightningDataModule):
     """Token batches for causal language modelling.
@@ -87,6 +90,7 @@ class TokenDataModule(LightningDataModule):
         self.max_bytes = max_bytes
         self._prepared: PreparedData | None = None
         self._tokenizer: Tokenizer | None = None
+        self._train_batches: TrainBatches | None = None
         self._order_before: dict[str, Any] | None = None
         if source is None:
             self.vocab_size = self.prepared.vocab_size
@@ -147,7 +151,7 @@ class TokenDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this process's training batches; its length is one epoch."""
         world_size, rank = self._data_parallel()
-        batches = TrainBatches(
+        self._train_batches = batches = TrainBatches(
             self.prepared.tokens("train"),
             self.sequence_length,
             self.batch_size,
@@ -158,6 +162,19 @@ class TokenDataModule(LightningDataModule):
         )
         self._warn_of_another_order()
         return _ResumableLoader(batches, self._batches_processed, self.num_workers)
+
+    def name_batch(self, back: int) -> str:
+        """Say where the text of a training batch of this process is found, for messages.
+
+        Args:
+            back: batches between the current one and that.
+        """
+        assert self._train_batches is not None
+        number = self._batches_processed() - back
+        starts = self._train_batches.starts(number).tolist()
+        shown = ", ".join(map(str, starts[:NAMED])) + (", …" if len(starts) > NAMED else "")
+        file = self.prepared.file("train")
+        return f"batch {number + 1}, whose windows begin at tokens {shown} of {file}"
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this process's validation batches."""

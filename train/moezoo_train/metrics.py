@@ -226,7 +226,7 @@ class TrainingMetrics(Callback):
                 f"train/grad_norm/{name}": norm
                 for name, norm in cast("LanguageModel", pl_module).clip_group_norms.items()
             },
-            "train/skipped_steps": float(cast("LanguageModel", pl_module).skipped_steps),
+            "train/skipped_steps": float(cast("LanguageModel", pl_module).guard.skipped),
         }
         for load in self.expert_load:
             for field, value in asdict(load).items():

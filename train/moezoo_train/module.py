@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from moezoo import DenseFFN, FeedForward
-from moezoo.errors import InputError, check_choice, check_int
+from moezoo.errors import InputError, check_int
 from moezoo.routing.losses import sum_over_ranks
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.causal_lm import IGNORED
@@ -26,6 +26,7 @@ from moezoo_models.tokenizer import Tokenizer
 from moezoo_train import clipping
 from moezoo_train.callbacks import RandomState
 from moezoo_train.distributed import average_sparse_gradients, process_count
+from moezoo_train.guard import SpikeRule, StepGuard
 from moezoo_train.hash_tables import HashTables
 from moezoo_train.identity import check_same, check_tensors, describe, own_names
 from moezoo_train.lora import (
@@ -45,7 +46,6 @@ from moezoo_train.throughput import ffn_layers
 from moezoo_train.whole import in_parts, undivided_state, whole_state
 from moezoo_train.zero import ZeROStrategy
 
-MAX_SKIPPED_IN_A_ROW = 10
 CONFIG_KEY = "moezoo"
 
 
@@ -94,12 +94,13 @@ class LanguageModel(LightningModule):
         activation_checkpointing: recompute each block in the backward pass to save memory.
         on_nan: at a loss or gradient that is not finite: ``stop``, or ``skip`` the step, and stop
             after ten in a row.
+        spikes: which finite steps are skipped, because loss or gradient leaps; default: none.
 
     Attributes:
         model: the model itself.
         grad_norm: norm of the last step's whole gradient before clipping.
         clip_group_norms: of that, the norms of the clip groups that layers have set apart.
-        skipped_steps: steps skipped because of on_nan.
+        guard: what judges the steps, and counts those that are skipped.
 
     Raises:
         InputError: an argument is out of range, or does not fit another.
@@ -128,13 +129,14 @@ class LanguageModel(LightningModule):
         compile: bool = False,
         activation_checkpointing: bool = False,
         on_nan: Literal["stop", "skip"] = "stop",
+        spikes: SpikeRule | None = None,
     ) -> None:
         super().__init__()
         self.optimizer_config = optimizer
         self.schedule_config = schedule
         self.hash_embeddings_from = hash_embeddings_from
         self.compile_model = compile
-        self.on_nan = check_choice("on_nan", on_nan, ["stop", "skip"])
+        self.guard = StepGuard(on_nan, spikes)
         check_lora(lora, initialize_from, optimizer, compile)
         self.initialize_from = initialize_from
         self.lora = lora
@@ -167,10 +169,8 @@ class LanguageModel(LightningModule):
         self.model.train()
         self.grad_norm = math.nan
         self.clip_group_norms: dict[str, float] = {}
-        self.skipped_steps = 0
-        self._skipped_in_a_row = 0
         self._ffn_stats: tuple[Mapping[str, Tensor], ...] = ()
-        self._loss_sum: Tensor | None = None
+        self._losses: list[Tensor] = []
         self._validation: Tensor | None = None
         self._configured = False
 
@@ -219,8 +219,7 @@ class LanguageModel(LightningModule):
             scored = (batch["labels"] != IGNORED).sum()
             share = scored * process_count() / sum_over_ranks(scored).clamp(min=1)
             loss, lm_loss = loss + (share - 1.0) * lm_loss, lm_loss * share
-        seen = loss.detach()
-        self._loss_sum = seen if self._loss_sum is None else self._loss_sum + seen
+        self._losses.append(loss.detach())
         return {
             "loss": loss,
             "lm_loss": lm_loss.detach(),
@@ -241,7 +240,7 @@ class LanguageModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each clip group, unless loss or gradient is not finite: then stop, or drop it."""
+        """Clip each clip group, unless the step is to be dropped, or to end the run."""
         average_sparse_gradients(self.model)
         strategy = self.trainer.strategy
         if isinstance(strategy, ZeROStrategy):
@@ -253,37 +252,14 @@ class LanguageModel(LightningModule):
         self.clip_group_norms = {
             name: float(norm) for name, norm in norms.items() if name != clipping.MAIN
         }
-        loss = math.nan if self._loss_sum is None else float(self._loss_sum)
-        self._loss_sum = None
-        # fp16's gradient scaler looks for overflow itself, and lowers the scale.
-        scaled = str(self.trainer.precision).startswith("16-mixed")
-        finite = math.isfinite(loss) and (scaled or math.isfinite(self.grad_norm))
-        if not strategy.reduce_boolean_decision(finite, all=True):
-            self._not_finite(optimizer, loss)
+        losses, self._losses = torch.stack(self._losses), []
+        if not self.guard.allows(self.trainer, losses, self.grad_norm):
+            optimizer.zero_grad(set_to_none=True)  # then it leaves parameters and state alone
             return
-        self._skipped_in_a_row = 0
         if gradient_clip_val and gradient_clip_algorithm == "value":
             clipping.clip_values(gradients, gradient_clip_val)
         elif gradient_clip_val:
             clipping.clip_norms(gradients, norms, gradient_clip_val)
-
-    def _not_finite(self, optimizer: Optimizer, loss: float) -> None:
-        what = f"the gradient norm is {self.grad_norm}" if math.isfinite(loss) else f"loss {loss}"
-        where = f"step {self.global_step + 1}: {what}"
-        if self.on_nan == "stop":
-            raise InputError(
-                f"{where}; nothing was updated and the last checkpoint stays: lower optimizer.lr, "
-                "clip gradients (trainer.gradient_clip_val), or set model.on_nan to skip"
-            )
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise InputError(
-                f"{where}, the {self._skipped_in_a_row}th skipped step in a row: the model does "
-                "not recover; resume from the last checkpoint with a lower optimizer.lr"
-            )
-        # Without a gradient an optimizer leaves a parameter and its state alone.
-        optimizer.zero_grad(set_to_none=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the layers update what they learn outside the gradient."""
@@ -352,7 +328,7 @@ class LanguageModel(LightningModule):
         checkpoint[CONFIG_KEY] = {
             "config": describe(self.model.config),
             "optimizer": asdict(self.optimizer_config),
-            "skipped_steps": self.skipped_steps,
+            "guard": self.guard.state_dict(),
             "lora": describe_adapters(self.model, self.lora),
         }
         if self.lora is not None:
@@ -385,7 +361,7 @@ class LanguageModel(LightningModule):
         checkpoint["state_dict"] = {**whole, **state}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
-        self.skipped_steps = saved["skipped_steps"]
+        self.guard.load_state_dict(saved.get("guard", {}))
 
 
 def _rule_config(rule: FFNRule, d_model: int) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Report:
         peak_flops: what the device can do, and how that is known.
         total_parameters: of the model.
         active_parameters: those that one token touches.
-        skipped_steps: steps whose loss or gradient was not finite.
+        skipped_steps: steps whose loss or gradient was not finite, or leapt.
         expert_load: of each layer that chooses who answers, over the last logged steps.
         environment: machine and versions.
     """
@@ -130,7 +130,7 @@ def collect(trainer: Trainer, module: LanguageModel, rows: list[dict[str, str]])
         peak_flops=metrics.peak,
         total_parameters=total,
         active_parameters=active,
-        skipped_steps=module.skipped_steps,
+        skipped_steps=module.guard.skipped,
         expert_load=metrics.expert_load,
         environment=_environment(trainer),
     )

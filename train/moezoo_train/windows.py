@@ -147,12 +147,17 @@ class TrainBatches(TokenBatches):
 
     def __getitem__(self, index: int) -> Batch:
         """Return batch ``index`` of the run."""
-        epoch, within = divmod(index, len(self))
-        offset, order = self._shuffle(epoch)
-        starts = offset + self.sequence_length * order[self._share(within)]
-        rows = self.tokens[starts[:, None] + np.arange(self.sequence_length + 1)]  # (B, S + 1)
+        rows = self.tokens[
+            self.starts(index)[:, None] + np.arange(self.sequence_length + 1)
+        ]  # (B, S + 1)
         ids = self._checked(rows)
         return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+    def starts(self, index: int) -> NDArray[Any]:
+        """Return where the windows of batch ``index`` begin among the tokens, shape (B,)."""
+        epoch, within = divmod(index, len(self))
+        offset, order = self._shuffle(epoch)
+        return offset + self.sequence_length * order[self._share(within)]
 
     def _shuffle(self, epoch: int) -> tuple[int, NDArray[Any]]:
         """Return the offset and the order of the windows, kept for the epoch they belong to."""

@@ -26,7 +26,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moezoo.errors import InputError, check_int
+from moezoo.errors import InputError, check_int, check_number
 from moezoo_train.clipping import MAIN
 from moezoo_train.whole import gathered, whole_state
 from moezoo_train.zero_states import Piece, load_states, piece_of, whole_states
@@ -50,8 +50,8 @@ class ZeROStrategy(DDPStrategy):
         timeout_minutes: how long a process waits for the others before it gives up.
     """
 
-    def __init__(self, stage: int = 2, timeout_minutes: int = 30) -> None:
-        minutes = check_int("timeout_minutes", timeout_minutes)
+    def __init__(self, stage: int = 2, timeout_minutes: float = 30.0) -> None:
+        minutes = check_number("timeout_minutes", timeout_minutes, minimum=0.05)
         super().__init__(timeout=timedelta(minutes=minutes))
         self.stage = check_int("stage", stage, maximum=3)
         self._engine: Any = None
@@ -235,9 +235,12 @@ def check_zero(strategy: ZeROStrategy, module: LanguageModel) -> None:
             "optimizer.name: Muon wants whole matrices, and ZeRO divides them anywhere; give "
             "adamw, or trainer.strategy fsdp2"
         )
-    if module.on_nan == "skip":
+    if module.guard.on_nan == "skip" or module.guard.spikes is not None:
+        option = "on_nan" if module.guard.on_nan == "skip" else "spikes"
+        other = "stop" if option == "on_nan" else "null"
         raise InputError(
-            "model.on_nan: ZeRO can not skip a step; give stop, or trainer.strategy ddp or fsdp2"
+            f"model.{option}: ZeRO can not skip a step; give {other}, or trainer.strategy ddp or "
+            "fsdp2"
         )
     if module.compile_model:
         raise InputError(
