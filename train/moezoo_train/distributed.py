@@ -10,20 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from moezoo.experts.rank_one import RankOneExperts
 from moezoo.experts.values import ValueTable
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
 
 # Gloo raises plain RuntimeErrors.
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Timed out waiting|Socket closed|Broken pipe|"
     r"Application timeout caused pair closure"
 )
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,12 @@ def _gather_rows(own: Tensor) -> Tensor:
 def process_count() -> int:
     """Give the number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def wait_at_most(timeout: timedelta, mesh: DeviceMesh) -> None:
+    """Let processes of a mesh wait so long for each other: torch would take its own default."""
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)
 
 
 def is_lost_process(error: RuntimeError) -> bool:

@@ -86,7 +86,7 @@ def load_sharded(
         InputError: a file is missing or damaged.
     """
     try:
-        check_archive(path / REST)
+        _check_rest(path / REST)
         rest: dict[str, Any] = torch.load(path / REST, map_location="cpu", weights_only=True)
         _check_sums(rest.pop(SUMS, {}), _sums(path, together=model is not None))
         wanted: dict[str, Tensor] = {}
@@ -121,6 +121,13 @@ def load_sharded(
             "best.ckpt beside it"
         ) from error
     return rest
+
+
+def _check_rest(file: Path) -> None:
+    try:
+        check_archive(file)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 def _sums(path: Path, together: bool) -> dict[str, int]:

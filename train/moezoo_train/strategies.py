@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from moezoo.errors import InputError, check_int
-from moezoo_train.distributed import Layout, keep_from_ddp, lay_out, take_from_first
+from moezoo.errors import InputError, check_int, check_number
+from moezoo_train.distributed import Layout, keep_from_ddp, lay_out, take_from_first, wait_at_most
 from moezoo_train.sharded_checkpoints import load_sharded, save_sharded
 from moezoo_train.whole import split_like, whole_optimizer_state, whole_tensors
 from moezoo_train.zero import ZeROStrategy, check_zero
@@ -65,11 +65,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         expert_parallel: int = 1,
         replicas: int = 1,
         save_distributed_checkpoint: bool = False,
-        timeout_minutes: int = 30,
+        timeout_minutes: float = 30.0,
     ) -> None:
+        minutes = check_number("timeout_minutes", timeout_minutes, minimum=0.05)
+        self._patience = timedelta(minutes=minutes)
         super().__init__(
-            save_distributed_checkpoint=save_distributed_checkpoint,
-            timeout=timedelta(minutes=check_int("timeout_minutes", timeout_minutes)),
+            save_distributed_checkpoint=save_distributed_checkpoint, timeout=self._patience
         )
         self.expert_parallel = check_int("expert_parallel", expert_parallel)
         self.replicas = check_int("replicas", replicas)
@@ -104,6 +105,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             experts = cube["expert"]
             if self.expert_parallel < processes:
                 beside = cube["replicate", "shard"] if self.replicas > 1 else cube["shard"]
+        for mesh in (dense, experts, beside):
+            if mesh is not None:
+                wait_at_most(self._patience, mesh)
         self.layout = Layout(dense, experts, beside, self.root_device)
 
     @property
