@@ -27,7 +27,7 @@ class Poison(Callback):
     """Multiply the loss of some steps by a value.
 
     Args:
-        value: nan or inf.
+        value: nan, inf, or large.
         steps: finished steps by then.
     """
 

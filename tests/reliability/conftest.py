@@ -1,7 +1,9 @@
-"""A corpus, and a process from which runs are forked."""
+"""A corpus, a process from which runs are forked, and where kills fell."""
 
+import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,28 @@ def fit(data):
         return ["fit", *(f"--{name}={value}" for name, value in (defaults | options).items())]
 
     return arguments
+
+
+@pytest.fixture(scope="session")
+def whole(server, fit, tmp_path_factory):
+    """Return the folder of a run that nothing happened to, and how it ended."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = server.run(*fit(folder / "run"), folder=folder)
+    assert ended.code == 0, ended.output
+    return folder / "run", ended
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say at which moments the kills of a longer run fell."""
+    if "MOEZOO_KILLS" not in os.environ:
+        return
+    kills: dict[str, Counter[str]] = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, moment in report.user_properties:
+            if name == "killed":
+                test = report.nodeid.partition("::")[2].partition("[")[0]
+                kills.setdefault(test, Counter())[moment] += 1
+    for test, moments in kills.items():
+        terminalreporter.write_line(f"{test}: {moments.total()} kills")
+        for moment, count in moments.most_common():
+            terminalreporter.write_line(f"  {count:3} {moment}")

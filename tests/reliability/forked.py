@@ -75,7 +75,8 @@ class Server:
         Args:
             arguments: of the ``moezoo`` command, or ``save`` to write checkpoints without end.
             folder: where it writes, and its current directory.
-            order: what is to happen to it, see :func:`obey` and :func:`wait`.
+            order: what is to happen to it, see :func:`obey` and :func:`wait`; to one ``rank`` only,
+                if that is given. One that is ``absent`` is not started.
         """
         return self.run_ranks(1, *arguments, folder=folder, **order)[0]
 
@@ -88,6 +89,7 @@ class Server:
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         ended = json.loads(self._process.stdout.readline())
+        logs = [log for rank, log in enumerate(logs) if rank != order.get("absent")]
         return [Ended(**values, **_read(log)) for values, log in zip(ended, logs, strict=True)]
 
     def close(self) -> None:
@@ -112,16 +114,26 @@ def serve() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         order = json.loads(line)
-        children = []
+        children: dict[int, dict[str, Any]] = {}
         port = free_port()
         for rank, log in enumerate(order["logs"]):
+            if rank == order.get("absent"):
+                continue
+            own = of_rank(rank, order)
             child = os.fork()
             if child == 0:
                 if len(order["logs"]) > 1:
                     os.environ |= as_rank(rank, len(order["logs"]), port)
-                obey(order, log, main)
-            children.append(child)
-        print(json.dumps([wait(child, **order) for child in children]), flush=True)
+                obey(own, log, main)
+            children[child] = own
+        print(json.dumps(wait(children)), flush=True)
+
+
+def of_rank(rank: int, order: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is to happen to another rank."""
+    if order.get("rank", rank) == rank:
+        return order
+    return {name: value for name, value in order.items() if name not in {"seconds", "operation"}}
 
 
 def free_port() -> int:
@@ -143,23 +155,32 @@ def as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def wait(
-    child: int, seconds: float = LIMIT, number: int = signal.SIGKILL, **_: Any
-) -> dict[str, Any]:
-    """Wait for a child, and send it a signal after some seconds."""
+def wait(children: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Wait for all children, each with its order.
+
+    After the ``seconds`` of its order, a child is sent the signal ``number``. Where only stopped
+    ones are left, they are killed, as a launcher does.
+    """
     started = time.monotonic()
-    sent = False
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
+    ended: dict[int, dict[str, Any]] = {}
+    sent, stopped = set(), set()
+    while left := [child for child in children if child not in ended]:
         passed = time.monotonic() - started
-        if ended:
-            return {"code": os.waitstatus_to_exitcode(status), "seconds": passed}
-        if passed > LIMIT:
-            os.kill(child, signal.SIGKILL)
-        elif passed > seconds and not sent:
-            os.kill(child, number)
-            sent = True
+        for child in left:
+            order = children[child]
+            found, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+            if found and os.WIFSTOPPED(status):
+                stopped.add(child)
+            elif found:
+                code = os.waitstatus_to_exitcode(status)
+                ended[child] = {"code": code, "seconds": passed}
+            elif passed > LIMIT or stopped.issuperset(left):
+                os.kill(child, signal.SIGKILL)
+            elif passed > order.get("seconds", LIMIT) and child not in sent:
+                os.kill(child, order.get("number", signal.SIGKILL))
+                sent.add(child)
         time.sleep(0.001)
+    return [ended[child] for child in children]
 
 
 def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:

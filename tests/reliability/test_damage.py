@@ -26,17 +26,9 @@ def truncate(file) -> None:
     os.truncate(file, file.stat().st_size - 100)
 
 
-@pytest.fixture(scope="module")
-def finished(server, fit, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    ended = server.run(*fit(folder / "run"), folder=folder)
-    assert ended.code == 0, ended.output
-    return folder / "run"
-
-
 @pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def run(whole, tmp_path):
+    return shutil.copytree(whole[0], tmp_path / "run")
 
 
 def assert_refused(ended, file) -> None:

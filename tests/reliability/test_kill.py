@@ -11,19 +11,15 @@ import shutil
 import signal
 
 import pytest
-import torch
 import yaml
+from runs import assert_same_run, moment
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
-from moezoo_train.loggers import read_metrics
 from moezoo_train.prepared import PreparedData
 
 KILLS = int(os.environ.get("MOEZOO_KILLS", "1"))
-REPEATED = ("step", "tokens", "train/loss", "train/grad_norm", "train/lr", "val/loss")
-REPEATED += ("train/aux/load_balancing", "experts/entropy/layer_00", "experts/entropy/layer_01")
-STATES = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "moezoo")
 
 
 def draw(chance: random.Random, seconds: float, operations: int) -> dict[str, float]:
@@ -51,23 +47,6 @@ def kill(server, chance, whole, arguments, folder):
         seconds /= 2
 
 
-def assert_equal(left, right, path="") -> None:
-    """Compare nested states exactly."""
-    assert type(left) is type(right), path
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), path
-        for key in left:
-            assert_equal(left[key], right[key], f"{path}.{key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), path
-        for index, pair in enumerate(zip(left, right, strict=True)):
-            assert_equal(*pair, f"{path}[{index}]")
-    elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), path
-    else:
-        assert left == right, path
-
-
 def assert_nothing_is_half(run) -> None:
     """Read everything that a killed run shows."""
     for checkpoint in run.glob("checkpoints/*.ckpt"):
@@ -80,49 +59,25 @@ def assert_nothing_is_half(run) -> None:
         assert json.loads((run / "report.json").read_text())["steps"] == 9
 
 
-def assert_same_run(one, two) -> None:
-    rows = [read_metrics(run / "metrics.csv") for run in (one, two)]
-    left, right = ([[row.get(name) for name in REPEATED] for row in part] for part in rows)
-    assert left == right
-    for name in ("last.ckpt", "best.ckpt"):
-        left, right = (
-            AtomicCheckpointIO().load_checkpoint(r / "checkpoints" / name) for r in (one, two)
-        )
-        for key in STATES:
-            assert_equal(left[key], right[key], f"{name} {key}")
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (one / "model" / name).read_bytes() == (two / "model" / name).read_bytes(), name
-    assert names(one) == names(two)
-
-
-def names(run) -> list[str]:
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*"))
-
-
-@pytest.fixture(scope="module")
-def whole_run(server, fit, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    ended = server.run(*fit(folder / "run"), folder=folder)
-    assert ended.code == 0, ended.output
-    assert ended.operations > 20
-    return folder / "run", ended
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_fit(seed, server, fit, whole_run, tmp_path):
+def test_fit(seed, server, fit, whole, tmp_path, record_property):
     """Kill the run, kill the resumed one too if the moment comes, and let the next one finish."""
     chance = random.Random(seed)
-    expected, whole = whole_run
+    expected, finished = whole
+    assert finished.operations > 20
     run = tmp_path / "run"
-    kill(server, chance, whole, fit(run), tmp_path)
+    arguments = fit(run, checkpoint_async=chance.choice(["true", "false"]))
+    kill(server, chance, finished, arguments, tmp_path)
+    record_property("killed", moment(run))
     assert_nothing_is_half(run)
-    resume = [*fit(run), "--ckpt_path=last"]
-    moment = draw(chance, whole.seconds, whole.operations)
-    ended = server.run(*resume, folder=tmp_path, **moment)
+    resume = [*arguments, "--ckpt_path=last"]
+    again = draw(chance, finished.seconds, finished.operations)
+    ended = server.run(*resume, folder=tmp_path, **again)
     assert ended.code in (0, -signal.SIGKILL), ended.output
     assert_nothing_is_half(run)
     if ended.code:
+        record_property("killed", moment(run))
         ended = server.run(*resume, folder=tmp_path)
         assert ended.code == 0, ended.output
     assert_same_run(run, expected)
@@ -148,7 +103,7 @@ def contents(folder) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_prepare(seed, server, corpus, whole_data, tmp_path):
+def test_prepare(seed, server, corpus, whole_data, tmp_path, record_property):
     chance = random.Random(seed)
     expected, whole = whole_data
     arguments = prepare(corpus, tmp_path)
@@ -159,6 +114,8 @@ def test_prepare(seed, server, corpus, whole_data, tmp_path):
     for _ in range(2):
         ended = run(**draw(chance, whole.seconds, whole.operations))
         assert ended.code in (0, -signal.SIGKILL), ended.output
+        if ended.code:
+            record_property("killed", moment(tmp_path / "out"))
         try:
             PreparedData.load(tmp_path / "out").check_sums()
         except InputError:
@@ -173,11 +130,12 @@ def test_prepare(seed, server, corpus, whole_data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_saving(seed, server, tmp_path):
+def test_saving(seed, server, tmp_path, record_property):
     """What is there after the kill loads, and is one of the last two."""
     chance = random.Random(seed)
     ended = server.run("save", folder=tmp_path, **draw(chance, 1.0, 200))
     assert ended.code == -signal.SIGKILL, ended.output
+    record_property("killed", moment(tmp_path))
     saved = [int(line) for line in ended.output.split()]
     states = []
     if (tmp_path / "model").exists():
