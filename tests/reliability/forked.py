@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 PATHS = [str(ROOT / part) for part in (".", "kernels", "models", "train", "tests/reliability")]
-LIMIT = 120.0
+LIMIT = 300.0
 """Seconds after which a child is taken to hang."""
 
 WRITING = os.O_WRONLY | os.O_RDWR

@@ -1,5 +1,6 @@
 import hashlib
 import random
+import re
 
 import lightning.pytorch as pl
 import numpy as np
@@ -305,3 +306,16 @@ class TestModule:
     def test_missing_tokenizer(self, source, tmp_path):
         with pytest.raises(InputError, match=r"tokenizer: .* is not a directory"):
             TokenDataModule(source, str(tmp_path), tokenizer=str(tmp_path / "missing"))
+
+
+def test_a_batch_is_named_by_where_its_windows_begin(make_data):
+    data = make_data(batch_size=10)
+    batch = next(iter(data.train_dataloader()))
+    named = data.name_batch(0)
+    tokens = data.prepared.tokens("train")
+    starts = [int(word) for word in re.findall(r"\d+", named.partition(" of ")[0])]
+    assert len(starts) == 1 + 8
+    for row, start in zip(batch["input_ids"], starts[1:], strict=False):
+        assert row.tolist() == tokens[start : start + 16].tolist()
+    assert named.startswith("batch 1, whose windows begin at tokens ")
+    assert named.endswith(f", … of {data.prepared.file('train')}")

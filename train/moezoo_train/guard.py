@@ -31,7 +31,7 @@ class SpikeRule:
     deviations. What is skipped enters the mean too, so that a lasting change is accepted. The rule
     begins when half of a window has been seen.
 
-    Args:
+    Attributes:
         sigmas: standard deviations.
         window: number of last steps.
 
