@@ -1,6 +1,7 @@
 """What test_strategies.py runs, once in its own process and once in two, launched by torchrun."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -125,9 +126,19 @@ class Record(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         if trainer.global_step == 1:
-            found = {n: p.grad for n, p in module.model.named_parameters() if p.grad is not None}
-            whole = whole_tensors({n: g for n, g in found.items() if not g.is_sparse})
+            found = {name: whole_gradient(p) for name, p in module.model.named_parameters()}
+            kept = {n: g for n, g in found.items() if g is not None and not g.is_sparse}
+            whole = whole_tensors(kept)
             self.gradients = {name: gradient.clone() for name, gradient in whole.items()}
+
+
+def whole_gradient(parameter: Any) -> torch.Tensor | None:
+    """Give a parameter's gradient, put together by DeepSpeed if that has it in parts."""
+    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
+        return parameter.grad
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
 
 
 def train(
@@ -184,30 +195,37 @@ def checkpoint_path(folder: Path, writer: str) -> Path:
     return folder / f"half of {writer}.ckpt"
 
 
+def keep(folder: Path, name: str, result: Any) -> None:
+    """Leave the first process's result for the test to read."""
+    if dist.get_rank() == 0:
+        torch.save(result, folder / f"{name}.pt")
+
+
+def run_program(main: Callable[[Path, list[str]], None]) -> None:
+    """Run the function in this one of several processes, with what the test gave to all."""
+    torch.set_num_threads(1)
+    quiet_lightning()
+    dist.init_process_group("gloo")
+    main(Path(sys.argv[1]), sys.argv[2:])
+    dist.destroy_process_group()
+
+
 def main(folder: Path, arguments: list[str]) -> None:
     """Run everything that wants two processes."""
-
-    def keep(name: str, result: dict[str, Any]) -> None:
-        if dist.get_rank() == 0:
-            torch.save(result, folder / f"{name}.pt")
-
     for name, strategy in TWO_PROCESSES:
-        keep(f"{name}, {strategy}", train(CASES[name], STRATEGIES[strategy](), folder))
+        result = train(CASES[name], STRATEGIES[strategy](), folder)
+        keep(folder, f"{name}, {strategy}", result)
     for writer, strategy in WRITERS.items():
-        keep(f"whole, {writer}", train(INTERRUPTED, strategy(), folder))
+        keep(folder, f"whole, {writer}", train(INTERRUPTED, strategy(), folder))
         path = checkpoint_path(folder, writer)
         train(INTERRUPTED, strategy(), folder, steps=HALF, save=path)
     for writer, reader in READINGS:
         resumed = train(
             INTERRUPTED, WRITERS[reader](), folder, resume=checkpoint_path(folder, writer)
         )
-        keep(f"{writer} to {reader}", resumed)
+        keep(folder, f"{writer} to {reader}", resumed)
     run(arguments)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    quiet_lightning()
-    dist.init_process_group("gloo")
-    main(Path(sys.argv[1]), sys.argv[2:])
-    dist.destroy_process_group()
+    run_program(main)

@@ -85,6 +85,8 @@ class ZeROStrategy(DDPStrategy):
         self.setup_precision_plugin()
 
     def _start_engine(self) -> None:
+        # Else it takes a GPU where there is one, even if training is on CPUs.
+        os.environ.setdefault("DS_ACCELERATOR", self.root_device.type)
         import deepspeed
 
         (optimizer,) = self.optimizers
@@ -92,6 +94,9 @@ class ZeROStrategy(DDPStrategy):
         module, config = self._module(), self._config()
         # DeepSpeed calls torch's collectives by their earlier names, and each call is a warning.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated")
+        # An all-reduce for inference on CPUs, which training never calls: DeepSpeed would compile
+        # it now, for more than a minute, and fail where there is no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self.stage == 3:
             # One parameter after the other goes to the device: all may be too many for it.
             deepspeed.zero.Init(module, config_dict_or_path=config, dtype=torch.float32)

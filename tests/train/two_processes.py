@@ -1,0 +1,124 @@
+"""Two processes against one: how tests start them, and how they compare what both computed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+import distributed_cases as cases  # noqa: E402 - also a program of its own
+
+MARKS = [
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+    pytest.mark.filterwarnings("ignore:the checkpoint was written by 2 processes"),
+]
+
+
+def launch(program: str, folder: Path, *arguments: str, **variables: str) -> None:
+    """Run a program in two processes; it leaves its results in a folder.
+
+    Args:
+        program: its file.
+        folder: given to it first.
+        arguments: given to it as well.
+        variables: of its environment.
+    """
+    paths = [str(ROOT / part) for part in (".", "kernels", "models", "train")]
+    paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **variables}
+    process = subprocess.run(
+        [*launcher, program, str(folder), *arguments],
+        env={**os.environ, **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+
+
+def fit_arguments(folder: Path, **options: Any) -> list[str]:
+    """Write a corpus, and give the command line of a run of two processes that reads it."""
+    (folder / "corpus").mkdir()
+    for number in range(20):
+        text = " ".join(str((number * n * 7919) % 97) for n in range(80))
+        (folder / "corpus" / f"{number}.txt").write_text(text)
+    defaults = {
+        "output": folder / "run",
+        "checkpoint_every": 2,
+        "loggers": "[csv]",
+        "sample_tokens": 4,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 2,
+        "trainer.max_steps": 4,
+        "trainer.val_check_interval": 4,
+        "trainer.log_every_n_steps": 1,
+        "trainer.enable_progress_bar": "false",
+        "data.source": folder / "corpus",
+        "data.data_dir": folder / "data",
+        "data.vocab_size": 300,
+        "data.sequence_length": 16,
+        "data.batch_size": 2,
+        "data.val_fraction": 0.2,
+        "model.d_model": 16,
+        "model.num_layers": 2,
+        "model.num_heads": 2,
+        "model.schedule.warmup_steps": 2,
+        "model.ffn": "moezoo.SparseMoE",
+        "model.ffn.num_experts": 4,
+    }
+    return ["fit", *(f"--{key}={value}" for key, value in (defaults | options).items())]
+
+
+_ALONE: dict[str, dict[str, Any]] = {}
+
+
+def alone(case: cases.Case, folder: Path) -> dict[str, Any]:
+    """Run a case in this process, once for all tests."""
+    if repr(case) not in _ALONE:
+        _ALONE[repr(case)] = cases.train(case, "auto", folder)
+    return _ALONE[repr(case)]
+
+
+def read(folder: Path, name: str) -> Any:
+    """Read what the two processes left under a name."""
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def assert_equal(
+    one: dict[str, Any], two: dict[str, Any], tolerance: float = 1e-6, resumed: bool = False
+) -> None:
+    """Compare losses, gradients and parameters, each relative to the largest of its tensor.
+
+    Args:
+        one: what one process computed.
+        two: what two did.
+        tolerance: of each.
+        resumed: ``two`` began where the first half of ``one`` ends, which has the gradients.
+    """
+    losses = one["losses"][cases.HALF :] if resumed else one["losses"]
+    assert losses.shape == two["losses"].shape
+    torch.testing.assert_close(two["losses"], losses, rtol=tolerance, atol=tolerance)
+    for kind in ("parameters",) if resumed else ("gradients", "parameters"):
+        assert one[kind]
+        assert one[kind].keys() == two[kind].keys()
+        for name, tensor in one[kind].items():
+            error = float((two[kind][name].double() - tensor.double()).abs().max())
+            limit = tolerance * max(1.0, float(tensor.abs().max()))
+            assert error <= limit, f"{kind} {name}: {error}"
+
+
+def assert_repeats(whole: dict[str, Any], resumed: dict[str, Any]) -> None:
+    """Compare a resumed run with the second half of the uninterrupted one, to the bit."""
+    assert torch.equal(resumed["losses"], whole["losses"][cases.HALF :])
+    for name, tensor in whole["parameters"].items():
+        assert torch.equal(resumed["parameters"][name], tensor), name
