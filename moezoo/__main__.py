@@ -65,8 +65,8 @@ GROUPS: dict[str, dict[str, Command]] = {
             positional=True,
         ),
         "export": Command(
-            "moezoo_models.export:export",
-            "a dense model of ours as a Llama, Mistral, Qwen2 or Qwen3",
+            "moezoo_train.export:export",
+            "a training checkpoint as a model, or a dense model as a stock one",
             positional=True,
         ),
     },

@@ -7,6 +7,7 @@ checksums, unpickles nothing and imports no code that a checkpoint names.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -334,7 +335,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars, one per file, off the screen."""
+    """Keep transformers' progress bars, one per file, off the screen, and DeepSpeed off the output.
+
+    Where accelerate and DeepSpeed are installed, saving imports both, and DeepSpeed would write a
+    line about missing GPUs into what a command prints.
+    """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

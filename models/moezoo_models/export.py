@@ -1,4 +1,4 @@
-"""`moezoo export`: a dense model of ours as the stock architecture that it is."""
+"""A dense model of ours as the stock architecture that it is, for `moezoo export`."""
 
 from __future__ import annotations
 
@@ -61,12 +61,22 @@ def export(checkpoint: str | Path, target: str | Path) -> Path:
     Raises:
         InputError: the model is none of them, or ``target`` has something in it.
     """
-    directory = Path(target)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise InputError(f"target: {directory} is there already; name a new directory")
+    directory = new_directory(target)
     model, tokenizer = load_checkpoint(checkpoint)
     config = save_stock(directory, model, tokenizer)
     print(f"{config.model_type:<8}{model.num_parameters() / 1e6:,.3g} M parameters, {directory}")
+    return directory
+
+
+def new_directory(target: str | Path) -> Path:
+    """Give the path of a directory to make.
+
+    Raises:
+        InputError: there is something already.
+    """
+    directory = Path(target)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise InputError(f"target: {directory} is there already; name a new directory")
     return directory
 
 

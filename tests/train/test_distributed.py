@@ -11,6 +11,7 @@ import torch
 
 from moezoo_train.callbacks import RandomState, get_random_state
 from moezoo_train.cli import run
+from moezoo_train.export import export
 from moezoo_train.loggers import read_metrics
 
 pytestmark = [
@@ -19,6 +20,9 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from two_processes import assert_same_directories  # noqa: E402
 
 
 def arguments(folder: Path, name: str, **options) -> list[str]:
@@ -111,6 +115,12 @@ def test_two_processes_resume_exactly(runs):
         assert torch.equal(tensor, whole[name]), name
     ranks = checkpoint(runs, "parts")["callbacks"]["RandomState"]["ranks"]
     assert len(ranks) == 2
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_is_exported_as_their_model(runs, tmp_path):
+    export(runs / "two" / "checkpoints" / "last.ckpt", tmp_path / "model")
+    assert_same_directories(runs / "two" / "model", tmp_path / "model")
 
 
 def test_each_rank_takes_its_own_random_state():

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from moezoo.errors import InputError
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.export import export
 from moezoo_train.loggers import read_metrics
 from moezoo_train.strategies import FSDP2Strategy, lay_out_for
 
@@ -22,6 +23,7 @@ from two_processes import (
     alone,
     assert_equal,
     assert_repeats,
+    assert_same_directories,
     fit_arguments,
     launch,
     read,
@@ -82,6 +84,23 @@ def test_the_command_leaves_a_complete_run(folder):
     assert model.model.layers[0].mlp.experts.gate_up_proj.shape[0] == 4
 
 
+def test_its_checkpoint_is_exported_as_its_model(folder, tmp_path):
+    """Experts on two ranks, written by both."""
+    export(folder / "run" / "checkpoints" / "last.ckpt", tmp_path / "model")
+    assert_same_directories(folder / "run" / "model", tmp_path / "model")
+
+
+@pytest.mark.parametrize("writer", cases.WRITERS)
+def test_every_checkpoint_is_exported(folder, tmp_path, writer):
+    path = cases.checkpoint_path(folder, writer)
+    export(path, tmp_path / "model")
+    model, _ = load_checkpoint(tmp_path / "model")
+    state = AtomicCheckpointIO().load_checkpoint(path)["state_dict"]
+    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize("damage", ["missing part", "truncated part", "truncated rest"])
 def test_a_damaged_directory_is_one_line(folder, tmp_path, damage):
     path = tmp_path / "half.ckpt"
@@ -95,6 +114,9 @@ def test_a_damaged_directory_is_one_line(folder, tmp_path, damage):
     with pytest.raises(InputError, match=r"ckpt_path: .* is damaged or incomplete") as error:
         cases.train(cases.INTERRUPTED, "auto", tmp_path, resume=path)
     assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"^checkpoint: .* is damaged or incomplete"):
+        export(path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_nothing_in_a_directory_is_unpickled(folder, tmp_path):

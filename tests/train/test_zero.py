@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints import load_checkpoint
+from moezoo_train.export import export
 from moezoo_train.guard import SpikeRule, StepGuard
 from moezoo_train.loggers import read_metrics
 from moezoo_train.optim import OptimizerConfig
@@ -29,6 +30,7 @@ from two_processes import (
     alone,
     assert_equal,
     assert_repeats,
+    assert_same_directories,
     fit_arguments,
     launch,
     read,
@@ -107,6 +109,12 @@ def test_the_command_leaves_a_complete_run(folder):
     state = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state["state_dict"][f"model.{name}"]), name
+
+
+@pytest.mark.slow
+def test_its_checkpoint_is_exported_as_its_model(folder, tmp_path):
+    export(folder / "run" / "checkpoints" / "last.ckpt", tmp_path / "model")
+    assert_same_directories(folder / "run" / "model", tmp_path / "model")
 
 
 def fitting(strategy: Any, **options: Any) -> SimpleNamespace:

@@ -1,5 +1,6 @@
 """Two processes against one: how tests start them, and how they compare what both computed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -122,3 +124,20 @@ def assert_repeats(whole: dict[str, Any], resumed: dict[str, Any]) -> None:
     assert torch.equal(resumed["losses"], whole["losses"][cases.HALF :])
     for name, tensor in whole["parameters"].items():
         assert torch.equal(resumed["parameters"][name], tensor), name
+
+
+def assert_same_directories(one: Path, two: Path) -> None:
+    """Compare two model directories: configurations, tokenizers, and tensors to the bit."""
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in two.iterdir()}
+    for name in names:
+        if name.endswith(".safetensors"):
+            first, second = load_file(one / name), load_file(two / name)
+            assert first.keys() == second.keys()
+            for key, tensor in first.items():
+                assert tensor.dtype == second[key].dtype
+                assert torch.equal(tensor, second[key]), key
+        elif name.endswith(".json"):
+            assert json.loads((one / name).read_text()) == json.loads((two / name).read_text())
+        else:
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name

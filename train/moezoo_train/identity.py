@@ -12,6 +12,9 @@ from transformers import PreTrainedConfig
 from moezoo.errors import InputError
 from moezoo_models import MoezooConfig
 
+CONFIG_KEY = "moezoo"
+"""Where a training checkpoint says what it is of."""
+
 UNRELATED = {"use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
 """Fields of a configuration that may change between training and resuming."""
 
@@ -47,6 +50,12 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
         return {name: value for name, value in known.items() if name not in UNRELATED | _ORIGIN}
     fields = [name for name in MoezooConfig.__annotations__ if name not in UNRELATED]
     return {name: getattr(config, name) for name in fields if name in known}
+
+
+def unrelated(config: PreTrainedConfig) -> dict[str, Any]:
+    """Give the other fields, which a model's directory holds too."""
+    known = config.to_dict()
+    return {name: known[name] for name in sorted(UNRELATED) if name in known}
 
 
 def check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> None:

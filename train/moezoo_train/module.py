@@ -23,12 +23,11 @@ from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.causal_lm import IGNORED
 from moezoo_models.stock import predict
 from moezoo_models.tokenizer import Tokenizer
-from moezoo_train import clipping
+from moezoo_train import clipping, identity
 from moezoo_train.callbacks import RandomState
 from moezoo_train.distributed import average_sparse_gradients, process_count
 from moezoo_train.guard import SpikeRule, StepGuard
 from moezoo_train.hash_tables import HashTables
-from moezoo_train.identity import check_same, check_tensors, describe, own_names
 from moezoo_train.lora import (
     LoRAOptions,
     add_adapters,
@@ -45,8 +44,6 @@ from moezoo_train.strategies import check_sparse_gradients, lay_out_for
 from moezoo_train.throughput import ffn_layers
 from moezoo_train.whole import in_parts, undivided_state, whole_state
 from moezoo_train.zero import ZeROStrategy
-
-CONFIG_KEY = "moezoo"
 
 
 @dataclass
@@ -148,7 +145,7 @@ class LanguageModel(LightningModule):
         else:
             rules = [FFNRule("all", ffn), *(ffn_rules or [])]
             width = check_int("d_model", d_model)
-            with own_names():
+            with identity.own_names():
                 config = MoezooConfig(
                     vocab_size=vocab_size,
                     hidden_size=width,
@@ -325,8 +322,9 @@ class LanguageModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the model in the checkpoint, as JSON: nothing in it needs unpickling."""
-        checkpoint[CONFIG_KEY] = {
-            "config": describe(self.model.config),
+        checkpoint[identity.CONFIG_KEY] = {
+            "config": identity.describe(self.model.config),
+            "unrelated": identity.unrelated(self.model.config),
             "optimizer": asdict(self.optimizer_config),
             "guard": self.guard.state_dict(),
             "lora": describe_adapters(self.model, self.lora),
@@ -350,17 +348,17 @@ class LanguageModel(LightningModule):
         Raises:
             InputError: names what differs.
         """
-        saved = checkpoint.get(CONFIG_KEY)
+        saved = checkpoint.get(identity.CONFIG_KEY)
         if saved is None:
             raise InputError("ckpt_path: the checkpoint was not written by moezoo fit")
-        with own_names():
-            check_same("model", saved["config"], describe(self.model.config))
-        check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))
+        with identity.own_names():
+            identity.check_same("model", saved["config"], identity.describe(self.model.config))
+        identity.check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))
         whole, state = undivided_state(self), checkpoint["state_dict"]
-        check_tensors(state, whole if self.lora is None else trained_state(self))
+        identity.check_tensors(state, whole if self.lora is None else trained_state(self))
         checkpoint["state_dict"] = {**whole, **state}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
+            identity.check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
         self.guard.load_state_dict(saved.get("guard", {}))
 
 

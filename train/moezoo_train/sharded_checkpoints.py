@@ -69,7 +69,10 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def load_sharded(
-    path: Path, model: Mapping[str, Any] | None = None, optimizers: list[Optimizer] | None = None
+    path: Path,
+    model: Mapping[str, Any] | None = None,
+    optimizers: list[Optimizer] | None = None,
+    model_only: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint.
 
@@ -78,6 +81,7 @@ def load_sharded(
         model: a state dictionary; where its tensors are in parts, those read will be in the same.
             All processes must then call this together.
         optimizers: the same for their parameters.
+        model_only: leave the optimizers' states out.
 
     Returns:
         The checkpoint. A tensor whose shape is not the model's is on the meta device.
@@ -88,6 +92,8 @@ def load_sharded(
     try:
         _check_rest(path / REST)
         rest: dict[str, Any] = torch.load(path / REST, map_location="cpu", weights_only=True)
+        if model_only:
+            rest.pop("optimizer_states", None)
         _check_sums(rest.pop(SUMS, {}), _sums(path, together=model is not None))
         wanted: dict[str, Tensor] = {}
         like = _by_name(model or {}, optimizers or [])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,15 @@ from moezoo import CarvedMoE, InputError
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_models.stock import load_as_it_is, predict
 from moezoo_train.cli import run
+from moezoo_train.export import export
 from moezoo_train.lora import LoRAOptions, merged_state
 from moezoo_train.module import LanguageModel
 from moezoo_train.optim import OptimizerConfig, build_optimizer
 from moezoo_train.throughput import forward_flops_per_token
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from two_processes import assert_same_directories
 
 peft = pytest.importorskip("peft", reason="needs moezoo[lora]")
 
@@ -138,6 +144,13 @@ def test_a_run_resumes_exactly_and_keeps_adapters_only(directory, command, tmp_p
     assert all(".lora_" in key for key in states[0])
     for key, tensor in states[0].items():
         assert torch.equal(tensor, states[1][key]), key
+
+    export(file, tmp_path / "merged", base=str(start))
+    assert_same_directories(tmp_path / "part" / "model", tmp_path / "merged")
+    for base, message in ((None, "base: .* adapters only"), ("llama", "base: .* is not the model")):
+        other = None if base is None else str(directory(base))
+        with pytest.raises(InputError, match=message):
+            export(file, tmp_path / "refused", base=other)
     models = [load_as_it_is(tmp_path / name / "model")[0] for name in ("whole", "part")]
     assert torch.equal(logits(models[0]), logits(models[1]))
     run(["validate", *command("whole", start, **lora)[1:]])

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,15 @@ from moezoo_models.checkpoints import load_checkpoint
 from moezoo_models.evaluate import evaluate_text
 from moezoo_models.stock import load_any_with_tokenizer, load_as_it_is, predict, stacked_experts
 from moezoo_train.cli import run
+from moezoo_train.export import export
 from moezoo_train.loggers import read_metrics
 from moezoo_train.module import LanguageModel
 from moezoo_train.optim import OptimizerConfig, build_optimizer
 from moezoo_train.throughput import count_parameters, forward_flops_per_token
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from two_processes import assert_same_directories
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -163,6 +170,8 @@ def test_a_run_resumes_exactly_and_can_be_used(name, directory, command, tmp_pat
     for key, tensor in states[0].items():
         assert torch.equal(tensor, states[1][key]), key
 
+    export(tmp_path / "whole" / "checkpoints" / "last.ckpt", tmp_path / "exported")
+    assert_same_directories(tmp_path / "whole" / "model", tmp_path / "exported")
     model, tokenizer = load_any_with_tokenizer(tmp_path / "whole" / "model")
     assert tokenizer.fingerprint() == load_any_with_tokenizer(directory(name))[1].fingerprint()
     text = "the cat sat on a mat and the dog ran over the bread " * 3

@@ -1,0 +1,188 @@
+"""`moezoo export`: training checkpoints as model directories, dense models as stock ones."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from moezoo.errors import InputError
+from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_models.checkpoints import one_line, read_tokenizer, save_checkpoint
+from moezoo_models.checksums import check_archive
+from moezoo_models.export import export as export_stock
+from moezoo_models.export import new_directory
+from moezoo_models.stock import load_as_it_is
+from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+from moezoo_train.identity import CONFIG_KEY, check_tensors
+from moezoo_train.lora import LoRAOptions, add_adapters, merged_state, trained_state, weights_hash
+from moezoo_train.sharded_checkpoints import REST, is_sharded, load_sharded
+
+_PREFIX = "model."
+"""What names of the model's tensors begin with in a training checkpoint."""
+
+
+class TrainedModel(NamedTuple):
+    """What a training checkpoint says about its model.
+
+    Attributes:
+        config: fields of the configuration.
+        lora: what adapters are put on, and the hash of the model they are for; empty without.
+        state: the tensors, by their names in the model; those of a file stay on the disk until
+            they are used.
+    """
+
+    config: dict[str, Any]
+    lora: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+def export(
+    checkpoint: str | Path,
+    target: str | Path,
+    tokenizer: str | None = None,
+    base: str | None = None,
+) -> Path:
+    """Write a training checkpoint as a model directory, or a dense model of ours as a stock one.
+
+    A checkpoint of any strategy will do: a file, or a directory of which each process wrote a part.
+    One process without a GPU puts it together; the optimizer's state is not read.
+
+    A dense model is written as a Llama, Mistral, Qwen2 or Qwen3, whichever it is, so that programs
+    that know the stock architecture can read it.
+
+    Args:
+        checkpoint: of a run, e.g. ``runs/moe/checkpoints/last.ckpt``, or the directory of a model
+            whose feed-forward blocks are all dense.
+        target: directory to make.
+        tokenizer: of a training checkpoint: directory or file of the one it was trained with, to
+            be written along; default: that of ``model/`` in the same run.
+        base: of a training checkpoint of adapters: the directory they were trained on.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: no such checkpoint, a damaged or incomplete one, or one of something else;
+            ``target`` has something in it; the model is no stock one.
+    """
+    path = Path(checkpoint)
+    if not is_training_checkpoint(path):
+        for name, value in (("tokenizer", tokenizer), ("base", base)):
+            if value is not None:
+                raise InputError(f"{name}: is for training checkpoints; {path} is none")
+        return export_stock(path, target)
+    directory = new_directory(target)
+    trained = read_model(path)
+    model = _adapt(trained, base) if trained.lora else _build(trained)
+    state = merged_state(model) if trained.lora else None
+    own = _tokenizer(path, tokenizer, model.config.vocab_size)
+    save_checkpoint(directory, model, own, state_dict=state)
+    size = f"{model.num_parameters() / 1e6:,.3g} M parameters"
+    print(f"{model.config.model_type:<8}{size}, {directory}")
+    if own is None:
+        print("It has no tokenizer: the run left none; name the one of its data by --tokenizer")
+    return directory
+
+
+def is_training_checkpoint(path: Path) -> bool:
+    """Tell whether a path is, or is named as, a checkpoint of a run; there need not be one."""
+    return path.suffix == ".ckpt" or path.is_file() or is_sharded(path)
+
+
+def read_model(path: Path) -> TrainedModel:
+    """Read what a training checkpoint says about its model.
+
+    Raises:
+        InputError: there is none, it is damaged or incomplete, or not of ``moezoo fit``.
+    """
+    if not path.exists():
+        raise InputError(f"checkpoint: there is no {path}")
+    if path.is_dir() and not is_sharded(path):
+        raise InputError(f"checkpoint: {path} is incomplete, it has no {REST}; use another")
+    with _about("checkpoint"):
+        raw = load_sharded(path, model_only=True) if path.is_dir() else _map(path)
+    known = raw.get(CONFIG_KEY) if isinstance(raw, dict) else None
+    if known is None:
+        raise InputError(f"checkpoint: {path} was not written by moezoo fit")
+    state = {n.removeprefix(_PREFIX): tensor for n, tensor in raw["state_dict"].items()}
+    return TrainedModel(known["config"] | known["unrelated"], known["lora"], state)
+
+
+def _map(file: Path) -> Any:
+    try:
+        check_archive(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(
+            f"checkpoint: {file} is damaged or not a checkpoint ({one_line(error)}); use another, "
+            "e.g. best.ckpt beside it"
+        ) from error
+
+
+def _build(trained: TrainedModel) -> PreTrainedModel:
+    """Put a model together around the tensors of its checkpoint, which are not copied."""
+    fields = dict(trained.config)
+    kind = fields.pop("model_type", MoezooConfig.model_type)
+    model: Any
+    with torch.device("meta"), warnings.catch_warnings():
+        # An absent shared expert is, in stock architectures, one without neurons.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        if kind == MoezooConfig.model_type:
+            model = MoezooForCausalLM(MoezooConfig(**fields))
+        else:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+    with _about("checkpoint"):
+        check_tensors(trained.state, model.state_dict())
+    model.load_state_dict(trained.state, assign=True)
+    model.tie_weights()
+    return cast(PreTrainedModel, model)
+
+
+def _adapt(trained: TrainedModel, base: str | None) -> PreTrainedModel:
+    """Put adapters on the model they were trained on."""
+    if base is None:
+        raise InputError(
+            "base: the checkpoint holds adapters only; give the directory that they were trained "
+            "on, which was model.initialize_from"
+        )
+    options = dict(trained.lora)
+    hashed = options.pop("base")
+    with _about("base"):
+        model, _ = load_as_it_is(base)
+    model = model.float()
+    if weights_hash(model) != hashed:
+        raise InputError(f"base: {base} is not the model that the adapters were trained on")
+    add_adapters(model, LoRAOptions(**options), base)
+    with _about("checkpoint"):
+        check_tensors(trained.state, trained_state(model))
+    model.load_state_dict(trained.state, strict=False)
+    return model
+
+
+def _tokenizer(path: Path, given: str | None, room: int) -> Tokenizer | None:
+    """Load the tokenizer that is named, else the one that the run has left."""
+    own = read_tokenizer(path.absolute().parents[1] / "model") if given is None else None
+    tokenizer = own if given is None else load_tokenizer(given)
+    if tokenizer is not None and tokenizer.vocab_size > room:
+        raise InputError(
+            f"tokenizer: it has {tokenizer.vocab_size} tokens, the model {room}; give the one that "
+            "it was trained with"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _about(field: str) -> Iterator[None]:
+    """Let a mistake name the field that it is in here."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{field}: {str(error).partition(': ')[2]}") from error
