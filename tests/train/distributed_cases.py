@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 
 from moezoo import PEER, DenseFFN, MemoryPlus, SparseMoE
+from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.cli import run
 from moezoo_train.data import _ResumableLoader
+from moezoo_train.lora import LoRAOptions
 from moezoo_train.module import LanguageModel
 from moezoo_train.optim import OptimizerConfig
 from moezoo_train.progress import quiet_lightning
@@ -53,6 +56,7 @@ class Case:
     optimizer: OptimizerConfig = ADAMW
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    adapters: bool = False
 
 
 CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
@@ -62,10 +66,15 @@ CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
     "bf16": Case("moe", 6, trainer={"precision": "bf16-mixed"}),
     "sparse memory": Case("sparse memory", 6),
     "sparse peer": Case("sparse peer", 6),
+    "adapters": Case("moe", 6, adapters=True),
 }
 TWO_PROCESSES = [(name, strategy) for name in list(CASES)[:4] for strategy in STRATEGIES]
 TWO_PROCESSES += [("muon", "fsdp2"), ("muon", "expert_parallel"), ("accumulation", "fsdp2")]
-TWO_PROCESSES += [("accumulation", "expert_parallel"), ("activation checkpointing", "fsdp2")]
+TWO_PROCESSES += [
+    ("adapters", "fsdp2"),
+    ("accumulation", "expert_parallel"),
+    ("activation checkpointing", "fsdp2"),
+]
 TWO_PROCESSES += [("activation checkpointing", "expert_parallel"), ("bf16", "expert_parallel")]
 TWO_PROCESSES += [(name, s) for name in ("sparse memory", "sparse peer") for s in ("ddp", "fsdp2")]
 
@@ -148,9 +157,21 @@ def train(
     steps: int | None = None,
     resume: Path | None = None,
     save: Path | None = None,
+    directory: Path | None = None,
 ) -> dict[str, Any]:
-    """Train, and give losses, the second step's gradient and the last step's parameters."""
+    """Train, and give losses, the second step's gradient and the last step's parameters.
+
+    Args:
+        case: the run.
+        strategy: Lightning's.
+        folder: where the model is that adapters are put on.
+        steps: optimizer steps, if others than the case's.
+        resume: checkpoint to begin from.
+        save: checkpoint to leave.
+        directory: of the trained model, to leave.
+    """
     pl.seed_everything(1, verbose=False)
+    start = {"initialize_from": str(folder / "base"), "lora": LoRAOptions(rank=2)}
     module = LanguageModel(
         vocab_size=VOCABULARY,
         d_model=WIDTH,
@@ -161,6 +182,7 @@ def train(
         optimizer=case.optimizer,
         schedule=ScheduleConfig("constant", warmup_steps=2),
         **case.model,
+        **(start if case.adapters else {}),
     )
     record = Record()
     trainer = pl.Trainer(
@@ -183,11 +205,26 @@ def train(
     trainer.fit(module, Windows(), ckpt_path=resume, weights_only=True)
     if save is not None:
         trainer.save_checkpoint(save)
+    if directory is not None:
+        module.save(directory, None)
     return {
         "losses": torch.stack(record.losses),
         "gradients": record.gradients,
         "parameters": whole_state(module.model),
     }
+
+
+def make_base(folder: Path) -> None:
+    """Leave the model that adapters are put on."""
+    config = MoezooConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn=[{"layers": "all", **LAYERS["moe"](WIDTH).config()}],
+    )
+    torch.manual_seed(2)
+    save_checkpoint(folder / "base", MoezooForCausalLM(config))
 
 
 def checkpoint_path(folder: Path, writer: str) -> Path:
@@ -215,6 +252,11 @@ def main(folder: Path, arguments: list[str]) -> None:
     for name, strategy in TWO_PROCESSES:
         result = train(CASES[name], STRATEGIES[strategy](), folder)
         keep(folder, f"{name}, {strategy}", result)
+    path = checkpoint_path(folder, "adapters")
+    adapters = CASES["adapters"]
+    train(adapters, FSDP2Strategy(), folder, HALF, save=path)
+    resumed = train(adapters, FSDP2Strategy(), folder, resume=path, directory=folder / "merged")
+    keep(folder, "adapters again", resumed)
     for writer, strategy in WRITERS.items():
         keep(folder, f"whole, {writer}", train(INTERRUPTED, strategy(), folder))
         path = checkpoint_path(folder, writer)

@@ -3,10 +3,12 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints import load_checkpoint
@@ -36,6 +38,7 @@ pytestmark = [pytest.mark.slow, *MARKS]
 def folder(tmp_path_factory) -> Path:
     """Return where two processes left everything that they computed."""
     folder = tmp_path_factory.mktemp("strategies")
+    cases.make_base(folder)
     half = cases.checkpoint_path(folder, "one process")
     cases.train(cases.INTERRUPTED, "auto", folder, steps=cases.HALF, save=half)
     strategy = {
@@ -59,6 +62,27 @@ def test_two_processes_equal_one(folder, name, strategy):
 @pytest.mark.parametrize("writer", cases.WRITERS)
 def test_resuming_repeats_the_run_to_the_bit(folder, writer):
     assert_repeats(read(folder, f"whole, {writer}"), read(folder, f"{writer} to {writer}"))
+
+
+def test_adapters_are_resumed_and_merged(folder, tmp_path):
+    whole, resumed = read(folder, "adapters, fsdp2"), read(folder, "adapters again")
+    assert_repeats(whole, resumed)
+    base = load_file(folder / "base" / "model.safetensors")
+    trained = [name for name in whole["parameters"] if ".lora_" in name]
+    assert trained
+    cases.train(cases.CASES["adapters"], "auto", folder, directory=tmp_path / "merged")
+    for kind in ("merged", "adapter"):
+        (file,) = sorted((folder / kind).glob("*model.safetensors"))
+        alone, divided = load_file(tmp_path / kind / file.name), load_file(file)
+        assert alone.keys() == divided.keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(divided[name], tensor, rtol=1e-6, atol=1e-6)
+    merged = load_file(folder / "merged" / "model.safetensors")
+    moved = [name for name, tensor in base.items() if not torch.equal(merged[name], tensor)]
+    assert len(moved) == 2 * (4 + 2)  # of each block, attention and experts
+    checkpoint = AtomicCheckpointIO().load_checkpoint(cases.checkpoint_path(folder, "adapters"))
+    assert {n for n in checkpoint["state_dict"] if ".lora_" in n} == {f"model.{n}" for n in trained}
+    assert all(n.endswith("_bias") or ".lora_" in n for n in checkpoint["state_dict"])
 
 
 @pytest.mark.parametrize(("writer", "reader"), [r for r in cases.READINGS if r[0] != r[1]])
@@ -142,6 +166,13 @@ def test_a_file_takes_the_place_of_a_directory(folder, tmp_path):
 def test_ranks_that_do_not_divide_the_processes_are_refused(tmp_path):
     with pytest.raises(InputError, match="expert_parallel 2 × replicas 1 does not divide the 1"):
         cases.train(cases.INTERRUPTED, FSDP2Strategy(expert_parallel=2), tmp_path)
+
+
+def test_shared_experts_with_adapters_are_refused():
+    strategy = FSDP2Strategy(expert_parallel=2)
+    strategy.layout = SimpleNamespace()
+    with pytest.raises(InputError, match=r"expert_parallel: ranks can not share adapted experts"):
+        lay_out_for(strategy, SimpleNamespace(lora=object()))
 
 
 def test_other_sharding_strategies_are_refused():

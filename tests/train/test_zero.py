@@ -136,7 +136,7 @@ def fitting(strategy: Any, **options: Any) -> SimpleNamespace:
         ({"guard": StepGuard("skip")}, "model.on_nan: ZeRO can not skip .*; give stop"),
         ({"guard": StepGuard("stop", SpikeRule())}, "model.spikes: ZeRO can not skip .*; give nu"),
         ({"compile_model": True}, "model.compile: ZeRO's hooks"),
-        ({"lora": object()}, "adapters are not divided"),
+        ({"lora": object()}, "adapters do not go with ZeRO"),
     ],
     ids=["muon", "skip", "spikes", "compile", "lora"],
 )

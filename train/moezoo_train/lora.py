@@ -8,7 +8,8 @@ merged, under the names it has without adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from moezoo import CarvedMoE
 from moezoo.errors import InputError, check_int, check_number, nearest
 from moezoo.experts import MLPExperts
+from moezoo.parallel import whole
 from moezoo_models.atomic import replacing_directory
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_models.stock import stacked_experts
@@ -137,49 +139,89 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
     state_dict: dict[str, Tensor] | None = None,
+    write: bool = True,
 ) -> None:
     """Write a model as a directory that loads without PEFT; its adapters alone go beside it.
 
     Args:
         path: the directory, as for :func:`save_checkpoint`; adapters go to ``adapter`` beside it.
-        model: with or without adapters.
+        model: with or without adapters; all processes that keep parts of it must call this.
         tokenizer: written along.
-        state_dict: what to write instead of the tensors of a model without adapters.
+        state_dict: its whole tensors, if processes keep parts.
+        write: whether this process is to write.
     """
     if hasattr(model, "adapted_weights"):
-        save_adapters(path.with_name("adapter"), model)
-        state_dict = merged_state(model)
-    save_checkpoint(path, model, tokenizer, state_dict=state_dict)
+        merged = merged_state(model, state_dict, write)
+        if write:
+            save_adapters(path.with_name("adapter"), model, state_dict)
+        state_dict = merged
+    if write:
+        save_checkpoint(path, model, tokenizer, state_dict=state_dict)
 
 
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """Give the part of a state dictionary that training changes: trained parameters, buffers."""
+def trained_state(
+    module: nn.Module, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Give the part of a state dictionary that training changes: trained parameters, buffers.
+
+    Args:
+        module: whose parameters.
+        state_dict: its whole tensors, if processes keep parts.
+    """
     names = {name for name, p in module.named_parameters() if p.requires_grad}
     names |= {name for name, _ in module.named_buffers()}
-    return {name: tensor for name, tensor in module.state_dict().items() if name in names}
+    state = module.state_dict() if state_dict is None else state_dict
+    return {name: tensor for name, tensor in state.items() if name in names}
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Give the state dictionary of the same function without adapters; the model keeps its own."""
-    state = {
-        _plain(name): tensor for name, tensor in model.state_dict().items() if not _of_adapter(name)
-    }
+def merged_state(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, keep: bool = True
+) -> dict[str, Tensor]:
+    """Give the state dictionary of the same function without adapters; the model keeps its own.
+
+    Args:
+        model: with adapters; all processes that keep parts of it must call this together.
+        state_dict: its whole tensors, if processes keep parts.
+        keep: whether this process wants the result; else it only gives its parts.
+    """
+    state = model.state_dict() if state_dict is None else state_dict
+    merged = {_plain(name): tensor for name, tensor in state.items() if not _of_adapter(name)}
     for name, module in _wrappers(model):
         weight = f"{_plain(name)}.{getattr(module, 'parameter_name', 'weight')}"
-        with torch.no_grad():
-            state[weight] = state[weight] + module.get_delta_weight(ADAPTER)
-    return state
+        with torch.no_grad(), _whole_factors(module):
+            if keep:
+                delta = module.get_delta_weight(ADAPTER)
+                merged[weight] = merged[weight] + delta.to(merged[weight].device)
+    return merged if keep else {}
 
 
-def save_adapters(directory: Path, model: Any) -> None:
+@contextmanager
+def _whole_factors(wrapper: Any) -> Iterator[None]:
+    """Have an adapter's factors whole that processes keep in parts."""
+    maps = [*wrapper.lora_A.values(), *wrapper.lora_B.values()]
+    own = [linear.weight for linear in maps]
+    try:
+        for linear, weight in zip(maps, own, strict=True):
+            linear.weight = nn.Parameter(whole(weight), requires_grad=False)
+        yield
+    finally:
+        for linear, weight in zip(maps, own, strict=True):
+            linear.weight = weight
+
+
+def save_adapters(
+    directory: Path, model: Any, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the adapters as PEFT reads them, and beside them what else is trained.
 
     Args:
         directory: to make or replace, with ``adapter_config.json``, ``adapter_model.safetensors``,
             and ``trained.safetensors`` if there is anything else.
         model: with adapters.
+        state_dict: its whole tensors, if processes keep parts.
     """
-    trained = {name: tensor.detach().cpu() for name, tensor in trained_state(model).items()}
+    state = trained_state(model, state_dict)
+    trained = {name: tensor.detach().cpu() for name, tensor in state.items()}
     adapters = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor.contiguous()
         for name, tensor in trained.items()

@@ -330,7 +330,7 @@ class LanguageModel(LightningModule):
             "lora": describe_adapters(self.model, self.lora),
         }
         if self.lora is not None:
-            checkpoint["state_dict"] = trained_state(self)
+            checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])
 
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
         """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer.
@@ -339,8 +339,7 @@ class LanguageModel(LightningModule):
         """
         first = self.global_rank == 0
         whole = whole_state(self.model, first) if in_parts(self.model) else None
-        if first:
-            save_model(path, self.model, tokenizer, whole)
+        save_model(path, self.model, tokenizer, whole, write=first)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or optimizer before anything is changed.

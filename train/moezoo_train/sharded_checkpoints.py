@@ -29,6 +29,7 @@ from moezoo_models.atomic import publish
 from moezoo_models.checkpoints import one_line
 from moezoo_models.checksums import check_archive, crc_of_file
 from moezoo_train.distributed import gather_from_ranks, process_count
+from moezoo_train.whole import place_of
 
 REST = "rest.ckpt"
 TIED = "moezoo.tied"
@@ -177,8 +178,7 @@ def _take_out(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
         tensor = holder[key]
         if isinstance(tensor, DTensor):
             holder[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            own = tensor.to_local()
-            place = (own.untyped_storage()._cdata, int(own.storage_offset()))
+            place = place_of(tensor)
             if place in first:
                 rest[TIED][name] = first[place]
             else:

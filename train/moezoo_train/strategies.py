@@ -192,8 +192,10 @@ def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
     """
     if isinstance(strategy, FSDP2Strategy):
         assert strategy.layout is not None
-        if module.lora is not None:
-            raise InputError("trainer.strategy: adapters are not divided; train them with ddp")
+        if module.lora is not None and strategy.expert_parallel > 1:
+            raise InputError(
+                "trainer.strategy.expert_parallel: ranks can not share adapted experts; set it to 1"
+            )
         lay_out(module.model, strategy.layout)
     elif isinstance(strategy, ZeROStrategy):
         if module.trainer.state.fn == TrainerFn.FITTING:

@@ -43,13 +43,18 @@ def gathered(tensor: Tensor, change: bool = False) -> Iterator[None]:
 
 def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Any]:
     """Give a module's ``state_dict()`` put together; see :func:`whole_tensors`."""
+    state = module.state_dict(keep_vars=True)
     together: dict[str, Any] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        with gathered(tensor):
-            whole = whole_tensors({name: tensor}, keep)
-            # What was gathered goes when the block ends.
-            together |= {n: t.clone() for n, t in whole.items()} if _in_zero(tensor) else whole
-    return together
+    in_zero: dict[Any, Any] = {}
+    for name, tensor in state.items():
+        if _in_zero(tensor) and tensor not in in_zero:
+            with gathered(tensor):
+                # What was gathered goes when the block ends.
+                in_zero[tensor] = tensor.detach().cpu().clone() if keep else None
+        if _in_zero(tensor) and keep:
+            together[name] = in_zero[tensor]
+    together |= whole_tensors({n: t for n, t in state.items() if not _in_zero(t)}, keep)
+    return {name: together[name] for name in state if name in together}
 
 
 def undivided(model: Model) -> Model:
@@ -76,17 +81,30 @@ def undivided_state(module: nn.Module) -> dict[str, Any]:
 def whole_tensors(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:
     """Put tensors together, on the CPU; all processes must call this together.
 
+    Those that are one, as tied weights are, stay one.
+
     Args:
         state: values that are not tensors stay as they are.
         keep: whether this process wants them; else it only gives its parts.
     """
-    together = {}
+    together: dict[str, Any] = {}
+    known: dict[tuple[int, int], Tensor | None] = {}
     for name, value in state.items():
         if isinstance(value, DTensor):
-            value = value.full_tensor()
+            place = place_of(value)
+            if place not in known:
+                gathered_value = value.full_tensor()
+                known[place] = gathered_value.detach().cpu() if keep else None
+            value = known[place]
         if keep:
             together[name] = value.detach().cpu() if isinstance(value, Tensor) else value
     return together
+
+
+def place_of(tensor: DTensor) -> tuple[int, int]:
+    """Tell where this process's part lies in memory, which tied weights share."""
+    own = tensor.to_local()
+    return own.untyped_storage()._cdata, int(own.storage_offset())
 
 
 def whole_optimizer_state(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:

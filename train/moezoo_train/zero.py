@@ -253,4 +253,4 @@ def check_zero(strategy: ZeROStrategy, module: LanguageModel) -> None:
             "trainer.strategy ddp or fsdp2"
         )
     if module.lora is not None:
-        raise InputError("trainer.strategy: adapters are not divided; train them with ddp")
+        raise InputError("trainer.strategy: adapters do not go with ZeRO; use fsdp2 or ddp")
