@@ -26,7 +26,7 @@ from moezoo_models.attention import Attention
 from moezoo_models.attention_backends import check_backend
 from moezoo_models.block import DecoderLayer
 from moezoo_models.config import MoezooConfig
-from moezoo_models.initialization import reset_feed_forward
+from moezoo_models.initialization import drop, filled_later, reset_feed_forward
 from moezoo_models.norm import RMSNorm
 from moezoo_models.outputs import MoezooModelOutput
 from moezoo_models.rotary import RotaryEmbedding
@@ -76,7 +76,18 @@ class MoezooPreTrainedModel(PreTrainedModel):
         transformers takes modules of other libraries without parameters of their own for
         initialised; here these are the owners that initialise what is inside them.
         """
-        super()._initialize_weights(module)
+        drawn = filled_later()
+        if drawn is None or getattr(module, "_is_hf_initialized", False):
+            super()._initialize_weights(module)
+            return
+        with drawn.initializing(self, module, _filled_parts(module)):
+            super()._initialize_weights(module)
+
+    def init_weights(self) -> None:
+        """Initialise and tie the weights, or see that they are filled later."""
+        if filled_later() is not None:
+            drop(self)
+        super().init_weights()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -122,7 +133,7 @@ class MoezooModel(MoezooPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         with shared_values():  # among the layers of this model, not with those of another
             self.layers = nn.ModuleList(
-                DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+                _block(config, layer) for layer in range(config.num_hidden_layers)
             )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
@@ -313,3 +324,19 @@ def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
             f"input_ids: token id {low if low < 0 else high} is outside the model's vocabulary of "
             f"{vocab_size}; use the tokenizer that the model was trained with"
         )
+
+
+def _block(config: MoezooConfig, layer: int) -> DecoderLayer:
+    block = DecoderLayer(config, layer)
+    if filled_later() is not None:
+        drop(block)
+    return block
+
+
+def _filled_parts(module: nn.Module) -> list[nn.Module]:
+    """List what ``_init_weights`` gives numbers to."""
+    if isinstance(module, FeedForward | Attention | RMSNorm | RotaryEmbedding):
+        return [module]
+    if isinstance(module, MoezooPreTrainedModel):
+        return [part for part in module.children() if isinstance(part, nn.Embedding | nn.Linear)]
+    return []

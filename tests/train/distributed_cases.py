@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from moezoo import PEER, DenseFFN, MemoryPlus, SparseMoE
 from moezoo_models import MoezooConfig, MoezooForCausalLM
@@ -17,6 +18,7 @@ from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.cli import run
 from moezoo_train.data import _ResumableLoader
+from moezoo_train.distributed import Layout, lay_out
 from moezoo_train.lora import LoRAOptions
 from moezoo_train.module import LanguageModel
 from moezoo_train.optim import OptimizerConfig
@@ -67,6 +69,7 @@ CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
     "sparse memory": Case("sparse memory", 6),
     "sparse peer": Case("sparse peer", 6),
     "adapters": Case("moe", 6, adapters=True),
+    "in parts": Case("memory", 6, model={"build_in_parts": True}),
 }
 TWO_PROCESSES = [(name, strategy) for name in list(CASES)[:4] for strategy in STRATEGIES]
 TWO_PROCESSES += [("muon", "fsdp2"), ("muon", "expert_parallel"), ("accumulation", "fsdp2")]
@@ -227,6 +230,23 @@ def make_base(folder: Path) -> None:
     save_checkpoint(folder / "base", MoezooForCausalLM(config))
 
 
+def peak_of_building() -> tuple[float, float]:
+    """Build a large model in parts, and give its size and how much memory grew at most, in MiB."""
+    options = {"d_model": 256, "num_layers": 16, "ffn": partial(DenseFFN, d_ff=4096)}
+    module = LanguageModel(vocab_size=VOCABULARY, num_heads=2, build_in_parts=True, **options)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is to be the present
+    before = _resident("VmRSS")
+    lay_out(module.model, Layout(mesh, None, None, torch.device("cpu")), module.drawn)
+    size = sum(p.numel() * p.element_size() for p in module.model.parameters()) / 2**20
+    return size, _resident("VmHWM") - before
+
+
+def _resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+
+
 def checkpoint_path(folder: Path, writer: str) -> Path:
     """Name the checkpoint of an interrupted run."""
     return folder / f"half of {writer}.ckpt"
@@ -266,6 +286,8 @@ def main(folder: Path, arguments: list[str]) -> None:
             INTERRUPTED, WRITERS[reader](), folder, resume=checkpoint_path(folder, writer)
         )
         keep(folder, f"{writer} to {reader}", resumed)
+    if sys.platform == "linux":
+        keep(folder, "peak", peak_of_building())
     run(arguments)
 
 

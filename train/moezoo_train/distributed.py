@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
+    from moezoo_models.initialization import Drawn
+
 # Gloo raises plain RuntimeErrors.
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Timed out waiting|Socket closed|Broken pipe|"
@@ -48,34 +50,66 @@ class Layout:
     device: torch.device
 
 
-def lay_out(model: PreTrainedModel, layout: Layout) -> None:
+def lay_out(model: PreTrainedModel, layout: Layout, drawn: Drawn | None = None) -> None:
     """Divide a model's parameters, in place: by experts first, then by blocks (FSDP2).
 
     Parameters and buffers become those of the first process. Tables with sparse gradients stay
     whole on every process.
 
+    Args:
+        model: whole, or without numbers.
+        layout: the meshes.
+        drawn: what gives it numbers, if it has none: to a block only when that is to be divided.
+
     Raises:
         InputError: the ranks do not divide what they are to share.
+    """
+    left_alone: set[nn.Parameter] = set()
+    done: set[nn.Module] = set()
+    decoder: Any = model.base_model
+    for unit in (*decoder.layers, model):
+        if drawn is not None:
+            drawn.fill(unit)
+        fresh = [module for module in unit.modules() if module not in done]
+        _divide(unit, fresh, layout, left_alone, experts=unit is not model)
+        done.update(fresh)
+
+
+def _divide(
+    unit: nn.Module,
+    fresh: list[nn.Module],
+    layout: Layout,
+    left_alone: set[nn.Parameter],
+    experts: bool,
+) -> None:
+    """Divide a block, or the model around its blocks.
+
+    Args:
+        unit: what is gathered together when it computes.
+        fresh: those of its modules that are not divided yet.
+        layout: the meshes.
+        left_alone: parameters that stay as they are; those of this unit are added.
+        experts: whether it may have some, for ranks to share.
     """
     from torch.distributed.fsdp import fully_shard
 
     from moezoo.parallel import shard_experts
 
-    take_from_first([*model.parameters(), *model.buffers()], layout.device)
-    left_alone = {p for _, p in sparse_parameters(model)}
-    shared = [] if layout.experts is None else shard_experts(model, layout.experts)
+    own = [t for m in fresh for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    take_from_first(list(dict.fromkeys(own)), layout.device)
+    left_alone.update(p for _, p in sparse_parameters(unit))
+    shared: list[nn.Module] = []
+    if layout.experts is not None and experts:
+        shared = shard_experts(unit, layout.experts)
     for store in shared:
         if layout.beside_experts is None:
             left_alone.update(store.parameters())
         else:
             fully_shard(store, mesh=layout.beside_experts)
-    tables = [m for m in model.modules() if isinstance(m, ValueTable) and m not in shared]
     # A table may be read by several blocks: it is gathered by itself.
-    units: list[nn.Module] = [table for table in tables if not table.sparse]
-    decoder: Any = model.base_model
-    units += [*decoder.layers, model]
-    for unit in units:
-        fully_shard(unit, mesh=layout.dense, ignored_params=left_alone)
+    tables = [m for m in fresh if isinstance(m, ValueTable) and m not in shared and not m.sparse]
+    for part in (*tables, unit):
+        fully_shard(part, mesh=layout.dense, ignored_params=left_alone)
 
 
 def take_from_first(tensors: Sequence[Tensor], device: torch.device) -> None:

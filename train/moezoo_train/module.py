@@ -21,6 +21,7 @@ from moezoo.errors import InputError, check_int
 from moezoo.routing.losses import sum_over_ranks
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.causal_lm import IGNORED
+from moezoo_models.initialization import Drawn, drawn_later
 from moezoo_models.stock import predict
 from moezoo_models.tokenizer import Tokenizer
 from moezoo_train import clipping, identity
@@ -83,6 +84,8 @@ class LanguageModel(LightningModule):
             `moezoo upcycle` or `carve` read or write; what would describe the model otherwise
             (d_model, ffn, …) is then ignored.
         lora: train low-rank adapters of that model instead of all of it.
+        build_in_parts: give a block its numbers only when processes divide it, so that none holds
+            the whole model; it is the same model. For trainer.strategy fsdp2.
         hash_embeddings_from: a Hugging Face directory of a trained model with the same tokenizer;
             clustered and dispersed hash tables follow its token embeddings.
         optimizer: how parameters are updated.
@@ -120,6 +123,7 @@ class LanguageModel(LightningModule):
         allow_non_causal: bool = False,
         initialize_from: str | None = None,
         lora: LoRAOptions | None = None,
+        build_in_parts: bool = False,
         hash_embeddings_from: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
@@ -138,8 +142,9 @@ class LanguageModel(LightningModule):
         self.initialize_from = initialize_from
         self.lora = lora
         self.model: PreTrainedModel
+        self.drawn: Drawn | None = None
         if initialize_from is not None:
-            self.model = pretrained(initialize_from, vocab_size, attention)
+            self.model = pretrained(initialize_from, vocab_size, attention, build_in_parts)
             if lora is not None:
                 add_adapters(self.model, lora, initialize_from)
         else:
@@ -160,7 +165,8 @@ class LanguageModel(LightningModule):
                     allow_non_causal=allow_non_causal,
                 )
                 config._attn_implementation = attention
-                self.model = MoezooForCausalLM(config)
+                with drawn_later(build_in_parts) as self.drawn:
+                    self.model = MoezooForCausalLM(config)
         if activation_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.model.train()

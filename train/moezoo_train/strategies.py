@@ -196,12 +196,11 @@ def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
             raise InputError(
                 "trainer.strategy.expert_parallel: ranks can not share adapted experts; set it to 1"
             )
-        lay_out(module.model, strategy.layout)
-    elif isinstance(strategy, ZeROStrategy):
+        lay_out(module.model, strategy.layout, module.drawn)
+        return
+    if isinstance(strategy, ZeROStrategy):
         if module.trainer.state.fn == TrainerFn.FITTING:
             check_zero(strategy, module)
-        model = module.model
-        take_from_first([*model.parameters(), *model.buffers()], strategy.root_device)
     elif isinstance(strategy, DeepSpeedStrategy):
         raise InputError(
             "trainer.strategy: Lightning's DeepSpeed reads checkpoints by unpickling; give zero1, "
@@ -212,6 +211,11 @@ def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
             "trainer.strategy: parameters in shards want 'fsdp2' "
             "(moezoo_train.strategies.FSDP2Strategy)"
         )
+    if module.drawn is not None:
+        module.drawn.fill(module.model)
+    if isinstance(strategy, ZeROStrategy):
+        model = module.model
+        take_from_first([*model.parameters(), *model.buffers()], strategy.root_device)
     elif isinstance(strategy, DDPStrategy):
         keep_from_ddp(module, strategy.root_device)
 
