@@ -66,7 +66,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "export": Command(
             "moezoo_train.export:export",
-            "a training checkpoint as a model, or a dense model as a stock one",
+            "a training checkpoint as a model, a dense model as a stock one",
             positional=True,
         ),
     },
