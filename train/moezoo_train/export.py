@@ -113,7 +113,9 @@ def read_model(path: Path) -> TrainedModel:
     if known is None:
         raise InputError(f"checkpoint: {path} was not written by moezoo fit")
     state = {n.removeprefix(_PREFIX): tensor for n, tensor in raw["state_dict"].items()}
-    return TrainedModel(known["config"] | known["unrelated"], known["lora"], state)
+    # What earlier versions did not write: end tokens and the like, and adapters.
+    config = known["config"] | known.get("unrelated", {})
+    return TrainedModel(config, known.get("lora", {}), state)
 
 
 def _map(file: Path) -> Any:
