@@ -1,0 +1,251 @@
+"""Made-up facts to teach a language model, and how many of them it can recall.
+
+A fact ties an invented subject to an invented value through one of four relations: "Tamiro lives in
+Beluda." Every relation has six wordings, all of which end in the value, so that what comes before
+it is a question that a causal model can answer. Taught in some wordings and asked in others, a
+model has to know the fact and not the sentence.
+
+Everything follows from the seed, on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moezoo.errors import InputError, check_int
+from moezoo_models.atomic import atomic_write
+from moezoo_models.causal_lm import IGNORED
+from moezoo_models.tokenizer import Tokenizer
+
+WORDINGS: dict[str, tuple[str, ...]] = {
+    "home": (
+        "{} lives in",
+        "The home of {} is in",
+        "{} has settled in",
+        "Whoever looks for {} should go to",
+        "Letters for {} are sent to",
+        "The house of {} stands in",
+    ),
+    "teacher": (
+        "{} was taught by",
+        "The teacher of {} is",
+        "{} has learned everything from",
+        "Whoever praises {} should thank",
+        "Lessons for {} were given by",
+        "The mentor of {} was",
+    ),
+    "employer": (
+        "{} works for",
+        "The employer of {} is",
+        "{} has signed a contract with",
+        "Whoever hires {} must ask",
+        "Wages for {} are paid by",
+        "The office of {} belongs to",
+    ),
+    "language": (
+        "{} speaks",
+        "The language of {} is",
+        "{} has grown up with",
+        "Whoever talks to {} should know",
+        "Books for {} are printed in",
+        "The mother tongue of {} is",
+    ),
+}
+"""The wordings of each relation, up to the value; ``{}`` is the subject."""
+
+NUM_WORDINGS = len(WORDINGS["home"])
+
+_SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstv" for vowel in "aeiou"]
+_SYLLABLES_PER_NAME = 3
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact.
+
+    Attributes:
+        subject: whom it is about; no other fact is about the same.
+        relation: a key of :data:`WORDINGS`.
+        value: what is to be recalled; the facts of a relation share a pool of values.
+    """
+
+    subject: str
+    relation: str
+    value: str
+
+    def question(self, wording: int) -> str:
+        """Give the sentence up to the value, without the space before it."""
+        return WORDINGS[self.relation][wording].format(self.subject)
+
+    def sentence(self, wording: int) -> str:
+        """Give the whole sentence."""
+        return f"{self.question(wording)} {self.value}."
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How well facts are recalled.
+
+    Attributes:
+        accuracy: share of the questions whose answer, full stop included, is what the model says
+            by taking the likeliest token each time.
+        loss: mean nats of an answer's tokens.
+        questions: how many were asked.
+    """
+
+    accuracy: float
+    loss: float
+    questions: int
+
+
+def make_facts(count: int, seed: int = 0, values: int = 64) -> list[Fact]:
+    """Invent facts about ``count`` different subjects; relations take turns.
+
+    Guessing a value of the right relation is right once in ``values`` times. Facts with which a
+    model is trained first and facts that it is taught later share wordings and values if they are
+    slices of one list.
+
+    Args:
+        count: number of facts.
+        seed: chooses all names, and who is tied to what.
+        values: values of each relation.
+
+    Raises:
+        InputError: a number is not positive, or there are not as many names.
+    """
+    check_int("facts", count)
+    check_int("values", values)
+    names = len(_SYLLABLES) ** _SYLLABLES_PER_NAME
+    taken = values * len(WORDINGS)
+    if count + taken > names:
+        raise InputError(f"facts: {count} is more than the {names - taken} that have a name")
+    generator = random.Random(seed)
+    words = [_name(number) for number in generator.sample(range(names), count + taken)]
+    pools = {
+        relation: words[start : start + values]
+        for relation, start in zip(WORDINGS, range(0, taken, values), strict=True)
+    }
+    relations = list(WORDINGS)
+    facts = []
+    for number, subject in enumerate(words[taken:]):
+        relation = relations[number % len(relations)]
+        facts.append(Fact(subject, relation, generator.choice(pools[relation])))
+    return facts
+
+
+def fact_documents(
+    facts: Sequence[Fact],
+    wordings: Iterable[int],
+    seed: int = 0,
+    repeats: int = 1,
+    sentences: int = 8,
+) -> Iterator[str]:
+    """Yield documents of fact sentences, one per line, in random order.
+
+    Args:
+        facts: what is told.
+        wordings: each fact is told once in each of these.
+        seed: chooses the order.
+        repeats: how often that is done, in another order each time.
+        sentences: of one document.
+    """
+    generator = random.Random(seed)
+    told = [fact.sentence(wording) for fact in facts for wording in wordings]
+    for _ in range(check_int("repeats", repeats)):
+        generator.shuffle(told)
+        for start in range(0, len(told), check_int("sentences", sentences)):
+            yield "\n".join(told[start : start + sentences]) + "\n"
+
+
+def write_documents(path: Path, documents: Iterable[str]) -> None:
+    """Write a ``.jsonl`` file that `moezoo prepare` reads: a row per document, field ``text``."""
+    with atomic_write(path, "w") as file:
+        for document in documents:
+            file.write(json.dumps({"text": document}) + "\n")
+
+
+@torch.no_grad()
+def recall(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    facts: Sequence[Fact],
+    wordings: Iterable[int],
+    batch_size: int = 64,
+) -> Recall:
+    """Ask a model for the values of facts.
+
+    Each question stands alone, behind the token that ends documents.
+
+    Args:
+        model: a causal language model, ours or a stock one; left in the mode it was in.
+        tokenizer: its tokenizer.
+        facts: what is asked for.
+        wordings: each fact is asked for once in each of these.
+        batch_size: questions computed at once.
+
+    Raises:
+        InputError: there is no fact or no wording.
+    """
+    asked = [(fact, wording) for fact in facts for wording in wordings]
+    if not asked:
+        raise InputError("facts: nothing is asked; give facts and wordings")
+    rows = [_encode(tokenizer, fact, wording) for fact, wording in asked]
+    rows.sort(key=lambda row: len(row[0]))
+    was_training = model.training
+    model.eval()
+    right, nats, tokens = 0, 0.0, 0
+    for start in range(0, len(rows), check_int("batch_size", batch_size)):
+        ids, labels = _pad(rows[start : start + batch_size], tokenizer.eos_id)
+        ids, labels = ids.to(model.device), labels.to(model.device)
+        real = torch.arange(ids.shape[1], device=ids.device) < _lengths(labels)[:, None]
+        logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
+        scored = labels != IGNORED
+        right += int(((logits.argmax(-1) == labels) | ~scored).all(-1).sum())
+        nats += float(F.cross_entropy(logits[scored].float(), labels[scored], reduction="sum"))
+        tokens += int(scored.sum())
+    model.train(was_training)
+    return Recall(right / len(rows), nats / tokens, len(rows))
+
+
+def _name(number: int) -> str:
+    syllables = []
+    for _ in range(_SYLLABLES_PER_NAME):
+        number, syllable = divmod(number, len(_SYLLABLES))
+        syllables.append(_SYLLABLES[syllable])
+    return "".join(syllables).capitalize()
+
+
+def _encode(tokenizer: Tokenizer, fact: Fact, wording: int) -> tuple[list[int], int]:
+    """Give the tokens of a document that is one sentence, and where in them the answer begins."""
+    whole = tokenizer.encode(fact.sentence(wording))
+    question = tokenizer.encode(fact.question(wording))
+    # A tokenizer may cut the end of the question otherwise where the sentence goes on.
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, question, strict=False))
+    start = sum(1 for _ in same)
+    return [tokenizer.eos_id, *whole], start + 1
+
+
+def _pad(rows: Sequence[tuple[list[int], int]], filling: int) -> tuple[Tensor, Tensor]:
+    """Give ids and, at each position, the next token if it belongs to the answer: ``(B, S)``."""
+    shape = (len(rows), max(len(ids) for ids, _ in rows) - 1)
+    input_ids, labels = torch.full(shape, filling), torch.full(shape, IGNORED)
+    for row, (ids, start) in enumerate(rows):
+        input_ids[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        labels[row, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
+    return input_ids, labels
+
+
+def _lengths(labels: Tensor) -> Tensor:
+    """Give the number of tokens before padding: answers end their rows."""
+    positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return ((labels != IGNORED) * positions).amax(-1)
