@@ -41,6 +41,13 @@ class GreedyBytes(Bytes):
         return list(text.encode().replace(b"in ", b"\xff"))
 
 
+class LineBytes(Bytes):
+    """Merges a full stop and the line's end, as a tokenizer trained on the documents does."""
+
+    def encode(self, text):
+        return list(text.encode().replace(b".\n", b"\xfe"))
+
+
 class Knowing(nn.Module):
     """Says, with certainty, what follows in the documents that it knows; else the letter x."""
 
@@ -99,11 +106,11 @@ def test_documents_are_written_as_preparing_reads_them(tmp_path):
     assert [json.loads(row) for row in rows] == [{"text": "one\ntwo\n"}, {"text": "three\n"}]
 
 
-@pytest.mark.parametrize("tokenizer", [Bytes(), GreedyBytes()])
-def test_a_model_recalls_what_it_knows_and_nothing_else(tokenizer):
+@pytest.mark.parametrize("tokenizer", [Bytes(), GreedyBytes(), LineBytes()])
+def test_a_model_recalls_what_documents_told_and_nothing_else(tokenizer):
     facts = make_facts(12, values=3)
-    told = [[EOS, *tokenizer.encode(fact.sentence(1))] for fact in facts[:9]]
-    model = Knowing(told).train()
+    documents = fact_documents(facts[:9], [1], sentences=1)
+    model = Knowing([[EOS, *tokenizer.encode(document)] for document in documents]).train()
 
     known = recall(model, tokenizer, facts[:9], [1], batch_size=4)
     assert (known.accuracy, known.questions) == (1.0, 9)
@@ -119,7 +126,7 @@ def test_an_answer_with_one_wrong_letter_is_not_recalled(tokenizer, letter):
     (fact,) = make_facts(1)
     value = list(fact.value)
     value[letter] = "q"
-    changed = f"{fact.question(1)} {''.join(value)}."
+    changed = f"{fact.question(1)} {''.join(value)}.\n"
     almost = recall(Knowing([[EOS, *tokenizer.encode(changed)]]), tokenizer, [fact], [1])
 
     assert almost.accuracy == 0.0

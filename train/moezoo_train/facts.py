@@ -91,13 +91,18 @@ class Fact:
         """Give the whole sentence."""
         return f"{self.question(wording)} {self.value}."
 
+    def line(self, wording: int) -> str:
+        """Give the sentence as documents hold it: with the line's end, which a tokenizer may join
+        to the full stop."""
+        return f"{self.sentence(wording)}\n"
+
 
 @dataclass(frozen=True)
 class Recall:
     """How well facts are recalled.
 
     Attributes:
-        accuracy: share of the questions whose answer, full stop included, is what the model says
+        accuracy: share of the questions whose answer, up to the line's end, is what the model says
             by taking the likeliest token each time.
         loss: mean nats of an answer's tokens.
         questions: how many were asked.
@@ -160,11 +165,11 @@ def fact_documents(
         sentences: of one document.
     """
     generator = random.Random(seed)
-    told = [fact.sentence(wording) for fact in facts for wording in wordings]
+    told = [fact.line(wording) for fact in facts for wording in wordings]
     for _ in range(check_int("repeats", repeats)):
         generator.shuffle(told)
         for start in range(0, len(told), check_int("sentences", sentences)):
-            yield "\n".join(told[start : start + sentences]) + "\n"
+            yield "".join(told[start : start + sentences])
 
 
 def write_documents(path: Path, documents: Iterable[str]) -> None:
@@ -227,7 +232,7 @@ def _name(number: int) -> str:
 
 def _encode(tokenizer: Tokenizer, fact: Fact, wording: int) -> tuple[list[int], int]:
     """Give the tokens of a document that is one sentence, and where in them the answer begins."""
-    whole = tokenizer.encode(fact.sentence(wording))
+    whole = tokenizer.encode(fact.line(wording))
     question = tokenizer.encode(fact.question(wording))
     # A tokenizer may cut the end of the question otherwise where the sentence goes on.
     same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, question, strict=False))
