@@ -51,6 +51,7 @@ def carve(
     held_out_tokens: int = 8192,
     window: int | None = None,
     split: str = "contribution",
+    shared_by: Literal["split", "contribution", "cmoe"] = "split",
     router: Literal["ridge", "gate_mean", "prior_approximate", "cmoe"] = "ridge",
     refit: bool = True,
     bias: bool | None = None,
@@ -88,6 +89,8 @@ def carve(
         window: tokens that the model sees at once; default: what it is made for, at most 2048.
         split: which neurons go together: contribution (ours), cmoe (arXiv:2502.04416), random,
             contiguous, weight_kmeans, coactivation (arXiv:2110.01786).
+        shared_by: whose rule picks the shared neurons: the split's own (random and contiguous have
+            none), contribution's or cmoe's.
         router: ridge, a linear map fitted to the size of experts' contributions (ours); gate_mean
             (arXiv:2602.15521); prior_approximate (arXiv:2408.11855); cmoe, one neuron per expert
             (arXiv:2502.04416), which only moezoo holds.
@@ -122,6 +125,7 @@ def carve(
         active,
         experts,
         split=cast(Split, split),  # a Literal here would not fit the help's lines
+        shared_by=shared_by,
         router=router,
         refit=refit,
         bias=bias,

@@ -139,12 +139,21 @@ def _cell(ratios: list[float]) -> str:
     return f"{mean:.3f}{spread}"
 
 
-def _options(size: str, width: int) -> CarveOptions:
+def carve_options(size: str) -> CarveOptions:
+    """Read a size such as S3A3E8: 3 shared and 3 active of 8 parts; other options are defaults.
+
+    Raises:
+        InputError: it is not written like that.
+    """
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InputError(f"sizes: '{size}' is not written like S3A3E8")
     shared, active, experts = map(int, match.groups())
-    options = CarveOptions(shared=shared, active=active, experts=experts)
+    return CarveOptions(shared=shared, active=active, experts=experts)
+
+
+def _options(size: str, width: int) -> CarveOptions:
+    options = carve_options(size)
     options.check(width)
     return options
 

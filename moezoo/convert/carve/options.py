@@ -9,9 +9,11 @@ from moezoo.errors import InputError, check_choice, check_int, check_number
 
 Split = Literal["contribution", "cmoe", "random", "contiguous", "weight_kmeans", "coactivation"]
 RouterKind = Literal["ridge", "cmoe", "gate_mean", "prior_approximate"]
+SharedBy = Literal["split", "contribution", "cmoe"]
 
 SPLITS = ("contribution", "cmoe", "random", "contiguous", "weight_kmeans", "coactivation")
 ROUTERS = ("ridge", "cmoe", "gate_mean", "prior_approximate")
+SHARED_BY = ("split", "contribution", "cmoe")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class CarveOptions:
             tokens. ``random`` and ``contiguous``: LLaMA-MoE (arXiv:2406.16554) and FactorLLM
             (arXiv:2408.11855). ``weight_kmeans``: those with similar input weights, and
             ``coactivation``: those active together (MoEfication, arXiv:2110.01786).
+        shared_by: whose rule picks the shared neurons: that of the ``split``, where ``random`` and
+            ``contiguous`` have none and deal them out like the others; ``contribution``'s, those
+            whose contribution varies most; or ``cmoe``'s, those most often among the K_a strongest.
         router: who scores the experts. ``ridge``: a linear map fitted to the size of their
             contributions. ``cmoe``: one representative neuron each. ``gate_mean``: the mean of
             their neurons' gate vectors (ExpertWeaver). ``prior_approximate``: a linear map trained
@@ -65,6 +70,7 @@ class CarveOptions:
     active: int = 3
     experts: int = 8
     split: Split = "contribution"
+    shared_by: SharedBy = "split"
     router: RouterKind = "ridge"
     refit: bool = True
     bias: bool | None = None
@@ -98,6 +104,7 @@ class CarveOptions:
                 f"choose {_divisors(width, self.experts)}"
             )
         check_choice("split", self.split, SPLITS)
+        check_choice("shared_by", self.shared_by, SHARED_BY)
         check_choice("router", self.router, ROUTERS)
         check_choice("profile", self.profile, ("cosine", "raw"))
         check_choice("distance", self.distance, ("l1", "l2"))

@@ -20,6 +20,13 @@ from moezoo.convert.carve.clusters import balanced_kmeans, cluster_marks
 from moezoo.convert.carve.options import CarveOptions
 
 _CMOE_MARKS = 10
+_SHARED_BY = {
+    "contribution": "contribution",
+    "cmoe": "cmoe",
+    "weight_kmeans": "contribution",
+    "coactivation": "contribution",
+}
+"""The rules of the splits that have one."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +60,47 @@ def split_neurons(
         hidden_TF: the block's activations on them.
         options: which rule.
     """
-    if options.split in ("random", "contiguous"):
-        generator = torch.Generator().manual_seed(options.seed)
-        drawn = torch.randperm(block.width, generator=generator)
-        order = drawn if options.split == "random" else torch.arange(block.width)
-        labels = torch.arange(block.width) // (block.width // options.experts)
-        return _partition(order, labels, options)
-    if options.split == "cmoe":
+    rule = options.shared_by if options.shared_by != "split" else _SHARED_BY.get(options.split)
+    marks_TK = None
+    if "cmoe" in (options.split, rule):
         marks_TK = cmoe_marks(block, x_TD, hidden_TF, options)
-        order = rates(marks_TK, block.width).argsort(descending=True, stable=True)
-    else:
-        order = importance(hidden_TF, block).argsort(descending=True, stable=True)
     count = block.width // options.experts * options.shared
-    candidates = order[count:].sort().values
+    if rule is None:
+        everyone = _deal(torch.arange(block.width), options)
+        shared, candidates = everyone[:count], everyone[count:]
+    else:
+        order = _order(block, hidden_TF, marks_TK, rule)
+        shared, candidates = order[:count].cpu(), order[count:].sort().values
+    size = block.width // options.experts
+    if options.split in ("random", "contiguous"):
+        dealt = candidates if rule is None else _deal(candidates.cpu(), options)
+        return _partition(shared, dealt, torch.arange(len(dealt)) // size, options)
     iterations = options.iterations or (1 if options.split == "cmoe" else 8)
     if options.split == "cmoe":
+        assert marks_TK is not None
         labels = cluster_marks(
             marks_TK, block.width, candidates, options.routed, iterations, options.distance
         )
     else:
         points = _features(block, hidden_TF, options)[candidates]
         labels = balanced_kmeans(points, options.routed, iterations, options.seed)
-    everyone = torch.cat([order[:count].cpu(), candidates.cpu()])
-    return _partition(
-        everyone,
-        torch.cat([torch.zeros(count, dtype=torch.int64), labels + options.shared]),
-        options,
-    )
+    return _partition(shared, candidates.cpu(), labels, options)
+
+
+def _deal(neurons: Tensor, options: CarveOptions) -> Tensor:
+    """Put neurons into the order in which they are cut up without looking at activations."""
+    if options.split == "contiguous":
+        return neurons
+    generator = torch.Generator().manual_seed(options.seed)
+    return neurons[torch.randperm(len(neurons), generator=generator)]
+
+
+def _order(block: Block, hidden_TF: Tensor, marks_TK: Tensor | None, rule: str) -> Tensor:
+    """Sort all neurons, those to be shared first."""
+    if rule == "cmoe":
+        assert marks_TK is not None
+        return rates(marks_TK, block.width).argsort(descending=True, stable=True)
+    return importance(hidden_TF, block).argsort(descending=True, stable=True)
 
 
 def _features(block: Block, hidden_TF: Tensor, options: CarveOptions) -> Tensor:
@@ -103,8 +124,7 @@ def cmoe_marks(block: Block, x_TD: Tensor, hidden_TF: Tensor, options: CarveOpti
     return torch.cat([strongest(plain.hidden(part), count) for part in parts])
 
 
-def _partition(neurons: Tensor, labels: Tensor, options: CarveOptions) -> Partition:
-    """Sort neurons into parts; labels below ``shared`` are the shared part."""
-    shared = neurons[labels < options.shared].sort().values
-    routed = range(options.shared, options.experts)
-    return Partition(shared, torch.stack([neurons[labels == e].sort().values for e in routed]))
+def _partition(shared: Tensor, neurons: Tensor, labels: Tensor, options: CarveOptions) -> Partition:
+    """Sort the neurons of each part; labels count the routed experts."""
+    parts = [neurons[labels == e].sort().values for e in range(options.routed)]
+    return Partition(shared.sort().values, torch.stack(parts))

@@ -9,7 +9,7 @@ from moezoo.convert import Block, CarveOptions, carve_block, prune_block
 from moezoo.convert.carve.activity import contribution_features
 from moezoo.convert.carve.clusters import balanced_kmeans
 from moezoo.convert.carve.least_squares import ridge, solve
-from moezoo.convert.carve.options import ROUTERS, SPLITS
+from moezoo.convert.carve.options import ROUTERS, SHARED_BY, SPLITS
 
 
 def neurons(plan) -> torch.Tensor:
@@ -17,10 +17,11 @@ def neurons(plan) -> torch.Tensor:
     return torch.cat([*shared, *(e.neurons for e in plan.experts)])
 
 
+@pytest.mark.parametrize("shared_by", SHARED_BY)
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_neuron_is_used_once_and_sizes_are_equal(split, planted):
+def test_every_neuron_is_used_once_and_sizes_are_equal(split, shared_by, planted):
     for shared, active, experts in ((3, 3, 8), (0, 2, 6), (1, 1, 2), (2, 13, 15)):
-        options = CarveOptions(shared, active, experts, split=split, refit=False)
+        options = CarveOptions(shared, active, experts, split, shared_by, refit=False)
         plan = carve_block(*planted(tokens=300).weights(), options).plan
         assert torch.equal(neurons(plan).sort().values, torch.arange(240))
         assert plan.d_shared == 240 // experts * shared
@@ -66,6 +67,24 @@ def test_plans_repeat_and_do_not_depend_on_the_number_of_threads(split, router, 
         tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(other.router, one.router, **tolerance)
         torch.testing.assert_close(other.down, one.down, **tolerance)
+
+
+@pytest.mark.parametrize("rule", ["cmoe", "contribution"])
+@pytest.mark.parametrize("split", ["random", "contiguous", "coactivation"])
+def test_shared_neurons_are_those_of_the_rule(split, rule, planted):
+    weights = planted(tokens=300).weights()
+    own, other = (
+        carve_block(*weights, CarveOptions(3, 3, 8, each, rule, refit=False)).plan
+        for each in (rule, split)
+    )
+    assert torch.equal(own.shared.neurons, other.shared.neurons)
+    if split == "contiguous":
+        rest = torch.cat([expert.neurons for expert in other.experts])
+        assert torch.equal(rest, rest.sort().values)
+    elif split == "random":
+        dealt = carve_block(*weights, CarveOptions(3, 3, 8, "random", refit=False)).plan
+        assert not torch.equal(dealt.shared.neurons, other.shared.neurons)
+        assert not torch.equal(own.experts[0].neurons, other.experts[0].neurons)
 
 
 def test_seeds_matter():
