@@ -43,6 +43,18 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_train.upcycling:compare_upcycling",
             "a dense model trained on, and mixtures of its copies",
         ),
+        "compare carving": Command(
+            "moezoo_train.claims.carving:compare_carving",
+            "groupings of a dense model's neurons, before and after fine-tuning",
+        ),
+        "compare hardening": Command(
+            "moezoo_train.claims.hardening:compare_hardening",
+            "trees of decisions, soft and hard with the same weights",
+        ),
+        "compare facts": Command(
+            "moezoo_train.claims.recall:compare_facts",
+            "methods that learn made-up facts, at equal active FLOPs",
+        ),
         "validate": Command(
             "moezoo_train.cli:run", "measure a checkpoint on validation data", True
         ),

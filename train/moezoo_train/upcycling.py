@@ -13,7 +13,6 @@ import platform
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -26,7 +25,7 @@ from moezoo_models.checkpoints import CONFIG, existing, read_json
 from moezoo_models.config import MoezooConfig
 from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.export import export
-from moezoo_train.compare.run import fit, open_text
+from moezoo_train.compare.run import fit, open_text, validate
 from moezoo_train.compare.settings import TextOptions
 from moezoo_train.module import LanguageModel
 from moezoo_train.optim import OptimizerConfig
@@ -125,7 +124,7 @@ def compare_upcycling(
         data = open_text(text, seed)
         module = _module(starts[name], data.vocab_size, optimizer, schedule)
         place = folder / "runs" / name.replace(", ", "-").replace(" ", "_")
-        start_loss = _validate(module, text, seed, precision)
+        start_loss, _ = validate(module, text, precision)
         report, _ = fit(module, data, place, steps, precision, console)
         module.save(place / "model", data.tokenizer)
         total, active = count_parameters(module.model)
@@ -177,17 +176,6 @@ def _flops(start: Path, text: TextOptions) -> int:
     """Give a token's forward FLOPs."""
     module = _module(start, open_text(text, 0).vocab_size, OptimizerConfig(), ScheduleConfig())
     return forward_flops_per_token(module.model, text.sequence_length)
-
-
-def _validate(module: LanguageModel, text: TextOptions, seed: int, precision: str) -> float:
-    """Give the validation loss before training."""
-    options: dict[str, Any] = {"devices": 1, "precision": precision, "logger": False}
-    options["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
-    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(**options, **quiet, enable_checkpointing=False)
-    (metrics,) = trainer.validate(module, datamodule=open_text(text, seed), verbose=False)
-    module.train()
-    return float(metrics["val/loss"])
 
 
 COLUMNS = (

@@ -219,6 +219,26 @@ def fit(
     return collect(trainer, module, read_metrics(folder / "metrics.csv")), load.loads
 
 
+def validate(
+    module: LanguageModel, text: TextOptions, precision: str
+) -> tuple[float, list[ExpertLoad]]:
+    """Give a model's validation loss in nats per token, and who answered; it stays as it is."""
+    load = ValidationLoad()
+    trainer = pl.Trainer(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        logger=False,
+        callbacks=[load],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    (metrics,) = trainer.validate(module, datamodule=open_text(text, 0), verbose=False)
+    module.train()
+    return float(metrics["val/loss"]), load.loads
+
+
 def build(run: Run, vocab_size: int) -> LanguageModel:
     """Build the model of a run; with random routing it begins with the same weights as without."""
     experiment, size = run.experiment, run.experiment.model
