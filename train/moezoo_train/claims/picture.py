@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moezoo_train.compare.palette import BLUE, GREEN, GREY, INDIGO, OCHRE, PINK, RED, SKY
 from moezoo_train.compare.results import Mean
@@ -88,7 +88,7 @@ def draw_lines(
         axes.spines[["top", "right"]].set_visible(False)
     figure.supylabel(label, fontsize=8.5)
     figure.supxlabel(caption, fontsize=7, color="#555555")
-    labelled = {}
+    labelled: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         labelled.update(zip(labels, handles, strict=True))

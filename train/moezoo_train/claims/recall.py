@@ -110,6 +110,8 @@ def compare_facts(
     check_int("asked", asked)
     if not facts or len(set(facts)) < len(facts):
         raise InputError("facts: give at least one number, and none twice")
+    for number in facts:
+        check_int("facts", number)
     everything = make_facts(max(facts), values=values)
     folder = Path(output)
     experiment = Experiment(
@@ -122,7 +124,11 @@ def compare_facts(
         tolerance=tolerance,
         model=model,
         text=TextOptions(
-            "", "", None, vocab_size, 0.02, sequence_length=sequence_length, batch_size=batch_size
+            max_bytes=None,
+            vocab_size=vocab_size,
+            val_fraction=0.02,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
         ),
         optimizer=optimizer,
         schedule=schedule,

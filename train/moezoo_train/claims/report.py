@@ -57,6 +57,10 @@ def write_report(
     rules = ["--:" if column.startswith(">") else "---" for column in columns]
     lines = [f"| {' | '.join(cells)} |" for cells in (names, rules, *rows)]
     said = [f"- {verdict}" for verdict in verdicts]
+    said += [
+        "",
+        "Verdicts are by the 95 % interval of the difference (Student's t), paired by seed.",
+    ]
     with atomic_write(folder / "table.md", "w") as file:
         file.write("\n".join([f"# {title}", "", *lines, "", *said, ""]))
     for name, figure in pictures.items():

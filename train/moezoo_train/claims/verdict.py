@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from moezoo_train.compare.claims import Verdict as Outcome
+from moezoo_train.compare.claims import confidence
 from moezoo_train.compare.results import Mean, mean
-
-Outcome = Literal["holds", "fails", "undecided"]
-
-ERRORS = 2.0
-"""Standard errors that a difference has to be away from what would decide otherwise. With three
-seeds, chance alone gives as much in one of five cases (t of 2 degrees of freedom)."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Verdict:
 
 
 def is_positive(claim: str, differences: Sequence[float]) -> Verdict:
-    """Judge the claim that a difference is above zero.
+    """Judge the claim that a difference is above zero, by its 95 % interval.
 
     Args:
         claim: in words.
@@ -48,8 +44,8 @@ def is_positive(claim: str, differences: Sequence[float]) -> Verdict:
 def is_small(claim: str, differences: Sequence[float], margin: float) -> Verdict:
     """Judge the claim that a difference is within a margin of zero, on either side.
 
-    That no difference was found does not make two things equal: the claim holds if all that lies
-    within two standard errors is within the margin, and fails if none of it is.
+    That no difference was found does not make two things equal: the claim holds if the 95 %
+    interval is within the margin, and fails if no part of it is.
 
     Args:
         claim: in words.
@@ -81,6 +77,5 @@ def _mean(values: Sequence[float]) -> Mean:
 
 
 def _interval(found: Mean) -> tuple[float, float]:
-    """Give what lies within two standard errors; everything, for a single seed."""
-    reach = float("inf") if found.error is None else ERRORS * found.error
-    return found.value - reach, found.value + reach
+    """Give the 95 % interval; for a single seed it is everything."""
+    return confidence(found) or (-math.inf, math.inf)

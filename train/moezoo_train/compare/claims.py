@@ -18,6 +18,14 @@ QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 COLUMNS = ("claim", "paper", "verdict", "compared", "measure", "difference", "95 % interval")
 
 
+def confidence(value: Mean) -> tuple[float, float] | None:
+    """Give the 95 % interval of a mean by Student's t; None for fewer than two seeds."""
+    if value.error is None:
+        return None
+    half = QUANTILES[min(value.count - 1, len(QUANTILES)) - 1] * value.error
+    return value.value - half, value.value + half
+
+
 @dataclass(frozen=True)
 class Contest:
     """Two rows, of which the first is claimed to have the lower measure.
@@ -35,11 +43,7 @@ class Contest:
     @property
     def interval(self) -> tuple[float, float] | None:
         """Where the mean difference lies with 95 % confidence; None for fewer than two seeds."""
-        if self.gain is None or self.gain.error is None:
-            return None
-        freedom = min(self.gain.count - 1, len(QUANTILES))
-        half = QUANTILES[freedom - 1] * self.gain.error
-        return self.gain.value - half, self.gain.value + half
+        return None if self.gain is None else confidence(self.gain)
 
     @property
     def verdict(self) -> Verdict:
