@@ -185,7 +185,7 @@ COLUMNS = (
     ">hard − soft",
     ">hard − dense",
     ">decision entropy (nats)",
-    ">tokens at the busiest leaf",
+    ">tokens at the busiest leaf (worst block)",
 )
 
 
