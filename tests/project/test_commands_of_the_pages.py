@@ -36,6 +36,19 @@ SMALL = {
     "bench": "--quick --runs 1",
     "generate": "--max_new_tokens 4",
     "compare": COMPARED,
+    "compare carving": (
+        "--max_steps 2 --seeds [1] --sizes [S2A6E16] --calibration path/to/texts "
+        "--calibration_tokens 512 --schedule.warmup_steps 1 --text.sequence_length 16"
+    ),
+    "compare facts": (
+        "--max_steps 2 --seeds [0] --facts [16] --schedule.warmup_steps 1 --sequence_length 16 "
+        "--vocab_size 300"
+    ),
+    "compare hardening": (
+        "--max_steps 2 --seeds [0] --schedule.warmup_steps 1 --text.source path/to/texts "
+        "--text.vocab_size 300 --text.sequence_length 16 --text.batch_size 2 "
+        "--text.val_fraction 0.2 --text.data_dir runs/claims/trees"
+    ),
     "compare upcycling": "--max_steps 6 --schedule.warmup_steps 1 --text.sequence_length 16",
     "inspect carving": (
         "--seeds 1 --calibration path/to/texts --calibration_tokens 512 --held_out_tokens 256"
