@@ -100,6 +100,10 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_models.spectrum:inspect_spectrum",
             "how many directions hidden activations and weights use",
         ),
+        "inspect background": Command(
+            "moezoo_train.background:inspect_background",
+            "which values other text reads, for sparse memory finetuning",
+        ),
         "inspect carving": Command(
             "moezoo_models.conversion.study:inspect_carving",
             "what carving and pruning cost a dense model, method by method",

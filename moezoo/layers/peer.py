@@ -212,7 +212,7 @@ class PEER(FeedForward):
             lr_multiplier=self.expert_lr_multiplier,
             weight_decay=False,
             schedule=False,
-            sparse=self.sparse,
+            sparse=self.experts.sparse,
         )
         return set_apart(super().parameter_groups(), [experts])
 

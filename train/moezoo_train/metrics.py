@@ -176,7 +176,9 @@ class TrainingMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Note the learning rate of this step; the schedule moves it right after."""
-        self._lr = max(group["lr"] for group in optimizer.param_groups if group["schedule"])
+        groups = optimizer.param_groups
+        # Where tables alone are trained, no group follows the schedule.
+        self._lr = max(g["lr"] for g in [g for g in groups if g["schedule"]] or groups)
 
     def on_train_batch_end(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,24 +40,19 @@ from moezoo_train.lora import (
 from moezoo_train.metrics import TrainingMetrics, precise
 from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
 from moezoo_train.pretrained import check_tokenizer, pretrained, remember_ends
+from moezoo_train.rules import FFNRule as FFNRule
 from moezoo_train.schedule import ScheduleConfig, build_schedule
+from moezoo_train.sparse_memory import (
+    SparseMemory,
+    SparseMemoryOptions,
+    check_sparse_memory,
+    describe_sparse_memory,
+    freeze_all_but_tables,
+)
 from moezoo_train.strategies import check_sparse_gradients, lay_out_for
 from moezoo_train.throughput import ffn_layers
 from moezoo_train.whole import in_parts, undivided_state, whole_state
 from moezoo_train.zero import ZeROStrategy
-
-
-@dataclass
-class FFNRule:
-    """Which blocks get which feed-forward layer.
-
-    Attributes:
-        layers: ``all``, ``every 2``, ``3`` or ``[3, 7]``; later rules win.
-        ffn: the layer, built for a width.
-    """
-
-    layers: str | int | list[int]
-    ffn: Callable[[int], FeedForward]
 
 
 class LanguageModel(LightningModule):
@@ -86,6 +81,8 @@ class LanguageModel(LightningModule):
         lora: train low-rank adapters of that model instead of all of it.
         build_in_parts: give a block its numbers only when processes divide it, so that none holds
             the whole model; it is the same model. For trainer.strategy fsdp2.
+        sparse_memory: of that model, train the tables of values only, and of those, in each step,
+            the rows that its batch reads more than other text.
         hash_embeddings_from: a Hugging Face directory of a trained model with the same tokenizer;
             clustered and dispersed hash tables follow its token embeddings.
         optimizer: how parameters are updated.
@@ -124,6 +121,7 @@ class LanguageModel(LightningModule):
         initialize_from: str | None = None,
         lora: LoRAOptions | None = None,
         build_in_parts: bool = False,
+        sparse_memory: SparseMemoryOptions | None = None,
         hash_embeddings_from: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
@@ -139,14 +137,19 @@ class LanguageModel(LightningModule):
         self.compile_model = compile
         self.guard = StepGuard(on_nan, spikes)
         check_lora(lora, initialize_from, optimizer, compile)
+        check_sparse_memory(sparse_memory, initialize_from, lora, optimizer, compile)
         self.initialize_from = initialize_from
         self.lora = lora
+        self.sparse_memory = sparse_memory
+        self._trained_rows = describe_sparse_memory(sparse_memory)
         self.model: PreTrainedModel
         self.drawn: Drawn | None = None
         if initialize_from is not None:
             self.model = pretrained(initialize_from, vocab_size, attention, build_in_parts)
             if lora is not None:
                 add_adapters(self.model, lora, initialize_from)
+            if sparse_memory is not None:
+                freeze_all_but_tables(self.model, initialize_from)
         else:
             rules = [FFNRule("all", ffn), *(ffn_rules or [])]
             width = check_int("d_model", d_model)
@@ -161,7 +164,7 @@ class LanguageModel(LightningModule):
                     qk_norm=qk_norm,
                     tie_word_embeddings=tie_embeddings,
                     max_position_embeddings=max_length,
-                    ffn=[_rule_config(rule, width) for rule in rules],
+                    ffn=[rule.config(width) for rule in rules],
                     allow_non_causal=allow_non_causal,
                 )
                 config._attn_implementation = attention
@@ -179,7 +182,10 @@ class LanguageModel(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what every run needs: resumable randomness, hash tables, and metrics."""
-        return [RandomState(), HashTables(), TrainingMetrics()]
+        own: list[Callback] = [RandomState(), HashTables(), TrainingMetrics()]
+        if self.sparse_memory is not None:
+            own.append(SparseMemory(self.model, self.sparse_memory))
+        return own
 
     def setup(self, stage: str) -> None:
         """Fit the model to the data's tokenizer, and the data's sequences to the model.
@@ -232,7 +238,7 @@ class LanguageModel(LightningModule):
 
     def on_after_backward(self) -> None:
         """Let the layers take note of the micro-batch."""
-        if layers := ffn_layers(self.model):
+        if layers := self._learning_layers():
             for layer, stats in zip(layers, self._ffn_stats, strict=True):
                 layer.observe(stats)
         self._ffn_stats = ()
@@ -267,8 +273,12 @@ class LanguageModel(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the layers update what they learn outside the gradient."""
         super().optimizer_step(*args, **kwargs)
-        for layer in ffn_layers(self.model):
+        for layer in self._learning_layers():
             layer.step()
+
+    def _learning_layers(self) -> list[FeedForward]:
+        """List the layers that may learn outside the gradient."""
+        return [] if self.sparse_memory is not None else ffn_layers(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build optimizer and schedule."""
@@ -334,6 +344,7 @@ class LanguageModel(LightningModule):
             "optimizer": asdict(self.optimizer_config),
             "guard": self.guard.state_dict(),
             "lora": describe_adapters(self.model, self.lora),
+            "sparse_memory": self._trained_rows,
         }
         if self.lora is not None:
             checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])
@@ -359,17 +370,10 @@ class LanguageModel(LightningModule):
         with identity.own_names():
             identity.check_same("model", saved["config"], identity.describe(self.model.config))
         identity.check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))
+        identity.check_same("sparse_memory", saved.get("sparse_memory", {}), self._trained_rows)
         whole, state = undivided_state(self), checkpoint["state_dict"]
         identity.check_tensors(state, whole if self.lora is None else trained_state(self))
         checkpoint["state_dict"] = {**whole, **state}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             identity.check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
         self.guard.load_state_dict(saved.get("guard", {}))
-
-
-def _rule_config(rule: FFNRule, d_model: int) -> dict[str, Any]:
-    """Write a rule down as the model's configuration holds it."""
-    with torch.device("meta"):  # only to learn the arguments, defaults included
-        config = rule.ffn(d_model).config()
-    config["init_args"].pop("d_model")
-    return {"layers": rule.layers, **config}

@@ -1,8 +1,9 @@
-"""Optimizers: AdamW, or Muon for the hidden matrices with AdamW for everything else.
+"""Optimizers: AdamW, Muon for the hidden matrices with AdamW for everything else, or plain SGD.
 
-Both read the parameter groups that the layers ask for, so a layer's learning-rate multiplier or
-its wish not to be decayed holds whatever the optimizer. Tables with sparse gradients are updated by
-SparseAdam, which leaves rows without a gradient, and their moments, as they are.
+All read the parameter groups that the layers ask for, so a layer's learning-rate multiplier or its
+wish not to be decayed holds whatever the optimizer. Tables with sparse gradients are updated by
+SparseAdam, which leaves rows without a gradient, and their moments, as they are; or by SGD, which
+has none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer, SparseAdam
+from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 
 from moezoo import FeedForward, ParameterGroup
 from moezoo.errors import InputError, check_choice, check_number
@@ -29,9 +30,10 @@ class OptimizerConfig:
     Attributes:
         name: ``adamw`` (arXiv:1711.05101), or ``muon`` (arXiv:2502.16982) for the matrices inside
             the blocks, those of stacked experts one by one, with AdamW for embeddings, heads,
-            norms, routers and tables.
-        lr: peak learning rate of AdamW.
-        weight_decay: decoupled, times the learning rate; not on vectors and embeddings.
+            norms, routers and tables; or ``sgd``, without momentum.
+        lr: peak learning rate of AdamW or SGD.
+        weight_decay: times the learning rate; not on vectors and embeddings. Decoupled, which for
+            SGD is the same as added to the gradient.
         betas: AdamW's averaging constants.
         eps: AdamW's floor under the square root.
         fused: one kernel for all of AdamW's arithmetic; the results differ in rounding only.
@@ -43,7 +45,7 @@ class OptimizerConfig:
             ``float32``, in which the number of processes does not show in the result.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -55,7 +57,7 @@ class OptimizerConfig:
     muon_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        check_choice("optimizer.name", self.name, ["adamw", "muon"])
+        check_choice("optimizer.name", self.name, ["adamw", "muon", "sgd"])
         check_choice("optimizer.muon_scale", self.muon_scale, ["original", "match_rms_adamw"])
         check_choice("optimizer.muon_dtype", self.muon_dtype, ["bfloat16", "float32"])
         for field in ("lr", "weight_decay", "eps", "muon_lr"):
@@ -116,6 +118,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = 
     hidden = _hidden_matrices(model) if config.name == "muon" else set()
     groups: list[dict[str, Any]] = []
     for group in parameter_groups(model):
+        if config.name == "sgd":
+            groups.append(_sgd_group(group, config))
+            continue
         if group.sparse:
             groups.append(_sparse_group(group, config))
             continue
@@ -128,6 +133,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = 
             groups.append(_adamw_group(group, others, config, fused))
     if not groups:
         raise InputError("optimizer: the model has no trained parameter; unfreeze some")
+    if config.name == "sgd":
+        return SGD(groups)
     if config.name == "muon" or any(is_sparse(group) for group in groups):
         return CombinedOptimizer(groups)
     return AdamW([{k: v for k, v in group.items() if k != "algorithm"} for group in groups])
@@ -135,7 +142,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = 
 
 def is_sparse(group: dict[str, Any]) -> bool:
     """Tell whether an optimizer's group is of parameters with sparse gradients."""
-    return group.get("algorithm") == "sparse_adam"
+    return str(group.get("algorithm")).startswith("sparse")
 
 
 def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
@@ -174,12 +181,24 @@ def _adamw_group(
     }
 
 
-def _sparse_group(group: ParameterGroup, config: OptimizerConfig) -> dict[str, Any]:
-    if group.weight_decay and config.weight_decay:
+def _sgd_group(group: ParameterGroup, config: OptimizerConfig) -> dict[str, Any]:
+    _check_decay(group, config)
+    return _common(group, group.parameters, config.lr) | {
+        "algorithm": "sparse_sgd" if group.sparse else "sgd",
+        "weight_decay": config.weight_decay if group.weight_decay else 0.0,
+    }
+
+
+def _check_decay(group: ParameterGroup, config: OptimizerConfig) -> None:
+    if group.sparse and group.weight_decay and config.weight_decay:
         raise InputError(
             f"optimizer.weight_decay: it would move every row of the group '{group.name}', whose "
             "gradients are sparse; set it to 0, or the layer's sparse to false"
         )
+
+
+def _sparse_group(group: ParameterGroup, config: OptimizerConfig) -> dict[str, Any]:
+    _check_decay(group, config)
     built = _common(group, group.parameters, config.lr)
     for field, value in (("lr", built["lr"]), ("eps", config.eps)):
         if not value > 0:

@@ -240,6 +240,8 @@ def check_zero(strategy: ZeROStrategy, module: LanguageModel) -> None:
             "optimizer.name: Muon wants whole matrices, and ZeRO divides them anywhere; give "
             "adamw, or trainer.strategy fsdp2"
         )
+    if module.optimizer_config.name == "sgd":
+        raise InputError("optimizer.name: sgd has not been tried with ZeRO; give adamw")
     if module.guard.on_nan == "skip" or module.guard.spikes is not None:
         option = "on_nan" if module.guard.on_nan == "skip" else "spikes"
         other = "stop" if option == "on_nan" else "null"

@@ -176,8 +176,8 @@ class Plan:
 
         AdamW keeps two moments and a 4-byte step count per parameter tensor (arXiv:1711.05101,
         algorithm 2; ``torch.optim.AdamW``), Muon one momentum (arXiv:2502.16982, eq. 1), both in
-        the parameter's dtype. DeepSpeed keeps fp32 moments and an fp32 copy of the parameters: 12
-        bytes per parameter, sharded (arXiv:1910.02054, section 3.1).
+        the parameter's dtype, SGD nothing. DeepSpeed keeps fp32 moments and an fp32 copy of the
+        parameters: 12 bytes per parameter, sharded (arXiv:1910.02054, section 3.1).
         """
         spread = self.layout == "fsdp" or self.layout in DEEPSPEED
         total = 0.0
@@ -188,6 +188,8 @@ class Plan:
                 total += 12 * numbers
             elif group.get("algorithm") == "muon":
                 total += self._width * numbers
+            elif "sgd" in str(group.get("algorithm")):
+                continue
             else:
                 total += 2 * self._width * numbers + 4 * len(parameters)
         return total
@@ -305,6 +307,8 @@ def refusal(setup: Setup, layout: str, gpus: int, expert_parallel: int) -> str |
     """Say why a layout can not be had; None if it can."""
     if layout in DEEPSPEED and setup.optimizer.name == "muon":
         return "DeepSpeed flattens parameters, and Muon needs matrices"
+    if layout in DEEPSPEED and setup.optimizer.name == "sgd":
+        return "sgd has not been tried with DeepSpeed"
     if layout != "ep":
         return None
     if not setup.expert_layers:
