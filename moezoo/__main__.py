@@ -55,6 +55,10 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_train.claims.recall:compare_facts",
             "methods that learn made-up facts, at equal active FLOPs",
         ),
+        "compare forgetting": Command(
+            "moezoo_train.forgetting:compare_forgetting",
+            "new facts learned and old ones forgotten, by way of teaching",
+        ),
         "validate": Command(
             "moezoo_train.cli:run", "measure a checkpoint on validation data", True
         ),

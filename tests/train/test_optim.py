@@ -47,7 +47,21 @@ def fill_gradients(model: nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_sgd_steps_down_the_gradient_and_remembers_nothing(model):
+    fill_gradients(model, seed=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimizerConfig("sgd", lr=0.5, weight_decay=0.1))
+    optimizer.step()
+
+    decayed = {p for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert 0 < len(decayed) < len(before)
+    for name, parameter in model.named_parameters():
+        kept = before[name] * (0.95 if parameter in decayed else 1.0)
+        torch.testing.assert_close(parameter.detach(), kept - 0.5 * parameter.grad)
+    assert not any(value is not None for s in optimizer.state.values() for value in s.values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_each_parameter_is_in_exactly_one_group(model, name, tied):
     if not tied:

@@ -133,12 +133,13 @@ def fitting(strategy: Any, **options: Any) -> SimpleNamespace:
     ("options", "message"),
     [
         ({"optimizer_config": OptimizerConfig("muon")}, "optimizer.name: Muon wants whole"),
+        ({"optimizer_config": OptimizerConfig("sgd")}, "optimizer.name: sgd has not been tried"),
         ({"guard": StepGuard("skip")}, "model.on_nan: ZeRO can not skip .*; give stop"),
         ({"guard": StepGuard("stop", SpikeRule())}, "model.spikes: ZeRO can not skip .*; give nu"),
         ({"compile_model": True}, "model.compile: ZeRO's hooks"),
         ({"lora": object()}, "adapters do not go with ZeRO"),
     ],
-    ids=["muon", "skip", "spikes", "compile", "lora"],
+    ids=["muon", "sgd", "skip", "spikes", "compile", "lora"],
 )
 def test_what_zero_would_compute_otherwise_is_refused(options, message):
     strategy = ZeROStrategy()

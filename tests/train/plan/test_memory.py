@@ -9,7 +9,7 @@ import torch
 from moezoo.bench.case import Contender
 from moezoo.bench.memory import saved_bytes
 from moezoo_train.optim import OptimizerConfig, build_optimizer
-from moezoo_train.plan.layouts import Plan
+from moezoo_train.plan.layouts import Plan, refusal
 from moezoo_train.plan.trace import Trace, trace
 
 KINDS = ("dense", "moe", "peer", "memory_plus")
@@ -85,6 +85,13 @@ def test_parameters_gradients_and_optimizer_state(
     assert memory.parameters == sum(state_bytes(tensor) for tensor in held)
     assert memory.gradients == sum(state_bytes(p.grad) for p in module.parameters())
     assert memory.optimizer == sum(state_bytes(state) for state in built.state.values())
+
+
+def test_sgd_has_no_state_and_is_not_divided(make_setup):
+    setup = make_setup("dense", optimizer=OptimizerConfig("sgd"))
+    assert Plan(setup, Trace(), "ddp", gpus=1).memory().optimizer == 0
+    assert refusal(setup, "ddp", 4, 1) is None
+    assert refusal(setup, "zero2", 4, 1) == "sgd has not been tried with DeepSpeed"
 
 
 def test_frozen_parameters_have_no_gradient_and_no_state(make_setup):

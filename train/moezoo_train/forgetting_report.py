@@ -1,0 +1,253 @@
+"""The table, the verdict and the picture of ``moezoo compare forgetting``."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moezoo.command.tables import print_table
+from moezoo_models.atomic import atomic_write
+from moezoo_train.compare.palette import BLUE, GREEN, OCHRE, PINK, RED, SKY
+from moezoo_train.compare.results import Mean, mean
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BEFORE = "before"
+MEASURES = ("new_facts", "new_taught", "old_facts", "text_loss")
+COLUMNS = (
+    "method",
+    ">learning rate",
+    ">new facts",
+    ">as taught",
+    ">old facts",
+    ">forgotten",
+    ">text loss",
+)
+_COLORS = (RED, BLUE, GREEN, OCHRE, PINK, SKY)
+_MARKERS = "osD^vP"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run learned and forgot.
+
+    Attributes:
+        method: way of teaching; ``before`` is the model that nothing was taught yet.
+        rate: learning rate.
+        seed: of the new facts.
+        text_loss: nats per token of text held out before the first training.
+        old_facts: share of the old facts recalled.
+        new_facts: share of the new facts recalled in wordings that they were not taught in.
+        new_taught: the same in those that they were.
+        seconds: that teaching took.
+    """
+
+    method: str
+    rate: float
+    seed: int
+    text_loss: float
+    old_facts: float
+    new_facts: float
+    new_taught: float
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method at a learning rate, over seeds.
+
+    Attributes:
+        method: as in :class:`Outcome`, as are the others.
+        rate: as there.
+        text_loss: as there.
+        old_facts: as there.
+        new_facts: as there.
+        new_taught: as there.
+    """
+
+    method: str
+    rate: float
+    text_loss: Mean
+    old_facts: Mean
+    new_facts: Mean
+    new_taught: Mean
+
+
+def settings(outcomes: Sequence[Outcome]) -> list[Setting]:
+    """Average over seeds, in the order in which methods and rates first come."""
+    groups: dict[tuple[str, float], list[Outcome]] = {}
+    for each in outcomes:
+        groups.setdefault((each.method, each.rate), []).append(each)
+    found = []
+    for (method, rate), members in groups.items():
+        means: dict[str, Any] = {
+            measure: mean([getattr(each, measure) for each in members]) for measure in MEASURES
+        }
+        found.append(Setting(method, rate, **means))
+    return found
+
+
+def forgotten(setting: Setting, before: Setting) -> float:
+    """Give the share of the old facts known before that is not recalled any more."""
+    known = before.old_facts.value
+    return 1 - setting.old_facts.value / known if known else 0.0
+
+
+def verdict(found: Sequence[Setting]) -> str:
+    """Say what each method forgot at its best learning rate, and at equal learning.
+
+    Equal learning is as many new facts as every method recalls at some rate: of the rates at which
+    a method recalls as many, the one counts that forgets least.
+    """
+    before = next(each for each in found if each.method == BEFORE)
+    methods = list(dict.fromkeys(each.method for each in found if each.method != BEFORE))
+    tried = {m: [each for each in found if each.method == m] for m in methods}
+    best = {m: max(tried[m], key=lambda each: each.new_facts.value) for m in methods}
+    reached = min(each.new_facts.value for each in best.values())
+    equal = {
+        m: min(
+            (each for each in tried[m] if each.new_facts.value >= reached),
+            key=lambda each: forgotten(each, before),
+        )
+        for m in methods
+    }
+    lines = ["At the learning rate that teaches most:"]
+    lines += [_line(best[m], before) for m in methods]
+    lines += ["", f"Where each recalls at least {reached:.0%} of the new facts:"]
+    lines += [_line(equal[m], before) for m in methods]
+    return "\n".join(lines)
+
+
+def _line(setting: Setting, before: Setting) -> str:
+    loss = setting.text_loss.value - before.text_loss.value
+    return (
+        f"- {setting.method} ({setting.rate:g}): {setting.new_facts.value:.0%} of the new facts, "
+        f"{forgotten(setting, before):.0%} of the old ones forgotten, text loss {loss:+.3f}"
+    )
+
+
+def write_report(
+    folder: Path, outcomes: Sequence[Outcome], taught: Sequence[int], asked: Sequence[int]
+) -> None:
+    """Print table and verdict, and write table.md, results.json and forgetting.png.
+
+    Args:
+        folder: where.
+        outcomes: of all runs, the model before among them.
+        taught: wordings in which new facts were taught.
+        asked: wordings in which facts were asked for.
+    """
+    found = settings(outcomes)
+    before = next(each for each in found if each.method == BEFORE)
+    rows = [_row(each, before) for each in found]
+    print_table("new facts learned and old ones kept", COLUMNS, rows)
+    said = verdict(found)
+    print(said)
+    names = [column.lstrip(">") for column in COLUMNS]
+    rules = ["--:" if column.startswith(">") else "---" for column in COLUMNS]
+    lines = [f"| {' | '.join(cells)} |" for cells in (names, rules, *rows)]
+    with atomic_write(folder / "table.md", "w") as file:
+        file.write("\n".join([*lines, "", said, ""]))
+    where = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    content = {
+        "environment": where,
+        "wordings": {"taught": list(taught), "asked": list(asked)},
+        "results": [asdict(each) for each in outcomes],
+    }
+    with atomic_write(folder / "results.json", "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+    picture = io.BytesIO()
+    draw(found).savefig(picture, format="png")
+    with atomic_write(folder / "forgetting.png") as file:
+        file.write(picture.getvalue())
+
+
+def _row(setting: Setting, before: Setting) -> list[str]:
+    own = setting is before
+    return [
+        setting.method,
+        "" if own else f"{setting.rate:g}",
+        _percent(setting.new_facts),
+        _percent(setting.new_taught),
+        _percent(setting.old_facts),
+        "" if own else f"{100 * forgotten(setting, before):.0f} %",
+        str(setting.text_loss),
+    ]
+
+
+def _percent(share: Mean) -> str:
+    error = "" if share.error is None else f" ± {100 * share.error:.1f}"
+    return f"{100 * share.value:.1f}{error} %"
+
+
+def draw(found: Sequence[Setting]) -> Figure:
+    """Draw what is kept over what is learned, a line per method through its learning rates."""
+    from matplotlib.figure import Figure
+
+    before = next(each for each in found if each.method == BEFORE)
+    methods = list(dict.fromkeys(each.method for each in found if each.method != BEFORE))
+    figure = Figure(figsize=(9, 4.2), dpi=160, layout="constrained")
+    panels = {
+        "old_facts": ("old facts recalled (%)", 100.0),
+        "text_loss": ("loss on old text (nats per token)", 1.0),
+    }
+    for axes, (measure, (label, factor)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        level = factor * getattr(before, measure).value
+        axes.axhline(level, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
+        for number, method in enumerate(methods):
+            chain = [each for each in found if each.method == method]
+            _draw_chain(axes, [before, *chain], measure, factor, number, method)
+        axes.plot(100 * before.new_facts.value, level, "*", color="#222222", markersize=11)
+        axes.set_xlabel("new facts recalled, in wordings not taught (%)")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[1].invert_yaxis()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=len(methods), frameon=False, fontsize=9
+    )
+    figure.supxlabel(
+        "★ before teaching; a line joins a method's learning rates, the smallest first; up and "
+        "right is better",
+        fontsize=8,
+        color="#555555",
+    )
+    return figure
+
+
+def _draw_chain(
+    axes: Any, chain: Sequence[Setting], measure: str, factor: float, number: int, method: str
+) -> None:
+    color = _COLORS[number % len(_COLORS)].light
+    kept = [getattr(each, measure) for each in chain]
+    learned = [each.new_facts for each in chain]
+    axes.errorbar(
+        [100 * each.value for each in learned],
+        [factor * each.value for each in kept],
+        xerr=[100 * (each.error or 0.0) for each in learned],
+        yerr=[factor * (each.error or 0.0) for each in kept],
+        color=color,
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=5,
+        linewidth=1.3,
+        elinewidth=0.8,
+        capsize=2,
+        label=method,
+        markevery=slice(1, None),
+    )
