@@ -19,6 +19,7 @@ from moezoo_train.facts import (
     fact_documents,
     make_facts,
     recall,
+    tie_anew,
     write_documents,
 )
 
@@ -80,6 +81,18 @@ def test_facts_follow_from_the_seed_and_have_subjects_of_their_own():
     pools = {r: {f.value for f in facts if f.relation == r} for r in WORDINGS}
     assert [len(pool) for pool in pools.values()] == [10] * 4
     assert len(set.union(names, *pools.values())) == 440
+
+
+def test_a_seed_ties_the_same_subjects_to_the_values_anew():
+    facts = make_facts(40, values=8)
+    tied = tie_anew(facts, 1)
+
+    assert [(f.subject, f.relation) for f in tied] == [(f.subject, f.relation) for f in facts]
+    assert sorted((f.relation, f.value) for f in tied) == sorted(
+        (f.relation, f.value) for f in facts
+    )
+    assert sum(a.value != b.value for a, b in zip(tied, facts, strict=True)) > 10
+    assert tied == tie_anew(facts, 1) != tie_anew(facts, 2)
 
 
 def test_every_wording_is_another_and_names_the_subject():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -146,6 +146,17 @@ def make_facts(count: int, seed: int = 0, values: int = 64) -> list[Fact]:
         relation = relations[number % len(relations)]
         facts.append(Fact(subject, relation, generator.choice(pools[relation])))
     return facts
+
+
+def tie_anew(facts: Sequence[Fact], seed: int) -> list[Fact]:
+    """Shuffle the values of each relation: other facts about the same subjects."""
+    generator = random.Random(seed)
+    values: dict[str, list[str]] = {}
+    for fact in facts:
+        values.setdefault(fact.relation, []).append(fact.value)
+    for pool in values.values():
+        generator.shuffle(pool)
+    return [replace(fact, value=values[fact.relation].pop()) for fact in facts]
 
 
 def fact_documents(

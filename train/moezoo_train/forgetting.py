@@ -37,6 +37,7 @@ from moezoo_train.facts import (
     fact_documents,
     make_facts,
     recall,
+    tie_anew,
     write_documents,
 )
 from moezoo_train.forgetting_report import Outcome, write_report
@@ -60,7 +61,7 @@ class FactOptions:
     Attributes:
         old: facts in the text that the model is trained on first, in all wordings.
         old_repeats: how often each is told in each wording there.
-        new: facts that it is taught then; each seed has others.
+        new: facts that it is taught then; each seed ties their subjects to other values.
         values: values of each relation: a guess is right once in so many times.
         taught: wordings in which the new facts are taught, out of 0 … 5.
         asked: wordings in which all facts are asked for.
@@ -153,7 +154,7 @@ def compare_forgetting(
         methods: ways to teach, by name.
         base: the model that is taught.
         output: directory; gets a folder for each run.
-        seeds: each chooses new facts and their order.
+        seeds: each chooses the values of the new facts, and their order.
         max_steps: optimizer steps of teaching.
         sequence_length: tokens of a window in teaching.
         batch_size: windows of a step in teaching.
@@ -174,7 +175,7 @@ def compare_forgetting(
     check_int("max_steps", max_steps)
     if not seeds:
         raise InputError("seeds: there is none; give e.g. [0, 1, 2]")
-    known = make_facts(facts.old + (max(seeds) + 1) * facts.new, facts.seed, facts.values)
+    known = make_facts(facts.old + facts.new, facts.seed, facts.values)
     study = _Study(Path(output), model, text, base, facts, known[: facts.old])
     quiet_lightning()
     before = study.train_base()
@@ -182,8 +183,7 @@ def compare_forgetting(
     study.count_background(background_batches, sizes)
     outcomes = []
     for seed in seeds:
-        first = facts.old + seed * facts.new
-        new = known[first : first + facts.new]
+        new = tie_anew(known[facts.old :], seed)
         outcomes.append(study.measure_base(before, seed, new))
         data = study.prepare_facts(seed, new, sizes)
         for name, teaching in methods.items():
