@@ -209,6 +209,12 @@ class _Run:
     def folder(self) -> str:
         return f"{self.method}-{self.rate:g}-{self.seed}".replace(" ", "_").replace(",", "")
 
+    def identity(self) -> dict[str, Any]:
+        """List what its numbers depend on: not what else is tried."""
+        described = asdict(self)
+        del described["teaching"]["rates"]
+        return described
+
 
 class _Study:
     """The text, the model and the facts that all runs of a comparison share."""
@@ -319,7 +325,7 @@ class _Study:
     def teach(self, run: _Run, text: TextOptions, new: list[Fact]) -> Outcome:
         """Teach the model and ask it, unless that has been done."""
         folder = self.folder / "runs" / run.folder
-        wanted = fingerprint(self.identity | asdict(run))
+        wanted = fingerprint(self.identity | run.identity())
         if (found := _read(folder / _RESULT)).get("hash") == wanted:
             return Outcome(**found["outcome"])
         shutil.rmtree(folder, ignore_errors=True)

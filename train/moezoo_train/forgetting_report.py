@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,36 +104,49 @@ def forgotten(setting: Setting, before: Setting) -> float:
 
 
 def verdict(found: Sequence[Setting]) -> str:
-    """Say what each method forgot at its best learning rate, and at equal learning.
+    """Say what each method forgot at the learning rate that teaches most, and at equal learning.
 
-    Equal learning is as many new facts as every method recalls at some rate: of the rates at which
-    a method recalls as many, the one counts that forgets least.
+    Equal learning is as many new facts as every method recalls at some rate; what is kept there is
+    interpolated between the two rates around it.
     """
     before = next(each for each in found if each.method == BEFORE)
     methods = list(dict.fromkeys(each.method for each in found if each.method != BEFORE))
     tried = {m: [each for each in found if each.method == m] for m in methods}
     best = {m: max(tried[m], key=lambda each: each.new_facts.value) for m in methods}
-    reached = min(each.new_facts.value for each in best.values())
-    equal = {
-        m: min(
-            (each for each in tried[m] if each.new_facts.value >= reached),
-            key=lambda each: forgotten(each, before),
-        )
-        for m in methods
-    }
+    level = min(each.new_facts.value for each in best.values())
     lines = ["At the learning rate that teaches most:"]
-    lines += [_line(best[m], before) for m in methods]
-    lines += ["", f"Where each recalls at least {reached:.0%} of the new facts:"]
-    lines += [_line(equal[m], before) for m in methods]
+    for method, setting in best.items():
+        loss = setting.text_loss.value - before.text_loss.value
+        lines.append(
+            f"- {method} ({setting.rate:g}): {setting.new_facts.value:.0%} of the new facts, "
+            f"{forgotten(setting, before):.0%} of the old ones forgotten, text loss {loss:+.3f}"
+        )
+    lines += ["", f"Where each recalls {level:.0%} of the new facts, between learning rates:"]
+    for method in methods:
+        old, loss = at_level([before, *tried[method]], level)
+        share = 1 - old / before.old_facts.value if before.old_facts.value else 0.0
+        change = loss - before.text_loss.value
+        lines.append(f"- {method}: {share:.0%} of the old ones forgotten, text loss {change:+.3f}")
     return "\n".join(lines)
 
 
-def _line(setting: Setting, before: Setting) -> str:
-    loss = setting.text_loss.value - before.text_loss.value
-    return (
-        f"- {setting.method} ({setting.rate:g}): {setting.new_facts.value:.0%} of the new facts, "
-        f"{forgotten(setting, before):.0%} of the old ones forgotten, text loss {loss:+.3f}"
+def at_level(chain: Sequence[Setting], level: float) -> tuple[float, float]:
+    """Interpolate old facts recalled and text loss where a chain of rates first reaches a level.
+
+    Args:
+        chain: settings, the first of which has learned no more than the level.
+        level: share of the new facts recalled, reached by one of them.
+    """
+    for low, high in pairwise(chain):
+        rise = high.new_facts.value - low.new_facts.value
+        if high.new_facts.value >= level:
+            weight = (level - low.new_facts.value) / rise if rise else 1.0
+            break
+    old, loss = (
+        (1 - weight) * getattr(low, measure).value + weight * getattr(high, measure).value
+        for measure in ("old_facts", "text_loss")
     )
+    return old, loss
 
 
 def write_report(
@@ -220,7 +234,12 @@ def draw(found: Sequence[Setting]) -> Figure:
     figure.axes[1].invert_yaxis()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper center", ncols=len(methods), frameon=False, fontsize=9
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=min(len(methods), 3),
+        frameon=False,
+        fontsize=9,
     )
     figure.supxlabel(
         "★ before teaching; a line joins a method's learning rates, the smallest first; up and "
