@@ -50,6 +50,15 @@ SMALL = {
         "--text.val_fraction 0.2 --text.data_dir runs/claims/trees"
     ),
     "compare upcycling": "--max_steps 6 --schedule.warmup_steps 1 --text.sequence_length 16",
+    "compare forgetting": (
+        "--seeds [0] --max_steps 1 --background_batches 2 --batch_size 2 --sequence_length 16 "
+        "--model.d_model 16 --model.num_heads 2 --base.max_steps 2 --base.schedule.warmup_steps 0 "
+        "--base.memory '{num_keys: 8, top_k: 2}' --methods '{sparse: {rows: 5, rates: [1]}}' "
+        "--text.source path/to/texts --text.vocab_size 320 --text.val_fraction 0.2 "
+        "--text.sequence_length 16 --text.batch_size 2 --facts.old 4 --facts.old_repeats 1 "
+        "--facts.new 4"
+    ),
+    "inspect background": "--batches 2 --sequence_length 16 --batch_size 2",
     "inspect carving": (
         "--seeds 1 --calibration path/to/texts --calibration_tokens 512 --held_out_tokens 256"
     ),
