@@ -45,7 +45,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "compare carving": Command(
             "moezoo_train.claims.carving:compare_carving",
-            "groupings of a dense model's neurons, before and after fine-tuning",
+            "groupings of a dense model's neurons, carved and tuned",
         ),
         "compare hardening": Command(
             "moezoo_train.claims.hardening:compare_hardening",
@@ -57,7 +57,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "compare forgetting": Command(
             "moezoo_train.forgetting:compare_forgetting",
-            "new facts learned and old ones forgotten, by way of teaching",
+            "new facts learned and old ones forgotten",
         ),
         "validate": Command(
             "moezoo_train.cli:run", "measure a checkpoint on validation data", True

@@ -47,6 +47,10 @@ def test_killed_rank(seed, server, fit, parts, tmp_path, record_property):
     if rank == 0 and chance.random() < 0.5:
         fate = {"operation": chance.randint(1, finished.operations)}
     ended = server.run_ranks(2, *fit(run, **PARTS), folder=tmp_path, rank=rank, **fate)
+    while not ended[rank].code:  # it was faster than the chosen moment
+        shutil.rmtree(run)
+        fate = {"seconds": ended[rank].seconds / 2}
+        ended = server.run_ranks(2, *fit(run, **PARTS), folder=tmp_path, rank=rank, **fate)
     assert ended[rank].code == -signal.SIGKILL, ended
     record_property("killed", moment(run))
     # The other had finished, or says what happened.

@@ -158,11 +158,9 @@ def compare_forgetting(
         max_steps: optimizer steps of teaching.
         sequence_length: tokens of a window in teaching.
         batch_size: windows of a step in teaching.
-        background_batches: batches of the text before, of that size, for methods that ask what it
-            reads.
+        background_batches: of the text before, for methods that ask what it reads.
         model: the decoder around the layers.
-        text: what the model is trained on first, together with the old facts; val_fraction of its
-            documents are held out to measure what it forgets.
+        text: what it is trained on first, beside the old facts; val_fraction of it is held out.
         facts: old and new ones.
         schedule: how the learning rate moves in teaching; those of tables do not.
 
@@ -282,7 +280,9 @@ class _Study:
 
     def _documents(self) -> tuple[list[str], str]:
         """Give the text to train on, and in one piece the text that is held out."""
-        kept, held_out, size = [], [], 0
+        kept: list[str] = []
+        held_out: list[str] = []
+        size = 0
         every = max(2, round(1 / self.text.val_fraction))
         for number, document in enumerate(open_corpus(self.text.source).documents()):
             (kept if number % every else held_out).append(document)
@@ -296,7 +296,7 @@ class _Study:
         wordings, repeats = range(NUM_WORDINGS), self.facts.old_repeats
         yield from fact_documents(self.old, wordings, self.facts.seed, repeats)
 
-    def count_background(self, batches: int, sizes: dict[str, int]) -> None:
+    def count_background(self, batches: int, sizes: dict[str, Any]) -> None:
         """See which rows the text before reads, unless that has been done."""
         self.identity |= {"background": batches, **sizes}
         done = self.folder / "background.json"
@@ -307,7 +307,7 @@ class _Study:
         inspect_background(start, self.text.data_dir, self.background, batches, **sizes)
         _write(done, wanted)
 
-    def prepare_facts(self, seed: int, new: list[Fact], sizes: dict[str, int]) -> TextOptions:
+    def prepare_facts(self, seed: int, new: list[Fact], sizes: dict[str, Any]) -> TextOptions:
         """Turn the facts of a seed into text to train on."""
         place = self.folder / "facts" / str(seed)
         # Told four times, so that the document that validation takes away leaves each fact told.
