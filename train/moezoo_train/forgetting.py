@@ -160,7 +160,7 @@ def compare_forgetting(
         batch_size: windows of a step in teaching.
         background_batches: of the text before, for methods that ask what it reads.
         model: the decoder around the layers.
-        text: what it is trained on first, beside the old facts; val_fraction of it is held out.
+        text: to train on first, beside the old facts; val_fraction of it is held out.
         facts: old and new ones.
         schedule: how the learning rate moves in teaching; those of tables do not.
 
