@@ -7,6 +7,12 @@ PIP    := $(BIN)/python -m pip
 QUIET  := --quiet --disable-pip-version-check
 BUILT  := pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
 
+# A worker for each core, and one thread for each: tests are too small to share. They start many
+# processes; OpenMP threads that spin while idle would slow them all down. (A single training run
+# wants them to spin: asleep, they wake too late for small matrices.)
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest \
+          --numprocesses auto --maxprocesses 8
+
 # Where to take torch from, if not from the usual index; e.g. PyTorch's index of CPU wheels.
 TORCH_INDEX ?=
 
@@ -32,15 +38,11 @@ demo: $(VENV)/.train
 compare: $(VENV)/.train
 	@$(BIN)/moezoo compare --config configs/compare/small.yaml
 
-# A worker for each core, and one thread for each: tests are too small to share. They start many
-# processes; OpenMP threads that spin while idle would slow them all down.
-# (A single training run wants them to spin: asleep, they wake too late for small matrices.)
 test: $(VENV)/.dev
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest \
-	  --numprocesses auto --maxprocesses 8 --dist loadfile
+	@$(PYTEST) --dist loadfile
 
 torture: $(VENV)/.dev
-	@MOEZOO_KILLS=50 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/reliability
+	@MOEZOO_KILLS=50 $(PYTEST) tests/reliability
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

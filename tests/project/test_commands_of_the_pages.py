@@ -1,10 +1,12 @@
 """Every `moezoo` command of README and docs/ runs, as it stands but for the size."""
 
+import os
 import runpy
 import shlex
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -87,15 +89,18 @@ BEFORE = {
 def run(words: list[str]) -> int:
     if words[0] == "python":
         sys.argv = words[2:]
+        sys.modules.pop(words[2], None)  # runpy warns of a module that was imported before
         runpy.run_module(words[2], run_name="__main__")
         return 0
     name, *options = joined_name(words[1:])
     assert name in COMMANDS
-    try:
-        return main([*name.split(), *options, *shlex.split(smaller(name, options))])
-    finally:
-        if dist.is_initialized():  # a strategy leaves that to the end of the process
-            dist.destroy_process_group()
+    # A strategy leaves its process group, and what it told its ranks, to the end of the process.
+    with mock.patch.dict(os.environ):
+        try:
+            return main([*name.split(), *options, *shlex.split(smaller(name, options))])
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def smaller(name: str, options: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,9 @@ def test_what_is_no_checkpoint_is_refused(last, tmp_path):
 
 def test_a_damaged_checkpoint_is_refused(last, tmp_path):
     content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 1
+    with zipfile.ZipFile(last) as archive:  # between its files there is padding
+        largest = archive.read(max(archive.infolist(), key=lambda info: info.file_size))
+    content[content.find(largest) + len(largest) // 2] ^= 1
     last.write_bytes(content)
     assert "is damaged or not a checkpoint" in refused(last, tmp_path)
     last.write_bytes(content[:-100])
