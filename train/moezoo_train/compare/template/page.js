@@ -179,7 +179,7 @@ function buildClaims() {
       if (n === 0) {
         const rows = { rowspan: claim.contests.length };
         line.append(html("td", { ...rows, class: "says" }, claim.says),
-          html("td", rows, claim.paper), html("td", { ...rows, class: claim.verdict }, claim.verdict));
+          html("td", { ...rows, class: "paper" }, claim.paper), html("td", { ...rows, class: claim.verdict }, claim.verdict));
       }
       line.append(html("td", {}, `${lower} < ${higher}`), html("td", {}, claim.measure),
         html("td", { class: "number" }, gain ? signed(gain[0]) : data.nothing),
