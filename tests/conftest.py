@@ -13,6 +13,16 @@ import torch
 # Without it cuBLAS refuses to run under torch.use_deterministic_algorithms (`poison_empty`).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+RANKS = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+)
+
 # Tiny tensors on many threads spend their time waiting for each other.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -29,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed() -> None:
     """Start every test from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def forget_ranks() -> Iterator[None]:
+    """Take away what a strategy told its ranks, or a later test's processes would be ranks, too."""
+    yield
+    for name in RANKS:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

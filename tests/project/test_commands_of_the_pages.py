@@ -30,7 +30,7 @@ COMPARED = (
     "--max_steps 2 --schedule.warmup_steps 1 --text.source path/to/texts --text.vocab_size 300 "
     "--text.sequence_length 16 --text.batch_size 2 --text.val_fraction 0.2 --seeds [0] "
     "--precision 32-true --tolerance 0.9 --model.d_model 32 --model.num_heads 2 "
-    "--ablation false --only [dense_mlp,mixtral]"
+    "--ablation false --only [dense_mlp]"
 )
 SMALL = {
     "demo": "--recipe demo.yaml --max_steps 2 --source path/to/texts",
@@ -80,6 +80,10 @@ def commands_of(page: Path) -> list[list[str]]:
 
 WITH_COMMANDS = [page for page in PAGES if page.name != "CONTRIBUTING.md" and commands_of(page)]
 BEFORE = {
+    "claims.md": [
+        "moezoo fit --config configs/dense_small.yaml --output runs/upcycling_dense "
+        "--data.data_dir runs/upcycling_data"
+    ],
     "compare.md": ["moezoo compare --config configs/compare/small.yaml"],
     "finetuning.md": ["moezoo upcycle path/to/llama runs/mixtral --experts 8 --top_k 2"],
 }
