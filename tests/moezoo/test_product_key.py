@@ -169,6 +169,7 @@ def run_rank(rank: int, path: str) -> None:
     if rank == 0:
         state = {"gradient": gradient, "mean": query.running_mean, "var": query.running_var}
         torch.save(state, path + ".result")
+    dist.barrier()  # whoever leaves first may abort the other
     dist.destroy_process_group()
 
 

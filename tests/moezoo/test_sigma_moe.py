@@ -157,6 +157,7 @@ def run_rank(rank: int, path: str) -> None:
     gradient = layer.gate.weight.grad.clone()
     dist.all_reduce(gradient)
     torch.save({"loss": loss.detach(), "gradient": gradient / 2}, f"{path}.{rank}")
+    dist.barrier()  # whoever leaves first may abort the other
     dist.destroy_process_group()
 
 

