@@ -180,26 +180,25 @@ def product_keys(canvas: Canvas, grid_x: float) -> None:
             )
 
 
-def peer() -> Canvas:
-    """Draw experts of one neuron in a grid of product keys."""
+def product_key_table(rows: str, answer: str) -> Canvas:
+    """Draw rows in a grid of product keys, and what is added up of those that are found."""
     canvas = Canvas()
     canvas.ends(20)
     product_keys(canvas, 55)
-    canvas.text(63, 32, "n² experts of\none neuron", 7.5)
+    canvas.text(63, 32, rows, 7.5)
     canvas.text(63, 8, "top_k per head,\nh heads", 7)
-    canvas.arrow((71.5, 20), (84.6, 20), label="g · act(u·x) v")
+    canvas.arrow((71.5, 20), (84.6, 20), label=answer)
     return canvas
+
+
+def peer() -> Canvas:
+    """Draw experts of one neuron in a grid of product keys."""
+    return product_key_table("n² experts of\none neuron", "g · act(u·x) v")
 
 
 def product_key_memory() -> Canvas:
     """Draw values in a grid of product keys."""
-    canvas = Canvas()
-    canvas.ends(20)
-    product_keys(canvas, 55)
-    canvas.text(63, 32, "n² values", 7.5)
-    canvas.text(63, 8, "top_k per head,\nh heads", 7)
-    canvas.arrow((71.5, 20), (84.6, 20), label="softmax · v")
-    return canvas
+    return product_key_table("n² values", "softmax · v")
 
 
 def memory_plus() -> Canvas:

@@ -47,6 +47,13 @@ def _print_plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     print()
 
 
+def markdown_lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Write a table's lines in Markdown; columns as in :func:`print_table`."""
+    names = [column.lstrip(">") for column in columns]
+    rules = ["--:" if column.startswith(">") else "---" for column in columns]
+    return [f"| {' | '.join(cells)} |" for cells in (names, rules, *rows)]
+
+
 def count(number: int) -> str:
     """Write a count with three digits and a unit: ``12.3 M``."""
     if number < 1000:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 from collections.abc import Sequence
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moezoo.command.tables import print_table
+from moezoo.command.tables import markdown_lines, print_table
 from moezoo_models.atomic import atomic_write
+from moezoo_train.claims.report import save_picture
 from moezoo_train.compare.palette import BLUE, GREEN, OCHRE, PINK, RED, SKY
 from moezoo_train.compare.results import Mean, mean
 
@@ -166,9 +166,7 @@ def write_report(
     print_table("new facts learned and old ones kept", COLUMNS, rows)
     said = verdict(found)
     print(said)
-    names = [column.lstrip(">") for column in COLUMNS]
-    rules = ["--:" if column.startswith(">") else "---" for column in COLUMNS]
-    lines = [f"| {' | '.join(cells)} |" for cells in (names, rules, *rows)]
+    lines = markdown_lines(COLUMNS, rows)
     with atomic_write(folder / "table.md", "w") as file:
         file.write("\n".join([*lines, "", said, ""]))
     where = {
@@ -185,10 +183,7 @@ def write_report(
     with atomic_write(folder / "results.json", "w") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
-    picture = io.BytesIO()
-    draw(found).savefig(picture, format="png")
-    with atomic_write(folder / "forgetting.png") as file:
-        file.write(picture.getvalue())
+    save_picture(folder / "forgetting.png", draw(found))
 
 
 def _row(setting: Setting, before: Setting) -> list[str]:

@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 from rich.console import Console
 
-from moezoo.command.tables import print_table
+from moezoo.command.tables import markdown_lines, print_table
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_models.checkpoints import CONFIG, existing, read_json
@@ -210,9 +210,7 @@ def _report(folder: Path, outcomes: list[Outcome]) -> None:
     print_table("upcycled and dense at equal FLOPs", COLUMNS, rows)
     said = verdict(outcomes)
     print(said)
-    names = [column.lstrip(">") for column in COLUMNS]
-    rules = ["--:" if column.startswith(">") else "---" for column in COLUMNS]
-    lines = [f"| {' | '.join(cells)} |" for cells in (names, rules, *rows)]
+    lines = markdown_lines(COLUMNS, rows)
     with atomic_write(folder / "table.md", "w") as file:
         file.write("\n".join([*lines, "", said, ""]))
     cuda = torch.cuda.is_available()

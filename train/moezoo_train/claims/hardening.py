@@ -27,12 +27,12 @@ from moezoo_train.claims.picture import Line, Panel, draw_lines, means_of
 from moezoo_train.claims.records import Figures, Task, run_all
 from moezoo_train.claims.report import write_report
 from moezoo_train.claims.verdict import Verdict, is_small, paired, signed
+from moezoo_train.compare.command import prepare_text
 from moezoo_train.compare.results import Mean, mean
 from moezoo_train.compare.run import fit, open_text, validate
 from moezoo_train.compare.settings import ModelOptions, TextOptions
 from moezoo_train.module import LanguageModel
 from moezoo_train.optim import OptimizerConfig
-from moezoo_train.prepare import prepare
 from moezoo_train.progress import quiet_lightning
 from moezoo_train.schedule import ScheduleConfig
 from moezoo_train.throughput import ffn_layers
@@ -85,13 +85,7 @@ def compare_hardening(
         check_int("seeds", seed, minimum=0)
     for name, arguments in trees.items():
         _check(name, arguments, model.d_model, depths)
-    data = prepare(
-        source=text.source,
-        output=text.data_dir,
-        vocab_size=text.vocab_size,
-        val_fraction=text.val_fraction,
-        max_bytes=text.max_bytes,
-    ).inputs
+    data = prepare_text(text)
     quiet_lightning()
     setting = _Setting(max_steps, precision, model, text, optimizer, schedule)
     tasks = []

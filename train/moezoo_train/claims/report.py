@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moezoo.command.tables import print_table
+from moezoo.command.tables import markdown_lines, print_table
 from moezoo_models.atomic import atomic_write
 from moezoo_train.claims.verdict import Verdict
 
@@ -53,9 +53,7 @@ def write_report(
     with atomic_write(folder / "results.json", "w") as file:
         json.dump(whole, file, indent=2)
         file.write("\n")
-    names = [column.lstrip(">") for column in columns]
-    rules = ["--:" if column.startswith(">") else "---" for column in columns]
-    lines = [f"| {' | '.join(cells)} |" for cells in (names, rules, *rows)]
+    lines = markdown_lines(columns, rows)
     said = [f"- {verdict}" for verdict in verdicts]
     said += [
         "",
@@ -64,11 +62,12 @@ def write_report(
     with atomic_write(folder / "table.md", "w") as file:
         file.write("\n".join([f"# {title}", "", *lines, "", *said, ""]))
     for name, figure in pictures.items():
-        _save(folder / f"{name}.png", figure)
+        save_picture(folder / f"{name}.png", figure)
     print(f"{folder}/ holds table.md, results.json, {', '.join(f'{n}.png' for n in pictures)}.")
 
 
-def _save(path: Path, figure: Figure) -> None:
+def save_picture(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)

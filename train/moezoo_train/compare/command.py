@@ -106,7 +106,7 @@ def compare(
         check_number("minutes", minutes)
     runs = plan(experiment)
     flops = _check(runs)
-    results = _run_all(Path(output), runs, _prepare(text), Console(stderr=True), minutes)
+    results = _run_all(Path(output), runs, prepare_text(text), Console(stderr=True), minutes)
     pairs = [(run, result) for run, result in zip(runs, results, strict=True) if result]
     if not pairs:
         raise InputError(f"minutes: no run of {output} is finished yet; allow more of them")
@@ -136,7 +136,8 @@ def _check(runs: list[Run]) -> dict[str, int]:
     return {run.row: flops_per_token(run) for run in runs if run.seed == runs[0].seed}
 
 
-def _prepare(text: TextOptions) -> dict[str, Any]:
+def prepare_text(text: TextOptions) -> dict[str, Any]:
+    """Prepare the tokens of a comparison's text, and give what identifies them."""
     return prepare(
         source=text.source,
         output=text.data_dir,
