@@ -33,7 +33,7 @@ _BASE_CLASS_KEYS = (
 class MoezooConfig(PreTrainedConfig):
     """Configuration of :class:`MoezooForCausalLM`, a superset of Llama, Mistral, Qwen2 and Qwen3.
 
-    Args:
+    Attributes:
         vocab_size: number of token ids.
         hidden_size: width of the residual stream (``d_model``).
         num_hidden_layers: number of blocks.
