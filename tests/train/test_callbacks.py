@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,6 +136,33 @@ def test_checkpoint_of_another_run(
     trainer = make_trainer(plugins=[AtomicCheckpointIO()])
     with pytest.raises(InputError, match=message):
         trainer.fit(make_model(**arguments), random_tokens, ckpt_path=str(trained))
+
+
+@pytest.mark.parametrize("began", ["bfloat16", "float32"])
+def test_a_resumed_run_keeps_the_arithmetic_it_began_with(
+    began, make_model, make_trainer, random_tokens, tmp_path
+):
+    """Runs of before there was a choice began in bf16, and their checkpoints say so."""
+    chosen = OptimizerConfig("muon", lr=1e-2, muon_dtype=began)
+
+    def fit(optimizer, steps, resume=None):
+        model = make_model(optimizer=optimizer)
+        trainer = make_trainer(max_steps=steps, plugins=[AtomicCheckpointIO()])
+        trainer.fit(model, random_tokens, ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return torch.load(tmp_path / f"{steps}.ckpt", weights_only=True)
+
+    other = {"bfloat16": "float32", "float32": "bfloat16"}[began]
+    half = fit(chosen, 2)
+    same = fit(chosen, 4, tmp_path / "2.ckpt")
+    resumed = fit(replace(chosen, muon_dtype="auto"), 4, tmp_path / "2.ckpt")
+    for checkpoint in (half, same, resumed):
+        assert checkpoint["moezoo"]["optimizer"]["muon_dtype"] == began
+    for name, tensor in same["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], tensor), name
+    message = f"optimizer.muon_dtype is {began} in the checkpoint, but {other} in this run"
+    with pytest.raises(InputError, match=message):
+        fit(replace(chosen, muon_dtype=other), 4, tmp_path / "2.ckpt")
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

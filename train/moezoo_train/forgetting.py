@@ -211,6 +211,7 @@ class _Run:
         """List what its numbers depend on: not what else is tried."""
         described = asdict(self)
         del described["teaching"]["rates"]
+        described["teaching"]["optimizer"] = asdict(self.teaching.optimizer.here())
         return described
 
 
@@ -252,7 +253,7 @@ class _Study:
             "data": data.inputs,
             "text": asdict(self.text),
             "model": asdict(self.model),
-            "base": asdict(self.base),
+            "base": asdict(self.base) | {"optimizer": asdict(self.base.optimizer.here())},
             "facts": asdict(self.facts),
         }
         directory = self.folder / "base"

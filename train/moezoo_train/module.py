@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -341,7 +341,7 @@ class LanguageModel(LightningModule):
         checkpoint[identity.CONFIG_KEY] = {
             "config": identity.describe(self.model.config),
             "unrelated": identity.unrelated(self.model.config),
-            "optimizer": asdict(self.optimizer_config),
+            "optimizer": asdict(self.optimizer_config.on(self.device)),
             "guard": self.guard.state_dict(),
             "lora": describe_adapters(self.model, self.lora),
             "sparse_memory": self._trained_rows,
@@ -375,5 +375,8 @@ class LanguageModel(LightningModule):
         identity.check_tensors(state, whole if self.lora is None else trained_state(self))
         checkpoint["state_dict"] = {**whole, **state}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            if self.optimizer_config.muon_dtype == "auto":
+                began_with = saved["optimizer"].get("muon_dtype", "bfloat16")
+                self.optimizer_config = replace(self.optimizer_config, muon_dtype=began_with)
             identity.check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
         self.guard.load_state_dict(saved.get("guard", {}))
