@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moezoo import DenseFFN, InputError, PersistentMemoryAttention, SparseMoE
 from moezoo.routing import RouterOptions
 from moezoo_models.checkpoints import save_checkpoint
+from moezoo_train import throughput
 from moezoo_train.metrics import TrainingMetrics
 from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.optim import OptimizerConfig
@@ -357,8 +358,24 @@ def test_active_parameters(make_model):
 
 def test_peak_is_measured_on_a_cpu():
     peak, source = peak_flops(torch.device("cpu"), torch.float32)
-    assert peak > 1e8
+    assert 0 < peak < math.inf
     assert source == "measured matmul"
+
+
+@pytest.mark.parametrize("rate", [1e8, 1e9, 1e10, 1e12])
+def test_measuring_a_cpu_ends_soon_however_slow_it_is(monkeypatch, rate):
+    taken, setting_up = [], [1.0]
+
+    def product(device: torch.device, dtype: torch.dtype, size: int) -> float:
+        taken.append(2 * size**3 / rate)
+        return taken[-1] + (setting_up.pop() if setting_up else 0.0)
+
+    monkeypatch.setattr(throughput, "_product_seconds", product)
+    peak, _ = peak_flops(torch.device("cpu"), torch.bfloat16)
+    assert peak == pytest.approx(rate)
+    assert sum(taken) < 0.15
+    largest = 2 * 1024**3 / rate
+    assert (largest in taken) == (largest < throughput.PROBE_SECONDS)
 
 
 def test_schedule_runs_over_optimizer_steps(make_model, make_trainer, random_tokens):
