@@ -121,13 +121,14 @@ class BalanceOptions:
 class CapacityOptions:
     """A limit on the tokens one expert takes: ``ceil(factor * top_k * tokens / num_experts)``.
 
+    In exact arithmetic on the factor as it was written; never more than the tokens there are.
     Tokens are served in order of position, all first choices before any second choice; what
     overflows adds nothing (arXiv:2006.16668, algorithm 1; arXiv:2101.03961, eq. 3).
 
     Attributes:
         factor: capacity factor while training.
         eval_factor: capacity factor in evaluation.
-        minimum: an expert's capacity is never below this.
+        minimum: an expert's capacity is never below this, unless there are fewer tokens.
         second_choice_threshold: while training, keep a later choice of weight g with probability
             min(1, g / threshold); 0 keeps all.
     """

@@ -6,14 +6,14 @@ Shapes: T tokens, D d_model, E experts, K choices per token, C tokens per expert
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.routing import losses as L
-from moezoo.routing.capacity import expert_capacity, within_capacity
+from moezoo.routing.capacity import capacity_of, exact_share, within_capacity
 from moezoo.routing.deferred import statistics
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.stats import count_tokens, expert_counts, mean_entropy, slot_stats
@@ -79,6 +79,18 @@ class Router(nn.Module):
             self.register_buffer("selection_bias", torch.empty(num_experts, dtype=torch.float32))
         self._step_counts: Tensor | None = None
         self.reset_parameters()
+
+    @property
+    def capacity(self) -> CapacityOptions | None:
+        """The limit on the tokens per expert; none in a dropless layer."""
+        return self._capacity
+
+    @capacity.setter
+    def capacity(self, options: CapacityOptions | None) -> None:
+        self._capacity = options
+        factors = () if options is None else (options.factor, options.eval_factor)
+        # Here and not in the forward pass: compilers do not trace fractions.
+        self._shares = [exact_share(f, self.top_k, self.num_experts) for f in factors]
 
     def reset_parameters(self) -> None:
         """Draw the weight as Switch does, or zero it where noise breaks the tie (Shazeer)."""
@@ -288,12 +300,12 @@ class Router(nn.Module):
             keep = weights_TK.detach() / options.second_choice_threshold
             keep[:, 0] = 1.0
             indices_TK = indices_TK.masked_fill(torch.rand_like(keep) >= keep, -1)
-        factor = options.factor if self.training else options.eval_factor
-        rule = (self.num_experts, top_k, factor, options.minimum)
-        capacity = expert_capacity(count_tokens(indices_TK, mask_T), *rule)
+        share = self._shares[0 if self.training else 1]
+        capacity = capacity_of(count_tokens(indices_TK, mask_T), share, options.minimum)
         served = within_capacity(indices_TK, self.num_experts, capacity)
         dropped = ((indices_TK >= 0) & ~served).sum()
-        bound = self.num_experts * int(expert_capacity(tokens, *rule))
+        # Exact numbers grow with the count of tokens, padding included: this one is never too low.
+        bound = self.num_experts * cast("int", capacity_of(tokens, share, options.minimum))
         return indices_TK.masked_fill(~served, -1), dropped, min(tokens * top_k, bound)
 
     def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
