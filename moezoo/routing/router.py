@@ -205,10 +205,9 @@ class Router(nn.Module):
             selection_TE = selection_TE + self.selection_bias
         if options.num_groups > 1:
             groups_TGN = selection_TE.unflatten(1, (options.num_groups, -1))
-            if options.selection_bias:  # DeepSeek-V3: a group is as good as its two best
-                best = groups_TGN.topk(min(2, groups_TGN.shape[-1]), dim=-1).values.sum(dim=-1)
-            else:  # DeepSeek-V2: as good as its best
-                best = groups_TGN.amax(dim=-1)
+            default = "sum_of_two" if options.selection_bias else "max"
+            of = 2 if (options.group_score or default) == "sum_of_two" else 1
+            best = groups_TGN.topk(min(of, groups_TGN.shape[-1]), dim=-1).values.sum(dim=-1)
             chosen = best.topk(options.top_groups, dim=-1).indices
             closed = torch.ones_like(best, dtype=torch.bool).scatter(1, chosen, False)
             selection_TE = groups_TGN.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)

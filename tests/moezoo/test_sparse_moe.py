@@ -347,17 +347,27 @@ def test_bias_stays_fp32_in_a_bf16_model():
     assert torch.equal(ghost.gate.selection_bias, torch.zeros(8))
 
 
-def test_groups_limit_where_experts_come_from():
-    for bias in (False, True):
-        options = RouterOptions(score="sigmoid", num_groups=4, top_groups=2, selection_bias=bias)
-        layer = moe(num_experts=16, top_k=4, router=options)
-        indices = layer.route(tokens()).indices
-        scores = (tokens() @ layer.gate.weight.t()).sigmoid().reshape(-1, 4, 4)
-        merit = scores.topk(2).values.sum(-1) if bias else scores.amax(-1)
-        for row, best in zip(indices, merit.topk(2).indices, strict=True):
-            assert {int(e) // 4 for e in row} <= set(best.tolist())
-        free = moe(num_experts=16, top_k=4, router=RouterOptions(score="sigmoid"))
-        assert not torch.equal(free.route(tokens()).indices, indices)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("group_score", [None, "max", "sum_of_two"])
+def test_groups_limit_where_experts_come_from(bias, group_score):
+    options = {"score": "sigmoid", "num_groups": 4, "top_groups": 2, "selection_bias": bias}
+    if group_score is not None:  # a configuration of before this option lacks its name
+        options["group_score"] = group_score
+    layer = moe(num_experts=16, top_k=4, router=RouterOptions(**options))
+    indices = layer.route(tokens()).indices
+    scores = (tokens() @ layer.gate.weight.t()).sigmoid().reshape(-1, 4, 4)
+    of_two = bias if group_score is None else group_score == "sum_of_two"
+    best, two = (
+        merit.topk(2).indices for merit in (scores.amax(-1), scores.topk(2).values.sum(-1))
+    )
+    assert not torch.equal(best, two)
+    for row, groups in zip(indices, two if of_two else best, strict=True):
+        assert {int(e) // 4 for e in row} <= set(groups.tolist())
+    free = moe(num_experts=16, top_k=4, router=RouterOptions(score="sigmoid"))
+    assert not torch.equal(free.route(tokens()).indices, indices)
+    again = moezoo.SparseMoE.from_config(layer.config()).double()
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.route(tokens()).indices, indices)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -459,6 +469,7 @@ def test_load_statistics():
         ({"d_shared": 4}, "d_shared: goes with num_shared_experts"),
         ({"top_k": 1}, "router.normalize: with top_k=1 a normalized weight is always 1"),
         ({"router": {"num_groups": 3}}, "router.num_groups: 3 does not divide num_experts=8"),
+        ({"router": {"group_score": "two"}}, "router.group_score: 'two' is not known"),
         ({"router": {"num_groups": 8}}, "router.top_groups: 1 groups of 1 experts hold fewer"),
         ({"router": {"score": "tanh"}}, "router.score: 'tanh' is not known"),
         ({"router": {"jitter": 2.0}}, "router.jitter: 2 is out of range"),
