@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from moezoo.calls import checked, flatten_tokens
 from moezoo.errors import InputError, check_int, nearest
 
 if TYPE_CHECKING:
@@ -105,6 +105,12 @@ class FeedForward(nn.Module):
     kind: ClassVar[str] = "feed_forward"
     needs_token_ids: ClassVar[bool] = False
     reads_router_input: ClassVar[bool] = False  # whether a vector chooses who answers
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("forward", "reference", "slot_load"):
+            if name in vars(cls):
+                setattr(cls, name, checked(vars(cls)[name]))
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -361,26 +367,6 @@ def select_layers(layers: str | int | list[int], num_layers: int) -> list[int]:
         if not -num_layers <= index < num_layers:
             raise InputError(f"layers: there is no layer {index}; the model has {num_layers}")
     return sorted({index % num_layers for index in indices})
-
-
-def flatten_tokens(
-    layer: FeedForward, hidden: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Flatten ``(..., d_model)`` and its mask to ``(T, d_model)`` and ``(T,)``, checking both.
-
-    Raises:
-        InputError: the last dimension is not ``d_model``, or the mask has another shape.
-    """
-    if hidden.shape[-1] != layer.d_model:
-        raise InputError(
-            f"hidden: last dimension is {hidden.shape[-1]}, the layer's d_model is {layer.d_model}"
-        )
-    if mask is not None and mask.shape != hidden.shape[:-1]:
-        raise InputError(
-            f"mask: shape {tuple(mask.shape)} does not match hidden's {tuple(hidden.shape[:-1])}"
-        )
-    flat_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
-    return hidden.reshape(-1, layer.d_model), flat_mask
 
 
 __all__ = [
