@@ -6,6 +6,7 @@ import difflib
 import inspect
 import itertools
 import os
+import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ import jsonargparse
 import yaml
 
 from moezoo.command.messages import one_line, render
+from moezoo.command.precedence import ordered, unmixed
 from moezoo.errors import InputError
 
 MANY_OPTIONS = 30
@@ -39,12 +41,18 @@ class ClearErrors:
         return super().format_help(*args, **kwargs)  # type: ignore[misc]
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse as the parser class does; a group of options must hold options.
+        """Parse as the parser class does, but options win over files wherever they stand.
+
+        A class that replaces another begins from its own defaults. A group of options must hold
+        options.
 
         Raises:
             InputError: any mistake in the options.
         """
-        options = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        given = kwargs.pop("args", None) if not args else args[0]
+        words = ordered(sys.argv[1:] if given is None else given)
+        with unmixed():
+            options = super().parse_args(words, *args[1:], **kwargs)  # type: ignore[misc]
         parser: Any = self
         for group in parser.groups:
             value = options.get(group)
