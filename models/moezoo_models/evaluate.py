@@ -18,12 +18,12 @@ from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
+from moezoo_models.encoding import encode_text
 from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tasks import Questions, TaskEvaluation, evaluate_questions
 from moezoo_models.tokenizer import Tokenizer
 
 _LONGEST_DEFAULT = 2048
-_PIECE_CHARACTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -285,11 +285,6 @@ def window_length(model: PreTrainedModel, sequence_length: int | None) -> int:
     return min(model.config.max_position_embeddings, _LONGEST_DEFAULT)
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Turn a text of any length into its tokens."""
-    return [token for piece in tokenizer.encode_batch(_pieces(text)) for token in piece]
-
-
 Window = tuple[int, int, int]
 """First position of the input, one past its last, and the first position that counts."""
 
@@ -324,22 +319,3 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     scale = getattr(model.config, "logits_scaling", 1.0)  # Granite's
     logits: Tensor = whole.lm_head(hidden).float() / scale
     return logits
-
-
-def _pieces(text: str) -> list[str]:
-    """Cut a text at line ends into pieces that a tokenizer encodes quickly.
-
-    Some take time quadratic in the length of what they are given. Lines longer than a piece are
-    cut anywhere.
-    """
-    pieces: list[str] = []
-    current = ""
-    for line in text.splitlines(keepends=True):
-        if current and len(current) + len(line) > _PIECE_CHARACTERS:
-            pieces.append(current)
-            current = ""
-        current += line
-        while len(current) > _PIECE_CHARACTERS:
-            pieces.append(current[:_PIECE_CHARACTERS])
-            current = current[_PIECE_CHARACTERS:]
-    return [*pieces, current] if current else pieces

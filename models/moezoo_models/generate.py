@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from moezoo.errors import InputError, check_int, check_number
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
+from moezoo_models.encoding import encode_text
 from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tokenizer import Tokenizer
 
@@ -184,7 +185,7 @@ class WholeCharacterStreamer(BaseStreamer):
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Encode a prompt, after the token that begins texts, or for an empty one that ends them."""
-    ids = tokenizer.encode(prompt)
+    ids = encode_text(tokenizer, prompt)
     if tokenizer.bos_id is not None:
         return [tokenizer.bos_id, *ids]
     return ids or [tokenizer.eos_id]

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
 from moezoo_models.decoder import check_token_ids
+from moezoo_models.encoding import encode_text
 from moezoo_models.evaluate import logits_of, window_length
 from moezoo_models.generate import generation_config
 from moezoo_models.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ class HarnessModel(TemplateLM):
     ) -> list[int]:
         """Return the ids of a text, after the token that begins texts unless it is not wanted."""
         begun = self.words.bos_id is not None and add_special_tokens is not False
-        return [*([self.prefix_token_id] if begun else []), *self.words.encode(string)]
+        return [*([self.prefix_token_id] if begun else []), *encode_text(self.words, string)]
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = True

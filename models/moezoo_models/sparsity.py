@@ -17,7 +17,8 @@ from moezoo.feed_forward import FeedForward
 from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checkpoints import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.evaluate import encode_text, read_text
+from moezoo_models.encoding import encode_text
+from moezoo_models.evaluate import read_text
 from moezoo_models.inspection import (
     Stream,
     blocks_by_name,

@@ -89,24 +89,6 @@ def test_the_model_stays_in_its_mode_and_gets_no_gradient(model, byte_tokenizer)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_long_texts_are_encoded_whole():
-    """Cutting a text for the tokenizer loses nothing, wherever the line ends are."""
-    from moezoo_models.evaluate import _pieces
-
-    for text in (
-        "line\r\n" * 3000,
-        "no line end " * 2000,
-        "\n\n a\u2028b\f" * 900,
-        "é" * 5000,
-        "x",
-    ):
-        pieces = _pieces(text)
-        assert "".join(pieces) == text
-        assert max(map(len, pieces)) <= 4096
-        assert min(map(len, pieces)) > 0
-    assert _pieces("") == []
-
-
 def test_evaluate_reads_a_file_and_prints_a_table(model, byte_level_tokenizer, tmp_path, capsys):
     checkpoint = save_checkpoint(tmp_path / "c", model, byte_level_tokenizer)
     (tmp_path / "text").write_text(TEXT, encoding="utf-8", newline="")

@@ -25,7 +25,8 @@ import moezoo
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_models.corpus import open_corpus
-from moezoo_models.evaluate import encode_text, evaluate_tokens
+from moezoo_models.encoding import encode_text
+from moezoo_models.evaluate import evaluate_tokens
 from moezoo_models.tokenizer import Tokenizer
 from moezoo_train.background import inspect_background
 from moezoo_train.compare.plan import fingerprint
