@@ -41,6 +41,8 @@ class MoezooConfig(PreTrainedConfig):
         num_key_value_heads: number of key and value heads; default: one per query head.
         head_dim: width of a head; default ``hidden_size / num_attention_heads``.
         max_position_embeddings: longest sequence the model is meant for, in tokens.
+        trained_length: longest sequence it was trained on, in tokens, if that is known; what it is
+            measured at by default.
         rope_parameters: rotary embedding, as in transformers: ``{"rope_type": "default",
             "rope_theta": 10000.0}`` and the scaled kinds.
         rms_norm_eps: added to mean squares in norms.
@@ -77,6 +79,7 @@ class MoezooConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     max_position_embeddings: int = 2048
+    trained_length: int | None = None
     rope_parameters: dict[str, Any] = field(default_factory=dict)
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
@@ -120,7 +123,8 @@ class MoezooConfig(PreTrainedConfig):
         """
         self._check_heads()
         check_int("vocab_size", self.vocab_size)
-        check_int("max_position_embeddings", self.max_position_embeddings)
+        longest = check_int("max_position_embeddings", self.max_position_embeddings)
+        check_trained_length(self.trained_length, longest)
         check_number("rms_norm_eps", self.rms_norm_eps)
         check_number("attention_dropout", self.attention_dropout, maximum=1.0)
         check_number("initializer_range", self.initializer_range)
@@ -185,6 +189,15 @@ class MoezooConfig(PreTrainedConfig):
         governing = [layer in select_layers(rule["layers"], depth) for rule in self.ffn]
         last = max(number for number, governs in enumerate(governing) if governs)
         return last, self.ffn[last]
+
+
+def check_trained_length(value: Any, longest: int) -> int | None:
+    """Return the length a model was trained on, or None where that is not known.
+
+    Raises:
+        InputError: it is no whole number, or more than ``longest``, which the model is meant for.
+    """
+    return None if value is None else check_int("trained_length", value, maximum=longest)
 
 
 def check_ffn_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str, Any]]:

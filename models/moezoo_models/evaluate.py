@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
+from moezoo_models.config import check_trained_length
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
 from moezoo_models.encoding import encode_text
@@ -91,8 +92,8 @@ def evaluate(
         checkpoint: directory of a checkpoint: ours, or one that moezoo upcycle or
             carve read or write.
         text: path of a text file in UTF-8.
-        sequence_length: tokens that the model sees at once; default: its
-            max_position_embeddings, at most 2048.
+        sequence_length: tokens that the model sees at once; default: what it was trained on, or
+            if its checkpoint does not say, its max_position_embeddings; at most 2048.
         stride: of a text, tokens by which the window moves; default: half of sequence_length.
             Smaller is slower and gives each token more context.
         batch_size: windows, or a task's questions, computed at once.
@@ -275,14 +276,24 @@ def evaluate_tokens(
 
 
 def window_length(model: PreTrainedModel, sequence_length: int | None) -> int:
-    """Give the tokens that a model sees at once: as asked, or what it is made for, at most 2048.
+    """Return the tokens that a model sees at once: as asked, or what it was trained on.
+
+    Where that is not known, what it is made for. The default is at most 2048.
 
     Raises:
-        InputError: the length asked for is out of range.
+        InputError: the length asked for is out of range or more than the model is made for, or
+            its configuration's ``trained_length`` is.
     """
-    if sequence_length is not None:
-        return check_int("sequence_length", sequence_length)
-    return min(model.config.max_position_embeddings, _LONGEST_DEFAULT)
+    longest = model.config.max_position_embeddings
+    if sequence_length is None:
+        trained = check_trained_length(getattr(model.config, "trained_length", None), longest)
+        return min(trained or longest, _LONGEST_DEFAULT)
+    if check_int("sequence_length", sequence_length) > longest:
+        raise InputError(
+            f"sequence_length: {sequence_length:,} is more than the {longest:,} tokens that the "
+            f"model is made for (max_position_embeddings); give at most {longest}"
+        )
+    return sequence_length
 
 
 Window = tuple[int, int, int]

@@ -137,6 +137,8 @@ def _candidates(
     config: MoezooConfig, width: int, activation: str, bias: bool
 ) -> Iterator[PreTrainedConfig]:
     same = {name: getattr(config, name) for name in _SAME}
+    # No field of theirs: it stands in config.json for those who know it.
+    more = {} if config.trained_length is None else {"trained_length": config.trained_length}
     own: dict[str, dict[str, Any]] = {
         "llama": {"mlp_bias": bias},
         "mistral": {},
@@ -146,7 +148,7 @@ def _candidates(
     for name, kind in DENSE_CONFIGS.items():
         known = {key: value for key, value in same.items() if hasattr(kind, key)}
         make: Callable[..., PreTrainedConfig] = kind
-        yield make(intermediate_size=width, hidden_act=activation, **known, **own[name])
+        yield make(intermediate_size=width, hidden_act=activation, **known, **own[name], **more)
 
 
 def _comparable(config: MoezooConfig) -> dict[str, Any]:

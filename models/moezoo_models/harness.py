@@ -49,8 +49,8 @@ class HarnessModel(TemplateLM):
     Args:
         model: on any device; it is put into evaluation mode.
         tokenizer: its tokenizer.
-        sequence_length: tokens that the model sees at once; default: its max_position_embeddings,
-            at most 2048. Of longer contexts the end is kept.
+        sequence_length: tokens that the model sees at once; default: as for
+            :func:`moezoo_models.evaluate.evaluate`. Of longer contexts the end is kept.
         batch_size: texts computed at once.
 
     Raises:

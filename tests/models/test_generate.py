@@ -7,7 +7,12 @@ import torch
 
 from moezoo import InputError
 from moezoo_models.checkpoints import save_checkpoint
-from moezoo_models.generate import WholeCharacterStreamer, continue_text, generate
+from moezoo_models.generate import (
+    WholeCharacterStreamer,
+    continue_text,
+    generate,
+    new_tokens,
+)
 
 FIELDS = {"vocab_size": 257, "max_position_embeddings": 512}
 
@@ -156,6 +161,22 @@ def test_mistakes_are_named(checkpoint, options, message):
     with pytest.raises(InputError, match=message) as caught:
         generate(**{"checkpoint": checkpoint, "prompt": "a", **options})
     assert "\n" not in str(caught.value)
+
+
+def test_no_more_is_written_than_the_model_is_made_for(make, byte_tokenizer):
+    model = make(vocab_size=257, max_position_embeddings=16)
+    wanted = [new_tokens(model, 6), new_tokens(make(), 6), new_tokens(make(), 6, 122)]
+    assert wanted == [10, 122, 122]
+    assert new_tokens(make(max_position_embeddings=4096), 6) == 128
+    with pytest.raises(
+        InputError,
+        match="max_new_tokens: 11 after a prompt of 6 tokens are more than the 16 that the model "
+        "is made for; give at most 10",
+    ):
+        continue_text(model, byte_tokenizer, "To be.", max_new_tokens=11)
+    with pytest.raises(InputError, match="prompt: it has 16 tokens, and the model is made for 16"):
+        continue_text(model, byte_tokenizer, "To be, or not to")
+    continue_text(model, byte_tokenizer, "To be,", max_new_tokens=10)
 
 
 def test_a_foreign_tokenizer_is_noticed(make, byte_tokenizer):

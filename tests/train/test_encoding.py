@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from moezoo_models import encoding
 from moezoo_models.conversion.calibration import _encode as calibrate
 from moezoo_models.encoding import encode_text, encode_texts
-from moezoo_models.generate import _prompt_ids
+from moezoo_models.generate import prompt_ids
 from moezoo_models.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from moezoo_train.prepare import prepare
 from moezoo_train.shards import encode
@@ -117,7 +117,7 @@ def test_everyone_gets_the_same_ids(tokenizer, short_pieces):
     assert encode_texts(tokenizer, ["a", SOURCE, ""])[1] == whole
     assert encode(tokenizer, [SOURCE])[0].tolist() == [*opening, *whole, tokenizer.eos_id]
     assert calibrate(tokenizer, [SOURCE], 1)[0] == [*whole, tokenizer.eos_id]
-    assert _prompt_ids(tokenizer, SOURCE) == [*opening, *whole]
+    assert prompt_ids(tokenizer, SOURCE) == [*opening, *whole]
 
 
 def test_the_harness_gets_them_too(tokenizer, short_pieces):

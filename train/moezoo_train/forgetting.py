@@ -25,8 +25,7 @@ import moezoo
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_models.corpus import open_corpus
-from moezoo_models.encoding import encode_text
-from moezoo_models.evaluate import evaluate_tokens
+from moezoo_models.evaluate import evaluate_text
 from moezoo_models.tokenizer import Tokenizer
 from moezoo_train.background import inspect_background
 from moezoo_train.compare.plan import fingerprint
@@ -367,11 +366,10 @@ class _Study:
         self, model: PreTrainedModel, tokenizer: Tokenizer, new: list[Fact]
     ) -> dict[str, float]:
         length = self.text.sequence_length
-        words = evaluate_tokens(
+        words = evaluate_text(
             model,
-            encode_text(tokenizer, self.held_out),
-            start_token=tokenizer.eos_id,
-            num_bytes=len(self.held_out.encode()),
+            tokenizer,
+            self.held_out,
             sequence_length=length,
             stride=length,
             batch_size=16,

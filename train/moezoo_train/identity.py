@@ -15,7 +15,10 @@ from moezoo_models import MoezooConfig
 CONFIG_KEY = "moezoo"
 """Where a training checkpoint says what it is of."""
 
-UNRELATED = {"use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+UNRELATED = {
+    "use_cache", "initializer_range", "trained_length",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
 """Fields of a configuration that may change between training and resuming."""
 
 _ORIGIN = {"_name_or_path", "architectures", "dtype", "transformers_version"}

@@ -39,7 +39,7 @@ from moezoo_train.lora import (
 )
 from moezoo_train.metrics import TrainingMetrics, precise
 from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
-from moezoo_train.pretrained import check_tokenizer, pretrained, remember_ends
+from moezoo_train.pretrained import check_tokenizer, pretrained, remember_ends, remember_length
 from moezoo_train.rules import FFNRule as FFNRule
 from moezoo_train.schedule import ScheduleConfig, build_schedule
 from moezoo_train.sparse_memory import (
@@ -200,6 +200,8 @@ class LanguageModel(LightningModule):
                 f"data.sequence_length: {length} is more than model.max_length "
                 f"{self.model.config.max_position_embeddings}; raise model.max_length"
             )
+        if stage == "fit" and length:
+            remember_length(self.model, length, fresh=self.initialize_from is None)
         tokenizer = getattr(data, "tokenizer", None)
         if self.initialize_from is not None and tokenizer is not None:
             check_tokenizer(self.initialize_from, tokenizer)

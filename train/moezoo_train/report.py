@@ -17,7 +17,9 @@ from rich.table import Table
 
 from moezoo.routing.losses import alone
 from moezoo_models.atomic import atomic_write
-from moezoo_models.generate import generate
+from moezoo_models.devices import pick_device
+from moezoo_models.generate import continue_text, prompt_ids
+from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_train.loggers import read_metrics
 from moezoo_train.metrics import ExpertLoad, TrainingMetrics
 from moezoo_train.throughput import count_parameters
@@ -245,9 +247,13 @@ def _series(rows: list[dict[str, str]], name: str) -> tuple[list[float], list[fl
 
 
 def sample(checkpoint: Path, prompt: str, tokens: int) -> str:
-    """Let the trained model write, with a fixed seed."""
+    """Let the trained model write, with a fixed seed, as much as it is made for."""
     with alone():  # other processes do not write
-        return generate(checkpoint, prompt, max_new_tokens=tokens, stream=False)
+        model, words = load_any_with_tokenizer(checkpoint, device=pick_device("auto"))
+        room = model.config.max_position_embeddings - len(prompt_ids(words, prompt))
+        if room < 1:
+            return prompt
+        return prompt + continue_text(model, words, prompt, max_new_tokens=min(tokens, room))
 
 
 def smoothed(values: list[float]) -> list[float]:

@@ -25,6 +25,7 @@ from moezoo.convert.carve.prune import PruneMethod
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints import read_tokenizer
+from moezoo_models.config import check_trained_length
 from moezoo_models.conversion.calibration import Calibration, read_calibration
 from moezoo_models.conversion.convert import Conversion, convert, free_memory, progress_bar
 from moezoo_models.conversion.drift import load_any
@@ -86,7 +87,8 @@ def carve(
             source. Text like that which the model will see serves best.
         calibration_tokens: tokens that everything is fitted to.
         held_out_tokens: tokens beside them, from other passages, for perplexities.
-        window: tokens that the model sees at once; default: what it is made for, at most 2048.
+        window: tokens that the model sees at once; default: what it was trained on, or
+            if its config.json does not say, what it is made for; at most 2048.
         split: which neurons go together: contribution (ours), cmoe (arXiv:2502.04416), random,
             contiguous, weight_kmeans, coactivation (arXiv:2110.01786).
         shared_by: whose rule picks the shared neurons: the split's own (random and contiguous have
@@ -203,6 +205,7 @@ def calibrate(
     # Fewer tokens than inputs would let the router explain anything.
     check_int("calibration_tokens", tokens, minimum=config.hidden_size + 1)
     longest = config.max_position_embeddings
+    trained = check_trained_length(source.raw.get("trained_length"), longest) or longest
     return read_calibration(
         [texts] if isinstance(texts, str) else texts,
         tokenizer,
@@ -210,7 +213,7 @@ def calibrate(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
         window=check_int(
-            "window", min(longest, _LONGEST_WINDOW) if window is None else window, maximum=longest
+            "window", min(trained, _LONGEST_WINDOW) if window is None else window, maximum=longest
         ),
         seed=seed,
     )
