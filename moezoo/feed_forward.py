@@ -1,8 +1,8 @@
 """The layer API: what every feed-forward replacement in the zoo promises.
 
 A layer takes the hidden states of a transformer block and gives back hidden states of the same
-shape, together with the auxiliary losses and statistics of that call. Nothing is remembered
-between calls unless :meth:`FeedForward.observe` is told to, so a layer may be recomputed under
+shape, together with the auxiliary losses and statistics of that call. What is to be remembered
+between calls goes through :meth:`FeedForward.observe`, so a layer may be recomputed under
 activation checkpointing, compiled, or used twice in one process without double counting.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moezoo.calls import checked, flatten_tokens
 from moezoo.errors import InputError, check_int, nearest
+from moezoo.training_state import TrainingState
 
 if TYPE_CHECKING:
     from moezoo.routing.stats import SlotLoad
@@ -91,7 +92,7 @@ def set_apart(groups: list[ParameterGroup], special: list[ParameterGroup]) -> li
     return [group for group in [*groups, *special] if group.parameters]
 
 
-class FeedForward(nn.Module):
+class FeedForward(TrainingState):
     """A drop-in for a transformer's feed-forward block: ``(..., d_model) -> (..., d_model)``.
 
     A subclass takes ``d_model`` first and everything else by keyword with a default, stores every
@@ -203,16 +204,6 @@ class FeedForward(nn.Module):
             ParameterGroup("vectors", vectors, weight_decay=False),
         ]
         return [group for group in groups if group.parameters]
-
-    def observe(self, stats: Mapping[str, Tensor]) -> None:
-        """Take note of one micro-batch's statistics, after its backward pass.
-
-        The trainer calls this once per micro-batch, outside any recomputation, with the
-        ``stats`` that :meth:`forward` returned. Layers without training-time state ignore it.
-        """
-
-    def step(self) -> None:
-        """Update training-time state; the trainer calls this once per optimizer step."""
 
     def config(self) -> dict[str, Any]:
         """Return ``{"class_path": …, "init_args": …}``: JSON-able, and enough to build it again."""

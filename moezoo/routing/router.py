@@ -18,6 +18,7 @@ from moezoo.routing.deferred import statistics
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.stats import count_tokens, expert_counts, mean_entropy, slot_stats
 from moezoo.routing.wide_linear import wide_linear
+from moezoo.training_state import TrainingState
 from moezoo_kernels.dtypes import at_least_fp32
 
 
@@ -39,7 +40,7 @@ class Routing(NamedTuple):
     max_assignments: int
 
 
-class Router(nn.Module):
+class Router(TrainingState):
     """Score every expert for every token and choose.
 
     The arithmetic is fp32 whatever autocast says (fp64 for fp64 inputs): rounding a logit to bf16
@@ -348,3 +349,10 @@ class Router(nn.Module):
             direction_E = (counts_E.mean() - counts_E).sign()
             self.selection_bias += self.options.bias_update_rate * direction_E
         self._step_counts = None
+
+    def discard(self) -> None:
+        """Forget the load since the last step."""
+        self._step_counts = None
+
+    def defer_state(self) -> None:
+        """Do nothing: the bias is moved by :meth:`step` alone, whoever trains."""

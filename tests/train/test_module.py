@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from moezoo import DenseFFN, InputError, PersistentMemoryAttention, SparseMoE
+from moezoo import (
+    PEER,
+    DenseFFN,
+    InputError,
+    PersistentMemoryAttention,
+    ProductKeyMemory,
+    SparseMoE,
+)
 from moezoo.routing import RouterOptions
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train import throughput
@@ -215,8 +222,11 @@ def test_selection_bias_learns_from_the_whole_accumulated_step(
     assert torch.equal(bias, 0.5 * (counts.mean() - counts).sign())
 
 
-def test_activation_checkpointing_changes_no_number(make_model, make_trainer, random_tokens):
-    models = [make_model(), make_model(activation_checkpointing=True)]
+@pytest.mark.parametrize("layer", [SparseMoE, PEER, ProductKeyMemory])
+def test_activation_checkpointing_changes_no_number(make_model, make_trainer, random_tokens, layer):
+    size = {"num_experts": 4} if layer is SparseMoE else {"num_heads": 2, "top_k": 4}
+    ffn = partial(layer, **size)
+    models = [make_model(ffn=ffn), make_model(ffn=ffn, activation_checkpointing=True)]
     assert models[1].model.model.gradient_checkpointing
     for model in models:
         make_trainer(max_steps=2).fit(model, random_tokens)
@@ -318,8 +328,17 @@ def test_too_many_skipped_steps_stop(make_model, make_trainer, random_tokens):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_compiled_model_trains_the_same(make_model, make_trainer, random_tokens, monkeypatch):
-    models = [make_model(ffn=DenseFFN), make_model(ffn=DenseFFN, compile=True)]
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_model_trains_the_same(
+    make_model, make_trainer, random_tokens, monkeypatch, recompute
+):
+    """With recomputation also the running averages of a batch norm, which count a batch once."""
+    ffn = partial(PEER, num_experts=64, num_heads=2, top_k=4) if recompute else DenseFFN
+    options = {"ffn": ffn, "num_layers": 1 if recompute else 2}
+    models = [
+        make_model(**options),
+        make_model(**options, compile=True, activation_checkpointing=recompute),
+    ]
     # Tracing is what can go wrong here; generating C++ would only take half a minute more.
     compile_eagerly = partial(models[1].model.compile, backend="eager")
     monkeypatch.setattr(models[1].model, "compile", compile_eagerly)

@@ -133,8 +133,9 @@ def precise(value: Tensor) -> Tensor:
 class TrainingMetrics(Callback):
     """Log what the training steps did since the last time, every ``log_every_n_steps``.
 
-    Losses are means over those steps. They survive an interruption between two logged steps, so
-    that a resumed run logs the same numbers.
+    Losses and the experts' load are of those steps that were taken; if none was, the loss is NaN.
+    They survive an interruption between two logged steps, so that a resumed run logs the same
+    numbers.
 
     Attributes:
         tokens: trained on so far, on all ranks, over resumed runs too.
@@ -155,6 +156,7 @@ class TrainingMetrics(Callback):
         self._lr = 0.0
         self._losses: dict[str, list[Tensor]] = {}
         self._load = LoadCounter()
+        self._window: list[tuple[dict[str, Tensor], Sequence[Mapping[str, Tensor]]]] = []
         self._loaded: list[dict[str, Any]] = []
         self._clock = 0.0
         self._logged = (0, 0.0)
@@ -167,6 +169,7 @@ class TrainingMetrics(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.start(trainer.global_step)
+        self._window = []
         self._restore(trainer, pl_module.device)
         self._step = trainer.global_step
         self._logged = (self.tokens, self.seconds)
@@ -195,18 +198,25 @@ class TrainingMetrics(Callback):
         self.tokens += batch["input_ids"].numel() * trainer.world_size
         losses = {"train/loss": outputs["lm_loss"]}
         losses |= {f"train/aux/{name}": value for name, value in outputs["aux"].items()}
-        for name, value in losses.items():
-            self._losses.setdefault(name, []).append(value)
-        self._load.add(outputs["ffn_stats"])
+        self._window.append((losses, outputs["ffn_stats"]))
         if trainer.global_step == self._step:
             return  # still accumulating
         self._step = trainer.global_step
+        self._count(taken=cast("LanguageModel", pl_module).guard.taken)
         if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             if not self._flops_per_token:
                 model = cast("LanguageModel", pl_module).model
                 self._flops_per_token = forward_flops_per_token(model, batch["input_ids"].shape[1])
             pl_module.log_dict(self._metrics(trainer, pl_module), on_step=True)
             self._losses = {}
+
+    def _count(self, taken: bool) -> None:
+        """Add the micro-batches of a step, or drop them with it."""
+        for losses, ffn_stats in self._window if taken else ():
+            for name, value in losses.items():
+                self._losses.setdefault(name, []).append(value)
+            self._load.add(ffn_stats)
+        self._window = []
 
     def _metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         tokens, seconds = self.tokens - self._logged[0], self.seconds - self._logged[1]
@@ -216,10 +226,11 @@ class TrainingMetrics(Callback):
         flops_per_second = 3 * self._flops_per_token * self.tokens_per_second
         self.mfu = flops_per_second / (self.peak[0] * trainer.world_size)
         self.expert_load = self._load.take(trainer)
+        losses = self._losses or {"train/loss": [torch.tensor(math.nan, device=pl_module.device)]}
         metrics = {
             "step": float(self._step),
             "tokens": float(self.tokens),
-            **{name: _mean(trainer, values) for name, values in self._losses.items()},
+            **{name: _mean(trainer, values) for name, values in losses.items()},
             "train/lr": self._lr,
             "train/tokens_per_second": self.tokens_per_second,
             "train/mfu": self.mfu,

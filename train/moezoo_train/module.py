@@ -172,6 +172,8 @@ class LanguageModel(LightningModule):
                     self.model = MoezooForCausalLM(config)
         if activation_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in ffn_layers(self.model):
+            layer.defer_state()  # until a step is judged
         self.model.train()
         self.grad_norm = math.nan
         self.clip_group_norms: dict[str, float] = {}
@@ -215,6 +217,12 @@ class LanguageModel(LightningModule):
         lay_out_for(self.trainer.strategy, self)
         if self.compile_model:
             self.model.compile()
+
+    def on_fit_start(self) -> None:
+        """Forget the half of a step that an earlier run was stopped in."""
+        self._losses = []
+        for layer in self._learning_layers():
+            layer.discard()
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         """Run the model on a batch; see :class:`MoezooOutput`."""
@@ -273,10 +281,9 @@ class LanguageModel(LightningModule):
             clipping.clip_norms(gradients, norms, gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let the layers update what they learn outside the gradient."""
+        """Step; what layers learn outside the gradient follows, or is dropped with the step."""
         super().optimizer_step(*args, **kwargs)
-        for layer in self._learning_layers():
-            layer.step()
+        self.guard.settle(self.trainer, self._learning_layers())
 
     def _learning_layers(self) -> list[FeedForward]:
         """List the layers that may learn outside the gradient."""

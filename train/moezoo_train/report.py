@@ -95,7 +95,7 @@ def write_report(
     with atomic_write(output / "report.json", "w") as file:
         json.dump(asdict(report), file, indent=2)
         file.write("\n")
-    if any("train/loss" in row for row in rows):
+    if _series(rows, "train/loss")[0]:
         draw_losses(output / "loss.png", rows, title=output.name)
     console.print(table(report, title=str(output)))
     if sample_tokens and (output / "model").is_dir():
@@ -111,7 +111,7 @@ def write_report(
 def collect(trainer: Trainer, module: LanguageModel, rows: list[dict[str, str]]) -> Report:
     """Gather the figures of a finished run from its trainer and its ``metrics.csv``."""
     metrics = next(c for c in _callbacks(trainer) if isinstance(c, TrainingMetrics))
-    losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
+    _, losses = _series(rows, "train/loss")
     losses = losses[-max(1, round(AVERAGED * len(losses))) :]
     last = next((row for row in reversed(rows) if "val/loss" in row), {})
     validation = {
