@@ -39,7 +39,7 @@ compare: $(VENV)/.train
 	@$(BIN)/moezoo compare --config configs/compare/small.yaml
 
 test: $(VENV)/.dev
-	@$(PYTEST) --dist loadfile
+	@$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 torture: $(VENV)/.dev
 	@MOEZOO_KILLS=50 $(PYTEST) tests/reliability
