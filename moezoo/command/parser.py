@@ -15,6 +15,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from moezoo.command.keys import full_keys
 from moezoo.command.messages import one_line, render
 from moezoo.command.precedence import ordered, unmixed
 from moezoo.errors import InputError
@@ -61,6 +62,17 @@ class ClearErrors:
                 example = next(members, f"{group}.option")
                 self.error(f"{group}: {value!r} is not a group of options; give e.g. {example}")
         return options
+
+    def instantiate(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the classes of parsed options, whose mistakes then name the full key.
+
+        Raises:
+            InputError: a class refuses its arguments.
+        """
+        options = args[0] if args else kwargs["namespace"]
+        command = options.get("subcommand")
+        with full_keys(options[command] if command else options):
+            return super().instantiate(*args, **kwargs)  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one line.

@@ -253,5 +253,7 @@ def test_loggers_by_name(tmp_path):
 
 def test_missing_logger_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="loggers: wandb is not installed; pip install wandb"):
+    with pytest.raises(
+        InputError, match=r"loggers: wandb is not installed; run: pip install 'moezoo\[wandb\]'"
+    ):
         build_loggers(["wandb"], tmp_path)

@@ -24,6 +24,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from moezoo.command.keys import full_keys
 from moezoo.command.parser import ClearErrors
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write, remove_leftovers
@@ -36,9 +37,11 @@ from moezoo_train.loggers import build_loggers
 from moezoo_train.module import LanguageModel
 from moezoo_train.pretrained import default_tokenizer
 from moezoo_train.progress import StepProgress, quiet_lightning
+from moezoo_train.refusals import check_trainer, is_refusal, reword
 from moezoo_train.report import write_report
 from moezoo_train.strategies import writes_directories
 
+_LoggerName = Literal["csv", "tensorboard", "wandb"]
 TRAINER_DEFAULTS = {
     "max_steps": 1000,
     "max_epochs": -1,
@@ -75,8 +78,10 @@ def run(argv: list[str]) -> None:
             load_from_checkpoint_support=False,
             args=argv,
         )
-    except MisconfigurationException as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+    except (MisconfigurationException, ValueError) as error:
+        if not is_refusal(error):
+            raise
+        raise InputError(reword(error)) from error
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
@@ -124,7 +129,7 @@ class MoezooCLI(LightningCLI):
         )
         group.add_argument(
             "--loggers",
-            type=list[Literal["csv", "tensorboard", "wandb"]],
+            type=_LoggerName | list[_LoggerName],
             default=["csv", "tensorboard"],
             help="where metrics go; metrics.csv is always written",
         )
@@ -176,6 +181,7 @@ class MoezooCLI(LightningCLI):
         config = self.config[self.subcommand]
         check_int("checkpoint_every", config["checkpoint_every"])
         check_int("sample_tokens", config["sample_tokens"], minimum=0)
+        check_trainer(config["trainer"])
         _check_validation_interval(config["trainer"])
         data = config["data"]
         if data["source"] is not None and data["tokenizer"] is None:
@@ -193,6 +199,11 @@ class MoezooCLI(LightningCLI):
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; mistakes in the data, which show only now, name their full key too."""
+        with full_keys(self.config[subcommand]):
+            super()._run_subcommand(subcommand)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what belongs to the run directory to what the configuration says."""
         config = self.config_init[self.subcommand]
@@ -208,14 +219,16 @@ class MoezooCLI(LightningCLI):
         if self.subcommand == "fit":
             own = trainer.get("logger")
             given = [] if own in (None, True, False) else _as_list(own)
-            kwargs["logger"] = build_loggers([] if own is False else config["loggers"], output)
+            kwargs["logger"] = build_loggers(
+                [] if own is False else _as_list(config["loggers"]), output
+            )
             kwargs["logger"] += given
         else:
             kwargs["logger"] = False
         try:
             built = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
-            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+            raise InputError(reword(error)) from error
         if config["checkpoint_async"] and writes_directories(built.strategy):
             raise InputError(
                 "checkpoint_async: the files of save_distributed_checkpoint are not written in the "

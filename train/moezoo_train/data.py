@@ -29,6 +29,10 @@ NAMED = 8
 """Windows of a batch that a message names."""
 
 
+_RENAMED = {"output": "data_dir", "seed": "split_seed"}
+"""What `prepare` calls otherwise than a run."""
+
+
 class TokenDataModule(LightningDataModule):
     """Token batches for causal language modelling.
 
@@ -128,16 +132,22 @@ class TokenDataModule(LightningDataModule):
         if self.source is None:
             self.prepared.check_sums()
         else:
-            prepare(
-                source=self.source,
-                output=self.data_dir,
-                vocab_size=self.vocab_size,
-                tokenizer=self.tokenizer_name,
-                val_fraction=self.val_fraction,
-                text_field=self.text_field,
-                seed=self.split_seed,
-                max_bytes=self.max_bytes,
-            )
+            try:
+                prepare(
+                    source=self.source,
+                    output=self.data_dir,
+                    vocab_size=self.vocab_size,
+                    tokenizer=self.tokenizer_name,
+                    val_fraction=self.val_fraction,
+                    text_field=self.text_field,
+                    seed=self.split_seed,
+                    max_bytes=self.max_bytes,
+                )
+            except InputError as error:
+                field, _, problem = str(error).partition(": ")
+                if field not in _RENAMED:
+                    raise
+                raise InputError(f"{_RENAMED[field]}: {problem}") from error
             self._prepared = self._tokenizer = None
 
     def setup(self, stage: str | None = None) -> None:

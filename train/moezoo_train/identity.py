@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,14 @@ _OWN_NAMES = {
 }
 
 
+_RULE = re.compile(r"^ffn\[(\d+)\]")
+
+
+def _rule_key(number: int) -> str:
+    """Return where a user has written a rule of the model: the first one is that of every block."""
+    return f"ffn_rules[{number - 1}]" if number else "ffn"
+
+
 @contextmanager
 def own_names() -> Iterator[None]:
     """Let errors about the model's configuration name the arguments that a user gave."""
@@ -43,6 +52,7 @@ def own_names() -> Iterator[None]:
         message = str(error)
         for theirs, ours in _OWN_NAMES.items():
             message = message.replace(theirs, ours)
+        message = _RULE.sub(lambda m: f"model.{_rule_key(int(m[1]))}", message)
         raise InputError(message) from error
 
 

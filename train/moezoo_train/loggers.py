@@ -17,6 +17,7 @@ from moezoo.errors import InputError, check_choice
 from moezoo_models.atomic import atomic_write
 
 LOGGERS = ("csv", "tensorboard", "wandb")
+_EXTRAS = {"tensorboard": "train", "wandb": "wandb"}
 
 
 class MetricsCSV(Logger):
@@ -120,7 +121,8 @@ def build_loggers(names: Iterable[str], output: Path) -> list[Logger]:
         check_choice("loggers", name, LOGGERS)
         if name != "csv" and importlib.util.find_spec(name) is None:
             raise InputError(
-                f"loggers: {name} is not installed; pip install {name}, or leave it out of loggers"
+                f"loggers: {name} is not installed; run: pip install 'moezoo[{_EXTRAS[name]}]', or "
+                "leave it out"
             )
         if name == "tensorboard":
             loggers.append(TensorBoardLogger(str(output), name="", version="tensorboard"))
