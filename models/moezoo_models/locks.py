@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from moezoo.atomic import NO_ROOM
 from moezoo.errors import InputError
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -39,6 +40,7 @@ def writing(target: str | Path, field: str = "output", *, wait: bool = False) ->
 
     Raises:
         InputError: another process is writing it, or nothing can be written there.
+        OSError: of a full disk, names the target if not a file of it.
     """
     place = Path(os.path.realpath(target))
     if place in _held:
@@ -48,7 +50,8 @@ def writing(target: str | Path, field: str = "output", *, wait: bool = False) ->
     lock = _acquire(place, Path(target), field, wait)
     _held.add(place)
     try:
-        yield
+        with _named(target):
+            yield
     finally:
         _held.discard(place)
         if lock is not None:
@@ -59,6 +62,17 @@ def writing(target: str | Path, field: str = "output", *, wait: bool = False) ->
         with suppress(OSError):
             for folder in made:
                 folder.rmdir()
+
+
+@contextmanager
+def _named(target: str | Path) -> Iterator[None]:
+    """Name the target where the system says that there is no room, and not for which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = os.fspath(target)
+        raise
 
 
 def _acquire(place: Path, shown: Path, field: str, wait: bool) -> FileLock | None:

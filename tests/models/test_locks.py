@@ -206,3 +206,14 @@ def test_killed_between_two_renames_the_old_one_comes_back(tmp_path):
     assert names(tmp_path) == ["last.ckpt"]
     assert target.read_text() == "state"
     assert not is_there(tmp_path / "best.ckpt")
+
+
+def test_a_full_disk_is_named_after_the_target(tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left") as caught, writing(tmp_path / "out"):
+        raise full
+    assert caught.value.filename == str(tmp_path / "out")
+    other = OSError(errno.EIO, os.strerror(errno.EIO))  # of what is read, perhaps
+    with pytest.raises(OSError, match="error") as caught, writing(tmp_path / "out"):
+        raise other
+    assert caught.value.filename is None

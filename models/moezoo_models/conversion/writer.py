@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moezoo.command.tables import count
 from moezoo.errors import InputError
 from moezoo_models.atomic import publish, remove_leftovers
 from moezoo_models.checkpoints import CONFIG, INDEX, WEIGHTS
@@ -207,15 +208,15 @@ def check_target(target: Path, force: bool) -> None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raise :class:`InputError` if the disk has not that many bytes left."""
+    """Raise :class:`InputError` if the disk does not have that many bytes left."""
     folder = target.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"target: {needed / 1e9:,.1f} GB are needed in {folder} and {free / 1e9:,.1f} GB are "
-            "free; make room or name a directory elsewhere"
+            f"target: {target} needs {count(needed)}B, and {folder} has "
+            f"{count(free)}B free; make room or name a directory elsewhere"
         )
 
 
