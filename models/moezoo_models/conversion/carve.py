@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from moezoo.command.tables import count
 from moezoo.convert import (
     Block,
     Carved,
@@ -225,8 +226,8 @@ def _check_memory(source: Source, tokens: int) -> None:
     needed = 4 * tokens * (width + 4 * d_model) + 12 * width**2
     if needed > (free := free_memory()):
         raise InputError(
-            f"calibration_tokens: {tokens:,} need about {needed / 1e9:,.1f} GB of memory and "
-            f"{free / 1e9:,.1f} GB are free; lower them"
+            f"calibration_tokens: {tokens:,} need about {count(needed)}B of memory, and "
+            f"{count(free)}B are free; lower them"
         )
 
 
@@ -296,13 +297,21 @@ class Carving:
         return {
             "calibration": self._calibration.describe(),
             "perplexity": perplexity,
-            "beats": {rival: perplexity["carved"] < perplexity[rival]},
+            # With all parts active there is nothing to prune: both are the dense model.
+            "beats": {rival: perplexity["carved"] < perplexity[rival]} if self._drops() else {},
             "plan": dataclasses.asdict(self._mixture) | {"dtype": str(self._mixture.dtype)},
             "layers": {str(layer): self._plans.figures(layer) for layer in self._mixture.layers},
         }
 
+    def _drops(self) -> bool:
+        """Return whether a token leaves out any of the dense model's neurons."""
+        return self._kept() < self._source.width
+
+    def _kept(self) -> int:
+        return self._mixture.d_shared + self._options.active * self._mixture.d_expert
+
     def _propagation(self, directory: Path) -> Propagation:
-        keep = self._mixture.d_shared + self._options.active * self._mixture.d_expert
+        keep = self._kept()
         variants = (
             Variant("dense", None),
             Variant("static", partial(pruned, keep, "static")),

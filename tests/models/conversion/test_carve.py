@@ -175,6 +175,13 @@ def test_the_report_holds_what_was_measured(readable, text, tmp_path, capsys):
     assert ("does not beat static pruning" in printed) == lost
 
 
+def test_with_all_parts_active_nothing_is_advised(readable, text, tmp_path, capsys):
+    """It is the dense model, and there are no neurons to prune."""
+    done = carve(readable(), tmp_path / "out", **{**SMALL, **text, "active": 5})
+    assert done.extra["beats"] == {}
+    assert "prune" not in capsys.readouterr().out.replace("pruned to as many neurons", "")
+
+
 def test_the_same_command_writes_the_same_bytes(readable, text, tmp_path):
     source = readable()
     one = carve(source, tmp_path / "one", **SMALL, **text)
@@ -277,7 +284,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(readable, text, tmp_path):
         ({"to": "mixtral"}, "to: 'mixtral' is not known"),
         ({"layers": 9}, "layers:"),
         ({"calibration_tokens": 32}, "calibration_tokens: 32 is out of range; give .* ≥ 33"),
-        ({"calibration_tokens": 10**13}, "calibration_tokens: .* GB are free; lower them"),
+        ({"calibration_tokens": 10**13}, r"calibration_tokens: .* of memory, and [\d.]+ [MG]B are"),
         ({"calibration_tokens": 10**6}, "calibration: .* has too little text"),
         ({"calibration": "nowhere.txt"}, "calibration: 'nowhere.txt' does not exist"),
         ({"window": 300}, "window: 300 is out of range"),
