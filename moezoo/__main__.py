@@ -175,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left (`moezoo zoo | head`); keep the interpreter from flushing into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        return _complain("interrupted", code=130)
+    except KeyboardInterrupt as stop:
+        return _complain(str(stop) or "interrupted", code=130)
     except Exception as error:
         if os.environ.get("MOEZOO_TRACEBACK") or (message := explain(error)) is None:
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -76,3 +77,12 @@ def check_number(
     if not value >= minimum or value == float("inf") or (maximum is not None and value > maximum):
         raise InputError(f"{field}: {value:g} is out of range; give {wanted}")
     return float(value)
+
+
+@contextmanager
+def going_on(how: str) -> Iterator[None]:
+    """Say after Ctrl-C how to go on; the command line prints it and exits with 130."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"interrupted; {how}") from stop

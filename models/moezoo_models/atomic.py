@@ -65,7 +65,8 @@ def remove_leftovers(target: Path) -> None:
 
 def is_there(target: Path) -> bool:
     """Return whether a file or directory exists, or would after :func:`remove_leftovers`."""
-    return target.exists() or bool(_siblings(target, "old"))
+    # In this order: another process may be giving it back.
+    return bool(_siblings(target, "old")) or target.exists()
 
 
 def publish(fresh: Path, target: Path) -> None:

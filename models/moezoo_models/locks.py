@@ -87,8 +87,11 @@ def _acquire(place: Path, shown: Path, field: str, wait: bool) -> FileLock | Non
                 raise
             return _lock(within, shown, field, wait)
     except OSError as error:
+        # What mkdir says of a file where it expects a folder misleads.
+        missing = isinstance(error, FileExistsError)
+        reason = os.strerror(errno.ENOTDIR) if missing else error.strerror
         raise InputError(
-            f"{field}: {shown} cannot be written: {error.strerror}; free space or give another "
+            f"{field}: {shown} cannot be written: {reason}; free space or give another "
             "directory, then run this again"
         ) from error
 

@@ -23,6 +23,7 @@ from moezoo.errors import InputError, check_int
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.prepare import prepare
 from moezoo_train.prepared import PreparedData
+from moezoo_train.stopping import leave_signals_to_parent
 from moezoo_train.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches
 
 NAMED = 8
@@ -272,6 +273,7 @@ def _loader_options(workers: int) -> dict[str, Any]:
     return {
         "batch_size": None,  # an item is a whole batch already
         "num_workers": workers,
+        "worker_init_fn": leave_signals_to_parent,
         "persistent_workers": workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }

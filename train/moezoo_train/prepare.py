@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moezoo.errors import InputError, check_int, check_number
+from moezoo.errors import InputError, check_int, check_number, going_on
 from moezoo_models.checksums import crc_of_file
 from moezoo_models.corpus import Corpus, open_corpus
 from moezoo_models.locks import writing
@@ -99,7 +99,8 @@ def prepare(
         _remove_finished_work(output, inputs)
         _say(f"nothing has changed; using {ready}")
         return ready
-    with _writing(output), writing(output, wait=True):
+    kept = "the same command goes on behind what is tokenized"
+    with _writing(output), writing(output, wait=True), going_on(kept):
         # Another process may have made them while this one waited.
         if (ready := _reusable(output, inputs)) is not None:
             return ready

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 _CHATTER = re.compile(
     r"litlogger|litmodels|^Seed set to|^(GPU|TPU|HPU) available|^`Trainer\.fit` stopped"
     r"|^Using .*(bfloat16|16bit) .*AMP|^Restor(ing|ed) |^Loaded model weights"
-    r"|Received SIGTERM|^Loading `train_dataloader` to estimate"
+    r"|Received SIGTERM|^\s*Detected KeyboardInterrupt|^Loading `train_dataloader` to estimate"
 )
 _WARNINGS = (
     # Memory-mapped windows cost less than handing them from a worker process.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moezoo.command.tables import count
-from moezoo.errors import InputError
+from moezoo.errors import InputError, going_on
 from moezoo_models.atomic import publish, remove_leftovers
 from moezoo_models.checkpoints import CONFIG, INDEX, WEIGHTS
 from moezoo_models.checksums import sealed_header, sum_of_header
@@ -176,7 +176,7 @@ def workspace(target: Path, identity: str, force: bool) -> Iterator[Workspace]:
         InputError: ``target`` is a file, or a directory with something in it; or another process
             is writing it.
     """
-    with writing(target, "target"):
+    with writing(target, "target"), going_on("the same command goes on where this one was"):
         check_target(target, force)
         remove_leftovers(target)
         directory = target.with_name(f".{target.name}.partial")
