@@ -79,6 +79,20 @@ def check_number(
     return float(value)
 
 
+def check_text(field: str, value: str) -> str:
+    """Return ``value`` if it can be encoded, else raise :class:`InputError`.
+
+    Bytes of a command line that are not UTF-8 come as characters that cannot.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{field}: character {error.start + 1} is not UTF-8 text; type it again"
+        ) from error
+    return value
+
+
 @contextmanager
 def going_on(how: str) -> Iterator[None]:
     """Say after Ctrl-C how to go on; the command line prints it and exits with 130."""

@@ -26,10 +26,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moezoo.command.keys import full_keys
 from moezoo.command.parser import ClearErrors
-from moezoo.errors import InputError, check_int
+from moezoo.errors import InputError, check_int, check_text
 from moezoo_models.atomic import atomic_write
 from moezoo_models.checkpoints import one_line
 from moezoo_models.locks import writing
+from moezoo_train.beforehand import check_evaluation, check_run
 from moezoo_train.callbacks import LastCheckpoint, SaveModel
 from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.data import TokenDataModule
@@ -210,6 +211,7 @@ class MoezooCLI(LightningCLI):
         check_int("checkpoint_every", config["checkpoint_every"])
         check_int("sample_tokens", config["sample_tokens"], minimum=0)
         check_trainer(config["trainer"])
+        check_text("sample_prompt", config["sample_prompt"])
         _check_validation_interval(config["trainer"])
         data = config["data"]
         if data["source"] is not None and data["tokenizer"] is None:
@@ -284,6 +286,19 @@ class MoezooCLI(LightningCLI):
                 LastCheckpoint(folder, config["checkpoint_every"]),
             ]
         return callbacks
+
+    def before_fit(self) -> None:
+        """Refuse what preparing the text would not make right."""
+        check_run(self.trainer, self.model, self.datamodule, self.config["fit"]["ckpt_path"])
+
+    def before_validate(self) -> None:
+        """As before training."""
+        checkpoint = self.config[self.subcommand]["ckpt_path"]
+        check_evaluation(self.trainer, self.model, self.datamodule, checkpoint)
+
+    def before_test(self) -> None:
+        """As before training."""
+        self.before_validate()
 
     def fit(self, **kwargs: Any) -> None:
         """Train."""

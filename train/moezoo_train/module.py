@@ -39,7 +39,13 @@ from moezoo_train.lora import (
 )
 from moezoo_train.metrics import TrainingMetrics, precise
 from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
-from moezoo_train.pretrained import check_tokenizer, pretrained, remember_ends, remember_length
+from moezoo_train.pretrained import (
+    check_length,
+    check_tokenizer,
+    pretrained,
+    remember_ends,
+    remember_length,
+)
 from moezoo_train.rules import FFNRule as FFNRule
 from moezoo_train.schedule import ScheduleConfig, build_schedule
 from moezoo_train.sparse_memory import (
@@ -197,11 +203,7 @@ class LanguageModel(LightningModule):
         """
         data = getattr(self.trainer, "datamodule", None)
         length = getattr(data, "sequence_length", 0)
-        if length > self.model.config.max_position_embeddings:
-            raise InputError(
-                f"data.sequence_length: {length} is more than model.max_length "
-                f"{self.model.config.max_position_embeddings}; raise model.max_length"
-            )
+        check_length(self.model, length)
         if stage == "fit" and length:
             remember_length(self.model, length, fresh=self.initialize_from is None)
         tokenizer = getattr(data, "tokenizer", None)

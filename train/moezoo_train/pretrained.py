@@ -59,6 +59,20 @@ def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         )
 
 
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Refuse sequences that are longer than a model is made for.
+
+    Raises:
+        InputError: they are.
+    """
+    longest = model.config.max_position_embeddings
+    if length > longest:
+        raise InputError(
+            f"data.sequence_length: {length} is more than model.max_length {longest}; raise "
+            "model.max_length"
+        )
+
+
 def remember_ends(model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
     """Tell a model which tokens begin and end a text, which generation has to know.
 
