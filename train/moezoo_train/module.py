@@ -55,6 +55,7 @@ from moezoo_train.sparse_memory import (
     describe_sparse_memory,
     freeze_all_but_tables,
 )
+from moezoo_train.steps import run_steps, stand_between_batches, take_whole_steps
 from moezoo_train.strategies import check_sparse_gradients, lay_out_for
 from moezoo_train.throughput import ffn_layers
 from moezoo_train.whole import in_parts, undivided_state, whole_state
@@ -201,6 +202,8 @@ class LanguageModel(LightningModule):
         Raises:
             InputError: the sequences are longer than the model is made for.
         """
+        if stage == TrainerFn.FITTING:
+            take_whole_steps(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         length = getattr(data, "sequence_length", 0)
         check_length(self.model, length)
@@ -268,12 +271,15 @@ class LanguageModel(LightningModule):
             gradients = strategy.gradients()
         else:
             gradients = clipping.grouped_gradients(optimizer)
+        losses, self._losses = torch.stack(self._losses), []
+        if len(losses) != self.trainer.accumulate_grad_batches:
+            # The last step of an epoch may have fewer, of which each was divided by the full count.
+            clipping.scale(gradients, self.trainer.accumulate_grad_batches / len(losses))
         norms = clipping.gradient_norms(gradients, over_ranks=isinstance(strategy, ZeROStrategy))
         self.grad_norm = float(clipping.total_norm(norms))
         self.clip_group_norms = {
             name: float(norm) for name, norm in norms.items() if name != clipping.MAIN
         }
-        losses, self._losses = torch.stack(self._losses), []
         if not self.guard.allows(self.trainer, losses, self.grad_norm):
             optimizer.zero_grad(set_to_none=True)  # then it leaves parameters and state alone
             return
@@ -298,12 +304,10 @@ class LanguageModel(LightningModule):
         optimizer = build_optimizer(self.model, self.optimizer_config, fused=fused)
         if any(is_sparse(group) for group in optimizer.param_groups):
             check_sparse_gradients(self.trainer.strategy, self.compile_model)
-        steps = self.trainer.estimated_stepping_batches
-        run_steps = int(steps) if math.isfinite(steps) and steps > 0 else None
         config = self.schedule_config
         if getattr(self.trainer, "fast_dev_run", False):
             config = ScheduleConfig("constant", warmup_steps=0)  # the real one would not fit
-        schedule = build_schedule(optimizer, config, run_steps)
+        schedule = build_schedule(optimizer, config, run_steps(self.trainer))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
@@ -359,6 +363,7 @@ class LanguageModel(LightningModule):
         }
         if self.lora is not None:
             checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])
+        stand_between_batches(checkpoint, self.trainer)
 
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
         """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer.
