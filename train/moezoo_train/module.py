@@ -47,7 +47,7 @@ from moezoo_train.pretrained import (
     remember_length,
 )
 from moezoo_train.rules import FFNRule as FFNRule
-from moezoo_train.schedule import ScheduleConfig, build_schedule
+from moezoo_train.schedule import RunSchedule, ScheduleConfig
 from moezoo_train.sparse_memory import (
     SparseMemory,
     SparseMemoryOptions,
@@ -139,7 +139,7 @@ class LanguageModel(LightningModule):
     ) -> None:
         super().__init__()
         self.optimizer_config = optimizer
-        self.schedule_config = schedule
+        self.schedule = RunSchedule(schedule)
         self.hash_embeddings_from = hash_embeddings_from
         self.compile_model = compile
         self.guard = StepGuard(on_nan, spikes)
@@ -304,14 +304,17 @@ class LanguageModel(LightningModule):
         optimizer = build_optimizer(self.model, self.optimizer_config, fused=fused)
         if any(is_sparse(group) for group in optimizer.param_groups):
             check_sparse_gradients(self.trainer.strategy, self.compile_model)
-        config = self.schedule_config
-        if getattr(self.trainer, "fast_dev_run", False):
-            config = ScheduleConfig("constant", warmup_steps=0)  # the real one would not fit
-        schedule = build_schedule(optimizer, config, run_steps(self.trainer))
+        if getattr(self.trainer, "fast_dev_run", False):  # the real schedule would not fit
+            self.schedule = RunSchedule(ScheduleConfig("constant", warmup_steps=0))
+        schedule = self.schedule.put_on(optimizer, run_steps(self.trainer))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
         }
+
+    def on_train_start(self) -> None:
+        """Take the first step by this run's schedule, not by the checkpoint's."""
+        self.schedule.set_rates()
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums: total loss in nats, tokens."""
@@ -357,6 +360,7 @@ class LanguageModel(LightningModule):
             "config": identity.describe(self.model.config),
             "unrelated": identity.unrelated(self.model.config),
             "optimizer": asdict(self.optimizer_config.on(self.device)),
+            "schedule": self.schedule.state_dict(checkpoint["global_step"]),
             "guard": self.guard.state_dict(),
             "lora": describe_adapters(self.model, self.lora),
             "sparse_memory": self._trained_rows,
@@ -395,4 +399,5 @@ class LanguageModel(LightningModule):
                 began_with = saved["optimizer"].get("muon_dtype", "bfloat16")
                 self.optimizer_config = replace(self.optimizer_config, muon_dtype=began_with)
             identity.check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
+            self.schedule.load_state_dict(saved.get("schedule"), checkpoint["global_step"])
         self.guard.load_state_dict(saved.get("guard", {}))
