@@ -202,6 +202,36 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Keep ``best.ckpt``: the state at the validation whose loss is the lowest so far.
+
+    Args:
+        path: the folder of checkpoints.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(
+            dirpath=path,
+            filename="best",
+            monitor="val/loss",
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the lowest loss so far, also where the run's directory has another name.
+
+        Where that directory holds no best.ckpt, the next validation is the best.
+        """
+        path, score = Path(cast(str, self.dirpath)) / "best.ckpt", state_dict["best_model_score"]
+        if score is None or not path.exists():
+            return
+        self.current_score = state_dict.get("current_score")
+        self.best_model_score = self.kth_value = score
+        self.best_model_path = self.kth_best_model_path = str(path)
+        self.best_k_models = {str(path): score}
+
+
 class SaveModel(Callback):
     """Keep a Hugging Face directory of the model, its tokenizer beside the weights.
 
@@ -236,8 +266,9 @@ class SaveModel(Callback):
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the lowest loss so far."""
-        self._best = state_dict["best"]
+        """Go on from the lowest loss so far, if the model that had it is there."""
+        if self.path.exists():
+            self._best = state_dict["best"]
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if getattr(trainer, "fast_dev_run", False):

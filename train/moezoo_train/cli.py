@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -31,7 +30,7 @@ from moezoo_models.atomic import atomic_write
 from moezoo_models.checkpoints import one_line
 from moezoo_models.locks import writing
 from moezoo_train.beforehand import check_evaluation, check_run
-from moezoo_train.callbacks import LastCheckpoint, SaveModel
+from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.data import TokenDataModule
 from moezoo_train.distributed import is_lost_process
@@ -276,13 +275,7 @@ class MoezooCLI(LightningCLI):
             folder = output / "checkpoints"
             callbacks += [
                 SaveModel(output / "model", config["keep"]),
-                ModelCheckpoint(
-                    dirpath=folder,
-                    filename="best",
-                    monitor="val/loss",
-                    save_on_train_epoch_end=False,
-                    enable_version_counter=False,
-                ),
+                BestCheckpoint(folder),
                 LastCheckpoint(folder, config["checkpoint_every"]),
             ]
         return callbacks
