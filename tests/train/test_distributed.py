@@ -1,5 +1,6 @@
 """Two processes train as one process with twice the batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
-from two_processes import assert_same_directories  # noqa: E402
+import fits  # noqa: E402
+from two_processes import assert_same_directories, launch  # noqa: E402
 
 
 def arguments(folder: Path, name: str, **options) -> list[str]:
@@ -52,12 +54,17 @@ def arguments(folder: Path, name: str, **options) -> list[str]:
     return ["fit", *(f"--{key}={value}" for key, value in (defaults | options).items())]
 
 
-def fit_with_two_processes(folder: Path, name: str, **options) -> None:
-    """Run the command in a process of its own, which the launcher repeats for the other rank."""
+def of_two(folder: Path, name: str, **options) -> list[str]:
+    """Return the command line of a run of two processes."""
     options |= {"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"}
+    return arguments(folder, name, **options)
+
+
+def run_alone(folder: Path, words: list[str]) -> None:
+    """Run the command in a process of its own, which Lightning repeats for the other rank."""
     paths = [str(ROOT / part) for part in (".", "kernels", "models", "train")]
     process = subprocess.run(
-        [sys.executable, "-m", "moezoo", *arguments(folder, name, **options)],
+        [sys.executable, "-m", "moezoo", *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         cwd=folder,
         capture_output=True,
@@ -76,9 +83,9 @@ def runs(tmp_path_factory) -> Path:
         text = " ".join(str((number * n * 7919) % 97) for n in range(80))
         (folder / "corpus" / f"{number}.txt").write_text(text)
     run(arguments(folder, "one", **{"data.batch_size": 4}))
-    fit_with_two_processes(folder, "two")
-    fit_with_two_processes(folder, "parts", **{"trainer.max_steps": 2})
-    fit_with_two_processes(folder, "parts", ckpt_path="last")
+    whole, half = of_two(folder, "two"), of_two(folder, "parts", **{"trainer.max_steps": 2})
+    launch(fits.__file__, folder, json.dumps(whole), json.dumps(half))
+    run_alone(folder, of_two(folder, "parts", ckpt_path="last"))
     return folder
 
 
