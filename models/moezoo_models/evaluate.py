@@ -20,6 +20,7 @@ from moezoo_models.config import check_trained_length
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
 from moezoo_models.encoding import encode_text
+from moezoo_models.locks import check_file
 from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tasks import Questions, TaskEvaluation, evaluate_questions
 from moezoo_models.tokenizer import Tokenizer
@@ -117,6 +118,11 @@ def evaluate(
     """
     if (text is None) == (tasks is None):
         raise InputError("text: give either a file, --text FILE, or tasks, --tasks NAME,NAME")
+    if output is None and tasks is not None:
+        output = "runs/evaluate/tasks.json"
+    if output is not None:
+        check_file(output)
+    check_int("batch_size", batch_size)
     if text is not None:
         _refuse("tasks", task_path=task_path, limit=limit, num_fewshot=num_fewshot)
         content = read_text(Path(text))
@@ -145,7 +151,8 @@ def evaluate(
         model, words, questions, sequence_length=sequence_length, batch_size=batch_size
     )
     print(answered.table())
-    file = Path("runs/evaluate/tasks.json" if output is None else output)
+    assert output is not None
+    file = Path(output)
     _write_json(file, {"checkpoint": str(checkpoint), **answered.report})
     print(f"written to {file}")
     return answered

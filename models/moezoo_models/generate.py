@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from moezoo.errors import InputError, check_int, check_number
+from moezoo.errors import InputError, check_int, check_number, check_text
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
 from moezoo_models.encoding import encode_text
@@ -61,8 +61,14 @@ def generate(
     Raises:
         InputError: the checkpoint can not be loaded, or an option is out of range.
     """
+    check_sampling(temperature, top_k, top_p, seed)
+    if max_new_tokens is not None:
+        check_int("max_new_tokens", max_new_tokens)
+    check_text("prompt", prompt)
     place = pick_device(device)
     model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention)
+    # What does not fit this model, before the prompt is printed.
+    _start(model, words, prompt, max_new_tokens)
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)
@@ -117,10 +123,9 @@ def continue_text(
     Raises:
         InputError: an option is out of range, or the tokenizer is not the model's.
     """
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)])
-    count = new_tokens(model, ids.shape[1], max_new_tokens)
+    check_sampling(temperature, top_k, top_p, seed)
+    ids, count = _start(model, tokenizer, prompt, max_new_tokens)
     config = generation_config(model, tokenizer, count, float(temperature), top_k, float(top_p))
-    check_token_ids(ids, model.config.vocab_size)
     pieces: list[str] = []
 
     def collect(piece: str) -> None:
@@ -184,6 +189,29 @@ class WholeCharacterStreamer(BaseStreamer):
             self._context, self._written = self._written or 0, len(self._ids)
 
 
+def check_sampling(temperature: float, top_k: int, top_p: float, seed: int = 0) -> None:
+    """Raise :class:`InputError` if an option of :func:`generate` is out of range."""
+    check_number("temperature", temperature)
+    check_int("top_k", top_k, minimum=0)
+    if not check_number("top_p", top_p, maximum=1.0):
+        raise InputError("top_p: 0 leaves no token to choose from; give a number up to 1")
+    check_int("seed", seed, minimum=0, maximum=(1 << 63) - 1)
+
+
+def _start(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, wanted: int | None
+) -> tuple[Tensor, int]:
+    """Return a prompt's ids, ``(1, length)``, and how many are to be added to them.
+
+    Raises:
+        InputError: the prompt is no text, or it or what is wanted does not fit the model.
+    """
+    ids = torch.tensor([prompt_ids(tokenizer, check_text("prompt", prompt))])
+    count = new_tokens(model, ids.shape[1], wanted)
+    check_token_ids(ids, model.config.vocab_size)
+    return ids, count
+
+
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Encode a prompt, after the token that begins texts, or for an empty one that ends them."""
     ids = encode_text(tokenizer, prompt)
@@ -229,10 +257,7 @@ def generation_config(
         InputError: an option is out of range.
     """
     check_int("max_new_tokens", max_new_tokens)
-    check_number("temperature", temperature)
-    check_int("top_k", top_k, minimum=0)
-    if not check_number("top_p", top_p, maximum=1.0):
-        raise InputError("top_p: 0 leaves no token to choose from; give a number up to 1")
+    check_sampling(temperature, top_k, top_p)
     ends = model.generation_config.eos_token_id if model.generation_config else None
     stops = {tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

@@ -119,3 +119,18 @@ def _lock(path: Path, shown: Path, field: str, wait: bool) -> FileLock | None:
         )
         return None
     return lock
+
+
+def check_file(file: str | Path, field: str = "output") -> None:
+    """Refuse a place in which no file can be written, before what it is for is computed.
+
+    Raises:
+        InputError: it is a folder, or the folder that it is to be in cannot be written.
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise InputError(f"{field}: {path} is a folder; give a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if folder.is_dir() else "is a file"
+        raise InputError(f"{field}: {path} cannot be written: {folder} {reason}; give another file")

@@ -151,16 +151,21 @@ def test_generate_prints_as_it_comes_and_returns_the_text(checkpoint, capsys):
         ({"top_k": -1}, "top_k: -1 is out of range"),
         ({"top_p": 1.5}, "top_p: 1.5 is out of range"),
         ({"top_p": 0.0}, "top_p: 0 leaves no token to choose from"),
+        ({"seed": -1}, "seed: -1 is out of range"),
+        ({"seed": 1 << 64}, "seed: 18446744073709551616 is out of range"),
+        ({"prompt": "a\udcff"}, "prompt: character 2 is not UTF-8 text"),
+        ({"max_new_tokens": 512}, "max_new_tokens: 512 after a prompt of 1 tokens are more"),
         ({"device": "gpu"}, r"device: 'gpu' can not be used \(.*auto or cpu can"),
         ({"attention": "fast"}, "attention: 'fast' is not known"),
         ({"checkpoint": "nowhere"}, "checkpoint: nowhere does not exist"),
         ({"tokenizer": "nowhere"}, "tokenizer: nowhere is not a directory"),
     ],
 )
-def test_mistakes_are_named(checkpoint, options, message):
+def test_mistakes_are_named_before_anything_is_printed(checkpoint, options, message, capsys):
     with pytest.raises(InputError, match=message) as caught:
         generate(**{"checkpoint": checkpoint, "prompt": "a", **options})
     assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
 
 
 def test_no_more_is_written_than_the_model_is_made_for(make, byte_tokenizer):

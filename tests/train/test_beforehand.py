@@ -7,6 +7,7 @@ import yaml
 from moezoo import InputError
 from moezoo_train import data
 from moezoo_train.cli import run
+from moezoo_train.module import LanguageModel
 
 OPTIONS = {
     "output": "run",
@@ -73,6 +74,18 @@ def test_a_run_is_refused_before_its_text_is_prepared(recipe, tmp_path, options,
         run(["fit", "--config", str(recipe), *options])
     assert "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_before(recipe):
+    """Made by a run of the same model, whose text is not touched either."""
+    model = LanguageModel(300, **OPTIONS["model"])
+    state = {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}
+    model.on_save_checkpoint(state)
+    torch.save(state, "same.ckpt")
+    with pytest.raises(AssertionError, match="begun to prepare"):
+        run(["fit", "--config", str(recipe), "--ckpt_path=same.ckpt"])
+    with pytest.raises(InputError, match=r"optimizer\.lr is .* but 0.5 in this run"):
+        run(["fit", "--config", str(recipe), "--ckpt_path=same.ckpt", "--model.optimizer.lr=0.5"])
 
 
 def test_the_text_would_be_prepared_else(recipe):

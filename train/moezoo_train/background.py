@@ -20,6 +20,7 @@ from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_models.conversion.convert import progress_bar
 from moezoo_models.devices import pick_device
+from moezoo_models.locks import check_file
 from moezoo_models.stock import load_as_it_is
 from moezoo_models.tokenizer import load_tokenizer
 from moezoo_train.lora import weights_hash
@@ -126,6 +127,7 @@ def inspect_background(
             another tokenizer, or an option is out of range.
     """
     check_int("batches", batches)
+    check_file(output)
     target = pick_device(device)
     model, _ = load_as_it_is(checkpoint)
     prepared = PreparedData.load(data_dir)

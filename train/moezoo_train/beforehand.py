@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,10 @@ def check_evaluation(
     if module.initialize_from is not None and data.source is not None and data.tokenizer_name:
         check_tokenizer(module.initialize_from, load_tokenizer(data.tokenizer_name))
     if checkpoint is not None and "://" not in checkpoint:
-        _check_checkpoint(Path(checkpoint), module)
+        _check_checkpoint(Path(checkpoint), module, fitting)
 
 
-def _check_checkpoint(path: Path, module: LanguageModel) -> None:
+def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
     """Compare what a checkpoint says it is of; its tensors stay on the disk."""
     saved = _read(path).get(identity.CONFIG_KEY)
     if saved is None:
@@ -83,6 +84,10 @@ def _check_checkpoint(path: Path, module: LanguageModel) -> None:
         identity.check_same("model", saved["config"], identity.describe(module.model.config))
     adapters = describe_adapters(module.model, module.lora)
     identity.check_same("lora", saved.get("lora", {}), adapters)
+    if fitting and "optimizer" in saved:
+        # Without what depends on the device, which is not known yet.
+        now = {**asdict(module.optimizer_config), "muon_dtype": None}
+        identity.check_same("optimizer", {**saved["optimizer"], "muon_dtype": None}, now)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -134,11 +134,11 @@ class MoezooCLI(LightningCLI):
     """LightningCLI with a run directory.
 
     Args:
-        held: holds the lock of the directory.
+        held: holds the lock of the directory, until whoever gave it lets it go.
     """
 
-    def __init__(self, *args: Any, held: ExitStack, **kwargs: Any) -> None:
-        self._held = held
+    def __init__(self, *args: Any, held: ExitStack | None = None, **kwargs: Any) -> None:
+        self._held = held or ExitStack()
         super().__init__(*args, **kwargs)
 
     @staticmethod

@@ -24,6 +24,7 @@ from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.stage import Answer
 from moezoo_models.devices import pick_device
+from moezoo_models.locks import check_file
 
 CARVES: Mapping[str, Mapping[str, object]] = {
     "random": {"split": "random", "router": "gate_mean", "refit": False},
@@ -97,6 +98,8 @@ def inspect_carving(
         InputError: the source can not be read, a size does not fit, or there is too little text.
     """
     check_int("seeds", seeds)
+    if output is not None:
+        check_file(output)
     ratios: dict[str, dict[str, list[float]]] = {}
     dense = math.nan
     with open_source(source) as model, progress_bar() as bar:

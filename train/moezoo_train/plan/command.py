@@ -21,6 +21,7 @@ from moezoo_train.plan.figure import draw
 from moezoo_train.plan.layouts import LAYOUTS, Memory, check_layouts
 from moezoo_train.plan.machine import MACHINES, machine
 from moezoo_train.plan.setup import Setup, precision
+from moezoo_train.pretrained import check_length
 from moezoo_train.progress import quiet_lightning
 from moezoo_train.throughput import count_parameters
 
@@ -115,7 +116,7 @@ class PlanCLI(MoezooCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         options, data = self.config_init["fit"], self.datamodule
-        check_length(data.sequence_length, self.model)
+        check_length(self.model.model, data.sequence_length)
         setup = Setup.of(
             self.model,
             precision(options["trainer"]["precision"]),
@@ -126,16 +127,6 @@ class PlanCLI(MoezooCLI):
             ),
         )
         plan(setup, Options(**{name: options[name] for name in _OPTIONS}))
-
-
-def check_length(length: int, module: LanguageModel) -> None:
-    """Refuse sequences that the model is not made for, as training does."""
-    longest = module.model.config.max_position_embeddings
-    if length > longest:
-        raise InputError(
-            f"data.sequence_length: {length} is more than model.max_length {longest}; "
-            "raise model.max_length"
-        )
 
 
 @dataclass(frozen=True)
