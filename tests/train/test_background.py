@@ -96,6 +96,17 @@ def test_tied_tensors_are_written_once(tmp_path):
     plugin.teardown()
 
 
+def test_the_first_checkpoint_is_there_before_anything_follows_it(tmp_path):
+    state = {"state_dict": {"a": torch.zeros(1)}, "pytorch-lightning_version": "2"}
+    plugin = BackgroundCheckpointIO()
+    plugin.save_checkpoint(state, tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt").exists()
+    assert plugin._pending is None
+    plugin.save_checkpoint(state, tmp_path / "last.ckpt")
+    assert plugin._pending is not None
+    plugin.teardown()
+
+
 def test_an_error_of_the_thread_ends_the_run_and_keeps_the_earlier_file(
     make_model, make_trainer, random_tokens, tmp_path, monkeypatch
 ):

@@ -160,7 +160,7 @@ def test_evaluating_gives_the_loss_of_the_run(finished, recipe, command, capsys)
 
 def test_a_run_is_not_overwritten_unasked(finished, recipe):
     before = sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*"))
-    with pytest.raises(InputError, match=r"already holds a run; .* --overwrite true"):
+    with pytest.raises(InputError, match=r"already holds a run \(.*\); .* --overwrite true"):
         run(["fit", "--config", str(recipe)])
     assert sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*")) == before
 

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from moezoo.errors import InputError
-from moezoo_models.atomic import atomic_write, publish
+from moezoo_models.atomic import atomic_write, is_there, publish
 from moezoo_models.checkpoints import one_line
 from moezoo_models.checksums import check_archive
 from moezoo_train.sharded_checkpoints import is_sharded, load_sharded
@@ -101,12 +101,18 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
     ) -> None:
-        """Copy a checkpoint, and let it be written."""
+        """Copy a checkpoint, and let it be written.
+
+        The first of its name is waited for: whatever is written next, there is one to go on from.
+        """
         self._wait()
+        first = "://" not in str(path) and not is_there(Path(path))
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         state = _copy(checkpoint, {})
         self._pending = self._pool.submit(super().save_checkpoint, state, path, storage_options)
+        if first:
+            self._wait()
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint; see :class:`AtomicCheckpointIO`."""

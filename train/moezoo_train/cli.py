@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moezoo.command.keys import full_keys
 from moezoo.command.parser import ClearErrors
-from moezoo.errors import InputError, check_int, check_text
+from moezoo.errors import InputError, check_int, check_text, going_on
 from moezoo_models.atomic import atomic_write
 from moezoo_models.checkpoints import one_line
 from moezoo_models.locks import writing
@@ -327,13 +327,14 @@ class MoezooCLI(LightningCLI):
                     )
                 raise SystemExit(130 if callback.stopped_by == signal.SIGINT else 0)
         if self.trainer.is_global_zero and not config["trainer"].get("fast_dev_run"):
-            write_report(
-                output,
-                self.trainer,
-                self.model,
-                prompt=config["sample_prompt"],
-                sample_tokens=config["sample_tokens"],
-            )
+            with going_on(f"the run is finished, its report is not: {resume_command(output)}"):
+                write_report(
+                    output,
+                    self.trainer,
+                    self.model,
+                    prompt=config["sample_prompt"],
+                    sample_tokens=config["sample_tokens"],
+                )
 
 
 def _check_validation_interval(trainer: Any) -> None:
