@@ -6,11 +6,14 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from rich.console import Console
 
 from moezoo import PEER, MemoryPlus
+from moezoo_train.callbacks import LastCheckpoint
+from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.loggers import MetricsCSV, read_metrics
 from moezoo_train.metrics import ExpertLoad, LoadCounter
 from moezoo_train.module import FFNRule
@@ -134,6 +137,42 @@ def test_report_of_a_run(make_model, make_trainer, random_tokens, tmp_path):
     text = console.file.getvalue()
     assert f"{saved['val_loss']:.3f} nats/token" in text
     assert "experts of layer 1" in text
+
+
+def test_the_rows_of_a_step_are_written_before_its_checkpoint(
+    make_model, make_trainer, random_tokens, tmp_path
+):
+    """Killed right after, the run would go on behind the step; what others log has its number."""
+    written = []
+
+    class Watch(AtomicCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+            rows = read_metrics(tmp_path / "metrics.csv")
+            written.append((checkpoint["global_step"], [r["step"] for r in rows if "tokens" in r]))
+
+    class Other(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_) -> None:
+            module.log("other", float(trainer.global_step), on_step=True)
+
+    trainer = make_trainer(
+        max_steps=6,
+        accumulate_grad_batches=2,
+        log_every_n_steps=2,
+        logger=MetricsCSV(tmp_path / "metrics.csv"),
+        enable_checkpointing=True,
+        callbacks=[LastCheckpoint(tmp_path / "checkpoints", 4), Other()],
+        plugins=[Watch()],
+    )
+    trainer.fit(make_model(), random_tokens)
+    assert written == [(4, ["2", "4"]), (6, ["2", "4", "6"])]
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [(r["step"], r["other"]) for r in rows if "other" in r] == [(n, n) for n in "246"]
+
+
+def test_every_zero_steps_is_never(make_model, make_trainer, random_tokens, tmp_path):
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    make_trainer(max_steps=2, log_every_n_steps=0, logger=logger).fit(make_model(), random_tokens)
+    assert read_metrics(tmp_path / "metrics.csv") == []
 
 
 def test_table_shows_what_is_missing_as_missing():
