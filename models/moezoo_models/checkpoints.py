@@ -26,6 +26,7 @@ from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checksums import check_seal, seal
 from moezoo_models.config import MoezooConfig
 from moezoo_models.dense import dense_config
+from moezoo_models.finite import check_finite
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG = "config.json"
@@ -57,7 +58,8 @@ def save_checkpoint(
         The directory.
 
     Raises:
-        InputError: ``path`` is a file, or a directory that is no checkpoint; or the disk is full.
+        InputError: ``path`` is a file, or a directory that is no checkpoint; a tensor is not
+            finite; or the disk is full.
     """
     directory = Path(path)
     if directory.is_symlink():
@@ -87,8 +89,9 @@ def write_model(fresh: Path, target: Path, model: PreTrainedModel, **options: An
         options: of ``save_pretrained``.
 
     Raises:
-        InputError: the disk is full.
+        InputError: a tensor is not finite, or the disk is full.
     """
+    check_finite((options.get("state_dict") or model.state_dict()).items(), target)
     try:
         with quiet():
             model.save_pretrained(fresh, **options)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from moezoo import PEER, DenseFFN, MemoryPlus, SparseMoE
+from moezoo import PEER, DenseFFN, InputError, MemoryPlus, RouterOptions, SparseMoE
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
@@ -32,6 +32,12 @@ VOCABULARY, WIDTH, WINDOWS = 40, 16, 4
 LAYERS = {
     "dense": partial(DenseFFN, d_ff=32),
     "moe": partial(SparseMoE, num_experts=4, top_k=2, d_expert=8, num_shared_experts=1),
+    "biased": partial(
+        SparseMoE,
+        num_experts=4,
+        d_expert=8,
+        router=RouterOptions(score="sigmoid", selection_bias=True),
+    ),
     "peer": partial(PEER, num_experts=64, num_heads=2, top_k=4),
     "memory": partial(MemoryPlus, num_keys=8, num_heads=2, top_k=4, value_pool="values"),
     "sparse memory": partial(MemoryPlus, num_keys=8, num_heads=2, top_k=4, sparse=True),
@@ -59,6 +65,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     adapters: bool = False
+    harm: bool = False
 
 
 CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
@@ -72,6 +79,8 @@ CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
     "sparse memory": Case("sparse memory", 6),
     "sparse peer": Case("sparse peer", 6),
     "adapters": Case("moe", 6, adapters=True),
+    "skipped": Case("biased", 6, model={"on_nan": "skip"}, harm=True),
+    "skipped peer": Case("peer", 6, model={"on_nan": "skip"}, harm=True),
     "in parts": Case("memory", 6, model={"build_in_parts": True}),
 }
 TWO_PROCESSES = [(name, strategy) for name in list(CASES)[:4] for strategy in STRATEGIES]
@@ -82,6 +91,7 @@ TWO_PROCESSES += [
     ("activation checkpointing", "fsdp2"),
 ]
 TWO_PROCESSES += [("activation checkpointing", "expert_parallel"), ("bf16", "expert_parallel")]
+TWO_PROCESSES += [("skipped", "fsdp2"), ("skipped peer", "ddp"), ("skipped peer", "fsdp2")]
 TWO_PROCESSES += [(name, s) for name in ("sparse memory", "sparse peer") for s in ("ddp", "fsdp2")]
 
 # Runs that are interrupted halfway: of 2 steps each, by Muon, as its state has two shapes.
@@ -147,6 +157,17 @@ class Record(pl.Callback):
             self.gradients = {name: gradient.clone() for name, gradient in whole.items()}
 
 
+class Harm(pl.Callback):
+    """Let the last process compute NaN in the third step, whatever the others do."""
+
+    def on_train_start(self, trainer, module) -> None:
+        def spoil(layer, args, hidden) -> torch.Tensor:
+            last = trainer.global_rank == trainer.world_size - 1
+            return hidden * float("nan") if last and trainer.global_step == 2 else hidden
+
+        module.model.get_input_embeddings().register_forward_hook(spoil)
+
+
 def whole_gradient(parameter: Any) -> torch.Tensor | None:
     """Give a parameter's gradient, put together by DeepSpeed if that has it in parts."""
     if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
@@ -164,6 +185,7 @@ def train(
     resume: Path | None = None,
     save: Path | None = None,
     directory: Path | None = None,
+    after: Callable[[pl.Trainer, LanguageModel], Any] | None = None,
 ) -> dict[str, Any]:
     """Train, and give losses, the second step's gradient and the last step's parameters.
 
@@ -175,6 +197,7 @@ def train(
         resume: checkpoint to begin from.
         save: checkpoint to leave.
         directory: of the trained model, to leave.
+        after: what else to do then; what it gives is given along.
     """
     pl.seed_everything(1, verbose=False)
     start = {"initialize_from": str(folder / "base"), "lora": LoRAOptions(rank=2)}
@@ -205,7 +228,7 @@ def train(
         use_distributed_sampler=False,
         default_root_dir=folder,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[record],
+        callbacks=[record, *([Harm()] if case.harm else [])],
         **case.trainer,
     )
     trainer.fit(module, Windows(), ckpt_path=resume, weights_only=True)
@@ -213,7 +236,8 @@ def train(
         trainer.save_checkpoint(save)
     if directory is not None:
         module.save(directory, None)
-    return {
+    found = {} if after is None else {"after": after(trainer, module)}
+    return found | {
         "losses": torch.stack(record.losses),
         "gradients": record.gradients,
         "parameters": whole_state(module.model),
@@ -255,6 +279,23 @@ def checkpoint_path(folder: Path, writer: str) -> Path:
     return folder / f"half of {writer}.ckpt"
 
 
+def refusals(folder: Path, trainer: pl.Trainer, module: LanguageModel) -> list[str]:
+    """Let the last process's part of a model be NaN, and give what saving it says."""
+    weight: Any = module.model.lm_head.weight
+    if trainer.global_rank == trainer.world_size - 1:
+        weight.data.to_local().view(-1)[-1] = float("nan")
+    said = []
+    for save in (
+        lambda: trainer.save_checkpoint(checkpoint_path(folder, "NaN")),
+        lambda: module.save(folder / "model of NaN", None),
+    ):
+        try:
+            save()
+        except InputError as error:
+            said.append(str(error))
+    return said
+
+
 def keep(folder: Path, name: str, result: Any) -> None:
     """Leave the first process's result for the test to read."""
     if dist.get_rank() == 0:
@@ -289,6 +330,10 @@ def main(folder: Path, arguments: list[str]) -> None:
             INTERRUPTED, WRITERS[reader](), folder, resume=checkpoint_path(folder, writer)
         )
         keep(folder, f"{writer} to {reader}", resumed)
+    for writer in ("fsdp2 file", "fsdp2 directory"):
+        spoilt = partial(refusals, folder)
+        result = train(CASES["dense"], WRITERS[writer](), folder, steps=1, after=spoilt)
+        keep(folder, f"refusals, {writer}", result["after"])
     if sys.platform == "linux":
         keep(folder, "peak", peak_of_building())
     run(arguments)

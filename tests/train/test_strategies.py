@@ -125,6 +125,14 @@ def test_its_checkpoint_is_exported_as_its_model(folder, tmp_path):
     assert_same_directories(folder / "run" / "model", tmp_path / "model")
 
 
+@pytest.mark.parametrize("writer", ["fsdp2 file", "fsdp2 directory"])
+def test_what_is_not_finite_on_one_process_is_written_by_none(folder, writer):
+    said = read(folder, f"refusals, {writer}")
+    assert len(said) == 2
+    assert all("after step 1" in line and "holds NaN or an infinity" in line for line in said)
+    assert not [path.name for path in folder.glob("*NaN*")]
+
+
 @pytest.mark.parametrize("writer", cases.WRITERS)
 def test_every_checkpoint_is_exported(folder, tmp_path, writer):
     path = cases.checkpoint_path(folder, writer)

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from moezoo.errors import check_choice
 from moezoo_train.distributed import gather_from_ranks
@@ -203,7 +204,7 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep ``best.ckpt``: the state at the validation whose loss is the lowest so far.
+    """Keep ``best.ckpt``, of the lowest validation loss; one that is not finite is never it.
 
     Args:
         path: the folder of checkpoints.
@@ -231,6 +232,17 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_model_path = self.kth_best_model_path = str(path)
         self.best_k_models = {str(path): score}
 
+    @property
+    def state_key(self) -> str:
+        """As Lightning's own, whose state is in checkpoints of earlier versions."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Return whether a loss is the best so far; Lightning takes NaN where there is no other."""
+        if current is not None and not current.isfinite():
+            return False
+        return super().check_monitor_top_k(trainer, current)
+
 
 class SaveModel(Callback):
     """Keep a Hugging Face directory of the model, its tokenizer beside the weights.
@@ -238,13 +250,14 @@ class SaveModel(Callback):
     Args:
         path: the directory.
         keep: ``last`` writes at each validation and at the end; ``best`` at each validation whose
-            loss is the lowest so far.
+            loss is the lowest so far, at the end if there was no validation.
     """
 
     def __init__(self, path: str | Path, keep: Literal["last", "best"] = "last") -> None:
         self.path = Path(path)
         self.keep = check_choice("keep", keep, ["last", "best"])
         self._best = float("inf")
+        self._validated = False
         self._saved_step = -1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,23 +265,30 @@ class SaveModel(Callback):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         loss = float(trainer.callback_metrics.get("val/loss", float("inf")))
+        self._validated = True
         if self.keep == "last" or loss < self._best:
             self._write(trainer, pl_module)
-        self._best = min(self._best, loss)
+        self._best = min(self._best, loss)  # not NaN, which is less than nothing
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the final state, unless a better one is kept."""
-        if self.keep == "last" or self._best == float("inf"):
+        """Write the final state, unless the best one is kept."""
+        if self.keep == "last" or not self._validated:
             self._write(trainer, pl_module)
+        elif self._best == float("inf"):
+            rank_zero_warn(
+                f"no validation loss was finite, so none is the best and {self.path} is not "
+                "written; the final state is in last.ckpt"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Remember the lowest loss."""
-        return {"best": self._best}
+        return {"best": self._best, "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the lowest loss so far, if the model that had it is there."""
         if self.path.exists():
             self._best = state_dict["best"]
+            self._validated = state_dict.get("validated", self._best < float("inf"))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if getattr(trainer, "fast_dev_run", False):

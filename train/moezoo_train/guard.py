@@ -163,7 +163,8 @@ class StepGuard:
         if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise InputError(
                 f"{where}, the {self._in_a_row}th skipped step in a row: the model does not "
-                "recover; resume from the last checkpoint with a lower optimizer.lr"
+                "recover; go on from the last checkpoint with a lower trainer.gradient_clip_val, "
+                "or begin anew with a lower optimizer.lr"
             )
 
     def state_dict(self) -> dict[str, Any]:

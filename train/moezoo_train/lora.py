@@ -26,6 +26,7 @@ from moezoo.experts import MLPExperts
 from moezoo.parallel import whole
 from moezoo_models.atomic import replacing_directory
 from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.finite import check_finite
 from moezoo_models.stock import stacked_experts
 from moezoo_models.tokenizer import Tokenizer
 from moezoo_train.optim import OptimizerConfig
@@ -153,6 +154,7 @@ def save_model(
     if hasattr(model, "adapted_weights"):
         merged = merged_state(model, state_dict, write)
         if write:
+            check_finite(merged.items(), path)  # before the adapters take their place
             save_adapters(path.with_name("adapter"), model, state_dict)
         state_dict = merged
     if write:

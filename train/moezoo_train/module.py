@@ -24,7 +24,7 @@ from moezoo_models.causal_lm import IGNORED
 from moezoo_models.initialization import Drawn, drawn_later
 from moezoo_models.stock import predict
 from moezoo_models.tokenizer import Tokenizer
-from moezoo_train import clipping, identity
+from moezoo_train import clipping, finite, identity
 from moezoo_train.callbacks import RandomState
 from moezoo_train.distributed import average_sparse_gradients, process_count
 from moezoo_train.guard import SpikeRule, StepGuard
@@ -355,7 +355,12 @@ class LanguageModel(LightningModule):
         self.log_dict(metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the model in the checkpoint, as JSON: nothing in it needs unpickling."""
+        """Describe the model in the checkpoint, as JSON: nothing in it needs unpickling.
+
+        Raises:
+            InputError: model or optimizer hold numbers that are not finite.
+        """
+        finite.check_checkpoint(checkpoint)
         checkpoint[identity.CONFIG_KEY] = {
             "config": identity.describe(self.model.config),
             "unrelated": identity.unrelated(self.model.config),
@@ -373,7 +378,11 @@ class LanguageModel(LightningModule):
         """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer.
 
         The first process writes; all must call this, as each may hold parts.
+
+        Raises:
+            InputError: a tensor is not finite.
         """
+        finite.check_model(self.model, self.global_step)
         first = self.global_rank == 0
         whole = whole_state(self.model, first) if in_parts(self.model) else None
         save_model(path, self.model, tokenizer, whole, write=first)

@@ -97,7 +97,7 @@ def load_sharded(
         wanted: dict[str, Tensor] = {}
         like = _by_name(model or {}, optimizers or [])
         tied = rest.pop(TIED)
-        for name, owner, holder, key in _tensors(rest):
+        for name, owner, holder, key in checkpoint_tensors(rest):
             if not holder[key].is_meta:
                 continue
             name = tied.get(name, name)
@@ -172,7 +172,7 @@ def _take_out(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
     parts: dict[str, Tensor] = {}
     first: dict[tuple[int, int], str] = {}
     rest[TIED] = {}
-    for name, _, holder, key in _tensors(rest):
+    for name, _, holder, key in checkpoint_tensors(rest):
         tensor = holder[key]
         if isinstance(tensor, DTensor):
             holder[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -185,7 +185,9 @@ def _take_out(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
     return rest, parts
 
 
-def _tensors(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[Any, Any], Any]]:
+def checkpoint_tensors(
+    checkpoint: Mapping[str, Any],
+) -> Iterator[tuple[str, str, dict[Any, Any], Any]]:
     """Go through the tensors of model and optimizers: name, owner, what holds it, under which key.
 
     The owner is the parameter's name; in an optimizer's state, its number.

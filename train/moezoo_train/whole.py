@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -22,6 +23,15 @@ def in_parts(model: nn.Module) -> bool:
 def _in_zero(tensor: Any) -> bool:
     """Tell whether DeepSpeed (ZeRO stage 3) keeps a parameter in parts."""
     return hasattr(tensor, "ds_id")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process keeps of a tensor, which may be all of it."""
+    known: Any = tensor
+    if _in_zero(tensor):
+        part = cast(Tensor, known.ds_tensor)
+        return part[: max(0, known.ds_numel - dist.get_rank() * part.numel())]  # the rest pads
+    return known.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from moezoo_models.checkpoints import CONFIG, INDEX, WEIGHTS
 from moezoo_models.checksums import sealed_header, sum_of_header
 from moezoo_models.conversion.source import layer_of
 from moezoo_models.conversion.targets import Output
+from moezoo_models.finite import check_finite
 from moezoo_models.locks import writing
 
 MANIFEST = "manifest.json"
@@ -242,7 +243,11 @@ def write_safetensors(
 
     Returns:
         The SHA-256 of the file.
+
+    Raises:
+        InputError: a tensor is not finite.
     """
+    called = Path(path.name.removeprefix(".").removesuffix(".new"))
     header = _header(outputs)
     total = sum_of_header(header)
     with path.open("wb") as file:
@@ -251,6 +256,7 @@ def write_safetensors(
             written = 0
             for piece in output.pieces():
                 assert piece.dtype == output.dtype, output.name
+                check_finite([(output.name, piece)], called)
                 for part in _bytes(piece):
                     total = zlib.crc32(part, total)
                     file.write(part)
