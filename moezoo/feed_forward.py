@@ -303,7 +303,7 @@ def build(cls: Callable[..., T], arguments: Mapping[str, Any]) -> T:
             raise InputError(f"{name}: unknown argument '{key}'{nearest(key, parameters)}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
-            raise InputError(f"{name}: argument '{key}' is missing")
+            raise InputError(f"{name}: argument '{key}' is missing; give it")
     built = {key: _options(cls, key, value) for key, value in arguments.items()}
     return cls(**built)
 

@@ -27,7 +27,7 @@ Attended = tuple[Tensor, Tensor | None]
 
 
 def attention_backends() -> dict[str, str | None]:
-    """Name every backend, with the reason why it can not be used here; None where it can."""
+    """Name every backend, with the reason why it cannot be used here; None where it can."""
     return {
         "eager": None,
         "sdpa": None,
@@ -48,7 +48,7 @@ def check_backend(name: str | None) -> None:
     backends = attention_backends()
     check_choice("attention", name, backends)
     if reason := backends[name]:
-        raise InputError(f"attention: '{name}' can not be used here: {reason}; 'sdpa' can")
+        raise InputError(f"attention: '{name}' cannot be used here: {reason}; 'sdpa' can")
 
 
 def _flash_missing() -> str | None:
@@ -60,7 +60,7 @@ def _flash_missing() -> str | None:
 
 
 def xformers_missing() -> str | None:
-    """Say why xformers can not be used here; None if it can."""
+    """Say why xformers cannot be used here; None if it can."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install 'moezoo[xformers]')"
     if not torch.cuda.is_available():

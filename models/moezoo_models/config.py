@@ -151,7 +151,7 @@ class MoezooConfig(PreTrainedConfig):
             self.head_dim = width // heads
         if check_int("head_dim", self.head_dim) % 2:
             raise InputError(
-                f"head_dim: {self.head_dim} is odd, which rotary embeddings can not halve; "
+                f"head_dim: {self.head_dim} is odd, which rotary embeddings cannot halve; "
                 "change num_attention_heads or head_dim"
             )
         if self.num_key_value_heads is None:
@@ -218,7 +218,10 @@ def check_ffn_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str,
         InputError: names the rule, the key and the fix.
     """
     if not isinstance(rules, Sequence) or isinstance(rules, str) or not rules:
-        raise InputError(f"ffn: {rules!r} is not a list of rules with layers and class_path")
+        raise InputError(
+            f"ffn: {rules!r} is not a list of rules with layers and class_path; write one, e.g. "
+            '[{"layers": "all", "class_path": "moezoo.DenseFFN"}]'
+        )
     checked = []
     covered: set[int] = set()
     for number, rule in enumerate(rules):
@@ -235,17 +238,17 @@ def check_ffn_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str,
 def _checked_rule(rule: Any, d_model: int) -> dict[str, Any]:
     keys = ("layers", "class_path", "init_args")
     if not isinstance(rule, Mapping):
-        raise InputError(f"{rule!r} is not a rule with layers and class_path")
+        raise InputError(f"{rule!r} is not a rule; write a mapping with layers and class_path")
     for key in rule:
         if key not in keys:
             raise InputError(f"unknown key '{key}'{nearest(str(key), keys)}")
     for key in ("layers", "class_path"):
         if key not in rule:
-            raise InputError(f"{key} is missing")
+            raise InputError(f"{key} is missing; add it")
     registered(rule["class_path"])
     arguments = rule.get("init_args") or {}
     if not isinstance(arguments, Mapping):
-        raise InputError(f"init_args: {arguments!r} is not a mapping of arguments")
+        raise InputError(f"init_args: {arguments!r} is not a mapping; write names and values")
     if arguments.get("d_model", d_model) != d_model:
         raise InputError(
             f"init_args: d_model {arguments['d_model']} is not the model's hidden_size {d_model}; "

@@ -20,5 +20,5 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"device: '{name}' can not be used ({reason}); auto or cpu can") from error
+        raise InputError(f"device: '{name}' cannot be used ({reason}); auto or cpu can") from error
     return device

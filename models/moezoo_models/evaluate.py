@@ -173,7 +173,7 @@ def _write_json(file: Path, report: Mapping[str, Any]) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(
-            f"output: {file} can not be written: {reason}; give another file"
+            f"output: {file} cannot be written: {reason}; give another file"
         ) from error
 
 
@@ -186,7 +186,9 @@ def read_text(file: Path) -> str:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise InputError(f"text: {file} can not be read: {error.strerror}") from error
+        raise InputError(
+            f"text: {file} cannot be read: {error.strerror}; give a text file"
+        ) from error
     if not content:
         raise InputError(f"text: {file} is empty; give a file with text in it")
     try:

@@ -121,8 +121,8 @@ def stock_config(model: MoezooForCausalLM) -> PreTrainedConfig:
         if _comparable(dense_config(stock.to_dict())) == ours:
             return stock
     raise InputError(
-        f"checkpoint: its attention is none of {', '.join(DENSE_CONFIGS)}: see the norms, biases "
-        f"and windows in its {CONFIG}"
+        f"checkpoint: its attention is none of {', '.join(DENSE_CONFIGS)}; compare the norms, "
+        f"biases and windows in its {CONFIG}, or keep it as it is"
     )
 
 

@@ -151,14 +151,14 @@ def evaluating(model: MoezooForCausalLM) -> Iterator[None]:
 
 @contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Say in one line that the output can not be written."""
+    """Say in one line that the output cannot be written."""
     try:
         yield
         if not os.access(directory, os.W_OK):
             raise PermissionError(13, "permission denied")
     except OSError as error:
         raise InputError(
-            f"output: {directory} can not be written: {(error.strerror or str(error)).lower()}; "
+            f"output: {directory} cannot be written: {(error.strerror or str(error)).lower()}; "
             "free space or give another directory"
         ) from error
 
@@ -192,7 +192,7 @@ def write_report(
         tensors: by name, on the CPU.
 
     Raises:
-        InputError: the files can not be written.
+        InputError: the files cannot be written.
     """
     with writing(directory):
         for stem, figure in figures.items():

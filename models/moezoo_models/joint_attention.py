@@ -21,14 +21,14 @@ JOINT_BACKENDS = ("sdpa", "eager")
 
 
 def check_joint_backend(name: str | None) -> None:
-    """Refuse an attention backend that can not share its softmax.
+    """Refuse an attention backend that cannot share its softmax.
 
     Raises:
         InputError: names the backends that can.
     """
     if name not in JOINT_BACKENDS:
         raise InputError(
-            f"attention: '{name}' can not share its softmax with persistent slots; "
+            f"attention: '{name}' cannot share its softmax with persistent slots; "
             f"{' and '.join(JOINT_BACKENDS)} can"
         )
 
@@ -62,7 +62,7 @@ def joint_attention(
         keys)``, from the eager backend only; and their sums, ``(batch, heads, queries)``.
 
     Raises:
-        InputError: the backend can not share its softmax.
+        InputError: the backend cannot share its softmax.
     """
     check_joint_backend(backend)
     groups, queries = query.shape[1] // key.shape[1], query.shape[2]

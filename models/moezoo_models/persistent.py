@@ -77,5 +77,8 @@ def build_slots(rule: Mapping[str, Any], config: MoezooConfig) -> JoinedSlots:
         layer = FeedForward.from_config(rule, d_model=config.hidden_size)
     if not isinstance(layer, PersistentMemoryAttention):
         name = type(layer).__name__
-        raise InputError(f"{name} is of kind '{layer.kind}', which the decoder has no place for")
+        raise InputError(
+            f"class_path: {name} is of kind '{layer.kind}', which the decoder has no place for; "
+            "choose another"
+        )
     return JoinedSlots(layer, config)

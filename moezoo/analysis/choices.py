@@ -79,7 +79,10 @@ def slot_choices(layer: FeedForward, hidden: Tensor, context: Context) -> SlotCh
 
 @singledispatch
 def _choose(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices:
-    raise InputError(f"layers: it is not known how to read the choices of {type(layer).__name__}")
+    raise InputError(
+        f"layers: it is not known how to read the choices of {type(layer).__name__}; register a "
+        "reader for it, or leave it out"
+    )
 
 
 def asked_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:

@@ -100,7 +100,10 @@ def neurons_of(layer: FeedForward) -> list[Neurons]:
     Raises:
         InputError: the layer is of a class that is not known here.
     """
-    raise InputError(f"layers: it is not known how to read the neurons of {type(layer).__name__}")
+    raise InputError(
+        f"layers: it is not known how to read the neurons of {type(layer).__name__}; register a "
+        "reader for it, or leave it out"
+    )
 
 
 def _real_rows(hidden: Tensor, context: Context) -> Tensor:

@@ -162,8 +162,8 @@ def _none_of(key: str, rest: str, errors: str, value: str) -> str:
     subtypes = re.search(r"Subtypes: \[(.*)\]", rest)
     choices = re.findall(r"(?:typing\.)?Literal\[[^\]]*\]", subtypes[1]) if subtypes else []
     types = [m["type"] for member in members if (m := _EXPECTED.fullmatch(member))]
-    if not choices and re.fullmatch(r"[A-Za-z]\w*", value.strip()) and (base := _base(rest)):
-        return _no_path(key, value.strip(), base)
+    if not choices and re.fullmatch(r"[A-Za-z]\w*", value.strip()) and (cls := _base(rest)):
+        return _no_path(key, value.strip(), cls)
     if types or choices:
         return _wrong_value(key, types + choices, value)
     return f"{key}: {shorten(value)} is not accepted; {one_line(members[0])}"

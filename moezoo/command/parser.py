@@ -200,6 +200,7 @@ def _read(path: str) -> str:
         present = os.listdir(folder) if os.path.isdir(folder) else []
         close = difflib.get_close_matches(os.path.basename(path), present, n=1)
         fix = f"; did you mean '{os.path.join(os.path.dirname(path), close[0])}'?" if close else ""
+        fix = fix or "; name a YAML file that is there"
         raise InputError(f"config: there is no file '{path}'{fix}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"config: '{path}' is not a text file; give a YAML file") from error

@@ -65,7 +65,8 @@ class UpcycleOptions:
         check_choice("weighting", self.weighting, ("normalized", "softmax"))
         if width % self.granularity:
             raise InputError(
-                f"granularity: {self.granularity} does not divide the block's {width} neurons"
+                f"granularity: {self.granularity} does not divide the block's {width} neurons; "
+                "give a divisor"
             )
         if self.top_k % self.granularity:
             raise InputError(

@@ -85,7 +85,9 @@ class HashLayer(FeedForward):
             d_expert = -(-default_width(d_model, gated) // num_hashes) * num_hashes
         self.d_expert = check_int("d_expert", d_expert)
         if d_expert % num_hashes:
-            raise InputError(f"num_hashes: {num_hashes} does not divide d_expert={d_expert}")
+            raise InputError(
+                f"num_hashes: {num_hashes} does not divide d_expert={d_expert}; give a divisor"
+            )
         self.key = check_choice("key", key, KEYS)
         self.hash_function = check_choice("hash_function", hash_function, HASH_FUNCTIONS)
         if key == "position" and num_hashes > 1:
@@ -210,7 +212,10 @@ class HashLayer(FeedForward):
         if table.shape != wanted or table.is_floating_point():
             raise InputError(f"table: give integers of shape {wanted}, not {tuple(table.shape)}")
         if ((table < 0) | (table >= self.num_experts)).any():
-            raise InputError(f"table: experts are numbered 0 to {self.num_experts - 1}")
+            raise InputError(
+                f"table: it holds {int(table.min())} to {int(table.max())}, and experts are "
+                f"numbered 0 to {self.num_experts - 1}; give numbers of experts"
+            )
         missing = hashing.random_table(len(table), self.num_experts, self._generator())
         self.table[:, :-1] = table
         self.table[:, -1] = missing

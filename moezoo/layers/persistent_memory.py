@@ -56,7 +56,9 @@ class PersistentMemoryAttention(FeedForward):
             width = next(w for w in range(min(64, d_model), 0, -1) if d_model % w == 0)
             num_heads = d_model // width
         if d_model % check_int("num_heads", num_heads):
-            raise InputError(f"num_heads: {num_heads} does not divide d_model={d_model}")
+            raise InputError(
+                f"num_heads: {num_heads} does not divide d_model={d_model}; give a divisor"
+            )
         self.num_slots = check_int("num_slots", 4 * d_model if num_slots is None else num_slots)
         self.include_self = include_self
         self.head_width = d_model // num_heads

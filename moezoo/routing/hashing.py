@@ -105,7 +105,10 @@ def k_means(
     if x_VD.ndim != 2 or not x_VD.isfinite().all():
         raise InputError("embeddings: give a finite matrix with one row per token")
     if len(x_VD) < num_clusters:
-        raise InputError(f"embeddings: {len(x_VD)} tokens do not make {num_clusters} clusters")
+        raise InputError(
+            f"embeddings: {len(x_VD)} tokens do not make {num_clusters} clusters; give as many "
+            "tokens, or fewer experts"
+        )
     centres_KD = _spread_starts(x_VD, num_clusters, generator)
     cluster_V = torch.full((len(x_VD),), -1)
     for _ in range(iterations):

@@ -63,7 +63,8 @@ class RouterOptions:
         group = num_experts // self.num_groups
         if num_experts % self.num_groups:
             raise InputError(
-                f"router.num_groups: {self.num_groups} does not divide num_experts={num_experts}"
+                f"router.num_groups: {self.num_groups} does not divide num_experts={num_experts}; "
+                "give a divisor"
             )
         if top_k > group * self.top_groups:
             raise InputError(

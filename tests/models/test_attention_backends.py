@@ -90,9 +90,7 @@ def test_unknown_and_missing_backends(make):
         if reason is None:
             check_backend(name)
         else:
-            with pytest.raises(
-                InputError, match=f"attention: '{name}' can not be used here: "
-            ) as e:
+            with pytest.raises(InputError, match=f"attention: '{name}' cannot be used here: ") as e:
                 make(attn_implementation=name)
             assert reason in str(e.value)
             assert "\n" not in str(e.value)
@@ -159,7 +157,7 @@ def test_what_xformers_is_given(make, ids, window, padding):
 def test_xformers_refuses_to_run_where_it_can_not(make, ids, monkeypatch):
     monkeypatch.setattr(attention_backends, "xformers_missing", lambda: "there is no such thing")
     query = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(InputError, match="'xformers' can not be used here: there is no such thing"):
+    with pytest.raises(InputError, match="'xformers' cannot be used here: there is no such thing"):
         xformers_attention(torch.nn.Identity(), query, query, query, None, scaling=1.0)
 
 

@@ -130,7 +130,7 @@ def test_evaluate_reads_a_file_and_prints_a_table(model, byte_level_tokenizer, t
         (b"", "text: .*text is empty; give a file with text in it"),
         (b"abc\xff\xfe", r"text: .*text is not UTF-8 text \(byte 3\); give a text file"),
         (b"abc\0def", "text: .*text is binary: it holds zero bytes"),
-        (None, "text: .*text can not be read: No such file"),
+        (None, "text: .*text cannot be read: No such file"),
     ],
 )
 def test_files_that_are_no_text(tmp_path, content, message):

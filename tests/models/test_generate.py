@@ -155,7 +155,7 @@ def test_generate_prints_as_it_comes_and_returns_the_text(checkpoint, capsys):
         ({"seed": 1 << 64}, "seed: 18446744073709551616 is out of range"),
         ({"prompt": "a\udcff"}, "prompt: character 2 is not UTF-8 text"),
         ({"max_new_tokens": 512}, "max_new_tokens: 512 after a prompt of 1 tokens are more"),
-        ({"device": "gpu"}, r"device: 'gpu' can not be used \(.*auto or cpu can"),
+        ({"device": "gpu"}, r"device: 'gpu' cannot be used \(.*auto or cpu can"),
         ({"attention": "fast"}, "attention: 'fast' is not known"),
         ({"checkpoint": "nowhere"}, "checkpoint: nowhere does not exist"),
         ({"tokenizer": "nowhere"}, "tokenizer: nowhere is not a directory"),

@@ -207,7 +207,7 @@ def test_arguments_that_do_not_fit_are_named(make, rules, arguments, message):
 
 
 def test_backends_that_can_not_are_refused(make, rules, ids):
-    message = "attention: '{}' can not share its softmax .*; sdpa and eager can"
+    message = "attention: '{}' cannot share its softmax .*; sdpa and eager can"
     with pytest.raises(InputError, match=message.format("flex_attention")):
         make(ffn=rules["persistent"], attn_implementation="flex_attention")
     model = make(ffn=rules["persistent"])

@@ -121,12 +121,12 @@ def fail(capsys, tmp_path, make, rules, byte_level_tokenizer):
 def test_mistakes_are_one_line(fail, tmp_path, rules):
     assert fail(text="").endswith("text is empty; give a file with text in it")
     (tmp_path / "text").unlink()
-    assert "text can not be read: No such file" in fail(text=None)
+    assert "text cannot be read: No such file" in fail(text=None)
     (tmp_path / "file").touch()
     assert fail(output="file").endswith(
-        "file can not be written: file exists; free space or give another directory"
+        "file cannot be written: file exists; free space or give another directory"
     )
-    assert "file/below can not be written: not a directory" in fail(output="file/below")
+    assert "file/below cannot be written: not a directory" in fail(output="file/below")
     assert not (tmp_path / "usage").exists()
 
 

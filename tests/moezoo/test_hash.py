@@ -414,7 +414,9 @@ def test_wrong_tables_are_named():
         make(num_experts=51, hash_function="clustered").build_table(embeddings=torch.ones(V, 2))
     with pytest.raises(InputError, match=r"hash_function: a random table is there already"):
         make().build_table(frequencies=torch.ones(V))
-    with pytest.raises(InputError, match=r"table: experts are numbered 0 to 4"):
+    with pytest.raises(
+        InputError, match=r"table: it holds .*, and experts are numbered 0 to 4; give"
+    ):
         layer.set_table(torch.full((V,), E))
     with pytest.raises(InputError, match=r"table: give integers of shape \(1, 50\)"):
         layer.set_table(torch.zeros(V - 1, dtype=torch.int64))

@@ -83,7 +83,7 @@ def test_what_is_no_checkpoint_is_refused(last, tmp_path):
     other.write_text("something else")
     assert "is damaged or not a checkpoint" in refused(other, tmp_path)
     torch.save({"state_dict": {}}, other)
-    assert refused(other, tmp_path).endswith("was not written by moezoo fit")
+    assert refused(other, tmp_path).endswith("was not written by moezoo fit; name another")
     other.unlink()
     other.mkdir()
     assert "is incomplete, it has no rest.ckpt" in refused(other, tmp_path)

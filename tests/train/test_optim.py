@@ -247,7 +247,7 @@ def test_parameters_without_gradient_stay(model):
         ({"lr": math.nan}, "optimizer.lr: nan is out of range"),
         ({"weight_decay": -0.1}, "optimizer.weight_decay"),
         ({"betas": (0.9, 1.0)}, r"optimizer.betas\[1\]: 1 never forgets"),
-        ({"betas": (0.9,)}, "optimizer.betas: .* is not two numbers"),
+        ({"betas": (0.9,)}, "optimizer.betas: .* is no pair; write"),
         ({"muon_momentum": 1.5}, "optimizer.muon_momentum"),
         ({"muon_scale": "big"}, "optimizer.muon_scale"),
         ({"muon_dtype": "fp32"}, "optimizer.muon_dtype: 'fp32' is not .* mean 'float32'"),

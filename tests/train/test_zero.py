@@ -134,8 +134,8 @@ def fitting(strategy: Any, **options: Any) -> SimpleNamespace:
     [
         ({"optimizer_config": OptimizerConfig("muon")}, "optimizer.name: Muon wants whole"),
         ({"optimizer_config": OptimizerConfig("sgd")}, "optimizer.name: sgd has not been tried"),
-        ({"guard": StepGuard("skip")}, "model.on_nan: ZeRO can not skip .*; give stop"),
-        ({"guard": StepGuard("stop", SpikeRule())}, "model.spikes: ZeRO can not skip .*; give nu"),
+        ({"guard": StepGuard("skip")}, "model.on_nan: ZeRO cannot skip .*; give stop"),
+        ({"guard": StepGuard("stop", SpikeRule())}, "model.spikes: ZeRO cannot skip .*; give nu"),
         ({"compile_model": True}, "model.compile: ZeRO's hooks"),
         ({"lora": object()}, "adapters do not go with ZeRO"),
     ],

@@ -69,7 +69,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 check_archive(path)
             checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
         except FileNotFoundError:
-            raise InputError(f"ckpt_path: there is no checkpoint {path}") from None
+            raise InputError(f"ckpt_path: there is no checkpoint {path}; name another") from None
         except IsADirectoryError:
             raise InputError(f"ckpt_path: {path} is a folder; name a .ckpt file in it") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:

@@ -104,14 +104,14 @@ def read_model(path: Path) -> TrainedModel:
         InputError: there is none, it is damaged or incomplete, or not of ``moezoo fit``.
     """
     if not path.exists():
-        raise InputError(f"checkpoint: there is no {path}")
+        raise InputError(f"checkpoint: there is no {path}; name another")
     if path.is_dir() and not is_sharded(path):
         raise InputError(f"checkpoint: {path} is incomplete, it has no {REST}; use another")
     with _about("checkpoint"):
         raw = load_sharded(path, model_only=True) if path.is_dir() else _map(path)
     known = raw.get(CONFIG_KEY) if isinstance(raw, dict) else None
     if known is None:
-        raise InputError(f"checkpoint: {path} was not written by moezoo fit")
+        raise InputError(f"checkpoint: {path} was not written by moezoo fit; name another")
     state = {n.removeprefix(_PREFIX): tensor for n, tensor in raw["state_dict"].items()}
     # What earlier versions did not write: end tokens and the like, and adapters.
     config = known["config"] | known.get("unrelated", {})
@@ -161,7 +161,9 @@ def _adapt(trained: TrainedModel, base: str | None) -> PreTrainedModel:
         model, _ = load_as_it_is(base)
     model = model.float()
     if weights_hash(model) != hashed:
-        raise InputError(f"base: {base} is not the model that the adapters were trained on")
+        raise InputError(
+            f"base: {base} is not the model that the adapters were trained on; give that one"
+        )
     add_adapters(model, LoRAOptions(**options), base)
     with _about("checkpoint"):
         check_tensors(trained.state, trained_state(model))

@@ -133,7 +133,9 @@ def make_facts(count: int, seed: int = 0, values: int = 64) -> list[Fact]:
     names = len(_SYLLABLES) ** _SYLLABLES_PER_NAME
     taken = values * len(WORDINGS)
     if count + taken > names:
-        raise InputError(f"facts: {count} is more than the {names - taken} that have a name")
+        raise InputError(
+            f"facts: {count} is more than the {names - taken} that have a name; give fewer"
+        )
     generator = random.Random(seed)
     words = [_name(number) for number in generator.sample(range(names), count + taken)]
     pools = {

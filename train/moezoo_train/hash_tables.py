@@ -99,7 +99,8 @@ def build_hash_tables(
         elif room:
             raise InputError(
                 f"model.ffn.vocab_size: the hash layer has room for {layer.vocab_size} tokens, but "
-                f"a {layer.hash_function} table wants the model's number, {len(source)}"
+                f"a {layer.hash_function} table wants the model's number; set it to "
+                f"{len(source)}"
             )
         else:
             layer.build_table(embeddings=source)

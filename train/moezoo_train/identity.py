@@ -113,5 +113,5 @@ def check_tensors(saved: dict[str, Tensor], current: dict[str, Tensor]) -> None:
         if tensor.shape != current[name].shape:
             raise InputError(
                 f"ckpt_path: tensor {name} is {tuple(tensor.shape)} in the checkpoint, "
-                f"but {tuple(current[name].shape)} in this run"
+                f"but {tuple(current[name].shape)} in this run; use the model it was trained as"
             )

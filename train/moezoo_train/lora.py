@@ -81,7 +81,7 @@ def check_lora(
         )
     if compiled:
         raise InputError(
-            "compile: PEFT's adapters of stacked experts can not be compiled; set it to false"
+            "compile: PEFT's adapters of stacked experts cannot be compiled; set it to false"
         )
 
 

@@ -395,7 +395,9 @@ class LanguageModel(LightningModule):
         """
         saved = checkpoint.get(identity.CONFIG_KEY)
         if saved is None:
-            raise InputError("ckpt_path: the checkpoint was not written by moezoo fit")
+            raise InputError(
+                "ckpt_path: the checkpoint was not written by moezoo fit; name one of checkpoints/"
+            )
         with identity.own_names():
             identity.check_same("model", saved["config"], identity.describe(self.model.config))
         identity.check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))

@@ -65,7 +65,7 @@ class OptimizerConfig:
         for field in ("lr", "weight_decay", "eps", "muon_lr"):
             check_number(f"optimizer.{field}", getattr(self, field))
         if len(self.betas) != 2:
-            raise InputError(f"optimizer.betas: {self.betas} is not two numbers, like [0.9, 0.95]")
+            raise InputError(f"optimizer.betas: {self.betas} is no pair; write e.g. [0.9, 0.95]")
         beta1, beta2 = self.betas
         averages = {"betas[0]": beta1, "betas[1]": beta2, "muon_momentum": self.muon_momentum}
         for field, value in averages.items():

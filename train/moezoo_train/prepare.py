@@ -217,7 +217,7 @@ class _Preparation:
                 shards.append(shard)
                 bar.advance(task, sum(len(text.encode()) for text in batch))
         if not shards:
-            raise InputError(f"source: {self.corpus.source} holds no text")
+            raise InputError(f"source: {self.corpus.source} holds no text; name another")
         return shards
 
     def _describe(self, batch: list[str]) -> list[tuple[int, int]]:

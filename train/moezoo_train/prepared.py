@@ -89,7 +89,10 @@ class PreparedData:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"data_dir: {directory / META_FILE} is broken; {advice}") from error
         except OSError as error:
-            raise InputError(f"data_dir: {directory} cannot be read: {error.strerror}") from error
+            raise InputError(
+                f"data_dir: {directory} cannot be read: {error.strerror}; run moezoo prepare, or "
+                "name another"
+            ) from error
         for name in ("train", "val"):
             file = prepared.file(name)
             expected = prepared.split(name).tokens * prepared.dtype.itemsize

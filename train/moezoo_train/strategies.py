@@ -205,7 +205,7 @@ def check_strategy(strategy: Strategy, module: LanguageModel, fitting: bool) -> 
         )
     elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
         raise InputError(
-            "trainer.strategy: parameters in shards want 'fsdp2' "
+            "trainer.strategy: it does not divide these parameters; give fsdp2 "
             "(moezoo_train.strategies.FSDP2Strategy)"
         )
 

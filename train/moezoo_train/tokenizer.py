@@ -108,7 +108,7 @@ def _train_sentencepiece(sample: list[str], vocab_size: int) -> bytes:
             "tokenizer: training one needs `pip install sentencepiece`; or give an existing one"
         ) from error
     if not sample:
-        raise InputError("source: it holds no text to train a tokenizer on")
+        raise InputError("source: it holds no text to train a tokenizer on; name another")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

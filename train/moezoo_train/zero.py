@@ -246,7 +246,7 @@ def check_zero(strategy: ZeROStrategy, module: LanguageModel) -> None:
         option = "on_nan" if module.guard.on_nan == "skip" else "spikes"
         other = "stop" if option == "on_nan" else "null"
         raise InputError(
-            f"model.{option}: ZeRO can not skip a step; give {other}, or trainer.strategy ddp or "
+            f"model.{option}: ZeRO cannot skip a step; give {other}, or trainer.strategy ddp or "
             "fsdp2"
         )
     if module.compile_model:

@@ -146,7 +146,7 @@ def _keep(
     if key in own and float(own[key]) != float(value):
         raise InputError(
             f"ckpt_path: parameters of the group '{fields['name']}' have been updated unequally "
-            "often, which ZeRO can not go on with; use trainer.strategy ddp or fsdp2"
+            "often, which ZeRO cannot go on with; use trainer.strategy ddp or fsdp2"
         )
     # As torch's own: the fused kernel reads the count where the parameters are.
     own[key] = value.to(piece.flat.device if fields.get("fused") else "cpu", copy=True)

@@ -145,7 +145,10 @@ def carve(
         _check_memory(dense, calibration_tokens)
         chosen = tuple(select_layers(layers, dense.num_layers))
         if not chosen:
-            raise InputError(f"layers: {layers!r} selects none of {dense.num_layers} layers")
+            raise InputError(
+                f"layers: {layers!r} selects none of {dense.num_layers} layers; give all, every 2, "
+                "or numbers from 0"
+            )
         mixture = Mixture(
             num_experts=options.routed,
             top_k=active,

@@ -150,7 +150,9 @@ def carve_options(size: str) -> CarveOptions:
     """
     match = _SIZE.fullmatch(size)
     if match is None:
-        raise InputError(f"sizes: '{size}' is not written like S3A3E8")
+        raise InputError(
+            f"sizes: '{size}' is no size; write shared, active and all experts as in S3A3E8"
+        )
     shared, active, experts = map(int, match.groups())
     return CarveOptions(shared=shared, active=active, experts=experts)
 

@@ -72,7 +72,10 @@ def upcycle(
         options.check(dense.width)
         chosen = tuple(select_layers(layers, dense.num_layers))
         if not chosen:
-            raise InputError(f"layers: {layers!r} selects none of {dense.num_layers} layers")
+            raise InputError(
+                f"layers: {layers!r} selects none of {dense.num_layers} layers; give all, every 2, "
+                "or numbers from 0"
+            )
         kind = TARGETS[check_choice("to", to or CLOSEST[dense.family], TARGETS)]
         mixture = Mixture(
             num_experts=options.num_experts,

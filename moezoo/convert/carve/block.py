@@ -42,7 +42,9 @@ class Block:
 
     def __post_init__(self) -> None:
         if self.up.ndim != 2:
-            raise InputError(f"up: shape {tuple(self.up.shape)} is not (neurons, d_model)")
+            raise InputError(
+                f"up: shape {tuple(self.up.shape)} is not (neurons, d_model); give a matrix"
+            )
         width, d_model = self.up.shape
         wanted = {
             "gate": (self.gate, (width, d_model)),
@@ -52,10 +54,12 @@ class Block:
         }
         for name, (tensor, shape) in wanted.items():
             if tensor is not None and tensor.shape != shape:
-                raise InputError(f"{name}: shape {tuple(tensor.shape)} should be {shape}, by up's")
+                raise InputError(
+                    f"{name}: shape {tuple(tensor.shape)} does not fit up's; give {shape}"
+                )
         if self.gate is not None and self.bias_in is not None:
             raise InputError(
-                "bias_in: gated blocks with inner biases can not be carved; convert a block "
+                "bias_in: gated blocks with inner biases cannot be carved; convert a block "
                 "without them"
             )
 

@@ -44,7 +44,9 @@ def balanced_assignment(cost: Tensor) -> Tensor:
     """
     n, k = cost.shape
     if k < 1 or n % k:
-        raise InputError(f"cost: {n} items can not be split evenly among {k} clusters")
+        raise InputError(
+            f"cost: {n} items cannot be split evenly among {k} clusters; give a divisor of {n}"
+        )
     table = np.ascontiguousarray(cost.detach().to("cpu", torch.float64).numpy())
     if not np.isfinite(table).all():
         raise InputError("cost: holds NaN or infinity; check the weights and the inputs")

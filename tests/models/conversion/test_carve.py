@@ -288,7 +288,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(readable, text, tmp_path):
         ({"calibration_tokens": 10**6}, "calibration: .* has too little text"),
         ({"calibration": "nowhere.txt"}, "calibration: 'nowhere.txt' does not exist"),
         ({"window": 300}, "window: 300 is out of range"),
-        ({"device": "abacus"}, "device: 'abacus' can not be used"),
+        ({"device": "abacus"}, "device: 'abacus' cannot be used"),
         ({"seed": -1}, "seed: -1 is out of range"),
     ],
 )

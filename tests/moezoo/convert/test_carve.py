@@ -330,7 +330,9 @@ def test_mistakes_in_tensors_are_named(planted):
         carve_block(x[:, 1:], gate, up, down)
     with pytest.raises(InputError, match=r"x: the calibration inputs hold NaN"):
         carve_block(x / 0, gate, up, down)
-    with pytest.raises(InputError, match=r"down: shape \(240, 48\) should be \(48, 240\)"):
+    with pytest.raises(
+        InputError, match=r"down: shape \(240, 48\) does not fit up's; give \(48, 240\)"
+    ):
         carve_block(x, gate, up, down.t())
     with pytest.raises(InputError, match=r"bias_in: gated blocks with inner biases"):
         carve_block(x, gate, up, down, bias_in=torch.zeros(240))

@@ -122,7 +122,7 @@ def test_is_deterministic_and_takes_integers_and_low_precision():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(InputError, match=r"cost: 7 items can not be split evenly among 2"):
+    with pytest.raises(InputError, match=r"cost: 7 items cannot be split evenly among 2"):
         balanced_assignment(torch.zeros(7, 2))
     with pytest.raises(InputError, match=r"cost: holds NaN or infinity"):
         balanced_assignment(torch.full((4, 2), torch.nan))

@@ -143,7 +143,9 @@ def test_a_failing_run_is_reported_and_the_others_go_on(recipe, capsys, monkeypa
     assert command(recipe, "--seeds", "[0]") == 2
     captured = capsys.readouterr()
     assert "moe, random routing, seed 0: failed, RuntimeError: no more memory" in captured.err
-    assert captured.err.splitlines()[-1].startswith("moezoo: error: 1 of 4 runs failed (moe, rand")
+    assert captured.err.splitlines()[-1].startswith(
+        "moezoo: error: methods: 1 of 4 runs failed (moe, rand"
+    )
     assert "Failed: moe, random routing, seed 0: RuntimeError: no more memory" in captured.out
     assert results()["memory-0"]["failure"] is None
     monkeypatch.setenv("MOEZOO_TRACEBACK", "1")
@@ -284,7 +286,7 @@ MISTAKES = [
     ({"methods": {"peer": {"layers": 9}}}, "methods.peer.layers: there is no layer 9; the model"),
     ({"methods": {"peer": {"layers": "every 9"}}}, "methods.peer.layers: 'every 9' chooses none"),
     ({"methods": {"peer": 3}}, "methods.peer: 3 is not a mapping"),
-    ({"methods": {"peer": {"arguments": 3}}}, "methods.peer.arguments: write it as a mapping"),
+    ({"methods": {"peer": {"arguments": 3}}}, "methods.peer.arguments: is no mapping; write names"),
     ({"methods": {"peer": {"arguments": {"x": 1}}}}, "methods.peer.arguments: PEER: unknown arg"),
     ({"methods": {"peer": {"optimizer": {"lt": 1}}}}, "methods.peer.optimizer.lt: no such option"),
     ({"methods": {"peer": {"optimizer": {"lr": -1}}}}, "methods.peer.optimizer: optimizer.lr: -1"),

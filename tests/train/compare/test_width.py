@@ -107,6 +107,8 @@ def test_a_layer_of_ones_own_must_name_its_width():
         pass
 
     method = moezoo.Method("own", Own, moezoo.zoo()[0].paper)
-    with pytest.raises(InputError, match="width: say which argument of Own to solve for"):
+    with pytest.raises(
+        InputError, match="width: it is not known which argument of Own to solve for; name one"
+    ):
         match_flops(method, 128, TARGET, arguments={})
     assert match_flops(method, 128, TARGET, arguments={}, width="d_ff").arguments == {"d_ff": 341}

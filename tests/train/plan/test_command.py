@@ -35,7 +35,7 @@ MISTAKES = [
     (["--gpu", "h200", "--layout", "ddp,fdsp"], "layout: 'fdsp' is not known; did you mean 'fsdp'"),
     (
         ["--gpu", "h200", "--layout", "ep", "--expert_parallel", "3"],
-        "layout: ep can not be had: 3 does not divide 8 GPUs; choose another",
+        "layout: ep cannot be had: 3 does not divide 8 GPUs; choose another",
     ),
     (
         ["--gpu", "h200", "--trainer.precision", "64-true"],

@@ -29,7 +29,10 @@ def write_cards(comparison: Path, directory: Path) -> list[Path]:
     try:
         whole = json.loads((comparison / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"comparison: {comparison} holds no results.json: {error}") from error
+        raise InputError(
+            f"comparison: {comparison} holds no results.json: {error}; name the output of moezoo "
+            "compare"
+        ) from error
     methods = {method.name: method for method in zoo()}
     rows = {row["name"]: row for row in whole["rows"] if row["loss"] is not None}
     baseline = rows.get(whole["experiment"]["baseline"])

@@ -125,7 +125,7 @@ def compare(
     failed = [str(run) for run, result in pairs if result.failure is not None]
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(runs)} runs failed ({'; '.join(failed)}); "
+            f"methods: {len(failed)} of {len(runs)} runs failed ({'; '.join(failed)}); "
             "the table says why, and running this again repeats them"
         )
 

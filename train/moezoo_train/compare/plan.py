@@ -116,7 +116,9 @@ def plan(experiment: Experiment) -> list[Run]:
             wanted = experiment.methods[row].ablation
             ablation = experiment.ablation if wanted is None else wanted
             if wanted and not can_be_random(layer):
-                raise InputError(f"methods.{row}.ablation: it has no routing to make random")
+                raise InputError(
+                    f"methods.{row}.ablation: it has no routing to make random; leave it out"
+                )
             for random in (False, True) if ablation and can_be_random(layer) else (False,):
                 run = Run(row=row, random=random, seed=seed, experiment=experiment, **common)
                 if row in following:
@@ -155,7 +157,10 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
         where = experiment.layers if options.layers is None else options.layers
         layers = tuple(select_layers(where, experiment.model.num_layers))
         if not layers:
-            raise InputError(f"layers: '{where}' chooses none of {experiment.model.num_layers}")
+            raise InputError(
+                f"layers: '{where}' chooses none of {experiment.model.num_layers}; give all, "
+                "every 2, or numbers from 0"
+            )
     except InputError as error:
         raise InputError(f"methods.{row}.{error}") from error
     experiment.optimizer_of(row)

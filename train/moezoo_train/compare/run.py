@@ -281,7 +281,10 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _numbers(report: Report, loads: list[ExpertLoad]) -> dict[str, Any]:
     busiest = [load.max_over_mean for load in loads if load.max_over_mean is not None]
     if report.val_loss is None or report.val_bits_per_byte is None:
-        raise InputError("there is no validation loss; the run ended before its last step")
+        raise InputError(
+            "max_steps: there is no validation loss, as the run ended before its last step; run "
+            "this again"
+        )
     return {
         "val_loss": report.val_loss,
         "bits_per_byte": report.val_bits_per_byte,

@@ -189,11 +189,11 @@ def _parse_method(name: str, options: Any) -> MethodOptions:
     if options is not None and not isinstance(options, Mapping):
         raise InputError(f"methods.{name}: {options!r} is not a mapping; write e.g. {{layers: 2}}")
     if not name or any(c in name for c in "/\\ ") or name.startswith("."):
-        raise InputError(f"methods: '{name}' can not be the name of a folder; use letters and _")
+        raise InputError(f"methods: '{name}' cannot be the name of a folder; use letters and _")
     parsed = _named(f"methods.{name}", MethodOptions, dict(options or {}))
     for key in ("arguments", "optimizer"):
         if not isinstance(getattr(parsed, key), Mapping):
-            raise InputError(f"methods.{name}.{key}: write it as a mapping")
+            raise InputError(f"methods.{name}.{key}: is no mapping; write names and values")
     return parsed
 
 
@@ -213,7 +213,7 @@ def _parse_claim(key: str, options: Any, methods: Mapping[str, MethodOptions]) -
         raise InputError(f"{key}: {options!r} is not a mapping; write e.g. {{order: [peer, hash]}}")
     for name in ("says", "paper", "order"):
         if name not in options:
-            raise InputError(f"{key}.{name}: missing")
+            raise InputError(f"{key}.{name}: is missing; add it")
     claim: Claim = _named(key, Claim, dict(options))
     check_choice(f"{key}.measure", claim.measure, MEASURES)
     if not isinstance(claim.order, list) or len(claim.order) < 2:

@@ -76,7 +76,10 @@ def match_flops(
         return Match(dict(arguments), None, flops, flops / target)
     width = width or WIDTHS.get(method.layer)
     if width is None:
-        raise InputError(f"width: say which argument of {method.layer.__name__} to solve for")
+        raise InputError(
+            f"width: it is not known which argument of {method.layer.__name__} to solve for; name "
+            "one, or none to take it as it is"
+        )
     if width in arguments:
         raise InputError(f"arguments: {width} is solved for; leave it out, or set width: none")
 

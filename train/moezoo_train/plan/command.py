@@ -170,7 +170,7 @@ def plan(setup: Setup, options: Options) -> list[Estimate]:
     refused = {name: reason for name in layouts if (reason := planner.refusal(name, gpus))}
     if len(refused) == len(layouts):
         name, reason = next(iter(refused.items()))
-        raise InputError(f"layout: {name} can not be had: {reason}; choose another")
+        raise InputError(f"layout: {name} cannot be had: {reason}; choose another")
     estimates = [planner.estimate(name, gpus) for name in layouts if name not in refused]
     if options.json:
         machine_figures = asdict(kind)
@@ -210,7 +210,7 @@ def report(
     print_table("Memory of one GPU", columns, rows)
     _print_traffic(estimates)
     for name, reason in refused.items():
-        print(f"{name} can not be had: {reason}.")
+        print(f"{name} cannot be had: {reason}.")
     fitting = [one for one in estimates if one.fits]
     if not fitting:
         print(f"Nothing fits into {size(kind.memory)}.")

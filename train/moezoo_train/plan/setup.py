@@ -97,7 +97,10 @@ class Setup:
             InputError: it is no model of ours, or there is no formula for its gradients.
         """
         if not isinstance(module.model, MoezooForCausalLM):
-            raise InputError("initialize_from: plan knows models of this library's own only")
+            raise InputError(
+                "model.initialize_from: plan knows models of this library's own only; set it to "
+                "null"
+            )
         setup = cls(
             module.model,
             module.optimizer_config,

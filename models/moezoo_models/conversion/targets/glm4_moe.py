@@ -44,9 +44,11 @@ class Glm4Moe(PerExpert):
         """Refuse a shared expert that is no whole number of routed ones."""
         super().check(source, mixture)
         if mixture.d_shared % mixture.d_expert:
-            raise InputError("shared: glm4_moe wants a multiple of an expert's neurons")
+            raise InputError(
+                "shared: glm4_moe wants a multiple of an expert's neurons; change shared or experts"
+            )
         if mixture.num_experts < 2:
-            raise InputError("experts: glm4_moe has at least 2 routed experts")
+            raise InputError("experts: glm4_moe has at least 2 routed experts; give more")
 
     def attention_problem(self, source: Source) -> str | None:
         """Name a bias in o_proj, and sliding windows."""

@@ -40,7 +40,9 @@ class Moezoo(Target):
         """Refuse a router that could never learn, and parts of no whole number of experts."""
         super().check(source, mixture)
         if mixture.weighting == "unit" and mixture.d_shared % mixture.d_expert:
-            raise InputError("shared: carved blocks share a whole number of experts")
+            raise InputError(
+                "shared: carved blocks share a whole number of experts; change shared or experts"
+            )
         if mixture.top_k == 1 and mixture.weighting == "normalized":
             raise InputError(
                 "top_k: a single normalized weight is always 1 and the router would never learn; "
