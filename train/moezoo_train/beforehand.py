@@ -49,7 +49,7 @@ def check_run(
         check_sparse_gradients(trainer.strategy, module.compile_model)
     if trainer.max_steps > 0 and not getattr(trainer, "fast_dev_run", False):
         # Epochs may make it shorter, which only the text tells.
-        build_schedule(optimizer, module.schedule_config, trainer.max_steps)
+        build_schedule(optimizer, module.schedule.config, trainer.max_steps)
     waiting = [m for m in module.model.modules() if isinstance(m, HashLayer) and m.missing_input]
     if checkpoint is None and any(layer.missing_input == "embeddings" for layer in waiting):
         baseline_embeddings(module.hash_embeddings_from, module.model.config.vocab_size)

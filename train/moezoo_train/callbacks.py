@@ -285,10 +285,11 @@ class SaveModel(Callback):
         return {"best": self._best, "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the lowest loss so far, if the model that had it is there."""
-        if self.path.exists():
-            self._best = state_dict["best"]
-            self._validated = state_dict.get("validated", self._best < float("inf"))
+        """Go on from the lowest loss so far, unless the model that had it is missing."""
+        best = state_dict["best"]
+        if best == float("inf") or self.path.exists():
+            self._best = best
+            self._validated = state_dict.get("validated", best < float("inf"))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if getattr(trainer, "fast_dev_run", False):

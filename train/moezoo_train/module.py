@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -27,6 +27,7 @@ from moezoo_models.tokenizer import Tokenizer
 from moezoo_train import clipping, finite, identity
 from moezoo_train.callbacks import RandomState
 from moezoo_train.distributed import average_sparse_gradients, process_count
+from moezoo_train.evaluated import EvaluatedModule
 from moezoo_train.guard import SpikeRule, StepGuard
 from moezoo_train.hash_tables import HashTables
 from moezoo_train.lora import (
@@ -37,7 +38,7 @@ from moezoo_train.lora import (
     save_model,
     trained_state,
 )
-from moezoo_train.metrics import TrainingMetrics, precise
+from moezoo_train.metrics import TrainingMetrics
 from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
 from moezoo_train.pretrained import (
     check_length,
@@ -62,7 +63,7 @@ from moezoo_train.whole import in_parts, undivided_state, whole_state
 from moezoo_train.zero import ZeROStrategy
 
 
-class LanguageModel(LightningModule):
+class LanguageModel(EvaluatedModule):
     """A :class:`MoezooForCausalLM` and how it is trained.
 
     Batches are ``{"input_ids": (B, S), "labels": (B, S)}``, int64, where labels are the next
@@ -186,7 +187,6 @@ class LanguageModel(LightningModule):
         self.clip_group_norms: dict[str, float] = {}
         self._ffn_stats: tuple[Mapping[str, Tensor], ...] = ()
         self._losses: list[Tensor] = []
-        self._validation: Tensor | None = None
         self._configured = False
 
     def configure_callbacks(self) -> list[Callback]:
@@ -315,44 +315,6 @@ class LanguageModel(LightningModule):
     def on_train_start(self) -> None:
         """Take the first step by this run's schedule, not by the checkpoint's."""
         self.schedule.set_rates()
-
-    def on_validation_epoch_start(self) -> None:
-        """Start the sums: total loss in nats, tokens."""
-        self._validation = precise(torch.zeros(2, device=self.device))
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the sums."""
-        loss = self(batch).lm_loss
-        tokens = (batch["labels"] != -100).sum()
-        assert self._validation is not None
-        self._validation += torch.stack([precise(loss) * tokens, precise(tokens)])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and bits per byte over all tokens of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_start(self) -> None:
-        """As for validation."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As for validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As for validation."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
-        assert self._validation is not None
-        total, tokens = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
-        loss = total / max(tokens, 1.0)
-        metrics = {f"{stage}/loss": loss, f"{stage}/perplexity": math.exp(min(loss, 700.0))}
-        data = getattr(self.trainer, "datamodule", None)
-        bytes_per_token = getattr(data, "bytes_per_token", None)
-        if bytes_per_token:
-            metrics[f"{stage}/bits_per_byte"] = loss / math.log(2) / bytes_per_token
-        self.log_dict(metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the model in the checkpoint, as JSON: nothing in it needs unpickling.
