@@ -142,6 +142,19 @@ def test_a_skipped_step_changes_no_bit(
     assert math.isfinite(float(trainer.callback_metrics["val/loss"]))
 
 
+@pytest.mark.parametrize("ffn", [SMALL_PEER, BIASED])
+def test_a_run_that_stops_stands_where_its_last_step_left_it(
+    make_model, make_trainer, random_tokens, ffn
+):
+    """Its state may still be saved: by Ctrl-C, or by who called the trainer."""
+    harm, model = Harm({5: ("gradient", math.inf)}), make_model(ffn=ffn)
+    trainer = make_trainer(accumulate_grad_batches=2, callbacks=[harm])
+    with pytest.raises(InputError, match="step 3: the gradient norm is"):
+        trainer.fit(model, random_tokens)
+    before, after = flat(harm.states[-1]["model"]), flat(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
 def test_what_is_logged_leaves_skipped_steps_out(make_model, make_trainer, random_tokens):
     """Losses and the experts' load are means over the steps that were taken."""
     seen, rows = [], []
