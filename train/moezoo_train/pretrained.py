@@ -95,8 +95,10 @@ def remember_length(model: PreTrainedModel, length: int, fresh: bool) -> None:
     """
     config: Any = model.config
     known = getattr(config, "trained_length", None)
-    if fresh or known is not None:
-        config.trained_length = max(length, 0 if fresh else known)
+    if fresh:
+        config.trained_length = length
+    elif known is not None:
+        config.trained_length = max(length, known)
 
 
 def default_tokenizer(path: str | None) -> str | None:
