@@ -103,8 +103,8 @@ def swap(
     Args:
         model: a transformers decoder (Llama, Mistral, Qwen, OLMo and others of that shape), with
             or without its language-model head: somewhere in it lies a ``ModuleList`` of blocks
-            that each have an ``mlp``, ``feed_forward``, ``ffn`` or ``block_sparse_moe``, or
-            ``fc1`` and ``fc2`` (OPT).
+            that each have an ``mlp``, ``feed_forward``, ``ffn``, ``block_sparse_moe`` or
+            ``mlp_block``, or ``fc1`` and ``fc2`` (OPT).
         factory: builds a layer from d_model: a function, a class path such as
             ``"moezoo.SparseMoE"``, or ``{"class_path": …, "init_args": …}``.
         where: which layers: ``"all"``, ``"every 2"``, ``3``, ``[3, 7]`` or a function of the index.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moezoo.errors import InputError
 
-_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block")
 _PART = re.compile(r"mlp|ffn|feed_?forward|moe|expert|^fc\d$|^ff$")
 _NO_PART = re.compile(r"norm|^ln|drop|scale|gate$|hc$|connection|conv")
 _ATTENTION = re.compile(r"attn|attention")

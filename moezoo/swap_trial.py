@@ -149,9 +149,8 @@ def _plain(model: nn.Module, site: Site, reason: Exception) -> Contract:
     """Ask a block itself, in a model that does not run on token ids."""
     main = site.original[0]
     refusal = InputError(
-        f"model: {site} cannot be watched at work, and does not turn hidden states alone into "
-        f"hidden states; replace it by hand ({type(model).__name__} fails on token ids: "
-        f"{_line(reason)})"
+        f"model: {site} cannot be watched at work, as {type(model).__name__} fails on token ids "
+        f"({_line(reason)}); replace it by hand"
     )
     if len(site.names) > 1:
         raise refusal

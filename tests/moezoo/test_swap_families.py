@@ -72,6 +72,7 @@ FAMILIES = {
     "qwen3": HEADS,
     "qwen3_moe": {**FINE, "head_dim": 8},
     "stablelm": KV,
+    "recurrent_gemma": {**HEADS, "lru_width": 32, "attention_window_size": 8},
     "starcoder2": KV,
 }
 IDS = torch.tensor([[5, 9, 13, 17, 21, 6], [33, 8, 40, 3, 11, 50]])
@@ -157,14 +158,49 @@ def test_a_mixture_of_two_halves_is_replaced_whole():
     torch.testing.assert_close(logits(model, IDS), silent, rtol=0, atol=1e-6)
 
 
-def test_blocks_that_are_none_of_their_own_are_refused():
+REFUSED = {
+    "bert": ({"is_decoder": True}, "BertLMHeadModel has no list of blocks with one of mlp"),
+    "longcat_flash": (
+        {
+            **LATENT,
+            "v_head_dim": 8,
+            "num_layers": 2,
+            "ffn_hidden_size": 48,
+            "expert_ffn_hidden_size": 16,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "head_dim": 4,
+        },
+        "layer 0's mlp and mlps was not called as one block",
+    ),
+    "gemma4_text": (
+        {
+            **HEADS,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 64,
+        },
+        "layer 0's mlp and experts cannot be replaced by one layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_no_layer_can_stand_for_is_refused(family):
+    sizes, message = REFUSED[family]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model("bert", is_decoder=True, **SIZES)
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **sizes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    was = state(model)
-    with pytest.raises(moezoo.InputError, match="BertLMHeadModel has no list of blocks with"):
+    was, before = state(model), logits(model, IDS)
+    with pytest.raises(moezoo.InputError, match=f"^model: {message}") as error:
         moezoo.swap(model, "moezoo.SparseMoE")
+    assert "\n" not in str(error.value)
     assert state(model) == was
+    assert torch.equal(logits(model, IDS), before)
 
 
 def test_logits_of_routers_that_are_gone_are_refused():
