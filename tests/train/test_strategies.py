@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import distributed_cases as cases
 from two_processes import (
     MARKS,
+    ROUNDING,
     alone,
     assert_equal,
     assert_repeats,
@@ -54,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("name", "strategy"), cases.TWO_PROCESSES)
 def test_two_processes_equal_one(folder, name, strategy):
     # Two processes round sums of bf16 products, each exact to 4e-3, in another order.
-    tolerance = 3e-2 if name == "bf16" else 1e-6
+    tolerance = 3e-2 if name == "bf16" else ROUNDING
     # What is built in parts is compared with what is built at once.
     case = replace(cases.CASES[name], model={}) if name == "in parts" else cases.CASES[name]
     one, two = alone(case, folder), read(folder, f"{name}, {strategy}")

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import zero_cases
 from two_processes import (
     MARKS,
+    ROUNDING,
     alone,
     assert_equal,
     assert_repeats,
@@ -35,7 +36,7 @@ from two_processes import (
     launch,
     read,
 )
-from zero_cases import INTERRUPTED, READINGS, STAGES, TWO_PROCESSES, cases, half
+from zero_cases import CASES, INTERRUPTED, READINGS, STAGES, TWO_PROCESSES, cases, half
 
 pytestmark = MARKS
 
@@ -56,9 +57,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), TWO_PROCESSES)
 def test_two_processes_equal_one(folder, name, stage):
-    one, two = alone(cases.CASES[name], folder), read(folder, f"{name}, {stage}")
+    one, two = alone(CASES[name], folder), read(folder, f"{name}, {stage}")
     assert len(one["losses"]) >= 6
-    assert_equal(one, two, 3e-2 if name == "bf16" else 1e-6)
+    assert_equal(one, two, 3e-2 if name == "bf16" else ROUNDING)
 
 
 @pytest.mark.slow
