@@ -279,6 +279,19 @@ def test_what_the_numbers_depend_on_is_in_the_hash():
     assert len({hash_of(), *others}) == len(others) + 1
 
 
+def test_a_run_by_muon_is_known_by_the_dtype_it_computed_in(monkeypatch):
+    def hash_of(**optimizer) -> str:
+        return fingerprint(plan(experiment(optimizer=OptimizerConfig(**optimizer)))[0].identity({}))
+
+    half, single = (hash_of(name="muon", muon_dtype=d) for d in ("bfloat16", "float32"))
+    assert half != single
+    for gpu, expected in ((False, single), (True, half)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert hash_of(name="muon") == expected
+        # Results of other optimizers, from before there was a choice, still count.
+        assert hash_of() == hash_of(muon_dtype="bfloat16")
+
+
 MISTAKES = [
     ({"methods": {"peerr": {}}}, "methods: 'peerr' is not known; did you mean 'peer'?"),
     ({"methods": {"a": {"method": "pear"}}}, "methods.a.method: 'pear' is not known; did you"),
