@@ -178,7 +178,7 @@ def test_a_run_is_not_overwritten_unasked(finished, recipe):
         (["--ckpt_path=best"], "ckpt_path: there is no .*best.ckpt"),
         (["--checkpoint_every=0"], "checkpoint_every: 0 is out of range"),
         (["--trainer.precision=7"], "trainer.precision"),
-        (["--trainer.accelerator=abacus"], "trainer: .*abacus"),
+        (["--trainer.accelerator=abacus"], "trainer.accelerator: 'abacus' is not known"),
         (
             ["--trainer.accumulate_grad_batches=3"],
             r"trainer\.val_check_interval: 10 batches is not a multiple of .* 3",

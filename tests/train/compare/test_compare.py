@@ -303,7 +303,7 @@ MISTAKES = [
     ({"methods": {"peer": {"arguments": {"x": 1}}}}, "methods.peer.arguments: PEER: unknown arg"),
     ({"methods": {"peer": {"optimizer": {"lt": 1}}}}, "methods.peer.optimizer.lt: no such option"),
     ({"methods": {"peer": {"optimizer": {"lr": -1}}}}, "methods.peer.optimizer: optimizer.lr: -1"),
-    ({"methods": {"a/b": {"method": "peer"}}}, "methods: 'a/b' can not be the name of a folder"),
+    ({"methods": {"a/b": {"method": "peer"}}}, "methods: 'a/b' cannot be the name of a folder"),
     ({"methods": {"dense_glu": {"ablation": True}}}, "methods.dense_glu.ablation: it has no rout"),
     ({"methods": {"persistent_memory": {}}}, "methods: 'persistent_memory' is not known"),
     ({"methods": {}}, "methods: there is none"),
