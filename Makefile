@@ -39,7 +39,7 @@ compare: $(VENV)/.train
 	@$(BIN)/moezoo compare --config configs/compare/small.yaml
 
 test: $(VENV)/.dev
-	@$(PYTEST) --dist loadfile
+	@$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 torture: $(VENV)/.dev
 	@MOEZOO_KILLS=50 $(PYTEST) tests/reliability
@@ -50,7 +50,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/mypy
 
 docs: $(VENV)/.docs
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The site is in build/site; look at it with: $(BIN)/mkdocs serve"
 
 bench: $(VENV)/.bench

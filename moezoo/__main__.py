@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -151,6 +152,17 @@ EXTRAS = {
 # Packages whose ValueErrors are about settings: Lightning's trainer, MOEZOO_BACKEND, and tasks.
 REFUSING = ("lightning", "moezoo_kernels", "lm_eval")
 
+# What to do about errors of the system.
+_OS_FIXES = {
+    errno.ENOSPC: "; free space there, or write to another disk",
+    errno.EDQUOT: "; free space there, or write to another disk",
+    errno.EFBIG: "; raise the limit (ulimit -f), or write to another disk",
+    errno.EACCES: "; change its permissions, or name another",
+    errno.EROFS: "; name a place that can be written",
+    errno.ENOENT: "; name one that is there",
+    errno.ENAMETOOLONG: "; name a shorter one",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for a mistake, 130 when interrupted, 141 for a closed pipe."""
@@ -163,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left (`moezoo zoo | head`); keep the interpreter from flushing into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        return _complain("interrupted", code=130)
+    except KeyboardInterrupt as stop:
+        return _complain(str(stop) or "interrupted", code=130)
     except Exception as error:
         if os.environ.get("MOEZOO_TRACEBACK") or (message := explain(error)) is None:
             raise
@@ -262,9 +274,10 @@ def _explain_os(error: OSError) -> str:
     from moezoo.command.messages import one_line
 
     reason = (error.strerror or "").lower()
-    if error.filename is not None and reason:
-        return f"{error.filename}: {reason}"
-    return reason or one_line(str(error))
+    if not reason:
+        return one_line(str(error))
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return f"{place}{reason}{_OS_FIXES.get(error.errno or 0, '')}"
 
 
 def _complain(message: str, code: int = 2) -> int:

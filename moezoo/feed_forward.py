@@ -1,8 +1,8 @@
 """The layer API: what every feed-forward replacement in the zoo promises.
 
 A layer takes the hidden states of a transformer block and gives back hidden states of the same
-shape, together with the auxiliary losses and statistics of that call. Nothing is remembered
-between calls unless :meth:`FeedForward.observe` is told to, so a layer may be recomputed under
+shape, together with the auxiliary losses and statistics of that call. What is to be remembered
+between calls goes through :meth:`FeedForward.observe`, so a layer may be recomputed under
 activation checkpointing, compiled, or used twice in one process without double counting.
 """
 
@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from moezoo.calls import checked, flatten_tokens
 from moezoo.errors import InputError, check_int, nearest
+from moezoo.training_state import TrainingState
 
 if TYPE_CHECKING:
     from moezoo.routing.stats import SlotLoad
@@ -91,7 +92,7 @@ def set_apart(groups: list[ParameterGroup], special: list[ParameterGroup]) -> li
     return [group for group in [*groups, *special] if group.parameters]
 
 
-class FeedForward(nn.Module):
+class FeedForward(TrainingState):
     """A drop-in for a transformer's feed-forward block: ``(..., d_model) -> (..., d_model)``.
 
     A subclass takes ``d_model`` first and everything else by keyword with a default, stores every
@@ -105,6 +106,12 @@ class FeedForward(nn.Module):
     kind: ClassVar[str] = "feed_forward"
     needs_token_ids: ClassVar[bool] = False
     reads_router_input: ClassVar[bool] = False  # whether a vector chooses who answers
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("forward", "reference", "slot_load"):
+            if name in vars(cls):
+                setattr(cls, name, checked(vars(cls)[name]))
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -197,16 +204,6 @@ class FeedForward(nn.Module):
             ParameterGroup("vectors", vectors, weight_decay=False),
         ]
         return [group for group in groups if group.parameters]
-
-    def observe(self, stats: Mapping[str, Tensor]) -> None:
-        """Take note of one micro-batch's statistics, after its backward pass.
-
-        The trainer calls this once per micro-batch, outside any recomputation, with the
-        ``stats`` that :meth:`forward` returned. Layers without training-time state ignore it.
-        """
-
-    def step(self) -> None:
-        """Update training-time state; the trainer calls this once per optimizer step."""
 
     def config(self) -> dict[str, Any]:
         """Return ``{"class_path": …, "init_args": …}``: JSON-able, and enough to build it again."""
@@ -365,26 +362,6 @@ def select_layers(layers: str | int | list[int], num_layers: int) -> list[int]:
         if not -num_layers <= index < num_layers:
             raise InputError(f"layers: there is no layer {index}; the model has {num_layers}")
     return sorted({index % num_layers for index in indices})
-
-
-def flatten_tokens(
-    layer: FeedForward, hidden: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Flatten ``(..., d_model)`` and its mask to ``(T, d_model)`` and ``(T,)``, checking both.
-
-    Raises:
-        InputError: the last dimension is not ``d_model``, or the mask has another shape.
-    """
-    if hidden.shape[-1] != layer.d_model:
-        raise InputError(
-            f"hidden: last dimension is {hidden.shape[-1]}, the layer's d_model is {layer.d_model}"
-        )
-    if mask is not None and mask.shape != hidden.shape[:-1]:
-        raise InputError(
-            f"mask: shape {tuple(mask.shape)} does not match hidden's {tuple(hidden.shape[:-1])}"
-        )
-    flat_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
-    return hidden.reshape(-1, layer.d_model), flat_mask
 
 
 __all__ = [

@@ -9,7 +9,6 @@ own ablation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -104,14 +103,6 @@ class RandomRouting(FeedForward):
     def parameter_groups(self) -> list[ParameterGroup]:
         """Group as the layer does."""
         return self.layer.parameter_groups()
-
-    def observe(self, stats: Mapping[str, Tensor]) -> None:
-        """Let the layer take note."""
-        self.layer.observe(stats)
-
-    def step(self) -> None:
-        """Let the layer update its state."""
-        self.layer.step()
 
     def config(self) -> dict[str, Any]:
         """Describe the ablation. It is no method: ``from_config`` does not build it again."""

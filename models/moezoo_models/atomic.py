@@ -4,40 +4,47 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moezoo.atomic import atomic_write
+from moezoo_models.locks import writing
 
-__all__ = ["atomic_write", "publish", "remove_leftovers", "replacing_directory"]
+__all__ = ["atomic_write", "is_there", "publish", "remove_leftovers", "replacing_directory"]
 
 _CURRENT_DIRECTORY = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE
 
 
 @contextmanager
-def replacing_directory(target: Path) -> Iterator[Path]:
-    """Give a fresh directory to fill, which takes the place of ``target`` at the end.
+def replacing_directory(target: Path, field: str = "output") -> Iterator[Path]:
+    """Yield a fresh directory to fill, which takes the place of ``target`` at the end.
 
     The fresh directory is a hidden sibling. If the block raises, it is removed and ``target`` stays
-    as it was.
+    as it was. What processes left that were killed here before is removed first.
 
     Args:
         target: the directory to make or replace; its parents are made.
+        field: the option that names it, for messages.
+
+    Raises:
+        InputError: another process is writing it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
-    fresh.mkdir()
-    try:
-        yield fresh
-        publish(fresh, target)
-    finally:
-        # What is incomplete.
-        shutil.rmtree(fresh, ignore_errors=True)
+    with writing(target, field):
+        remove_leftovers(target)
+        fresh = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
+        fresh.mkdir()
+        try:
+            yield fresh
+            publish(fresh, target)
+        finally:
+            # What is incomplete.
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def remove_leftovers(target: Path) -> None:
@@ -46,18 +53,24 @@ def remove_leftovers(target: Path) -> None:
     Nobody else may be writing it. Killed between :func:`publish`'s two renames, ``target`` gets its
     earlier content back.
     """
-    for old in target.parent.glob(f".{target.name}.old-*"):
-        if target.exists():
-            shutil.rmtree(old)
+    for old in _siblings(target, "old"):
+        if os.path.lexists(target):
+            _remove(old)
         else:
             old.rename(target)
-    for fresh in target.parent.glob(f".{target.name}.new-*"):
-        shutil.rmtree(fresh)
+    for fresh in _siblings(target, "new"):
+        _remove(fresh)
     target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
 
 
+def is_there(target: Path) -> bool:
+    """Return whether a file or directory exists, or would after :func:`remove_leftovers`."""
+    # In this order: another process may be giving it back.
+    return bool(_siblings(target, "old")) or target.exists()
+
+
 def publish(fresh: Path, target: Path) -> None:
-    """Put a complete directory in the place of ``target``, and remove what was there.
+    """Put a complete file or directory in the place of ``target``, and remove what was there.
 
     The two are exchanged in one system call where Linux and the file system have it; elsewhere by
     two renames, between which a crash leaves the old one as ``.NAME.old-…``.
@@ -76,19 +89,35 @@ def publish(fresh: Path, target: Path) -> None:
         except OSError:
             old.rename(target)
             raise
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        _remove(old)
+
+
+def _siblings(target: Path, kind: str) -> list[Path]:
+    """List the hidden siblings that :func:`publish` and its callers name after a target."""
+    if not target.parent.is_dir():
+        return []
+    name = re.compile(rf"\.{re.escape(target.name)}\.{kind}-[0-9a-f]{{8}}")
+    return [path for path in sorted(target.parent.iterdir()) if name.fullmatch(path.name)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _flush(directory: Path) -> None:
     """Force file contents to disk, lest a power cut keep the rename and lose the data."""
-    for file in directory.rglob("*"):
+    for file in (directory, *directory.rglob("*")):
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; False if the system can not."""
+    """Swap two paths in one step; False if the system cannot."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)

@@ -34,7 +34,7 @@ _BASE_CLASS_KEYS = (
 class MoezooConfig(PreTrainedConfig):
     """Configuration of :class:`MoezooForCausalLM`, a superset of Llama, Mistral, Qwen2 and Qwen3.
 
-    Args:
+    Attributes:
         vocab_size: number of token ids.
         hidden_size: width of the residual stream (``d_model``).
         num_hidden_layers: number of blocks.
@@ -42,6 +42,8 @@ class MoezooConfig(PreTrainedConfig):
         num_key_value_heads: number of key and value heads; default: one per query head.
         head_dim: width of a head; default ``hidden_size / num_attention_heads``.
         max_position_embeddings: longest sequence the model is meant for, in tokens.
+        trained_length: longest sequence it was trained on, in tokens, if that is known; what it is
+            measured at by default.
         rope_parameters: rotary embedding, as in transformers: ``{"rope_type": "default",
             "rope_theta": 10000.0}`` and the scaled kinds.
         rms_norm_eps: added to mean squares in norms.
@@ -78,6 +80,7 @@ class MoezooConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     max_position_embeddings: int = 2048
+    trained_length: int | None = None
     rope_parameters: dict[str, Any] = field(default_factory=dict)
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
@@ -124,6 +127,7 @@ class MoezooConfig(PreTrainedConfig):
             InputError: with the field and the fix.
         """
         self._check_fields()
+        check_trained_length(self.trained_length, self.max_position_embeddings)
         self._check_layer_types()
         self._check_special_tokens()
         kind = (self.rope_parameters or {}).get("rope_type")
@@ -169,6 +173,15 @@ class MoezooConfig(PreTrainedConfig):
         governing = [layer in select_layers(rule["layers"], depth) for rule in self.ffn]
         last = max(number for number, governs in enumerate(governing) if governs)
         return last, self.ffn[last]
+
+
+def check_trained_length(value: Any, longest: int) -> int | None:
+    """Return the length a model was trained on, or None where that is not known.
+
+    Raises:
+        InputError: it is no whole number, or more than ``longest``, which the model is meant for.
+    """
+    return None if value is None else check_int("trained_length", value, maximum=longest)
 
 
 def check_ffn_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str, Any]]:

@@ -98,15 +98,19 @@ class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
     ) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations.
 
+        ``use_reentrant`` is false where it is not given: torch's own default is true.
+
         Raises:
             InputError: ``use_reentrant`` is asked for, which loses the gradients of auxiliary
                 losses.
         """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.get("use_reentrant"):
             raise InputError(
                 "use_reentrant: it drops gradients of auxiliary losses; set it to false"
             )
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+        options["use_reentrant"] = False
+        super().activation_checkpointing_enable(options, *args, **kwargs)
 
 
 class MoezooModel(MoezooPreTrainedModel):

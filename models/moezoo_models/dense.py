@@ -70,6 +70,7 @@ def dense_config(raw: Mapping[str, Any]) -> MoezooConfig:
         num_key_value_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None),
         max_position_embeddings=config.max_position_embeddings,
+        trained_length=raw.get("trained_length"),
         rope_parameters=dict(config.rope_parameters),
         rms_norm_eps=config.rms_norm_eps,
         attention_dropout=config.attention_dropout or 0.0,

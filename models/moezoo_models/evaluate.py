@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
+from moezoo_models.config import check_trained_length
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
+from moezoo_models.encoding import encode_text
 from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tasks import Questions, TaskEvaluation, evaluate_questions
 from moezoo_models.tokenizer import Tokenizer
 
 _LONGEST_DEFAULT = 2048
-_PIECE_CHARACTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def evaluate(
         checkpoint: directory of a checkpoint: ours, or one that moezoo upcycle or
             carve read or write.
         text: path of a text file in UTF-8.
-        sequence_length: tokens that the model sees at once; default: its
-            max_position_embeddings, at most 2048.
+        sequence_length: tokens that the model sees at once; default: what it was trained on, or
+            if its checkpoint does not say, its max_position_embeddings; at most 2048.
         stride: of a text, tokens by which the window moves; default: half of sequence_length.
             Smaller is slower and gives each token more context.
         batch_size: windows, or a task's questions, computed at once.
@@ -289,19 +290,24 @@ def check_loss(nats: float) -> None:
 
 
 def window_length(model: PreTrainedModel, sequence_length: int | None) -> int:
-    """Give the tokens that a model sees at once: as asked, or what it is made for, at most 2048.
+    """Return the tokens that a model sees at once: as asked, or what it was trained on.
+
+    Where that is not known, what it is made for. The default is at most 2048.
 
     Raises:
-        InputError: the length asked for is out of range.
+        InputError: the length asked for is out of range or more than the model is made for, or
+            its configuration's ``trained_length`` is.
     """
-    if sequence_length is not None:
-        return check_int("sequence_length", sequence_length)
-    return min(model.config.max_position_embeddings, _LONGEST_DEFAULT)
-
-
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Turn a text of any length into its tokens."""
-    return [token for piece in tokenizer.encode_batch(_pieces(text)) for token in piece]
+    longest = model.config.max_position_embeddings
+    if sequence_length is None:
+        trained = check_trained_length(getattr(model.config, "trained_length", None), longest)
+        return min(trained or longest, _LONGEST_DEFAULT)
+    if check_int("sequence_length", sequence_length) > longest:
+        raise InputError(
+            f"sequence_length: {sequence_length:,} is more than the {longest:,} tokens that the "
+            f"model is made for (max_position_embeddings); give at most {longest}"
+        )
+    return sequence_length
 
 
 Window = tuple[int, int, int]
@@ -338,22 +344,3 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     scale = getattr(model.config, "logits_scaling", 1.0)  # Granite's
     logits: Tensor = whole.lm_head(hidden).float() / scale
     return logits
-
-
-def _pieces(text: str) -> list[str]:
-    """Cut a text at line ends into pieces that a tokenizer encodes quickly.
-
-    Some take time quadratic in the length of what they are given. Lines longer than a piece are
-    cut anywhere.
-    """
-    pieces: list[str] = []
-    current = ""
-    for line in text.splitlines(keepends=True):
-        if current and len(current) + len(line) > _PIECE_CHARACTERS:
-            pieces.append(current)
-            current = ""
-        current += line
-        while len(current) > _PIECE_CHARACTERS:
-            pieces.append(current[:_PIECE_CHARACTERS])
-            current = current[_PIECE_CHARACTERS:]
-    return [*pieces, current] if current else pieces

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checkpoints import CONFIG, load_checkpoint, write_model
 from moezoo_models.config import MoezooConfig
 from moezoo_models.dense import ACTIVATIONS, DENSE_CONFIGS, dense_config
+from moezoo_models.locks import writing
 from moezoo_models.tokenizer import Tokenizer
 
 _SAME = (
@@ -61,23 +63,30 @@ def export(checkpoint: str | Path, target: str | Path) -> Path:
     Raises:
         InputError: the model is none of them, or ``target`` has something in it.
     """
-    directory = new_directory(target)
-    model, tokenizer = load_checkpoint(checkpoint)
-    config = save_stock(directory, model, tokenizer)
+    with making(target) as directory:
+        model, tokenizer = load_checkpoint(checkpoint)
+        config = save_stock(directory, model, tokenizer)
     print(f"{config.model_type:<8}{model.num_parameters() / 1e6:,.3g} M parameters, {directory}")
     return directory
 
 
-def new_directory(target: str | Path) -> Path:
-    """Give the path of a directory to make.
+@contextmanager
+def making(target: str | Path) -> Iterator[Path]:
+    """Yield the path of a directory to make, which nobody else makes meanwhile.
 
     Raises:
-        InputError: there is something already.
+        InputError: there is something already, or another process is writing it.
     """
     directory = Path(target)
+    _check_new(directory)
+    with writing(directory, "target"):
+        _check_new(directory)  # another process may have just made it
+        yield directory
+
+
+def _check_new(directory: Path) -> None:
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise InputError(f"target: {directory} is there already; name a new directory")
-    return directory
 
 
 def save_stock(
@@ -93,7 +102,7 @@ def save_stock(
         stock: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     stock.load_state_dict(model.state_dict(), assign=True)
     stock.tie_weights()
-    with replacing_directory(target) as fresh:
+    with replacing_directory(target, "target") as fresh:
         write_model(fresh, target, stock)
         if tokenizer is not None:
             tokenizer.save(fresh)
@@ -137,6 +146,8 @@ def _candidates(
     config: MoezooConfig, width: int, activation: str, bias: bool
 ) -> Iterator[PreTrainedConfig]:
     same = {name: getattr(config, name) for name in _SAME}
+    # No field of theirs: it stands in config.json for those who know it.
+    more = {} if config.trained_length is None else {"trained_length": config.trained_length}
     own: dict[str, dict[str, Any]] = {
         "llama": {"mlp_bias": bias},
         "mistral": {},
@@ -146,7 +157,7 @@ def _candidates(
     for name, kind in DENSE_CONFIGS.items():
         known = {key: value for key, value in same.items() if hasattr(kind, key)}
         make: Callable[..., PreTrainedConfig] = kind
-        yield make(intermediate_size=width, hidden_act=activation, **known, **own[name])
+        yield make(intermediate_size=width, hidden_act=activation, **known, **own[name], **more)
 
 
 def _comparable(config: MoezooConfig) -> dict[str, Any]:

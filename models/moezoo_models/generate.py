@@ -21,18 +21,20 @@ from transformers.generation.streamers import BaseStreamer
 from moezoo.errors import InputError, check_int, check_number
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import free_memory, pick_device
+from moezoo_models.encoding import encode_text
 from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tokenizer import Tokenizer
 
 _LARGEST_SEED = (1 << 63) - 1
 _LEAST_TEMPERATURE = 1e-6
+_NEW_TOKENS = 128
 _BROKEN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 def generate(
     checkpoint: str | Path,
     prompt: str = "",
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int = 50,
     top_p: float = 1.0,
@@ -50,7 +52,8 @@ def generate(
         checkpoint: directory of a checkpoint: ours, or one that moezoo upcycle or
             carve read or write.
         prompt: text to continue; empty to begin a new one.
-        max_new_tokens: stop after that many tokens, if the model does not end the text before.
+        max_new_tokens: stop after that many tokens, if the model does not end the text before;
+            default: 128, or what the model is made for beside the prompt.
         temperature: divides the logits before sampling; 0 always takes the likeliest token.
         top_k: sample among that many likeliest tokens only; 0 for all.
         top_p: sample among the likeliest tokens that together have this probability.
@@ -96,7 +99,7 @@ def continue_text(
     tokenizer: Tokenizer,
     prompt: str = "",
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int = 50,
     top_p: float = 1.0,
@@ -122,13 +125,12 @@ def continue_text(
     Raises:
         InputError: an option is out of range, or the tokenizer is not the model's.
     """
-    config = generation_config(
-        model, tokenizer, max_new_tokens, float(temperature), top_k, float(top_p)
-    )
     check_int("seed", seed, minimum=0, maximum=_LARGEST_SEED)
-    ids = torch.tensor([_prompt_ids(tokenizer, prompt)])
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)])
+    count = new_tokens(model, ids.shape[1], max_new_tokens)
+    config = generation_config(model, tokenizer, count, float(temperature), top_k, float(top_p))
     check_token_ids(ids, model.config.vocab_size)
-    _check_memory(model, ids.shape[1], max_new_tokens)
+    _check_memory(model, ids.shape[1], count)
     pieces: list[str] = []
 
     def collect(piece: str) -> None:
@@ -243,12 +245,35 @@ class WholeCharacterStreamer(BaseStreamer):
             self._context, self._written = self._written or 0, len(self._ids)
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Encode a prompt, after the token that begins texts, or for an empty one that ends them."""
-    ids = tokenizer.encode(prompt)
+    ids = encode_text(tokenizer, prompt)
     if tokenizer.bos_id is not None:
         return [tokenizer.bos_id, *ids]
     return ids or [tokenizer.eos_id]
+
+
+def new_tokens(model: PreTrainedModel, prompt_tokens: int, wanted: int | None = None) -> int:
+    """Return how many tokens to add to a prompt: as asked, or what there is room for, at most 128.
+
+    Raises:
+        InputError: the model is not made for that many, or the number is out of range.
+    """
+    longest = model.config.max_position_embeddings
+    room = longest - prompt_tokens
+    if room < 1:
+        raise InputError(
+            f"prompt: it has {prompt_tokens:,} tokens, and the model is made for {longest:,} with "
+            "those that are added; shorten it"
+        )
+    if wanted is None:
+        return min(room, _NEW_TOKENS)
+    if check_int("max_new_tokens", wanted) > room:
+        raise InputError(
+            f"max_new_tokens: {wanted:,} after a prompt of {prompt_tokens:,} tokens are more than "
+            f"the {longest:,} that the model is made for; give at most {room}"
+        )
+    return wanted
 
 
 def generation_config(

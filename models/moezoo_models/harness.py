@@ -30,6 +30,7 @@ from transformers import (
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
 from moezoo_models.decoder import check_token_ids
+from moezoo_models.encoding import encode_text
 from moezoo_models.evaluate import check_loss, logits_of, window_length
 from moezoo_models.generate import FiniteLogits, generation_config, own_settings
 from moezoo_models.tokenizer import Tokenizer
@@ -53,8 +54,8 @@ class HarnessModel(TemplateLM):
     Args:
         model: on any device; it is put into evaluation mode.
         tokenizer: its tokenizer.
-        sequence_length: tokens that the model sees at once; default: its max_position_embeddings,
-            at most 2048. Of longer contexts the end is kept.
+        sequence_length: tokens that the model sees at once; default: as for
+            :func:`moezoo_models.evaluate.evaluate`. Of longer contexts the end is kept.
         batch_size: texts computed at once.
 
     Raises:
@@ -91,7 +92,7 @@ class HarnessModel(TemplateLM):
     ) -> list[int]:
         """Return the ids of a text, after the token that begins texts unless it is not wanted."""
         begun = self.words.bos_id is not None and add_special_tokens is not False
-        return [*([self.prefix_token_id] if begun else []), *self.words.encode(string)]
+        return [*([self.prefix_token_id] if begun else []), *encode_text(self.words, string)]
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = True

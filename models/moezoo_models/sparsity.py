@@ -17,7 +17,8 @@ from moezoo.feed_forward import FeedForward
 from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checkpoints import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.evaluate import encode_text, read_text
+from moezoo_models.encoding import encode_text
+from moezoo_models.evaluate import read_text
 from moezoo_models.inspection import (
     Stream,
     blocks_by_name,
@@ -76,8 +77,8 @@ def inspect_sparsity(
         text: path of a text file in UTF-8.
         output: directory that the files are written to.
         threshold: share of a token's largest activation from which one is strong.
-        sequence_length: tokens that the model sees at once; default: its
-            max_position_embeddings, at most 2048.
+        sequence_length: tokens that the model sees at once; default: what it was trained on, or
+            if its checkpoint does not say, its max_position_embeddings; at most 2048.
         batch_size: windows computed at once.
         device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
         attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.

@@ -29,7 +29,8 @@ from moezoo.feed_forward import FeedForward
 from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checkpoints import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.evaluate import encode_text, read_text
+from moezoo_models.encoding import encode_text
+from moezoo_models.evaluate import read_text
 from moezoo_models.inspection import (
     Stream,
     check_routed,
@@ -101,8 +102,8 @@ def inspect_experts(
         output: directory that the files are written to.
         top_tokens: tokens listed for a slot.
         slots: slots listed for a layer, the most used ones.
-        sequence_length: tokens that the model sees at once; default: its
-            max_position_embeddings, at most 2048.
+        sequence_length: tokens that the model sees at once; default: what it was trained on, or
+            if its checkpoint does not say, its max_position_embeddings; at most 2048.
         batch_size: windows computed at once.
         device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
         attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.

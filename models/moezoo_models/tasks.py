@@ -112,8 +112,8 @@ def evaluate_questions(
         model: the model, on any device; it is put into evaluation mode.
         tokenizer: its tokenizer.
         questions: the tasks.
-        sequence_length: tokens that the model sees at once; default: its max_position_embeddings,
-            at most 2048.
+        sequence_length: tokens that the model sees at once; default: as for
+            :func:`moezoo_models.evaluate.evaluate`.
         batch_size: questions computed at once.
 
     Raises:

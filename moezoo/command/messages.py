@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import inspect
 import re
@@ -17,6 +16,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from moezoo.errors import closest
 from moezoo.feed_forward import FeedForward
 
 _NESTED = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)', re.DOTALL)
@@ -162,21 +162,35 @@ def _none_of(key: str, rest: str, errors: str, value: str) -> str:
     subtypes = re.search(r"Subtypes: \[(.*)\]", rest)
     choices = re.findall(r"(?:typing\.)?Literal\[[^\]]*\]", subtypes[1]) if subtypes else []
     types = [m["type"] for member in members if (m := _EXPECTED.fullmatch(member))]
+    if not choices and re.fullmatch(r"[A-Za-z]\w*", value.strip()) and (base := _base(rest)):
+        return _no_path(key, value.strip(), base)
     if types or choices:
         return _wrong_value(key, types + choices, value)
     return f"{key}: {shorten(value)} is not accepted; {one_line(members[0])}"
 
 
+def _base(rest: str) -> type | None:
+    """Return the class of which a union takes one, or a list; None if it takes no classes."""
+    subtypes = re.search(r"Subtypes: \[(.*)\]", rest)
+    names = re.findall(r"(?<![\w.])((?:\w+\.)+\w+)", subtypes[1]) if subtypes else []
+    for name in names:
+        if inspect.isclass(found := _import(name)) and not found.__module__.startswith("typing"):
+            return found
+    return None
+
+
 def _wrong_value(key: str, types: list[str], value: str) -> str:
     """Say which values ``key`` takes, and which of them is nearest to ``value``."""
-    value = value.strip()
+    value = re.sub(r"\['(\w*)'\]", r"\1", value.strip())  # one that stands alone in a list
     choices = [choice for name in types for choice in _literals(name)]
-    wanted = [_describe(name) for name in types if not _literals(name)]
+    wanted = list(dict.fromkeys(_describe(name) for name in types if not _literals(name)))
     if choices:
-        close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-        fix = f"; did you mean '{close[0]}'?" if close else ""
-        return f"{key}: {shorten(value)} is not one of {', '.join(dict.fromkeys(choices))}{fix}"
-    return f"{key}: {shorten(value)} is not {' or '.join(dict.fromkeys(wanted))}"
+        close = closest(value, choices)
+        fix = f"; did you mean '{close}'?" if close else ""
+        also = [each for each in wanted if each == "true or false"]
+        named = ", ".join(dict.fromkeys(choices + also))
+        return f"{key}: {shorten(value)} is not one of {named}{fix}"
+    return f"{key}: {shorten(value)} is not {' or '.join(wanted)}"
 
 
 def _unrecognized(arguments: str, known: list[str], prefix: str, owner: str) -> str:
@@ -215,13 +229,13 @@ def _subclasses(base: type) -> Iterator[type]:
 def suggest(name: str, choices: Iterable[str], prefix: str = "") -> str:
     """Give ``"; did you mean 'x'?"`` for the nearest choice, a short list, or a pointer to help."""
     choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    if not close:
+    close = closest(name, choices)
+    if close is None:
         last = {choice.rpartition(".")[2]: choice for choice in reversed(choices)}
-        close = difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.7)
-        close = [last[match] for match in close]
+        match = closest(name.rpartition(".")[2], last, cutoff=0.7)
+        close = last[match] if match else None
     if close:
-        return f"; did you mean '{prefix}{close[0]}'?"
+        return f"; did you mean '{prefix}{close}'?"
     if 0 < len(choices) <= 12:
         return f"; choose from: {', '.join(prefix + choice for choice in choices)}"
     return "; --help lists the options"
@@ -261,6 +275,10 @@ def _describe(type_name: str) -> str:
     if type_name.startswith("dot import path"):
         return "a group of options"
     name = re.sub(r"<class '([\w.]+)'>", r"\1", type_name.strip())
+    if match := re.fullmatch(r"tuple with (\d+) elements", name):
+        return f"a list of {match[1]}"
+    if name.rpartition(".")[2] in ("Iterable", "Sequence"):
+        return "a list"
     return _TYPE_NAMES.get(name, one_line(name.replace("typing.", "")))
 
 

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import itertools
 import os
+import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -14,7 +15,9 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from moezoo.command.keys import full_keys
 from moezoo.command.messages import one_line, render
+from moezoo.command.precedence import ordered, unmixed
 from moezoo.errors import InputError
 
 MANY_OPTIONS = 30
@@ -39,12 +42,18 @@ class ClearErrors:
         return super().format_help(*args, **kwargs)  # type: ignore[misc]
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse as the parser class does; a group of options must hold options.
+        """Parse as the parser class does, but options win over files wherever they stand.
+
+        A class that replaces another begins from its own defaults. A group of options must hold
+        options.
 
         Raises:
             InputError: any mistake in the options.
         """
-        options = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        given = kwargs.pop("args", None) if not args else args[0]
+        words = ordered(sys.argv[1:] if given is None else given)
+        with unmixed():
+            options = super().parse_args(words, *args[1:], **kwargs)  # type: ignore[misc]
         parser: Any = self
         for group in parser.groups:
             value = options.get(group)
@@ -56,6 +65,17 @@ class ClearErrors:
             if _holds_nul(value):
                 raise InputError(f"{name}: holds a NUL character, which no path has; leave it out")
         return options
+
+    def instantiate(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the classes of parsed options, whose mistakes then name the full key.
+
+        Raises:
+            InputError: a class refuses its arguments.
+        """
+        options = args[0] if args else kwargs["namespace"]
+        command = options.get("subcommand")
+        with full_keys(options[command] if command else options):
+            return super().instantiate(*args, **kwargs)  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one line.

@@ -91,19 +91,26 @@ class KeyValueMemory(nn.Module):
         self, x_TD: Tensor, mask_T: Tensor | None, brute_force: bool = False
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Read the memory: ``(T, V)``, zero at padding, and statistics."""
-        slots_THK, weights_THK = self._look_up(x_TD, mask_T, brute_force)
+        batch: dict[str, Tensor] = {}
+        slots_THK, weights_THK = self._look_up(x_TD, mask_T, brute_force, batch)
         read = self.table.reference if brute_force else self.table
         y_TV = read(slots_THK.flatten(1), weights_THK.flatten(1), mask_T)
         stats = statistics(self, self._stats, slots_THK, weights_THK, mask_T)
+        if batch:
+            stats = {**stats, **batch}
         return y_TV.to(_output_dtype(x_TD)), stats
 
     def _look_up(
-        self, x_TD: Tensor, mask_T: Tensor | None, brute_force: bool
+        self,
+        x_TD: Tensor,
+        mask_T: Tensor | None,
+        brute_force: bool,
+        batch: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if brute_force:
             scores_THK, slots_THK = self.keys.reference(self.query.reference(x_TD, mask_T))
         else:
-            scores_THK, slots_THK = self.keys(self.query(x_TD, mask_T))
+            scores_THK, slots_THK = self.keys(self.query(x_TD, mask_T, batch))
         return slots_THK, scores_THK.softmax(dim=-1)
 
     @torch.no_grad()

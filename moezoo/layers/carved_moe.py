@@ -9,7 +9,6 @@ says which, and :func:`moezoo.convert.carved_layer` copies them here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -208,14 +207,6 @@ class CarvedMoE(FeedForward):
         """Sum up the routed experts' choices and scores s'."""
         routing = self.route(hidden, router_input, mask)
         return slot_load(routing.indices, routing.weights, self.num_experts)
-
-    def observe(self, stats: Mapping[str, Tensor]) -> None:
-        """Hand one micro-batch's expert counts to the router."""
-        self.gate.observe(stats)
-
-    def step(self) -> None:
-        """Lower the balance bias of experts with more than the mean load, raise the others'."""
-        self.gate.step()
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Give u and the router learning rates of their own, and no weight decay."""

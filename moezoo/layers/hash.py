@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from moezoo.calls import check_context
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.experts import MLPExperts
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
@@ -339,11 +340,12 @@ class HashLayer(FeedForward):
         """Check token ids and mask, and bring the mask to the token ids' length."""
         if token_ids is None:
             raise InputError("token_ids: missing; HashLayer routes on them, so pass token_ids")
+        check_context(hidden, token_ids, mask=mask)
         if hidden.ndim == 1:
             hidden = hidden[None]
             token_ids = token_ids.reshape(-1)
             mask = None if mask is None else mask.reshape(-1)
-        ahead = token_ids.shape[-1] - hidden.shape[-2]
+        ahead = token_ids.shape[-1] - hidden.shape[-2] if token_ids.ndim else -1
         if token_ids.shape[:-1] != hidden.shape[:-2] or ahead < 0:
             raise InputError(
                 f"token_ids: shape {tuple(token_ids.shape)} does not match hidden's "
@@ -353,7 +355,6 @@ class HashLayer(FeedForward):
             self._check_ids(token_ids)
         if mask is None:
             return token_ids, None
-        mask = mask.to(torch.bool)
         if mask.shape == hidden.shape[:-1] and ahead:
             mask = torch.cat([mask.new_ones(*mask.shape[:-1], ahead), mask], dim=-1)
         if mask.shape != token_ids.shape:

@@ -167,20 +167,27 @@ class PEER(FeedForward):
         asked_TD = tokens_TD
         if router_input is not None:
             asked_TD, _ = flatten_tokens(self, router_input, None)
-        experts_THK, weights_THK = self._retrieve(asked_TD, mask_T, brute_force)
+        batch: dict[str, Tensor] = {}
+        experts_THK, weights_THK = self._retrieve(asked_TD, mask_T, brute_force, batch)
         answer = self.experts.reference if brute_force else self.experts
         output_TD = answer(tokens_TD, experts_THK.flatten(1), weights_THK.flatten(1))
         chosen = (experts_THK, weights_THK, self.num_experts, mask_T)
         stats = statistics(self, slot_stats, *chosen)
+        if batch:
+            stats = {**stats, **batch}
         return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
 
     def _retrieve(
-        self, asked_TD: Tensor, mask_T: Tensor | None, brute_force: bool
+        self,
+        asked_TD: Tensor,
+        mask_T: Tensor | None,
+        brute_force: bool,
+        batch: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if brute_force:
             scores_THK, experts_THK = self.keys.reference(self.query.reference(asked_TD, mask_T))
         else:
-            scores_THK, experts_THK = self.keys(self.query(asked_TD, mask_T))
+            scores_THK, experts_THK = self.keys(self.query(asked_TD, mask_T, batch))
         weights_THK = SCORE_FUNCTIONS[self.score_fn](scores_THK)
         if mask_T is None:
             return experts_THK, weights_THK

@@ -165,7 +165,12 @@ class PersistentMemoryAttention(FeedForward):
         unseen = torch.arange(length, device=q.device) > last_T1
         unseen = unseen.expand(len(q), 1, tokens, length)
         if key_mask is not None:
-            unseen = unseen | ~key_mask.reshape(-1, 1, 1, length).to(torch.bool)
+            if key_mask.dtype != torch.bool or key_mask.numel() != len(q) * length:
+                raise InputError(
+                    f"key_mask: {key_mask.dtype} of shape {tuple(key_mask.shape)}; give bool for "
+                    f"{length} keys of {len(q)} sequences"
+                )
+            unseen = unseen | ~key_mask.reshape(-1, 1, 1, length)
         return q, k, v, unseen
 
     def _output(

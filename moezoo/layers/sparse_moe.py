@@ -8,7 +8,6 @@ them, each from its paper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -207,14 +206,6 @@ class SparseMoE(FeedForward):
         if self.shared_gate:
             answer = self.shared_expert_gate(tokens).sigmoid() * answer
         return answer if mask is None else answer.masked_fill(~mask.unsqueeze(-1), 0.0)
-
-    def observe(self, stats: Mapping[str, Tensor]) -> None:
-        """Hand one micro-batch's expert counts to the router."""
-        self.gate.observe(stats)
-
-    def step(self) -> None:
-        """Let the router update its selection bias."""
-        self.gate.step()
 
     def cost(self) -> Cost:
         """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on."""

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
+
+_MOST_TOKENS = 1 << 31
+"""Counts of tokens below it are exact: numerator and denominator leave room for them in int64."""
 
 
 def expert_capacity(
     tokens: Tensor | int, num_experts: int, top_k: int, factor: float, minimum: int
 ) -> Tensor | int:
-    """Compute ``max(minimum, ceil(factor * top_k * tokens / num_experts))``.
+    """Compute ``min(tokens, max(minimum, ceil(factor * top_k * tokens / num_experts)))``.
 
-    ``tokens`` may be a tensor (the number of real tokens), so that no device has to wait.
+    In whole numbers, on every device: ``factor`` is the decimal that was written, so that 1.1 of
+    50 is 55, which no binary fraction near 1.1 gives. An expert is asked at most once by a token,
+    so that it never needs room for more than there are.
+
+    Args:
+        tokens: how many are real, below 2^31; may be an int64 tensor, so that no device has to
+            wait.
+        num_experts: number of experts.
+        top_k: experts per token.
+        factor: capacity factor, finite.
+        minimum: least capacity, unless there are fewer tokens.
     """
-    share = factor * top_k * tokens / num_experts
-    if isinstance(share, Tensor):
-        return share.ceil().clamp(min=minimum).long()
-    return max(minimum, -int(-share // 1))
+    return capacity_of(tokens, exact_share(factor, top_k, num_experts), minimum)
+
+
+def capacity_of(tokens: Tensor | int, share: tuple[int, int], minimum: int) -> Tensor | int:
+    """Compute the capacity of :func:`expert_capacity` from what :func:`exact_share` returned."""
+    numerator, denominator = share
+    room = -(-tokens * numerator // denominator)
+    if isinstance(room, Tensor):
+        return room.clamp(min=minimum).minimum(torch.as_tensor(tokens))
+    return min(tokens, max(minimum, room))
+
+
+def exact_share(factor: float, top_k: int, num_experts: int) -> tuple[int, int]:
+    """Return numerator and denominator of ``factor * top_k / num_experts``, or 1 if that is less.
+
+    A fraction of more digits than int64 has room for is replaced by the next one that gives the
+    same capacity for every number of tokens below 2^31.
+    """
+    share = min(Fraction(str(factor)) * top_k / num_experts, Fraction(1))
+    nearest = share.limit_denominator(_MOST_TOKENS)
+    if nearest < share:
+        # The next fraction above with such a denominator. No m / n with n tokens lies between it
+        # and the share, so that both have the same ceiling.
+        p, q = nearest.numerator, nearest.denominator
+        denominator = _MOST_TOKENS - (_MOST_TOKENS + pow(p, -1, q)) % q if q > 1 else _MOST_TOKENS
+        nearest = Fraction((p * denominator + 1) // q, denominator)
+    return nearest.numerator, nearest.denominator
 
 
 def within_capacity(indices_TK: Tensor, num_experts: int, capacity: Tensor | int) -> Tensor:

@@ -63,8 +63,8 @@ def statistics(
             if that takes more than 4 MiB, the statistics are computed at once.
     """
     detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
-    kept = sum(a.nbytes for a in detached if isinstance(a, Tensor))
-    if layer.training or torch.compiler.is_compiling() or kept > _MOST_BYTES:
+    at_once = layer.training or torch.compiler.is_compiling()
+    if at_once or sum(a.nbytes for a in detached if isinstance(a, Tensor)) > _MOST_BYTES:
         with torch.no_grad():
             return compute(*detached)
     return DeferredStats(partial(compute, *detached))

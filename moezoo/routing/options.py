@@ -22,6 +22,9 @@ class RouterOptions:
         jitter: multiply the router's input by U(1 - jitter, 1 + jitter) while training (Switch).
         num_groups: split the experts into this many groups; 1 for none (arXiv:2405.04434).
         top_groups: take experts only from this many groups per token.
+        group_score: a group is as good as its best expert, ``max`` (DeepSeek-V2), or as the
+            ``sum_of_two`` best (DeepSeek-V3), by the scores that choose. None: ``sum_of_two``
+            with a selection bias, else ``max``.
         selection_bias: add a bias to the scores that choose, not to the weights; it follows the
             load instead of a loss (arXiv:2408.15664).
         bias_update_rate: how far the bias moves per optimizer step.
@@ -38,6 +41,7 @@ class RouterOptions:
     jitter: float = 0.0
     num_groups: int = 1
     top_groups: int = 1
+    group_score: Literal["max", "sum_of_two"] | None = None
     selection_bias: bool = False
     bias_update_rate: float = 1e-3
     expert_dropout: float = 0.0
@@ -54,6 +58,8 @@ class RouterOptions:
             raise InputError("router.expert_dropout: is defined for sigmoid scores; use sigmoid")
         check_int("router.num_groups", self.num_groups, maximum=num_experts)
         check_int("router.top_groups", self.top_groups, maximum=self.num_groups)
+        if self.group_score is not None:
+            check_choice("router.group_score", self.group_score, ("max", "sum_of_two"))
         group = num_experts // self.num_groups
         if num_experts % self.num_groups:
             raise InputError(
@@ -121,13 +127,14 @@ class BalanceOptions:
 class CapacityOptions:
     """A limit on the tokens one expert takes: ``ceil(factor * top_k * tokens / num_experts)``.
 
+    In exact arithmetic on the factor as it was written; never more than the tokens there are.
     Tokens are served in order of position, all first choices before any second choice; what
     overflows adds nothing (arXiv:2006.16668, algorithm 1; arXiv:2101.03961, eq. 3).
 
     Attributes:
         factor: capacity factor while training.
         eval_factor: capacity factor in evaluation.
-        minimum: an expert's capacity is never below this.
+        minimum: an expert's capacity is never below this, unless there are fewer tokens.
         second_choice_threshold: while training, keep a later choice of weight g with probability
             min(1, g / threshold); 0 keeps all.
     """

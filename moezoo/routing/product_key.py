@@ -11,7 +11,7 @@ Shapes: T tokens, D d_model, H heads, C d_key, n half-keys per codebook, K choic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.routing.losses import world_size
+from moezoo.training_state import TrainingState
 from moezoo_kernels import product_key_top_k
 
 KeyInit = Literal["lample", "berges"]
@@ -30,6 +31,7 @@ QUERY_NORMS = ("batch", "layer", "qk", "none")
 
 _EPS = 1e-5
 _MOMENTUM = 0.1
+_COUNT, _MEAN, _VAR = "query_count", "query_mean", "query_var"
 
 
 class ProductKeys(nn.Module):
@@ -133,7 +135,7 @@ class ProductKeys(nn.Module):
         return halves_H2Tn.permute(1, 2, 0, 3)
 
 
-class QueryNetwork(nn.Module):
+class QueryNetwork(TrainingState):
     """Give every token one query per head: a linear map and a normalisation.
 
     - ``batch``: each of the H C features over the batch (Lample et al., section 3.2). Padding is
@@ -154,6 +156,10 @@ class QueryNetwork(nn.Module):
         bias: whether the linear map has a bias.
         init: its weight from torch's default ``U(±1/sqrt(D))`` (lample), or Xavier's uniform
             distribution (berges).
+
+    Attributes:
+        deferred: whether running averages wait for :meth:`observe` and :meth:`step`; else a
+            training forward pass moves them.
     """
 
     running_mean: Tensor
@@ -185,6 +191,8 @@ class QueryNetwork(nn.Module):
         if norm == "batch":
             self.register_buffer("running_mean", torch.empty(features, dtype=torch.float32))
             self.register_buffer("running_var", torch.empty(features, dtype=torch.float32))
+        self.deferred = False
+        self._observed: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -203,6 +211,7 @@ class QueryNetwork(nn.Module):
         if self.norm == "batch":
             nn.init.zeros_(self.running_mean)
             nn.init.ones_(self.running_var)
+        self._observed = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A running average in bf16 stops moving: let it change device, and dtype only upwards.
@@ -216,31 +225,75 @@ class QueryNetwork(nn.Module):
                 setattr(self, name, kept)
         return self
 
-    def forward(self, hidden_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        mask_T: Tensor | None = None,
+        stats: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Give the queries, ``(T, H, C)``; those of padding mean nothing.
 
         In training with ``norm="batch"`` this moves the running averages, as
-        :class:`torch.nn.BatchNorm1d` does; a recomputed forward pass moves them again.
+        :class:`torch.nn.BatchNorm1d` does, but not in a recomputation, nor once they are deferred.
+
+        Args:
+            hidden_TD: what is read.
+            mask_T: true at real tokens.
+            stats: gets what :meth:`observe` needs, if running averages are deferred.
         """
-        return self._compute(hidden_TD, mask_T, brute_force=False)
+        return self._compute(hidden_TD, mask_T, stats, brute_force=False)
 
     def reference(self, hidden_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:
         """Give the same queries by torch's own norms, over the real tokens picked out."""
-        return self._compute(hidden_TD, mask_T, brute_force=True)
+        return self._compute(hidden_TD, mask_T, None, brute_force=True)
+
+    @torch.no_grad()
+    def observe(self, stats: Mapping[str, Tensor]) -> None:
+        """Move copies of the running averages by one micro-batch's statistics."""
+        if not (self.deferred and _COUNT in stats):
+            return
+        if self._observed is None:
+            self._observed = (self.running_mean.clone(), self.running_var.clone())
+        _move(self._observed, stats)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take the copies over."""
+        if self._observed is not None:
+            self.running_mean.copy_(self._observed[0])
+            self.running_var.copy_(self._observed[1])
+        self._observed = None
+
+    def discard(self) -> None:
+        """Forget the copies."""
+        self._observed = None
+
+    def defer_state(self) -> None:
+        """Leave the running averages to :meth:`observe` and :meth:`step`."""
+        self.deferred = True
 
     def flops_per_token(self) -> int:
         """Give the forward FLOPs of one token: the linear map."""
         return 2 * self.proj.weight.numel()
 
-    def _compute(self, hidden_TD: Tensor, mask_T: Tensor | None, brute_force: bool) -> Tensor:
+    def _compute(
+        self,
+        hidden_TD: Tensor,
+        mask_T: Tensor | None,
+        stats: dict[str, Tensor] | None,
+        brute_force: bool,
+    ) -> Tensor:
         with torch.autocast(hidden_TD.device.type, enabled=False):
             dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
             bias = None if self.proj.bias is None else self.proj.bias.to(dtype)
             x_TF = F.linear(hidden_TD.to(dtype), self.proj.weight.to(dtype), bias)
             x_THC = x_TF.unflatten(-1, (self.num_heads, self.d_key))
             if self.norm == "batch":
-                normalize = self._batch_norm_reference if brute_force else self._batch_norm
-                x_THC = normalize(x_TF, mask_T).unflatten(-1, (self.num_heads, self.d_key))
+                if brute_force:
+                    x_TF = self._batch_norm_reference(x_TF, mask_T)
+                else:
+                    x_TF = self._batch_norm(x_TF, mask_T, stats)
+                x_THC = x_TF.unflatten(-1, (self.num_heads, self.d_key))
             elif self.norm == "layer":
                 x_THC = F.layer_norm(x_THC, (self.d_key,), eps=_EPS)
             elif self.norm == "qk":
@@ -253,7 +306,9 @@ class QueryNetwork(nn.Module):
             shift_HC = self.shift.to(dtype).unflatten(0, (self.num_heads, self.d_key))
             return torch.addcmul(shift_HC, x_THC, gain_HC)
 
-    def _batch_norm(self, x_TF: Tensor, mask_T: Tensor | None) -> Tensor:
+    def _batch_norm(
+        self, x_TF: Tensor, mask_T: Tensor | None, stats: dict[str, Tensor] | None
+    ) -> Tensor:
         mean_F = self.running_mean.to(x_TF.dtype)
         var_F = self.running_var.to(x_TF.dtype)
         if not self.training:
@@ -266,15 +321,17 @@ class QueryNetwork(nn.Module):
         batch_var_F = _sum_over_ranks(squares_TF.sum(dim=0)) / safe
         # The averages moved below must not be the tensors that autograd has saved.
         scale_F = torch.where(enough, batch_var_F, var_F).add(_EPS).rsqrt()
-        self._move_averages(count, batch_mean_F.detach(), batch_var_F.detach())
+        found = {
+            _COUNT: count,
+            _MEAN: batch_mean_F.detach(),
+            _VAR: batch_var_F.detach() * count / (count - 1).clamp(min=1),  # unbiased
+        }
+        if self.deferred:
+            if stats is not None:
+                stats.update(found)
+        elif not _recomputing():
+            _move((self.running_mean, self.running_var), found)
         return centred_TF * scale_F
-
-    @torch.no_grad()
-    def _move_averages(self, count: Tensor, mean_F: Tensor, var_F: Tensor) -> None:
-        rate = _MOMENTUM * (count > 1).to(count.dtype)
-        unbiased_F = var_F * count / (count - 1).clamp(min=1)
-        for average, value in ((self.running_mean, mean_F), (self.running_var, unbiased_F)):
-            average.add_((rate * (value - average)).to(average.dtype))
 
     def _batch_norm_reference(self, x_TF: Tensor, mask_T: Tensor | None) -> Tensor:
         real = x_TF if mask_T is None else x_TF[mask_T]
@@ -283,6 +340,24 @@ class QueryNetwork(nn.Module):
             return F.batch_norm(x_TF, mean, var, eps=_EPS)
         normed = F.batch_norm(real, None, None, training=True, eps=_EPS)
         return normed if mask_T is None else torch.zeros_like(x_TF).index_put((mask_T,), normed)
+
+
+@torch.no_grad()
+def _move(averages: tuple[Tensor, Tensor], stats: Mapping[str, Tensor]) -> None:
+    """Move running averages of mean and variance, in place.
+
+    Not by a batch that has no variance, nor by one that is not finite, which would stay for good.
+    """
+    count, mean_F, var_F = stats[_COUNT], stats[_MEAN], stats[_VAR]
+    sound = (count > 1) & mean_F.isfinite().all() & var_F.isfinite().all()
+    for average, value in zip(averages, (mean_F, var_F), strict=True):
+        moved = average + (_MOMENTUM * (value - average)).to(average.dtype)
+        average.copy_(torch.where(sound, moved, average))
+
+
+def _recomputing() -> bool:
+    """Tell whether this is a backward pass, which runs a checkpointed forward pass once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _count(x_TF: Tensor, mask_T: Tensor | None) -> Tensor:

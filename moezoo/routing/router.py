@@ -6,18 +6,19 @@ Shapes: T tokens, D d_model, E experts, K choices per token, C tokens per expert
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.routing import losses as L
-from moezoo.routing.capacity import expert_capacity, within_capacity
+from moezoo.routing.capacity import capacity_of, exact_share, within_capacity
 from moezoo.routing.deferred import statistics
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.stats import count_tokens, expert_counts, mean_entropy, slot_stats
 from moezoo.routing.wide_linear import wide_linear
+from moezoo.training_state import TrainingState
 from moezoo_kernels.dtypes import at_least_fp32
 
 
@@ -39,7 +40,7 @@ class Routing(NamedTuple):
     max_assignments: int
 
 
-class Router(nn.Module):
+class Router(TrainingState):
     """Score every expert for every token and choose.
 
     The arithmetic is fp32 whatever autocast says (fp64 for fp64 inputs): rounding a logit to bf16
@@ -79,6 +80,18 @@ class Router(nn.Module):
             self.register_buffer("selection_bias", torch.empty(num_experts, dtype=torch.float32))
         self._step_counts: Tensor | None = None
         self.reset_parameters()
+
+    @property
+    def capacity(self) -> CapacityOptions | None:
+        """The limit on the tokens per expert; none in a dropless layer."""
+        return self._capacity
+
+    @capacity.setter
+    def capacity(self, options: CapacityOptions | None) -> None:
+        self._capacity = options
+        factors = () if options is None else (options.factor, options.eval_factor)
+        # Here and not in the forward pass: compilers do not trace fractions.
+        self._shares = [exact_share(f, self.top_k, self.num_experts) for f in factors]
 
     def reset_parameters(self) -> None:
         """Draw the weight as Switch does, or zero it where noise breaks the tie (Shazeer)."""
@@ -193,10 +206,9 @@ class Router(nn.Module):
             selection_TE = selection_TE + self.selection_bias
         if options.num_groups > 1:
             groups_TGN = selection_TE.unflatten(1, (options.num_groups, -1))
-            if options.selection_bias:  # DeepSeek-V3: a group is as good as its two best
-                best = groups_TGN.topk(min(2, groups_TGN.shape[-1]), dim=-1).values.sum(dim=-1)
-            else:  # DeepSeek-V2: as good as its best
-                best = groups_TGN.amax(dim=-1)
+            default = "sum_of_two" if options.selection_bias else "max"
+            of = 2 if (options.group_score or default) == "sum_of_two" else 1
+            best = groups_TGN.topk(min(of, groups_TGN.shape[-1]), dim=-1).values.sum(dim=-1)
             chosen = best.topk(options.top_groups, dim=-1).indices
             closed = torch.ones_like(best, dtype=torch.bool).scatter(1, chosen, False)
             selection_TE = groups_TGN.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
@@ -288,12 +300,12 @@ class Router(nn.Module):
             keep = weights_TK.detach() / options.second_choice_threshold
             keep[:, 0] = 1.0
             indices_TK = indices_TK.masked_fill(torch.rand_like(keep) >= keep, -1)
-        factor = options.factor if self.training else options.eval_factor
-        rule = (self.num_experts, top_k, factor, options.minimum)
-        capacity = expert_capacity(count_tokens(indices_TK, mask_T), *rule)
+        share = self._shares[0 if self.training else 1]
+        capacity = capacity_of(count_tokens(indices_TK, mask_T), share, options.minimum)
         served = within_capacity(indices_TK, self.num_experts, capacity)
         dropped = ((indices_TK >= 0) & ~served).sum()
-        bound = self.num_experts * int(expert_capacity(tokens, *rule))
+        # Exact numbers grow with the count of tokens, padding included: this one is never too low.
+        bound = self.num_experts * cast("int", capacity_of(tokens, share, options.minimum))
         return indices_TK.masked_fill(~served, -1), dropped, min(tokens * top_k, bound)
 
     def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
@@ -337,3 +349,10 @@ class Router(nn.Module):
             direction_E = (counts_E.mean() - counts_E).sign()
             self.selection_bias += self.options.bias_update_rate * direction_E
         self._step_counts = None
+
+    def discard(self) -> None:
+        """Forget the load since the last step."""
+        self._step_counts = None
+
+    def defer_state(self) -> None:
+        """Do nothing: the bias is moved by :meth:`step` alone, whoever trains."""

@@ -75,6 +75,9 @@ def test_the_model_records_what_its_layers_default_to():
         ({"layer_types": ["full"] * 4}, "layer_types: 'full' is not known; choose from"),
         ({"layer_types": ["sliding_attention"] * 4}, "set sliding_window"),
         ({"eos_token_id": 50}, "eos_token_id: 50 is out of range"),
+        ({"trained_length": "64"}, "trained_length: '64' is not a whole number"),
+        ({"trained_length": True}, "trained_length: True is not a whole number"),
+        ({"trained_length": 4096}, "trained_length: 4096 is out of range; give .* ≤ 2048"),
         ({"attention_dropout": 1.5}, "attention_dropout: 1.5 is out of range"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: .*factor"),
         (

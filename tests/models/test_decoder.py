@@ -1,10 +1,12 @@
 """The decoder: causality, caching, padding, losses, gradients, recomputation, compilation."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moezoo import InputError
 from moezoo_models import MoezooForCausalLM
@@ -263,8 +265,37 @@ def test_auxiliary_losses_train_through_recomputation(make, rules, ids):
     output = model(ids)
     output.aux_losses["size"].backward()
     assert model.model.layers[0].mlp.down_proj.weight.grad.abs().max() > 0
-    with pytest.raises(InputError, match="use_reentrant"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize(
+    "enable", ["gradient_checkpointing_enable", "activation_checkpointing_enable"]
+)
+@pytest.mark.parametrize(
+    "options", [None, {}, {"preserve_rng_state": False}, {"use_reentrant": None}]
+)
+def test_every_spelling_of_recomputation_keeps_the_gradients_of_losses(
+    make, rules, ids, enable, options
+):
+    ffn = [rules["rule"]("SparseMoE", num_experts=4, balance={"load_balancing": 10.0})]
+    plain, recomputed = (make(ffn=ffn).train() for _ in range(2))
+    getattr(recomputed, enable)(options)
+    assert recomputed.model.gradient_checkpointing
+    for model in (plain, recomputed):
+        model(ids, labels=ids).loss.backward()
+    for name, gradient in gradients(plain).items():
+        assert torch.equal(gradients(recomputed)[name], gradient), name
+
+
+def test_reentrant_recomputation_is_refused_however_it_is_asked_for(make, rules, ids):
+    model = make(ffn=rules["moe"]).train()
+    for reentrant in (True, 1):
+        with pytest.raises(InputError, match="use_reentrant: it drops gradients"):
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    assert not model.model.gradient_checkpointing
+    model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=True))
+    with pytest.raises(InputError, match=r"use_reentrant: .* SparseMoE's losses"):
+        model(ids, labels=ids)
 
 
 @pytest.mark.parametrize("kind", ["mixed", "moe", "persistent"])

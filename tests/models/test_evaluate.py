@@ -12,13 +12,14 @@ from moezoo import InputError
 from moezoo import __main__ as command
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_models.evaluate import evaluate, evaluate_text, evaluate_tokens
+from moezoo_models.inspection import Stream
 
 TEXT = "Über 素数: 2, 3, 5, 7.\nfür jede Zahl\n" * 2
 
 
 @pytest.fixture
 def model(make, rules):
-    return make(ffn=rules["mixed"], vocab_size=257)
+    return make(ffn=rules["mixed"], vocab_size=257, max_position_embeddings=256)
 
 
 def by_hand(model, tokens, start, length, stride):
@@ -79,7 +80,30 @@ def test_two_bytes_per_token_halve_the_bits_per_byte(model):
 
 def test_defaults_follow_the_model(model, byte_tokenizer):
     result = evaluate_text(model, byte_tokenizer, TEXT)
-    assert (result.sequence_length, result.stride) == (128, 64)
+    assert (result.sequence_length, result.stride) == (256, 128)
+
+
+def test_the_window_is_what_the_model_was_trained_on(make, byte_tokenizer):
+    model = make(vocab_size=257, trained_length=16)
+    assert evaluate_text(model, byte_tokenizer, TEXT).sequence_length == 16
+    assert evaluate_text(model, byte_tokenizer, TEXT, sequence_length=128).sequence_length == 128
+    assert Stream.of(model, [1] * 200, None, 1).sequence_length == 16
+    model.config.trained_length = "16"  # as a stock model's file may have it
+    with pytest.raises(InputError, match="trained_length: '16' is not a whole number"):
+        evaluate_text(model, byte_tokenizer, TEXT)
+
+
+def test_more_than_the_model_is_made_for_is_refused(make, byte_tokenizer):
+    message = (
+        r"sequence_length: 129 is more than the 128 tokens that the model is made for "
+        r"\(max_position_embeddings\); give at most 128"
+    )
+    for measure in (
+        lambda model: evaluate_text(model, byte_tokenizer, TEXT, sequence_length=129),
+        lambda model: Stream.of(model, [1], 129, 1),
+    ):
+        with pytest.raises(InputError, match=message):
+            measure(make(vocab_size=257))
 
 
 def test_the_model_stays_in_its_mode_and_gets_no_gradient(model, byte_tokenizer):
@@ -87,24 +111,6 @@ def test_the_model_stays_in_its_mode_and_gets_no_gradient(model, byte_tokenizer)
     evaluate_text(model, byte_tokenizer, "abc")
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_long_texts_are_encoded_whole():
-    """Cutting a text for the tokenizer loses nothing, wherever the line ends are."""
-    from moezoo_models.evaluate import _pieces
-
-    for text in (
-        "line\r\n" * 3000,
-        "no line end " * 2000,
-        "\n\n a\u2028b\f" * 900,
-        "é" * 5000,
-        "x",
-    ):
-        pieces = _pieces(text)
-        assert "".join(pieces) == text
-        assert max(map(len, pieces)) <= 4096
-        assert min(map(len, pieces)) > 0
-    assert _pieces("") == []
 
 
 def test_evaluate_reads_a_file_and_prints_a_table(model, byte_level_tokenizer, tmp_path, capsys):

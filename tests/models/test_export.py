@@ -60,6 +60,18 @@ def test_there_and_back_is_the_same_model(make, byte_level_tokenizer, tmp_path):
         assert torch.equal(back.state_dict()[name], tensor)
 
 
+def test_the_trained_length_is_kept_there_and_back(make, tmp_path):
+    save_checkpoint(tmp_path / "ours", make(ffn=[DENSE], trained_length=16))
+    export(tmp_path / "ours", tmp_path / "stock")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert stock.config.trained_length == 16
+    assert load_checkpoint(tmp_path / "stock")[0].config.trained_length == 16
+    save_checkpoint(tmp_path / "before", make(ffn=[DENSE]))
+    export(tmp_path / "before", tmp_path / "as before")
+    raw = json.loads((tmp_path / "as before" / "config.json").read_text())
+    assert "trained_length" not in raw  # as it is not known
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

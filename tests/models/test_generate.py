@@ -8,7 +8,12 @@ from transformers import GenerationConfig
 
 from moezoo import InputError
 from moezoo_models.checkpoints import save_checkpoint
-from moezoo_models.generate import WholeCharacterStreamer, continue_text, generate
+from moezoo_models.generate import (
+    WholeCharacterStreamer,
+    continue_text,
+    generate,
+    new_tokens,
+)
 
 FIELDS = {"vocab_size": 257, "max_position_embeddings": 512}
 
@@ -191,6 +196,22 @@ def test_the_settings_of_a_checkpoint_decide_nothing_but_the_end(model, byte_tok
     model.generation_config = GenerationConfig(**settings, eos_token_id=[-1, 10**6])
     assert continue_text(model, byte_tokenizer, "a", max_new_tokens=8, temperature=0) == plain
     assert model.generation_config.num_beams == 3
+
+
+def test_no_more_is_written_than_the_model_is_made_for(make, byte_tokenizer):
+    model = make(vocab_size=257, max_position_embeddings=16)
+    wanted = [new_tokens(model, 6), new_tokens(make(), 6), new_tokens(make(), 6, 122)]
+    assert wanted == [10, 122, 122]
+    assert new_tokens(make(max_position_embeddings=4096), 6) == 128
+    with pytest.raises(
+        InputError,
+        match="max_new_tokens: 11 after a prompt of 6 tokens are more than the 16 that the model "
+        "is made for; give at most 10",
+    ):
+        continue_text(model, byte_tokenizer, "To be.", max_new_tokens=11)
+    with pytest.raises(InputError, match="prompt: it has 16 tokens, and the model is made for 16"):
+        continue_text(model, byte_tokenizer, "To be, or not to")
+    continue_text(model, byte_tokenizer, "To be,", max_new_tokens=10)
 
 
 def test_a_foreign_tokenizer_is_noticed(make, byte_tokenizer):

@@ -22,7 +22,7 @@ def planted(make, rules):
         rule("DenseFFN", d_ff=8, gated=False, activation="relu", bias=True),
         rule("SparseMoE", 1, num_experts=4, top_k=2, d_expert=6, num_shared_experts=1),
     ]
-    model = make(ffn=ffn, vocab_size=257, num_hidden_layers=2)
+    model = make(ffn=ffn, vocab_size=257, num_hidden_layers=2, max_position_embeddings=512)
     with torch.no_grad():
         block = model.model.layers[0].mlp
         block.up_proj.weight.zero_()

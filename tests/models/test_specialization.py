@@ -26,7 +26,7 @@ def planted(make, rules):
         rule("HashLayer", 2, key="position", **hashed),
         rule("HashLayer", 3, **hashed),
     ]
-    model = make(ffn=ffn, vocab_size=257, num_hidden_layers=4)
+    model = make(ffn=ffn, vocab_size=257, num_hidden_layers=4, max_position_embeddings=512)
     table = torch.arange(257) % 4
     model.model.layers[1].mlp.set_table(table)
     model.model.layers[3].mlp.set_table(3 - table)

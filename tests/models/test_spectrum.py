@@ -23,7 +23,7 @@ def planted(make, rules):
         rule("HashLayer", 1, num_experts=3, d_expert=6, vocab_size=257),
         rule("PEER", 2, num_experts=16, num_heads=1, top_k=2),
     ]
-    model = make(ffn=ffn, vocab_size=257, num_hidden_layers=3)
+    model = make(ffn=ffn, vocab_size=257, num_hidden_layers=3, max_position_embeddings=512)
     with torch.no_grad():
         block = model.model.layers[0].mlp
         block.up_proj.weight.copy_(torch.randn(12, 2) @ torch.randn(2, 32))

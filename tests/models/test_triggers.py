@@ -23,7 +23,12 @@ def plant(make, rules):
         rule = rules["rule"]
         dense = rule("DenseFFN", d_ff=12, gated=False, activation="relu")
         hashed = rule("HashLayer", num_experts=3, d_expert=12, vocab_size=257)
-        model = make(ffn=[hashed if routed else dense], vocab_size=257, num_hidden_layers=1)
+        model = make(
+            ffn=[hashed if routed else dense],
+            vocab_size=257,
+            num_hidden_layers=1,
+            max_position_embeddings=512,
+        )
         (q,), (u,) = tokenizer.encode("q"), tokenizer.encode("u")
         with torch.no_grad():
             (block,) = model.model.layers

@@ -27,7 +27,7 @@ def model(make, rules):
         rule("MemoryPlus", [3, 5], **memory),
         rule("HashLayer", 4, num_experts=4, vocab_size=257, key="bigram"),
     ]
-    return make(ffn=ffn, vocab_size=257, num_hidden_layers=6)
+    return make(ffn=ffn, vocab_size=257, num_hidden_layers=6, max_position_embeddings=512)
 
 
 @pytest.mark.parametrize(("length", "batch_size"), [(16, 1), (16, 4), (7, 3), (500, 8)])

@@ -358,8 +358,8 @@ def after_training(hardening: float) -> tuple[float, float, float]:
     torch.manual_seed(0)
     layer = FastFeedForward(
         D, depth=2, d_leaf=4, hardening=hardening, hardening_reduction="per_token"
-    )
-    hidden = torch.randn(512, D)
+    ).double()  # in which rounding, another on each processor, grows to nothing in 400 steps
+    hidden = torch.randn(512, D, dtype=torch.float64)
     labels = (hidden[:, 0] > 0).long() * 2 + (hidden[:, 1] > 0).long()
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
     for _ in range(400):

@@ -393,7 +393,7 @@ def test_wrong_tensors_are_named():
     with pytest.raises(InputError, match=r"token_ids: shape \(2, 5\) does not match .*\(2, 6\)"):
         layer(hidden, token_ids=ids[:, :5])
     with pytest.raises(InputError, match=r"mask: shape \(2, 4\) does not match"):
-        layer(hidden, token_ids=ids, mask=torch.ones(2, 4))
+        layer(hidden, token_ids=ids, mask=torch.ones(2, 4, dtype=torch.bool))
     for wrong in (V, -1):
         with pytest.raises(InputError, match=rf"token_ids: id {wrong} is outside .* of {V}"):
             layer(hidden, token_ids=torch.full_like(ids, wrong))

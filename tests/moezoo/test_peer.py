@@ -285,12 +285,13 @@ def test_experts_are_spared_decay_and_schedule():
 
 def test_training_lowers_the_loss():
     torch.manual_seed(0)
-    layer = PEER(D, num_experts=256, num_heads=4, top_k=4)
-    target = moezoo.DenseFFN(D)
+    # In fp64, so that no rounding, another on each processor, grows in 150 steps.
+    layer = PEER(D, num_experts=256, num_heads=4, top_k=4).double()
+    target = moezoo.DenseFFN(D).double()
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
     losses = []
     for _ in range(150):
-        x = torch.randn(128, D)
+        x = torch.randn(128, D, dtype=torch.float64)
         loss = (layer(x).hidden - target(x).hidden.detach()).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -10,8 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
+import moezoo
 from moezoo import InputError
+from moezoo.random_routing import RandomRouting
 from moezoo.routing.product_key import QUERY_NORMS, ProductKeys, QueryNetwork
 from moezoo.routing.stats import gini, slot_mass, slot_usage, top_mass, unevenness, usage
 
@@ -122,6 +125,74 @@ def test_one_token_leaves_the_running_averages_alone():
     for tokens in (0, 1):
         assert query(torch.randn(tokens, 6)).isfinite().all()
     assert all(torch.equal(before[k], v) for k, v in query.state_dict().items())
+
+
+def memories() -> list:
+    """Layers with a batch norm of queries, one alone and one inside an ablation."""
+    peer = moezoo.PEER(12, num_experts=64, num_heads=2, top_k=3)
+    memory = moezoo.ProductKeyMemory(12, num_keys=8, num_heads=2, top_k=3)
+    return [peer, memory, RandomRouting(copy.deepcopy(memory))]
+
+
+def averages(layer) -> list[torch.Tensor]:
+    return [buffer.clone() for buffer in layer.buffers()]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_deferred_averages_follow_observe_and_step_alone(number):
+    """And are then to the bit those of a layer that moves them in its forward pass."""
+    at_once, deferred = memories()[number], memories()[number]
+    deferred.load_state_dict(at_once.state_dict())
+    deferred.defer_state()
+    for step in range(3):
+        before = averages(deferred)
+        stats = []
+        for micro in range(2):
+            hidden = torch.randn(3, 5, 12)
+            for layer in (at_once, deferred):
+                torch.manual_seed(micro)  # of the ablation's noise
+                stats.append(layer(hidden).stats)
+        assert all(map(torch.equal, before, averages(deferred)))
+        if step == 1:  # of which nothing is to be left
+            deferred.observe(stats[1])
+            deferred.discard()
+            deferred.step()
+            assert all(map(torch.equal, before, averages(deferred)))
+        for layer, seen in ((at_once, stats[::2]), (deferred, stats[1::2])):
+            layer.observe(seen[0])
+            layer.observe(seen[1])
+            assert layer is at_once or all(map(torch.equal, before, averages(layer)))
+            layer.step()
+        assert all(map(torch.equal, averages(at_once), averages(deferred)))
+        assert not any(map(torch.equal, before, averages(deferred)))
+    before = averages(deferred)
+    deferred.eval().observe(deferred(torch.randn(3, 5, 12)).stats)
+    deferred.step()
+    assert all(map(torch.equal, before, averages(deferred)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_forward_pass_moves_the_averages_once(reentrant):
+    plain, recomputed = QueryNetwork(6, 2, 4, "batch"), QueryNetwork(6, 2, 4, "batch")
+    recomputed.load_state_dict(plain.state_dict())
+    for _ in range(8):
+        hidden = (torch.randn(10, 6) * 2 + 1).requires_grad_()
+        plain(hidden).sum().backward()
+        checkpoint(recomputed, hidden, use_reentrant=reentrant).sum().backward()
+    assert all(map(torch.equal, plain.buffers(), recomputed.buffers()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_batch_that_is_not_finite_leaves_the_averages_alone(bad):
+    query = QueryNetwork(6, 2, 4, "batch")
+    query(torch.randn(10, 6))
+    before = averages(query)
+    hidden = torch.randn(10, 6)
+    hidden[3, 2] = bad
+    query(hidden)
+    assert all(map(torch.equal, before, query.buffers()))
+    query(torch.randn(10, 6))
+    assert not any(map(torch.equal, before, query.buffers()))
 
 
 def test_running_averages_stay_fp32_in_a_bf16_model():

@@ -1,9 +1,12 @@
 """Routing methods against their papers: the properties that tell a right router from a near one."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import moezoo
 from moezoo import BalanceOptions, CapacityOptions, InputError, RouterOptions, SparseMoE
@@ -165,12 +168,52 @@ def test_first_choices_go_before_second_choices():
     assert torch.equal(within_capacity(indices, 3, 3), expected)
 
 
-@pytest.mark.parametrize(("factor", "minimum"), [(1.0, 0), (1.25, 1), (0.01, 4), (2.0, 0)])
-def test_capacity_is_the_same_for_numbers_and_tensors(factor, minimum):
-    for count in (0, 1, 7, 64, 1000):
-        number = expert_capacity(count, 6, 2, factor, minimum)
-        assert number == max(minimum, math.ceil(factor * 2 * count / 6))
-        assert expert_capacity(torch.tensor(count), 6, 2, factor, minimum) == number
+@given(
+    count=st.integers(0, 2**31 - 1) | st.integers(0, 2000),
+    num_experts=st.integers(1, 300),
+    top_k=st.integers(1, 300),
+    factor=st.floats(0, 3) | st.floats(0, 1e300) | st.decimals(0, 3, places=2).map(float),
+    minimum=st.integers(0, 9),
+)
+def test_capacity_is_that_of_exact_fractions(count, num_experts, top_k, factor, minimum):
+    top_k = min(top_k, num_experts)
+    share = math.ceil(Fraction(str(factor)) * top_k * count / num_experts)
+    exact = min(count, max(minimum, share))
+    assert expert_capacity(count, num_experts, top_k, factor, minimum) == exact
+    assert expert_capacity(torch.tensor(count), num_experts, top_k, factor, minimum) == exact
+
+
+def test_capacity_of_the_decimal_that_was_written():
+    assert expert_capacity(200, 8, 2, 1.1, 1) == 55
+    assert expert_capacity(1600, 4, 1, 0.6, 1) == expert_capacity(torch.tensor(1600), 4, 1, 0.6, 1)
+    for count in (100, torch.tensor(100)):
+        assert expert_capacity(count, 4, 1, 1e19, 1) == 100
+
+
+@pytest.mark.parametrize(("factor", "served"), [(0.6, 960), (1e19, 1600)])
+def test_capacity_and_the_room_of_the_kernel_are_one_number(factor, served):
+    router = RouterOptions(normalize=False)
+    layer = moe(num_experts=4, top_k=1, router=router, capacity=CapacityOptions(factor=factor))
+    hidden = tokens(1600)
+    hidden[:, 0] = torch.arange(1600) % 4  # 400 tokens for each expert
+    with torch.no_grad():
+        layer.gate.weight.zero_()[:, 0] = torch.arange(4) * 1.0
+        layer.gate.weight[:, 1] = -0.5 * torch.arange(4) ** 2
+    hidden[:, 1] = 1.0
+    output = layer.train()(hidden)
+    assert output.stats["expert_counts"].tolist() == [400] * 4
+    assert int(output.stats["dropped"]) == 1600 - served
+
+
+def test_capacity_follows_the_tokens_of_one_compiled_graph():
+    layer = moe(capacity=CapacityOptions(factor=0.55, eval_factor=0.6)).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for count in (40, 50, 64):
+        expected = layer(tokens()[:count])
+        actual = compiled(tokens()[:count])
+        torch.testing.assert_close(actual.hidden, expected.hidden)
+        assert torch.equal(actual.stats["dropped"], expected.stats["dropped"])
+        assert expected.stats["dropped"] > 0
 
 
 def test_capacity_counts_real_tokens_only():
@@ -304,17 +347,27 @@ def test_bias_stays_fp32_in_a_bf16_model():
     assert torch.equal(ghost.gate.selection_bias, torch.zeros(8))
 
 
-def test_groups_limit_where_experts_come_from():
-    for bias in (False, True):
-        options = RouterOptions(score="sigmoid", num_groups=4, top_groups=2, selection_bias=bias)
-        layer = moe(num_experts=16, top_k=4, router=options)
-        indices = layer.route(tokens()).indices
-        scores = (tokens() @ layer.gate.weight.t()).sigmoid().reshape(-1, 4, 4)
-        merit = scores.topk(2).values.sum(-1) if bias else scores.amax(-1)
-        for row, best in zip(indices, merit.topk(2).indices, strict=True):
-            assert {int(e) // 4 for e in row} <= set(best.tolist())
-        free = moe(num_experts=16, top_k=4, router=RouterOptions(score="sigmoid"))
-        assert not torch.equal(free.route(tokens()).indices, indices)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("group_score", [None, "max", "sum_of_two"])
+def test_groups_limit_where_experts_come_from(bias, group_score):
+    options = {"score": "sigmoid", "num_groups": 4, "top_groups": 2, "selection_bias": bias}
+    if group_score is not None:  # a configuration of before this option lacks its name
+        options["group_score"] = group_score
+    layer = moe(num_experts=16, top_k=4, router=RouterOptions(**options))
+    indices = layer.route(tokens()).indices
+    scores = (tokens() @ layer.gate.weight.t()).sigmoid().reshape(-1, 4, 4)
+    of_two = bias if group_score is None else group_score == "sum_of_two"
+    best, two = (
+        merit.topk(2).indices for merit in (scores.amax(-1), scores.topk(2).values.sum(-1))
+    )
+    assert not torch.equal(best, two)
+    for row, groups in zip(indices, two if of_two else best, strict=True):
+        assert {int(e) // 4 for e in row} <= set(groups.tolist())
+    free = moe(num_experts=16, top_k=4, router=RouterOptions(score="sigmoid"))
+    assert not torch.equal(free.route(tokens()).indices, indices)
+    again = moezoo.SparseMoE.from_config(layer.config()).double()
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.route(tokens()).indices, indices)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -416,6 +469,7 @@ def test_load_statistics():
         ({"d_shared": 4}, "d_shared: goes with num_shared_experts"),
         ({"top_k": 1}, "router.normalize: with top_k=1 a normalized weight is always 1"),
         ({"router": {"num_groups": 3}}, "router.num_groups: 3 does not divide num_experts=8"),
+        ({"router": {"group_score": "two"}}, "router.group_score: 'two' is not known"),
         ({"router": {"num_groups": 8}}, "router.top_groups: 1 groups of 1 experts hold fewer"),
         ({"router": {"score": "tanh"}}, "router.score: 'tanh' is not known"),
         ({"router": {"jitter": 2.0}}, "router.jitter: 2 is out of range"),

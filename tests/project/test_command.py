@@ -146,16 +146,16 @@ def test_mistakes(argv, expected, capsys, tmp_path, monkeypatch):
 
 
 TRAINING_MISTAKES = [
-    (["--model.ffn.top_k", "9"], "top_k: 9 is more than num_experts=8"),
-    (["--model.num_heads", "7"], "d_model: 256 is not divisible by num_heads 7"),
+    (["--model.ffn.top_k", "9"], "model.ffn.init_args.top_k: 9 is more than num_experts=8"),
+    (["--model.num_heads", "7"], "model.d_model: 256 is not divisible by num_heads 7"),
     (["--model.ffn.router.score", "softmx"], "model.ffn.init_args.router.score: 'softmx' is not"),
     (["--model.vocab_size", "9"], "model.vocab_size: follows from data.vocab_size"),
     (["--model.schedule.name", "cosin"], "model.schedule.name: 'cosin' is not one of"),
-    (["--data.batch_size", "0"], "batch_size: 0 is out of range"),
+    (["--data.batch_size", "0"], "data.batch_size: 0 is out of range"),
     (["--data.batchsize", "3"], "data.batchsize: no such option; did you mean 'data.batch_size'?"),
     (["--data", "3"], "data: '3' is neither options nor a YAML file of them"),
     (["--trainer.max_step", "3"], "trainer.max_step: no such option; did you mean 'trainer.max_s"),
-    (["--trainer.strategy", "dpp"], "trainer: You selected an invalid strategy name"),
+    (["--trainer.strategy", "dpp"], "trainer.strategy: 'dpp' is not known; e.g. auto, ddp"),
     (["--trainer.callbacks", "[{class_path: EarlyStoping}]"], "trainer.callbacks: 'EarlyStoping'"),
     (["--config", "moe.yml"], "config: there is no file 'moe.yml'"),
 ]
@@ -206,16 +206,26 @@ def test_options_may_come_from_a_file(capsys, tmp_path):
 
 
 ERRORS = [
-    (InputError("top_k: 9 is more\n  than num_experts=8"), "top_k: 9 is more than num_experts=8"),
+    (
+        InputError("top_k: 9 is more\n  than num_experts=8"),
+        "top_k: 9 is more than num_experts=8",
+    ),
     (
         FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "gone.txt"),
-        "gone.txt: no such file or directory",
+        "gone.txt: no such file or directory; name one that is there",
     ),
     (
         PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/secret"),
-        "/secret: permission denied",
+        "/secret: permission denied; change its permissions, or name another",
     ),
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space left on device"),
+    (
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/moe"),
+        "runs/moe: no space left on device; free space there, or write to another disk",
+    ),
+    (
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        "no space left on device; free space there, or write to another disk",
+    ),
     (OSError("not a local folder\nand not a model"), "not a local folder and not a model"),
     (
         ModuleNotFoundError("No module named 'lightning.pytorch'", name="lightning.pytorch"),

@@ -1,5 +1,6 @@
 """The site has every page, and its links lead to where files are on it."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -38,7 +39,8 @@ def test_pages_below_docs_that_the_navigation_leaves_out_are_linked_to(site):
         for _, target in site.links(page.read_text(encoding="utf-8"), f"docs/{page.name}")
     }
     below = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*/**/*.md")}
-    assert below <= linked
+    named = {site.source_of(uri) for uri in site.pages_of(site.expanded(SETTINGS["nav"]))}
+    assert below <= linked | named
 
 
 @pytest.mark.parametrize(
@@ -59,20 +61,46 @@ def test_links_are_those_of_the_site(site, source, markdown, expected):
     assert site.rewritten(markdown, source) == (expected or markdown)
 
 
+def entry(plugin):
+    return plugin if isinstance(plugin, dict) else [plugin]
+
+
+@pytest.mark.parametrize("package", ["moezoo", "moezoo.convert", "moezoo_kernels", "moezoo_models"])
+def test_every_public_name_is_in_the_reference_once(package):
+    names = importlib.import_module(package).__all__
+    described = [
+        name
+        for page in (ROOT / "docs" / "reference").glob("*.md")
+        for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        if name.rpartition(".")[0] == package
+    ]
+    assert sorted(described) == sorted(f"{package}.{name}" for name in names)
+
+
 def test_nothing_is_fetched_when_a_page_is_read():
     assert SETTINGS["theme"]["font"] is False
-    assert SETTINGS["plugins"] == ["search"]
+    assert [name for plugin in SETTINGS["plugins"] for name in entry(plugin)] == [
+        "search",
+        "mkdocstrings",
+    ]
     assert not {"extra_css", "extra_javascript"} & SETTINGS.keys()
 
 
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path):
-    pytest.importorskip("material", reason="mkdocs is not installed (pip install 'moezoo[docs]')")
+    pytest.importorskip(
+        "mkdocstrings", reason="mkdocs is not installed (pip install 'moezoo[docs]')"
+    )
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pages = sorted(tmp_path.rglob("*.html"))
     assert tmp_path / "models/cards/peer.html" in pages
+    layers = (tmp_path / "reference/layers.html").read_text(encoding="utf-8")
+    assert 'id="moezoo.PEER"' in layers
+    # References to objects became links, and none is left as it stands in the source.
+    assert 'href="#moezoo.FeedForwardOutput"' in layers
+    assert not re.search(r":(?:class|func|meth|mod):`", layers)
     # Whole pages among the documents are not written over by pages made of Markdown.
     for page in (ROOT / "docs").rglob("*.html"):
         copy = tmp_path / page.relative_to(ROOT / "docs")

@@ -1,6 +1,7 @@
 """What happens to a run, given on its command line as any callback of a user is."""
 
 import os
+import signal
 
 from lightning.pytorch import Callback
 
@@ -21,6 +22,25 @@ class Signal(Callback):
         if trainer.global_rank == self.rank and trainer.global_step == self.step:
             os.kill(os.getpid(), self.number)
             self.step = -1
+
+
+class Interrupt(Callback):
+    """Send SIGINT, as Ctrl-C does.
+
+    Args:
+        when: ``setup``: before training; ``group``: in the third step, to the whole process group.
+    """
+
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def setup(self, trainer, module, stage) -> None:
+        if self.when == "setup":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if self.when == "group" and batch_idx == 4:
+            os.killpg(0, signal.SIGINT)
 
 
 class Poison(Callback):

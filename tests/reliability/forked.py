@@ -188,7 +188,8 @@ def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
 
     The order may hold ``operation`` and ``delay``: die so many seconds after the n-th change of the
     file system; ``file_limit``: bytes that a file may have; ``unprivileged``: do not write what
-    permissions forbid, although root could; ``shard_bytes``: of ``moezoo prepare``.
+    permissions forbid, although root could; ``shard_bytes``: of ``moezoo prepare``; ``group``: be
+    a process group, as a terminal's job is.
     """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -196,6 +197,7 @@ def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.chdir(order["folder"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     code = 1
     watch = Watch(order["folder"], order.get("operation"), order.get("delay", 0.0))
     try:
@@ -203,6 +205,8 @@ def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
             resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"],) * 2)
         if order.get("unprivileged"):
             drop_privileges()
+        if order.get("group"):
+            os.setpgid(0, 0)
         if "shard_bytes" in order:
             sys.modules["moezoo_train.prepare"].SHARD_BYTES = order["shard_bytes"]
         sys.addaudithook(watch)

@@ -98,7 +98,7 @@ def prepare(corpus, folder) -> list[str]:
 
 def contents(folder) -> dict[str, bytes]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.name != ".lock"}
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import signal
 import pytest
 from runs import callback, read, rows
 
+from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.loggers import read_metrics
 from moezoo_train.prepared import PreparedData
 from moezoo_train.windows import TrainBatches
@@ -56,19 +57,48 @@ def test_a_stop_loses_no_validation_that_is_due_and_repeats_no_row(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_writes_a_checkpoint_and_ends_with_0(server, fit, tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGINT, "Ctrl-C", 130)]
+)
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
+    server, fit, tmp_path, ranks, number, name, code
+):
     """The last rank is asked in the middle of its third step; all stop after it."""
     run = tmp_path / "run"
     strategy = {"trainer.devices": ranks, "trainer.strategy": "ddp" if ranks > 1 else "auto"}
-    ask = callback("Signal", rank=ranks - 1, step=2, number=int(signal.SIGTERM))
+    ask = callback("Signal", rank=ranks - 1, step=2, number=int(number))
     ended = server.run_ranks(ranks, *fit(run, **strategy), ask, folder=tmp_path)
-    assert [process.code for process in ended] == [0] * ranks, ended
-    said = "stopped by SIGTERM after step 3; go on with --ckpt_path last\n"
+    assert [process.code for process in ended] == [code] * ranks, ended
+    same = "as before " if ranks > 1 else ""
+    command = ["fit", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]
+    said = f"stopped by {name} after step 3; go on {same}with: moezoo {' '.join(command)}\n"
     assert [process.output.count(said) for process in ended] == [1, 0][:ranks]
     assert read(run)["global_step"] == 3
-    ended = server.run_ranks(ranks, *fit(run, **strategy), "--ckpt_path=last", folder=tmp_path)
+    load_checkpoint(run / "model")
+    ended = server.run_ranks(ranks, *command, "--trainer.callbacks=null", folder=tmp_path)
     assert [process.code for process in ended] == [0] * ranks, ended
     assert read(run)["global_step"] == 9
+
+
+def test_ctrl_c_before_training_is_one_line(server, fit, tmp_path):
+    """So early that nothing is set up: while the data are opened."""
+    interrupt = callback("Interrupt", when="setup")
+    ended = server.run(*fit(tmp_path / "run"), interrupt, folder=tmp_path)
+    assert ended.code == 130, ended.output
+    assert errors(ended.output) == [
+        "moezoo: error: interrupted before the first checkpoint; the same command begins again"
+    ]
+
+
+def test_ctrl_c_reaches_no_worker(server, fit, tmp_path):
+    """A terminal sends it to the workers too, who go on until the step is finished."""
+    run = tmp_path / "run"
+    options = {"data.num_workers": 1, "trainer.limit_val_batches": 0}
+    ask = callback("Interrupt", when="group")
+    ended = server.run(*fit(run, **options), ask, folder=tmp_path, group=True)
+    assert ended.code == 130, ended.output
+    assert "stopped by Ctrl-C after step 3" in ended.output
+    assert read(run)["global_step"] == 3
 
 
 def test_a_rank_that_dies_ends_the_other_with_one_line(server, fit, tmp_path):

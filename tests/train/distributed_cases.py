@@ -63,7 +63,10 @@ class Case:
 
 CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
     "muon": Case("moe", 8, MUON),
-    "accumulation": Case("moe", 6, trainer={"accumulate_grad_batches": 2}),
+    # Epochs of three batches: every other step has one.
+    "accumulation": Case(
+        "moe", 6, trainer={"accumulate_grad_batches": 2, "limit_train_batches": 3}
+    ),
     "activation checkpointing": Case("moe", 6, model={"activation_checkpointing": True}),
     "bf16": Case("moe", 6, trainer={"precision": "bf16-mixed"}),
     "sparse memory": Case("sparse memory", 6),

@@ -17,8 +17,9 @@ from moezoo_train.prepare import prepare
 pytestmark = [
     # Lightning 2.6 uses a name that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    # It proposes as many workers as there are cores.
+    # It proposes as many workers as there are cores, and torch warns of more than that.
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
     # The checkpoint callback of a resumed run is another one.
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
 ]

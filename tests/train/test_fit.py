@@ -10,9 +10,12 @@ import yaml
 
 from moezoo import InputError
 from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.evaluate import evaluate_text
 from moezoo_train.cli import run
 from moezoo_train.demo import demo
+from moezoo_train.export import export
 from moezoo_train.loggers import read_metrics
+from moezoo_train.pretrained import remember_length
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,28 @@ def test_a_run_leaves_everything(finished):
         "last.ckpt",
     ]
     assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_the_length_it_was_trained_on_is_recorded(finished, tmp_path):
+    fields = json.loads((finished / "model" / "config.json").read_text())
+    assert (fields["trained_length"], fields["max_position_embeddings"]) == (32, 64)
+    model, tokenizer = load_checkpoint(finished / "model")
+    assert evaluate_text(model, tokenizer, "some words").sequence_length == 32
+    export(finished / "checkpoints" / "last.ckpt", tmp_path / "exported")
+    assert load_checkpoint(tmp_path / "exported")[0].config.trained_length == 32
+
+
+def test_a_model_that_was_trained_before_keeps_the_larger_length_or_none(finished):
+    model, _ = load_checkpoint(finished / "model")
+    for length, fresh, known, kept in (
+        (16, False, 32, 32),
+        (48, False, 32, 48),
+        (48, False, None, None),
+        (48, True, None, 48),
+    ):
+        model.config.trained_length = known
+        remember_length(model, length, fresh)
+        assert model.config.trained_length == kept
 
 
 def test_the_model_learned_and_is_saved_as_it_was_validated(finished):

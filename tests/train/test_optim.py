@@ -124,7 +124,7 @@ def test_muon_takes_the_matrices_of_the_blocks(model):
 
 
 def test_combined_optimizer_equals_the_two_apart(model):
-    config = OptimizerConfig(name="muon", fused=False)
+    config = OptimizerConfig(name="muon", fused=False, muon_dtype="bfloat16")  # as torch's
     twin = copy.deepcopy(model)
     combined = build_optimizer(model, config)
     assert isinstance(combined, CombinedOptimizer)
@@ -160,6 +160,40 @@ def test_combined_optimizer_equals_the_two_apart(model):
         stack.data = torch.stack([m.detach() for m in matrices])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, twins[name]), name
+
+
+def _muon_dtypes(optimizer: torch.optim.Optimizer) -> set[str]:
+    return {group["dtype"] for group in optimizer.param_groups if group["algorithm"] == "muon"}
+
+
+def test_muon_computes_in_fp32_on_a_cpu_and_in_bf16_elsewhere(model, monkeypatch):
+    muon = OptimizerConfig("muon")
+    seen = []
+    monkeypatch.setattr(
+        "moezoo_train.muon.orthogonalize", lambda matrix, dtype: seen.append(dtype) or matrix
+    )
+    fill_gradients(model, 0)
+    on_cpu = build_optimizer(model, muon)
+    on_cpu.step()
+    assert _muon_dtypes(on_cpu) == {"float32"}
+    assert set(seen) == {torch.float32}
+
+    elsewhere = copy.deepcopy(model).to("meta")  # no CPU, and there on every machine
+    assert _muon_dtypes(build_optimizer(elsewhere, muon)) == {"bfloat16"}
+    assert muon.on("cuda:1").muon_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_chosen_dtype_of_muon_holds_on_every_device(model, dtype):
+    muon = OptimizerConfig("muon", muon_dtype=dtype)
+    for device in ("cpu", "meta"):
+        assert _muon_dtypes(build_optimizer(copy.deepcopy(model).to(device), muon)) == {dtype}
+
+
+def test_what_runs_are_known_by_says_in_which_dtype_muon_computed():
+    assert OptimizerConfig("muon").on("cpu") == OptimizerConfig("muon", muon_dtype="float32")
+    # Those of other optimizers go by what it was called before there was a choice.
+    assert OptimizerConfig().on("cpu") == OptimizerConfig(muon_dtype="bfloat16")
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -216,6 +250,7 @@ def test_parameters_without_gradient_stay(model):
         ({"betas": (0.9,)}, "optimizer.betas: .* is not two numbers"),
         ({"muon_momentum": 1.5}, "optimizer.muon_momentum"),
         ({"muon_scale": "big"}, "optimizer.muon_scale"),
+        ({"muon_dtype": "fp32"}, "optimizer.muon_dtype: 'fp32' is not .* mean 'float32'"),
     ],
 )
 def test_bad_optimizer_options(arguments, message):
@@ -274,7 +309,7 @@ def test_bad_schedule_options():
 def test_orthogonalization_is_torchs(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = _zeropower_via_newtonschulz(matrix, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, 1e-7)
-    assert torch.equal(orthogonalize(matrix), expected)
+    assert torch.equal(orthogonalize(matrix, torch.bfloat16), expected)
     precise = orthogonalize(matrix, torch.float32)
     torch.testing.assert_close(precise, expected.float(), rtol=0, atol=3e-2)
     torch.testing.assert_close(orthogonalize(matrix.double(), torch.float64).float(), precise)

@@ -182,7 +182,7 @@ def test_ranks_that_do_not_divide_the_processes_are_refused(tmp_path):
 def test_shared_experts_with_adapters_are_refused():
     strategy = FSDP2Strategy(expert_parallel=2)
     strategy.layout = SimpleNamespace()
-    with pytest.raises(InputError, match=r"expert_parallel: ranks can not share adapted experts"):
+    with pytest.raises(InputError, match=r"expert_parallel: ranks cannot share adapted experts"):
         lay_out_for(strategy, SimpleNamespace(lora=object()))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from moezoo.errors import check_choice
 from moezoo_train.distributed import gather_from_ranks
+from moezoo_train.stopping import StopSignals
 
 if TYPE_CHECKING:
     from moezoo_train.module import LanguageModel
@@ -98,7 +98,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keep ``last.ckpt``: every n optimizer steps, at the end, and when SIGTERM asks to stop.
+    """Keep ``last.ckpt``: every n optimizer steps, at the end, and when a signal asks to stop.
 
     Always between optimizer steps, and behind a validation that is due, so that a resumed run
     repeats the uninterrupted one exactly: Lightning would not make up for that validation.
@@ -106,6 +106,9 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         path: the folder of checkpoints.
         every_n_steps: optimizer steps between checkpoints.
+
+    Attributes:
+        stopped_by: the signal that ended the run, the same in all processes; None without.
     """
 
     def __init__(self, path: str | Path, every_n_steps: int) -> None:
@@ -116,21 +119,22 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_steps,
             enable_version_counter=False,
         )
-        self.terminated = False
-        self._asked_to_stop = False
+        self.stopped_by: signal.Signals | None = None
+        self._signals = StopSignals()
         self._waiting = False
+        self._between_steps = False
         self._finished_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where a resumed run stands, so that no half-accumulated step is saved."""
         super().on_train_start(trainer, pl_module)
         self._finished_step = self._last_global_step_saved = trainer.global_step
-        self._asked_to_stop = trainer.received_sigterm
+        if trainer.received_sigterm:
+            self._signals.asked = signal.SIGTERM
         trainer._signal_connector.received_sigterm = False
-        if threading.current_thread() is threading.main_thread():
-            # Lightning's own handler would leave several processes in the middle of a step, without
-            # a checkpoint, after a broadcast that meets whatever the others are exchanging.
-            signal.signal(signal.SIGTERM, self._ask_to_stop)
+        # Lightning's own handler would leave several processes in the middle of a step, without a
+        # checkpoint, after a broadcast that meets whatever the others are exchanging.
+        self._signals.install(launched=trainer.world_size > 1, first=trainer.is_global_zero)
 
     def on_train_batch_end(
         self,
@@ -141,38 +145,91 @@ class LastCheckpoint(ModelCheckpoint):
         batch_idx: int,
     ) -> None:
         """Save if it is time, or if the run was asked to stop and a step has just ended."""
-        step_ended = trainer.global_step != self._finished_step
+        self._between_steps = trainer.global_step != self._finished_step
         self._finished_step = trainer.global_step
-        if not step_ended:
+        if not self._between_steps:
             return
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
         validating = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        if trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False):
-            self.terminated = trainer.should_stop = True
-            if not validating:
-                trainer.limit_val_batches = 0  # Lightning validates what is stopped early
-        if self.terminated or trainer.global_step % self._every_n_train_steps == 0:
+        if self._stops(trainer) and not validating:
+            trainer.limit_val_batches = 0  # Lightning validates what is stopped early
+        if self.stopped_by or trainer.global_step % self._every_n_train_steps == 0:
             self._waiting = validating
             if not validating:
                 self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what had to wait."""
+        """Save what had to wait, or if the run was asked to stop meanwhile."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self._between_steps and self.stopped_by is None and self._stops(trainer):
+            self._waiting = True
         if self._waiting:
             self._waiting = False
             self._save(trainer)
 
-    def _ask_to_stop(self, *_: Any) -> None:
-        self._asked_to_stop = True
+    def _stops(self, trainer: Trainer) -> bool:
+        """Agree whether a process was asked to stop; all processes must call this together."""
+        agree, asked = trainer.strategy.reduce_boolean_decision, self._signals.asked
+        if not agree(asked is not None, all=False):
+            return False
+        interrupted = agree(asked == signal.SIGINT, all=False)
+        self.stopped_by = signal.SIGINT if interrupted else signal.SIGTERM
+        trainer.should_stop = True
+        return True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state."""
         self._save(trainer)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back; one that came while the final state was saved counts."""
+        super().teardown(trainer, pl_module, stage)
+        self._signals.restore()
+        if self._signals.asked == signal.SIGINT:
+            self.stopped_by = self._signals.asked
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the signals back."""
+        super().on_exception(trainer, pl_module, exception)
+        self._signals.restore()
+
     def _save(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep ``best.ckpt``: the state at the validation whose loss is the lowest so far.
+
+    Args:
+        path: the folder of checkpoints.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(
+            dirpath=path,
+            filename="best",
+            monitor="val/loss",
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the lowest loss so far, also where the run's directory has another name.
+
+        Where that directory holds no best.ckpt, the next validation is the best.
+        """
+        path, score = Path(cast(str, self.dirpath)) / "best.ckpt", state_dict["best_model_score"]
+        if score is None or not path.exists():
+            return
+        self.current_score = state_dict.get("current_score")
+        self.best_model_score = self.kth_value = score
+        self.best_model_path = self.kth_best_model_path = str(path)
+        self.best_k_models = {str(path): score}
 
 
 class SaveModel(Callback):
@@ -209,8 +266,9 @@ class SaveModel(Callback):
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the lowest loss so far."""
-        self._best = state_dict["best"]
+        """Go on from the lowest loss so far, if the model that had it is there."""
+        if self.path.exists():
+            self._best = state_dict["best"]
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if getattr(trainer, "fast_dev_run", False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import shutil
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from moezoo.errors import InputError
-from moezoo_models.atomic import atomic_write
+from moezoo_models.atomic import atomic_write, publish
 from moezoo_models.checkpoints import one_line
 from moezoo_models.checksums import check_archive
 from moezoo_train.sharded_checkpoints import is_sharded, load_sharded
@@ -44,10 +44,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _write(checkpoint, target)
             return
         # A directory, of a run whose processes wrote one each, goes when the file is complete.
-        complete = target.with_name(f".{target.name}.file")
-        _write(checkpoint, complete)
-        shutil.rmtree(target)
-        complete.rename(target)
+        complete = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
+        try:
+            _write(checkpoint, complete)
+            publish(complete, target)
+        finally:
+            complete.unlink(missing_ok=True)
 
     def load_checkpoint(
         self,

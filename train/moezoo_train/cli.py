@@ -12,23 +12,25 @@ Everything of a run lies in one directory::
 
 from __future__ import annotations
 
-import shutil
+import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from moezoo.command.keys import full_keys
 from moezoo.command.parser import ClearErrors
-from moezoo.errors import InputError, check_int
-from moezoo_models.atomic import atomic_write, remove_leftovers
+from moezoo.errors import InputError, check_int, check_text
+from moezoo_models.atomic import atomic_write
 from moezoo_models.checkpoints import one_line
-from moezoo_train.callbacks import LastCheckpoint, SaveModel
+from moezoo_models.locks import writing
+from moezoo_train.beforehand import check_evaluation, check_run
+from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.data import TokenDataModule
 from moezoo_train.distributed import is_lost_process
@@ -36,9 +38,21 @@ from moezoo_train.loggers import build_loggers
 from moezoo_train.module import LanguageModel
 from moezoo_train.pretrained import default_tokenizer
 from moezoo_train.progress import StepProgress, quiet_lightning
+from moezoo_train.refusals import check_trainer, is_refusal, reword
 from moezoo_train.report import write_report
+from moezoo_train.run_directory import (
+    check_directory,
+    clean,
+    find_checkpoint,
+    find_stale,
+    is_first,
+    remove,
+    say_anew,
+)
+from moezoo_train.stopping import NAMES, raising_interrupts, resume_command, say_interrupted
 from moezoo_train.strategies import writes_directories
 
+_LoggerName = Literal["csv", "tensorboard", "wandb"]
 TRAINER_DEFAULTS = {
     "max_steps": 1000,
     "max_epochs": -1,
@@ -50,9 +64,6 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-_RUN_FILES = ("config.yaml", "metrics.csv", "report.json", "loss.png", "sample.txt")
-_RUN_SIGNS = ("metrics.csv", "checkpoints", "model")
-_RUN_FOLDERS = ("checkpoints", "model", "adapter", "tensorboard", "wandb")
 
 
 def run(argv: list[str]) -> None:
@@ -60,23 +71,29 @@ def run(argv: list[str]) -> None:
 
     Raises:
         InputError: something in the command line, the configuration or the data is wrong.
-        SystemExit: with 0, after ``--help``, and after a checkpoint when SIGTERM ended the run.
+        SystemExit: with 0, after ``--help``; after a checkpoint, with 0 if SIGTERM ended the run,
+            with 130 if Ctrl-C did.
+        KeyboardInterrupt: Ctrl-C before training, or for the second time; says how to go on.
     """
     quiet_lightning()
     try:
-        MoezooCLI(
-            LanguageModel,
-            TokenDataModule,
-            save_config_callback=SaveConfig,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
-            seed_everything_default=0,
-            parser_class=Parser,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=argv,
-        )
-    except MisconfigurationException as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+        with ExitStack() as held:
+            MoezooCLI(
+                LanguageModel,
+                TokenDataModule,
+                save_config_callback=SaveConfig,
+                trainer_defaults=dict(TRAINER_DEFAULTS),
+                seed_everything_default=0,
+                parser_class=Parser,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=argv,
+                held=held,
+            )
+    except (MisconfigurationException, ValueError) as error:
+        if not is_refusal(error):
+            raise
+        raise InputError(reword(error)) from error
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
@@ -91,7 +108,15 @@ class Parser(ClearErrors, LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Write the complete configuration of a training run to ``config.yaml``, once it starts."""
+    """Write the complete configuration of a training run to ``config.yaml``, once it starts.
+
+    Args:
+        stale: what an earlier run left, which goes when this one begins, and not before.
+    """
+
+    def __init__(self, *args: Any, stale: list[Path] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stale = stale or []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait: what is wrong with the configuration may show only now."""
@@ -99,12 +124,22 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it whole."""
         if trainer.is_global_zero:
+            remove(self._stale)
             with atomic_write(Path(self.config["output"]) / self.config_filename, "w") as file:
-                file.write(self.parser.dump(self.config))
+                # With what is null: the default of data.source, e.g., is another.
+                file.write(self.parser.dump(self.config, skip_unset=False))
 
 
 class MoezooCLI(LightningCLI):
-    """LightningCLI with a run directory."""
+    """LightningCLI with a run directory.
+
+    Args:
+        held: holds the lock of the directory.
+    """
+
+    def __init__(self, *args: Any, held: ExitStack, **kwargs: Any) -> None:
+        self._held = held
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -124,7 +159,7 @@ class MoezooCLI(LightningCLI):
         )
         group.add_argument(
             "--loggers",
-            type=list[Literal["csv", "tensorboard", "wandb"]],
+            type=_LoggerName | list[_LoggerName],
             default=["csv", "tensorboard"],
             help="where metrics go; metrics.csv is always written",
         )
@@ -154,37 +189,38 @@ class MoezooCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Find ``last`` and ``best``; the checkpoint does not override the configuration."""
-        config = self.config[self.config.subcommand]
-        given = config.get("ckpt_path")
-        if given is None and self.config.subcommand != "fit":
-            given = "last"
-        if given not in ("last", "best"):
-            config["ckpt_path"] = given
-            return
-        path = Path(config["output"]) / "checkpoints" / f"{given}.ckpt"
-        if path.exists():
-            config["ckpt_path"] = str(path)
-        elif given == "last" and self.config.subcommand == "fit":
-            config["ckpt_path"] = None  # killed before its first checkpoint: begin again
-            config["overwrite"] = True
-        else:
-            raise InputError(f"ckpt_path: there is no {path}; name another, or run moezoo fit")
+        """Find the checkpoint; it does not override the configuration."""
+        command = self.config.subcommand
+        config = self.config[command]
+        output = Path(config["output"])
+        self._writes = command == "fit" and not config["trainer"].get("fast_dev_run")
+        if self._writes:
+            check_directory(output)
+            if is_first():
+                self._held.enter_context(writing(output))
+                clean(output)
+        given = config.get("ckpt_path") or (None if command == "fit" else "last")
+        found = given and find_checkpoint(output, given, command, config["overwrite"])
+        config["ckpt_path"] = found
+        self._anew = given is not None and found is None
 
     def before_instantiate_classes(self) -> None:
-        """Make room for the run, or refuse to mix it with another."""
+        """Refuse what the options alone show, and to mix the run with another."""
         config = self.config[self.subcommand]
         check_int("checkpoint_every", config["checkpoint_every"])
         check_int("sample_tokens", config["sample_tokens"], minimum=0)
+        check_trainer(config["trainer"])
+        check_text("sample_prompt", config["sample_prompt"])
         _check_validation_interval(config["trainer"])
         data = config["data"]
         if data["source"] is not None and data["tokenizer"] is None:
             data["tokenizer"] = default_tokenizer(config["model"]["initialize_from"])
-        fresh = self.subcommand == "fit" and config.get("ckpt_path") is None
-        if fresh and not config["trainer"].get("fast_dev_run"):
-            _make_room(Path(config["output"]), config["overwrite"])
-        if self.subcommand == "fit":
-            _remove_leftovers(Path(config["output"]))
+        output = Path(config["output"])
+        if self._writes and config["ckpt_path"] is None and is_first():
+            stale = find_stale(output, config["overwrite"] or self._anew)
+            self.save_config_kwargs["stale"] = stale
+        if self._anew and is_first():
+            say_anew(output)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; Lightning's version calls what jsonargparse deprecates."""
@@ -192,6 +228,11 @@ class MoezooCLI(LightningCLI):
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; mistakes in the data, which show only now, name their full key too."""
+        with full_keys(self.config[subcommand]):
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what belongs to the run directory to what the configuration says."""
@@ -208,14 +249,16 @@ class MoezooCLI(LightningCLI):
         if self.subcommand == "fit":
             own = trainer.get("logger")
             given = [] if own in (None, True, False) else _as_list(own)
-            kwargs["logger"] = build_loggers([] if own is False else config["loggers"], output)
+            kwargs["logger"] = build_loggers(
+                [] if own is False else _as_list(config["loggers"]), output
+            )
             kwargs["logger"] += given
         else:
             kwargs["logger"] = False
         try:
             built = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
-            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+            raise InputError(reword(error)) from error
         if config["checkpoint_async"] and writes_directories(built.strategy):
             raise InputError(
                 "checkpoint_async: the files of save_distributed_checkpoint are not written in the "
@@ -232,32 +275,60 @@ class MoezooCLI(LightningCLI):
             folder = output / "checkpoints"
             callbacks += [
                 SaveModel(output / "model", config["keep"]),
-                ModelCheckpoint(
-                    dirpath=folder,
-                    filename="best",
-                    monitor="val/loss",
-                    save_on_train_epoch_end=False,
-                    enable_version_counter=False,
-                ),
+                BestCheckpoint(folder),
                 LastCheckpoint(folder, config["checkpoint_every"]),
             ]
         return callbacks
 
+    def before_fit(self) -> None:
+        """Refuse what preparing the text would not make right."""
+        check_run(self.trainer, self.model, self.datamodule, self.config["fit"]["ckpt_path"])
+
+    def before_validate(self) -> None:
+        """As before training."""
+        checkpoint = self.config[self.subcommand]["ckpt_path"]
+        check_evaluation(self.trainer, self.model, self.datamodule, checkpoint)
+
+    def before_test(self) -> None:
+        """As before training."""
+        self.before_validate()
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train."""
+        output = Path(self.config["fit"]["output"])
+        try:
+            with raising_interrupts():
+                self.trainer.fit(**kwargs)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(say_interrupted(output)) from stop
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measure on validation data."""
+        with raising_interrupts():
+            self.trainer.validate(**kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure on test data."""
+        with raising_interrupts():
+            self.trainer.test(**kwargs)
+
     def after_fit(self) -> None:
         """Report, unless the run was asked to stop."""
         config = self.config_init[self.subcommand]
+        output = Path(config["output"])
         for callback in self.trainer.checkpoint_callbacks:
-            if isinstance(callback, LastCheckpoint) and callback.terminated:
+            if isinstance(callback, LastCheckpoint) and callback.stopped_by is not None:
                 if self.trainer.is_global_zero:
+                    same = "as before " if self.trainer.world_size > 1 else ""
                     print(
-                        f"stopped by SIGTERM after step {self.trainer.global_step}; "
-                        "go on with --ckpt_path last",
+                        f"stopped by {NAMES[callback.stopped_by]} after step "
+                        f"{self.trainer.global_step}; go on {same}with: {resume_command(output)}",
                         file=sys.stderr,
                     )
-                raise SystemExit(0)
+                raise SystemExit(130 if callback.stopped_by == signal.SIGINT else 0)
         if self.trainer.is_global_zero and not config["trainer"].get("fast_dev_run"):
             write_report(
-                Path(config["output"]),
+                output,
                 self.trainer,
                 self.model,
                 prompt=config["sample_prompt"],
@@ -273,27 +344,6 @@ def _check_validation_interval(trainer: Any) -> None:
             f"trainer.val_check_interval: {interval} batches is not a multiple of "
             f"trainer.accumulate_grad_batches {accumulate}; validation would interrupt a step"
         )
-
-
-@rank_zero_only
-def _make_room(output: Path, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output: {output} is a file; give a directory")
-    there = [output / name for name in (*_RUN_FILES, *_RUN_FOLDERS) if (output / name).exists()]
-    if any(path.name in _RUN_SIGNS for path in there) and not overwrite:
-        raise InputError(
-            f"output: {output} already holds a run; give another --output, "
-            "go on with --ckpt_path last, or replace it with --overwrite true"
-        )
-    for path in there:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@rank_zero_only
-def _remove_leftovers(output: Path) -> None:
-    remove_leftovers(output / "model")
-    for name in ("last.ckpt", "best.ckpt"):
-        remove_leftovers(output / "checkpoints" / name)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -75,6 +75,14 @@ def total_norm(norms: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def scale(gradients: Mapping[str, list[Tensor]], factor: float) -> None:
+    """Multiply the gradient by a number, in place."""
+    for members in gradients.values():
+        for values in map(_local, members):
+            values.mul_(factor)
+
+
+@torch.no_grad()
 def clip_norms(
     gradients: Mapping[str, list[Tensor]], norms: Mapping[str, Tensor], limit: float
 ) -> None:

@@ -23,10 +23,15 @@ from moezoo.errors import InputError, check_int
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.prepare import prepare
 from moezoo_train.prepared import PreparedData
+from moezoo_train.stopping import leave_signals_to_parent
 from moezoo_train.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches
 
 NAMED = 8
 """Windows of a batch that a message names."""
+
+
+_RENAMED = {"output": "data_dir", "seed": "split_seed"}
+"""What `prepare` calls otherwise than a run."""
 
 
 class TokenDataModule(LightningDataModule):
@@ -128,16 +133,22 @@ class TokenDataModule(LightningDataModule):
         if self.source is None:
             self.prepared.check_sums()
         else:
-            prepare(
-                source=self.source,
-                output=self.data_dir,
-                vocab_size=self.vocab_size,
-                tokenizer=self.tokenizer_name,
-                val_fraction=self.val_fraction,
-                text_field=self.text_field,
-                seed=self.split_seed,
-                max_bytes=self.max_bytes,
-            )
+            try:
+                prepare(
+                    source=self.source,
+                    output=self.data_dir,
+                    vocab_size=self.vocab_size,
+                    tokenizer=self.tokenizer_name,
+                    val_fraction=self.val_fraction,
+                    text_field=self.text_field,
+                    seed=self.split_seed,
+                    max_bytes=self.max_bytes,
+                )
+            except InputError as error:
+                field, _, problem = str(error).partition(": ")
+                if field not in _RENAMED:
+                    raise
+                raise InputError(f"{_RENAMED[field]}: {problem}") from error
             self._prepared = self._tokenizer = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -262,6 +273,7 @@ def _loader_options(workers: int) -> dict[str, Any]:
     return {
         "batch_size": None,  # an item is a whole batch already
         "num_workers": workers,
+        "worker_init_fn": leave_signals_to_parent,
         "persistent_workers": workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }

@@ -18,7 +18,7 @@ from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints import one_line, read_tokenizer, save_checkpoint
 from moezoo_models.checksums import check_archive
 from moezoo_models.export import export as export_stock
-from moezoo_models.export import new_directory
+from moezoo_models.export import making
 from moezoo_models.stock import load_as_it_is
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.identity import CONFIG_KEY, check_tensors
@@ -79,12 +79,12 @@ def export(
             if value is not None:
                 raise InputError(f"{name}: is for training checkpoints; {path} is none")
         return export_stock(path, target)
-    directory = new_directory(target)
-    trained = read_model(path)
-    model = _adapt(trained, base) if trained.lora else _build(trained)
-    state = merged_state(model) if trained.lora else None
-    own = _tokenizer(path, tokenizer, model.config.vocab_size)
-    save_checkpoint(directory, model, own, state_dict=state)
+    with making(target) as directory:
+        trained = read_model(path)
+        model = _adapt(trained, base) if trained.lora else _build(trained)
+        state = merged_state(model) if trained.lora else None
+        own = _tokenizer(path, tokenizer, model.config.vocab_size)
+        save_checkpoint(directory, model, own, state_dict=state)
     size = f"{model.num_parameters() / 1e6:,.3g} M parameters"
     print(f"{model.config.model_type:<8}{size}, {directory}")
     if own is None:

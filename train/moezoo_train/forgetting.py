@@ -25,7 +25,7 @@ import moezoo
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_models.corpus import open_corpus
-from moezoo_models.evaluate import encode_text, evaluate_tokens
+from moezoo_models.evaluate import evaluate_text
 from moezoo_models.tokenizer import Tokenizer
 from moezoo_train.background import inspect_background
 from moezoo_train.compare.plan import fingerprint
@@ -211,6 +211,7 @@ class _Run:
         """List what its numbers depend on: not what else is tried."""
         described = asdict(self)
         del described["teaching"]["rates"]
+        described["teaching"]["optimizer"] = asdict(self.teaching.optimizer.here())
         return described
 
 
@@ -252,7 +253,7 @@ class _Study:
             "data": data.inputs,
             "text": asdict(self.text),
             "model": asdict(self.model),
-            "base": asdict(self.base),
+            "base": asdict(self.base) | {"optimizer": asdict(self.base.optimizer.here())},
             "facts": asdict(self.facts),
         }
         directory = self.folder / "base"
@@ -365,11 +366,10 @@ class _Study:
         self, model: PreTrainedModel, tokenizer: Tokenizer, new: list[Fact]
     ) -> dict[str, float]:
         length = self.text.sequence_length
-        words = evaluate_tokens(
+        words = evaluate_text(
             model,
-            encode_text(tokenizer, self.held_out),
-            start_token=tokenizer.eos_id,
-            num_bytes=len(self.held_out.encode()),
+            tokenizer,
+            self.held_out,
             sequence_length=length,
             stride=length,
             batch_size=16,

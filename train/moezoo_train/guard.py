@@ -1,13 +1,14 @@
 """What becomes of an optimizer step whose loss or gradient is not finite, or leaps.
 
-A skipped step updates nothing, and its batch is not seen again; schedule and data go on.
+A skipped step updates nothing, neither by the gradient nor by what the layers observed, and its
+batch is not seen again; schedule, data and random numbers go on.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -15,12 +16,15 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from moezoo import FeedForward
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.routing.losses import sum_over_ranks
 from moezoo_train.data import TokenDataModule
 from moezoo_train.distributed import process_count
 
 MAX_SKIPPED_IN_A_ROW = 10
+MAX_OVERFLOWS_IN_A_ROW = 40
+"""Each halves fp16's scale, which begins at 2¹⁶: so small a scale rounds every gradient to zero."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class StepGuard:
         spikes: which finite steps are skipped; None: none.
 
     Attributes:
-        skipped: number of skipped steps.
+        skipped: number of skipped steps, without those of which fp16's gradients overflowed.
+        taken: whether the last step was allowed.
 
     Raises:
         InputError: ``on_nan`` is neither.
@@ -66,12 +71,15 @@ class StepGuard:
         self.on_nan = check_choice("on_nan", on_nan, ["stop", "skip"])
         self.spikes = spikes
         self.skipped = 0
+        self.taken = True
+        self._overflows = 0
         self._in_a_row = 0
         length = spikes.window if spikes is not None else 0
+        self._scaler: dict[str, Any] = {}
         self._recent: list[deque[float]] = [deque(maxlen=length), deque(maxlen=length)]
 
     def allows(self, trainer: Trainer, losses: Tensor, grad_norm: float) -> bool:
-        """Tell whether to update, on all processes alike; all must call this.
+        """Return whether to update, on all processes alike; all must call this.
 
         Args:
             trainer: the trainer.
@@ -82,11 +90,18 @@ class StepGuard:
             InputError: the run is to end here; nothing was updated.
         """
         total = float(losses.sum())
-        # fp16's gradient scaler looks for overflow itself, and lowers the scale.
+        # fp16's gradient scaler has looked for overflow itself, and will lower the scale.
         scaled = str(trainer.precision).startswith("16-mixed")
         sound = math.isfinite(total) and (scaled or math.isfinite(grad_norm))
-        finite = trainer.strategy.reduce_boolean_decision(sound, all=True)
-        if finite and not self._leaps(losses, grad_norm):
+        agree = trainer.strategy.reduce_boolean_decision
+        finite = agree(sound, all=True)
+        if finite and scaled and not agree(math.isfinite(grad_norm), all=True):
+            self._refuse_overflow(trainer)
+            self.taken = False
+            return False
+        self._overflows = 0
+        self.taken = finite and not self._leaps(losses, grad_norm)
+        if self.taken:
             self._in_a_row = 0
             return True
         if finite:
@@ -96,10 +111,37 @@ class StepGuard:
         else:
             what = f"loss {total}{_place(trainer, losses)}"
         self._refuse(f"step {trainer.global_step + 1}: {what}", finite)
+        if scaled:
+            self._scaler = trainer.precision_plugin.state_dict()
         return False
 
+    def settle(self, trainer: Trainer, layers: Sequence[FeedForward]) -> None:
+        """Let layers take over what they observed, or forget it; after the optimizer's step.
+
+        Args:
+            trainer: the trainer.
+            layers: what learns outside the gradient.
+        """
+        for layer in layers:
+            if self.taken:
+                layer.step()
+            else:
+                layer.discard()
+        if self._scaler:  # it has nothing to learn from a step that was refused
+            trainer.precision_plugin.load_state_dict(self._scaler)
+            self._scaler = {}
+
+    def _refuse_overflow(self, trainer: Trainer) -> None:
+        self._overflows += 1
+        if self._overflows >= MAX_OVERFLOWS_IN_A_ROW:
+            raise InputError(
+                f"step {trainer.global_step + 1}: the gradient overflows fp16, the "
+                f"{self._overflows}th time in a row, at whatever scale; nothing was updated and "
+                "the last checkpoint stays: set trainer.precision to bf16-mixed"
+            )
+
     def _leaps(self, losses: Tensor, grad_norm: float) -> bool:
-        """Tell whether a finite step is a spike, and remember it."""
+        """Return whether a finite step is a spike, and remember it."""
         if self.spikes is None or not math.isfinite(grad_norm):
             return False
         loss = float(sum_over_ranks(losses.mean())) / process_count()
@@ -125,7 +167,7 @@ class StepGuard:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs to judge alike."""
+        """Return what a resumed run needs to judge alike."""
         recent = [list(values) for values in self._recent]
         return {"skipped": self.skipped, "in_a_row": self._in_a_row, "recent": recent}
 

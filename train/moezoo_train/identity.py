@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,10 @@ from moezoo_models import MoezooConfig
 CONFIG_KEY = "moezoo"
 """Where a training checkpoint says what it is of."""
 
-UNRELATED = {"use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+UNRELATED = {
+    "use_cache", "initializer_range", "trained_length",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
 """Fields of a configuration that may change between training and resuming."""
 
 _ORIGIN = {"_name_or_path", "architectures", "dtype", "transformers_version"}
@@ -31,6 +35,14 @@ _OWN_NAMES = {
 }
 
 
+_RULE = re.compile(r"^ffn\[(\d+)\]")
+
+
+def _rule_key(number: int) -> str:
+    """Return where a user has written a rule of the model: the first one is that of every block."""
+    return f"ffn_rules[{number - 1}]" if number else "ffn"
+
+
 @contextmanager
 def own_names() -> Iterator[None]:
     """Let errors about the model's configuration name the arguments that a user gave."""
@@ -40,6 +52,7 @@ def own_names() -> Iterator[None]:
         message = str(error)
         for theirs, ours in _OWN_NAMES.items():
             message = message.replace(theirs, ours)
+        message = _RULE.sub(lambda m: f"model.{_rule_key(int(m[1]))}", message)
         raise InputError(message) from error
 
 

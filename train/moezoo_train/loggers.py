@@ -17,6 +17,7 @@ from moezoo.errors import InputError, check_choice
 from moezoo_models.atomic import atomic_write
 
 LOGGERS = ("csv", "tensorboard", "wandb")
+_EXTRAS = {"tensorboard": "train", "wandb": "wandb"}
 
 
 class MetricsCSV(Logger):
@@ -57,7 +58,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add a row; nine digits hold a float32 exactly."""
+        """Add a row, if there is anything in it; nine digits hold a float32 exactly."""
+        if not metrics:
+            return
         row = {"step": "" if step is None else str(step)}
         row |= {name: f"{float(value):.9g}" for name, value in metrics.items()}
         same_step = takewhile(lambda known: known["step"] == row["step"], reversed(self._rows))
@@ -87,6 +90,17 @@ class MetricsCSV(Logger):
 
     def _writer(self, file: Any) -> csv.DictWriter[str]:
         return csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard's files, of which a resumed run hides what it will repeat."""
+
+    @rank_zero_only
+    def start(self, step: int) -> None:
+        """Begin at a step: TensorBoard shows nothing of later ones that was logged before."""
+        if step:
+            self.experiment.close()  # it opens a file again, which says from where on it holds
+            self.experiment.purge_step = step + 1
 
 
 def read_metrics(path: str | Path) -> list[dict[str, str]]:
@@ -120,10 +134,11 @@ def build_loggers(names: Iterable[str], output: Path) -> list[Logger]:
         check_choice("loggers", name, LOGGERS)
         if name != "csv" and importlib.util.find_spec(name) is None:
             raise InputError(
-                f"loggers: {name} is not installed; pip install {name}, or leave it out of loggers"
+                f"loggers: {name} is not installed; run: pip install 'moezoo[{_EXTRAS[name]}]', or "
+                "leave it out"
             )
         if name == "tensorboard":
-            loggers.append(TensorBoardLogger(str(output), name="", version="tensorboard"))
+            loggers.append(TensorBoard(str(output), name="", version="tensorboard"))
         elif name == "wandb":
             loggers.append(WandbLogger(name=output.name, save_dir=str(output)))
     return loggers

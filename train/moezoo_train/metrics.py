@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moezoo.routing.stats import load_entropy, max_violation
 from moezoo_train.distributed import gather_from_ranks
-from moezoo_train.loggers import MetricsCSV
+from moezoo_train.loggers import MetricsCSV, TensorBoard
 from moezoo_train.throughput import forward_flops_per_token, peak_flops
 
 if TYPE_CHECKING:
@@ -133,8 +133,10 @@ def precise(value: Tensor) -> Tensor:
 class TrainingMetrics(Callback):
     """Log what the training steps did since the last time, every ``log_every_n_steps``.
 
-    Losses are means over those steps. They survive an interruption between two logged steps, so
-    that a resumed run logs the same numbers.
+    Losses, means over the micro-batches, and the experts' load are of those steps that were taken;
+    if none was, the loss is NaN. They survive an interruption between two logged steps, so that a
+    resumed run logs the same numbers; and what a checkpoint counts as logged has been handed to the
+    loggers before, as checkpoints are written after this callback.
 
     Attributes:
         tokens: trained on so far, on all ranks, over resumed runs too.
@@ -155,6 +157,7 @@ class TrainingMetrics(Callback):
         self._lr = 0.0
         self._losses: dict[str, list[Tensor]] = {}
         self._load = LoadCounter()
+        self._window: list[tuple[dict[str, Tensor], Sequence[Mapping[str, Tensor]]]] = []
         self._loaded: list[dict[str, Any]] = []
         self._clock = 0.0
         self._logged = (0, 0.0)
@@ -165,8 +168,9 @@ class TrainingMetrics(Callback):
         dtype = torch.bfloat16 if half else torch.float32
         self.peak = peak_flops(pl_module.device, dtype)
         for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV):
+            if isinstance(logger, MetricsCSV | TensorBoard):
                 logger.start(trainer.global_step)
+        self._window = []
         self._restore(trainer, pl_module.device)
         self._step = trainer.global_step
         self._logged = (self.tokens, self.seconds)
@@ -195,18 +199,32 @@ class TrainingMetrics(Callback):
         self.tokens += batch["input_ids"].numel() * trainer.world_size
         losses = {"train/loss": outputs["lm_loss"]}
         losses |= {f"train/aux/{name}": value for name, value in outputs["aux"].items()}
-        for name, value in losses.items():
-            self._losses.setdefault(name, []).append(value)
-        self._load.add(outputs["ffn_stats"])
+        self._window.append((losses, outputs["ffn_stats"]))
         if trainer.global_step == self._step:
             return  # still accumulating
         self._step = trainer.global_step
-        if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        self._count(taken=cast("LanguageModel", pl_module).guard.taken)
+        # What other callbacks log has this number, not Lightning's count from 0.
+        pl_module.log("step", float(self._step), on_step=True)
+        if is_logged(trainer, self._step):
             if not self._flops_per_token:
                 model = cast("LanguageModel", pl_module).model
                 self._flops_per_token = forward_flops_per_token(model, batch["input_ids"].shape[1])
-            pl_module.log_dict(self._metrics(trainer, pl_module), on_step=True)
+            metrics = self._metrics(trainer, pl_module)
             self._losses = {}
+            # Lightning would hand them to the loggers later, behind the step's checkpoint.
+            pl_module.log_dict(metrics, on_step=True, logger=False)
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=self._step)
+                logger.save()
+
+    def _count(self, taken: bool) -> None:
+        """Add the micro-batches of a step, or drop them with it."""
+        for losses, ffn_stats in self._window if taken else ():
+            for name, value in losses.items():
+                self._losses.setdefault(name, []).append(value)
+            self._load.add(ffn_stats)
+        self._window = []
 
     def _metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         tokens, seconds = self.tokens - self._logged[0], self.seconds - self._logged[1]
@@ -216,10 +234,10 @@ class TrainingMetrics(Callback):
         flops_per_second = 3 * self._flops_per_token * self.tokens_per_second
         self.mfu = flops_per_second / (self.peak[0] * trainer.world_size)
         self.expert_load = self._load.take(trainer)
+        losses = self._losses or {"train/loss": [torch.tensor(math.nan, device=pl_module.device)]}
         metrics = {
-            "step": float(self._step),
             "tokens": float(self.tokens),
-            **{name: _mean(trainer, values) for name, values in self._losses.items()},
+            **{name: _mean(trainer, values) for name, values in losses.items()},
             "train/lr": self._lr,
             "train/tokens_per_second": self.tokens_per_second,
             "train/mfu": self.mfu,
@@ -260,12 +278,22 @@ class TrainingMetrics(Callback):
             "tokens": self.tokens,
             "seconds": self.seconds,
             "ranks": gather_from_ranks(pending),
+            "last": {
+                "expert_load": [asdict(load) for load in self.expert_load],
+                "tokens_per_second": self.tokens_per_second,
+                "mfu": self.mfu,
+                "peak": list(self.peak),
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the totals."""
+        """Go on from the totals, and from the last logged figures until there are new ones."""
         self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
         self._loaded = state_dict["ranks"]
+        if last := state_dict.get("last"):
+            self.expert_load = [ExpertLoad(**load) for load in last["expert_load"]]
+            self.tokens_per_second, self.mfu = last["tokens_per_second"], last["mfu"]
+            self.peak = last["peak"][0], last["peak"][1]
 
     def _restore(self, trainer: Trainer, device: torch.device) -> None:
         if len(self._loaded) == trainer.world_size:
@@ -276,6 +304,12 @@ class TrainingMetrics(Callback):
                 for name, values in pending["losses"].items()
             }
         self._loaded = []
+
+
+def is_logged(trainer: Trainer, step: int) -> bool:
+    """Tell whether the metrics of a step are logged; with ``log_every_n_steps`` 0 those of none."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and step % every == 0
 
 
 def _mean(trainer: Trainer, values: list[Tensor]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,9 +39,15 @@ from moezoo_train.lora import (
 )
 from moezoo_train.metrics import TrainingMetrics, precise
 from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
-from moezoo_train.pretrained import check_tokenizer, pretrained, remember_ends
+from moezoo_train.pretrained import (
+    check_length,
+    check_tokenizer,
+    pretrained,
+    remember_ends,
+    remember_length,
+)
 from moezoo_train.rules import FFNRule as FFNRule
-from moezoo_train.schedule import ScheduleConfig, build_schedule
+from moezoo_train.schedule import RunSchedule, ScheduleConfig
 from moezoo_train.sparse_memory import (
     SparseMemory,
     SparseMemoryOptions,
@@ -49,6 +55,7 @@ from moezoo_train.sparse_memory import (
     describe_sparse_memory,
     freeze_all_but_tables,
 )
+from moezoo_train.steps import run_steps, stand_between_batches, take_whole_steps
 from moezoo_train.strategies import check_sparse_gradients, lay_out_for
 from moezoo_train.throughput import ffn_layers
 from moezoo_train.whole import in_parts, undivided_state, whole_state
@@ -132,7 +139,7 @@ class LanguageModel(LightningModule):
     ) -> None:
         super().__init__()
         self.optimizer_config = optimizer
-        self.schedule_config = schedule
+        self.schedule = RunSchedule(schedule)
         self.hash_embeddings_from = hash_embeddings_from
         self.compile_model = compile
         self.guard = StepGuard(on_nan, spikes)
@@ -172,6 +179,8 @@ class LanguageModel(LightningModule):
                     self.model = MoezooForCausalLM(config)
         if activation_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in ffn_layers(self.model):
+            layer.defer_state()  # until a step is judged
         self.model.train()
         self.grad_norm = math.nan
         self.clip_group_norms: dict[str, float] = {}
@@ -193,13 +202,13 @@ class LanguageModel(LightningModule):
         Raises:
             InputError: the sequences are longer than the model is made for.
         """
+        if stage == TrainerFn.FITTING:
+            take_whole_steps(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         length = getattr(data, "sequence_length", 0)
-        if length > self.model.config.max_position_embeddings:
-            raise InputError(
-                f"data.sequence_length: {length} is more than model.max_length "
-                f"{self.model.config.max_position_embeddings}; raise model.max_length"
-            )
+        check_length(self.model, length)
+        if stage == "fit" and length:
+            remember_length(self.model, length, fresh=self.initialize_from is None)
         tokenizer = getattr(data, "tokenizer", None)
         if self.initialize_from is not None and tokenizer is not None:
             check_tokenizer(self.initialize_from, tokenizer)
@@ -213,6 +222,12 @@ class LanguageModel(LightningModule):
         lay_out_for(self.trainer.strategy, self)
         if self.compile_model:
             self.model.compile()
+
+    def on_fit_start(self) -> None:
+        """Forget the half of a step that an earlier run was stopped in."""
+        self._losses = []
+        for layer in self._learning_layers():
+            layer.discard()
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         """Run the model on a batch; see :class:`MoezooOutput`."""
@@ -256,12 +271,15 @@ class LanguageModel(LightningModule):
             gradients = strategy.gradients()
         else:
             gradients = clipping.grouped_gradients(optimizer)
+        losses, self._losses = torch.stack(self._losses), []
+        if len(losses) != self.trainer.accumulate_grad_batches:
+            # The last step of an epoch may have fewer, of which each was divided by the full count.
+            clipping.scale(gradients, self.trainer.accumulate_grad_batches / len(losses))
         norms = clipping.gradient_norms(gradients, over_ranks=isinstance(strategy, ZeROStrategy))
         self.grad_norm = float(clipping.total_norm(norms))
         self.clip_group_norms = {
             name: float(norm) for name, norm in norms.items() if name != clipping.MAIN
         }
-        losses, self._losses = torch.stack(self._losses), []
         if not self.guard.allows(self.trainer, losses, self.grad_norm):
             optimizer.zero_grad(set_to_none=True)  # then it leaves parameters and state alone
             return
@@ -271,10 +289,9 @@ class LanguageModel(LightningModule):
             clipping.clip_norms(gradients, norms, gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let the layers update what they learn outside the gradient."""
+        """Step; what layers learn outside the gradient follows, or is dropped with the step."""
         super().optimizer_step(*args, **kwargs)
-        for layer in self._learning_layers():
-            layer.step()
+        self.guard.settle(self.trainer, self._learning_layers())
 
     def _learning_layers(self) -> list[FeedForward]:
         """List the layers that may learn outside the gradient."""
@@ -287,16 +304,17 @@ class LanguageModel(LightningModule):
         optimizer = build_optimizer(self.model, self.optimizer_config, fused=fused)
         if any(is_sparse(group) for group in optimizer.param_groups):
             check_sparse_gradients(self.trainer.strategy, self.compile_model)
-        steps = self.trainer.estimated_stepping_batches
-        run_steps = int(steps) if math.isfinite(steps) and steps > 0 else None
-        config = self.schedule_config
-        if getattr(self.trainer, "fast_dev_run", False):
-            config = ScheduleConfig("constant", warmup_steps=0)  # the real one would not fit
-        schedule = build_schedule(optimizer, config, run_steps)
+        if getattr(self.trainer, "fast_dev_run", False):  # the real schedule would not fit
+            self.schedule = RunSchedule(ScheduleConfig("constant", warmup_steps=0))
+        schedule = self.schedule.put_on(optimizer, run_steps(self.trainer))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
         }
+
+    def on_train_start(self) -> None:
+        """Take the first step by this run's schedule, not by the checkpoint's."""
+        self.schedule.set_rates()
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums: total loss in nats, tokens."""
@@ -341,13 +359,15 @@ class LanguageModel(LightningModule):
         checkpoint[identity.CONFIG_KEY] = {
             "config": identity.describe(self.model.config),
             "unrelated": identity.unrelated(self.model.config),
-            "optimizer": asdict(self.optimizer_config),
+            "optimizer": asdict(self.optimizer_config.on(self.device)),
+            "schedule": self.schedule.state_dict(checkpoint["global_step"]),
             "guard": self.guard.state_dict(),
             "lora": describe_adapters(self.model, self.lora),
             "sparse_memory": self._trained_rows,
         }
         if self.lora is not None:
             checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])
+        stand_between_batches(checkpoint, self.trainer)
 
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
         """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer.
@@ -375,5 +395,9 @@ class LanguageModel(LightningModule):
         identity.check_tensors(state, whole if self.lora is None else trained_state(self))
         checkpoint["state_dict"] = {**whole, **state}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            if self.optimizer_config.muon_dtype == "auto":
+                began_with = saved["optimizer"].get("muon_dtype", "bfloat16")
+                self.optimizer_config = replace(self.optimizer_config, muon_dtype=began_with)
             identity.check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
+            self.schedule.load_state_dict(saved.get("schedule"), checkpoint["global_step"])
         self.guard.load_state_dict(saved.get("guard", {}))

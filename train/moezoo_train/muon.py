@@ -35,7 +35,7 @@ def muon_step(
     weight_decay: float,
     momentum: float,
     adjust_lr_fn: str,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype,
 ) -> None:
     """Update matrices ``(rows, columns)`` and stacks of matrices in place.
 
@@ -87,7 +87,7 @@ def _orthogonalize(
     return result
 
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Bring a matrix's singular values near 1 by Newton-Schulz iterations, as torch's Muon does.
 
     Args:

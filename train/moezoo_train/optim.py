@@ -41,8 +41,10 @@ class OptimizerConfig:
         muon_momentum: Muon's Nesterov momentum.
         muon_scale: ``original`` scales an update by sqrt(max(1, rows/columns)); ``match_rms_adamw``
             gives it AdamW's size, so that muon_lr can equal lr.
-        muon_dtype: arithmetic of Muon's orthogonalisation: ``bfloat16``, as its author's, or
-            ``float32``, in which the number of processes does not show in the result.
+        muon_dtype: arithmetic of Muon's orthogonalisation: ``bfloat16``, as its author's;
+            ``float32``, in which the number of processes does not show in the result; or ``auto``:
+            float32 on a CPU, few of which multiply bf16 quickly, and bfloat16 on accelerators. A
+            resumed run keeps what it began with.
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
@@ -54,12 +56,12 @@ class OptimizerConfig:
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
     muon_scale: Literal["original", "match_rms_adamw"] = "original"
-    muon_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    muon_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, ["adamw", "muon", "sgd"])
         check_choice("optimizer.muon_scale", self.muon_scale, ["original", "match_rms_adamw"])
-        check_choice("optimizer.muon_dtype", self.muon_dtype, ["bfloat16", "float32"])
+        check_choice("optimizer.muon_dtype", self.muon_dtype, ["auto", "bfloat16", "float32"])
         for field in ("lr", "weight_decay", "eps", "muon_lr"):
             check_number(f"optimizer.{field}", getattr(self, field))
         if len(self.betas) != 2:
@@ -69,6 +71,19 @@ class OptimizerConfig:
         for field, value in averages.items():
             if check_number(f"optimizer.{field}", value, maximum=1.0) == 1.0:
                 raise InputError(f"optimizer.{field}: 1 never forgets; give a number below 1")
+
+    def on(self, device: torch.device | str) -> OptimizerConfig:
+        """Return the same configuration, with what ``auto`` stands for on a device."""
+        if self.muon_dtype != "auto":
+            return self
+        # Without Muon it says nothing, and stays what it was before there was a choice: results
+        # that were kept since then are still those of the same configuration.
+        slow = self.name == "muon" and torch.device(device).type == "cpu"
+        return replace(self, muon_dtype="float32" if slow else "bfloat16")
+
+    def here(self) -> OptimizerConfig:
+        """Return what :meth:`on` does for the device that comparisons train on."""
+        return self.on("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
@@ -222,7 +237,7 @@ def _muon_group(
         "weight_decay": config.weight_decay if group.weight_decay else 0.0,
         "momentum": config.muon_momentum,
         "adjust_lr_fn": config.muon_scale,
-        "dtype": config.muon_dtype,
+        "dtype": config.on(parameters[0].device).muon_dtype,
     }
 
 

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moezoo.errors import InputError, check_int, check_number
+from moezoo.errors import InputError, check_int, check_number, going_on
 from moezoo_models.checksums import crc_of_file
 from moezoo_models.corpus import Corpus, open_corpus
+from moezoo_models.locks import writing
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.prepared import (
     FORMAT,
@@ -99,14 +99,14 @@ def prepare(
         _remove_finished_work(output, inputs)
         _say(f"nothing has changed; using {ready}")
         return ready
-    with _writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        with FileLock(output / ".lock"):
-            # Another process may have made them while this one waited.
-            if (ready := _reusable(output, inputs)) is not None:
-                return ready
-            _explain_renewal(output, inputs)
-            return _Preparation(corpus, output, inputs, given).run()
+    kept = "the same command goes on behind what is tokenized"
+    with _writing(output), writing(output, wait=True), going_on(kept):
+        # Another process may have made them while this one waited.
+        if (ready := _reusable(output, inputs)) is not None:
+            return ready
+        output.mkdir(exist_ok=True)
+        _explain_renewal(output, inputs)
+        return _Preparation(corpus, output, inputs, given).run()
 
 
 def split_threshold(keys: NDArray[np.uint64], val_fraction: float) -> np.uint64:
@@ -292,9 +292,9 @@ def _remove_finished_work(output: Path, inputs: dict[str, Any]) -> None:
     """Remove what a process left that was killed between publishing and removing it."""
     work = output / _PARTIAL
     # Finished data may be read-only, and another process may be at work.
-    with suppress(OSError):
+    with suppress(OSError, InputError):
         if work.is_dir() and _started_with(work) in (None, inputs):
-            with FileLock(output / ".lock", timeout=0):
+            with writing(output):
                 shutil.rmtree(work)
 
 

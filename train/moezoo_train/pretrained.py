@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -58,6 +59,20 @@ def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         )
 
 
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Refuse sequences that are longer than a model is made for.
+
+    Raises:
+        InputError: they are.
+    """
+    longest = model.config.max_position_embeddings
+    if length > longest:
+        raise InputError(
+            f"data.sequence_length: {length} is more than model.max_length {longest}; raise "
+            "model.max_length"
+        )
+
+
 def remember_ends(model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
     """Tell a model which tokens begin and end a text, which generation has to know.
 
@@ -70,6 +85,18 @@ def remember_ends(model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
         if token is not None and (ours or getattr(model.config, field) is None):
             setattr(model.config, field, token)
             setattr(model.generation_config, field, token)
+
+
+def remember_length(model: PreTrainedModel, length: int, fresh: bool) -> None:
+    """Write into a model's configuration on how many tokens at once it is trained.
+
+    One that was trained before keeps a larger length, or stays without where it had none: what it
+    learned at first is not known.
+    """
+    config: Any = model.config
+    known = getattr(config, "trained_length", None)
+    if fresh or known is not None:
+        config.trained_length = max(length, 0 if fresh else known)
 
 
 def default_tokenizer(path: str | None) -> str | None:

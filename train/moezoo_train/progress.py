@@ -13,10 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moezoo_train.metrics import is_logged
+
 _CHATTER = re.compile(
     r"litlogger|litmodels|^Seed set to|^(GPU|TPU|HPU) available|^`Trainer\.fit` stopped"
     r"|^Using .*(bfloat16|16bit) .*AMP|^Restor(ing|ed) |^Loaded model weights"
-    r"|Received SIGTERM|^Loading `train_dataloader` to estimate"
+    r"|Received SIGTERM|^\s*Detected KeyboardInterrupt|^Loading `train_dataloader` to estimate"
 )
 _WARNINGS = (
     # Memory-mapped windows cost less than handing them from a worker process.
@@ -91,8 +93,11 @@ class StepProgress(ProgressBar):
             self._print(trainer)
 
     def _is_due(self, step: int, trainer: Trainer) -> bool:
-        logged = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        return step > 0 and logged and step - self._printed >= (self._total or 1000) // 10
+        return (
+            step > 0
+            and is_logged(trainer, step)
+            and step - self._printed >= (self._total or 1000) // 10
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the last state of the bar."""

@@ -17,7 +17,9 @@ from rich.table import Table
 
 from moezoo.routing.losses import alone
 from moezoo_models.atomic import atomic_write
-from moezoo_models.generate import generate
+from moezoo_models.devices import pick_device
+from moezoo_models.generate import continue_text, prompt_ids
+from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_train.loggers import read_metrics
 from moezoo_train.metrics import ExpertLoad, TrainingMetrics
 from moezoo_train.throughput import count_parameters
@@ -93,7 +95,7 @@ def write_report(
     with atomic_write(output / "report.json", "w") as file:
         json.dump(asdict(report), file, indent=2)
         file.write("\n")
-    if any("train/loss" in row for row in rows):
+    if _series(rows, "train/loss")[0]:
         draw_losses(output / "loss.png", rows, title=output.name)
     console.print(table(report, title=str(output)))
     if sample_tokens and (output / "model").is_dir():
@@ -109,7 +111,7 @@ def write_report(
 def collect(trainer: Trainer, module: LanguageModel, rows: list[dict[str, str]]) -> Report:
     """Gather the figures of a finished run from its trainer and its ``metrics.csv``."""
     metrics = next(c for c in _callbacks(trainer) if isinstance(c, TrainingMetrics))
-    losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
+    _, losses = _series(rows, "train/loss")
     losses = losses[-max(1, round(AVERAGED * len(losses))) :]
     last = next((row for row in reversed(rows) if "val/loss" in row), {})
     validation = {
@@ -245,9 +247,13 @@ def _series(rows: list[dict[str, str]], name: str) -> tuple[list[float], list[fl
 
 
 def sample(checkpoint: Path, prompt: str, tokens: int) -> str:
-    """Let the trained model write, with a fixed seed."""
+    """Let the trained model write, with a fixed seed, as much as it is made for."""
     with alone():  # other processes do not write
-        return generate(checkpoint, prompt, max_new_tokens=tokens, stream=False)
+        model, words = load_any_with_tokenizer(checkpoint, device=pick_device("auto"))
+        room = model.config.max_position_embeddings - len(prompt_ids(words, prompt))
+        if room < 1:
+            return prompt
+        return prompt + continue_text(model, words, prompt, max_new_tokens=min(tokens, room))
 
 
 def smoothed(values: list[float]) -> list[float]:

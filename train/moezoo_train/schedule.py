@@ -1,11 +1,13 @@
-"""Learning-rate schedules over optimizer steps."""
+"""Learning-rate schedules over optimizer steps, and how a run that is made longer goes on."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -24,6 +26,11 @@ class ScheduleConfig:
         min_lr_ratio: where the decay ends, as a fraction of the peak.
         total_steps: where the run ends; default: the trainer's max_steps, or what max_epochs
             amounts to. Needed when only max_time limits the run.
+        continuation: what a run does whose end is not where it was when its checkpoint was written.
+            ``stretch``: the schedule is laid over the whole run as if that had always been its
+            length, so the rate of a decayed run rises. ``hold``: the earlier schedule ends where it
+            was to end, and its last rate stays. ``rewarm``: from the checkpoint on, the rate warms
+            up from where it was to its peak and decays to the new end (arXiv:2403.08763).
     """
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -31,63 +38,183 @@ class ScheduleConfig:
     decay_fraction: float = 0.2
     min_lr_ratio: float = 0.1
     total_steps: int | None = None
+    continuation: Literal["stretch", "hold", "rewarm"] = "stretch"
 
     def __post_init__(self) -> None:
         check_choice("schedule.name", self.name, ["cosine", "wsd", "constant"])
         check_int("schedule.warmup_steps", self.warmup_steps, minimum=0)
         check_number("schedule.decay_fraction", self.decay_fraction, maximum=1.0)
         check_number("schedule.min_lr_ratio", self.min_lr_ratio, maximum=1.0)
+        check_choice("schedule.continuation", self.continuation, ["stretch", "hold", "rewarm"])
         if self.total_steps is not None:
             check_int("schedule.total_steps", self.total_steps)
 
 
-def lr_factor(config: ScheduleConfig, step: int, total_steps: int | None) -> float:
-    """Give the factor on the peak learning rate at optimizer step ``step``, counted from 0."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.name == "constant" or total_steps is None:
+@dataclass(frozen=True)
+class Span:
+    """The optimizer steps that a schedule is laid over.
+
+    Attributes:
+        end: where it ends; None if it need not know.
+        start: where its warm-up begins.
+        floor: factor on the peak learning rate that the warm-up begins from.
+    """
+
+    end: int | None
+    start: int = 0
+    floor: float = 0.0
+
+
+def lr_factor(config: ScheduleConfig, step: int, span: Span | int | None) -> float:
+    """Return the factor on the peak learning rate at optimizer step ``step``, counted from 0.
+
+    Args:
+        config: which schedule.
+        step: at least the span's start.
+        span: where the schedule lies; a number is the end of one that begins at 0.
+    """
+    if not isinstance(span, Span):
+        span = Span(span)
+    done = step - span.start
+    if done < config.warmup_steps:
+        return span.floor + (1 - span.floor) * ((done + 1) / config.warmup_steps)
+    if config.name == "constant" or span.end is None:
         return 1.0
+    steps = span.end - span.start
     if config.name == "cosine":
-        progress = (step - config.warmup_steps) / (total_steps - config.warmup_steps)
+        progress = (done - config.warmup_steps) / (steps - config.warmup_steps)
         shape = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     else:
-        decay_steps = max(1.0, config.decay_fraction * total_steps)
-        shape = min(1.0, max(0.0, (total_steps - step) / decay_steps))
+        decay_steps = max(1.0, config.decay_fraction * steps)
+        shape = min(1.0, max(0.0, (steps - done) / decay_steps))
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
-def build_schedule(optimizer: Optimizer, config: ScheduleConfig, run_steps: int | None) -> LambdaLR:
-    """Put a schedule on an optimizer; groups with ``schedule`` false keep their learning rate.
+class RunSchedule:
+    """The schedule of a run, over what a checkpoint says of the steps before.
+
+    Where the run ends and what the checkpoint says become known in either order.
 
     Args:
-        optimizer: the optimizer, with groups from :mod:`moezoo_train.optim`.
         config: which schedule.
-        run_steps: optimizer steps the trainer will make, if it knows.
-
-    Raises:
-        InputError: the schedule needs to know where the run ends and nobody says, or the warm-up
-            does not fit into the run.
     """
-    total_steps = config.total_steps or run_steps
-    if config.name == "constant":
-        total_steps = None
-    elif total_steps is None:
-        raise InputError(
-            f"schedule.name: {config.name!r} must know where the run ends; set trainer.max_steps "
-            "or schedule.total_steps, or use 'constant'"
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        self.config = config
+        self._span: Span | None = None
+        self._saved: tuple[Span, float | None, int] | None = None
+        self._on: LambdaLR | None = None
+
+    def put_on(self, optimizer: Optimizer, run_steps: int | None) -> LambdaLR:
+        """Let an optimizer follow; groups with ``schedule`` false keep their learning rate.
+
+        Args:
+            optimizer: with groups from :mod:`moezoo_train.optim`.
+            run_steps: optimizer steps the trainer will make, if it knows.
+
+        Raises:
+            InputError: the schedule needs to know where the run ends and nobody says, or a warm-up
+                does not fit into the run, or what is left of it.
+        """
+        end = self.config.total_steps or run_steps
+        if self.config.name == "constant":
+            end = None
+        elif end is None:
+            raise InputError(
+                f"schedule.name: {self.config.name!r} must know where the run ends; set "
+                "trainer.max_steps or schedule.total_steps, or use 'constant'"
+            )
+        elif self.config.warmup_steps >= end:
+            raise InputError(
+                f"schedule.warmup_steps: {self.config.warmup_steps} does not fit into a run of "
+                f"{end} steps; lower it or raise trainer.max_steps"
+            )
+        self._span = Span(end)
+        self._go_on()
+
+        def stay(step: int) -> float:
+            return 1.0
+
+        def follow(step: int) -> float:
+            return self.factor(step)
+
+        groups = optimizer.param_groups
+        self._on = LambdaLR(
+            optimizer, [follow if g.get("schedule", True) else stay for g in groups]
         )
-    elif config.warmup_steps >= total_steps:
-        raise InputError(
-            f"schedule.warmup_steps: {config.warmup_steps} does not fit into a run of "
-            f"{total_steps} steps; lower it or raise trainer.max_steps"
-        )
+        return self._on
 
-    def follow(step: int) -> float:
-        return lr_factor(config, step, total_steps)
+    def factor(self, step: int) -> float:
+        """Return the factor on the peak learning rate at an optimizer step, counted from 0."""
+        return lr_factor(self.config, step, self._span)
 
-    def stay(step: int) -> float:
-        return 1.0
+    def set_rates(self) -> None:
+        """Set the rates of the step to come, which a checkpoint has by the earlier schedule."""
+        if self._on is None:
+            return
+        optimizer, step = self._on.optimizer, self._on.last_epoch
+        factors = [follow(step) for follow in self._on.lr_lambdas]
+        self._on._last_lr = [b * f for b, f in zip(self._on.base_lrs, factors, strict=True)]
+        for group, rate in zip(optimizer.param_groups, self._on._last_lr, strict=True):
+            group["lr"] = rate
 
-    return LambdaLR(
-        optimizer, [follow if g.get("schedule", True) else stay for g in optimizer.param_groups]
-    )
+    def state_dict(self, step: int) -> dict[str, Any] | None:
+        """Describe it for a checkpoint that is written before an optimizer step."""
+        if self._span is None:
+            return None
+        return {**asdict(self._span), "factor": self.factor(step - 1) if step else None}
+
+    def load_state_dict(self, saved: Mapping[str, Any] | None, step: int) -> None:
+        """Go on from a checkpoint, as the configuration wants it; say so if the rate rises.
+
+        Args:
+            saved: its ``state_dict``, if it has one.
+            step: the optimizer step it was written before.
+
+        Raises:
+            InputError: a new warm-up does not fit into what is left of the run, or ``saved`` is
+                damaged.
+        """
+        if saved is None:
+            return
+        try:
+            end, last = saved["end"], saved["factor"]
+            end = None if end is None else int(end)
+            span = Span(end, int(saved["start"]), float(saved["floor"]))
+            self._saved = span, None if last is None else float(last), step
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                "ckpt_path: what the checkpoint says of its schedule is damaged"
+            ) from error
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._span is None or self._saved is None:
+            return
+        (before, last, step), self._saved = self._saved, None
+        new_end, how = self._span.end, self.config.continuation
+        if new_end == before.end or how == "hold":
+            self._span = before
+        elif how == "rewarm" and last is not None:
+            self._span = Span(new_end, step, last)
+            left = math.inf if new_end is None else new_end - step
+            if self.config.warmup_steps >= left:
+                raise InputError(
+                    f"schedule.warmup_steps: {self.config.warmup_steps} does not fit into the "
+                    f"{left} steps that are left; lower it or raise trainer.max_steps"
+                )
+            return
+        else:
+            self._span = Span(new_end, before.start, before.floor)
+        warm = step - self._span.start >= self.config.warmup_steps
+        if last is not None and warm and self.factor(step) > last:
+            rank_zero_warn(
+                f"schedule: the learning rate rises from {last:.1%} to {self.factor(step):.1%} of "
+                f"its peak at step {step + 1}, as the schedule is not the checkpoint's any more; "
+                "model.schedule.continuation hold keeps the rate, rewarm warms up and decays again"
+            )
+
+
+def build_schedule(optimizer: Optimizer, config: ScheduleConfig, run_steps: int | None) -> LambdaLR:
+    """Put a schedule on an optimizer; see :meth:`RunSchedule.put_on`."""
+    return RunSchedule(config).put_on(optimizer, run_steps)

@@ -63,8 +63,6 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     rest[SUMS] = _sums(fresh, together=True)
     if first:
         torch.save(rest, fresh / REST)
-        if path.is_file():
-            path.unlink()
         publish(fresh, path)
     dist.barrier()
 

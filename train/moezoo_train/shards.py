@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
+from moezoo_models.encoding import encode_texts
 from moezoo_models.tokenizer import Tokenizer
 from moezoo_train.prepared import token_dtype
-from moezoo_train.tokenizer import split_text
-
-PIECE_CHARACTERS = 1 << 16
-"""Longer documents are encoded piece by piece, as the memory and time of one call grow steeply."""
 
 _DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("key", "<u8")])
 """What is kept of each document: its lengths, and the key by which the split is made."""
@@ -79,18 +75,12 @@ def batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[Any]]:
     """Encode each document, with its boundary tokens.
 
-    Long ones are cut behind newlines first, unless the tokenizer puts something before every text.
-
     Raises:
         InputError: an id is outside the tokenizer's vocabulary.
     """
-    seamless = tokenizer.decode(tokenizer.encode("a\n") + tokenizer.encode("a\n")) == "a\na\n"
-    pieces = [list(split_text(text, PIECE_CHARACTERS)) if seamless else [text] for text in texts]
-    encoded = iter(tokenizer.encode_batch([piece for document in pieces for piece in document]))
     opening = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
     arrays = []
-    for document in pieces:
-        inner = chain.from_iterable(islice(encoded, len(document)))
+    for inner in encode_texts(tokenizer, texts):
         ids = np.array([*opening, *inner, tokenizer.eos_id])
         if ids.max() >= tokenizer.vocab_size:
             raise InputError(

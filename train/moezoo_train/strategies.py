@@ -184,22 +184,19 @@ def writes_directories(strategy: Strategy) -> bool:
     return isinstance(strategy, FSDP2Strategy) and strategy._save_distributed_checkpoint
 
 
-def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
-    """Do what a strategy needs before it takes a model.
+def check_strategy(strategy: Strategy, module: LanguageModel, fitting: bool) -> None:
+    """Refuse a strategy under which the layers do not work, or that does not go with an option.
 
     Raises:
-        InputError: the strategy is one under which the layers do not work.
+        InputError: names the option to change.
     """
     if isinstance(strategy, FSDP2Strategy):
-        assert strategy.layout is not None
         if module.lora is not None and strategy.expert_parallel > 1:
             raise InputError(
-                "trainer.strategy.expert_parallel: ranks can not share adapted experts; set it to 1"
+                "trainer.strategy.expert_parallel: ranks cannot share adapted experts; set it to 1"
             )
-        lay_out(module.model, strategy.layout, module.drawn)
-        return
-    if isinstance(strategy, ZeROStrategy):
-        if module.trainer.state.fn == TrainerFn.FITTING:
+    elif isinstance(strategy, ZeROStrategy):
+        if fitting:
             check_zero(strategy, module)
     elif isinstance(strategy, DeepSpeedStrategy):
         raise InputError(
@@ -211,6 +208,19 @@ def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
             "trainer.strategy: parameters in shards want 'fsdp2' "
             "(moezoo_train.strategies.FSDP2Strategy)"
         )
+
+
+def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
+    """Do what a strategy needs before it takes a model.
+
+    Raises:
+        InputError: the strategy is one under which the layers do not work.
+    """
+    check_strategy(strategy, module, module.trainer.state.fn == TrainerFn.FITTING)
+    if isinstance(strategy, FSDP2Strategy):
+        assert strategy.layout is not None
+        lay_out(module.model, strategy.layout, module.drawn)
+        return
     if module.drawn is not None:
         module.drawn.fill(module.model)
     if isinstance(strategy, ZeROStrategy):

@@ -2,11 +2,13 @@
 
 Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B) is the first times tokens per second
 over the second. The matrix products of the model are counted, attention with its full square;
-recomputation under activation checkpointing is not.
+recomputation under activation checkpointing is not. On a CPU the second is what one product of
+square matrices reached in the run's dtype when the run began: a share of that, not of a data sheet.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -17,6 +19,9 @@ from transformers import PreTrainedModel
 from moezoo import FeedForward
 from moezoo_models.stock import active_share, flops_of_experts, stacked_experts
 from moezoo_train.whole import undivided
+
+PROBE_SECONDS = 0.1
+"""What measuring a CPU may take; the product that ends it may exceed this by its own time."""
 
 # Dense (not 2:4 sparse) tensor-core peaks in FLOP/s from the vendors' data sheets, for bf16.
 PEAK_BF16 = {
@@ -79,28 +84,45 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return what the device can do per second in matrix products of a dtype, and its source.
 
     Known GPUs in half precision are looked up; everything else is measured with one square
-    matrix product, the best of several.
+    matrix product, the best of several. On a CPU these begin small and grow up to 1,024³ while that
+    takes a tenth of a second: there are CPUs that need seconds for a product of that size in bf16.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAK_BF16.items():
             if known in name:
                 return peak, f"{known} data sheet"
-    return _measure_matmul(device, dtype), "measured matmul"
+    measure = _measure_cpu if device.type == "cpu" else _measure_accelerator
+    return measure(device, dtype), "measured matmul"
 
 
-def _measure_matmul(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    if device.type == "cuda":
-        size *= 8
+def _measure_accelerator(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 1024
+    return 2 * size**3 / min(_product_seconds(device, dtype, size) for _ in range(6))
+
+
+def _measure_cpu(device: torch.device, dtype: torch.dtype) -> float:
+    _product_seconds(device, dtype, 64)  # the first of all sets libraries up
+    best = spent = 0.0
+    # Twice each: the first of a size may compile its kernel.
+    for size in itertools.chain((64, 64, 128, 128, 256, 256, 512, 512), [1024] * 6):
+        flops = 2 * size**3
+        # A product of twice the size takes eight times as long, or less.
+        if best and spent + flops / best > PROBE_SECONDS:
+            break
+        seconds = _product_seconds(device, dtype, size)
+        spent += seconds
+        best = max(best, flops / seconds)
+    return best
+
+
+def _product_seconds(device: torch.device, dtype: torch.dtype, size: int) -> float:
     # Constants, not random numbers: the run's random state stays as it is.
     left = torch.full((size, size), 0.5, device=device, dtype=dtype)
     right = torch.full((size, size), 0.25, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        start = _now(device)
-        torch.mm(left, right)
-        best = min(best, _now(device) - start)
-    return 2 * size**3 / best
+    start = _now(device)
+    torch.mm(left, right)
+    return _now(device) - start
 
 
 def _now(device: torch.device) -> float:

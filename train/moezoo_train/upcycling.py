@@ -25,6 +25,7 @@ from moezoo_models.checkpoints import CONFIG, existing, read_json
 from moezoo_models.config import MoezooConfig
 from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.export import export
+from moezoo_models.locks import writing
 from moezoo_train.compare.run import fit, open_text, validate
 from moezoo_train.compare.settings import TextOptions
 from moezoo_train.module import LanguageModel
@@ -110,43 +111,44 @@ def compare_upcycling(
     folder = Path(output)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"output: {folder} is there already; name a new directory")
-    starts = _starts(existing(Path(source)), folder, experts, top_k, drop, to, seed)
-    quiet_lightning()
-    flops = {name: _flops(start, text) for name, start in starts.items()}
-    plan = {name: round(max_steps * flops["dense"] / flops[name]) for name in starts}
-    plan["dense, same tokens"] = plan["upcycled"]
-    starts["dense, same tokens"] = starts["dense"]
-    flops["dense, same tokens"] = flops["dense"]
-    console = Console(stderr=True)
-    outcomes = []
-    for number, (name, steps) in enumerate(plan.items(), 1):
-        pl.seed_everything(seed, verbose=False)
-        data = open_text(text, seed)
-        module = _module(starts[name], data.vocab_size, optimizer, schedule)
-        place = folder / "runs" / name.replace(", ", "-").replace(" ", "_")
-        start_loss, _ = validate(module, text, precision)
-        report, _ = fit(module, data, place, steps, precision, console)
-        module.save(place / "model", data.tokenizer)
-        total, active = count_parameters(module.model)
-        assert report.val_loss is not None
-        assert report.val_bits_per_byte is not None
-        outcomes.append(
-            Outcome(
-                name,
-                steps,
-                report.tokens,
-                BACKWARD * flops[name] * report.tokens,
-                total,
-                active,
-                start_loss,
-                report.val_loss,
-                report.val_bits_per_byte,
-                report.train_seconds,
+    with writing(folder):
+        starts = _starts(existing(Path(source)), folder, experts, top_k, drop, to, seed)
+        quiet_lightning()
+        flops = {name: _flops(start, text) for name, start in starts.items()}
+        plan = {name: round(max_steps * flops["dense"] / flops[name]) for name in starts}
+        plan["dense, same tokens"] = plan["upcycled"]
+        starts["dense, same tokens"] = starts["dense"]
+        flops["dense, same tokens"] = flops["dense"]
+        console = Console(stderr=True)
+        outcomes = []
+        for number, (name, steps) in enumerate(plan.items(), 1):
+            pl.seed_everything(seed, verbose=False)
+            data = open_text(text, seed)
+            module = _module(starts[name], data.vocab_size, optimizer, schedule)
+            place = folder / "runs" / name.replace(", ", "-").replace(" ", "_")
+            start_loss, _ = validate(module, text, precision)
+            report, _ = fit(module, data, place, steps, precision, console)
+            module.save(place / "model", data.tokenizer)
+            total, active = count_parameters(module.model)
+            assert report.val_loss is not None
+            assert report.val_bits_per_byte is not None
+            outcomes.append(
+                Outcome(
+                    name,
+                    steps,
+                    report.tokens,
+                    BACKWARD * flops[name] * report.tokens,
+                    total,
+                    active,
+                    start_loss,
+                    report.val_loss,
+                    report.val_bits_per_byte,
+                    report.train_seconds,
+                )
             )
-        )
-        line = f"[{number}/{len(plan)}] {name}: val loss {report.val_loss:.3f}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _report(folder, outcomes)
+            line = f"[{number}/{len(plan)}] {name}: val loss {report.val_loss:.3f}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _report(folder, outcomes)
     return outcomes
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.corpus import open_corpus
+from moezoo_models.encoding import encode_texts
 from moezoo_models.tokenizer import Tokenizer
 
 _READ_CHARACTERS = 64_000_000
@@ -151,7 +152,7 @@ def _encode(tokenizer: Tokenizer, passages: Sequence[str], count: int) -> tuple[
     stream: list[int] = []
     used = 0
     for start in range(0, len(passages), _AT_ONCE):
-        for ids in tokenizer.encode_batch(passages[start : start + _AT_ONCE]):
+        for ids in encode_texts(tokenizer, passages[start : start + _AT_ONCE]):
             if len(stream) >= count:
                 return stream, used
             stream += [*ids, tokenizer.eos_id]

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from moezoo.command.tables import count
 from moezoo.convert import (
     Block,
     Carved,
@@ -25,6 +26,7 @@ from moezoo.convert.carve.prune import PruneMethod
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints import read_tokenizer
+from moezoo_models.config import check_trained_length
 from moezoo_models.conversion.calibration import Calibration, read_calibration
 from moezoo_models.conversion.convert import Conversion, convert, progress_bar
 from moezoo_models.conversion.drift import load_any
@@ -86,7 +88,8 @@ def carve(
             source. Text like that which the model will see serves best.
         calibration_tokens: tokens that everything is fitted to.
         held_out_tokens: tokens beside them, from other passages, for perplexities.
-        window: tokens that the model sees at once; default: what it is made for, at most 2048.
+        window: tokens that the model sees at once; default: what it was trained on, or
+            if its config.json does not say, what it is made for; at most 2048.
         split: which neurons go together: contribution (ours), cmoe (arXiv:2502.04416), random,
             contiguous, weight_kmeans, coactivation (arXiv:2110.01786).
         shared_by: whose rule picks the shared neurons: the split's own (random and contiguous have
@@ -204,6 +207,7 @@ def calibrate(
     # Fewer tokens than inputs would let the router explain anything.
     check_int("calibration_tokens", tokens, minimum=config.hidden_size + 1)
     longest = config.max_position_embeddings
+    trained = check_trained_length(source.raw.get("trained_length"), longest) or longest
     return read_calibration(
         [texts] if isinstance(texts, str) else texts,
         tokenizer,
@@ -211,7 +215,7 @@ def calibrate(
         tokens=tokens,
         held_out_tokens=held_out_tokens,
         window=check_int(
-            "window", min(longest, _LONGEST_WINDOW) if window is None else window, maximum=longest
+            "window", min(trained, _LONGEST_WINDOW) if window is None else window, maximum=longest
         ),
         seed=seed,
     )
@@ -223,8 +227,8 @@ def _check_memory(source: Source, tokens: int) -> None:
     needed = 4 * tokens * (width + 4 * d_model) + 12 * width**2
     if needed > (free := free_memory()):
         raise InputError(
-            f"calibration_tokens: {tokens:,} need about {needed / 1e9:,.1f} GB of memory and "
-            f"{free / 1e9:,.1f} GB are free; lower them"
+            f"calibration_tokens: {tokens:,} need about {count(needed)}B of memory, and "
+            f"{count(free)}B are free; lower them"
         )
 
 
@@ -294,13 +298,21 @@ class Carving:
         return {
             "calibration": self._calibration.describe(),
             "perplexity": perplexity,
-            "beats": {rival: perplexity["carved"] < perplexity[rival]},
+            # With all parts active there is nothing to prune: both are the dense model.
+            "beats": {rival: perplexity["carved"] < perplexity[rival]} if self._drops() else {},
             "plan": dataclasses.asdict(self._mixture) | {"dtype": str(self._mixture.dtype)},
             "layers": {str(layer): self._plans.figures(layer) for layer in self._mixture.layers},
         }
 
+    def _drops(self) -> bool:
+        """Return whether a token leaves out any of the dense model's neurons."""
+        return self._kept() < self._source.width
+
+    def _kept(self) -> int:
+        return self._mixture.d_shared + self._options.active * self._mixture.d_expert
+
     def _propagation(self, directory: Path) -> Propagation:
-        keep = self._mixture.d_shared + self._options.active * self._mixture.d_expert
+        keep = self._kept()
         variants = (
             Variant("dense", None),
             Variant("static", partial(pruned, keep, "static")),

@@ -19,7 +19,7 @@ from moezoo.convert.carve.prune import PruneMethod
 from moezoo.errors import InputError, check_choice
 from moezoo.feed_forward import FeedForward
 from moezoo.layers.dense import Activation, DenseFFN
-from moezoo.swap import Adapter
+from moezoo.swap_contract import Adapter
 from moezoo_kernels.activations import ACTIVATIONS as FUNCTIONS
 from moezoo_models.dense import ACTIVATIONS
 

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.errors import InputError
-from moezoo_models.atomic import publish
+from moezoo.command.tables import count
+from moezoo.errors import InputError, going_on
+from moezoo_models.atomic import publish, remove_leftovers
 from moezoo_models.checkpoints import CONFIG, INDEX, WEIGHTS
 from moezoo_models.checksums import sealed_header, sum_of_header
 from moezoo_models.conversion.source import layer_of
 from moezoo_models.conversion.targets import Output
+from moezoo_models.locks import writing
 
 MANIFEST = "manifest.json"
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -160,7 +162,7 @@ class Workspace:
 
 @contextmanager
 def workspace(target: Path, identity: str, force: bool) -> Iterator[Workspace]:
-    """Give a directory to fill, which becomes ``target`` at the end.
+    """Yield a directory to fill, which becomes ``target`` at the end.
 
     A run that was killed or interrupted left its directory behind: the same conversion goes on
     there, another one starts anew. After an error nothing is left.
@@ -171,24 +173,26 @@ def workspace(target: Path, identity: str, force: bool) -> Iterator[Workspace]:
         force: replace a checkpoint that is there.
 
     Raises:
-        InputError: ``target`` is a file, or a directory with something in it.
+        InputError: ``target`` is a file, or a directory with something in it; or another process
+            is writing it.
     """
-    check_target(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    directory = target.with_name(f".{target.name}.partial")
-    done = _resumable(directory, identity)
-    if done is None:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-    work = Workspace(directory, identity, done or {})
-    work.save()
-    try:
-        yield work
-        (directory / MANIFEST).unlink(missing_ok=True)
-        publish(directory, target)
-    except Exception:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
+    with writing(target, "target"), going_on("the same command goes on where this one was"):
+        check_target(target, force)
+        remove_leftovers(target)
+        directory = target.with_name(f".{target.name}.partial")
+        done = _resumable(directory, identity)
+        if done is None:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+        work = Workspace(directory, identity, done or {})
+        work.save()
+        try:
+            yield work
+            (directory / MANIFEST).unlink(missing_ok=True)
+            publish(directory, target)
+        except Exception:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -204,15 +208,15 @@ def check_target(target: Path, force: bool) -> None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raise :class:`InputError` if the disk has not that many bytes left."""
+    """Raise :class:`InputError` if the disk does not have that many bytes left."""
     folder = target.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"target: {needed / 1e9:,.1f} GB are needed in {folder} and {free / 1e9:,.1f} GB are "
-            "free; make room or name a directory elsewhere"
+            f"target: {target} needs {count(needed)}B, and {folder} has "
+            f"{count(free)}B free; make room or name a directory elsewhere"
         )
 
 

@@ -87,10 +87,10 @@ def solve(gram: Tensor, rhs: Tensor, strength: float) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let the same inputs give the same bits on any machine: LAPACK's blocks follow its threads.
+    """Let the number of threads change little: LAPACK's blocks follow it.
 
-    Matrix products and triangular solves divide the rows and columns of what they compute, which
-    changes no sum.
+    Matrix products and triangular solves mostly divide the rows and columns of what they compute,
+    which changes no sum.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

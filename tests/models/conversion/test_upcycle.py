@@ -50,6 +50,22 @@ def assert_same_logits(source, target):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("to", ["moezoo", "mixtral", "glm4_moe"])
+def test_the_length_a_model_was_trained_on_is_kept(to, dense, tmp_path):
+    source = dense("llama")
+    fields = json.loads((source / "config.json").read_text())
+    for length, kept in ((16, 16), (None, None)):
+        (source / "config.json").write_text(json.dumps(fields | {"trained_length": length}))
+        out = tmp_path / str(length)
+        upcycle(source, out, experts=4, top_k=2, to=to)
+        assert json.loads((out / "config.json").read_text()).get("trained_length") == kept
+        assert getattr(load_any(out).config, "trained_length", None) == kept
+    (source / "config.json").write_text(json.dumps(fields | {"trained_length": [16]}))
+    with pytest.raises(InputError, match=r"trained_length: \[16\] is not a whole number"):
+        upcycle(source, tmp_path / "refused", experts=4, top_k=2, to=to)
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.parametrize(("family", "to"), PAIRS)
 def test_copies_compute_the_same(family, to, dense, tmp_path):
     source = dense(family)
@@ -361,7 +377,9 @@ def test_a_directory_with_something_in_it_is_left_alone(dense, tmp_path):
 
 def test_too_little_room_is_known_before_the_first_byte(dense, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1000}))
-    with pytest.raises(InputError, match=r"GB are needed in .* and 0\.0 GB are free"):
+    with pytest.raises(
+        InputError, match=r"target: .*out needs [\d.]+ kB, and .* has 1\.00 kB free; make"
+    ):
         upcycle(dense(), tmp_path / "out", experts=4)
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 

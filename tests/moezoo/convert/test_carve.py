@@ -48,7 +48,7 @@ def test_with_all_experts_active_it_is_the_dense_block(router, gated, refit, pla
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("router", ["ridge", "cmoe"])
-def test_plans_repeat_and_do_not_depend_on_the_number_of_threads(split, router, planted):
+def test_plans_repeat_and_other_numbers_of_threads_only_round_otherwise(split, router, planted):
     weights = planted().weights()
     options = CarveOptions(2, 6, 16, split=split, router=router, features=64)
     before = torch.get_num_threads()
@@ -62,9 +62,9 @@ def test_plans_repeat_and_do_not_depend_on_the_number_of_threads(split, router, 
     one, *others = plans
     for other in others:
         assert torch.equal(neurons(one), neurons(other))
-        # MKL's products and solves divide what they compute and no sum, by two threads at least.
-        exact = other is not plans[-1] and torch.backends.mkl.is_available()
-        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
+        # On some processors MKL divides the sums of tall products among threads.
+        again = other is others[0]
+        tolerance = {"rtol": 0, "atol": 0} if again else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(other.router, one.router, **tolerance)
         torch.testing.assert_close(other.down, one.down, **tolerance)
 

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from moezoo import InputError
 from moezoo.__main__ import main
@@ -169,13 +171,27 @@ def test_without_a_finished_run_there_is_nothing_to_show(recipe, capsys):
     assert not Path("out").exists()
 
 
+def test_two_comparisons_with_one_output_are_refused(recipe, capsys):
+    with FileLock(".out.lock"):
+        assert command(recipe) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "moezoo: error: output: another process is writing out; wait for its end, or name another"
+    )
+    assert results() == {}
+
+
 def test_an_interrupted_run_leaves_no_result(recipe, capsys, monkeypatch):
     def interrupted(trainer, *args, **kwargs):
-        raise SystemExit(1)
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:  # as Lightning does
+            sys.exit(1)
 
     monkeypatch.setattr("lightning.pytorch.Trainer.fit", interrupted)
     assert command(recipe) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "moezoo: error: interrupted"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "moezoo: error: interrupted; the same command keeps the runs that are finished"
+    )
     assert results() == {}
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moezoo.errors import InputError
+from moezoo_models import encoding
 from moezoo_models.tokenizer import load_tokenizer
 from moezoo_train import prepare as module
 from moezoo_train import shards
@@ -62,7 +63,7 @@ class TestContent:
     def test_long_documents_are_cut_for_encoding_only(
         self, tmp_path, own_tokenizer, monkeypatch, write_corpus
     ):
-        monkeypatch.setattr(shards, "PIECE_CHARACTERS", 100)
+        monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 100)
         folder = write_corpus(tmp_path / "in", count=5)
         (folder / "one line.txt").write_text("no end " * 500)
         prepared = prepare(str(folder), tmp_path / "out", tokenizer=own_tokenizer)
@@ -114,7 +115,7 @@ class TestContent:
             def decode(self, ids):
                 return bytes(ids).decode().removeprefix(" ")
 
-        text = "x\n" * shards.PIECE_CHARACTERS
+        text = "x\n" * encoding.PIECE_CHARACTERS
         (ids,) = shards.encode(Prefixing(), [text])
         assert bytes(ids[:-1].tolist()).decode() == " " + text
 
@@ -339,7 +340,7 @@ class TestBadInput:
         def read_only(*args, **options):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-        monkeypatch.setattr(module, "FileLock", read_only)
+        monkeypatch.setattr("moezoo_models.locks.FileLock", read_only)
         monkeypatch.setattr(Path, "mkdir", read_only)
         assert prepare(str(corpus), tmp_path, tokenizer=own_tokenizer) == first
         with pytest.raises(InputError, match="Read-only file system"):

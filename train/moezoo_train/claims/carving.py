@@ -134,7 +134,7 @@ def compare_carving(
         max_steps,
         precision,
         text,
-        optimizer,
+        optimizer.here(),
         schedule,
     )
     quiet_lightning()

@@ -87,7 +87,7 @@ def compare_hardening(
         _check(name, arguments, model.d_model, depths)
     data = prepare_text(text)
     quiet_lightning()
-    setting = _Setting(max_steps, precision, model, text, optimizer, schedule)
+    setting = _Setting(max_steps, precision, model, text, optimizer.here(), schedule)
     tasks = []
     for seed in seeds:
         contenders = {DENSE: {"depth": 0, "hardening": 0.0}} | {

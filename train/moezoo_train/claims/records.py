@@ -13,7 +13,9 @@ import torch
 from rich.console import Console
 
 import moezoo
+from moezoo.errors import going_on
 from moezoo_models.atomic import atomic_write
+from moezoo_models.locks import writing
 from moezoo_train.compare.plan import fingerprint
 from moezoo_train.compare.run import RESULT
 
@@ -50,6 +52,11 @@ def run_all(folder: Path, tasks: list[Task], said: str, console: Console) -> dic
         said: the figure to report while running.
         console: where to.
     """
+    with writing(folder), going_on("the same command keeps the runs that are finished"):
+        return _run_all(folder, tasks, said, console)
+
+
+def _run_all(folder: Path, tasks: list[Task], said: str, console: Console) -> dict[str, Figures]:
     found = {task.name: figures for task in tasks if (figures := _finished(folder, task))}
     console.print(f"{len(tasks)} runs, {len(found)} of them finished before", highlight=False)
     for number, task in enumerate(tasks, 1):

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from moezoo.errors import InputError, check_choice, check_number
+from moezoo.errors import InputError, check_choice, check_number, going_on
+from moezoo_models.locks import writing
 from moezoo_train.compare.curves import flops_per_token, read_curves
 from moezoo_train.compare.plan import Run, plan
 from moezoo_train.compare.report import write_report
@@ -106,7 +107,8 @@ def compare(
         check_number("minutes", minutes)
     runs = plan(experiment)
     flops = _check(runs)
-    results = _run_all(Path(output), runs, prepare_text(text), Console(stderr=True), minutes)
+    with writing(output), going_on("the same command keeps the runs that are finished"):
+        results = _run_all(Path(output), runs, prepare_text(text), Console(stderr=True), minutes)
     pairs = [(run, result) for run, result in zip(runs, results, strict=True) if result]
     if not pairs:
         raise InputError(f"minutes: no run of {output} is finished yet; allow more of them")

@@ -32,6 +32,7 @@ from moezoo_train.metrics import ExpertLoad, LoadCounter
 from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.progress import StepProgress
 from moezoo_train.report import Report, collect
+from moezoo_train.stopping import raising_interrupts
 
 RESULT = "result.json"
 MODEL = "model"
@@ -212,10 +213,8 @@ def fit(
         "default_root_dir": folder,
     }
     trainer = pl.Trainer(**options)
-    try:
+    with raising_interrupts():
         trainer.fit(module, datamodule=text)
-    except SystemExit as stop:  # Lightning's answer to Ctrl-C
-        raise KeyboardInterrupt from stop
     return collect(trainer, module, read_metrics(folder / "metrics.csv")), load.loads
 
 
@@ -234,7 +233,8 @@ def validate(
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    (metrics,) = trainer.validate(module, datamodule=open_text(text, 0), verbose=False)
+    with raising_interrupts():
+        (metrics,) = trainer.validate(module, datamodule=open_text(text, 0), verbose=False)
     module.train()
     return float(metrics["val/loss"]), load.loads
 

@@ -146,12 +146,12 @@ class Experiment:
             )
 
     def optimizer_of(self, row: str) -> OptimizerConfig:
-        """Give a row's optimizer: that of all rows, with the row's own settings."""
+        """Return a row's optimizer: that of all rows, with the row's own settings."""
         own = self.methods[row].optimizer
         common = {
             f.name: getattr(self.optimizer, f.name) for f in dataclasses.fields(OptimizerConfig)
         }
-        return _named(f"methods.{row}.optimizer", OptimizerConfig, {**common, **own})
+        return _named(f"methods.{row}.optimizer", OptimizerConfig, {**common, **own}).here()
 
 
 def configuration(experiment: Experiment, output: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moezoo.convert.plan import PROJECTIONS, Expert, LayerPlan, Projection
 from moezoo.errors import InputError
+from moezoo_models.config import check_trained_length
 from moezoo_models.conversion.source import Source
 
 Read = Callable[[], dict[str, Tensor]]
@@ -319,6 +320,9 @@ def stock_config(kind: Callable[..., Any], source: Source, **fields: Any) -> dic
         fields: those of this architecture.
     """
     dense = source.config
+    trained = check_trained_length(source.raw.get("trained_length"), dense.max_position_embeddings)
+    if trained is not None:
+        fields["trained_length"] = trained
     common = {name: getattr(dense, name) for name in _COPIED}
     config = kind(**common, rope_parameters=dict(dense.rope_parameters), **fields)
     config.architectures = [kind.__name__.removesuffix("Config") + "ForCausalLM"]

@@ -1,0 +1,135 @@
+"""What every call of a layer is checked for, before it computes and after."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import InputError
+
+if TYPE_CHECKING:
+    from moezoo.feed_forward import FeedForward
+
+R = TypeVar("R")
+
+
+def checked(method: Callable[..., R]) -> Callable[..., R]:
+    """Wrap a layer's method that takes what ``forward`` takes, so that its arguments are checked.
+
+    Raises:
+        InputError: from the wrapped method: ``hidden`` or ``router_input`` is not floating point
+            or not ``(..., d_model)``, ``router_input`` or ``mask`` is of another shape,
+            ``token_ids`` are no whole numbers, ``mask`` is not bool, or losses would be lost (see
+            :func:`refuse_lost_losses`).
+    """
+
+    @functools.wraps(method)
+    def call(self: FeedForward, hidden: Tensor, *args: Any, **context: Any) -> R:
+        check_hidden(self, hidden)
+        check_context(hidden, **context)
+        output = method(self, hidden, *args, **context)
+        if not torch.is_grad_enabled() and getattr(output, "losses", None):
+            refuse_lost_losses(self)
+        return output
+
+    return call
+
+
+def check_hidden(layer: FeedForward, hidden: Any) -> None:
+    """Refuse what is no ``(..., d_model)`` of floating-point numbers.
+
+    Raises:
+        InputError: names the dtype or the shape.
+    """
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+        kind = hidden.dtype if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise InputError(f"hidden: {kind} is not floating point; give hidden states, e.g. float32")
+    if not hidden.ndim:
+        raise InputError(f"hidden: is one number; give (..., {layer.d_model}) of them")
+    if hidden.shape[-1] != layer.d_model:
+        raise InputError(
+            f"hidden: last dimension is {hidden.shape[-1]}, the layer's d_model is {layer.d_model}"
+        )
+
+
+def check_context(
+    hidden: Tensor,
+    token_ids: Tensor | None = None,
+    router_input: Tensor | None = None,
+    mask: Tensor | None = None,
+    **others: Any,
+) -> None:
+    """Refuse what is given beside the hidden states and does not fit them.
+
+    The shapes of ``mask`` and ``token_ids`` are the layer's to check: it may read earlier tokens.
+
+    Raises:
+        InputError: names the argument, and its dtype or shape.
+    """
+    if token_ids is not None and token_ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"token_ids: {token_ids.dtype} holds no token ids; give int64")
+    if router_input is not None:
+        if not router_input.is_floating_point():
+            raise InputError(
+                f"router_input: {router_input.dtype} is not floating point; give hidden states"
+            )
+        if router_input.shape != hidden.shape:
+            raise InputError(
+                f"router_input: shape {tuple(router_input.shape)} does not match hidden's "
+                f"{tuple(hidden.shape)}"
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise InputError(
+            f"mask: {mask.dtype} is not bool; give torch.bool, true at real tokens (not a mask "
+            "to be added)"
+        )
+
+
+def flatten_tokens(
+    layer: FeedForward, hidden: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Flatten ``(..., d_model)`` and its mask to ``(T, d_model)`` and ``(T,)``, checking both.
+
+    Raises:
+        InputError: ``hidden`` is not floating point, its last dimension is not ``d_model``, or the
+            mask is not bool or has another shape.
+    """
+    check_hidden(layer, hidden)
+    if mask is None:
+        return hidden.reshape(-1, layer.d_model), None
+    check_context(hidden, mask=mask)
+    if mask.shape != hidden.shape[:-1]:
+        raise InputError(
+            f"mask: shape {tuple(mask.shape)} does not match hidden's {tuple(hidden.shape[:-1])}"
+        )
+    return hidden.reshape(-1, layer.d_model), mask.reshape(-1)
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def refuse_lost_losses(layer: FeedForward) -> None:
+    """Refuse to return losses without a graph from inside an autograd function.
+
+    Reentrant checkpointing runs a block there without a graph, and makes one for the tensors that
+    the block returns; losses that are handed on in a dictionary, or caught on the way, stay
+    without, and their gradients would be missing. A plain ``torch.no_grad()`` is no such function.
+
+    Raises:
+        InputError: names the layer and the fix.
+    """
+    if torch.compiler.is_compiling():  # which records checkpoints as such, whatever their kind
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            raise InputError(
+                f"use_reentrant: reentrant checkpointing drops the gradients of "
+                f"{type(layer).__name__}'s losses; checkpoint with use_reentrant=False"
+            )
+        frame = frame.f_back  # type: ignore[assignment]

@@ -1,0 +1,96 @@
+"""What can be refused before anything is tokenized, which may take hours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from moezoo import HashLayer
+from moezoo.errors import InputError
+from moezoo_models.tokenizer import load_tokenizer
+from moezoo_train import identity
+from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.hash_tables import baseline_embeddings
+from moezoo_train.lora import describe_adapters
+from moezoo_train.optim import build_optimizer, is_sparse
+from moezoo_train.pretrained import check_length, check_tokenizer
+from moezoo_train.schedule import build_schedule
+from moezoo_train.sharded_checkpoints import REST, is_sharded
+from moezoo_train.strategies import check_sparse_gradients, check_strategy
+
+if TYPE_CHECKING:
+    from moezoo_train.data import TokenDataModule
+    from moezoo_train.module import LanguageModel
+
+
+def check_run(
+    trainer: Trainer, module: LanguageModel, data: TokenDataModule, checkpoint: str | None
+) -> None:
+    """Refuse a training run that would be refused once the text is prepared.
+
+    All of it is judged again where it is used, as runs from Python do not come by here.
+
+    Args:
+        trainer: about to fit.
+        module: the model.
+        data: the text; nothing of it is read.
+        checkpoint: path of the checkpoint to go on from, if any.
+
+    Raises:
+        InputError: names the option to change.
+    """
+    check_evaluation(trainer, module, data, checkpoint, fitting=True)
+    optimizer = build_optimizer(module.model, module.optimizer_config, fused=False)
+    if any(is_sparse(group) for group in optimizer.param_groups):
+        check_sparse_gradients(trainer.strategy, module.compile_model)
+    if trainer.max_steps > 0 and not getattr(trainer, "fast_dev_run", False):
+        # Epochs may make it shorter, which only the text tells.
+        build_schedule(optimizer, module.schedule_config, trainer.max_steps)
+    waiting = [m for m in module.model.modules() if isinstance(m, HashLayer) and m.missing_input]
+    if checkpoint is None and any(layer.missing_input == "embeddings" for layer in waiting):
+        baseline_embeddings(module.hash_embeddings_from, module.model.config.vocab_size)
+
+
+def check_evaluation(
+    trainer: Trainer,
+    module: LanguageModel,
+    data: TokenDataModule,
+    checkpoint: str | None,
+    fitting: bool = False,
+) -> None:
+    """Refuse what ``moezoo validate`` or ``test`` would refuse later; see :func:`check_run`.
+
+    Raises:
+        InputError: names the option to change.
+    """
+    check_length(module.model, data.sequence_length)
+    check_strategy(trainer.strategy, module, fitting)
+    if module.initialize_from is not None and data.source is not None and data.tokenizer_name:
+        check_tokenizer(module.initialize_from, load_tokenizer(data.tokenizer_name))
+    if checkpoint is not None and "://" not in checkpoint:
+        _check_checkpoint(Path(checkpoint), module)
+
+
+def _check_checkpoint(path: Path, module: LanguageModel) -> None:
+    """Compare what a checkpoint says it is of; its tensors stay on the disk."""
+    saved = _read(path).get(identity.CONFIG_KEY)
+    if saved is None:
+        raise InputError(f"ckpt_path: {path} was not written by moezoo fit")
+    with identity.own_names():
+        identity.check_same("model", saved["config"], identity.describe(module.model.config))
+    adapters = describe_adapters(module.model, module.lora)
+    identity.check_same("lora", saved.get("lora", {}), adapters)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / REST if is_sharded(path) else path
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever is wrong with it, reading it as a run does says it
+        content = None
+    if isinstance(content, dict) and "state_dict" in content:
+        return content
+    return AtomicCheckpointIO().load_checkpoint(path)

@@ -1,0 +1,112 @@
+"""Lightning's loop over batches, such that a run is a sequence of whole optimizer steps.
+
+Lightning counts batches. It may validate, stop and save within an optimizer step, and what it saves
+tells a resumed run in which hook it was saved, from which the rest is guessed: epochs are counted
+twice, logged steps are missed. Here whoever asks for a validation or a stop gets it when the step
+has ended, and a checkpoint says where the run stands between two batches, and no more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops import _TrainingEpochLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher
+
+_TRACKED = ("ready", "started", "processed", "completed")
+
+
+class StepLoop(_TrainingEpochLoop):
+    """Lightning's loop over the batches of an epoch, by whole optimizer steps."""
+
+    @property
+    def done(self) -> bool:
+        """Tell whether to leave the loop: never within a step, whoever asks to stop."""
+        return super().done and not self._should_accumulate()
+
+    def reset(self) -> None:
+        """Begin an epoch, or go on in it."""
+        super().reset()
+        self._count_steps()
+
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        """Validate if that is due."""
+        super().on_advance_end(data_fetcher)
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        # Lightning's own count of the same, by which it logs, is off by one in some resumed runs.
+        self._batches_that_stepped = self.global_step
+
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        """Tell whether a validation is due: one that falls within a step waits for its end."""
+        if self._should_accumulate():
+            return False
+        return super()._should_check_val_fx(data_fetcher) or self._validation_waits()
+
+    def _validation_waits(self) -> bool:
+        every = self.trainer.val_check_batch
+        if not isinstance(every, int) or not self._should_check_val_epoch():
+            return False  # by time, or at the end of data of unknown length
+        across_epochs = self.trainer.check_val_every_n_epoch is None
+        last = (self.total_batch_idx if across_epochs else self.batch_idx) + 1
+        in_step = (self.batch_progress.current.ready - 1) % self.trainer.accumulate_grad_batches + 1
+        return last // every > (last - in_step) // every
+
+
+def take_whole_steps(trainer: Trainer) -> None:
+    """Give a trainer the loop; before it reads a checkpoint."""
+    lightnings = trainer.fit_loop.epoch_loop
+    if not isinstance(lightnings, StepLoop):
+        loop = StepLoop(trainer)
+        vars(loop).update(vars(lightnings))  # its limits, its counts, and where validation data is
+        trainer.fit_loop.epoch_loop = loop
+
+
+def run_steps(trainer: Trainer) -> int | None:
+    """Return the optimizer steps that a run makes at most; None if nothing bounds them."""
+    loop = trainer.fit_loop
+    opened = loop._combined_loader is not None
+    steps = trainer.estimated_stepping_batches
+    if not opened:
+        # Lightning may have opened the data to count its batches, and a worker have begun with the
+        # first: where a resumed run begins is not known yet.
+        loop._combined_loader = loop._data_fetcher = None
+    return int(steps) if math.isfinite(steps) and steps > 0 else None
+
+
+def stand_between_batches(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Let a checkpoint say where the run stands, whichever hook saves it, in place.
+
+    An epoch counts when all its batches are done, not when the run ends within it.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+    within = batches["current"]["processed"]
+    whole = batches["is_last_batch"] or within >= trainer.num_training_batches
+    for part in ("total", "current"):
+        done = batches[part]["processed"]
+        batches[part].update(dict.fromkeys(_TRACKED, done))
+        begun, finished = epochs[part]["ready"], epochs[part]["processed"]
+        if whole:
+            finished = begun
+        elif within:
+            finished = begun - 1
+        else:
+            begun = finished  # it begins when its first batch is trained on
+        epochs[part].update(ready=begun, started=begun, processed=finished, completed=finished)
+    if whole:
+        batches["is_last_batch"] = False
+        optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        progress = (loops["epoch_loop.scheduler_progress"], *optimizer.values(), batches)
+        for current in (counts["current"] for counts in progress):
+            current.update(dict.fromkeys(current, 0))
+    # A validation that was due has been made; one never goes on where another ended.
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    for part in ("total", "current"):
+        validation[part].update(dict.fromkeys(_TRACKED, 0))
+    validation["is_last_batch"] = False
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+    checkpoint["epoch"] = epochs["current"]["completed"]
