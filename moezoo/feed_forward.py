@@ -316,14 +316,16 @@ def _signature(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _options(cls: Callable[..., Any], key: str, value: Any) -> Any:
     """Turn a mapping into the options dataclass that ``cls`` annotates for ``key``, if any."""
-    if not isinstance(value, Mapping):
-        return value
     constructor = cls.__init__ if inspect.isclass(cls) else cls
     hint = typing.get_type_hints(constructor).get(key)
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    for option in typing.get_args(hint) if union else (hint,):
-        if dataclasses.is_dataclass(option) and isinstance(option, type):
-            return build(option, value)
+    members = typing.get_args(hint) if union else (hint,)
+    options = [m for m in members if dataclasses.is_dataclass(m) and isinstance(m, type)]
+    if options and isinstance(value, Mapping):
+        return build(options[0], value)
+    only = options and set(members) <= {*options, type(None)}
+    if only and not isinstance(value, tuple(members)):
+        raise InputError(f"{key}: {value!r} is not a mapping of options")
     return value
 
 
@@ -348,9 +350,11 @@ def select_layers(layers: str | int | list[int], num_layers: int) -> list[int]:
         return list(range(num_layers))
     if isinstance(layers, str):
         word, _, count = layers.partition(" ")
-        if word == "every" and count.strip().isdigit() and int(count) > 0:
-            return list(range(int(count) - 1, num_layers, int(count)))
-        raise InputError(f"layers: '{layers}' is not understood; write all, every 2, or [3, 7]")
+        digits = count.strip()
+        if word == "every" and digits.isdecimal() and len(digits) < 10 and int(digits) > 0:
+            return list(range(int(digits) - 1, num_layers, int(digits)))
+    if not isinstance(layers, int | list | tuple):
+        raise InputError(f"layers: {layers!r} is not understood; write all, every 2, or [3, 7]")
     indices = [layers] if isinstance(layers, int) else list(layers)
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int):

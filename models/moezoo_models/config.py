@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from moezoo.errors import InputError, check_choice, check_int, check_number, nearest
+from moezoo.errors import InputError, check_choice, check_int, nearest
 from moezoo.feed_forward import registered, select_layers
+from moezoo_models.fields import check_fields, check_heads
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -102,11 +103,15 @@ class MoezooConfig(PreTrainedConfig):
         for key in kwargs:
             if key not in _BASE_CLASS_KEYS and not key.startswith("_"):
                 raise InputError(f"{key}: no such field{nearest(key, self._fields())}")
-        self._check_heads()
+        if kwargs.get("per_layer_config"):
+            raise InputError("per_layer_config: layers differ by rules in ffn; leave it out")
+        # Before the base class uses them: it makes a label for each number below num_labels.
+        check_fields(kwargs)
+        self._check_fields()
         if not self.layer_types:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        if not self.ffn:
+        if self.ffn is None or self.ffn == []:
             self.ffn = [{"layers": "all", "class_path": "moezoo.DenseFFN"}]
         super().__post_init__(**kwargs)
         self.check()
@@ -121,46 +126,25 @@ class MoezooConfig(PreTrainedConfig):
         Raises:
             InputError: with the field and the fix.
         """
-        self._check_heads()
-        check_int("vocab_size", self.vocab_size)
-        longest = check_int("max_position_embeddings", self.max_position_embeddings)
-        check_trained_length(self.trained_length, longest)
-        check_number("rms_norm_eps", self.rms_norm_eps)
-        check_number("attention_dropout", self.attention_dropout, maximum=1.0)
-        check_number("initializer_range", self.initializer_range)
+        self._check_fields()
+        check_trained_length(self.trained_length, self.max_position_embeddings)
         self._check_layer_types()
         self._check_special_tokens()
-        kind = self.rope_parameters.get("rope_type")
+        kind = (self.rope_parameters or {}).get("rope_type")
         check_choice("rope_parameters: rope_type", kind, ["default", *ROPE_INIT_FUNCTIONS])
         try:
             self.validate_rope()
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"rope_parameters: {error}".replace("\n", " ")) from error
         self.ffn = check_ffn_rules(self.ffn, self.num_hidden_layers, self.hidden_size)
 
-    def _check_heads(self) -> None:
-        width = check_int("hidden_size", self.hidden_size)
-        heads = check_int("num_attention_heads", self.num_attention_heads)
-        check_int("num_hidden_layers", self.num_hidden_layers)
+    def _check_fields(self) -> None:
+        check_fields({name: getattr(self, name) for name in self._fields()})
+        check_heads(self)
         if self.head_dim is None:
-            if width % heads:
-                raise InputError(
-                    f"hidden_size: {width} is not divisible by num_attention_heads {heads}; "
-                    "make it a multiple, or set head_dim"
-                )
-            self.head_dim = width // heads
-        if check_int("head_dim", self.head_dim) % 2:
-            raise InputError(
-                f"head_dim: {self.head_dim} is odd, which rotary embeddings cannot halve; "
-                "change num_attention_heads or head_dim"
-            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = heads
-        if heads % check_int("num_key_value_heads", self.num_key_value_heads):
-            raise InputError(
-                f"num_key_value_heads: {self.num_key_value_heads} does not divide "
-                f"num_attention_heads {heads}; choose a divisor"
-            )
+            self.num_key_value_heads = self.num_attention_heads
 
     def _check_layer_types(self) -> None:
         kinds = self.layer_types

@@ -27,12 +27,13 @@ from moezoo_models.attention_backends import check_backend
 from moezoo_models.block import DecoderLayer
 from moezoo_models.config import MoezooConfig
 from moezoo_models.initialization import drop, filled_later, reset_feed_forward
+from moezoo_models.loading import GatedLoading
 from moezoo_models.norm import RMSNorm
 from moezoo_models.outputs import MoezooModelOutput
 from moezoo_models.rotary import RotaryEmbedding
 
 
-class MoezooPreTrainedModel(PreTrainedModel):
+class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
     """What the models share: configuration class, capabilities, initialisation, strict loading."""
 
     config_class = MoezooConfig
@@ -88,23 +89,6 @@ class MoezooPreTrainedModel(PreTrainedModel):
         if filled_later() is not None:
             drop(self)
         super().init_weights()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a checkpoint directory, as in transformers, but never half of it.
-
-        Raises:
-            InputError: the checkpoint lacks tensors of the model.
-        """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InputError(
-                f"checkpoint: tensor '{missing[0]}'{more} is missing from the weights; "
-                "config.json and the weights belong to different models"
-            )
-        return (model, info) if output_loading_info else model
 
     def activation_checkpointing_enable(
         self,

@@ -10,11 +10,15 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from moezoo.errors import InputError, check_choice, nearest
 from moezoo_models.config import MoezooConfig
+from moezoo_models.fields import check_fields
 
 DENSE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config for config in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 }
 """Configuration classes of the architectures that load as they are, by ``model_type``."""
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "flex_olmo")
+"""Mixtures of transformers that are trained and run here as they are, by ``model_type``."""
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -40,11 +44,13 @@ def dense_config(raw: Mapping[str, Any]) -> MoezooConfig:
     kind = str(raw.get("model_type"))
     if kind not in DENSE_CONFIGS:
         known = ("moezoo", *DENSE_CONFIGS)
-        raise InputError(f"model_type: '{kind}' can not be loaded{nearest(kind, known)}")
-    if raw.get("quantization_config"):
-        raise InputError(
-            "quantization_config: quantised weights can not be loaded; dequantise them"
-        )
+        if kind in MIXTURES:
+            raise InputError(
+                f"model_type: '{kind}' is a stock mixture of experts, whose layers are not this "
+                f"library's; give one of: {', '.join(known)}"
+            )
+        raise InputError(f"model_type: '{kind}' cannot be loaded{nearest(kind, known)}")
+    check_fields(raw)
     try:
         config: Any = DENSE_CONFIGS[kind].from_dict(dict(raw))
     except (StrictDataclassError, TypeError, ValueError) as error:

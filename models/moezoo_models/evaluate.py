@@ -272,6 +272,7 @@ def evaluate_tokens(
         nats = math.fsum(loss for batch in batches for loss in _losses(model, stream, batch))
     finally:
         model.train(was_training)
+    check_loss(nats)
     loss = nats / num_tokens
     return Evaluation(
         loss=loss,
@@ -282,6 +283,19 @@ def evaluate_tokens(
         sequence_length=length,
         stride=step,
     )
+
+
+def check_loss(nats: float) -> None:
+    """Refuse a loss that is no number, which no perplexity follows from.
+
+    Raises:
+        InputError: it is NaN or infinite.
+    """
+    if not math.isfinite(nats):
+        raise InputError(
+            "checkpoint: the model's loss is not a finite number: its weights are too large for "
+            "their dtype, or damaged; give another checkpoint"
+        )
 
 
 def window_length(model: PreTrainedModel, sequence_length: int | None) -> int:

@@ -99,7 +99,7 @@ def save_stock(
     """
     config = stock_config(model)
     with torch.device("meta"):
-        stock: Any = AutoModelForCausalLM.from_config(config)
+        stock: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     stock.load_state_dict(model.state_dict(), assign=True)
     stock.tie_weights()
     with replacing_directory(target, "target") as fresh:

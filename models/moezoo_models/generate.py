@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import InputError, check_int, check_number, check_text
 from moezoo_models.decoder import check_token_ids
-from moezoo_models.devices import pick_device
+from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.encoding import encode_text
 from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tokenizer import Tokenizer
 
+_LARGEST_SEED = (1 << 63) - 1
+_LEAST_TEMPERATURE = 1e-6
 _NEW_TOKENS = 128
 _BROKEN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
@@ -139,15 +147,66 @@ def continue_text(
         torch.manual_seed(seed)
         model.eval()
         try:
-            cast(Any, model).generate(
-                ids.to(model.device),
-                attention_mask=torch.ones_like(ids, device=model.device),
-                generation_config=config,
-                streamer=WholeCharacterStreamer(tokenizer, collect),
-            )
+            with own_settings(model):
+                cast(Any, model).generate(
+                    ids.to(model.device),
+                    attention_mask=torch.ones_like(ids, device=model.device),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([FiniteLogits()]),
+                    streamer=WholeCharacterStreamer(tokenizer, collect),
+                )
         finally:
             model.train(was_training)
     return "".join(pieces)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Refuses logits that are no numbers, of which the first token would be the likeliest."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return the logits as they are.
+
+        Raises:
+            InputError: one is NaN or infinite.
+        """
+        if not scores.isfinite().all():
+            raise InputError(
+                "checkpoint: the model's logits are not finite numbers: its weights are too large "
+                "for their dtype, or damaged; give another checkpoint"
+            )
+        return scores
+
+
+@contextmanager
+def own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Keep a model's ``generation_config.json`` out of what is generated inside the block.
+
+    transformers fills what options leave open from there: penalties, beams, caches. What is written
+    then would not be what the options say.
+    """
+    settings: Any = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        yield
+    finally:
+        model.generation_config = settings
+
+
+def _check_memory(model: PreTrainedModel, prompt: int, new: int) -> None:
+    """Refuse a continuation whose keys and values would not fit into memory."""
+    config: Any = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = free_memory()
+    if (needed := (prompt + new) * of_token) > free:
+        raise InputError(
+            f"max_new_tokens: keys and values of {prompt + new:,} tokens need "
+            f"{needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free; lower it"
+        )
 
 
 class WholeCharacterStreamer(BaseStreamer):
@@ -191,11 +250,15 @@ class WholeCharacterStreamer(BaseStreamer):
 
 def check_sampling(temperature: float, top_k: int, top_p: float, seed: int = 0) -> None:
     """Raise :class:`InputError` if an option of :func:`generate` is out of range."""
-    check_number("temperature", temperature)
+    if 0 < check_number("temperature", temperature) < _LEAST_TEMPERATURE:
+        raise InputError(
+            f"temperature: {temperature:g} is too little to divide by; give 0, which takes the "
+            "likeliest token"
+        )
     check_int("top_k", top_k, minimum=0)
     if not check_number("top_p", top_p, maximum=1.0):
         raise InputError("top_p: 0 leaves no token to choose from; give a number up to 1")
-    check_int("seed", seed, minimum=0, maximum=(1 << 63) - 1)
+    check_int("seed", seed, minimum=0, maximum=_LARGEST_SEED)
 
 
 def _start(
@@ -204,11 +267,13 @@ def _start(
     """Return a prompt's ids, ``(1, length)``, and how many are to be added to them.
 
     Raises:
-        InputError: the prompt is no text, or it or what is wanted does not fit the model.
+        InputError: the prompt is no text, or it or what is wanted does not fit the model, or the
+            memory that is free.
     """
     ids = torch.tensor([prompt_ids(tokenizer, check_text("prompt", prompt))])
     count = new_tokens(model, ids.shape[1], wanted)
     check_token_ids(ids, model.config.vocab_size)
+    _check_memory(model, ids.shape[1], count)
     return ids, count
 
 
@@ -259,8 +324,11 @@ def generation_config(
     check_int("max_new_tokens", max_new_tokens)
     check_sampling(temperature, top_k, top_p)
     ends = model.generation_config.eos_token_id if model.generation_config else None
-    stops = {tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    known = range(model.config.vocab_size)
+    own = (end for end in (ends if isinstance(ends, list) else [ends]) if end in known)
+    stops = {tokenizer.eos_id, *own}
+    kept = min(top_k, model.config.vocab_size)
+    sampling = {"temperature": temperature, "top_k": kept, "top_p": top_p}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,

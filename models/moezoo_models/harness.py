@@ -20,14 +20,19 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.encoding import encode_text
-from moezoo_models.evaluate import logits_of, window_length
-from moezoo_models.generate import generation_config
+from moezoo_models.evaluate import check_loss, logits_of, window_length
+from moezoo_models.generate import FiniteLogits, generation_config, own_settings
 from moezoo_models.tokenizer import Tokenizer
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -157,6 +162,7 @@ class HarnessModel(TemplateLM):
             logits = logits_of(self.network, row[len(inputs) - len(targets) : len(inputs)])
             wanted = torch.tensor(targets, device=logits.device)
             nats = F.cross_entropy(logits, wanted, reduction="none").double().sum()
+            check_loss(float(nats))
             scores.append((-float(nats), bool((logits.argmax(-1) == wanted).all())))
         return scores
 
@@ -203,12 +209,14 @@ class HarnessModel(TemplateLM):
         )
         read = partial(self._read, prompts, cast("list[int]", config.eos_token_id), ids.shape[1])
         network: Any = self.network
-        written = network.generate(
-            ids,
-            attention_mask=mask,
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([_Stops(read, decoding.until)]),
-        )
+        with own_settings(self.network):
+            written = network.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([FiniteLogits()]),
+                stopping_criteria=StoppingCriteriaList([_Stops(read, decoding.until)]),
+            )
         return [decoding.cut(text) for text in read(written)]
 
     def _read(

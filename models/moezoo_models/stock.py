@@ -7,12 +7,13 @@ transformers calls them: trained here and saved, they load in unmodified transfo
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moezoo.errors import InputError, nearest
 from moezoo.routing.stats import expert_counts, mean_entropy
@@ -20,7 +21,6 @@ from moezoo_models.attention_backends import check_backend
 from moezoo_models.causal_lm import MoezooForCausalLM, next_token_loss
 from moezoo_models.checkpoints import (
     CONFIG,
-    check_weights,
     choose_tokenizer,
     existing,
     load_checkpoint,
@@ -28,17 +28,15 @@ from moezoo_models.checkpoints import (
     quiet,
     read_json,
     read_tokenizer,
-    tensor_shapes,
-    weight_files,
 )
 from moezoo_models.config import MoezooConfig
-from moezoo_models.dense import DENSE_CONFIGS
+from moezoo_models.dense import DENSE_CONFIGS, MIXTURES
+from moezoo_models.gate import admit, check_model, told
 from moezoo_models.outputs import MoezooOutput
 from moezoo_models.tokenizer import Tokenizer
 
 DENSE = (*DENSE_CONFIGS, "olmo2")
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "flex_olmo")
-"""Architectures of transformers that are trained and run here, by ``model_type``."""
+"""Dense architectures of transformers that are trained and run here, by ``model_type``."""
 
 
 def load_as_it_is(
@@ -60,19 +58,8 @@ def load_as_it_is(
             one whose weights do not fit its config.json.
     """
     directory = existing(Path(path))
-    raw = read_json(directory / CONFIG)
-    kind = str(raw.get("model_type"))
-    if kind == MoezooConfig.model_type:
+    if read_json(directory / CONFIG).get("model_type") == MoezooConfig.model_type:
         return load_checkpoint(directory, device, attention)
-    if kind not in (*DENSE, *MIXTURES):
-        known = (MoezooConfig.model_type, *DENSE, *MIXTURES)
-        raise InputError(f"model_type: '{kind}' can not be loaded{nearest(kind, known)}")
-    if raw.get("quantization_config"):
-        raise InputError(
-            "quantization_config: quantised weights can not be loaded; dequantise them"
-        )
-    tensor_shapes(directory)  # says which file is damaged, if one is
-    check_weights(weight_files(directory))
     check_backend(attention)
     model = load_stock(directory, attention)
     return model.to(device), read_tokenizer(directory)  # type: ignore[arg-type]
@@ -90,7 +77,7 @@ def load_any_with_tokenizer(
         InputError: as :func:`load_as_it_is`; or there is no tokenizer.
     """
     kind = read_json(existing(Path(path)) / CONFIG).get("model_type")
-    if kind == MoezooConfig.model_type or kind in DENSE_CONFIGS:
+    if kind in [MoezooConfig.model_type, *DENSE_CONFIGS]:
         return load_with_tokenizer(path, tokenizer, device, attention)
     model, own = load_as_it_is(path, device, attention)
     return model, choose_tokenizer(path, tokenizer, own)
@@ -110,31 +97,52 @@ def load_stock(
         InputError: weights are missing, unexpected or of another shape, or transformers refuses
             the configuration.
     """
-    safe = weight_files(directory, pickled)[0].suffix == ".safetensors"
-    with quiet(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # An absent shared expert is, in stock architectures, one without neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=safe,
-                weights_only=True,
+        admitted = admit(directory, stock_config, _build, renamed=True, pickled=pickled)
+        config = admitted.config
+        kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        with quiet(), told(directory), admitted.opened() as tensors:
+            model, problems = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=admitted.dtype,
+                generation_config=admitted.generation,
                 attn_implementation=attention,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"checkpoint: {directory} can not be loaded: {reason}") from error
-    model, problems = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in problems[kind])
-        if names:
-            raise InputError(f"checkpoint: {kind.replace('_', ' ')} in {directory}: {names[0]}")
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in problems[problem]):
+            raise InputError(f"checkpoint: {problem.replace('_', ' ')} in {directory}: {names[0]}")
+    model.name_or_path = model.config.name_or_path = str(directory)
+    check_model(model, directory)
     # Its default for experts, grouped matrix products, wants rows of multiples of 16 bytes.
     if any(p.ndim == 3 and p.shape[-1] * p.element_size() % 16 for p in model.parameters()):
         model.config._experts_implementation = "eager"
     return cast(PreTrainedModel, model.eval())
+
+
+def stock_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """Make transformers' configuration of a ``config.json`` of an architecture that is run here.
+
+    Args:
+        raw: its parsed contents.
+
+    Raises:
+        InputError: it is of another architecture.
+    """
+    kind = str(raw.get("model_type"))
+    if kind not in (*DENSE, *MIXTURES):
+        known = (MoezooConfig.model_type, *DENSE, *MIXTURES)
+        raise InputError(f"model_type: '{kind}' cannot be loaded{nearest(kind, known)}")
+    return cast(PreTrainedConfig, CONFIG_MAPPING[kind].from_dict(dict(raw)))
+
+
+def _build(config: PreTrainedConfig) -> PreTrainedModel:
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def predict(model: nn.Module, input_ids: Tensor, next_tokens: Tensor) -> MoezooOutput:

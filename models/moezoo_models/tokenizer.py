@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.errors import InputError
+from moezoo_models.model_files import check_inside, read_json
 
 HUB_PREFIX = "hf:"
 SENTENCEPIECE_FILE = "tokenizer.model"
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_SETTINGS = ("special_tokens_map.json", "added_tokens.json", "config.json")
 _ENCODE_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -83,6 +85,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.encode_special_tokens = True
+            # Either would change texts without a word, and padding to a given length has no bound.
+            self._backend.no_padding()
+            self._backend.no_truncation()
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, special tokens neither added nor recognised."""
@@ -197,6 +202,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if str(path).startswith(HUB_PREFIX):
         return HuggingFaceTokenizer(_auto_tokenizer(str(path).removeprefix(HUB_PREFIX)))
+    if "\0" in str(path):
+        raise InputError(f"tokenizer: {str(path)!r} holds a NUL character, which no path has")
     directory = Path(path)
     if not directory.is_dir():
         raise InputError(
@@ -204,15 +211,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{SENTENCEPIECE_FILE}, or {HUB_PREFIX}NAME"
         )
     model_file = directory / SENTENCEPIECE_FILE
-    model = model_file.read_bytes() if model_file.is_file() else None
+    with _told(model_file):
+        model = model_file.read_bytes() if model_file.is_file() else None
     if (directory / "tokenizer.json").is_file() or model is None:
         if not any((directory / name).is_file() for name in _HUGGING_FACE_FILES):
             raise InputError(
                 f"tokenizer: {directory} holds neither tokenizer.json nor {SENTENCEPIECE_FILE}; "
                 "give a directory made by `moezoo prepare` or a Hugging Face checkpoint"
             )
-        return HuggingFaceTokenizer(_auto_tokenizer(str(directory), local=True), model)
-    return SentencePieceTokenizer(model)
+        with _told(directory):
+            _check_files(directory)
+            return HuggingFaceTokenizer(_auto_tokenizer(str(directory), local=True), model)
+    with _told(model_file):
+        return SentencePieceTokenizer(model)
 
 
 def _auto_tokenizer(name: str, local: bool = False) -> Any:
@@ -220,15 +231,52 @@ def _auto_tokenizer(name: str, local: bool = False) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise InputError("tokenizer: Hugging Face files need `pip install transformers`") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    # The tokenizers library raises bare Exceptions for a broken tokenizer.json.
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise InputError(f"tokenizer: {name} cannot be loaded: {reason}") from error
+    with _told(name):
+        # Without the last argument transformers asks whether to run code that the files name.
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, local_files_only=local, trust_remote_code=False
+        )
     for how_it_was_found in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(how_it_was_found, None)  # it would be saved along
     return tokenizer
+
+
+def _check_files(directory: Path) -> None:
+    """Read the settings that transformers reads without bounds, and see that no file is elsewhere.
+
+    Raises:
+        InputError: a file is no JSON object, or a link out of the directory.
+    """
+    for name in (*_HUGGING_FACE_FILES, SENTENCEPIECE_FILE, *_SETTINGS):
+        if (directory / name).is_file():
+            check_inside(directory / name)
+    for name in ("tokenizer_config.json", *_SETTINGS):
+        if (directory / name).is_file():
+            read_json(directory / name)
+
+
+@contextmanager
+def _told(what: str | Path) -> Iterator[None]:
+    """Say in one line what is wrong with a tokenizer's files.
+
+    Raises:
+        InputError: for whatever the libraries raise.
+    """
+    try:
+        yield
+    except InputError as error:
+        message = str(error).removeprefix("checkpoint: ").removeprefix("tokenizer: ")
+        raise InputError(f"tokenizer: {message}") from error
+    except OSError as error:
+        reason = error.strerror or str(error).strip().split("\n")[0][:200]
+        raise InputError(f"tokenizer: {what} cannot be loaded: {reason}") from error
+    except BaseException as error:
+        # The tokenizers library raises bare Exceptions for a broken tokenizer.json, and where it
+        # stumbles one that is not even an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise InputError(f"tokenizer: {what} cannot be loaded: {reason}") from error
 
 
 def _required_eos(eos_id: int | None) -> int:

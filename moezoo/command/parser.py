@@ -61,6 +61,9 @@ class ClearErrors:
                 members = (n for n in option_names(parser) if n.startswith(f"{group}."))
                 example = next(members, f"{group}.option")
                 self.error(f"{group}: {value!r} is not a group of options; give e.g. {example}")
+        for name, value in options.items():
+            if _holds_nul(value):
+                raise InputError(f"{name}: holds a NUL character, which no path has; leave it out")
         return options
 
     def instantiate(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,6 +98,15 @@ class ClearErrors:
 
 class CommandParser(ClearErrors, jsonargparse.ArgumentParser):
     """The parser of one `moezoo` command."""
+
+
+def _holds_nul(value: Any) -> bool:
+    """Tell whether text holds the character that ends a path, which YAML can write as an escape."""
+    if isinstance(value, dict):
+        return any(_holds_nul(each) for each in (*value, *value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(_holds_nul(each) for each in value)
+    return isinstance(value, str | os.PathLike) and "\0" in str(value)
 
 
 def option_names(parser: Any) -> Iterator[str]:

@@ -146,7 +146,9 @@ class HashLayer(FeedForward):
         nn.init.normal_(self.experts.down_proj, std=output_std(self.d_expert, num_layers))
         if self.norm is not None:
             self.norm.reset_parameters()
-        if self.hash_function == "random":
+        if self.table.is_meta:
+            pass  # its size may be a damaged file's, and nothing would keep what is drawn
+        elif self.hash_function == "random":
             table = torch.randint(
                 self.num_experts, self.table.shape, generator=self._generator(), device="cpu"
             )
@@ -154,6 +156,17 @@ class HashLayer(FeedForward):
         else:
             self.table.fill_(-1)
         self._is_built = self.hash_function == "random"
+
+    def check_table(self) -> None:
+        """Raise :class:`InputError` if a table that was read names experts that do not exist."""
+        if self.table.is_meta or not self.table.numel():
+            return
+        low, high = (int(bound) for bound in self.table.aminmax())
+        if low < -1 or high >= self.num_experts:
+            raise InputError(
+                f"table: it names the experts {low} to {high}, and there are {self.num_experts}; "
+                "the weights are damaged"
+            )
 
     def _generator(self) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(self.seed)

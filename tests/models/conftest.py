@@ -9,6 +9,8 @@ from torch import nn
 import moezoo.feed_forward
 from moezoo import FeedForward, FeedForwardOutput
 from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_models.checkpoints import quiet, save_checkpoint
+from moezoo_models.checksums import seal
 from moezoo_models.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 
@@ -159,3 +161,31 @@ def rules():
 @pytest.fixture
 def ids():
     return torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "text.txt").write_text("some text\n" * 200)
+    return tmp_path
+
+
+@pytest.fixture
+def ours(make, rules, place, byte_level_tokenizer):
+    """A dense model of this library, with a tokenizer."""
+    model = make(vocab_size=300, ffn=[rules["rule"]("DenseFFN", d_ff=48)])
+    return save_checkpoint(place / "model", model, byte_level_tokenizer)
+
+
+@pytest.fixture
+def llama(place, byte_level_tokenizer):
+    """A Llama of stock transformers, sealed, with a tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        **sizes, vocab_size=300, intermediate_size=48, max_position_embeddings=64
+    )
+    with quiet():
+        transformers.LlamaForCausalLM(config).save_pretrained(place / "model")
+    byte_level_tokenizer.save(place / "model")
+    seal(place / "model" / "model.safetensors")
+    return place / "model"

@@ -158,7 +158,7 @@ def damage(directory, kind):
         ("not safetensors", r"model\.safetensors is truncated or damaged"),
         (
             "missing tensors",
-            r"'model.layers.1.*' is missing from the weights \(and 7 more tensors",
+            r"num_hidden_layers: 3, but no tensor of layer 1 is in the weights",
         ),
         ("foreign tensors", r"'a' is not a tensor of this model \(and 1 more tensors differ\)"),
         (
@@ -168,9 +168,9 @@ def damage(directory, kind):
         ("fewer layers", r"'model.layers.2.* is not a tensor of this model \(and"),
         ("pickled", r"pytorch_model.bin would have to be unpickled.*convert it to safetensors"),
         ("no weights", r"holds neither model.safetensors nor model.safetensors.index.json"),
-        ("broken config", r"config.json can not be read: "),
+        ("broken config", r"config.json cannot be read: "),
         ("unknown field", r"hidden_sise: no such field; did you mean 'hidden_size'"),
-        ("foreign architecture", r"model_type: 'mamba' can not be loaded"),
+        ("foreign architecture", r"model_type: 'mamba' cannot be loaded"),
         ("no config", r"holds no config.json"),
         ("nothing", r"checkpoint: .* does not exist; give a directory with config.json"),
         ("a file", r"checkpoint: .* is a file; give a directory with config.json"),
@@ -194,7 +194,7 @@ def test_a_run_directory_hints_at_its_model(saved):
 def test_missing_tensors_are_an_error_in_transformers_own_loading_too(saved):
     damage(saved, "missing tensors")
     for auto in (AutoModelForCausalLM, AutoModel, MoezooForCausalLM):
-        with pytest.raises(InputError, match=r"tensor '.*layers.1.*' and \d+ more is missing"):
+        with pytest.raises(InputError, match=r"no tensor of layer 1 is in the weights"):
             auto.from_pretrained(saved)
 
 

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from moezoo import InputError
 from moezoo_models.checkpoints import save_checkpoint
@@ -166,6 +167,40 @@ def test_mistakes_are_named_before_anything_is_printed(checkpoint, options, mess
         generate(**{"checkpoint": checkpoint, "prompt": "a", **options})
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 1e-30}, "temperature: 1e-30 is too little to divide by; give 0"),
+        ({"seed": -1}, "seed: -1 is out of range"),
+        ({"seed": 10**30}, "seed: .* is out of range"),
+    ],
+)
+def test_options_that_break_what_computes(options, message, model, byte_tokenizer):
+    with pytest.raises(InputError, match=message):
+        continue_text(model, byte_tokenizer, "a", **options)
+
+
+def test_a_cache_has_to_fit_into_memory(model, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr("moezoo_models.generate.free_memory", lambda: 1000)
+    with pytest.raises(InputError, match=r"max_new_tokens: keys and values of 6 tokens need"):
+        continue_text(model, byte_tokenizer, "a", max_new_tokens=5)
+
+
+def test_more_tokens_than_there_are_may_be_sampled_among(model, byte_tokenizer):
+    options = {"max_new_tokens": 5, "temperature": 1.0}
+    every = continue_text(model, byte_tokenizer, "a", top_k=0, **options)
+    assert continue_text(model, byte_tokenizer, "a", top_k=10**30, **options) == every
+
+
+def test_the_settings_of_a_checkpoint_decide_nothing_but_the_end(model, byte_tokenizer):
+    """Greedy text is the likeliest, whatever penalties and beams a directory asks for."""
+    plain = continue_text(model, byte_tokenizer, "a", max_new_tokens=8, temperature=0)
+    settings = {"num_beams": 3, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1}
+    model.generation_config = GenerationConfig(**settings, eos_token_id=[-1, 10**6])
+    assert continue_text(model, byte_tokenizer, "a", max_new_tokens=8, temperature=0) == plain
+    assert model.generation_config.num_beams == 3
 
 
 def test_no_more_is_written_than_the_model_is_made_for(make, byte_tokenizer):

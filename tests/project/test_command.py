@@ -173,6 +173,31 @@ def test_training_mistakes_write_nothing(options, expected, capsys, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("generate", "checkpoint"),
+        ("evaluate", "text"),
+        ("upcycle", "source"),
+        ("export", "target"),
+        ("prepare", "output"),
+        ("fit", "output"),
+    ],
+)
+def test_a_path_with_a_nul_is_one_line(name, option, capsys, tmp_path):
+    """No shell hands one over, but YAML can write it."""
+    places = {
+        "generate": ["checkpoint"],
+        "evaluate": ["checkpoint"],
+        "upcycle": ["source", "target"],
+        "export": ["checkpoint", "target"],
+    }
+    values = dict.fromkeys(places.get(name, ()), "nowhere") | {option: "a\0b"}
+    (tmp_path / "options.yaml").write_text(json.dumps(values))
+    line = fail(capsys, name, "--config", str(tmp_path / "options.yaml"))
+    assert line == f"{option}: holds a NUL character, which no path has; leave it out"
+
+
 def test_options_may_come_from_a_file(capsys, tmp_path):
     path = tmp_path / "sizes.yaml"
     path.write_text("d_model: 48\n")

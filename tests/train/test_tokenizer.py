@@ -285,15 +285,15 @@ class TestLoading:
     def test_hub_name(self, tokenizer, monkeypatch):
         asked = []
 
-        def from_pretrained(name, local_files_only):
-            asked.append((name, local_files_only))
+        def from_pretrained(name, local_files_only, trust_remote_code):
+            asked.append((name, local_files_only, trust_remote_code))
             if name == "someone/else":
                 raise OSError("not on the Hub\nand more")
             return tokenizer.hf
 
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
         assert load_tokenizer("hf:someone/model").vocab_size == 600
-        assert asked == [("someone/model", False)]
+        assert asked == [("someone/model", False, False)]
         with pytest.raises(InputError, match=r"someone/else cannot be loaded: not on the Hub$"):
             load_tokenizer("hf:someone/else")
 

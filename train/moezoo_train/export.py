@@ -140,7 +140,9 @@ def _build(trained: TrainedModel) -> PreTrainedModel:
         if kind == MoezooConfig.model_type:
             model = MoezooForCausalLM(MoezooConfig(**fields))
         else:
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(kind, **fields), trust_remote_code=False
+            )
     with _about("checkpoint"):
         check_tensors(trained.state, model.state_dict())
     model.load_state_dict(trained.state, assign=True)

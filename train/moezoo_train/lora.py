@@ -8,6 +8,7 @@ merged, under the names it has without adapters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -118,7 +119,10 @@ def add_adapters(model: PreTrainedModel, options: LoRAOptions, base: str) -> Non
     config.base_model_name_or_path = str(base)
     model.adapted_weights = weights_hash(model)  # type: ignore[assignment]
     try:
-        inject_adapter_in_model(config, model, ADAPTER)
+        with warnings.catch_warnings():
+            # It is: what is written says that they are not tied any more.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
         raise InputError(f"lora: {' '.join(str(error).split())}") from error
     for _, wrapper in _wrappers(model):

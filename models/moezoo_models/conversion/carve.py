@@ -28,14 +28,14 @@ from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints import read_tokenizer
 from moezoo_models.config import check_trained_length
 from moezoo_models.conversion.calibration import Calibration, read_calibration
-from moezoo_models.conversion.convert import Conversion, convert, free_memory, progress_bar
+from moezoo_models.conversion.convert import Conversion, convert, progress_bar
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.plans import Plans, writable
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.source import Source, open_source
 from moezoo_models.conversion.stage import Answer, next_token_nats
 from moezoo_models.conversion.targets import TARGETS, Mixture
-from moezoo_models.devices import pick_device
+from moezoo_models.devices import free_memory, pick_device
 
 _FORMATS = ("glm4_moe", "moezoo")
 """Formats in which every chosen expert can count fully."""
@@ -140,7 +140,8 @@ def carve(
         signed=signed,
         seed=check_int("seed", seed, minimum=0),
     )
-    with open_source(source) as dense:
+    families = dict.fromkeys(each for name in _FORMATS for each in TARGETS[name].families)
+    with open_source(source, families) as dense:
         options.check(dense.width)
         _check_memory(dense, calibration_tokens)
         chosen = tuple(select_layers(layers, dense.num_layers))

@@ -36,6 +36,7 @@ from moezoo_models.conversion.writer import (
     plan_shards,
     workspace,
 )
+from moezoo_models.devices import free_memory
 
 REPORT = "moezoo_conversion.json"
 FORMAT = 1  # of what is written; another number never continues an earlier run's files
@@ -278,16 +279,6 @@ def _measure(
     if check == "logits":
         return logits_drift(source.directory, written)
     return layer_drift(source, mixture.layers, plan)
-
-
-def free_memory() -> int:
-    """Give the bytes that can be had without swapping; without Linux' word for it, 4 GB."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 4 << 30
 
 
 def _tolerance(dtype: torch.dtype) -> float:

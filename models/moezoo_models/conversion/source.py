@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -29,16 +30,12 @@ from transformers import (
 
 from moezoo.convert.plan import PROJECTIONS
 from moezoo.errors import InputError, nearest
-from moezoo_models.checkpoints import (
-    CONFIG,
-    check_weights,
-    damaged,
-    existing,
-    quiet,
-    read_json,
-    weight_files,
-)
+from moezoo_models.checkpoints import quiet
+from moezoo_models.config import MoezooConfig
 from moezoo_models.conversion.pickled import read_pickled
+from moezoo_models.dense import MIXTURES
+from moezoo_models.gate import admit, is_pickled
+from moezoo_models.model_files import CONFIG, TensorInfo, check_finite, check_weights, reading
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config
@@ -46,24 +43,9 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
 }
 """Configurations of the dense architectures that can be converted, by ``model_type``."""
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
+_KINDS = ("F32", "BF16", "F16")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PIECE = 1 << 20
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says of a tensor."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        """Its size in a file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass
@@ -123,21 +105,17 @@ class Source:
             self._files[file] = self._open(file)
         tensor = self._files[file](name)
         if name not in self._checked:
-            for piece in tensor.reshape(-1).split(_PIECE):
-                if not piece.isfinite().all():
-                    raise InputError(
-                        f"checkpoint: '{name}' in {file} holds NaN or infinity; "
-                        "the weights are damaged"
-                    )
+            check_finite(name, tensor, self.directory)
             self._checked.add(name)
         return tensor
 
     def _open(self, file: Path) -> Callable[[str], Tensor]:
-        if _is_pickled(file):
+        if is_pickled(file):
             return read_pickled(file).__getitem__
         check_weights([file])
-        opened: Any = self._stack.enter_context(safe_open(file, framework="pt"))
-        return opened.get_tensor
+        with reading(file):
+            opened: Any = self._stack.enter_context(safe_open(file, framework="pt"))
+        return cast("Callable[[str], Tensor]", opened.get_tensor)
 
     def block(self, layer: int) -> dict[str, Tensor]:
         """Read the dense block of a layer: ``gate`` and ``up`` (F, D), ``down`` (D, F)."""
@@ -170,54 +148,37 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def open_source(path: str | Path) -> Source:
-    """Open a dense model and check all of it that headers tell: nothing is read yet.
+def open_source(path: str | Path, families: Iterable[str] = FAMILIES) -> Source:
+    """Open a dense model that passes the gate; of its weights, only headers are read.
 
     Args:
         path: its directory.
+        families: dense architectures that are wanted, by ``model_type``.
 
     Raises:
-        InputError: no checkpoint there, an architecture that can not be converted, quantised
+        InputError: no checkpoint there, an architecture that cannot be converted, quantised
             weights, biases in the feed-forward blocks, files that are missing or damaged, or
             tensors that do not fit the configuration.
     """
-    directory = existing(Path(path))
-    raw = read_json(directory / CONFIG)
-    config = _config(raw)
-    found = _headers(directory)
-    expected = _expected(config)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for name in found:
-        if name not in expected and not name.endswith("rotary_emb.inv_freq"):
-            raise InputError(
-                f"checkpoint: '{name}' is not a tensor of a {config.model_type} with this "
-                f"{CONFIG}; weights and configuration are of different models"
-            )
-    for name, shape in expected.items():
-        if name not in found:
-            if name in tied:
-                continue
-            raise InputError(f"checkpoint: '{name}' is missing from the weights")
-        if found[name].shape != shape:
-            raise InputError(
-                f"checkpoint: '{name}' has shape {found[name].shape}, by {CONFIG} {shape}"
-            )
-    # A tied head that was saved all the same would come back as a second embedding.
-    kept = {name: found[name] for name in expected if name in found and name not in tied}
-    return Source(directory, raw, config, kept)
+    admitted = admit(
+        path,
+        partial(_config, list(families), Path(path)),
+        _build,
+        pickled=True,
+        sealed=False,
+        kinds=_KINDS,
+    )
+    return Source(admitted.directory, admitted.raw, admitted.config, admitted.tensors)
 
 
-def _config(raw: dict[str, Any]) -> Any:
+def _config(families: list[str], directory: Path, raw: dict[str, Any]) -> Any:
     kind = str(raw.get("model_type"))
-    if kind not in FAMILIES:
-        hint = nearest(kind, FAMILIES) or f"; choose from: {', '.join(FAMILIES)}"
-        raise InputError(f"model_type: '{kind}' can not be converted{hint}")
-    if raw.get("quantization_config"):
-        raise InputError("quantization_config: quantised weights can not be cut; dequantise them")
+    if kind not in families:
+        raise InputError(_other(kind, families, directory))
     try:
         config: Any = FAMILIES[kind].from_dict(dict(raw))
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise InputError(f"{CONFIG}: {' '.join(str(error).split())}") from error
+        raise InputError(" ".join(str(error).split())) from error
     if getattr(config, "mlp_bias", False):
         raise InputError(
             "mlp_bias: no stock mixture has biases in its experts, and dropping them would change "
@@ -228,37 +189,22 @@ def _config(raw: dict[str, Any]) -> Any:
     return config
 
 
-def _headers(directory: Path) -> dict[str, TensorInfo]:
-    found: dict[str, TensorInfo] = {}
-    for file in weight_files(directory, pickled=True):
-        for name, shape, kind in _header(file):
-            if kind not in _DTYPES:
-                raise InputError(
-                    f"checkpoint: '{name}' is {kind}; cast the weights to {', '.join(_DTYPES)}"
-                )
-            found[name] = TensorInfo(file, shape, _DTYPES[kind])
-    return found
+def _other(kind: str, families: list[str], directory: Path) -> str:
+    """Say why an architecture is not one of those that can be converted."""
+    known = ", ".join(families)
+    if kind == MoezooConfig.model_type:
+        return (
+            f"model_type: '{kind}' is this library's own; write a dense model as a stock one "
+            f"first: moezoo export {directory} NEW_DIRECTORY"
+        )
+    if kind in MIXTURES:
+        return f"model_type: '{kind}' is a mixture of experts already; give one of: {known}"
+    if kind in FAMILIES:
+        return f"model_type: a {kind} cannot be converted this way; give one of: {known}"
+    hint = nearest(kind, families) or f"; choose from: {known}"
+    return f"model_type: '{kind}' cannot be converted{hint}"
 
 
-def _is_pickled(file: Path) -> bool:
-    return file.suffix != ".safetensors"
-
-
-def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    if _is_pickled(file):
-        for name, tensor in read_pickled(file).items():
-            yield name, tuple(tensor.shape), _KINDS.get(tensor.dtype, str(tensor.dtype))
-        return
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                part = tensors.get_slice(name)
-                yield name, tuple(part.get_shape()), part.get_dtype()
-    except (SafetensorError, OSError) as error:
-        raise InputError(damaged(file, error)) from error
-
-
-def _expected(config: Any) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _build(config: Any) -> Any:
+    with quiet():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

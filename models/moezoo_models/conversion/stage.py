@@ -142,7 +142,10 @@ def _one_layer(source: Source, layer: int) -> Any:
         fields["layer_types"] = [kinds[layer]]
     config = type(source.config).from_dict(fields)
     with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+        return model.eval()
 
 
 def _place(module: nn.Module, name: str, weight: Tensor, device: torch.device) -> None:

@@ -105,7 +105,7 @@ DAMAGE = {
     ),
     "double": (
         lambda f: torch.save({n: t.double() for n, t in torch.load(f).items()}, f),
-        "is torch.float64; cast the weights to F32, BF16, F16",
+        "is F64; cast it to F32",
     ),
     "gone": (lambda f: f.unlink(), "holds neither"),
 }

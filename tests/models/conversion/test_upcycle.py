@@ -304,14 +304,22 @@ def lie_about_the_header(directory):
 
 DAMAGE = {
     "mlp_bias": (lambda d: change_config(d, mlp_bias=True), "mlp_bias: no stock mixture"),
-    "unknown": (lambda d: change_config(d, model_type="gpt2"), "model_type: 'gpt2' can not be"),
+    "unknown": (lambda d: change_config(d, model_type="gpt2"), "model_type: 'gpt2' cannot be"),
+    "ours": (
+        lambda d: change_config(d, model_type="moezoo"),
+        "model_type: 'moezoo' is this library's own; .* first: moezoo export .*llama NEW_DIRECTORY",
+    ),
+    "mixture": (
+        lambda d: change_config(d, model_type="mixtral"),
+        "model_type: 'mixtral' is a mixture of experts already; give one of: llama, mistral, ",
+    ),
     "quantised": (
         lambda d: change_config(d, quantization_config={"quant_method": "gptq"}),
         "quantization_config: quantised weights",
     ),
     "activation": (lambda d: change_config(d, hidden_act="gelu"), "hidden_act: 'gelu' is not silu"),
     "vocabulary": (lambda d: change_config(d, vocab_size=96), "has shape"),
-    "layers": (lambda d: change_config(d, num_hidden_layers=2), "is not a tensor of a llama"),
+    "layers": (lambda d: change_config(d, num_hidden_layers=2), "is not a tensor of this model"),
     "missing": (drop_a_tensor, "'model.layers.1.mlp.up_proj.weight' is missing"),
     "bias": (add_a_tensor, "'model.layers.0.mlp.up_proj.bias' is not a tensor"),
     "nan": (poison, "'model.norm.weight' in .* holds NaN or infinity"),

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moezoo import CarvedMoE, InputError
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints import load_checkpoint, quiet
 from moezoo_models.stock import load_as_it_is, predict
 from moezoo_train.cli import run
 from moezoo_train.export import export
@@ -111,6 +111,53 @@ def test_merging_equals_pefts_own(directory):
     assert merged.keys() == ours.keys()
     for key, tensor in merged.items():
         torch.testing.assert_close(ours[key], tensor)
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """Write a Llama whose head is its embedding."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    with quiet():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+def test_an_adapted_head_is_tied_no_more(tied, tmp_path):
+    """Every reader gets the head that was trained, and the embeddings that were not."""
+    head = LoRAOptions(rank=2, target_modules=["lm_head"])
+    module = LanguageModel(300, initialize_from=str(tied), lora=head)
+    step(module)
+    trained = logits(module.model)
+    module.save(tmp_path / "model", None)
+    assert module.model.config.tie_word_embeddings
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    untouched = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+    for load in (load_checkpoint, load_as_it_is):
+        loaded, _ = load(tmp_path / "model")
+        torch.testing.assert_close(logits(loaded), trained)
+        assert torch.equal(loaded.get_input_embeddings().weight, untouched)
+    with quiet():
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(stock), trained)
+
+
+def test_a_tied_head_stays_tied_where_it_is_not_adapted(tied, tmp_path):
+    module = LanguageModel(300, initialize_from=str(tied), lora=SMALL)
+    step(module)
+    module.save(tmp_path / "model", None)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    torch.testing.assert_close(logits(load_checkpoint(tmp_path / "model")[0]), logits(module.model))
 
 
 def test_cmoe_trains_its_scale_beside_adapters(directory, tmp_path):
