@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -233,7 +233,7 @@ def our_config(raw: Mapping[str, Any]) -> MoezooConfig:
     """
     if raw.get("model_type") != MoezooConfig.model_type:
         return dense_config(raw)
-    return cast(MoezooConfig, MoezooConfig.from_dict(dict(raw)))
+    return MoezooConfig.from_dict(dict(raw))
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer | None:

@@ -68,7 +68,8 @@ class GatedLoading:
             config, options = kind.from_dict(raw, return_unused_kwargs=True, **kwargs)
             return config
 
-        admitted = admit(directory, configure, cls)
+        make: Any = cls
+        admitted = admit(directory, configure, make)
         return cls.from_admitted(admitted, *args, **options, **dtype)
 
     @classmethod

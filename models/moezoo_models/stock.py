@@ -138,7 +138,7 @@ def stock_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     if kind not in (*DENSE, *MIXTURES):
         known = (MoezooConfig.model_type, *DENSE, *MIXTURES)
         raise InputError(f"model_type: '{kind}' cannot be loaded{nearest(kind, known)}")
-    return cast(PreTrainedConfig, CONFIG_MAPPING[kind].from_dict(dict(raw)))
+    return CONFIG_MAPPING[kind].from_dict(dict(raw))
 
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:

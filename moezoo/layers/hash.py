@@ -197,18 +197,8 @@ class HashLayer(FeedForward):
             raise InputError(
                 f"{name}: {given}; a {kind} table wants one per token, {self.vocab_size}"
             )
-        rows = []
-        for number in range(self.num_hashes):
-            if kind == "balanced":
-                shuffle = generator if number else None
-                rows.append(hashing.balanced_table(source, self.num_experts, shuffle))
-            elif kind == "clustered":
-                rows.append(hashing.clustered_table(source, self.num_experts, generator))
-            else:
-                rows.append(
-                    hashing.dispersed_table(source, self.num_experts, generator, num_clusters)
-                )
-        self.set_table(torch.stack(rows))
+        sizes = (self.num_hashes, self.num_experts)
+        self.set_table(hashing.built_tables(kind, source, *sizes, generator, num_clusters))
 
     def set_table(self, table: Tensor) -> None:
         """Install a table of one's own, on any device.

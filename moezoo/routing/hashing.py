@@ -172,3 +172,33 @@ def positions(token_ids: Tensor, mask: Tensor | None) -> Tensor:
     """Count each sequence's real tokens from zero; ``(..., S)`` int64."""
     real = torch.ones_like(token_ids) if mask is None else mask.to(torch.int64)
     return (real.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def built_tables(
+    kind: str,
+    source: Tensor,
+    num_hashes: int,
+    num_experts: int,
+    generator: torch.Generator,
+    num_clusters: int | None = None,
+) -> Tensor:
+    """Return a table per hash function, ``(num_hashes, V)``, each of another random state.
+
+    Args:
+        kind: balanced, clustered or dispersed.
+        source: ``(V,)``, how often each token occurs, for balanced; ``(V, any)``, embeddings, for
+            the others.
+        num_hashes: number of tables.
+        num_experts: tokens are routed to so many experts.
+        generator: of what is random; the first balanced table is not.
+        num_clusters: for dispersed; default num_experts.
+    """
+    rows = []
+    for number in range(num_hashes):
+        if kind == "balanced":
+            rows.append(balanced_table(source, num_experts, generator if number else None))
+        elif kind == "clustered":
+            rows.append(clustered_table(source, num_experts, generator))
+        else:
+            rows.append(dispersed_table(source, num_experts, generator, num_clusters))
+    return torch.stack(rows)
