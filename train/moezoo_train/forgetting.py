@@ -8,7 +8,6 @@ learning rates, and asked for both in wordings that the new facts were not taugh
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,10 +21,10 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import moezoo
-from moezoo.errors import InputError, check_int
-from moezoo_models.atomic import atomic_write
+from moezoo.errors import InputError, check_int, going_on
 from moezoo_models.corpus import open_corpus
 from moezoo_models.evaluate import evaluate_text
+from moezoo_models.locks import writing
 from moezoo_models.tokenizer import Tokenizer
 from moezoo_train.background import inspect_background
 from moezoo_train.compare.plan import fingerprint
@@ -40,7 +39,7 @@ from moezoo_train.facts import (
     tie_anew,
     write_documents,
 )
-from moezoo_train.forgetting_report import Outcome, write_report
+from moezoo_train.forgetting_report import Outcome, read_record, write_record, write_report
 from moezoo_train.lora import LoRAOptions
 from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.optim import OptimizerConfig
@@ -176,19 +175,20 @@ def compare_forgetting(
     known = make_facts(facts.old + facts.new, facts.seed, facts.values)
     study = _Study(Path(output), model, text, base, facts, known[: facts.old])
     quiet_lightning()
-    before = study.train_base()
-    sizes = {"sequence_length": sequence_length, "batch_size": batch_size}
-    study.count_background(background_batches, sizes)
-    outcomes = []
-    for seed in seeds:
-        new = tie_anew(known[facts.old :], seed)
-        outcomes.append(study.measure_base(before, seed, new))
-        data = study.prepare_facts(seed, new, sizes)
-        for name, teaching in methods.items():
-            for rate in teaching.rates:
-                run = _Run(name, teaching, rate, seed, max_steps, schedule)
-                outcomes.append(study.teach(run, data, new))
-    write_report(Path(output), outcomes, facts.taught, facts.asked)
+    with writing(output), going_on("the same command keeps what is finished"):
+        before = study.train_base()
+        sizes = {"sequence_length": sequence_length, "batch_size": batch_size}
+        study.count_background(background_batches, sizes)
+        outcomes = []
+        for seed in seeds:
+            new = tie_anew(known[facts.old :], seed)
+            outcomes.append(study.measure_base(before, seed, new))
+            data = study.prepare_facts(seed, new, sizes)
+            for name, teaching in methods.items():
+                for rate in teaching.rates:
+                    run = _Run(name, teaching, rate, seed, max_steps, schedule)
+                    outcomes.append(study.teach(run, data, new))
+        write_report(Path(output), outcomes, facts.taught, facts.asked)
     return outcomes
 
 
@@ -258,7 +258,7 @@ class _Study:
         }
         directory = self.folder / "base"
         wanted = fingerprint(self.identity)
-        if _read(directory / _RESULT).get("hash") == wanted:
+        if read_record(directory / _RESULT).get("hash") == wanted:
             return directory / "model"
         shutil.rmtree(directory, ignore_errors=True)
         pl.seed_everything(0, verbose=False)
@@ -275,7 +275,7 @@ class _Study:
         words = open_text(self.text, 0)
         report, _ = fit(module, words, directory, self.base.max_steps, "32-true", self.console)
         module.save(directory / "model", words.tokenizer)
-        _write(directory / _RESULT, {"hash": wanted, "report": asdict(report)})
+        write_record(directory / _RESULT, {"hash": wanted, "report": asdict(report)})
         self._say(f"trained the model: val loss {report.val_loss:.3f}")
         return directory / "model"
 
@@ -302,11 +302,11 @@ class _Study:
         self.identity |= {"background": batches, **sizes}
         done = self.folder / "background.json"
         wanted = {"hash": fingerprint(self.identity)}
-        if self.background.is_file() and _read(done) == wanted:
+        if self.background.is_file() and read_record(done) == wanted:
             return
         start = self.folder / "base" / "model"
         inspect_background(start, self.text.data_dir, self.background, batches, **sizes)
-        _write(done, wanted)
+        write_record(done, wanted)
 
     def prepare_facts(self, seed: int, new: list[Fact], sizes: dict[str, Any]) -> TextOptions:
         """Turn the facts of a seed into text to train on."""
@@ -327,7 +327,7 @@ class _Study:
         """Teach the model and ask it, unless that has been done."""
         folder = self.folder / "runs" / run.folder
         wanted = fingerprint(self.identity | run.identity())
-        if (found := _read(folder / _RESULT)).get("hash") == wanted:
+        if (found := read_record(folder / _RESULT)).get("hash") == wanted:
             return Outcome(**found["outcome"])
         shutil.rmtree(folder, ignore_errors=True)
         pl.seed_everything(run.seed, verbose=False)
@@ -336,7 +336,7 @@ class _Study:
         report, _ = fit(module, data, folder, run.max_steps, "32-true", self.console)
         measured = self._measure(module.model, data.tokenizer, new)
         outcome = Outcome(run.method, run.rate, run.seed, **measured, seconds=report.train_seconds)
-        _write(folder / _RESULT, {"hash": wanted, "outcome": asdict(outcome)})
+        write_record(folder / _RESULT, {"hash": wanted, "outcome": asdict(outcome)})
         self._say(
             f"{run.method}, rate {run.rate:g}, seed {run.seed}: new facts {outcome.new_facts:.0%}, "
             f"old facts {outcome.old_facts:.0%}, text loss {outcome.text_loss:.3f}"
@@ -384,17 +384,3 @@ class _Study:
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path, "w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")

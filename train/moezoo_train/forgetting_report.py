@@ -265,3 +265,19 @@ def _draw_chain(
         label=method,
         markevery=slice(1, None),
     )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_record` wrote; nothing where that is not whole."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    with atomic_write(path, "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
