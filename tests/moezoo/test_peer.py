@@ -189,7 +189,7 @@ def test_router_input_asks_and_hidden_is_answered():
     for call in (layer, layer.reference):
         found = call(hidden, router_input=asked).hidden
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
-    with pytest.raises(InputError, match=r"last dimension is 17"):
+    with pytest.raises(InputError, match=r"router_input: shape \(50, 17\) does not match hidden's"):
         layer(hidden, router_input=torch.randn(50, 17))
 
 
