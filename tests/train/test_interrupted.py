@@ -213,6 +213,19 @@ def test_a_run_with_nothing_left_to_do_reports_the_same(folder, long_run):
     assert (output / "metrics.csv").read_text() == (long_run / "metrics.csv").read_text()
 
 
+def test_a_run_that_was_killed_before_its_model_was_written_writes_it_when_resumed(
+    folder, long_run
+):
+    """Nothing is left to train, so that no callback is called for the end of training."""
+    output = folder / "killed"
+    shutil.copytree(long_run, output)
+    weights = output / "model" / "model.safetensors"
+    last = weights.read_bytes()
+    shutil.rmtree(output / "model")
+    fit(folder, output, "--ckpt_path=last", **LONG)
+    assert weights.read_bytes() == last
+
+
 def test_the_best_model_stays_where_a_run_is_moved_and_is_made_where_it_is_not(folder, long_run):
     """A lower loss than any to come, in the directory that has its model, and in a fresh one."""
     options = LONG | {"keep": "best", "trainer.max_steps": 12}
@@ -223,7 +236,7 @@ def test_the_best_model_stays_where_a_run_is_moved_and_is_made_where_it_is_not(f
     state = torch.load(path, weights_only=True)
     lowest = {"best_model_score": torch.tensor(0.5), "current_score": torch.tensor(0.5)}
     for key, callback in state["callbacks"].items():
-        if key.startswith("BestCheckpoint"):
+        if key.startswith("ModelCheckpoint"):
             callback |= lowest
         elif key == "SaveModel":
             callback["best"] = 0.5

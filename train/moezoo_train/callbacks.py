@@ -280,6 +280,14 @@ class SaveModel(Callback):
                 "written; the final state is in last.ckpt"
             )
 
+    def catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the final state where a resumed run had no step left, so that none of this ran.
+
+        Killed between its last checkpoint and the directory, a run would never have it.
+        """
+        if self._saved_step < 0 and (self.keep == "last" or not self._validated):
+            self._write(trainer, pl_module)
+
     def state_dict(self) -> dict[str, Any]:
         """Remember the lowest loss."""
         return {"best": self._best, "validated": self._validated}

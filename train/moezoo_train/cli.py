@@ -326,6 +326,9 @@ class MoezooCLI(LightningCLI):
                         file=sys.stderr,
                     )
                 raise SystemExit(130 if callback.stopped_by == signal.SIGINT else 0)
+        for callback in _as_list(self.trainer.callbacks):  # type: ignore[attr-defined]
+            if isinstance(callback, SaveModel):
+                callback.catch_up(self.trainer, self.model)
         if self.trainer.is_global_zero and not config["trainer"].get("fast_dev_run"):
             with going_on(f"the run is finished, its report is not: {resume_command(output)}"):
                 write_report(

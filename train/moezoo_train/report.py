@@ -6,6 +6,7 @@ import io
 import json
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def write_report(
     rows = read_metrics(output / "metrics.csv")
     report = collect(trainer, module, rows)
     with atomic_write(output / "report.json", "w") as file:
-        json.dump(asdict(report), file, indent=2)
+        json.dump(_numbers(asdict(report)), file, indent=2, allow_nan=False)
         file.write("\n")
     if _series(rows, "train/loss")[0]:
         draw_losses(output / "loss.png", rows, title=output.name)
@@ -106,6 +107,15 @@ def write_report(
         console.print(text, markup=False, highlight=False)
         console.rule()
     return report
+
+
+def _numbers(value: Any) -> Any:
+    """Return a report with null for what is not finite, as JSON has no such numbers."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def collect(trainer: Trainer, module: LanguageModel, rows: list[dict[str, str]]) -> Report:
