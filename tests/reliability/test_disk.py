@@ -111,7 +111,7 @@ def test_a_folder_that_is_read_only(server, fit, half, data, tmp_path):
     closed.mkdir()
     closed.chmod(0o555)
     ended = server.run(*fit(closed / "run"), folder=tmp_path, unprivileged=True)
-    assert_one_line(ended, str(closed), "permission denied")
+    assert_one_line(ended, f"output: {closed / 'run'} cannot be written: Permission denied")
     arguments = ["prepare", "--source=stdlib", f"--output={closed / 'data'}"]
     ended = server.run(*arguments, folder=tmp_path, unprivileged=True)
     assert_one_line(ended, "output: ", "cannot be written: Permission denied")

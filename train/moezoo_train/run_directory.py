@@ -124,8 +124,12 @@ def check_directory(output: Path) -> None:
     """Raise :class:`InputError` if nothing can be written into a directory."""
     if output.exists() and not output.is_dir():
         raise InputError(f"output: {output} is a file; give a directory")
-    if output.exists() and not os.access(output, os.W_OK | os.X_OK):
-        raise InputError(f"output: {output} cannot be written; give another directory")
+    for folder in (output, output / "checkpoints"):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(
+                f"output: {folder} cannot be written, permission denied or read-only; give another "
+                "directory"
+            )
 
 
 def clean(output: Path) -> None:
