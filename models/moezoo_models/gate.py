@@ -136,19 +136,20 @@ def admit(
     raw = read_json(directory / CONFIG)
     files = weight_files(directory, pickled)
     found = _pickled_headers(files) if is_pickled(files[0]) else read_headers(files)
-    _check_index(directory, files, found)
-    with told(directory / CONFIG):
-        check_fields(raw)
-        check_heads(SimpleNamespace(**raw))
-        _check_layers(raw.get("num_hidden_layers"), found)
-        config = configure(_without_steering(raw))
-        _check_layers(config.num_hidden_layers, found)
-        check_heads(config)
-        with torch.device("meta"):
-            expected = _expected(make(config), found)
-    tied = bool(config.tie_word_embeddings)
-    _check_kinds(expected, found, kinds)
-    _compare(expected, found, {HEAD} if tied or HEAD not in expected else set(), renamed)
+    with _unless_damaged(files):
+        _check_index(directory, files, found)
+        with told(directory / CONFIG):
+            check_fields(raw)
+            check_heads(SimpleNamespace(**raw))
+            _check_layers(raw.get("num_hidden_layers"), found)
+            config = configure(_without_steering(raw))
+            _check_layers(config.num_hidden_layers, found)
+            check_heads(config)
+            with torch.device("meta"):
+                expected = _expected(make(config), found)
+        tied = bool(config.tie_word_embeddings)
+        _check_kinds(expected, found, kinds)
+        _compare(expected, found, {HEAD} if tied or HEAD not in expected else set(), renamed)
     if sealed and not is_pickled(files[0]):
         check_weights(files)
     admitted = Admitted(directory, raw, config, found, read_generation(directory))
@@ -158,6 +159,17 @@ def admit(
     wanted = {n: i for n, i in found.items() if not (_derived(n) or (tied and n == HEAD))}
     order = [*(name for name in expected if name in wanted), *wanted]
     return replace(admitted, tensors={name: wanted[name] for name in order})
+
+
+@contextmanager
+def _unless_damaged(files: list[Path]) -> Iterator[None]:
+    """Where weights do not fit, see first whether a changed byte is why: that names the file."""
+    try:
+        yield
+    except InputError:
+        if not is_pickled(files[0]):
+            check_weights(files)
+        raise
 
 
 @contextmanager
@@ -200,7 +212,9 @@ def read_generation(directory: Path) -> GenerationConfig | None:
             if raw.get(name) is not None:
                 check_int(name, raw[name], maximum=LARGEST_SIZE)
         check_fields({n: raw[n] for n in raw if n.endswith("token_id") or n == "use_cache"})
-        return GenerationConfig.from_dict(_without_steering(raw))
+        # transformers writes it, and it comes back as it was.
+        derived = {n: v for n, v in raw.items() if n == "_from_model_config" and v is True}
+        return GenerationConfig.from_dict(_without_steering(raw) | derived)
 
 
 def check_model(model: nn.Module, where: Path) -> None:
