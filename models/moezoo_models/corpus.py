@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import sysconfig
 from abc import ABC, abstractmethod
@@ -25,7 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moezoo.errors import InputError, nearest
+from moezoo.errors import InputError
+from moezoo_models.rows import field_of, read_jsonl, read_parquet
 
 STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
@@ -38,6 +38,12 @@ LONGEST_STRETCH = 16_000
 _STDLIB_EXCLUDED = {
     "__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests",
 }  # fmt: skip
+_MARKS = {
+    b"\xff\xfe\0\0": "it is UTF-32",
+    b"\0\0\xfe\xff": "it is UTF-32",
+    b"\xff\xfe": "it is UTF-16",
+    b"\xfe\xff": "it is UTF-16",
+}
 _GLOB_CHARACTERS = "*?["
 _READ_BYTES = 1 << 20
 
@@ -166,19 +172,21 @@ class FileCorpus(Corpus):
     def _read(self, file: Path) -> Iterator[str]:
         try:
             if file.suffix == ".jsonl":
-                yield from _read_jsonl(file, self.text_field)
+                yield from read_jsonl(file, self.text_field)
             elif file.suffix == ".parquet":
-                yield from _read_parquet(file, self.text_field)
+                yield from read_parquet(file, self.text_field)
             elif self.split:
                 yield from _read_stretches(file)
             else:
                 yield _checked_text(file, _read_whole(file))
         except UnicodeDecodeError as error:
+            with file.open("rb") as stream:
+                problem = announced_encoding(stream.read(4)) or error.reason
             raise InputError(
-                f"source: {file} is not UTF-8 text ({error.reason}); convert it to UTF-8"
+                f"source: {file} is not UTF-8 text ({problem}); convert it to UTF-8"
             ) from error
         except OSError as error:
-            raise InputError(f"source: {file} cannot be read: {error.strerror}") from error
+            raise InputError(f"source: {file} cannot be read: {_reason(error)}") from error
 
     def manifest(self) -> str:
         """Hash names, order and bytes of the files."""
@@ -195,7 +203,7 @@ class FileCorpus(Corpus):
         except OSError as error:
             if self.skip_unreadable:
                 return "unreadable"
-            raise InputError(f"source: {file} cannot be read: {error.strerror}") from error
+            raise InputError(f"source: {file} cannot be read: {_reason(error)}") from error
 
 
 class HubCorpus(Corpus):
@@ -235,7 +243,7 @@ class HubCorpus(Corpus):
         number = 0
         while (row := self._call(lambda: next(rows, None))) is not None:
             number += 1
-            if text := _field_of(row, self.text_field, f"{self.source} row {number}"):
+            if text := field_of(row, self.text_field, f"{self.source} row {number}"):
                 yield text
 
     def manifest(self) -> str:
@@ -298,6 +306,16 @@ def _check_suffix(file: Path) -> None:
         )
 
 
+def announced_encoding(content: bytes) -> str | None:
+    """Say which encoding the first bytes of a file announce, if it is UTF-16 or UTF-32."""
+    return next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
+
+
+def _reason(error: OSError) -> str:
+    """Return why a file cannot be read: libraries raise errors of the system without its words."""
+    return error.strerror or str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def _checked_text(file: Path, text: str) -> str:
     if "\0" in text:
         raise InputError(f"source: {file} is a binary file (it holds NUL bytes); give a text file")
@@ -305,14 +323,14 @@ def _checked_text(file: Path, text: str) -> str:
 
 
 def _read_whole(file: Path) -> str:
-    return file.read_bytes().decode()
+    return file.read_bytes().decode("utf-8-sig")
 
 
 def _read_stretches(file: Path) -> Iterator[str]:
     """Cut a text file behind blank lines, without holding all of it in memory."""
     stretch: list[str] = []
     length = 0
-    with file.open(encoding="utf-8", newline="") as stream:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
         while line := stream.readline(LONGEST_STRETCH):
             stretch.append(_checked_text(file, line))
             length += len(line)
@@ -321,61 +339,6 @@ def _read_stretches(file: Path) -> Iterator[str]:
                 yield "".join(stretch)
                 stretch, length = [], 0
     yield "".join(stretch)
-
-
-def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            place = f"{file} line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"source: {place} is not JSON: {error.msg}") from error
-            yield _field_of(row, text_field, place)
-
-
-def _field_of(row: Any, text_field: str, place: str) -> str:
-    if not isinstance(row, dict):
-        raise InputError(f"source: {place} is not an object with a {text_field!r} field")
-    if text_field not in row:
-        raise InputError(f"text_field: {place} has no {text_field!r}{nearest(text_field, row)}")
-    text = row[text_field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise InputError(
-            f"text_field: {text_field!r} in {place} is a {type(text).__name__}, not text"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"source: {place} holds half a surrogate pair, which is no character; repair the row"
-        ) from error
-    return text
-
-
-def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"source: {file} needs `pip install 'moezoo[data]'` (pyarrow)") from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            if text_field not in table.schema_arrow.names:
-                choices = nearest(text_field, table.schema_arrow.names)
-                raise InputError(f"text_field: {file} has no column {text_field!r}{choices}")
-            number = 0
-            for batch in table.iter_batches(columns=[text_field], batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield _field_of(row, text_field, f"{file} row {number}")
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"source: {file} is not a parquet file: {reason}") from error
 
 
 def _import_datasets() -> Any:

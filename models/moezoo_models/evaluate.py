@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_models.config import check_trained_length
+from moezoo_models.corpus import announced_encoding
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
 from moezoo_models.encoding import encode_text
@@ -178,7 +179,7 @@ def _write_json(file: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_text(file: Path) -> str:
-    """Read a file that must be text, byte for byte.
+    """Read a file that must be text, all of it but a byte order mark.
 
     Raises:
         InputError: it is missing, empty, or not UTF-8.
@@ -192,10 +193,11 @@ def read_text(file: Path) -> str:
     if not content:
         raise InputError(f"text: {file} is empty; give a file with text in it")
     try:
-        decoded = content.decode("utf-8")
+        decoded = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        problem = announced_encoding(content) or f"byte {error.start}"
         raise InputError(
-            f"text: {file} is not UTF-8 text (byte {error.start}); give a text file"
+            f"text: {file} is not UTF-8 text ({problem}); give a text file in UTF-8"
         ) from error
     if "\0" in decoded:
         raise InputError(f"text: {file} is binary: it holds zero bytes; give a text file")

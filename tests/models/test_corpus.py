@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from moezoo.errors import InputError
-from moezoo_models import corpus
+from moezoo_models import corpus, rows
 from moezoo_models.corpus import FileCorpus, open_corpus
 
 
@@ -113,6 +113,35 @@ class TestText:
             documents(tmp_path)
 
 
+class TestEncodings:
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    def test_a_byte_order_mark_is_no_text(self, tmp_path, name):
+        text = "the cat" if name.endswith("txt") else '{"text": "the cat"}'
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert documents(tmp_path / name) == ["the cat"]
+        assert documents(tmp_path) == ["the cat"]
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+    def test_another_encoding_is_named(self, tmp_path, name, encoding):
+        (tmp_path / name).write_bytes('{"text": "the cat"}'.encode(encoding))
+        for source in (tmp_path / name, tmp_path):
+            with pytest.raises(InputError) as error:
+                documents(source)
+            assert_one_line(error, f"it is {encoding.upper()}); convert it to UTF-8")
+
+    def test_an_error_without_words_of_the_system_keeps_its_own(self, tmp_path, monkeypatch):
+        def fail(*_):
+            raise OSError("the page is damaged")
+            yield
+
+        monkeypatch.setattr(corpus, "read_jsonl", fail)
+        (tmp_path / "a.jsonl").write_text("{}\n")
+        with pytest.raises(InputError) as error:
+            documents(tmp_path / "a.jsonl")
+        assert_one_line(error, "a.jsonl cannot be read: the page is damaged")
+
+
 class TestRows:
     def test_jsonl(self, tmp_path):
         write_rows(
@@ -147,6 +176,8 @@ class TestRows:
             ('["text"]', "not an object"),
             ('{"text": 3}', "is a int, not text"),
             ('{"text": "\\ud800"}', "half a surrogate pair"),
+            (f'{{"text": "a", "n": {"9" * 5000}}}', "line 1 is not JSON to be read: Exceeds"),
+            ('{"text": "a", "text": "b"}', "line 1 is not JSON to be read: 'text' is given twice"),
         ],
     )
     def test_bad_row(self, tmp_path, line, reason):
@@ -160,9 +191,32 @@ class TestRows:
         with pytest.raises(InputError) as error:
             documents(tmp_path / "a.parquet")
         assert_one_line(error, "a.parquet is not a parquet file")
+        assert "None" not in str(error.value)
         write_table(tmp_path / "b.parquet", text=[1, 2])
         with pytest.raises(InputError, match="row 1 is a int, not text"):
             documents(tmp_path / "b.parquet")
+
+    def test_a_deep_row_is_refused_as_python_refuses_it(self, tmp_path, monkeypatch):
+        def too_deep(*args, **options):
+            raise RecursionError("maximum recursion depth exceeded")
+
+        monkeypatch.setattr(rows.json, "loads", too_deep)
+        (tmp_path / "a.jsonl").write_text("[[]]\n")
+        with pytest.raises(InputError) as error:
+            documents(tmp_path / "a.jsonl")
+        assert_one_line(error, "a.jsonl line 1 is not JSON to be read: maximum recursion depth")
+
+    def test_a_damaged_page_of_a_table(self, tmp_path):
+        """It carries a checksum where its writer made one."""
+        file = tmp_path / "a.parquet"
+        rows = pyarrow.table({"text": ["the cat sat", "on the mat"]})
+        pyarrow.parquet.write_table(rows, file, write_page_checksum=True, compression="none")
+        data = file.read_bytes()
+        at = data.index(b"the cat sat")
+        file.write_bytes(data[:at] + b"X" + data[at + 1 :])
+        with pytest.raises(InputError) as error:
+            documents(file)
+        assert_one_line(error, "a.parquet is not a parquet file, or is damaged: ", "CRC")
 
     def test_missing_package(self, tmp_path, monkeypatch):
         write_table(tmp_path / "a.parquet", text=["x"])

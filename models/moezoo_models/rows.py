@@ -1,0 +1,102 @@
+"""Rows of JSON lines and of parquet tables, and the text in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moezoo.errors import InputError, nearest
+
+
+def read_jsonl(file: Path, text_field: str) -> Iterator[str]:
+    """Yield the text of each row of JSON lines.
+
+    Raises:
+        InputError: names the line that cannot be read.
+    """
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            place = f"{file} line {number}"
+            try:
+                row = json.loads(line, object_pairs_hook=_without_doubles)
+            # Integers of thousands of digits are refused by Python, as is very deep nesting.
+            except (ValueError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise InputError(f"source: {place} is not JSON to be read: {reason}") from error
+            yield field_of(row, text_field, place)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return row
+
+
+def field_of(row: Any, text_field: str, place: str) -> str:
+    """Return the text of a row; empty if it has none.
+
+    Args:
+        row: what was read.
+        text_field: name of the field.
+        place: where the row is, for messages.
+
+    Raises:
+        InputError: the row has no such field, or no text in it.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"source: {place} is not an object with a {text_field!r} field")
+    if text_field not in row:
+        raise InputError(f"text_field: {place} has no {text_field!r}{nearest(text_field, row)}")
+    text = row[text_field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise InputError(
+            f"text_field: {text_field!r} in {place} is a {type(text).__name__}, not text"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"source: {place} holds half a surrogate pair, which is no character; repair the row"
+        ) from error
+    return text
+
+
+def read_parquet(file: Path, text_field: str) -> Iterator[str]:
+    """Yield the text of each row of a table; pages that have a checksum are compared with it.
+
+    Raises:
+        InputError: the table is damaged, or has no text in that column.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"source: {file} needs `pip install 'moezoo[data]'` (pyarrow)") from error
+    try:
+        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
+            if text_field not in table.schema_arrow.names:
+                choices = nearest(text_field, table.schema_arrow.names)
+                raise InputError(f"text_field: {file} has no column {text_field!r}{choices}")
+            number = 0
+            for batch in table.iter_batches(columns=[text_field], batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield field_of(row, text_field, f"{file} row {number}")
+    except InputError:
+        raise
+    # Of damaged pages it raises errors of the system as well, and bare ones of its own.
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"source: {file} is not a parquet file, or is damaged: {reason}"
+        ) from error
