@@ -211,6 +211,10 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
 def _run(name: str, arguments: list[str]) -> None:
     from moezoo.command.parser import check_config_files, run_function
 
+    for argument in arguments:
+        if "\0" in argument:
+            option = argument.partition("=")[0].strip("-") if "=" in argument else argument
+            raise InputError(f"{option}: it holds a NUL character; remove it")
     check_config_files(arguments)
     command = COMMANDS[name]
     if command.first and arguments and not arguments[0].startswith("-"):
@@ -281,7 +285,9 @@ def _explain_os(error: OSError) -> str:
 
 
 def _complain(message: str, code: int = 2) -> int:
-    print(f"moezoo: error: {message}", file=sys.stderr)
+    from moezoo.command.messages import printable
+
+    print(f"moezoo: error: {printable(message)}", file=sys.stderr)
     return code
 
 

@@ -259,6 +259,25 @@ def shorten(value: str, limit: int = 60) -> str:
     return f"'{value}'" if len(value) <= limit else f"'{value[: limit - 1]}…'"
 
 
+def printable(message: str, limit: int = 1_000) -> str:
+    """Cut a long message in its middle, and write characters that a terminal would obey as codes.
+
+    What a file holds may be as long as the file, and steer the terminal.
+    """
+    if len(message) > limit:
+        message = f"{message[: limit // 2]} … {message[-limit // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
+
+def size(count: float) -> str:
+    """Write a number of bytes with its unit, such as ``0 B``, ``1.5 kB`` or ``20.0 GB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
 def _without_bullets(text: str) -> str:
     """Keep the complaint about the class when a path was tried first."""
     parts = [part for part in re.split(r"^- ", text, flags=re.MULTILINE) if part.strip()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import os
@@ -16,11 +15,14 @@ import jsonargparse
 import yaml
 
 from moezoo.command.keys import full_keys
-from moezoo.command.messages import one_line, render
+from moezoo.command.messages import render
 from moezoo.command.precedence import ordered, unmixed
+from moezoo.command.settings import load_yaml, read_settings
 from moezoo.errors import InputError
 
 MANY_OPTIONS = 30
+
+jsonargparse.set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 class ClearErrors:
@@ -178,16 +180,11 @@ def check_config_files(arguments: Sequence[str]) -> None:
     """Check that every ``--config`` file holds settings in YAML.
 
     Raises:
-        InputError: a file is missing, is not text, is not YAML, or holds no mapping.
+        InputError: a file is missing, is not text, is not YAML or not to be read, or holds no
+            mapping.
     """
     for path in _config_files(arguments):
-        text = _read(path)
-        try:
-            settings = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: {_syntax_error(error)}") from error
-        if not isinstance(settings, dict):
-            raise InputError(f"{path}: holds no settings; write 'key: value' lines")
+        read_settings(path)
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[str]:
@@ -199,27 +196,3 @@ def _config_files(arguments: Sequence[str]) -> Iterator[str]:
                 raise InputError("config: a file name is missing; write --config FILE")
             if "://" not in path:
                 yield path
-
-
-def _read(path: str) -> str:
-    if os.path.isdir(path):
-        raise InputError(f"config: '{path}' is a folder; give a YAML file")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
-        folder = os.path.dirname(path) or "."
-        present = os.listdir(folder) if os.path.isdir(folder) else []
-        close = difflib.get_close_matches(os.path.basename(path), present, n=1)
-        fix = f"; did you mean '{os.path.join(os.path.dirname(path), close[0])}'?" if close else ""
-        fix = fix or "; name a YAML file that is there"
-        raise InputError(f"config: there is no file '{path}'{fix}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"config: '{path}' is not a text file; give a YAML file") from error
-
-
-def _syntax_error(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"not valid YAML at line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return f"not valid YAML: {one_line(str(error))}"

@@ -215,9 +215,14 @@ def _parse_claim(key: str, options: Any, methods: Mapping[str, MethodOptions]) -
         if name not in options:
             raise InputError(f"{key}.{name}: is missing; add it")
     claim: Claim = _named(key, Claim, dict(options))
+    for name in ("says", "paper", "measure"):
+        if not isinstance(text := getattr(claim, name), str):
+            raise InputError(f"{key}.{name}: {text!r} is not text; put it in quotes")
     check_choice(f"{key}.measure", claim.measure, MEASURES)
     if not isinstance(claim.order, list) or len(claim.order) < 2:
         raise InputError(f"{key}.order: name two rows or more, the lowest first")
+    if not all(isinstance(place, str | list) for place in claim.order):
+        raise InputError(f"{key}.order: each place is the name of a row, or a list of names")
     if not all(claim.places):
         raise InputError(f"{key}.order: a place has no row; name one or more")
     for row in itertools.chain(*claim.places):
