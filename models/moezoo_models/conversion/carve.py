@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from moezoo.command.tables import count
+from moezoo.command.messages import size
 from moezoo.convert import (
     Block,
     Carved,
@@ -230,8 +230,8 @@ def _check_memory(source: Source, tokens: int) -> None:
     needed = 4 * tokens * (width + 4 * d_model) + 12 * width**2
     if needed > (free := free_memory()):
         raise InputError(
-            f"calibration_tokens: {tokens:,} need about {count(needed)}B of memory, and "
-            f"{count(free)}B are free; lower them"
+            f"calibration_tokens: {tokens:,} need about {size(needed)} of memory, and "
+            f"{size(free)} are free; lower them"
         )
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.command.tables import count
+from moezoo.atomic import named_errors
+from moezoo.command.messages import size
 from moezoo.errors import InputError, going_on
 from moezoo_models.atomic import publish, remove_leftovers
 from moezoo_models.checkpoints import CONFIG, INDEX, WEIGHTS
@@ -151,13 +152,15 @@ class Workspace:
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file."""
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (self.directory / name).write_text(text, encoding="utf-8")
+        with named_errors(self.directory / name):
+            (self.directory / name).write_text(text, encoding="utf-8")
 
     def save(self) -> None:
         """Write the manifest, by which a later run knows this directory."""
         manifest = {"identity": self.identity, "done": self.done}
         temporary = self.directory / f".{MANIFEST}.new"
-        temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        with named_errors(temporary):
+            temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         temporary.rename(self.directory / MANIFEST)
 
 
@@ -216,8 +219,8 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"target: {target} needs {count(needed)}B, and {folder} has "
-            f"{count(free)}B free; make room or name a directory elsewhere"
+            f"target: {target} needs {size(needed)}, and {folder} has "
+            f"{size(free)} free; make room or name a directory elsewhere"
         )
 
 
@@ -250,7 +253,7 @@ def write_safetensors(
     called = Path(path.name.removeprefix(".").removesuffix(".new"))
     header = _header(outputs)
     total = sum_of_header(header)
-    with path.open("wb") as file:
+    with named_errors(path), path.open("wb") as file:
         file.write(sealed_header(header, total))
         for output in outputs:
             written = 0
