@@ -41,6 +41,7 @@ from moezoo_train.prepared import (
     PreparedData,
     Split,
     SplitName,
+    check_place,
     hash_folder,
     token_dtype,
 )
@@ -95,6 +96,7 @@ def prepare(
         "max_bytes": max_bytes,
     }
     output = Path(output)
+    check_place(output)
     if (ready := _reusable(output, inputs)) is not None:
         _remove_finished_work(output, inputs)
         _say(f"nothing has changed; using {ready}")
@@ -166,7 +168,7 @@ class _Preparation:
         """Keep the unfinished work of an earlier run if it had the same inputs."""
         record = self.work / "inputs.json"
         wanted = json.dumps(self.inputs, sort_keys=True)
-        if record.is_file() and record.read_text() == wanted:
+        if record.is_file() and record.read_bytes() == wanted.encode():
             return
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
@@ -301,7 +303,12 @@ def _remove_finished_work(output: Path, inputs: dict[str, Any]) -> None:
 def _started_with(work: Path) -> Any:
     """Give the inputs of unfinished work; None if it was being removed."""
     record = work / "inputs.json"
-    return json.loads(record.read_text()) if record.is_file() else None
+    if not record.is_file():
+        return None
+    try:
+        return json.loads(record.read_text())
+    except ValueError:  # damaged, so that nobody can go on with it
+        return None
 
 
 def _explain_renewal(output: Path, inputs: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
+from moezoo_models.checkpoints import one_line
 from moezoo_models.checksums import crc_of_file
 
 SplitName = Literal["train", "val"]
 FORMAT = 2
 META_FILE = "meta.json"
 TOKENIZER_FOLDER = "tokenizer"
+_SUM = "crc32"
 _COUNTED_AT_ONCE = 1 << 22
 
 
@@ -76,18 +79,26 @@ class PreparedData:
         advice = f"run `moezoo prepare --output {directory}`"
         try:
             meta = json.loads((directory / META_FILE).read_text())
+            written = meta.pop(_SUM, None)
             prepared = cls(
                 directory=directory,
-                vocab_size=int(meta["vocab_size"]),
-                train=Split(**meta["train"]),
-                val=Split(**meta["val"]),
-                inputs=dict(meta["inputs"]),
-                tokenizer_hash=str(meta["tokenizer_hash"]),
+                vocab_size=_count(meta["vocab_size"]),
+                train=_split(meta["train"]),
+                val=_split(meta["val"]),
+                inputs=_of_kind(meta["inputs"], dict),
+                tokenizer_hash=_of_kind(meta["tokenizer_hash"], str),
             )
+            # Earlier versions wrote no checksum; the vocabulary is among the inputs as well.
+            if written is not None and written != _sum(meta):
+                raise ValueError("its checksum is wrong")
+            if prepared.vocab_size != prepared.inputs["vocab_size"]:
+                raise ValueError("its vocabulary is not that of its inputs")
         except FileNotFoundError as error:
             raise InputError(f"data_dir: {directory} holds no prepared tokens; {advice}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"data_dir: {directory / META_FILE} is broken; {advice}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"data_dir: {directory / META_FILE} is broken ({one_line(error)}); {advice}"
+            ) from error
         except OSError as error:
             raise InputError(
                 f"data_dir: {directory} cannot be read: {error.strerror}; run moezoo prepare, or "
@@ -123,6 +134,7 @@ class PreparedData:
         """Write ``meta.json``."""
         meta = asdict(self)
         del meta["directory"]
+        meta[_SUM] = _sum(meta)
         file.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
 
     @property
@@ -180,6 +192,38 @@ class PreparedData:
             f"{self.directory} ({sizes}; vocabulary {self.vocab_size:,}, "
             f"{self.bytes_per_token:.2f} bytes per token)"
         )
+
+
+def check_place(directory: Path) -> None:
+    """See that no folder is in the way of a file that is to be written there.
+
+    Raises:
+        InputError: names the folder.
+    """
+    for name in (META_FILE, "train.bin", "val.bin"):
+        if (directory / name).is_dir():
+            raise InputError(f"output: {directory / name} is a folder; remove it")
+
+
+def _split(values: Any) -> Split:
+    return Split(**{name: _count(value) for name, value in _of_kind(values, dict).items()})
+
+
+def _count(value: Any) -> int:
+    if _of_kind(value, int) < 0 or isinstance(value, bool):
+        raise ValueError(f"{value!r:.60} is no count")
+    return int(value)
+
+
+def _of_kind(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{value!r:.60} is of the wrong kind")
+    return value
+
+
+def _sum(meta: dict[str, Any]) -> int:
+    """Return the checksum of what ``meta.json`` says besides it."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

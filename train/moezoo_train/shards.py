@@ -37,6 +37,8 @@ class Shard:
         """Tell whether it was written to the end."""
         if not (self._token_file.is_file() and self._index_file.is_file()):
             return False
+        if self._index_file.stat().st_size % _DOCUMENT.itemsize:
+            return False
         size = self._token_file.stat().st_size
         return size == int(self.documents()["tokens"].sum()) * self._dtype.itemsize
 

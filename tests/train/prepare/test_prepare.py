@@ -261,6 +261,51 @@ class TestReuse:
         assert "preparing again, as data_dir" in capfd.readouterr().err
         assert contents(tmp_path) == whole
 
+    @pytest.mark.parametrize(
+        ("place", "value", "reason"),
+        [
+            (("vocab_size",), 299, "its checksum is wrong"),
+            (("train", "bytes"), 1, "its checksum is wrong"),
+            (("vocab_size",), "300", "'300' is of the wrong kind"),
+            (("train", "documents"), None, "None is of the wrong kind"),
+            (("val", "tokens"), -1, "-1 is no count"),
+            (("val", "crc32"), True, "True is no count"),
+            (("inputs",), [], r"\[\] is of the wrong kind"),
+        ],
+    )
+    def test_a_changed_description_is_refused(
+        self, corpus, tmp_path, own_tokenizer, place, value, reason
+    ):
+        prepare(str(corpus), tmp_path, tokenizer=own_tokenizer)
+        meta = json.loads((tmp_path / "meta.json").read_text())
+        owner = meta if len(place) == 1 else meta[place[0]]
+        owner[place[-1]] = value
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(InputError, match=rf"meta\.json is broken \(.*{reason}.*\); run"):
+            PreparedData.load(tmp_path)
+
+    def test_a_description_without_a_checksum_is_of_an_earlier_version(
+        self, corpus, tmp_path, own_tokenizer
+    ):
+        """Its vocabulary stands in two places, which have to agree."""
+        prepared = prepare(str(corpus), tmp_path, tokenizer=own_tokenizer)
+        meta = json.loads((tmp_path / "meta.json").read_text())
+        del meta["crc32"]
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        assert PreparedData.load(tmp_path) == prepared
+        (tmp_path / "meta.json").write_text(json.dumps({**meta, "vocab_size": 299}))
+        with pytest.raises(InputError, match="its vocabulary is not that of its inputs"):
+            PreparedData.load(tmp_path)
+
+    @pytest.mark.parametrize("name", ["meta.json", "train.bin"])
+    def test_a_folder_in_the_place_of_a_file_is_found_before_the_work(
+        self, corpus, tmp_path, own_tokenizer, name
+    ):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        with pytest.raises(InputError, match=rf"output: .*{name} is a folder; remove it"):
+            prepare(str(corpus), tmp_path / "out", tokenizer=own_tokenizer)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
     def test_nothing_prepared(self, tmp_path):
         with pytest.raises(InputError, match="holds no prepared tokens; run `moezoo prepare"):
             PreparedData.load(tmp_path)
