@@ -19,6 +19,7 @@ from moezoo.errors import InputError
 from moezoo_models.atomic import atomic_write, is_there, publish
 from moezoo_models.checkpoints import one_line
 from moezoo_models.checksums import check_archive
+from moezoo_train.restoring import check_layout
 from moezoo_train.sharded_checkpoints import is_sharded, load_sharded
 
 _REQUIRED = {"state_dict", "pytorch-lightning_version"}
@@ -68,6 +69,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if "://" not in str(path):
                 check_archive(path)
             checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            if isinstance(checkpoint, dict) and checkpoint.keys() >= _REQUIRED:
+                check_layout(checkpoint)
         except FileNotFoundError:
             raise InputError(f"ckpt_path: there is no checkpoint {path}; name another") from None
         except IsADirectoryError:

@@ -40,6 +40,7 @@ from moezoo_train.pretrained import default_tokenizer
 from moezoo_train.progress import StepProgress, quiet_lightning
 from moezoo_train.refusals import check_trainer, is_refusal, reword
 from moezoo_train.report import write_report
+from moezoo_train.restoring import CheckKinds, restoring_errors
 from moezoo_train.run_directory import (
     check_directory,
     clean,
@@ -66,6 +67,7 @@ TRAINER_DEFAULTS = {
 }
 
 
+@restoring_errors()
 def run(argv: list[str]) -> None:
     """Run one command, e.g. ``["fit", "--config", "configs/demo.yaml"]``.
 
@@ -153,7 +155,9 @@ class MoezooCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's own options."""
         group = parser.add_argument_group("Run")
-        group.add_argument("--output", default="runs/default", help="directory of the run")
+        group.add_argument(
+            "--output", type=str, default="runs/default", help="directory of the run"
+        )
         group.add_argument(
             "--overwrite", type=bool, default=False, help="replace a run that is already there"
         )
@@ -178,7 +182,9 @@ class MoezooCLI(LightningCLI):
             default="last",
             help="what model/ holds: the last state, or the one of the lowest validation loss",
         )
-        group.add_argument("--sample_prompt", default="", help="begins the text in sample.txt")
+        group.add_argument(
+            "--sample_prompt", type=str, default="", help="begins the text in sample.txt"
+        )
         group.add_argument(
             "--sample_tokens", type=int, default=200, help="length of that text; 0 for none"
         )
@@ -268,7 +274,7 @@ class MoezooCLI(LightningCLI):
 
     def _callbacks(self, output: Path) -> list[Callback]:
         config = self.config_init[self.subcommand]
-        callbacks: list[Callback] = []
+        callbacks: list[Callback] = [CheckKinds()]
         if config["trainer"].get("enable_progress_bar") is not False:
             callbacks.append(StepProgress())
         if self.subcommand == "fit" and config["trainer"].get("enable_checkpointing") is not False:

@@ -23,6 +23,7 @@ from moezoo_models.stock import load_as_it_is
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.identity import CONFIG_KEY, check_tensors
 from moezoo_train.lora import LoRAOptions, add_adapters, merged_state, trained_state, weights_hash
+from moezoo_train.restoring import check_layout
 from moezoo_train.sharded_checkpoints import REST, is_sharded, load_sharded
 
 _PREFIX = "model."
@@ -121,7 +122,10 @@ def read_model(path: Path) -> TrainedModel:
 def _map(file: Path) -> Any:
     try:
         check_archive(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(checkpoint, dict) and CONFIG_KEY in checkpoint:
+            check_layout(checkpoint)
+        return checkpoint
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(
             f"checkpoint: {file} is damaged or not a checkpoint ({one_line(error)}); use another, "
@@ -134,7 +138,7 @@ def _build(trained: TrainedModel) -> PreTrainedModel:
     fields = dict(trained.config)
     kind = fields.pop("model_type", MoezooConfig.model_type)
     model: Any
-    with torch.device("meta"), warnings.catch_warnings():
+    with _described(), torch.device("meta"), warnings.catch_warnings():
         # An absent shared expert is, in stock architectures, one without neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         if kind == MoezooConfig.model_type:
@@ -183,6 +187,19 @@ def _tokenizer(path: Path, given: str | None, room: int) -> Tokenizer | None:
             "it was trained with"
         )
     return tokenizer
+
+
+@contextmanager
+def _described() -> Iterator[None]:
+    """Say what is wrong with the configuration in a checkpoint in one line."""
+    try:
+        yield
+    # Transformers checks some fields, and stumbles over others.
+    except Exception as error:
+        raise InputError(
+            f"checkpoint: no model can be built from the configuration in it ({one_line(error)}); "
+            "use another"
+        ) from error
 
 
 @contextmanager

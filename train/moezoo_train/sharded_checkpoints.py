@@ -29,6 +29,7 @@ from moezoo_models.atomic import publish
 from moezoo_models.checkpoints import one_line
 from moezoo_models.checksums import check_archive, crc_of_file
 from moezoo_train.distributed import gather_from_ranks, process_count
+from moezoo_train.restoring import check_layout
 from moezoo_train.whole import place_of
 
 REST = "rest.ckpt"
@@ -91,6 +92,10 @@ def load_sharded(
     try:
         _check_rest(path / REST)
         rest: dict[str, Any] = torch.load(path / REST, map_location="cpu", weights_only=True)
+        check_layout(rest)
+        for field in (SUMS, TIED):
+            if not isinstance(rest.get(field, {}), dict):
+                raise ValueError(f"{field} is not a mapping")
         if model_only:
             rest.pop("optimizer_states", None)
         _check_sums(rest.pop(SUMS, {}), _sums(path, together=model is not None))
@@ -121,6 +126,10 @@ def load_sharded(
         SafetensorError,
         dcp.CheckpointException,
     ) as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            reason = (error.strerror or one_line(error)).lower()
+            place = error.filename or path
+            raise InputError(f"ckpt_path: {place} cannot be read: {reason}") from error
         raise InputError(
             f"ckpt_path: {path} is damaged or incomplete ({one_line(error)}); use another, e.g. "
             "best.ckpt beside it"
