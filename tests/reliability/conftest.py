@@ -87,12 +87,15 @@ def whole(server, fit, tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say at which moments the kills of a longer run fell."""
-    if "MOEZOO_KILLS" not in os.environ:
+    """Say at which moments the kills of a longer run fell, and what became of spoilt inputs."""
+    if "MOEZOO_KILLS" not in os.environ and "MOEZOO_MUTATIONS" not in os.environ:
         return
+    outcomes: list[tuple[str, dict[str, int]]] = []
     kills: dict[str, Counter[str]] = {}
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, moment in report.user_properties:
+            if name == "mutations":
+                outcomes.append(moment)
             if name == "killed":
                 test = report.nodeid.partition("::")[2].partition("[")[0]
                 kills.setdefault(test, Counter())[moment] += 1
@@ -100,3 +103,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"{test}: {moments.total()} kills")
         for moment, count in moments.most_common():
             terminalreporter.write_line(f"  {count:3} {moment}")
+    columns = ("clean", "harmless", "accepted", "traceback", "hang", "half-written", "unreadable")
+    if outcomes:
+        terminalreporter.write_line("".join(f"{name:>13}" for name in ("spoilt", *columns)))
+    for artefact, counts in [*outcomes, ("all", total(outcomes))] if outcomes else []:
+        figures = (f"{counts.get(column, 0):13}" for column in columns)
+        terminalreporter.write_line(f"{artefact:>13}" + "".join(figures))
+
+
+def total(outcomes) -> Counter[str]:
+    return sum((Counter(counts) for _, counts in outcomes), Counter())

@@ -158,8 +158,8 @@ def as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
 def wait(children: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """Wait for all children, each with its order.
 
-    After the ``seconds`` of its order, a child is sent the signal ``number``. Where only stopped
-    ones are left, they are killed, as a launcher does.
+    After the ``seconds`` of its order, a child is sent the signal ``number``; after ``limit``
+    seconds it is killed. Where only stopped ones are left, they are killed, as a launcher does.
     """
     started = time.monotonic()
     ended: dict[int, dict[str, Any]] = {}
@@ -174,7 +174,7 @@ def wait(children: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
             elif found:
                 code = os.waitstatus_to_exitcode(status)
                 ended[child] = {"code": code, "seconds": passed}
-            elif passed > LIMIT or stopped.issuperset(left):
+            elif passed > order.get("limit", LIMIT) or stopped.issuperset(left):
                 os.kill(child, signal.SIGKILL)
             elif passed > order.get("seconds", LIMIT) and child not in sent:
                 os.kill(child, order.get("number", signal.SIGKILL))
@@ -186,8 +186,9 @@ def wait(children: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
 def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
     """Be the child.
 
-    The order may hold ``operation`` and ``delay``: die so many seconds after the n-th change of the
-    file system; ``file_limit``: bytes that a file may have; ``unprivileged``: do not write what
+        The order may hold ``operation`` and ``delay``: die so many seconds after the n-th change of the
+        file system; ``file_limit``: bytes that a file may have; ``memory``: bytes of memory that may be
+    added; ``processor``: seconds of a core that it may take; ``unprivileged``: do not write what
     permissions forbid, although root could; ``shard_bytes``: of ``moezoo prepare``; ``group``: be
     a process group, as a terminal's job is.
     """
@@ -203,6 +204,10 @@ def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
     try:
         if "file_limit" in order:
             resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"],) * 2)
+        if "memory" in order:
+            limit_memory(order["memory"])
+        if "processor" in order:
+            resource.setrlimit(resource.RLIMIT_CPU, (order["processor"],) * 2)
         if order.get("unprivileged"):
             drop_privileges()
         if order.get("group"):
@@ -259,6 +264,14 @@ def drop_privileges() -> None:
     for index in range(3):
         data[index] &= ~(override | read_search)
     assert libc.capset(header, data) == 0
+
+
+def limit_memory(added: int) -> None:
+    """Let this process take so many bytes more; only Linux tells how many it has."""
+    sizes = Path("/proc/self/statm")
+    if sizes.exists():
+        present = int(sizes.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (present + added,) * 2)
 
 
 def save(folder: Path) -> NoReturn:

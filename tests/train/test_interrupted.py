@@ -213,9 +213,7 @@ def test_a_run_with_nothing_left_to_do_reports_the_same(folder, long_run):
     assert (output / "metrics.csv").read_text() == (long_run / "metrics.csv").read_text()
 
 
-def test_a_run_killed_before_its_model_was_written_writes_it_when_resumed(
-    folder, long_run
-):
+def test_a_run_killed_before_its_model_was_written_writes_it_when_resumed(folder, long_run):
     """Nothing is left to train, so that no callback is called for the end of training."""
     output = folder / "killed"
     shutil.copytree(long_run, output)
