@@ -82,6 +82,7 @@ def _check_size(events: Any) -> None:
     total = 0
     for event in events:
         if isinstance(event, yaml.AliasEvent):
+            assert event.anchor is not None
             if any(anchor == event.anchor for anchor, _ in open_):
                 raise YAMLRefused(f"{shorten('*' + event.anchor)} holds itself", event.start_mark)
             total += sizes.get(event.anchor, 0)
