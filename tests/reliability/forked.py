@@ -186,11 +186,11 @@ def wait(children: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
 def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
     """Be the child.
 
-        The order may hold ``operation`` and ``delay``: die so many seconds after the n-th change of the
-        file system; ``file_limit``: bytes that a file may have; ``memory``: bytes of memory that may be
-    added; ``processor``: seconds of a core that it may take; ``unprivileged``: do not write what
-    permissions forbid, although root could; ``shard_bytes``: of ``moezoo prepare``; ``group``: be
-    a process group, as a terminal's job is.
+        The order may hold ``operation`` and ``delay``: die so many seconds after the n-th change of
+    the file system; ``file_limit``: bytes that a file may have; ``memory``: bytes of memory that
+    may be added; ``processor``: seconds of a core that it may take; ``unprivileged``: do not write
+    what permissions forbid, although root could; ``shard_bytes``: of ``moezoo prepare``;
+    ``group``: be a process group, as a terminal's job is.
     """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
