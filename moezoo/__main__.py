@@ -32,7 +32,9 @@ GROUPS: dict[str, dict[str, Command]] = {
         "demo": Command(
             "moezoo_train.demo:demo", "train a small sparse MoE on real text, on a CPU"
         ),
-        "prepare": Command("moezoo_train.prepare:prepare", "turn text into a tokenizer and tokens"),
+        "prepare": Command(
+            "moezoo_train.data.prepare:prepare", "turn text into a tokenizer and tokens"
+        ),
         "fit": Command("moezoo_train.cli:run", "train a model as a YAML file says", True),
         "plan": Command(
             "moezoo_train.plan:run", "memory, traffic and time of a run on many GPUs", True

@@ -49,7 +49,7 @@ def test_a_wrong_import_is_noticed():
     assert violations("moezoo_kernels", "def f():\n    from moezoo.errors import InputError") == {
         "moezoo"
     }
-    assert violations("moezoo", "import moezoo_train.data") == {"moezoo_train"}
+    assert violations("moezoo", "import moezoo_train.data.datamodule") == {"moezoo_train"}
     assert violations("moezoo_train", "import moezoo, moezoo_kernels.backends") == set()
 
 

@@ -108,7 +108,7 @@ def serve() -> None:
     import torch
 
     import moezoo_train.cli
-    import moezoo_train.prepare  # noqa: F401
+    import moezoo_train.data.prepare  # noqa: F401
     from moezoo.__main__ import main
 
     torch.set_num_threads(1)
@@ -213,7 +213,7 @@ def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
         if order.get("group"):
             os.setpgid(0, 0)
         if "shard_bytes" in order:
-            sys.modules["moezoo_train.prepare"].SHARD_BYTES = order["shard_bytes"]
+            sys.modules["moezoo_train.data.prepare"].SHARD_BYTES = order["shard_bytes"]
         sys.addaudithook(watch)
         if order["arguments"] == ["save"]:
             save(Path(order["folder"]))

@@ -6,9 +6,9 @@ import pytest
 from runs import callback, read, rows
 
 from moezoo_models.checkpoints import load_checkpoint
+from moezoo_train.data.prepared import PreparedData
+from moezoo_train.data.windows import TrainBatches
 from moezoo_train.loggers import read_metrics
-from moezoo_train.prepared import PreparedData
-from moezoo_train.windows import TrainBatches
 
 pytestmark = pytest.mark.slow
 

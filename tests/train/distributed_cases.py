@@ -17,7 +17,7 @@ from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.cli import run
-from moezoo_train.data import _ResumableLoader
+from moezoo_train.data.datamodule import _ResumableLoader
 from moezoo_train.distributed import Layout, lay_out
 from moezoo_train.lora import LoRAOptions
 from moezoo_train.module import LanguageModel

@@ -5,8 +5,8 @@ import torch
 import yaml
 
 from moezoo import InputError
-from moezoo_train import data
 from moezoo_train.cli import run
+from moezoo_train.data import datamodule as data
 from moezoo_train.module import LanguageModel
 
 OPTIONS = {

@@ -11,8 +11,8 @@ import torch
 from moezoo import InputError
 from moezoo.__main__ import main
 from moezoo_train.cli import run
+from moezoo_train.data.train_tokenizer import train_tokenizer
 from moezoo_train.export import export
-from moezoo_train.tokenizer import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -14,9 +14,10 @@ from moezoo import HashLayer, InputError
 from moezoo.routing import hashing
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_models.generate import continue_text
-from moezoo_train import hash_tables, prepared
+from moezoo_train import hash_tables
 from moezoo_train.cli import run
-from moezoo_train.data import TokenDataModule
+from moezoo_train.data import prepared
+from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.loggers import read_metrics
 
 pytestmark = [

@@ -18,7 +18,7 @@ from moezoo.routing import RouterOptions
 from moezoo_train.callbacks import LastCheckpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.cli import run
-from moezoo_train.data import TokenDataModule
+from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.loggers import read_metrics
 from moezoo_train.optim import OptimizerConfig
 from moezoo_train.schedule import ScheduleConfig

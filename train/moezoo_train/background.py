@@ -23,11 +23,11 @@ from moezoo_models.devices import pick_device
 from moezoo_models.locks import check_file
 from moezoo_models.stock import load_as_it_is
 from moezoo_models.tokenizer import load_tokenizer
+from moezoo_train.data.prepared import PreparedData
+from moezoo_train.data.windows import IGNORE_INDEX, TrainBatches
 from moezoo_train.lora import weights_hash
-from moezoo_train.prepared import PreparedData
 from moezoo_train.pretrained import check_tokenizer
 from moezoo_train.slot_counts import SlotCounter, memory_tables
-from moezoo_train.windows import IGNORE_INDEX, TrainBatches
 
 FORMAT = "moezoo background 1"
 

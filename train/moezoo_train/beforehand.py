@@ -23,7 +23,7 @@ from moezoo_train.sharded_checkpoints import REST, is_sharded
 from moezoo_train.strategies import check_sparse_gradients, check_strategy
 
 if TYPE_CHECKING:
-    from moezoo_train.data import TokenDataModule
+    from moezoo_train.data.datamodule import TokenDataModule
     from moezoo_train.module import LanguageModel
 
 

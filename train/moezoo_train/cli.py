@@ -32,7 +32,7 @@ from moezoo_models.locks import writing
 from moezoo_train.beforehand import check_evaluation, check_run
 from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
-from moezoo_train.data import TokenDataModule
+from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.distributed import is_lost_process
 from moezoo_train.loggers import build_loggers
 from moezoo_train.module import LanguageModel

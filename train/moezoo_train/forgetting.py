@@ -30,6 +30,7 @@ from moezoo_train.background import inspect_background
 from moezoo_train.compare.plan import fingerprint
 from moezoo_train.compare.run import fit, open_text
 from moezoo_train.compare.settings import ModelOptions, TextOptions
+from moezoo_train.data.prepare import prepare
 from moezoo_train.facts import (
     NUM_WORDINGS,
     Fact,
@@ -43,7 +44,6 @@ from moezoo_train.forgetting_report import Outcome, read_record, write_record, w
 from moezoo_train.lora import LoRAOptions
 from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.optim import OptimizerConfig
-from moezoo_train.prepare import prepare
 from moezoo_train.progress import quiet_lightning
 from moezoo_train.schedule import ScheduleConfig
 from moezoo_train.sparse_memory import SparseMemoryOptions

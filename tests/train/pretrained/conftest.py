@@ -22,7 +22,7 @@ from moezoo_models.checkpoints import quiet
 from moezoo_models.conversion.carve import carve
 from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.tokenizer import load_tokenizer
-from moezoo_train.tokenizer import train_tokenizer
+from moezoo_train.data.train_tokenizer import train_tokenizer
 
 DENSE = {
     "llama": LlamaConfig,

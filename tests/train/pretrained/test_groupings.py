@@ -6,8 +6,8 @@ import pytest
 
 from moezoo.__main__ import main
 from moezoo_train.claims import carving
-from moezoo_train.prepare import prepare
-from moezoo_train.windows import TrainBatches
+from moezoo_train.data.prepare import prepare
+from moezoo_train.data.windows import TrainBatches
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -203,7 +203,7 @@ def test_other_vocabularies_are_refused(directory, command, copy_of, tmp_path):
 
 
 def other_tokenizer(folder, size):
-    from moezoo_train.tokenizer import train_tokenizer
+    from moezoo_train.data.train_tokenizer import train_tokenizer
 
     words = (" ".join(f"{a}{b}" for b in "xyzuvw") for a in ("alpha", "beta", "gamma", "delta") * 9)
     train_tokenizer(words, folder / f"tokenizer{size}", size)

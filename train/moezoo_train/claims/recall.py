@@ -29,6 +29,7 @@ from moezoo_train.compare.plan import Run, plan
 from moezoo_train.compare.results import Mean, mean
 from moezoo_train.compare.run import build, fit, open_text
 from moezoo_train.compare.settings import Experiment, ModelOptions, TextOptions, parse_methods
+from moezoo_train.data.prepare import prepare
 from moezoo_train.facts import (
     NUM_WORDINGS,
     Fact,
@@ -38,7 +39,6 @@ from moezoo_train.facts import (
     write_documents,
 )
 from moezoo_train.optim import OptimizerConfig
-from moezoo_train.prepare import prepare
 from moezoo_train.progress import quiet_lightning
 from moezoo_train.schedule import ScheduleConfig
 

@@ -22,8 +22,8 @@ from moezoo_train.compare.settings import (
     parse_claims,
     parse_methods,
 )
+from moezoo_train.data.prepare import prepare
 from moezoo_train.optim import OptimizerConfig
-from moezoo_train.prepare import prepare
 from moezoo_train.progress import quiet_lightning
 from moezoo_train.schedule import ScheduleConfig
 

@@ -26,7 +26,7 @@ from moezoo_train.cli import TRAINER_DEFAULTS
 from moezoo_train.compare.memory import PeakMemory
 from moezoo_train.compare.plan import Run, fingerprint
 from moezoo_train.compare.settings import TextOptions, find_method
-from moezoo_train.data import TokenDataModule
+from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.loggers import MetricsCSV, read_metrics
 from moezoo_train.metrics import ExpertLoad, LoadCounter
 from moezoo_train.module import FFNRule, LanguageModel

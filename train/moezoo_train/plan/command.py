@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from moezoo.command.tables import count, print_table
 from moezoo.errors import InputError, check_int
 from moezoo_train.cli import TRAINER_DEFAULTS, MoezooCLI, Parser
-from moezoo_train.data import TokenDataModule
+from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.module import LanguageModel
 from moezoo_train.plan.estimate import KINDS, Estimate, Planner
 from moezoo_train.plan.figure import draw

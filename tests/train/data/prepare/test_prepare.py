@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from moezoo.errors import InputError
 from moezoo_models import encoding
 from moezoo_models.tokenizer import load_tokenizer
-from moezoo_train import prepare as module
-from moezoo_train import shards
-from moezoo_train.prepare import prepare, split_threshold
-from moezoo_train.prepared import PreparedData, token_dtype
-from moezoo_train.tokenizer import train_tokenizer
+from moezoo_train.data import prepare as module
+from moezoo_train.data import shards
+from moezoo_train.data.prepare import prepare, split_threshold
+from moezoo_train.data.prepared import PreparedData, token_dtype
+from moezoo_train.data.train_tokenizer import train_tokenizer
 
 FILES = ["meta.json", "train.bin", "val.bin"]
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from moezoo.errors import InputError
 from moezoo_models.corpus import open_corpus
 from moezoo_models.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
-from moezoo_train import tokenizer as training
-from moezoo_train.tokenizer import EOS_PIECE, sample_chunks, split_text, train_tokenizer
+from moezoo_train.data import train_tokenizer as training
+from moezoo_train.data.train_tokenizer import EOS_PIECE, sample_chunks, split_text, train_tokenizer
 
 TRICKY = [
     "",
@@ -122,7 +122,7 @@ class TestTraining:
         (tmp_path / "documents.json").write_text(json.dumps(documents))
         script = (
             "import json, sys; from pathlib import Path\n"
-            "from moezoo_train.tokenizer import train_tokenizer\n"
+            "from moezoo_train.data.train_tokenizer import train_tokenizer\n"
             "documents = json.loads(Path(sys.argv[1], 'documents.json').read_text())\n"
             "train_tokenizer(documents, Path(sys.argv[1], 'again'), vocab_size=600)\n"
         )

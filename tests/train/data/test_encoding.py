@@ -18,9 +18,9 @@ from moezoo_models.conversion.calibration import _encode as calibrate
 from moezoo_models.encoding import encode_text, encode_texts
 from moezoo_models.generate import prompt_ids
 from moezoo_models.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
-from moezoo_train.prepare import prepare
-from moezoo_train.shards import encode
-from moezoo_train.tokenizer import train_tokenizer
+from moezoo_train.data.prepare import prepare
+from moezoo_train.data.shards import encode
+from moezoo_train.data.train_tokenizer import train_tokenizer
 
 SOURCE = inspect.getsource(argparse)[:12_000]
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moezoo.errors import InputError
-from moezoo_train.windows import BatchNumbers, TrainBatches, ValBatches
+from moezoo_train.data.windows import BatchNumbers, TrainBatches, ValBatches
 
 
 def starts(batch):

@@ -34,7 +34,7 @@ from moezoo_models.checksums import crc_of_file
 from moezoo_models.corpus import Corpus, open_corpus
 from moezoo_models.locks import writing
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
-from moezoo_train.prepared import (
+from moezoo_train.data.prepared import (
     FORMAT,
     META_FILE,
     TOKENIZER_FOLDER,
@@ -45,8 +45,8 @@ from moezoo_train.prepared import (
     hash_folder,
     token_dtype,
 )
-from moezoo_train.shards import Shard, batches, encode, write_atomically
-from moezoo_train.tokenizer import train_tokenizer
+from moezoo_train.data.shards import Shard, batches, encode, write_atomically
+from moezoo_train.data.train_tokenizer import train_tokenizer
 
 SHARD_BYTES = 4_000_000
 """Text per shard: what a killed run loses at most."""

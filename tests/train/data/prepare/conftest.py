@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from moezoo_train import prepare as module
-from moezoo_train.tokenizer import train_tokenizer
+from moezoo_train.data import prepare as module
+from moezoo_train.data.train_tokenizer import train_tokenizer
 
 WORDS = [
     *("if", "else", "return", "yield", "lambda", "token", "expert", "router", "gate", "weight"),

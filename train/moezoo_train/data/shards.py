@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moezoo.errors import InputError
 from moezoo_models.encoding import encode_texts
 from moezoo_models.tokenizer import Tokenizer
-from moezoo_train.prepared import token_dtype
+from moezoo_train.data.prepared import token_dtype
 
 _DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("key", "<u8")])
 """What is kept of each document: its lengths, and the key by which the split is made."""

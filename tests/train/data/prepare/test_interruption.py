@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from moezoo.errors import InputError
-from moezoo_train import prepare as module
-from moezoo_train.prepare import prepare
+from moezoo_train.data import prepare as module
+from moezoo_train.data.prepare import prepare
 
 
 class Crash(BaseException):

@@ -11,8 +11,8 @@ from torch.utils.data import DistributedSampler
 
 from moezoo.errors import InputError
 from moezoo_models.tokenizer import load_tokenizer
-from moezoo_train.data import TokenDataModule
-from moezoo_train.prepare import prepare
+from moezoo_train.data.datamodule import TokenDataModule
+from moezoo_train.data.prepare import prepare
 
 pytestmark = [
     # Lightning 2.6 uses a name that torch 2.13 deprecates.

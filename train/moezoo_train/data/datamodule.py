@@ -2,7 +2,7 @@
 
 The position in the data *is* Lightning's own count of processed batches, which its checkpoints
 hold. A data loader's own state would be ahead of it, by what its workers have fetched already.
-Batches are a pure function of that count (see :mod:`moezoo_train.windows`), so that a run resumed
+Batches are a pure function of that count (see :mod:`moezoo_train.data.windows`), so that a run resumed
 in the middle of an epoch, with any number of workers, goes on with exactly the batch it would have
 had.
 """
@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
-from moezoo_train.prepare import prepare
-from moezoo_train.prepared import PreparedData
+from moezoo_train.data.prepare import prepare
+from moezoo_train.data.prepared import PreparedData
+from moezoo_train.data.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches
 from moezoo_train.stopping import leave_signals_to_parent
-from moezoo_train.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches
 
 NAMED = 8
 """Windows of a batch that a message names."""

@@ -1,0 +1,4 @@
+"""Text to batches.
+
+``prepare`` writes tokens, ``windows`` cuts batches of them, ``datamodule`` serves these.
+"""
