@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from moezoo import SparseMoE
 from moezoo_train.module import LanguageModel
-from moezoo_train.optim import OptimizerConfig
-from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 
 VOCABULARY = 50
 

@@ -21,9 +21,9 @@ from moezoo_train.data.datamodule import _ResumableLoader
 from moezoo_train.distributed import Layout, lay_out
 from moezoo_train.lora import LoRAOptions
 from moezoo_train.module import LanguageModel
-from moezoo_train.optim import OptimizerConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.progress import quiet_lightning
-from moezoo_train.schedule import ScheduleConfig
 from moezoo_train.strategies import FSDP2Strategy
 from moezoo_train.whole import whole_state, whole_tensors
 

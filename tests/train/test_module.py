@@ -23,8 +23,8 @@ from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train import throughput
 from moezoo_train.metrics import TrainingMetrics
 from moezoo_train.module import FFNRule, LanguageModel
-from moezoo_train.optim import OptimizerConfig
-from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.throughput import (
     count_parameters,
     ffn_layers,

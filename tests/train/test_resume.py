@@ -20,8 +20,8 @@ from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.cli import run
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.loggers import read_metrics
-from moezoo_train.optim import OptimizerConfig
-from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

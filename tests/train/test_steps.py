@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moezoo_train.checkpointing import AtomicCheckpointIO
-from moezoo_train.optim import OptimizerConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.throughput import ffn_layers
 
 pytestmark = [

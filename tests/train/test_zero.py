@@ -17,7 +17,7 @@ from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.export import export
 from moezoo_train.guard import SpikeRule, StepGuard
 from moezoo_train.loggers import read_metrics
-from moezoo_train.optim import OptimizerConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.strategies import check_sparse_gradients, lay_out_for
 from moezoo_train.throughput import count_parameters
 from moezoo_train.zero import ZeROStrategy, check_zero

@@ -16,9 +16,9 @@ from moezoo_train import identity
 from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.hash_tables import baseline_embeddings
 from moezoo_train.lora import describe_adapters
-from moezoo_train.optim import build_optimizer, is_sparse
+from moezoo_train.optim.optimizer import build_optimizer, is_sparse
+from moezoo_train.optim.schedule import build_schedule
 from moezoo_train.pretrained import check_length, check_tokenizer
-from moezoo_train.schedule import build_schedule
 from moezoo_train.sharded_checkpoints import REST, is_sharded
 from moezoo_train.strategies import check_sparse_gradients, check_strategy
 

@@ -43,9 +43,9 @@ from moezoo_train.facts import (
 from moezoo_train.forgetting_report import Outcome, read_record, write_record, write_report
 from moezoo_train.lora import LoRAOptions
 from moezoo_train.module import FFNRule, LanguageModel
-from moezoo_train.optim import OptimizerConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.progress import quiet_lightning
-from moezoo_train.schedule import ScheduleConfig
 from moezoo_train.sparse_memory import SparseMemoryOptions
 
 FORMAT = 1

@@ -24,7 +24,7 @@ from moezoo_models.causal_lm import IGNORED
 from moezoo_models.initialization import Drawn, drawn_later
 from moezoo_models.stock import predict
 from moezoo_models.tokenizer import Tokenizer
-from moezoo_train import clipping, finite, identity
+from moezoo_train import finite, identity
 from moezoo_train.callbacks import RandomState
 from moezoo_train.distributed import average_sparse_gradients, process_count
 from moezoo_train.evaluated import EvaluatedModule
@@ -39,7 +39,9 @@ from moezoo_train.lora import (
     trained_state,
 )
 from moezoo_train.metrics import TrainingMetrics
-from moezoo_train.optim import OptimizerConfig, build_optimizer, is_sparse
+from moezoo_train.optim import clipping
+from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer, is_sparse
+from moezoo_train.optim.schedule import RunSchedule, ScheduleConfig
 from moezoo_train.pretrained import (
     check_length,
     check_tokenizer,
@@ -48,7 +50,6 @@ from moezoo_train.pretrained import (
     remember_length,
 )
 from moezoo_train.rules import FFNRule as FFNRule
-from moezoo_train.schedule import RunSchedule, ScheduleConfig
 from moezoo_train.sparse_memory import (
     SparseMemory,
     SparseMemoryOptions,

@@ -32,7 +32,7 @@ from moezoo.routing.product_key import QueryNetwork
 from moezoo_models.causal_lm import IGNORED
 from moezoo_train.background import Background
 from moezoo_train.lora import LoRAOptions
-from moezoo_train.optim import OptimizerConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.slot_counts import SlotCounter, memory_tables
 
 

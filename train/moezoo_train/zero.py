@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moezoo.errors import InputError, check_int, check_number
-from moezoo_train.clipping import MAIN
+from moezoo_train.optim.clipping import MAIN
 from moezoo_train.whole import gathered, whole_state
 from moezoo_train.zero_states import Piece, load_states, piece_of, whole_states
 

@@ -25,8 +25,8 @@ from moezoo_train.compare.settings import (
 )
 from moezoo_train.loggers import read_metrics
 from moezoo_train.metrics import ExpertLoad
-from moezoo_train.optim import OptimizerConfig
-from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.throughput import ffn_layers
 
 pytestmark = [

@@ -25,8 +25,8 @@ from moezoo_train.compare.settings import (
     TextOptions,
     parse_methods,
 )
-from moezoo_train.optim import OptimizerConfig
-from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 
 EXPERIMENT = Experiment(
     methods=parse_methods(

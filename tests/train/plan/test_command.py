@@ -151,7 +151,7 @@ def test_expert_parallelism_takes_what_divides_experts_and_gpus(make_setup):
 
 
 def test_muon_has_no_deepspeed(make_setup):
-    from moezoo_train.optim import OptimizerConfig
+    from moezoo_train.optim.optimizer import OptimizerConfig
 
     setup = make_setup("dense", optimizer=OptimizerConfig("muon"))
     planner = Planner(setup, machine("a100"), cpu=True)

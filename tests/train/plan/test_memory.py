@@ -8,7 +8,7 @@ import torch
 
 from moezoo.bench.case import Contender
 from moezoo.bench.memory import saved_bytes
-from moezoo_train.optim import OptimizerConfig, build_optimizer
+from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
 from moezoo_train.plan.layouts import Plan, refusal
 from moezoo_train.plan.trace import Trace, trace
 

@@ -7,8 +7,8 @@ from moezoo import CarvedMoE
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_models.stock import predict
 from moezoo_train.module import LanguageModel
-from moezoo_train.optim import OptimizerConfig
-from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -16,7 +16,7 @@ from moezoo_train.cli import run
 from moezoo_train.export import export
 from moezoo_train.lora import LoRAOptions, merged_state
 from moezoo_train.module import LanguageModel
-from moezoo_train.optim import OptimizerConfig, build_optimizer
+from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
 from moezoo_train.throughput import forward_flops_per_token
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -20,8 +20,8 @@ from moezoo_train.data.prepare import prepare
 from moezoo_train.data.windows import TrainBatches
 from moezoo_train.lora import LoRAOptions
 from moezoo_train.module import LanguageModel
-from moezoo_train.optim import OptimizerConfig
-from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.slot_counts import memory_tables
 from moezoo_train.sparse_memory import SparseMemoryOptions, best_rows, slot_scores
 

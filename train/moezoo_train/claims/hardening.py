@@ -32,9 +32,9 @@ from moezoo_train.compare.results import Mean, mean
 from moezoo_train.compare.run import fit, open_text, validate
 from moezoo_train.compare.settings import ModelOptions, TextOptions
 from moezoo_train.module import LanguageModel
-from moezoo_train.optim import OptimizerConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.progress import quiet_lightning
-from moezoo_train.schedule import ScheduleConfig
 from moezoo_train.throughput import ffn_layers
 
 MODES = ("soft", "hard")

@@ -14,8 +14,8 @@ import yaml
 import moezoo
 from moezoo.errors import InputError, check_choice, check_int, check_number, nearest
 from moezoo.feed_forward import select_layers
-from moezoo_train.optim import OptimizerConfig
-from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 
 MEASURES = {"loss": "val_loss", "busiest": "busiest", "unevenness": "unevenness"}
 """What a claim may say is lower, and the number of a run's result that holds it."""

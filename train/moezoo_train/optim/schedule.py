@@ -109,7 +109,7 @@ class RunSchedule:
         """Let an optimizer follow; groups with ``schedule`` false keep their learning rate.
 
         Args:
-            optimizer: with groups from :mod:`moezoo_train.optim`.
+            optimizer: with groups from :mod:`moezoo_train.optim.optimizer`.
             run_steps: optimizer steps the trainer will make, if it knows.
 
         Raises:

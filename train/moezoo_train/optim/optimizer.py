@@ -20,7 +20,7 @@ from moezoo import FeedForward, ParameterGroup
 from moezoo.errors import InputError, check_choice, check_number
 from moezoo.experts import MLPExperts
 from moezoo_models.stock import stacked_experts
-from moezoo_train.muon import muon_step
+from moezoo_train.optim.muon import muon_step
 
 
 @dataclass(frozen=True)

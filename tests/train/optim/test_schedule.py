@@ -10,8 +10,8 @@ from torch import nn
 
 from moezoo import InputError
 from moezoo_train.checkpointing import AtomicCheckpointIO
-from moezoo_train.optim import OptimizerConfig
-from moezoo_train.schedule import RunSchedule, ScheduleConfig, lr_factor
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import RunSchedule, ScheduleConfig, lr_factor
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

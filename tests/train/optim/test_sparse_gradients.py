@@ -11,16 +11,16 @@ from torch import nn
 
 from moezoo import PEER, DenseFFN, FeedForward, InputError, MemoryPlus, ParameterGroup
 from moezoo import ProductKeyMemory as PKM
-from moezoo_train.clipping import (
+from moezoo_train.module import FFNRule, LanguageModel
+from moezoo_train.optim.clipping import (
     clip_norms,
     clip_values,
     gradient_norms,
     grouped_gradients,
     total_norm,
 )
-from moezoo_train.module import FFNRule, LanguageModel
-from moezoo_train.optim import CombinedOptimizer, OptimizerConfig, build_optimizer
-from moezoo_train.schedule import ScheduleConfig
+from moezoo_train.optim.optimizer import CombinedOptimizer, OptimizerConfig, build_optimizer
+from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.strategies import FSDP2Strategy, check_sparse_gradients
 
 pytestmark = [

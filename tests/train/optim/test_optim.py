@@ -12,9 +12,14 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 import moezoo
 from moezoo import InputError, ParameterGroup
 from moezoo_models import MoezooConfig, MoezooForCausalLM
-from moezoo_train.muon import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, orthogonalize
-from moezoo_train.optim import CombinedOptimizer, OptimizerConfig, build_optimizer, parameter_groups
-from moezoo_train.schedule import ScheduleConfig, build_schedule, lr_factor
+from moezoo_train.optim.muon import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, orthogonalize
+from moezoo_train.optim.optimizer import (
+    CombinedOptimizer,
+    OptimizerConfig,
+    build_optimizer,
+    parameter_groups,
+)
+from moezoo_train.optim.schedule import ScheduleConfig, build_schedule, lr_factor
 
 
 class Slow(moezoo.DenseFFN):
@@ -170,7 +175,7 @@ def test_muon_computes_in_fp32_on_a_cpu_and_in_bf16_elsewhere(model, monkeypatch
     muon = OptimizerConfig("muon")
     seen = []
     monkeypatch.setattr(
-        "moezoo_train.muon.orthogonalize", lambda matrix, dtype: seen.append(dtype) or matrix
+        "moezoo_train.optim.muon.orthogonalize", lambda matrix, dtype: seen.append(dtype) or matrix
     )
     fill_gradients(model, 0)
     on_cpu = build_optimizer(model, muon)

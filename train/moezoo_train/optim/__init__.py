@@ -1,0 +1,1 @@
+"""AdamW and Muon in one optimizer, learning-rate schedules, gradient clipping."""
