@@ -80,7 +80,7 @@ def ckpt(whole, fit):
 def sharded(server, fit, folder):
     options = {
         "trainer.devices": 2,
-        "trainer.strategy": "moezoo_train.strategies.FSDP2Strategy",
+        "trainer.strategy": "moezoo_train.parallel.fsdp2.FSDP2Strategy",
         "trainer.strategy.save_distributed_checkpoint": "true",
         "model.optimizer.name": "adamw",
     }

@@ -10,7 +10,7 @@ from runs import STATES, assert_equal, callback, moment, names, read, rows
 
 pytestmark = pytest.mark.slow
 KILLS = max(1, int(os.environ.get("MOEZOO_KILLS", "1")) // 5)
-FSDP2 = "moezoo_train.strategies.FSDP2Strategy"
+FSDP2 = "moezoo_train.parallel.fsdp2.FSDP2Strategy"
 PARTS = {
     "trainer.devices": 2,
     "trainer.strategy": FSDP2,

@@ -157,7 +157,7 @@ def test_it_is_chosen_by_a_field_and_not_with_directories(tmp_path):
     state = AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert state["global_step"] == 2
     directories = [
-        "--trainer.strategy=moezoo_train.strategies.FSDP2Strategy",
+        "--trainer.strategy=moezoo_train.parallel.fsdp2.FSDP2Strategy",
         "--trainer.strategy.save_distributed_checkpoint=true",
         "--overwrite=true",
     ]

@@ -18,9 +18,9 @@ from moezoo_train.hash_tables import baseline_embeddings
 from moezoo_train.lora import describe_adapters
 from moezoo_train.optim.optimizer import build_optimizer, is_sparse
 from moezoo_train.optim.schedule import build_schedule
+from moezoo_train.parallel.fsdp2 import check_sparse_gradients, check_strategy
+from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded
 from moezoo_train.pretrained import check_length, check_tokenizer
-from moezoo_train.sharded_checkpoints import REST, is_sharded
-from moezoo_train.strategies import check_sparse_gradients, check_strategy
 
 if TYPE_CHECKING:
     from moezoo_train.data.datamodule import TokenDataModule

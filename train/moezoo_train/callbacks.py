@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from moezoo.errors import check_choice
-from moezoo_train.distributed import gather_from_ranks
+from moezoo_train.parallel.distributed import gather_from_ranks
 from moezoo_train.stopping import StopSignals
 
 if TYPE_CHECKING:

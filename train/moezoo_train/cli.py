@@ -33,9 +33,10 @@ from moezoo_train.beforehand import check_evaluation, check_run
 from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.data.datamodule import TokenDataModule
-from moezoo_train.distributed import is_lost_process
 from moezoo_train.loggers import build_loggers
 from moezoo_train.module import LanguageModel
+from moezoo_train.parallel.distributed import is_lost_process
+from moezoo_train.parallel.fsdp2 import writes_directories
 from moezoo_train.pretrained import default_tokenizer
 from moezoo_train.progress import StepProgress, quiet_lightning
 from moezoo_train.refusals import check_trainer, is_refusal, reword
@@ -51,7 +52,6 @@ from moezoo_train.run_directory import (
     say_anew,
 )
 from moezoo_train.stopping import NAMES, raising_interrupts, resume_command, say_interrupted
-from moezoo_train.strategies import writes_directories
 
 _LoggerName = Literal["csv", "tensorboard", "wandb"]
 TRAINER_DEFAULTS = {

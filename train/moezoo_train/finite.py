@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from moezoo.errors import InputError
 from moezoo_models.finite import first_not_finite
-from moezoo_train.distributed import gather_from_ranks
-from moezoo_train.sharded_checkpoints import checkpoint_tensors
-from moezoo_train.whole import own_part
+from moezoo_train.parallel.distributed import gather_from_ranks
+from moezoo_train.parallel.sharded_checkpoints import checkpoint_tensors
+from moezoo_train.parallel.whole_tensors import own_part
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any]) -> None:

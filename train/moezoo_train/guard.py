@@ -20,7 +20,7 @@ from moezoo import FeedForward
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.routing.losses import sum_over_ranks
 from moezoo_train.data.datamodule import TokenDataModule
-from moezoo_train.distributed import process_count
+from moezoo_train.parallel.distributed import process_count
 
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_OVERFLOWS_IN_A_ROW = 40

@@ -26,7 +26,6 @@ from moezoo_models.stock import predict
 from moezoo_models.tokenizer import Tokenizer
 from moezoo_train import finite, identity
 from moezoo_train.callbacks import RandomState
-from moezoo_train.distributed import average_sparse_gradients, process_count
 from moezoo_train.evaluated import EvaluatedModule
 from moezoo_train.guard import SpikeRule, StepGuard
 from moezoo_train.hash_tables import HashTables
@@ -42,6 +41,10 @@ from moezoo_train.metrics import TrainingMetrics
 from moezoo_train.optim import clipping
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer, is_sparse
 from moezoo_train.optim.schedule import RunSchedule, ScheduleConfig
+from moezoo_train.parallel.distributed import average_sparse_gradients, process_count
+from moezoo_train.parallel.fsdp2 import check_sparse_gradients, lay_out_for
+from moezoo_train.parallel.whole_tensors import in_parts, undivided_state, whole_state
+from moezoo_train.parallel.zero import ZeROStrategy
 from moezoo_train.pretrained import (
     check_length,
     check_tokenizer,
@@ -58,10 +61,7 @@ from moezoo_train.sparse_memory import (
     freeze_all_but_tables,
 )
 from moezoo_train.steps import run_steps, stand_between_batches, take_whole_steps
-from moezoo_train.strategies import check_sparse_gradients, lay_out_for
 from moezoo_train.throughput import ffn_layers
-from moezoo_train.whole import in_parts, undivided_state, whole_state
-from moezoo_train.zero import ZeROStrategy
 
 
 class LanguageModel(EvaluatedModule):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from moezoo import FeedForward
 from moezoo_models.stock import active_share, flops_of_experts, stacked_experts
-from moezoo_train.whole import undivided
+from moezoo_train.parallel.whole_tensors import undivided
 
 PROBE_SECONDS = 0.1
 """What measuring a CPU may take; the product that ends it may exceed this by its own time."""

@@ -21,7 +21,7 @@ from moezoo_train.optim.clipping import (
 )
 from moezoo_train.optim.optimizer import CombinedOptimizer, OptimizerConfig, build_optimizer
 from moezoo_train.optim.schedule import ScheduleConfig
-from moezoo_train.strategies import FSDP2Strategy, check_sparse_gradients
+from moezoo_train.parallel.fsdp2 import FSDP2Strategy, check_sparse_gradients
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

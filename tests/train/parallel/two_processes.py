@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(Path(__file__).parent))
 
 import distributed_cases as cases  # noqa: E402 - also a program of its own

@@ -14,7 +14,7 @@ import yaml
 from moezoo_train.cli import run
 from moezoo_train.loggers import read_metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LAUNCH = ROOT / "train" / "launch"
 SOURCES = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "models", "train"))
 
@@ -135,5 +135,5 @@ def test_deepspeeds_file_is_a_configuration(capsys):
         run(["fit", *arguments, "--print_config"])
     assert ended.value.code == 0
     trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
-    assert trainer["strategy"]["class_path"] == "moezoo_train.zero.ZeROStrategy"
+    assert trainer["strategy"]["class_path"] == "moezoo_train.parallel.zero.ZeROStrategy"
     assert trainer["strategy"]["init_args"]["stage"] == 2

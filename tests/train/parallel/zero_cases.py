@@ -10,8 +10,8 @@ import distributed_cases as cases
 
 from moezoo.errors import InputError
 from moezoo_train.cli import run
-from moezoo_train.strategies import FSDP2Strategy
-from moezoo_train.zero import ZeROStrategy
+from moezoo_train.parallel.fsdp2 import FSDP2Strategy
+from moezoo_train.parallel.zero import ZeROStrategy
 
 STAGES = (1, 2, 3)
 LAYERS = ("dense", "moe", "peer", "memory")

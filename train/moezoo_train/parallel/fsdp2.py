@@ -29,10 +29,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from moezoo.errors import InputError, check_int, check_number
-from moezoo_train.distributed import Layout, keep_from_ddp, lay_out, take_from_first, wait_at_most
-from moezoo_train.sharded_checkpoints import load_sharded, save_sharded
-from moezoo_train.whole import split_like, whole_optimizer_state, whole_tensors
-from moezoo_train.zero import ZeROStrategy, check_zero
+from moezoo_train.parallel.distributed import (
+    Layout,
+    keep_from_ddp,
+    lay_out,
+    take_from_first,
+    wait_at_most,
+)
+from moezoo_train.parallel.sharded_checkpoints import load_sharded, save_sharded
+from moezoo_train.parallel.whole_tensors import split_like, whole_optimizer_state, whole_tensors
+from moezoo_train.parallel.zero import ZeROStrategy, check_zero
 
 if TYPE_CHECKING:
     from moezoo_train.module import LanguageModel
@@ -201,12 +207,12 @@ def check_strategy(strategy: Strategy, module: LanguageModel, fitting: bool) -> 
     elif isinstance(strategy, DeepSpeedStrategy):
         raise InputError(
             "trainer.strategy: Lightning's DeepSpeed reads checkpoints by unpickling; give zero1, "
-            "zero2 or zero3 (moezoo_train.zero.ZeROStrategy)"
+            "zero2 or zero3 (moezoo_train.parallel.zero.ZeROStrategy)"
         )
     elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
         raise InputError(
             "trainer.strategy: it does not divide these parameters; give fsdp2 "
-            "(moezoo_train.strategies.FSDP2Strategy)"
+            "(moezoo_train.parallel.fsdp2.FSDP2Strategy)"
         )
 
 

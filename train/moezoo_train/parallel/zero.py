@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 
 from moezoo.errors import InputError, check_int, check_number
 from moezoo_train.optim.clipping import MAIN
-from moezoo_train.whole import gathered, whole_state
-from moezoo_train.zero_states import Piece, load_states, piece_of, whole_states
+from moezoo_train.parallel.whole_tensors import gathered, whole_state
+from moezoo_train.parallel.zero_states import Piece, load_states, piece_of, whole_states
 
 if TYPE_CHECKING:
     from moezoo_train.module import LanguageModel

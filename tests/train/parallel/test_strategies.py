@@ -16,7 +16,7 @@ from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.export import export
 from moezoo_train.loggers import read_metrics
-from moezoo_train.strategies import FSDP2Strategy, lay_out_for
+from moezoo_train.parallel.fsdp2 import FSDP2Strategy, lay_out_for
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
     half = cases.checkpoint_path(folder, "one process")
     cases.train(cases.INTERRUPTED, "auto", folder, steps=cases.HALF, save=half)
     strategy = {
-        "trainer.strategy": "moezoo_train.strategies.FSDP2Strategy",
+        "trainer.strategy": "moezoo_train.parallel.fsdp2.FSDP2Strategy",
         "trainer.strategy.expert_parallel": 2,
         "trainer.strategy.save_distributed_checkpoint": "true",
     }
