@@ -108,7 +108,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "how many directions hidden activations and weights use",
         ),
         "inspect background": Command(
-            "moezoo_train.background:inspect_background",
+            "moezoo_train.finetune.background:inspect_background",
             "which values other text reads, for sparse memory finetuning",
         ),
         "inspect carving": Command(

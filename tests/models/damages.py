@@ -23,7 +23,7 @@ from moezoo_models.sparsity import inspect_sparsity
 from moezoo_models.spectrum import inspect_spectrum
 from moezoo_models.stock import load_any_with_tokenizer, load_as_it_is
 from moezoo_models.usage import inspect_usage
-from moezoo_train.pretrained import pretrained
+from moezoo_train.finetune.pretrained import pretrained
 
 OURS = {
     "load_checkpoint": lambda directory, place: load_checkpoint(directory),

@@ -14,8 +14,8 @@ from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.export import export
+from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.finite import check_checkpoint
-from moezoo_train.lora import LoRAOptions
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

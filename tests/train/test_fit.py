@@ -14,8 +14,8 @@ from moezoo_models.evaluate import evaluate_text
 from moezoo_train.cli import run
 from moezoo_train.demo import demo
 from moezoo_train.export import export
+from moezoo_train.finetune.pretrained import remember_length
 from moezoo_train.loggers import read_metrics
-from moezoo_train.pretrained import remember_length
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from moezoo.errors import InputError
 from moezoo_models.tokenizer import load_tokenizer
 from moezoo_train import identity
 from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.finetune.lora import describe_adapters
+from moezoo_train.finetune.pretrained import check_length, check_tokenizer
 from moezoo_train.hash_tables import baseline_embeddings
-from moezoo_train.lora import describe_adapters
 from moezoo_train.optim.optimizer import build_optimizer, is_sparse
 from moezoo_train.optim.schedule import build_schedule
 from moezoo_train.parallel.fsdp2 import check_sparse_gradients, check_strategy
 from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded
-from moezoo_train.pretrained import check_length, check_tokenizer
 
 if TYPE_CHECKING:
     from moezoo_train.data.datamodule import TokenDataModule

@@ -21,8 +21,14 @@ from moezoo_models.export import export as export_stock
 from moezoo_models.export import making
 from moezoo_models.stock import load_as_it_is
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+from moezoo_train.finetune.lora import (
+    LoRAOptions,
+    add_adapters,
+    merged_state,
+    trained_state,
+    weights_hash,
+)
 from moezoo_train.identity import CONFIG_KEY, check_tensors
-from moezoo_train.lora import LoRAOptions, add_adapters, merged_state, trained_state, weights_hash
 from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded, load_sharded
 from moezoo_train.restoring import check_layout
 

@@ -26,7 +26,6 @@ from moezoo_models.corpus import open_corpus
 from moezoo_models.evaluate import evaluate_text
 from moezoo_models.locks import writing
 from moezoo_models.tokenizer import Tokenizer
-from moezoo_train.background import inspect_background
 from moezoo_train.compare.plan import fingerprint
 from moezoo_train.compare.run import fit, open_text
 from moezoo_train.compare.settings import ModelOptions, TextOptions
@@ -40,13 +39,14 @@ from moezoo_train.facts import (
     tie_anew,
     write_documents,
 )
+from moezoo_train.finetune.background import inspect_background
+from moezoo_train.finetune.lora import LoRAOptions
+from moezoo_train.finetune.sparse_memory import SparseMemoryOptions
 from moezoo_train.forgetting_report import Outcome, read_record, write_record, write_report
-from moezoo_train.lora import LoRAOptions
 from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.progress import quiet_lightning
-from moezoo_train.sparse_memory import SparseMemoryOptions
 
 FORMAT = 1
 """Raised when the same configuration would give other numbers; results of others do not count."""

@@ -27,9 +27,7 @@ from moezoo_models.tokenizer import Tokenizer
 from moezoo_train import finite, identity
 from moezoo_train.callbacks import RandomState
 from moezoo_train.evaluated import EvaluatedModule
-from moezoo_train.guard import SpikeRule, StepGuard
-from moezoo_train.hash_tables import HashTables
-from moezoo_train.lora import (
+from moezoo_train.finetune.lora import (
     LoRAOptions,
     add_adapters,
     check_lora,
@@ -37,6 +35,22 @@ from moezoo_train.lora import (
     save_model,
     trained_state,
 )
+from moezoo_train.finetune.pretrained import (
+    check_length,
+    check_tokenizer,
+    pretrained,
+    remember_ends,
+    remember_length,
+)
+from moezoo_train.finetune.sparse_memory import (
+    SparseMemory,
+    SparseMemoryOptions,
+    check_sparse_memory,
+    describe_sparse_memory,
+    freeze_all_but_tables,
+)
+from moezoo_train.guard import SpikeRule, StepGuard
+from moezoo_train.hash_tables import HashTables
 from moezoo_train.metrics import TrainingMetrics
 from moezoo_train.optim import clipping
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer, is_sparse
@@ -45,21 +59,7 @@ from moezoo_train.parallel.distributed import average_sparse_gradients, process_
 from moezoo_train.parallel.fsdp2 import check_sparse_gradients, lay_out_for
 from moezoo_train.parallel.whole_tensors import in_parts, undivided_state, whole_state
 from moezoo_train.parallel.zero import ZeROStrategy
-from moezoo_train.pretrained import (
-    check_length,
-    check_tokenizer,
-    pretrained,
-    remember_ends,
-    remember_length,
-)
 from moezoo_train.rules import FFNRule as FFNRule
-from moezoo_train.sparse_memory import (
-    SparseMemory,
-    SparseMemoryOptions,
-    check_sparse_memory,
-    describe_sparse_memory,
-    freeze_all_but_tables,
-)
 from moezoo_train.steps import run_steps, stand_between_batches, take_whole_steps
 from moezoo_train.throughput import ffn_layers
 

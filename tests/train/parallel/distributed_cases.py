@@ -18,7 +18,7 @@ from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.cli import run
 from moezoo_train.data.datamodule import _ResumableLoader
-from moezoo_train.lora import LoRAOptions
+from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig

@@ -11,6 +11,7 @@ from moezoo.__main__ import main
 from moezoo.command.parser import function_parser
 from moezoo.errors import InputError
 from moezoo_train.facts import make_facts, tie_anew
+from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.forgetting import (
     BaseOptions,
     FactOptions,
@@ -18,7 +19,6 @@ from moezoo_train.forgetting import (
     compare_forgetting,
 )
 from moezoo_train.forgetting_report import Outcome, at_level, draw, forgotten, settings, verdict
-from moezoo_train.lora import LoRAOptions
 
 pytest.importorskip("peft", reason="needs moezoo[lora]")
 

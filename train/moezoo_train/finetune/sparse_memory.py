@@ -30,10 +30,10 @@ from transformers import PreTrainedModel
 from moezoo.errors import InputError, check_int
 from moezoo.routing.product_key import QueryNetwork
 from moezoo_models.causal_lm import IGNORED
-from moezoo_train.background import Background
-from moezoo_train.lora import LoRAOptions
+from moezoo_train.finetune.background import Background
+from moezoo_train.finetune.lora import LoRAOptions
+from moezoo_train.finetune.slot_counts import SlotCounter, memory_tables
 from moezoo_train.optim.optimizer import OptimizerConfig
-from moezoo_train.slot_counts import SlotCounter, memory_tables
 
 
 @dataclass(frozen=True)

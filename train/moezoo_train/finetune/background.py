@@ -25,9 +25,9 @@ from moezoo_models.stock import load_as_it_is
 from moezoo_models.tokenizer import load_tokenizer
 from moezoo_train.data.prepared import PreparedData
 from moezoo_train.data.windows import IGNORE_INDEX, TrainBatches
-from moezoo_train.lora import weights_hash
-from moezoo_train.pretrained import check_tokenizer
-from moezoo_train.slot_counts import SlotCounter, memory_tables
+from moezoo_train.finetune.lora import weights_hash
+from moezoo_train.finetune.pretrained import check_tokenizer
+from moezoo_train.finetune.slot_counts import SlotCounter, memory_tables
 
 FORMAT = "moezoo background 1"
 

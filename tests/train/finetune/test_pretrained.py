@@ -21,7 +21,7 @@ from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
 from moezoo_train.throughput import count_parameters, forward_flops_per_token
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
 from two_processes import assert_same_directories
 
