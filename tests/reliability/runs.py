@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moezoo_train.checkpointing import AtomicCheckpointIO
-from moezoo_train.loggers import read_metrics
+from moezoo_train.measure.loggers import read_metrics
 
 REPEATED = ("step", "tokens", "train/loss", "train/grad_norm", "train/lr", "val/loss")
 REPEATED += ("train/aux/load_balancing", "experts/entropy/layer_00", "experts/entropy/layer_01")

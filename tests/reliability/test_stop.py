@@ -8,7 +8,7 @@ from runs import callback, read, rows
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.data.prepared import PreparedData
 from moezoo_train.data.windows import TrainBatches
-from moezoo_train.loggers import read_metrics
+from moezoo_train.measure.loggers import read_metrics
 
 pytestmark = pytest.mark.slow
 

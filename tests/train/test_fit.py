@@ -15,7 +15,7 @@ from moezoo_train.cli import run
 from moezoo_train.demo import demo
 from moezoo_train.export import export
 from moezoo_train.finetune.pretrained import remember_length
-from moezoo_train.loggers import read_metrics
+from moezoo_train.measure.loggers import read_metrics
 
 
 @pytest.fixture(scope="module")

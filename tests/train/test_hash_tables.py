@@ -18,7 +18,7 @@ from moezoo_train import hash_tables
 from moezoo_train.cli import run
 from moezoo_train.data import prepared
 from moezoo_train.data.datamodule import TokenDataModule
-from moezoo_train.loggers import read_metrics
+from moezoo_train.measure.loggers import read_metrics
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -14,7 +14,7 @@ from moezoo import PEER, InputError, SparseMoE
 from moezoo.routing import RouterOptions
 from moezoo_train import guard
 from moezoo_train.guard import SpikeRule
-from moezoo_train.throughput import ffn_layers
+from moezoo_train.measure.throughput import ffn_layers
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

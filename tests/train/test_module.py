@@ -20,17 +20,17 @@ from moezoo import (
 )
 from moezoo.routing import RouterOptions
 from moezoo_models.checkpoints import save_checkpoint
-from moezoo_train import throughput
-from moezoo_train.metrics import TrainingMetrics
-from moezoo_train.module import FFNRule, LanguageModel
-from moezoo_train.optim.optimizer import OptimizerConfig
-from moezoo_train.optim.schedule import ScheduleConfig
-from moezoo_train.throughput import (
+from moezoo_train.measure import throughput
+from moezoo_train.measure.metrics import TrainingMetrics
+from moezoo_train.measure.throughput import (
     count_parameters,
     ffn_layers,
     forward_flops_per_token,
     peak_flops,
 )
+from moezoo_train.module import FFNRule, LanguageModel
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
 
 # Lightning's own calls to torch's pytrees, and its advice on worker processes.
 pytestmark = [

@@ -19,7 +19,7 @@ from moezoo_train.callbacks import LastCheckpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.cli import run
 from moezoo_train.data.datamodule import TokenDataModule
-from moezoo_train.loggers import read_metrics
+from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
 

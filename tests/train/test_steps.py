@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim.optimizer import OptimizerConfig
-from moezoo_train.throughput import ffn_layers
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

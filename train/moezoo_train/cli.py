@@ -34,13 +34,13 @@ from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.finetune.pretrained import default_tokenizer
-from moezoo_train.loggers import build_loggers
+from moezoo_train.measure.loggers import build_loggers
+from moezoo_train.measure.progress import StepProgress, quiet_lightning
+from moezoo_train.measure.report import write_report
 from moezoo_train.module import LanguageModel
 from moezoo_train.parallel.distributed import is_lost_process
 from moezoo_train.parallel.fsdp2 import writes_directories
-from moezoo_train.progress import StepProgress, quiet_lightning
 from moezoo_train.refusals import check_trainer, is_refusal, reword
-from moezoo_train.report import write_report
 from moezoo_train.restoring import CheckKinds, restoring_errors
 from moezoo_train.run_directory import (
     check_directory,

@@ -51,7 +51,8 @@ from moezoo_train.finetune.sparse_memory import (
 )
 from moezoo_train.guard import SpikeRule, StepGuard
 from moezoo_train.hash_tables import HashTables
-from moezoo_train.metrics import TrainingMetrics
+from moezoo_train.measure.metrics import TrainingMetrics
+from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim import clipping
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer, is_sparse
 from moezoo_train.optim.schedule import RunSchedule, ScheduleConfig
@@ -61,7 +62,6 @@ from moezoo_train.parallel.whole_tensors import in_parts, undivided_state, whole
 from moezoo_train.parallel.zero import ZeROStrategy
 from moezoo_train.rules import FFNRule as FFNRule
 from moezoo_train.steps import run_steps, stand_between_batches, take_whole_steps
-from moezoo_train.throughput import ffn_layers
 
 
 class LanguageModel(EvaluatedModule):

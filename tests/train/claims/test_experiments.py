@@ -9,7 +9,7 @@ import pytest
 from moezoo import FastFeedForward
 from moezoo.__main__ import main
 from moezoo_train.claims import hardening, recall
-from moezoo_train.throughput import ffn_layers
+from moezoo_train.measure.throughput import ffn_layers
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

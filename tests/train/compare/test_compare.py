@@ -23,11 +23,11 @@ from moezoo_train.compare.settings import (
     TextOptions,
     parse_methods,
 )
-from moezoo_train.loggers import read_metrics
-from moezoo_train.metrics import ExpertLoad
+from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.measure.metrics import ExpertLoad
+from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
-from moezoo_train.throughput import ffn_layers
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -14,7 +14,7 @@ from moezoo_train.compare.run import build
 from moezoo_train.compare.settings import Experiment, feed_forward_methods, find_method
 from moezoo_train.compare.settings import parse_methods as parse
 from moezoo_train.compare.width import WIDTHS, match_flops
-from moezoo_train.throughput import forward_flops_per_token
+from moezoo_train.measure.throughput import forward_flops_per_token
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs/compare").glob("*.yaml"))
 TARGET = 4 * 128 * 512

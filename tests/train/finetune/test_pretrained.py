@@ -16,10 +16,10 @@ from moezoo_models.evaluate import evaluate_text
 from moezoo_models.stock import load_any_with_tokenizer, load_as_it_is, predict, stacked_experts
 from moezoo_train.cli import run
 from moezoo_train.export import export
-from moezoo_train.loggers import read_metrics
+from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.measure.throughput import count_parameters, forward_flops_per_token
 from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
-from moezoo_train.throughput import count_parameters, forward_flops_per_token
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 

@@ -13,7 +13,7 @@ import torch
 from moezoo_train.callbacks import RandomState, get_random_state
 from moezoo_train.cli import run
 from moezoo_train.export import export
-from moezoo_train.loggers import read_metrics
+from moezoo_train.measure.loggers import read_metrics
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from moezoo_train.cli import run
-from moezoo_train.loggers import read_metrics
+from moezoo_train.measure.loggers import read_metrics
 
 ROOT = Path(__file__).parents[3]
 LAUNCH = ROOT / "train" / "launch"

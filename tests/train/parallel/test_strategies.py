@@ -15,7 +15,7 @@ from moezoo.errors import InputError
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.checkpointing import AtomicCheckpointIO
 from moezoo_train.export import export
-from moezoo_train.loggers import read_metrics
+from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy, lay_out_for
 
 sys.path.insert(0, str(Path(__file__).parent))

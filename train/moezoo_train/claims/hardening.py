@@ -31,11 +31,11 @@ from moezoo_train.compare.command import prepare_text
 from moezoo_train.compare.results import Mean, mean
 from moezoo_train.compare.run import fit, open_text, validate
 from moezoo_train.compare.settings import ModelOptions, TextOptions
+from moezoo_train.measure.progress import quiet_lightning
+from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
-from moezoo_train.progress import quiet_lightning
-from moezoo_train.throughput import ffn_layers
 
 MODES = ("soft", "hard")
 DENSE = "dense"

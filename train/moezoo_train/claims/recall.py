@@ -38,9 +38,9 @@ from moezoo_train.facts import (
     recall,
     write_documents,
 )
+from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
-from moezoo_train.progress import quiet_lightning
 
 SENTENCE_TOKENS = 8
 """Fewer than any sentence has with a vocabulary of words' parts: the text must last for a run."""

@@ -23,9 +23,9 @@ from moezoo_train.compare.settings import (
     parse_methods,
 )
 from moezoo_train.data.prepare import prepare
+from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
-from moezoo_train.progress import quiet_lightning
 
 
 def compare(

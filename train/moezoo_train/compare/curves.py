@@ -14,8 +14,8 @@ import torch
 from moezoo_train.compare.plan import Run
 from moezoo_train.compare.results import mean
 from moezoo_train.compare.run import Result, build
-from moezoo_train.loggers import read_metrics
-from moezoo_train.throughput import forward_flops_per_token
+from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.measure.throughput import forward_flops_per_token
 
 TRAINING = 3
 """A training step takes thrice the forward pass: the backward pass takes twice of it."""

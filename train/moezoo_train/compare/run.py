@@ -27,11 +27,11 @@ from moezoo_train.compare.memory import PeakMemory
 from moezoo_train.compare.plan import Run, fingerprint
 from moezoo_train.compare.settings import TextOptions, find_method
 from moezoo_train.data.datamodule import TokenDataModule
-from moezoo_train.loggers import MetricsCSV, read_metrics
-from moezoo_train.metrics import ExpertLoad, LoadCounter
+from moezoo_train.measure.loggers import MetricsCSV, read_metrics
+from moezoo_train.measure.metrics import ExpertLoad, LoadCounter
+from moezoo_train.measure.progress import StepProgress
+from moezoo_train.measure.report import Report, collect
 from moezoo_train.module import FFNRule, LanguageModel
-from moezoo_train.progress import StepProgress
-from moezoo_train.report import Report, collect
 from moezoo_train.stopping import raising_interrupts
 
 RESULT = "result.json"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.plan.layouts import DEEPSPEED, Collective, Plan, refusal
 from moezoo_train.plan.machine import Machine
 from moezoo_train.plan.setup import Setup
 from moezoo_train.plan.trace import Trace, trace
-from moezoo_train.throughput import ffn_layers
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 SCALE = (*(2**n for n in range(14)), 10_000)

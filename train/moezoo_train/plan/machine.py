@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
-from moezoo_train.throughput import PEAK_BF16
+from moezoo_train.measure.throughput import PEAK_BF16
 
 GIB = 2**30
 

@@ -14,9 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from moezoo.routing.stats import load_entropy, max_violation
-from moezoo_train.loggers import MetricsCSV, TensorBoard
+from moezoo_train.measure.loggers import MetricsCSV, TensorBoard
+from moezoo_train.measure.throughput import forward_flops_per_token, peak_flops
 from moezoo_train.parallel.distributed import gather_from_ranks
-from moezoo_train.throughput import forward_flops_per_token, peak_flops
 
 if TYPE_CHECKING:
     from moezoo_train.module import LanguageModel

@@ -21,9 +21,9 @@ from moezoo_models.atomic import atomic_write
 from moezoo_models.devices import pick_device
 from moezoo_models.generate import continue_text, prompt_ids
 from moezoo_models.stock import load_any_with_tokenizer
-from moezoo_train.loggers import read_metrics
-from moezoo_train.metrics import ExpertLoad, TrainingMetrics
-from moezoo_train.throughput import count_parameters
+from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.measure.metrics import ExpertLoad, TrainingMetrics
+from moezoo_train.measure.throughput import count_parameters
 
 if TYPE_CHECKING:
     from moezoo_train.module import LanguageModel

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moezoo_train.metrics import is_logged
+from moezoo_train.measure.metrics import is_logged
 
 _CHATTER = re.compile(
     r"litlogger|litmodels|^Seed set to|^(GPU|TPU|HPU) available|^`Trainer\.fit` stopped"

@@ -1,0 +1,1 @@
+"""What a run reports: losses, expert load, throughput, progress, and the table at its end."""
