@@ -84,7 +84,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             positional=True,
         ),
         "export": Command(
-            "moezoo_train.export:export",
+            "moezoo_train.checkpoint.export:export",
             "a training checkpoint as a model, a dense model as a stock one",
             positional=True,
         ),

@@ -280,7 +280,7 @@ def save(folder: Path) -> NoReturn:
 
     from moezoo_models import MoezooConfig, MoezooForCausalLM
     from moezoo_models.checkpoints import save_checkpoint
-    from moezoo_train.checkpointing import AtomicCheckpointIO
+    from moezoo_train.checkpoint.files import AtomicCheckpointIO
 
     sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = MoezooForCausalLM(MoezooConfig(**sizes))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import read_metrics
 
 REPEATED = ("step", "tokens", "train/loss", "train/grad_norm", "train/lr", "val/loss")

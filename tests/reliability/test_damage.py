@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from moezoo import InputError
 from moezoo_models.checkpoints import load_checkpoint
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.data.prepared import PreparedData
 
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from moezoo_models.checkpoints import load_checkpoint
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 
 pytestmark = pytest.mark.slow
 

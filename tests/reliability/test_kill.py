@@ -16,7 +16,7 @@ from runs import assert_same_run, moment
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints import load_checkpoint
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.data.prepared import PreparedData
 
 KILLS = int(os.environ.get("MOEZOO_KILLS", "1"))

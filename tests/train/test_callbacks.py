@@ -14,7 +14,7 @@ from moezoo import InputError
 from moezoo_models.atomic import atomic_write
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_train.callbacks import LastCheckpoint, SaveModel, get_random_state, set_random_state
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import MetricsCSV, build_loggers, read_metrics
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.stopping import StopSignals, raising_interrupts

@@ -16,7 +16,7 @@ import torch
 from moezoo import SparseMoE
 from moezoo.routing import RouterOptions
 from moezoo_train.callbacks import LastCheckpoint
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.cli import run
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.measure.loggers import read_metrics

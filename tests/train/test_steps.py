@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim.optimizer import OptimizerConfig
 

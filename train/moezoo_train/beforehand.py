@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from moezoo import HashLayer
 from moezoo.errors import InputError
 from moezoo_models.tokenizer import load_tokenizer
-from moezoo_train import identity
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpoint import identity
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.finetune.lora import describe_adapters
 from moezoo_train.finetune.pretrained import check_length, check_tokenizer
 from moezoo_train.hash_tables import baseline_embeddings

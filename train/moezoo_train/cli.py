@@ -31,7 +31,8 @@ from moezoo_models.checkpoints import one_line
 from moezoo_models.locks import writing
 from moezoo_train.beforehand import check_evaluation, check_run
 from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
-from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
+from moezoo_train.checkpoint.files import AtomicCheckpointIO, BackgroundCheckpointIO
+from moezoo_train.checkpoint.restoring import CheckKinds, restoring_errors
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.finetune.pretrained import default_tokenizer
 from moezoo_train.measure.loggers import build_loggers
@@ -41,7 +42,6 @@ from moezoo_train.module import LanguageModel
 from moezoo_train.parallel.distributed import is_lost_process
 from moezoo_train.parallel.fsdp2 import writes_directories
 from moezoo_train.refusals import check_trainer, is_refusal, reword
-from moezoo_train.restoring import CheckKinds, restoring_errors
 from moezoo_train.run_directory import (
     check_directory,
     clean,

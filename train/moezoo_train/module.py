@@ -24,8 +24,8 @@ from moezoo_models.causal_lm import IGNORED
 from moezoo_models.initialization import Drawn, drawn_later
 from moezoo_models.stock import predict
 from moezoo_models.tokenizer import Tokenizer
-from moezoo_train import finite, identity
 from moezoo_train.callbacks import RandomState
+from moezoo_train.checkpoint import finite, identity
 from moezoo_train.evaluated import EvaluatedModule
 from moezoo_train.finetune.lora import (
     LoRAOptions,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from moezoo.errors import InputError
-from moezoo_train import checkpointing
 from moezoo_train.callbacks import LastCheckpoint
-from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
+from moezoo_train.checkpoint import files as checkpointing
+from moezoo_train.checkpoint.files import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.cli import run
 
 pytestmark = [

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moezoo import InputError
-from moezoo_train.checkpointing import AtomicCheckpointIO
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import RunSchedule, ScheduleConfig, lr_factor
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moezoo_train.callbacks import RandomState, get_random_state
+from moezoo_train.checkpoint.export import export
 from moezoo_train.cli import run
-from moezoo_train.export import export
 from moezoo_train.measure.loggers import read_metrics
 
 pytestmark = [

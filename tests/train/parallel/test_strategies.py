@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints import load_checkpoint
-from moezoo_train.checkpointing import AtomicCheckpointIO
-from moezoo_train.export import export
+from moezoo_train.checkpoint.export import export
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy, lay_out_for
 

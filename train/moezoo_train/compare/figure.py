@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo_train.checkpointing import atomic_write
+from moezoo_train.checkpoint.files import atomic_write
 from moezoo_train.compare.claims import Judged
 from moezoo_train.compare.curves import Curve
 from moezoo_train.compare.forest import forest

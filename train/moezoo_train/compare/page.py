@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.errors import InputError
-from moezoo_train.checkpointing import atomic_write
+from moezoo_train.checkpoint.files import atomic_write
 from moezoo_train.compare.claims import judge, parse_claims
 from moezoo_train.compare.curves import Curve, focus, parse_curves
 from moezoo_train.compare.palette import FAMILIES, by_family, colors, family

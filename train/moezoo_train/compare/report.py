@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moezoo.command.tables import print_table
-from moezoo_train.checkpointing import atomic_write
+from moezoo_train.checkpoint.files import atomic_write
 from moezoo_train.compare import claims
 from moezoo_train.compare.curves import Curve, curves_csv
 from moezoo_train.compare.figure import draw

@@ -21,7 +21,7 @@ from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward
 from moezoo.random_routing import RandomRouting
 from moezoo_models.checkpoints import save_checkpoint
-from moezoo_train.checkpointing import atomic_write
+from moezoo_train.checkpoint.files import atomic_write
 from moezoo_train.cli import TRAINER_DEFAULTS
 from moezoo_train.compare.memory import PeakMemory
 from moezoo_train.compare.plan import Run, fingerprint

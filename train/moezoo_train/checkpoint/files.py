@@ -19,8 +19,8 @@ from moezoo.errors import InputError
 from moezoo_models.atomic import atomic_write, is_there, publish
 from moezoo_models.checkpoints import one_line
 from moezoo_models.checksums import check_archive
+from moezoo_train.checkpoint.restoring import check_layout
 from moezoo_train.parallel.sharded_checkpoints import is_sharded, load_sharded
-from moezoo_train.restoring import check_layout
 
 _REQUIRED = {"state_dict", "pytorch-lightning_version"}
 

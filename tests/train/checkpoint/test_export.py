@@ -10,11 +10,11 @@ import torch
 
 from moezoo import InputError
 from moezoo.__main__ import main
+from moezoo_train.checkpoint.export import export
 from moezoo_train.cli import run
 from moezoo_train.data.train_tokenizer import train_tokenizer
-from moezoo_train.export import export
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
 from two_processes import MARKS, assert_same_directories, fit_arguments
 

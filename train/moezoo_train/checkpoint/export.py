@@ -21,6 +21,8 @@ from moezoo_models.export import export as export_stock
 from moezoo_models.export import making
 from moezoo_models.stock import load_as_it_is
 from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+from moezoo_train.checkpoint.identity import CONFIG_KEY, check_tensors
+from moezoo_train.checkpoint.restoring import check_layout
 from moezoo_train.finetune.lora import (
     LoRAOptions,
     add_adapters,
@@ -28,9 +30,7 @@ from moezoo_train.finetune.lora import (
     trained_state,
     weights_hash,
 )
-from moezoo_train.identity import CONFIG_KEY, check_tensors
 from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded, load_sharded
-from moezoo_train.restoring import check_layout
 
 _PREFIX = "model."
 """What names of the model's tensors begin with in a training checkpoint."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moezoo.errors import InputError
-from moezoo_train.checkpointing import AtomicCheckpointIO
-from moezoo_train.restoring import CheckKinds, check_layout, restoring_errors
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
+from moezoo_train.checkpoint.restoring import CheckKinds, check_layout, restoring_errors
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from moezoo import PEER, InputError
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
-from moezoo_train.checkpointing import AtomicCheckpointIO, BackgroundCheckpointIO
-from moezoo_train.export import export
+from moezoo_train.checkpoint.export import export
+from moezoo_train.checkpoint.files import AtomicCheckpointIO, BackgroundCheckpointIO
+from moezoo_train.checkpoint.finite import check_checkpoint
 from moezoo_train.finetune.lora import LoRAOptions
-from moezoo_train.finite import check_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -197,7 +197,7 @@ def test_an_old_checkpoint_that_is_not_finite_is_not_exported(
     module.model.model.layers[0].mlp.query.running_var[3] = math.nan
     with pytest.raises(InputError, match=r"after step 1 '.*running_var' holds NaN"):
         trainer.save_checkpoint(tmp_path / "last.ckpt")
-    monkeypatch.setattr("moezoo_train.finite.check_checkpoint", lambda _: None)
+    monkeypatch.setattr("moezoo_train.checkpoint.finite.check_checkpoint", lambda _: None)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     with pytest.raises(InputError, match=r"tensor '.*running_var' holds NaN"):
         export(tmp_path / "last.ckpt", tmp_path / "out")
