@@ -30,12 +30,12 @@ class Command(NamedTuple):
 GROUPS: dict[str, dict[str, Command]] = {
     "Train and use models": {
         "demo": Command(
-            "moezoo_train.demo:demo", "train a small sparse MoE on real text, on a CPU"
+            "moezoo_train.run.demo:demo", "train a small sparse MoE on real text, on a CPU"
         ),
         "prepare": Command(
             "moezoo_train.data.prepare:prepare", "turn text into a tokenizer and tokens"
         ),
-        "fit": Command("moezoo_train.cli:run", "train a model as a YAML file says", True),
+        "fit": Command("moezoo_train.run.cli:run", "train a model as a YAML file says", True),
         "plan": Command(
             "moezoo_train.plan:run", "memory, traffic and time of a run on many GPUs", True
         ),
@@ -63,9 +63,9 @@ GROUPS: dict[str, dict[str, Command]] = {
             "new facts learned and old ones forgotten",
         ),
         "validate": Command(
-            "moezoo_train.cli:run", "measure a checkpoint on validation data", True
+            "moezoo_train.run.cli:run", "measure a checkpoint on validation data", True
         ),
-        "test": Command("moezoo_train.cli:run", "measure a checkpoint on test data", True),
+        "test": Command("moezoo_train.run.cli:run", "measure a checkpoint on test data", True),
         "generate": Command("moezoo_models.generate:generate", "continue a prompt"),
         "evaluate": Command(
             "moezoo_models.evaluate:evaluate",

@@ -14,8 +14,8 @@ import yaml
 
 import moezoo
 from moezoo.command.parser import option_names
-from moezoo_train.cli import run
-from moezoo_train.module import LanguageModel
+from moezoo_train.run.cli import run
+from moezoo_train.run.module import LanguageModel
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

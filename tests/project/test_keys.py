@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from moezoo.command.keys import full_key
 from moezoo.command.parser import run_function
 from moezoo.errors import InputError, check_int, closest, nearest
-from moezoo_train.cli import run
+from moezoo_train.run.cli import run
 
 OPTIONS = Namespace(
     output="runs/here",

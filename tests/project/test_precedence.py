@@ -11,8 +11,8 @@ from moezoo.command.parser import function_parser, run_function
 from moezoo.command.precedence import ordered
 from moezoo.errors import InputError
 from moezoo_train import plan
-from moezoo_train.cli import MoezooCLI, run
 from moezoo_train.plan.command import PlanCLI
+from moezoo_train.run.cli import MoezooCLI, run
 
 
 @dataclass

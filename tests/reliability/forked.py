@@ -107,7 +107,6 @@ def serve() -> None:
     """Fork children for every line that is read, and say how they ended."""
     import torch
 
-    import moezoo_train.cli
     import moezoo_train.data.prepare  # noqa: F401
     from moezoo.__main__ import main
 

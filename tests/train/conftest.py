@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from moezoo import SparseMoE
-from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.module import LanguageModel
 
 VOCABULARY = 50
 

@@ -44,9 +44,9 @@ from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.finetune.sparse_memory import SparseMemoryOptions
 from moezoo_train.forgetting_report import Outcome, read_record, write_record, write_report
 from moezoo_train.measure.progress import quiet_lightning
-from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.module import FFNRule, LanguageModel
 
 FORMAT = 1
 """Raised when the same configuration would give other numbers; results of others do not count."""

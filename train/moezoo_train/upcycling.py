@@ -30,9 +30,9 @@ from moezoo_train.compare.run import fit, open_text, validate
 from moezoo_train.compare.settings import TextOptions
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.measure.throughput import count_parameters, forward_flops_per_token
-from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.module import LanguageModel
 
 BACKWARD = 3
 """FLOPs of a training step over those of its forward pass."""

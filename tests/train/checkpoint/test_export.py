@@ -11,8 +11,8 @@ import torch
 from moezoo import InputError
 from moezoo.__main__ import main
 from moezoo_train.checkpoint.export import export
-from moezoo_train.cli import run
 from moezoo_train.data.train_tokenizer import train_tokenizer
+from moezoo_train.run.cli import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 

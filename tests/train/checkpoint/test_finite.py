@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moezoo import PEER, InputError
 from moezoo_models.checkpoints import save_checkpoint
-from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.checkpoint.export import export
 from moezoo_train.checkpoint.files import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.checkpoint.finite import check_checkpoint
 from moezoo_train.finetune.lora import LoRAOptions
+from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

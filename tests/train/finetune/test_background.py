@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moezoo.errors import InputError
-from moezoo_train.callbacks import LastCheckpoint
 from moezoo_train.checkpoint import files as checkpointing
 from moezoo_train.checkpoint.files import AtomicCheckpointIO, BackgroundCheckpointIO
-from moezoo_train.cli import run
+from moezoo_train.run.callbacks import LastCheckpoint
+from moezoo_train.run.cli import run
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

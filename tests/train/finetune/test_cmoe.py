@@ -6,9 +6,9 @@ import torch
 from moezoo import CarvedMoE
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_models.stock import predict
-from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.module import LanguageModel
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -13,11 +13,11 @@ from moezoo import CarvedMoE, InputError
 from moezoo_models.checkpoints import load_checkpoint, quiet
 from moezoo_models.stock import load_as_it_is, predict
 from moezoo_train.checkpoint.export import export
-from moezoo_train.cli import run
 from moezoo_train.finetune.lora import LoRAOptions, merged_state
 from moezoo_train.measure.throughput import forward_flops_per_token
-from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
+from moezoo_train.run.cli import run
+from moezoo_train.run.module import LanguageModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 

@@ -15,11 +15,11 @@ from moezoo_models.checkpoints import load_checkpoint
 from moezoo_models.evaluate import evaluate_text
 from moezoo_models.stock import load_any_with_tokenizer, load_as_it_is, predict, stacked_experts
 from moezoo_train.checkpoint.export import export
-from moezoo_train.cli import run
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.throughput import count_parameters, forward_flops_per_token
-from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
+from moezoo_train.run.cli import run
+from moezoo_train.run.module import LanguageModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 

@@ -14,16 +14,16 @@ from moezoo import PEER, DenseFFN, InputError, MemoryPlus, ProductKeyMemory
 from moezoo.routing.product_key import QueryNetwork
 from moezoo_models.checkpoints import load_checkpoint, save_checkpoint
 from moezoo_models.tokenizer import load_tokenizer
-from moezoo_train import cli
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.windows import TrainBatches
 from moezoo_train.finetune.background import Background, count_background, inspect_background
 from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.finetune.slot_counts import memory_tables
 from moezoo_train.finetune.sparse_memory import SparseMemoryOptions, best_rows, slot_scores
-from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run import cli
+from moezoo_train.run.module import LanguageModel
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 
 from moezoo import PEER, MemoryPlus
-from moezoo_train.callbacks import LastCheckpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import MetricsCSV, read_metrics
 from moezoo_train.measure.metrics import ExpertLoad, LoadCounter
 from moezoo_train.measure.report import draw_losses, smoothed, table, write_report
-from moezoo_train.module import FFNRule
+from moezoo_train.run.callbacks import LastCheckpoint
+from moezoo_train.run.module import FFNRule
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

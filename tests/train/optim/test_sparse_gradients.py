@@ -11,7 +11,6 @@ from torch import nn
 
 from moezoo import PEER, DenseFFN, FeedForward, InputError, MemoryPlus, ParameterGroup
 from moezoo import ProductKeyMemory as PKM
-from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.optim.clipping import (
     clip_norms,
     clip_values,
@@ -22,6 +21,7 @@ from moezoo_train.optim.clipping import (
 from moezoo_train.optim.optimizer import CombinedOptimizer, OptimizerConfig, build_optimizer
 from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy, check_sparse_gradients
+from moezoo_train.run.module import FFNRule, LanguageModel
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

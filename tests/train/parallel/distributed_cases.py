@@ -16,16 +16,16 @@ from moezoo import PEER, DenseFFN, InputError, MemoryPlus, RouterOptions, Sparse
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
-from moezoo_train.cli import run
 from moezoo_train.data.datamodule import _ResumableLoader
 from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.measure.progress import quiet_lightning
-from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.parallel.distributed import Layout, lay_out
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy
 from moezoo_train.parallel.whole_tensors import whole_state, whole_tensors
+from moezoo_train.run.cli import run
+from moezoo_train.run.module import LanguageModel
 
 VOCABULARY, WIDTH, WINDOWS = 40, 16, 4
 

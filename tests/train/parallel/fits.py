@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import distributed_cases as cases
 
-from moezoo_train.cli import run
+from moezoo_train.run.cli import run
 
 
 def main(folder: Path, commands: list[str]) -> None:

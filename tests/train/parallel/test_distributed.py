@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moezoo_train.callbacks import RandomState, get_random_state
 from moezoo_train.checkpoint.export import export
-from moezoo_train.cli import run
 from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.run.callbacks import RandomState, get_random_state
+from moezoo_train.run.cli import run
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moezoo_train.cli import run
 from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.run.cli import run
 
 ROOT = Path(__file__).parents[3]
 LAUNCH = ROOT / "train" / "launch"

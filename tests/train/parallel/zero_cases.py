@@ -9,9 +9,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import distributed_cases as cases
 
 from moezoo.errors import InputError
-from moezoo_train.cli import run
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy
 from moezoo_train.parallel.zero import ZeROStrategy
+from moezoo_train.run.cli import run
 
 STAGES = (1, 2, 3)
 LAYERS = ("dense", "moe", "peer", "memory")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from moezoo import PEER, DenseFFN, MemoryPlus, SparseMoE
-from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.plan.layouts import Plan
 from moezoo_train.plan.setup import Setup, precision
 from moezoo_train.plan.trace import trace
+from moezoo_train.run.module import FFNRule, LanguageModel
 
 KINDS: dict[str, Any] = {
     "dense": {"ffn": DenseFFN},

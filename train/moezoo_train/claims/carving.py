@@ -41,9 +41,9 @@ from moezoo_train.compare.results import mean
 from moezoo_train.compare.run import fit, open_text, validate
 from moezoo_train.compare.settings import TextOptions
 from moezoo_train.measure.progress import quiet_lightning
-from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.module import LanguageModel
 
 STAGES = {"before": "carved, untrained", "after": "fine-tuned"}
 DENSE = "dense"

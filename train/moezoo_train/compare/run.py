@@ -22,7 +22,6 @@ from moezoo.feed_forward import FeedForward
 from moezoo.random_routing import RandomRouting
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_train.checkpoint.files import atomic_write
-from moezoo_train.cli import TRAINER_DEFAULTS
 from moezoo_train.compare.memory import PeakMemory
 from moezoo_train.compare.plan import Run, fingerprint
 from moezoo_train.compare.settings import TextOptions, find_method
@@ -31,8 +30,9 @@ from moezoo_train.measure.loggers import MetricsCSV, read_metrics
 from moezoo_train.measure.metrics import ExpertLoad, LoadCounter
 from moezoo_train.measure.progress import StepProgress
 from moezoo_train.measure.report import Report, collect
-from moezoo_train.module import FFNRule, LanguageModel
-from moezoo_train.stopping import raising_interrupts
+from moezoo_train.run.cli import TRAINER_DEFAULTS
+from moezoo_train.run.module import FFNRule, LanguageModel
+from moezoo_train.run.stopping import raising_interrupts
 
 RESULT = "result.json"
 MODEL = "model"

@@ -24,7 +24,7 @@ from moezoo_models.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.prepared import PreparedData
 from moezoo_train.data.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches
-from moezoo_train.stopping import leave_signals_to_parent
+from moezoo_train.run.stopping import leave_signals_to_parent
 
 NAMED = 8
 """Windows of a batch that a message names."""

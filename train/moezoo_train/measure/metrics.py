@@ -19,7 +19,7 @@ from moezoo_train.measure.throughput import forward_flops_per_token, peak_flops
 from moezoo_train.parallel.distributed import gather_from_ranks
 
 if TYPE_CHECKING:
-    from moezoo_train.module import LanguageModel
+    from moezoo_train.run.module import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from moezoo_train.measure.metrics import ExpertLoad, TrainingMetrics
 from moezoo_train.measure.throughput import count_parameters
 
 if TYPE_CHECKING:
-    from moezoo_train.module import LanguageModel
+    from moezoo_train.run.module import LanguageModel
 
 AVERAGED = 0.05
 """Last part of the logged steps that the reported training loss averages over."""

@@ -41,7 +41,7 @@ from moezoo_train.parallel.whole_tensors import split_like, whole_optimizer_stat
 from moezoo_train.parallel.zero import ZeROStrategy, check_zero
 
 if TYPE_CHECKING:
-    from moezoo_train.module import LanguageModel
+    from moezoo_train.run.module import LanguageModel
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -32,7 +32,7 @@ from moezoo_train.parallel.whole_tensors import gathered, whole_state
 from moezoo_train.parallel.zero_states import Piece, load_states, piece_of, whole_states
 
 if TYPE_CHECKING:
-    from moezoo_train.module import LanguageModel
+    from moezoo_train.run.module import LanguageModel
 
 BUCKET = 200_000_000
 """Most numbers of a bucket of gradients or parameters, as in Lightning's strategy."""

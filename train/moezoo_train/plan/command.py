@@ -13,17 +13,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from moezoo.command.tables import count, print_table
 from moezoo.errors import InputError, check_int
-from moezoo_train.cli import TRAINER_DEFAULTS, MoezooCLI, Parser
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.finetune.pretrained import check_length
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.measure.throughput import count_parameters
-from moezoo_train.module import LanguageModel
 from moezoo_train.plan.estimate import KINDS, Estimate, Planner
 from moezoo_train.plan.figure import draw
 from moezoo_train.plan.layouts import LAYOUTS, Memory, check_layouts
 from moezoo_train.plan.machine import MACHINES, machine
 from moezoo_train.plan.setup import Setup, precision
+from moezoo_train.run.cli import TRAINER_DEFAULTS, MoezooCLI, Parser
+from moezoo_train.run.module import LanguageModel
 
 _DESCRIPTION = "Plan a training run: memory, traffic and bounds on time, by formula."
 _OPTIONS: dict[str, tuple[Any, Any, str]] = {

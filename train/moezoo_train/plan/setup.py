@@ -14,8 +14,8 @@ from moezoo.errors import InputError
 from moezoo.experts import MLPExperts
 from moezoo_models import MoezooForCausalLM
 from moezoo_train.measure.throughput import ffn_layers, forward_flops_per_token
-from moezoo_train.module import LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer, is_sparse
+from moezoo_train.run.module import LanguageModel
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WHOLE = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}

@@ -5,9 +5,9 @@ import torch
 import yaml
 
 from moezoo import InputError
-from moezoo_train.cli import run
 from moezoo_train.data import datamodule as data
-from moezoo_train.module import LanguageModel
+from moezoo_train.run.cli import run
+from moezoo_train.run.module import LanguageModel
 
 OPTIONS = {
     "output": "run",

@@ -20,7 +20,7 @@ from moezoo_models.checkpoints import read_tensor, read_tokenizer
 from moezoo_models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from moezoo_train.module import LanguageModel
+    from moezoo_train.run.module import LanguageModel
 
 EMBEDDINGS = "model.embed_tokens.weight"
 """Name of the token embeddings in our checkpoints, and in those of Llama and its kin."""

@@ -28,9 +28,9 @@ from moezoo_train.measure.throughput import (
     forward_flops_per_token,
     peak_flops,
 )
-from moezoo_train.module import FFNRule, LanguageModel
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.module import FFNRule, LanguageModel
 
 # Lightning's own calls to torch's pytrees, and its advice on worker processes.
 pytestmark = [

@@ -12,10 +12,10 @@ from moezoo import InputError
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_models.evaluate import evaluate_text
 from moezoo_train.checkpoint.export import export
-from moezoo_train.cli import run
-from moezoo_train.demo import demo
 from moezoo_train.finetune.pretrained import remember_length
 from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.run.cli import run
+from moezoo_train.run.demo import demo
 
 
 @pytest.fixture(scope="module")

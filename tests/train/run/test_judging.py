@@ -12,9 +12,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 import moezoo
 from moezoo import PEER, InputError, SparseMoE
 from moezoo.routing import RouterOptions
-from moezoo_train import guard
-from moezoo_train.guard import SpikeRule
 from moezoo_train.measure.throughput import ffn_layers
+from moezoo_train.run import guard
+from moezoo_train.run.guard import SpikeRule
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -120,7 +120,7 @@ def test_a_skipped_step_changes_no_bit(
     harms = {4: ("hidden", math.nan), 7: ("gradient", math.inf), 8: ("loss", 1e4)}
     random_tokens.token_counts = lambda: torch.arange(50)
     monkeypatch.setattr(
-        "moezoo_train.hash_tables.baseline_embeddings", lambda *_: torch.randn(50, 8)
+        "moezoo_train.run.hash_tables.baseline_embeddings", lambda *_: torch.randn(50, 8)
     )
     model = make_model(
         ffn=method.build,

@@ -6,8 +6,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moezoo import InputError
-from moezoo_train.cli import TRAINER_DEFAULTS
-from moezoo_train.refusals import check_trainer, is_refusal, reword
+from moezoo_train.run.cli import TRAINER_DEFAULTS
+from moezoo_train.run.refusals import check_trainer, is_refusal, reword
 
 CPU = {"accelerator": "cpu", "devices": "auto", "strategy": "auto", "precision": "32-true"}
 REFUSED = [

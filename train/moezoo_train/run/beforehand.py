@@ -16,15 +16,15 @@ from moezoo_train.checkpoint import identity
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.finetune.lora import describe_adapters
 from moezoo_train.finetune.pretrained import check_length, check_tokenizer
-from moezoo_train.hash_tables import baseline_embeddings
 from moezoo_train.optim.optimizer import build_optimizer, is_sparse
 from moezoo_train.optim.schedule import build_schedule
 from moezoo_train.parallel.fsdp2 import check_sparse_gradients, check_strategy
 from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded
+from moezoo_train.run.hash_tables import baseline_embeddings
 
 if TYPE_CHECKING:
     from moezoo_train.data.datamodule import TokenDataModule
-    from moezoo_train.module import LanguageModel
+    from moezoo_train.run.module import LanguageModel
 
 
 def check_run(

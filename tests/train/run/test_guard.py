@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moezoo import InputError
-from moezoo_train.guard import SpikeRule, StepGuard
+from moezoo_train.run.guard import SpikeRule, StepGuard
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

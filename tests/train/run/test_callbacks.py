@@ -13,11 +13,11 @@ from lightning.pytorch import Callback
 from moezoo import InputError
 from moezoo_models.atomic import atomic_write
 from moezoo_models.checkpoints import load_checkpoint
-from moezoo_train.callbacks import LastCheckpoint, SaveModel, get_random_state, set_random_state
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import MetricsCSV, build_loggers, read_metrics
 from moezoo_train.optim.optimizer import OptimizerConfig
-from moezoo_train.stopping import StopSignals, raising_interrupts
+from moezoo_train.run.callbacks import LastCheckpoint, SaveModel, get_random_state, set_random_state
+from moezoo_train.run.stopping import StopSignals, raising_interrupts
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -294,7 +294,7 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(
 @pytest.mark.usefixtures("ctrl_c")
 def test_the_same_ctrl_c_passed_on_by_a_launcher_counts_once(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("moezoo_train.stopping.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("moezoo_train.run.stopping.time.monotonic", lambda: now[0])
     signals = StopSignals()
     signals.install(launched=True, first=False)
     for now[0] in (0.0, 0.5):

@@ -14,11 +14,11 @@ from moezoo import HashLayer, InputError
 from moezoo.routing import hashing
 from moezoo_models.checkpoints import load_checkpoint
 from moezoo_models.generate import continue_text
-from moezoo_train import hash_tables
-from moezoo_train.cli import run
 from moezoo_train.data import prepared
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.run import hash_tables
+from moezoo_train.run.cli import run
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

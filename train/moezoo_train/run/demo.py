@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from moezoo.errors import InputError
-from moezoo_train.cli import run
+from moezoo_train.run.cli import run
 
 RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
 

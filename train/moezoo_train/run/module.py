@@ -24,9 +24,7 @@ from moezoo_models.causal_lm import IGNORED
 from moezoo_models.initialization import Drawn, drawn_later
 from moezoo_models.stock import predict
 from moezoo_models.tokenizer import Tokenizer
-from moezoo_train.callbacks import RandomState
 from moezoo_train.checkpoint import finite, identity
-from moezoo_train.evaluated import EvaluatedModule
 from moezoo_train.finetune.lora import (
     LoRAOptions,
     add_adapters,
@@ -49,8 +47,6 @@ from moezoo_train.finetune.sparse_memory import (
     describe_sparse_memory,
     freeze_all_but_tables,
 )
-from moezoo_train.guard import SpikeRule, StepGuard
-from moezoo_train.hash_tables import HashTables
 from moezoo_train.measure.metrics import TrainingMetrics
 from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim import clipping
@@ -60,8 +56,12 @@ from moezoo_train.parallel.distributed import average_sparse_gradients, process_
 from moezoo_train.parallel.fsdp2 import check_sparse_gradients, lay_out_for
 from moezoo_train.parallel.whole_tensors import in_parts, undivided_state, whole_state
 from moezoo_train.parallel.zero import ZeROStrategy
-from moezoo_train.rules import FFNRule as FFNRule
-from moezoo_train.steps import run_steps, stand_between_batches, take_whole_steps
+from moezoo_train.run.callbacks import RandomState
+from moezoo_train.run.evaluated import EvaluatedModule
+from moezoo_train.run.guard import SpikeRule, StepGuard
+from moezoo_train.run.hash_tables import HashTables
+from moezoo_train.run.rules import FFNRule as FFNRule
+from moezoo_train.run.steps import run_steps, stand_between_batches, take_whole_steps
 
 
 class LanguageModel(EvaluatedModule):

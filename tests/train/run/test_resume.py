@@ -15,13 +15,13 @@ import torch
 
 from moezoo import SparseMoE
 from moezoo.routing import RouterOptions
-from moezoo_train.callbacks import LastCheckpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
-from moezoo_train.cli import run
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.callbacks import LastCheckpoint
+from moezoo_train.run.cli import run
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moezoo_train.cli import MoezooCLI, run
 from moezoo_train.measure.loggers import build_loggers, read_metrics
+from moezoo_train.run.cli import MoezooCLI, run
 
 TIMES = ("train/tokens_per_second", "train/mfu")
 REPORTED_TIMES = ("tokens_per_second", "train_seconds", "mfu", "peak_flops")

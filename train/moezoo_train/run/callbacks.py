@@ -17,10 +17,10 @@ from torch import Tensor
 
 from moezoo.errors import check_choice
 from moezoo_train.parallel.distributed import gather_from_ranks
-from moezoo_train.stopping import StopSignals
+from moezoo_train.run.stopping import StopSignals
 
 if TYPE_CHECKING:
-    from moezoo_train.module import LanguageModel
+    from moezoo_train.run.module import LanguageModel
 
 
 class RandomState(Callback):

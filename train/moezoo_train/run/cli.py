@@ -29,8 +29,6 @@ from moezoo.errors import InputError, check_int, check_text, going_on
 from moezoo_models.atomic import atomic_write
 from moezoo_models.checkpoints import one_line
 from moezoo_models.locks import writing
-from moezoo_train.beforehand import check_evaluation, check_run
-from moezoo_train.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.checkpoint.files import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.checkpoint.restoring import CheckKinds, restoring_errors
 from moezoo_train.data.datamodule import TokenDataModule
@@ -38,11 +36,13 @@ from moezoo_train.finetune.pretrained import default_tokenizer
 from moezoo_train.measure.loggers import build_loggers
 from moezoo_train.measure.progress import StepProgress, quiet_lightning
 from moezoo_train.measure.report import write_report
-from moezoo_train.module import LanguageModel
 from moezoo_train.parallel.distributed import is_lost_process
 from moezoo_train.parallel.fsdp2 import writes_directories
-from moezoo_train.refusals import check_trainer, is_refusal, reword
-from moezoo_train.run_directory import (
+from moezoo_train.run.beforehand import check_evaluation, check_run
+from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
+from moezoo_train.run.module import LanguageModel
+from moezoo_train.run.refusals import check_trainer, is_refusal, reword
+from moezoo_train.run.run_directory import (
     check_directory,
     clean,
     find_checkpoint,
@@ -51,7 +51,7 @@ from moezoo_train.run_directory import (
     remove,
     say_anew,
 )
-from moezoo_train.stopping import NAMES, raising_interrupts, resume_command, say_interrupted
+from moezoo_train.run.stopping import NAMES, raising_interrupts, resume_command, say_interrupted
 
 _LoggerName = Literal["csv", "tensorboard", "wandb"]
 TRAINER_DEFAULTS = {
