@@ -40,26 +40,26 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_train.plan:run", "memory, traffic and time of a run on many GPUs", True
         ),
         "compare": Command(
-            "moezoo_train.compare:compare", "methods side by side at equal active FLOPs"
+            "moezoo_train.experiments.compare:compare", "methods side by side at equal active FLOPs"
         ),
         "compare upcycling": Command(
-            "moezoo_train.upcycling:compare_upcycling",
+            "moezoo_train.experiments.upcycling:compare_upcycling",
             "a dense model trained on, and mixtures of its copies",
         ),
         "compare carving": Command(
-            "moezoo_train.claims.carving:compare_carving",
+            "moezoo_train.experiments.carving:compare_carving",
             "groupings of a dense model's neurons, carved and tuned",
         ),
         "compare hardening": Command(
-            "moezoo_train.claims.hardening:compare_hardening",
+            "moezoo_train.experiments.hardening:compare_hardening",
             "trees of decisions, soft and hard with the same weights",
         ),
         "compare facts": Command(
-            "moezoo_train.claims.recall:compare_facts",
+            "moezoo_train.experiments.facts:compare_facts",
             "methods that learn made-up facts, at equal active FLOPs",
         ),
         "compare forgetting": Command(
-            "moezoo_train.forgetting:compare_forgetting",
+            "moezoo_train.experiments.forgetting:compare_forgetting",
             "new facts learned and old ones forgotten",
         ),
         "validate": Command(

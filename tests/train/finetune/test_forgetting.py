@@ -10,15 +10,22 @@ import pytest
 from moezoo.__main__ import main
 from moezoo.command.parser import function_parser
 from moezoo.errors import InputError
-from moezoo_train.facts import make_facts, tie_anew
-from moezoo_train.finetune.lora import LoRAOptions
-from moezoo_train.forgetting import (
+from moezoo_train.experiments.forgetting import (
     BaseOptions,
     FactOptions,
     Teaching,
     compare_forgetting,
 )
-from moezoo_train.forgetting_report import Outcome, at_level, draw, forgotten, settings, verdict
+from moezoo_train.experiments.forgetting_report import (
+    Outcome,
+    at_level,
+    draw,
+    forgotten,
+    settings,
+    verdict,
+)
+from moezoo_train.experiments.made_up_facts import make_facts, tie_anew
+from moezoo_train.finetune.lora import LoRAOptions
 
 pytest.importorskip("peft", reason="needs moezoo[lora]")
 

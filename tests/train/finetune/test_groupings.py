@@ -5,9 +5,9 @@ import json
 import pytest
 
 from moezoo.__main__ import main
-from moezoo_train.claims import carving
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.windows import TrainBatches
+from moezoo_train.experiments import carving
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

@@ -7,7 +7,7 @@ import pytest
 from moezoo.__main__ import main
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.windows import TrainBatches
-from moezoo_train.upcycling import Outcome, verdict
+from moezoo_train.experiments.upcycling import Outcome, verdict
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),

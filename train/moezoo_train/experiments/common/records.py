@@ -1,0 +1,84 @@
+"""The runs of an experiment on disk: a finished one is not repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import moezoo
+from moezoo.errors import going_on
+from moezoo_models.atomic import atomic_write
+from moezoo_models.locks import writing
+from moezoo_train.experiments.compare.run import RESULT
+from moezoo_train.experiments.compare.runs import fingerprint
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of an experiment.
+
+    Attributes:
+        name: of the run's folder.
+        inputs: all that its figures depend on, JSON-able, versions aside.
+        measure: makes the run in a folder that is empty, and gives the figures.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    measure: Callable[[Path], Figures]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the figures depend on."""
+        versions = {"moezoo": moezoo.__version__, "torch": torch.__version__}
+        return json.loads(json.dumps({**versions, **self.inputs}, default=str))
+
+
+def run_all(folder: Path, tasks: list[Task], said: str, console: Console) -> dict[str, Figures]:
+    """Make the runs that are not finished, with a line for each; give all figures by name.
+
+    Args:
+        folder: gets a folder for each run, with ``result.json``.
+        tasks: in the order in which they are made.
+        said: the figure to report while running.
+        console: where to.
+    """
+    with writing(folder), going_on("the same command keeps the runs that are finished"):
+        return _run_all(folder, tasks, said, console)
+
+
+def _run_all(folder: Path, tasks: list[Task], said: str, console: Console) -> dict[str, Figures]:
+    found = {task.name: figures for task in tasks if (figures := _finished(folder, task))}
+    console.print(f"{len(tasks)} runs, {len(found)} of them finished before", highlight=False)
+    for number, task in enumerate(tasks, 1):
+        if task.name in found:
+            continue
+        place = folder / task.name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        found[task.name] = figures = task.measure(place)
+        result = {"hash": fingerprint(task.identity), "identity": task.identity, "figures": figures}
+        with atomic_write(place / RESULT, "w") as file:
+            json.dump(result, file, indent=2)
+            file.write("\n")
+        line = f"[{number}/{len(tasks)}] {task.name}: {said} {figures[said]:.4f}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return {task.name: found[task.name] for task in tasks}
+
+
+def _finished(folder: Path, task: Task) -> Figures | None:
+    """Give the figures of a run that was made with the same inputs."""
+    try:
+        result = json.loads((folder / task.name / RESULT).read_text(encoding="utf-8"))
+        return dict(result["figures"]) if result["hash"] == fingerprint(task.identity) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # never run, or not by this version

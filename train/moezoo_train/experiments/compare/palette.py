@@ -1,0 +1,75 @@
+"""Colours that the colour-blind can tell apart: one per method or, for many, per family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moezoo_train.experiments.compare.results import Row
+
+
+@dataclass(frozen=True)
+class Color:
+    """One colour, as hexadecimal RGB, on white and on a dark ground."""
+
+    light: str
+    dark: str
+
+
+# After Wong (Nature Methods 8, 441, 2011), each with enough contrast for thin lines on its ground.
+GREY = Color("#6b7280", "#9aa5b4")
+BLUE = Color("#0a66b0", "#5cb1f2")
+RED = Color("#c4490a", "#f28b4f")
+GREEN = Color("#05805f", "#35c79a")
+PINK = Color("#b04a86", "#eb94c8")
+OCHRE = Color("#967000", "#e2bb3a")
+SKY = Color("#2f9bd6", "#a5dcff")
+INDIGO = Color("#41338f", "#a99bf5")
+
+FAMILIES = {
+    "dense": INDIGO,
+    "experts": BLUE,
+    "hashed experts": GREEN,
+    "memories": RED,
+    "trees": PINK,
+    "strongest neurons": OCHRE,
+    "other": SKY,
+}
+_FAMILY_OF = {
+    "DenseFFN": "dense",
+    "SparseMoE": "experts",
+    "SigmaMoE": "experts",
+    "CarvedMoE": "experts",
+    "HashLayer": "hashed experts",
+    "PEER": "memories",
+    "ProductKeyMemory": "memories",
+    "MemoryPlus": "memories",
+    "FastFeedForward": "trees",
+    "UltraFastFFF": "trees",
+    "TopKFFN": "strongest neurons",
+}
+_OWN = (BLUE, RED, GREEN, PINK, OCHRE, SKY, INDIGO)
+
+
+def family(row: Row) -> str:
+    """Name the kind of a row's layer."""
+    return _FAMILY_OF.get(row.layer, "other")
+
+
+def colors(rows: Sequence[Row], baseline: str) -> dict[str, Color]:
+    """Give every row a colour: its own while there are enough of them, else its family's.
+
+    Args:
+        rows: of a comparison.
+        baseline: name of the row that is grey.
+    """
+    others = sorted(row.name for row in rows if row.name != baseline)
+    if len(others) <= len(_OWN):
+        found = dict(zip(others, _OWN, strict=False))
+        return {row.name: found.get(row.name, GREY) for row in rows}
+    return {row.name: GREY if row.name == baseline else FAMILIES[family(row)] for row in rows}
+
+
+def by_family(rows: Sequence[Row], baseline: str) -> bool:
+    """Say whether :func:`colors` gives each family a colour."""
+    return len([row for row in rows if row.name != baseline]) > len(_OWN)

@@ -1,0 +1,301 @@
+"""One training run of a comparison, and its result on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from moezoo.command.messages import one_line
+from moezoo.errors import InputError
+from moezoo.feed_forward import FeedForward
+from moezoo.random_routing import RandomRouting
+from moezoo_models.checkpoints import save_checkpoint
+from moezoo_train.checkpoint.files import atomic_write
+from moezoo_train.data.datamodule import TokenDataModule
+from moezoo_train.experiments.compare.memory import PeakMemory
+from moezoo_train.experiments.compare.runs import Run, fingerprint
+from moezoo_train.experiments.compare.settings import TextOptions, find_method
+from moezoo_train.measure.loggers import MetricsCSV, read_metrics
+from moezoo_train.measure.metrics import ExpertLoad, LoadCounter
+from moezoo_train.measure.progress import StepProgress
+from moezoo_train.measure.report import Report, collect
+from moezoo_train.run.cli import TRAINER_DEFAULTS
+from moezoo_train.run.module import FFNRule, LanguageModel
+from moezoo_train.run.stopping import raising_interrupts
+
+RESULT = "result.json"
+MODEL = "model"
+"""Folder of the trained model, where another run follows it."""
+
+
+class ValidationLoad(pl.Callback):
+    """Count who answers while validating, where random choices repeat and decisions are hard.
+
+    Attributes:
+        loads: of the layers that count, at the last validation.
+    """
+
+    def __init__(self) -> None:
+        self.loads: list[ExpertLoad] = []
+        self._counter = LoadCounter()
+        self._hook: RemovableHandle | None = None
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to the model."""
+        self._hook = pl_module.register_forward_hook(
+            lambda module, arguments, output: self._counter.add(output.ffn_stats)
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add up."""
+        if self._hook is not None:
+            self._hook.remove()
+        self.loads = self._counter.take()
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one run, as its ``result.json`` holds it.
+
+    Attributes:
+        run: the run's folder.
+        hash: of everything the numbers depend on.
+        identity: that in words.
+        failure: why there are no numbers, in one line; None if there are.
+        val_loss: nats per token over all validation tokens, at the end.
+        bits_per_byte: the same per byte of text.
+        train_loss: nats per token, mean over the last twentieth of the run.
+        tokens: trained on.
+        seconds: that took, validation not included.
+        total_parameters: of the model.
+        active_parameters: those that one token touches.
+        evenness: entropy of the shares of experts, slots or neurons in the answers to the
+            validation text, over its maximum, mean over the layers that count them; 1 is even.
+            None if none does.
+        busiest: load of the busiest over the mean, the largest among these layers.
+        usage: share of the slots that had any weight, mean over batches and layers.
+        unevenness: divergence of their weights from uniform in nats, likewise.
+        peak_memory: bytes, as :class:`moezoo_train.experiments.compare.memory.PeakMemory` measures them while
+            the run trains and validates; None if it is not known.
+        environment: machine and versions.
+    """
+
+    run: str
+    hash: str
+    identity: dict[str, Any]
+    failure: str | None = None
+    val_loss: float = float("nan")
+    bits_per_byte: float = float("nan")
+    train_loss: float = float("nan")
+    tokens: int = 0
+    seconds: float = 0.0
+    total_parameters: int = 0
+    active_parameters: int = 0
+    evenness: float | None = None
+    busiest: float | None = None
+    usage: float | None = None
+    unevenness: float | None = None
+    peak_memory: int | None = None
+    environment: Mapping[str, Any] | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of training."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def open_text(text: TextOptions, seed: int) -> TokenDataModule:
+    """Give the prepared text in the order of a seed."""
+    return TokenDataModule(
+        source=None,
+        data_dir=text.data_dir,
+        sequence_length=text.sequence_length,
+        batch_size=text.batch_size,
+        seed=seed,
+    )
+
+
+def finished(output: Path, run: Run, data: dict[str, Any]) -> Result | None:
+    """Return the result of a run that was made with the same configuration, if it succeeded."""
+    path = output / run.folder / RESULT
+    try:
+        result = Result(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None  # never run, or not by this version
+    same = result.hash == fingerprint(run.identity(data))
+    if run.is_followed and not (output / run.folder / MODEL).exists():
+        return None  # it was trained when no other run wanted its embeddings
+    return result if same and result.failure is None else None
+
+
+def execute(output: Path, run: Run, data: dict[str, Any], console: Console) -> Result:
+    """Train one run and write its ``result.json``, also if it fails.
+
+    A bug is a failure of this run only; ``MOEZOO_TRACEBACK=1`` raises it instead.
+    """
+    folder = output / run.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    identity = run.identity(data)
+    common: dict[str, Any] = {
+        "run": run.folder,
+        "hash": fingerprint(identity),
+        "identity": identity,
+    }
+    try:
+        with PeakMemory() as memory:
+            report, loads = train(run, folder, console)
+        result = Result(**common, **_numbers(report, loads), peak_memory=memory.peak)
+    except Exception as error:
+        if os.environ.get("MOEZOO_TRACEBACK"):
+            raise
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        result = Result(**common, failure=one_line(f"{kind}{error}"))
+    with atomic_write(folder / RESULT, "w") as file:
+        json.dump(asdict(result), file, indent=2)
+        file.write("\n")
+    return result
+
+
+def train(run: Run, folder: Path, console: Console) -> tuple[Report, list[ExpertLoad]]:
+    """Train one run, logging to ``metrics.csv`` in its folder; give report and validation load."""
+    experiment = run.experiment
+    text = open_text(experiment.text, run.seed)
+    module = build(run, text.vocab_size)
+    if run.follows:
+        module.hash_embeddings_from = str(folder.parent / run.follows.folder / MODEL)
+    outcome = fit(module, text, folder, experiment.max_steps, experiment.precision, console)
+    if run.is_followed:
+        save_checkpoint(folder / MODEL, module.model, text.tokenizer)
+    return outcome
+
+
+def fit(
+    module: LanguageModel,
+    text: TokenDataModule,
+    folder: Path,
+    max_steps: int,
+    precision: str,
+    console: Console,
+) -> tuple[Report, list[ExpertLoad]]:
+    """Train a model, validating at the end; give report and validation load.
+
+    Args:
+        module: what to train.
+        text: on what.
+        folder: gets ``metrics.csv``.
+        max_steps: optimizer steps.
+        precision: as the trainer's.
+        console: shows progress, if it is a terminal.
+    """
+    load = ValidationLoad()
+    options: dict[str, Any] = TRAINER_DEFAULTS | {
+        "max_steps": max_steps,
+        "val_check_interval": max_steps,
+        "log_every_n_steps": min(10, max_steps),
+        "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
+        "devices": 1,
+        "precision": precision,
+        "logger": [MetricsCSV(folder / "metrics.csv")],
+        "callbacks": [load, *([StepProgress(console)] if console.is_terminal else [])],
+        "enable_progress_bar": console.is_terminal,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+    }
+    trainer = pl.Trainer(**options)
+    with raising_interrupts():
+        trainer.fit(module, datamodule=text)
+    return collect(trainer, module, read_metrics(folder / "metrics.csv")), load.loads
+
+
+def validate(
+    module: LanguageModel, text: TextOptions, precision: str
+) -> tuple[float, list[ExpertLoad]]:
+    """Give a model's validation loss in nats per token, and who answered; it stays as it is."""
+    load = ValidationLoad()
+    trainer = pl.Trainer(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        logger=False,
+        callbacks=[load],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    with raising_interrupts():
+        (metrics,) = trainer.validate(module, datamodule=open_text(text, 0), verbose=False)
+    module.train()
+    return float(metrics["val/loss"]), load.loads
+
+
+def build(run: Run, vocab_size: int) -> LanguageModel:
+    """Build the model of a run; with random routing it begins with the same weights as without."""
+    experiment, size = run.experiment, run.experiment.model
+    pl.seed_everything(run.seed, verbose=False)
+
+    def layer(d_model: int) -> FeedForward:
+        return FeedForward.from_config(run.ffn, d_model=d_model)
+
+    module = LanguageModel(
+        vocab_size=vocab_size,
+        d_model=size.d_model,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        max_length=experiment.text.sequence_length,
+        ffn=find_method("baseline", experiment.baseline).build,
+        ffn_rules=[FFNRule(list(run.layers), layer)],
+        allow_non_causal=True,
+        optimizer=experiment.optimizer_of(run.row),
+        schedule=experiment.schedule,
+    )
+    if run.random:
+        randomize(module.model, run.layers, run.seed)
+    return module
+
+
+def randomize(model: PreTrainedModel, layers: tuple[int, ...], seed: int) -> None:
+    """Give the chosen blocks random routing, on noise of the scale of what they read."""
+    blocks: Any = model.model.layers
+    for index in layers:
+        block = blocks[index]
+        noise_seed = seed * len(blocks) + index
+        block.mlp = RandomRouting(block.mlp, block.post_attention_layernorm, noise_seed)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _numbers(report: Report, loads: list[ExpertLoad]) -> dict[str, Any]:
+    busiest = [load.max_over_mean for load in loads if load.max_over_mean is not None]
+    if report.val_loss is None or report.val_bits_per_byte is None:
+        raise InputError(
+            "max_steps: there is no validation loss, as the run ended before its last step; run "
+            "this again"
+        )
+    return {
+        "val_loss": report.val_loss,
+        "bits_per_byte": report.val_bits_per_byte,
+        "train_loss": report.train_loss,
+        "tokens": report.tokens,
+        "seconds": report.train_seconds,
+        "total_parameters": report.total_parameters,
+        "active_parameters": report.active_parameters,
+        "evenness": _mean(load.entropy for load in loads),
+        "busiest": max(busiest, default=None),
+        "usage": _mean(load.usage for load in loads),
+        "unevenness": _mean(load.unevenness for load in loads),
+        "environment": report.environment,
+    }

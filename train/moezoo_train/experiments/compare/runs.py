@@ -1,0 +1,178 @@
+"""Which runs a comparison has, and what identifies each."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+import moezoo
+from moezoo.errors import InputError
+from moezoo.feed_forward import FeedForward, select_layers
+from moezoo.random_routing import can_be_random
+from moezoo_train.experiments.compare.settings import Experiment, find_method
+from moezoo_train.experiments.compare.width import match_flops
+
+FORMAT = 1
+"""Raised when the same configuration would train differently; results of others do not count."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        row: name of the row of the table that it belongs to.
+        random: whether its routing is random.
+        seed: of initial weights, order of the text, and noise.
+        layers: blocks that hold the method; the others hold the baseline.
+        ffn: class path and arguments of the method's layer, width solved and defaults included.
+        width: the argument that was solved for.
+        flops_ratio: the layer's FLOPs per token over the baseline's.
+        causal: whether its loss is that of a causal language model.
+        experiment: what all runs have in common.
+        follows: the run whose trained embeddings its hash table is built from, if any.
+        is_followed: whether it is such a run of another.
+    """
+
+    row: str
+    random: bool
+    seed: int
+    layers: tuple[int, ...]
+    ffn: dict[str, Any]
+    width: str | None
+    flops_ratio: float
+    causal: bool
+    experiment: Experiment
+    follows: Run | None = None
+    is_followed: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder in the output directory."""
+        return f"{self.row}{'-random' if self.random else ''}-{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.row}{', random routing' if self.random else ''}, seed {self.seed}"
+
+    def identity(self, data: dict[str, Any]) -> dict[str, Any]:
+        """List what the run's numbers depend on, all JSON-able.
+
+        Args:
+            data: what identifies the prepared tokens.
+        """
+        experiment = self.experiment
+        followed = {"follows": fingerprint(self.follows.identity(data))} if self.follows else {}
+        return followed | {
+            "format": FORMAT,
+            "moezoo": moezoo.__version__,
+            "torch": torch.__version__,
+            "ffn": self.ffn,
+            "layers": list(self.layers),
+            "random": self.random,
+            "baseline": experiment.baseline,
+            "seed": self.seed,
+            "model": asdict(experiment.model),
+            "data": data,
+            "sequence_length": experiment.text.sequence_length,
+            "batch_size": experiment.text.batch_size,
+            "max_steps": experiment.max_steps,
+            "precision": experiment.precision,
+            "optimizer": asdict(experiment.optimizer_of(self.row)),
+            "schedule": asdict(experiment.schedule),
+        }
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Hash an identity: equal hashes mean equal runs."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plan(experiment: Experiment) -> list[Run]:
+    """List all runs, first those of the first seed, so that a table is complete early.
+
+    The baseline is the first of each seed: hash tables may be built from what it has learned.
+
+    Raises:
+        InputError: a row's method, arguments, layers or width are no good; names the row.
+    """
+    rows = {row: _row(experiment, row) for row in experiment.methods}
+    following = {row for row, (common, _) in rows.items() if _follows(common["ffn"])}
+    if following and experiment.baseline not in rows:
+        raise InputError(
+            f"methods.{min(following)}: its hash table is built from what the baseline has "
+            f"learned; add the row '{experiment.baseline}: {{}}'"
+        )
+    ordered = sorted(rows.items(), key=lambda item: item[0] != experiment.baseline)
+    runs = []
+    baseline: Run | None = None
+    for seed in experiment.seeds:
+        for row, (common, layer) in ordered:
+            wanted = experiment.methods[row].ablation
+            ablation = experiment.ablation if wanted is None else wanted
+            if wanted and not can_be_random(layer):
+                raise InputError(
+                    f"methods.{row}.ablation: it has no routing to make random; leave it out"
+                )
+            for random in (False, True) if ablation and can_be_random(layer) else (False,):
+                run = Run(row=row, random=random, seed=seed, experiment=experiment, **common)
+                if row in following:
+                    run = replace(run, follows=baseline)
+                elif following and row == experiment.baseline and not random:
+                    run = baseline = replace(run, is_followed=True)
+                runs.append(run)
+    return runs
+
+
+def _follows(ffn: dict[str, Any]) -> bool:
+    return ffn["init_args"].get("hash_function") in ("clustered", "dispersed")
+
+
+def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]:
+    """Solve a row's width; give what its runs share, and its layer without weights."""
+    options, d_model = experiment.methods[row], experiment.model.d_model
+    baseline = find_method("baseline", experiment.baseline)
+    method = find_method(
+        f"methods.{row}.method" if options.method else "methods", options.method or row
+    )
+    try:
+        arguments = dict(options.arguments)
+        if "vocab_size" in inspect.signature(method.layer).parameters:
+            arguments.setdefault("vocab_size", experiment.text.vocab_size)
+        with torch.device("meta"):
+            target = baseline.build(d_model).cost().flops_per_token
+        match = match_flops(
+            method,
+            d_model,
+            target,
+            arguments=arguments,
+            width=options.width,
+            tolerance=experiment.tolerance,
+        )
+        where = experiment.layers if options.layers is None else options.layers
+        layers = tuple(select_layers(where, experiment.model.num_layers))
+        if not layers:
+            raise InputError(
+                f"layers: '{where}' chooses none of {experiment.model.num_layers}; give all, "
+                "every 2, or numbers from 0"
+            )
+    except InputError as error:
+        raise InputError(f"methods.{row}.{error}") from error
+    experiment.optimizer_of(row)
+    with torch.device("meta"):
+        layer = method.build(d_model, **match.arguments)
+    config = layer.config()
+    config["init_args"].pop("d_model")
+    common = {
+        "layers": layers,
+        "ffn": config,
+        "width": match.argument,
+        "flops_ratio": match.ratio,
+        "causal": layer.causal,
+    }
+    return common, layer

@@ -1,0 +1,256 @@
+"""What is compared, on what: the options of ``moezoo compare``."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+import moezoo
+from moezoo.errors import InputError, check_choice, check_int, check_number, nearest
+from moezoo.feed_forward import select_layers
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
+
+MEASURES = {"loss": "val_loss", "busiest": "busiest", "unevenness": "unevenness"}
+"""What a claim may say is lower, and the number of a run's result that holds it."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The text that every run learns from.
+
+    Attributes:
+        source: "stdlib", a .txt, .jsonl or .parquet file, a folder or glob of those, or
+            "hf:NAME[:CONFIG]".
+        data_dir: where the prepared tokens are kept.
+        max_bytes: use only about this much of the text.
+        vocab_size: tokens of the tokenizer that is trained on it.
+        val_fraction: share of the documents that is held out.
+        sequence_length: tokens per window.
+        batch_size: windows per optimizer step.
+    """
+
+    source: str = "stdlib"
+    data_dir: str = "runs/compare/data"
+    max_bytes: int | None = 2_000_000
+    vocab_size: int = 1024
+    val_fraction: float = 0.05
+    sequence_length: int = 128
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The decoder around the layers that are compared.
+
+    Attributes:
+        d_model: width of the residual stream.
+        num_layers: number of blocks.
+        num_heads: attention heads; d_model must be a multiple.
+    """
+
+    d_model: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """One row of the table.
+
+    Attributes:
+        method: name of a method of the zoo; default: the row's own name.
+        arguments: arguments of the layer that differ from the method's.
+        layers: blocks that get the layer (``all``, ``every 2``, ``3`` or ``[3, 7]``), while the
+            others keep the baseline; default: those of all rows.
+        width: the argument that is solved for, so that the layer's FLOPs match the baseline's;
+            ``none`` to leave the layer as it is. Default: the layer's own, see ``width``.
+        ablation: also train it with random routing; default: as for all rows.
+        optimizer: optimizer settings that differ from those of all rows.
+    """
+
+    method: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    layers: str | int | list[int] | None = None
+    width: str | None = None
+    ablation: bool | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says of some rows.
+
+    Attributes:
+        says: the claim in words.
+        paper: where, e.g. an arXiv number.
+        order: rows from the lowest measure to the highest; a place may be a list of rows, of
+            which each is claimed to be below each of the next place.
+        measure: ``loss``, ``busiest`` or ``unevenness``.
+    """
+
+    says: str
+    paper: str
+    order: list[str | list[str]]
+    measure: str = "loss"
+
+    @property
+    def places(self) -> list[list[str]]:
+        """The order, with each place as a list."""
+        return [[place] if isinstance(place, str) else list(place) for place in self.order]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that the runs of one comparison have in common, and its rows.
+
+    Attributes: as the arguments of :func:`moezoo_train.experiments.compare.compare`.
+    """
+
+    methods: dict[str, MethodOptions]
+    baseline: str
+    layers: str | int | list[int]
+    ablation: bool
+    seeds: tuple[int, ...]
+    max_steps: int
+    tolerance: float
+    model: ModelOptions
+    text: TextOptions
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    precision: str
+    claims: dict[str, Claim] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_int("max_steps", self.max_steps)
+        check_number("tolerance", self.tolerance, maximum=1.0)
+        if not self.seeds:
+            raise InputError("seeds: there is none; give e.g. [0, 1, 2]")
+        for seed in self.seeds:
+            check_int("seeds", seed, minimum=0)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds: {list(self.seeds)} holds one twice; each is one run")
+        select_layers(self.layers, check_int("model.num_layers", self.model.num_layers))
+        check_int("text.batch_size", self.text.batch_size)
+        check_int("text.sequence_length", self.text.sequence_length)
+        if self.schedule.warmup_steps >= self.max_steps:
+            raise InputError(
+                f"schedule.warmup_steps: {self.schedule.warmup_steps} does not fit into "
+                f"{self.max_steps} steps; lower it or raise max_steps"
+            )
+
+    def optimizer_of(self, row: str) -> OptimizerConfig:
+        """Return a row's optimizer: that of all rows, with the row's own settings."""
+        own = self.methods[row].optimizer
+        common = {
+            f.name: getattr(self.optimizer, f.name) for f in dataclasses.fields(OptimizerConfig)
+        }
+        return _named(f"methods.{row}.optimizer", OptimizerConfig, {**common, **own}).here()
+
+
+def configuration(experiment: Experiment, output: str) -> str:
+    """Write a comparison as the YAML file that repeats it.
+
+    Args:
+        experiment: what is compared.
+        output: directory of the comparison.
+    """
+    # By way of JSON tuples become lists.
+    options = json.loads(json.dumps(dataclasses.asdict(experiment)))
+    methods = {
+        name: {key: value for key, value in row.items() if value not in (None, {})}
+        for name, row in options.pop("methods").items()
+    }
+    claims = options.pop("claims")
+    whole = {"output": output, **options, "methods": methods}
+    if claims:
+        whole["claims"] = claims
+    return str(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+
+
+def parse_methods(methods: Mapping[str, Any]) -> dict[str, MethodOptions]:
+    """Read the rows from what a YAML file holds.
+
+    Raises:
+        InputError: there is none, or an option of one is unknown or of the wrong kind.
+    """
+    if not methods:
+        raise InputError("methods: there is none; name some, e.g. methods: {mixtral: {}, peer: {}}")
+    return {str(name): _parse_method(str(name), options) for name, options in methods.items()}
+
+
+def _parse_method(name: str, options: Any) -> MethodOptions:
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"methods.{name}: {options!r} is not a mapping; write e.g. {{layers: 2}}")
+    if not name or any(c in name for c in "/\\ ") or name.startswith("."):
+        raise InputError(f"methods: '{name}' cannot be the name of a folder; use letters and _")
+    parsed = _named(f"methods.{name}", MethodOptions, dict(options or {}))
+    for key in ("arguments", "optimizer"):
+        if not isinstance(getattr(parsed, key), Mapping):
+            raise InputError(f"methods.{name}.{key}: is no mapping; write names and values")
+    return parsed
+
+
+def parse_claims(
+    claims: Mapping[str, Any], methods: Mapping[str, MethodOptions]
+) -> dict[str, Claim]:
+    """Read what is claimed of the rows from what a YAML file holds.
+
+    Raises:
+        InputError: an option of a claim is unknown, missing or of the wrong kind, or names no row.
+    """
+    return {str(name): _parse_claim(f"claims.{name}", c, methods) for name, c in claims.items()}
+
+
+def _parse_claim(key: str, options: Any, methods: Mapping[str, MethodOptions]) -> Claim:
+    if not isinstance(options, Mapping):
+        raise InputError(f"{key}: {options!r} is not a mapping; write e.g. {{order: [peer, hash]}}")
+    for name in ("says", "paper", "order"):
+        if name not in options:
+            raise InputError(f"{key}.{name}: is missing; add it")
+    claim: Claim = _named(key, Claim, dict(options))
+    for name in ("says", "paper", "measure"):
+        if not isinstance(text := getattr(claim, name), str):
+            raise InputError(f"{key}.{name}: {text!r} is not text; put it in quotes")
+    check_choice(f"{key}.measure", claim.measure, MEASURES)
+    if not isinstance(claim.order, list) or len(claim.order) < 2:
+        raise InputError(f"{key}.order: name two rows or more, the lowest first")
+    if not all(isinstance(place, str | list) for place in claim.order):
+        raise InputError(f"{key}.order: each place is the name of a row, or a list of names")
+    if not all(claim.places):
+        raise InputError(f"{key}.order: a place has no row; name one or more")
+    for row in itertools.chain(*claim.places):
+        check_choice(f"{key}.order", row, methods)
+    return claim
+
+
+def _named(key: str, cls: Any, options: dict[str, Any]) -> Any:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for option in options:
+        if option not in known:
+            raise InputError(f"{key}.{option}: no such option{nearest(str(option), known)}")
+    try:
+        return cls(**options)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
+
+
+def find_method(key: str, name: str) -> moezoo.Method:
+    """Look a feed-forward method of the zoo up.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    methods = {method.name: method for method in feed_forward_methods()}
+    return methods[check_choice(key, name, methods)]
+
+
+def feed_forward_methods() -> list[moezoo.Method]:
+    """List the methods that stand in for a feed-forward block, not for attention."""
+    return [method for method in moezoo.zoo() if method.layer.kind == "feed_forward"]
