@@ -38,7 +38,7 @@ from moezoo_models.model_files import (
     read_tensor,
     weight_files,
 )
-from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "CONFIG",

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from moezoo.errors import InputError, check_int
 from moezoo_models.atomic import atomic_write
 from moezoo_models.config import check_trained_length
-from moezoo_models.corpus import announced_encoding
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import pick_device
-from moezoo_models.encoding import encode_text
 from moezoo_models.locks import check_file
 from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tasks import Questions, TaskEvaluation, evaluate_questions
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.corpus import announced_encoding
+from moezoo_models.text.encoding import encode_text
+from moezoo_models.text.tokenizer import Tokenizer
 
 _LONGEST_DEFAULT = 2048
 

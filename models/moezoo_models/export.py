@@ -18,7 +18,7 @@ from moezoo_models.checkpoints import CONFIG, load_checkpoint, write_model
 from moezoo_models.config import MoezooConfig
 from moezoo_models.dense import ACTIVATIONS, DENSE_CONFIGS, dense_config
 from moezoo_models.locks import writing
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.tokenizer import Tokenizer
 
 _SAME = (
     "vocab_size",

@@ -21,9 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 from moezoo.errors import InputError, check_int, check_number, check_text
 from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import free_memory, pick_device
-from moezoo_models.encoding import encode_text
 from moezoo_models.stock import load_any_with_tokenizer
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.encoding import encode_text
+from moezoo_models.text.tokenizer import Tokenizer
 
 _LARGEST_SEED = (1 << 63) - 1
 _LEAST_TEMPERATURE = 1e-6

@@ -29,7 +29,6 @@ from moezoo.feed_forward import FeedForward
 from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checkpoints import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.encoding import encode_text
 from moezoo_models.evaluate import read_text
 from moezoo_models.inspection import (
     Stream,
@@ -40,7 +39,8 @@ from moezoo_models.inspection import (
     show,
     write_report,
 )
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.encoding import encode_text
+from moezoo_models.text.tokenizer import Tokenizer
 
 MOST_CELLS = 2**26
 """Counts kept for all layers together, 256 MiB; rarer tokens are counted as one beyond it."""

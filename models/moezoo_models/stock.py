@@ -33,7 +33,7 @@ from moezoo_models.config import MoezooConfig
 from moezoo_models.dense import DENSE_CONFIGS, MIXTURES
 from moezoo_models.gate import admit, check_model, told
 from moezoo_models.outputs import MoezooOutput
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.tokenizer import Tokenizer
 
 DENSE = (*DENSE_CONFIGS, "olmo2")
 """Dense architectures of transformers that are trained and run here, by ``model_type``."""

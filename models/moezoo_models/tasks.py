@@ -14,7 +14,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int, nearest
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.tokenizer import Tokenizer
 
 _KEPT = (
     "results",

@@ -20,7 +20,6 @@ from moezoo.feed_forward import FeedForward
 from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checkpoints import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.encoding import encode_text
 from moezoo_models.evaluate import read_text
 from moezoo_models.inspection import (
     Stream,
@@ -33,7 +32,8 @@ from moezoo_models.inspection import (
     show,
     write_report,
 )
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.encoding import encode_text
+from moezoo_models.text.tokenizer import Tokenizer
 
 _CONTEXT = 16  # tokens shown of a trigger
 

@@ -24,7 +24,6 @@ from moezoo.routing.stats import SlotLoad
 from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checkpoints import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.encoding import encode_text
 from moezoo_models.evaluate import read_text
 from moezoo_models.inspection import (
     Stream,
@@ -34,6 +33,7 @@ from moezoo_models.inspection import (
     passes,
     write_report,
 )
+from moezoo_models.text.encoding import encode_text
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from moezoo import FeedForward, FeedForwardOutput
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints import quiet, save_checkpoint
 from moezoo_models.checksums import seal
-from moezoo_models.tokenizer import HuggingFaceTokenizer, Tokenizer
+from moezoo_models.text.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 
 class TokenRouted(FeedForward):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import InputError, check_int
-from moezoo_models.corpus import open_corpus
-from moezoo_models.encoding import encode_texts
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.corpus import open_corpus
+from moezoo_models.text.encoding import encode_texts
+from moezoo_models.text.tokenizer import Tokenizer
 
 _READ_CHARACTERS = 64_000_000
 """Of a larger source, the beginning is read."""

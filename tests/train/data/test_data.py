@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DistributedSampler
 
 from moezoo.errors import InputError
-from moezoo_models.tokenizer import load_tokenizer
+from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.data.prepare import prepare
 

@@ -13,11 +13,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moezoo_models import encoding
 from moezoo_models.conversion.calibration import _encode as calibrate
-from moezoo_models.encoding import encode_text, encode_texts
 from moezoo_models.generate import prompt_ids
-from moezoo_models.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from moezoo_models.text import encoding
+from moezoo_models.text.encoding import encode_text, encode_texts
+from moezoo_models.text.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+)
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.shards import encode
 from moezoo_train.data.train_tokenizer import train_tokenizer

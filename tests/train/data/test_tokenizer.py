@@ -13,8 +13,12 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moezoo.errors import InputError
-from moezoo_models.corpus import open_corpus
-from moezoo_models.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from moezoo_models.text.corpus import open_corpus
+from moezoo_models.text.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+)
 from moezoo_train.data import train_tokenizer as training
 from moezoo_train.data.train_tokenizer import EOS_PIECE, sample_chunks, split_text, train_tokenizer
 

@@ -21,7 +21,7 @@ from transformers import (
 from moezoo_models.checkpoints import quiet
 from moezoo_models.conversion.carve import carve
 from moezoo_models.conversion.upcycle import upcycle
-from moezoo_models.tokenizer import load_tokenizer
+from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.data.train_tokenizer import train_tokenizer
 
 DENSE = {

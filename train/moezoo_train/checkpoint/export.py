@@ -20,7 +20,7 @@ from moezoo_models.checksums import check_archive
 from moezoo_models.export import export as export_stock
 from moezoo_models.export import making
 from moezoo_models.stock import load_as_it_is
-from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.checkpoint.identity import CONFIG_KEY, check_tensors
 from moezoo_train.checkpoint.restoring import check_layout
 from moezoo_train.finetune.lora import (

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moezoo.errors import InputError, check_int
-from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.prepared import PreparedData
 from moezoo_train.data.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches

@@ -31,9 +31,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from moezoo.errors import InputError, check_int, check_number, going_on
 from moezoo_models.checksums import crc_of_file
-from moezoo_models.corpus import Corpus, open_corpus
 from moezoo_models.locks import writing
-from moezoo_models.tokenizer import Tokenizer, load_tokenizer
+from moezoo_models.text.corpus import Corpus, open_corpus
+from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.data.prepared import (
     FORMAT,
     META_FILE,

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
-from moezoo_models.encoding import encode_texts
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.encoding import encode_texts
+from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.data.prepared import token_dtype
 
 _DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("key", "<u8")])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.errors import InputError, check_int
-from moezoo_models.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from moezoo_models.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 EOS_PIECE = "<|endoftext|>"
 UNK_PIECE = "<unk>"

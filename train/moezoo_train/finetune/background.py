@@ -22,7 +22,7 @@ from moezoo_models.conversion.convert import progress_bar
 from moezoo_models.devices import pick_device
 from moezoo_models.locks import check_file
 from moezoo_models.stock import load_as_it_is
-from moezoo_models.tokenizer import load_tokenizer
+from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.data.prepared import PreparedData
 from moezoo_train.data.windows import IGNORE_INDEX, TrainBatches
 from moezoo_train.finetune.lora import weights_hash

@@ -29,7 +29,7 @@ from moezoo_models.atomic import replacing_directory
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_models.finite import check_finite
 from moezoo_models.stock import stacked_experts
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.optim.optimizer import OptimizerConfig
 
 ADAPTER = "default"

@@ -11,7 +11,7 @@ from moezoo.errors import InputError
 from moezoo_models import MoezooForCausalLM
 from moezoo_models.checkpoints import read_tokenizer
 from moezoo_models.stock import load_as_it_is
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.tokenizer import Tokenizer
 
 
 def pretrained(

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from moezoo import HashLayer
 from moezoo.errors import InputError
-from moezoo_models.tokenizer import load_tokenizer
+from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.checkpoint import identity
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.finetune.lora import describe_adapters

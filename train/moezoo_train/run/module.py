@@ -23,7 +23,7 @@ from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.causal_lm import IGNORED
 from moezoo_models.initialization import Drawn, drawn_later
 from moezoo_models.stock import predict
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.checkpoint import finite, identity
 from moezoo_train.finetune.lora import (
     LoRAOptions,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moezoo.errors import InputError
-from moezoo_models import encoding
-from moezoo_models.tokenizer import load_tokenizer
+from moezoo_models.text import encoding
+from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.data import prepare as module
 from moezoo_train.data import shards
 from moezoo_train.data.prepare import prepare, split_threshold

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.errors import InputError
-from moezoo_models.rows import field_of, read_jsonl, read_parquet
+from moezoo_models.text.rows import field_of, read_jsonl, read_parquet
 
 STDLIB = "stdlib"
 HUB_PREFIX = "hf:"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
-from moezoo_models.tokenizer import Tokenizer
+from moezoo_models.text.tokenizer import Tokenizer
 
 PIECE_CHARACTERS = 1 << 16
 """Longer texts are encoded piece by piece."""

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from moezoo import InputError
 from moezoo_models.checkpoints import save_checkpoint
 from moezoo_models.generate import generate
-from moezoo_models.tokenizer import load_tokenizer
+from moezoo_models.text.tokenizer import load_tokenizer
 
 CODE = """
 from pathlib import Path

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from moezoo.errors import InputError
-from moezoo_models import corpus, rows
-from moezoo_models.corpus import FileCorpus, open_corpus
+from moezoo_models.text import corpus, rows
+from moezoo_models.text.corpus import FileCorpus, open_corpus
 
 
 def documents(source, **options):

@@ -1,0 +1,1 @@
+"""Text and token ids: corpora, tokenizers, and reading one with the other."""
