@@ -5,10 +5,10 @@ Importing this makes ``AutoConfig`` and ``AutoModelForCausalLM`` of transformers
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from moezoo_models.causal_lm import MoezooForCausalLM
-from moezoo_models.config import MoezooConfig
-from moezoo_models.decoder import MoezooModel
-from moezoo_models.outputs import MoezooOutput
+from moezoo_models.model.causal_lm import MoezooForCausalLM
+from moezoo_models.model.config import MoezooConfig
+from moezoo_models.model.decoder import MoezooModel
+from moezoo_models.model.outputs import MoezooOutput
 
 AutoConfig.register(MoezooConfig.model_type, MoezooConfig, exist_ok=True)
 AutoModel.register(MoezooConfig, MoezooModel, exist_ok=True)

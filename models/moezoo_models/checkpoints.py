@@ -20,12 +20,12 @@ from transformers.utils import logging as transformers_logging
 from moezoo.atomic import named_errors
 from moezoo.errors import InputError
 from moezoo_models.atomic import replacing_directory
-from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checksums import seal
-from moezoo_models.config import MoezooConfig
 from moezoo_models.dense import dense_config
 from moezoo_models.finite import check_finite
 from moezoo_models.gate import EMBEDDINGS, HEAD, admit
+from moezoo_models.model.causal_lm import MoezooForCausalLM
+from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model_files import (
     CONFIG,
     INDEX,

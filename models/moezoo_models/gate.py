@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from moezoo.errors import InputError, check_int
 from moezoo.layers.hash import HashLayer
 from moezoo_models.conversion.pickled import read_pickled
-from moezoo_models.fields import LARGEST_SIZE, STEERING, check_fields, check_heads
+from moezoo_models.model.fields import LARGEST_SIZE, STEERING, check_fields, check_heads
 from moezoo_models.model_files import (
     ADAPTERS,
     CONFIG,

@@ -19,8 +19,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import InputError, check_int, check_number, check_text
-from moezoo_models.decoder import check_token_ids
 from moezoo_models.devices import free_memory, pick_device
+from moezoo_models.model.decoder import check_token_ids
 from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.text.encoding import encode_text
 from moezoo_models.text.tokenizer import Tokenizer

@@ -17,8 +17,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from moezoo.errors import InputError, nearest
 from moezoo.routing.stats import expert_counts, mean_entropy
-from moezoo_models.attention_backends import check_backend
-from moezoo_models.causal_lm import MoezooForCausalLM, next_token_loss
 from moezoo_models.checkpoints import (
     CONFIG,
     choose_tokenizer,
@@ -29,10 +27,12 @@ from moezoo_models.checkpoints import (
     read_json,
     read_tokenizer,
 )
-from moezoo_models.config import MoezooConfig
 from moezoo_models.dense import DENSE_CONFIGS, MIXTURES
 from moezoo_models.gate import admit, check_model, told
-from moezoo_models.outputs import MoezooOutput
+from moezoo_models.model.attention_backends import check_backend
+from moezoo_models.model.causal_lm import MoezooForCausalLM, next_token_loss
+from moezoo_models.model.config import MoezooConfig
+from moezoo_models.model.outputs import MoezooOutput
 from moezoo_models.text.tokenizer import Tokenizer
 
 DENSE = (*DENSE_CONFIGS, "olmo2")

@@ -21,7 +21,6 @@ from moezoo.analysis.usage import (
 )
 from moezoo.command.tables import print_table
 from moezoo.routing.stats import SlotLoad
-from moezoo_models.causal_lm import MoezooForCausalLM
 from moezoo_models.checkpoints import load_with_tokenizer
 from moezoo_models.devices import pick_device
 from moezoo_models.evaluate import read_text
@@ -33,6 +32,7 @@ from moezoo_models.inspection import (
     passes,
     write_report,
 )
+from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.encoding import encode_text
 
 

@@ -26,7 +26,6 @@ from moezoo.convert.carve.prune import PruneMethod
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints import read_tokenizer
-from moezoo_models.config import check_trained_length
 from moezoo_models.conversion.calibration import Calibration, read_calibration
 from moezoo_models.conversion.convert import Conversion, convert, progress_bar
 from moezoo_models.conversion.drift import load_any
@@ -36,6 +35,7 @@ from moezoo_models.conversion.source import Source, open_source
 from moezoo_models.conversion.stage import Answer, next_token_nats
 from moezoo_models.conversion.targets import TARGETS, Mixture
 from moezoo_models.devices import free_memory, pick_device
+from moezoo_models.model.config import check_trained_length
 
 _FORMATS = ("glm4_moe", "moezoo")
 """Formats in which every chosen expert can count fully."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moezoo.convert import LayerPlan
 from moezoo_models.checkpoints import CONFIG, load_checkpoint, read_json
-from moezoo_models.config import MoezooConfig
 from moezoo_models.conversion.source import Source
+from moezoo_models.model.config import MoezooConfig
 from moezoo_models.stock import load_stock
 
 _TOKENS = 64

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-    from moezoo_models.initialization import Drawn
+    from moezoo_models.model.initialization import Drawn
 
 # Gloo raises plain RuntimeErrors.
 _LOST = re.compile(

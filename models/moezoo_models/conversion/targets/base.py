@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moezoo.convert.plan import PROJECTIONS, Expert, LayerPlan, Projection
 from moezoo.errors import InputError
-from moezoo_models.config import check_trained_length
 from moezoo_models.conversion.source import Source
+from moezoo_models.model.config import check_trained_length
 
 Read = Callable[[], dict[str, Tensor]]
 """Reads the dense block of a layer."""

@@ -12,11 +12,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward, registered
 from moezoo.routing.losses import masked_mean
-from moezoo_models.attention import Attention
-from moezoo_models.config import MoezooConfig
-from moezoo_models.joint_attention import check_joint_backend
-from moezoo_models.norm import RMSNorm
-from moezoo_models.persistent import JoinedSlots, build_slots
+from moezoo_models.model.attention import Attention
+from moezoo_models.model.config import MoezooConfig
+from moezoo_models.model.joint_attention import check_joint_backend
+from moezoo_models.model.norm import RMSNorm
+from moezoo_models.model.persistent import JoinedSlots, build_slots
 
 
 class DecoderLayer(GradientCheckpointingLayer):

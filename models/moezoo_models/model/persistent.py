@@ -20,7 +20,7 @@ from moezoo.experts.slots import PersistentSlots
 from moezoo.feed_forward import Cost, FeedForward
 
 if TYPE_CHECKING:
-    from moezoo_models.config import MoezooConfig
+    from moezoo_models.model.config import MoezooConfig
 
 
 class JoinedSlots(FeedForward):

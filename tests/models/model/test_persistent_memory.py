@@ -5,11 +5,11 @@ import torch
 
 from moezoo import DenseFFN, InputError
 from moezoo.experts.slots import PersistentSlots
-from moezoo_models import joint_attention
-from moezoo_models.attention import Attention
 from moezoo_models.checkpoints import load_checkpoint, save_checkpoint
-from moezoo_models.config import MoezooConfig
-from moezoo_models.rotary import RotaryEmbedding, rotate
+from moezoo_models.model import joint_attention
+from moezoo_models.model.attention import Attention
+from moezoo_models.model.config import MoezooConfig
+from moezoo_models.model.rotary import RotaryEmbedding, rotate
 
 D, H, G, C, N, T = 24, 6, 2, 10, 7, 9
 

@@ -12,9 +12,9 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from moezoo.errors import InputError
-from moezoo_models.config import MoezooConfig
-from moezoo_models.decoder import MoezooModel, MoezooPreTrainedModel
-from moezoo_models.outputs import MoezooOutput
+from moezoo_models.model.config import MoezooConfig
+from moezoo_models.model.decoder import MoezooModel, MoezooPreTrainedModel
+from moezoo_models.model.outputs import MoezooOutput
 
 IGNORED = -100
 """The label of positions that the loss leaves out."""

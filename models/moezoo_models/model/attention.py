@@ -9,13 +9,13 @@ from transformers.cache_utils import Cache
 
 from moezoo.experts.slots import PersistentSlots
 from moezoo.init import init_linear, output_std
-from moezoo_models.attention_backends import ATTENTION, eager_attention
-from moezoo_models.joint_attention import joint_attention
-from moezoo_models.norm import RMSNorm
-from moezoo_models.rotary import rotate
+from moezoo_models.model.attention_backends import ATTENTION, eager_attention
+from moezoo_models.model.joint_attention import joint_attention
+from moezoo_models.model.norm import RMSNorm
+from moezoo_models.model.rotary import rotate
 
 if TYPE_CHECKING:
-    from moezoo_models.config import MoezooConfig
+    from moezoo_models.model.config import MoezooConfig
 
 
 class Attention(nn.Module):

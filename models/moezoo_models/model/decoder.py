@@ -22,15 +22,15 @@ from transformers.utils.output_capturing import capture_outputs
 from moezoo.errors import InputError
 from moezoo.experts.values import shared_values
 from moezoo.feed_forward import FeedForward
-from moezoo_models.attention import Attention
-from moezoo_models.attention_backends import check_backend
-from moezoo_models.block import DecoderLayer
-from moezoo_models.config import MoezooConfig
-from moezoo_models.initialization import drop, filled_later, reset_feed_forward
 from moezoo_models.loading import GatedLoading
-from moezoo_models.norm import RMSNorm
-from moezoo_models.outputs import MoezooModelOutput
-from moezoo_models.rotary import RotaryEmbedding
+from moezoo_models.model.attention import Attention
+from moezoo_models.model.attention_backends import check_backend
+from moezoo_models.model.block import DecoderLayer
+from moezoo_models.model.config import MoezooConfig
+from moezoo_models.model.initialization import drop, filled_later, reset_feed_forward
+from moezoo_models.model.norm import RMSNorm
+from moezoo_models.model.outputs import MoezooModelOutput
+from moezoo_models.model.rotary import RotaryEmbedding
 
 
 class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):

@@ -15,7 +15,7 @@ from torch import Tensor
 from moezoo.errors import InputError
 from moezoo.experts.slots import PersistentSlots, join
 from moezoo.routing.tree import at_least_fp32
-from moezoo_models.attention_backends import repeat_heads
+from moezoo_models.model.attention_backends import repeat_heads
 
 JOINT_BACKENDS = ("sdpa", "eager")
 

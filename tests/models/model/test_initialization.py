@@ -5,7 +5,7 @@ import torch
 
 import moezoo
 from moezoo_models import MoezooConfig, MoezooForCausalLM
-from moezoo_models.initialization import drawn_later
+from moezoo_models.model.initialization import drawn_later
 
 METHODS = [pytest.param(method, id=method.name) for method in moezoo.zoo()]
 

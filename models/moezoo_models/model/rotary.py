@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 if TYPE_CHECKING:
-    from moezoo_models.config import MoezooConfig
+    from moezoo_models.model.config import MoezooConfig
 
 
 class RotaryEmbedding(nn.Module):

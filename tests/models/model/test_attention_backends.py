@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from moezoo import InputError
-from moezoo_models import attention_backends
-from moezoo_models.attention_backends import (
+from moezoo_models.model import attention_backends
+from moezoo_models.model.attention_backends import (
     ATTENTION,
     check_backend,
     xformers_attention,

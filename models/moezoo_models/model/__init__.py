@@ -1,0 +1,1 @@
+"""The decoder language model: configuration, attention, blocks, initialization."""
