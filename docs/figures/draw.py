@@ -15,7 +15,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints.atomic import atomic_write
 
 BLUE, PALE, GREY, LINE, INK = "#1f4e9c", "#dfe9f8", "#eef0f3", "#b4bcc6", "#20262e"
 Point = tuple[float, float]

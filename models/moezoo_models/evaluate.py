@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
-from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.checkpoints.locks import check_file
+from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.locks import check_file
 from moezoo_models.model.config import check_trained_length
 from moezoo_models.model.decoder import check_token_ids
-from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.tasks import Questions, TaskEvaluation, evaluate_questions
 from moezoo_models.text.corpus import announced_encoding
 from moezoo_models.text.encoding import encode_text

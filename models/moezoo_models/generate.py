@@ -19,9 +19,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import InputError, check_int, check_number, check_text
+from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.model.decoder import check_token_ids
-from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_models.text.encoding import encode_text
 from moezoo_models.text.tokenizer import Tokenizer
 

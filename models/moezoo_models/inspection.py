@@ -20,7 +20,7 @@ from moezoo.analysis.neurons import Neurons, neurons_of
 from moezoo.analysis.usage import routed_layers
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
-from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.conversion.convert import progress_bar
 from moezoo_models.evaluate import window_length
 from moezoo_models.model.causal_lm import MoezooForCausalLM

@@ -16,7 +16,7 @@ from moezoo.analysis.spectrum import Covariance, Spectrum, spectrum_of, squared_
 from moezoo.analysis.watching import Context, token_mask, watch
 from moezoo.command.tables import print_table
 from moezoo.feed_forward import FeedForward
-from moezoo_models.checkpoints import load_with_tokenizer
+from moezoo_models.checkpoints.directory import load_with_tokenizer
 from moezoo_models.devices import pick_device
 from moezoo_models.evaluate import read_text
 from moezoo_models.inspection import (

@@ -17,7 +17,7 @@ from moezoo.analysis.watching import Context, watch
 from moezoo.command.tables import print_table
 from moezoo.errors import check_int
 from moezoo.feed_forward import FeedForward
-from moezoo_models.checkpoints import load_with_tokenizer
+from moezoo_models.checkpoints.directory import load_with_tokenizer
 from moezoo_models.devices import pick_device
 from moezoo_models.evaluate import read_text
 from moezoo_models.inspection import (

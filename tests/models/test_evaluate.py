@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from moezoo import InputError
 from moezoo import __main__ as command
-from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_models.evaluate import evaluate, evaluate_text, evaluate_tokens
 from moezoo_models.inspection import Stream
 

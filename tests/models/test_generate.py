@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from moezoo import InputError
-from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_models.generate import (
     WholeCharacterStreamer,
     continue_text,

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from moezoo import __main__ as command
-from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_models.evaluate import evaluate, evaluate_text
 
 REASON = "lm-eval is not installed (pip install 'moezoo[eval]')"

@@ -278,7 +278,7 @@ def save(folder: Path) -> NoReturn:
     import torch
 
     from moezoo_models import MoezooConfig, MoezooForCausalLM
-    from moezoo_models.checkpoints import save_checkpoint
+    from moezoo_models.checkpoints.directory import save_checkpoint
     from moezoo_train.checkpoint.files import AtomicCheckpointIO
 
     sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

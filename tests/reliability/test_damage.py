@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from moezoo import InputError
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.data.prepared import PreparedData
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ import yaml
 from runs import assert_same_run, moment
 
 from moezoo.errors import InputError
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.data.prepared import PreparedData
 

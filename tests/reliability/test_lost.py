@@ -165,7 +165,7 @@ def test_a_run_holds_its_output_and_leaves_no_lock(fit, copied, tmp_path, capsys
         seen.append(main([*fit(copied), "--overwrite=true"]))
 
     # In one process a lock may be taken again, so the other's is stood for by forgetting ours.
-    from moezoo_models import locks
+    from moezoo_models.checkpoints import locks
     from moezoo_train.run.callbacks import RandomState
 
     monkeypatch.setattr(RandomState, "on_train_start", look)

@@ -5,7 +5,7 @@ import signal
 import pytest
 from runs import callback, read, rows
 
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.data.prepared import PreparedData
 from moezoo_train.data.windows import TrainBatches
 from moezoo_train.measure.loggers import read_metrics

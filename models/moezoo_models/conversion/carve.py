@@ -25,7 +25,7 @@ from moezoo.convert.carve.options import Split
 from moezoo.convert.carve.prune import PruneMethod
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import select_layers
-from moezoo_models.checkpoints import read_tokenizer
+from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.conversion.calibration import Calibration, read_calibration
 from moezoo_models.conversion.convert import Conversion, convert, progress_bar
 from moezoo_models.conversion.drift import load_any

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moezoo.convert import LayerPlan
 from moezoo.errors import check_choice
-from moezoo_models.checkpoints import CONFIG
+from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.drift import Drift, layer_drift, logits_drift
 from moezoo_models.conversion.source import Source, layer_of
 from moezoo_models.conversion.targets import Mixture, Output, Target

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert import LayerPlan
-from moezoo_models.checkpoints import CONFIG, load_checkpoint, read_json
+from moezoo_models.checkpoints.directory import CONFIG, load_checkpoint, read_json
+from moezoo_models.checkpoints.stock import load_stock
 from moezoo_models.conversion.source import Source
 from moezoo_models.model.config import MoezooConfig
-from moezoo_models.stock import load_stock
 
 _TOKENS = 64
 

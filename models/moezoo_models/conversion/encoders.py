@@ -21,7 +21,7 @@ from moezoo.feed_forward import FeedForward
 from moezoo.layers.dense import Activation, DenseFFN
 from moezoo.swap_contract import Adapter
 from moezoo_kernels.activations import ACTIVATIONS as FUNCTIONS
-from moezoo_models.dense import ACTIVATIONS
+from moezoo_models.checkpoints.dense import ACTIVATIONS
 
 Batch = Mapping[str, Tensor]
 """What the encoder is called with: ``input_ids`` and ``attention_mask``, ``(B, L)`` each."""

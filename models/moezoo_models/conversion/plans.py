@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moezoo.convert import LayerPlan
 from moezoo.convert.plan import Expert
-from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints.atomic import atomic_write
 
 _LARGEST_LOGIT = 0.01
 """With which unit weights are written as sigmoids."""

@@ -30,12 +30,18 @@ from transformers import (
 
 from moezoo.convert.plan import PROJECTIONS
 from moezoo.errors import InputError, nearest
-from moezoo_models.checkpoints import quiet
+from moezoo_models.checkpoints.dense import MIXTURES
+from moezoo_models.checkpoints.directory import quiet
+from moezoo_models.checkpoints.gate import admit, is_pickled
+from moezoo_models.checkpoints.model_files import (
+    CONFIG,
+    TensorInfo,
+    check_finite,
+    check_weights,
+    reading,
+)
 from moezoo_models.conversion.pickled import read_pickled
-from moezoo_models.dense import MIXTURES
-from moezoo_models.gate import admit, is_pickled
 from moezoo_models.model.config import MoezooConfig
-from moezoo_models.model_files import CONFIG, TensorInfo, check_finite, check_weights, reading
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config

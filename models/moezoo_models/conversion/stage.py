@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moezoo.convert import Block
-from moezoo_models.checkpoints import quiet
+from moezoo_models.checkpoints.directory import quiet
 from moezoo_models.conversion.source import Source
 
 Answer = Callable[[Tensor], Tensor]

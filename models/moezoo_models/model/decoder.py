@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from moezoo.errors import InputError
 from moezoo.experts.values import shared_values
 from moezoo.feed_forward import FeedForward
-from moezoo_models.loading import GatedLoading
+from moezoo_models.checkpoints.loading import GatedLoading
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.block import DecoderLayer

@@ -117,7 +117,7 @@ RECIPE = Path(__file__).parents[3] / "configs" / "dense_small.yaml"
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """Train a small Llama on the standard library's source: about a minute of one core."""
-    from moezoo_models.export import export
+    from moezoo_models.checkpoints.export import export
     from moezoo_train.run.cli import run
 
     folder = tmp_path_factory.mktemp("trained")

@@ -242,7 +242,7 @@ def test_when_only_writing_is_left_nothing_is_carved_again(readable, text, tmp_p
 
 KILLED = """
 import os, sys
-from moezoo_models.checkpoints import read_tokenizer
+from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.conversion import carve as carving
 original = carving.carve_layer
 def killed(layer, *arguments):

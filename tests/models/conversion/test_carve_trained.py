@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moezoo_models.checkpoints import read_tokenizer
+from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.conversion.carve import calibrate, carve
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.plans import Plans

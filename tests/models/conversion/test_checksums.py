@@ -8,11 +8,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from moezoo import InputError
-from moezoo_models.checkpoints import read_tensor, save_checkpoint
+from moezoo_models.checkpoints.directory import read_tensor, save_checkpoint
+from moezoo_models.checkpoints.export import export
+from moezoo_models.checkpoints.stock import load_as_it_is
 from moezoo_models.conversion.carve import carve
 from moezoo_models.conversion.upcycle import upcycle
-from moezoo_models.export import export
-from moezoo_models.stock import load_as_it_is
 
 DENSE = {"layers": "all", "class_path": "moezoo.DenseFFN", "init_args": {"d_ff": 48}}
 

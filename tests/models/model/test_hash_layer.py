@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from moezoo import InputError
 from moezoo_models import MoezooForCausalLM
-from moezoo_models.checkpoints import load_checkpoint, save_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
 
 KEYS = ["token", "previous", "bigram", "position"]
 

@@ -5,7 +5,7 @@ import torch
 
 from moezoo import DenseFFN, InputError
 from moezoo.experts.slots import PersistentSlots
-from moezoo_models.checkpoints import load_checkpoint, save_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
 from moezoo_models.model import joint_attention
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.config import MoezooConfig

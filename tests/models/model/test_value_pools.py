@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moezoo_models.checkpoints import load_checkpoint, save_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from moezoo import InputError
-from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_models.generate import generate
 from moezoo_models.text.tokenizer import load_tokenizer
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moezoo import PEER, InputError
-from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.checkpoint.export import export
 from moezoo_train.checkpoint.files import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.checkpoint.finite import check_checkpoint

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from moezoo_models.checkpoints import quiet
+from moezoo_models.checkpoints.directory import quiet
 from moezoo_models.conversion.carve import carve
 from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.text.tokenizer import load_tokenizer

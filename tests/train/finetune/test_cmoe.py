@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moezoo import CarvedMoE
-from moezoo_models.checkpoints import load_checkpoint
-from moezoo_models.stock import predict
+from moezoo_models.checkpoints.directory import load_checkpoint
+from moezoo_models.checkpoints.stock import predict
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.run.module import LanguageModel

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moezoo import CarvedMoE, InputError
-from moezoo_models.checkpoints import load_checkpoint, quiet
-from moezoo_models.stock import load_as_it_is, predict
+from moezoo_models.checkpoints.directory import load_checkpoint, quiet
+from moezoo_models.checkpoints.stock import load_as_it_is, predict
 from moezoo_train.checkpoint.export import export
 from moezoo_train.finetune.lora import LoRAOptions, merged_state
 from moezoo_train.measure.throughput import forward_flops_per_token

@@ -11,9 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moezoo import InputError
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
+from moezoo_models.checkpoints.stock import (
+    load_any_with_tokenizer,
+    load_as_it_is,
+    predict,
+    stacked_experts,
+)
 from moezoo_models.evaluate import evaluate_text
-from moezoo_models.stock import load_any_with_tokenizer, load_as_it_is, predict, stacked_experts
 from moezoo_train.checkpoint.export import export
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.throughput import count_parameters, forward_flops_per_token

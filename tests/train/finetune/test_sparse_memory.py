@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from moezoo import PEER, DenseFFN, InputError, MemoryPlus, ProductKeyMemory
 from moezoo.routing.product_key import QueryNetwork
-from moezoo_models.checkpoints import load_checkpoint, save_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
 from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.windows import TrainBatches

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moezoo import PEER, DenseFFN, InputError, MemoryPlus, RouterOptions, SparseMoE
 from moezoo_models import MoezooConfig, MoezooForCausalLM
-from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.data.datamodule import _ResumableLoader
 from moezoo_train.finetune.lora import LoRAOptions

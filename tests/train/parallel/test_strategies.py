@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
 from moezoo.errors import InputError
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.checkpoint.export import export
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import read_metrics

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from moezoo.errors import InputError
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.checkpoint.export import export
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.throughput import count_parameters

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Callback
 
 from moezoo import InputError
-from moezoo_models.atomic import atomic_write
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import MetricsCSV, build_loggers, read_metrics
 from moezoo_train.optim.optimizer import OptimizerConfig

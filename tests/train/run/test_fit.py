@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from moezoo import InputError
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_models.evaluate import evaluate_text
 from moezoo_train.checkpoint.export import export
 from moezoo_train.finetune.pretrained import remember_length

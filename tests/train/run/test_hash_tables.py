@@ -12,7 +12,7 @@ import yaml
 
 from moezoo import HashLayer, InputError
 from moezoo.routing import hashing
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_models.generate import continue_text
 from moezoo_train.data import prepared
 from moezoo_train.data.datamodule import TokenDataModule

@@ -19,7 +19,7 @@ from moezoo import (
     SparseMoE,
 )
 from moezoo.routing import RouterOptions
-from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.measure import throughput
 from moezoo_train.measure.metrics import TrainingMetrics
 from moezoo_train.measure.throughput import (

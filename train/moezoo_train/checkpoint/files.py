@@ -16,9 +16,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from moezoo.errors import InputError
-from moezoo_models.atomic import atomic_write, is_there, publish
-from moezoo_models.checkpoints import one_line
-from moezoo_models.checksums import check_archive
+from moezoo_models.checkpoints.atomic import atomic_write, is_there, publish
+from moezoo_models.checkpoints.checksums import check_archive
+from moezoo_models.checkpoints.directory import one_line
 from moezoo_train.checkpoint.restoring import check_layout
 from moezoo_train.parallel.sharded_checkpoints import is_sharded, load_sharded
 

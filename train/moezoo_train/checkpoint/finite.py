@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moezoo.errors import InputError
-from moezoo_models.finite import first_not_finite
+from moezoo_models.checkpoints.finite import first_not_finite
 from moezoo_train.parallel.distributed import gather_from_ranks
 from moezoo_train.parallel.sharded_checkpoints import checkpoint_tensors
 from moezoo_train.parallel.whole_tensors import own_part

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moezoo.command.messages import shorten
 from moezoo.errors import InputError
-from moezoo_models.checkpoints import one_line
+from moezoo_models.checkpoints.directory import one_line
 from moezoo_train.checkpoint.identity import CONFIG_KEY
 
 VERSION = "pytorch-lightning_version"

@@ -26,12 +26,12 @@ from rich.console import Console
 
 from moezoo.convert import CarveOptions
 from moezoo.errors import InputError, check_choice, check_int, nearest
-from moezoo_models.checkpoints import CONFIG, existing, read_json
+from moezoo_models.checkpoints.directory import CONFIG, existing, read_json
+from moezoo_models.checkpoints.export import export
 from moezoo_models.conversion.carve import carve
 from moezoo_models.conversion.convert import REPORT
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.study import carve_options
-from moezoo_models.export import export
 from moezoo_models.model.config import MoezooConfig
 from moezoo_train.experiments.common.picture import Line, Panel, draw_lines, means_of
 from moezoo_train.experiments.common.records import Figures, Task, run_all

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moezoo.command.tables import markdown_lines, print_table
-from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_train.experiments.common.report import save_picture
 from moezoo_train.experiments.compare.palette import BLUE, GREEN, OCHRE, PINK, RED, SKY
 from moezoo_train.experiments.compare.results import Mean, mean

@@ -20,11 +20,11 @@ from rich.console import Console
 
 from moezoo.command.tables import markdown_lines, print_table
 from moezoo.errors import InputError, check_int
-from moezoo_models.atomic import atomic_write
-from moezoo_models.checkpoints import CONFIG, existing, read_json
+from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.checkpoints.directory import CONFIG, existing, read_json
+from moezoo_models.checkpoints.export import export
+from moezoo_models.checkpoints.locks import writing
 from moezoo_models.conversion.upcycle import upcycle
-from moezoo_models.export import export
-from moezoo_models.locks import writing
 from moezoo_models.model.config import MoezooConfig
 from moezoo_train.experiments.compare.run import fit, open_text, validate
 from moezoo_train.experiments.compare.settings import TextOptions

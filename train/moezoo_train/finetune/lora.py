@@ -25,10 +25,10 @@ from moezoo import CarvedMoE
 from moezoo.errors import InputError, check_int, check_number, nearest
 from moezoo.experts import MLPExperts
 from moezoo.parallel import whole
-from moezoo_models.atomic import replacing_directory
-from moezoo_models.checkpoints import save_checkpoint
-from moezoo_models.finite import check_finite
-from moezoo_models.stock import stacked_experts
+from moezoo_models.checkpoints.atomic import replacing_directory
+from moezoo_models.checkpoints.directory import save_checkpoint
+from moezoo_models.checkpoints.finite import check_finite
+from moezoo_models.checkpoints.stock import stacked_experts
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.optim.optimizer import OptimizerConfig
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from moezoo.errors import InputError
 from moezoo_models import MoezooForCausalLM
-from moezoo_models.checkpoints import read_tokenizer
-from moezoo_models.stock import load_as_it_is
+from moezoo_models.checkpoints.directory import read_tokenizer
+from moezoo_models.checkpoints.stock import load_as_it_is
 from moezoo_models.text.tokenizer import Tokenizer
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moezoo.atomic import named_errors
 from moezoo.errors import InputError, check_choice
-from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints.atomic import atomic_write
 
 LOGGERS = ("csv", "tensorboard", "wandb")
 _EXTRAS = {"tensorboard": "train", "wandb": "wandb"}

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moezoo.routing.losses import alone
-from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.devices import pick_device
 from moezoo_models.generate import continue_text, prompt_ids
-from moezoo_models.stock import load_any_with_tokenizer
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.metrics import ExpertLoad, TrainingMetrics
 from moezoo_train.measure.throughput import count_parameters

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moezoo import FeedForward
-from moezoo_models.stock import active_share, flops_of_experts, stacked_experts
+from moezoo_models.checkpoints.stock import active_share, flops_of_experts, stacked_experts
 from moezoo_train.parallel.whole_tensors import undivided
 
 PROBE_SECONDS = 0.1

@@ -19,7 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 from moezoo import FeedForward, ParameterGroup
 from moezoo.errors import InputError, check_choice, check_number
 from moezoo.experts import MLPExperts
-from moezoo_models.stock import stacked_experts
+from moezoo_models.checkpoints.stock import stacked_experts
 from moezoo_train.optim.muon import muon_step
 
 

@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moezoo.errors import InputError
-from moezoo_models.atomic import publish
-from moezoo_models.checkpoints import one_line
-from moezoo_models.checksums import check_archive, crc_of_file
+from moezoo_models.checkpoints.atomic import publish
+from moezoo_models.checkpoints.checksums import check_archive, crc_of_file
+from moezoo_models.checkpoints.directory import one_line
 from moezoo_train.checkpoint.restoring import check_layout
 from moezoo_train.parallel.distributed import gather_from_ranks, process_count
 from moezoo_train.parallel.whole_tensors import place_of

@@ -26,9 +26,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from moezoo.command.keys import full_keys
 from moezoo.command.parser import ClearErrors
 from moezoo.errors import InputError, check_int, check_text, going_on
-from moezoo_models.atomic import atomic_write
-from moezoo_models.checkpoints import one_line
-from moezoo_models.locks import writing
+from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.checkpoints.directory import one_line
+from moezoo_models.checkpoints.locks import writing
 from moezoo_train.checkpoint.files import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.checkpoint.restoring import CheckKinds, restoring_errors
 from moezoo_train.data.datamodule import TokenDataModule

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moezoo import HashLayer
 from moezoo.errors import InputError
-from moezoo_models.checkpoints import read_tensor, read_tokenizer
+from moezoo_models.checkpoints.directory import read_tensor, read_tokenizer
 from moezoo_models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from moezoo import DenseFFN, FeedForward
 from moezoo.errors import InputError, check_int
 from moezoo.routing.losses import sum_over_ranks
 from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_models.checkpoints.stock import predict
 from moezoo_models.model.causal_lm import IGNORED
 from moezoo_models.model.initialization import Drawn, drawn_later
-from moezoo_models.stock import predict
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.checkpoint import finite, identity
 from moezoo_train.finetune.lora import (

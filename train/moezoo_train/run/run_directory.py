@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning.fabric.utilities.rank_zero import _get_rank
 
 from moezoo.errors import InputError
-from moezoo_models.atomic import is_there, remove_leftovers
+from moezoo_models.checkpoints.atomic import is_there, remove_leftovers
 from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded
 
 _FILES = ("config.yaml", "metrics.csv", "report.json", "loss.png", "sample.txt")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moezoo_models.atomic import is_there
+from moezoo_models.checkpoints.atomic import is_there
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 """What a user calls the signals that ask a run to stop."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import InputError
+from moezoo_models.checkpoints.dense import dense_config
 from moezoo_models.conversion.source import Source
 from moezoo_models.conversion.targets.base import (
     Mixture,
@@ -22,7 +23,6 @@ from moezoo_models.conversion.targets.base import (
     shared_outputs,
     stacked_parts,
 )
-from moezoo_models.dense import dense_config
 
 
 class Moezoo(Target):

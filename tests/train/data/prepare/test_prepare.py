@@ -385,7 +385,7 @@ class TestBadInput:
         def read_only(*args, **options):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-        monkeypatch.setattr("moezoo_models.locks.FileLock", read_only)
+        monkeypatch.setattr("moezoo_models.checkpoints.locks.FileLock", read_only)
         monkeypatch.setattr(Path, "mkdir", read_only)
         assert prepare(str(corpus), tmp_path, tokenizer=own_tokenizer) == first
         with pytest.raises(InputError, match="Read-only file system"):

@@ -14,8 +14,8 @@ from rich.console import Console
 
 import moezoo
 from moezoo.errors import going_on
-from moezoo_models.atomic import atomic_write
-from moezoo_models.locks import writing
+from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.checkpoints.locks import writing
 from moezoo_train.experiments.compare.run import RESULT
 from moezoo_train.experiments.compare.runs import fingerprint
 

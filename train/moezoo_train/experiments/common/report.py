@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moezoo.command.tables import markdown_lines, print_table
-from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_train.experiments.common.verdict import Verdict
 
 if TYPE_CHECKING:

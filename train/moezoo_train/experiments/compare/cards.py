@@ -13,7 +13,7 @@ from typing import Any
 
 from moezoo.errors import InputError
 from moezoo.feed_forward import Method, zoo
-from moezoo_models.atomic import atomic_write
+from moezoo_models.checkpoints.atomic import atomic_write
 
 
 def write_cards(comparison: Path, directory: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from moezoo.errors import InputError, check_choice, check_number, going_on
-from moezoo_models.locks import writing
+from moezoo_models.checkpoints.locks import writing
 from moezoo_train.data.prepare import prepare
 from moezoo_train.experiments.compare.curves import flops_per_token, read_curves
 from moezoo_train.experiments.compare.report import write_report

@@ -20,7 +20,7 @@ from moezoo.command.messages import one_line
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward
 from moezoo.random_routing import RandomRouting
-from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.checkpoint.files import atomic_write
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.experiments.compare.memory import PeakMemory

@@ -12,16 +12,16 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from moezoo import InputError
 from moezoo_models import MoezooForCausalLM
-from moezoo_models.checkpoints import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint
+from moezoo_models.checkpoints.export import export
+from moezoo_models.checkpoints.stock import load_any_with_tokenizer, load_as_it_is
 from moezoo_models.conversion.carve import carve
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.evaluate import evaluate
-from moezoo_models.export import export
 from moezoo_models.generate import generate
 from moezoo_models.sparsity import inspect_sparsity
 from moezoo_models.spectrum import inspect_spectrum
-from moezoo_models.stock import load_any_with_tokenizer, load_as_it_is
 from moezoo_models.usage import inspect_usage
 from moezoo_train.finetune.pretrained import pretrained
 

@@ -1,6 +1,6 @@
 """Checkpoints: Hugging Face directories with config.json, safetensors and a tokenizer.
 
-Saving is atomic. What is loaded has passed :mod:`moezoo_models.gate`.
+Saving is atomic. What is loaded has passed :mod:`moezoo_models.checkpoints.gate`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from transformers.utils import logging as transformers_logging
 
 from moezoo.atomic import named_errors
 from moezoo.errors import InputError
-from moezoo_models.atomic import replacing_directory
-from moezoo_models.checksums import seal
-from moezoo_models.dense import dense_config
-from moezoo_models.finite import check_finite
-from moezoo_models.gate import EMBEDDINGS, HEAD, admit
-from moezoo_models.model.causal_lm import MoezooForCausalLM
-from moezoo_models.model.config import MoezooConfig
-from moezoo_models.model_files import (
+from moezoo_models.checkpoints.atomic import replacing_directory
+from moezoo_models.checkpoints.checksums import seal
+from moezoo_models.checkpoints.dense import dense_config
+from moezoo_models.checkpoints.finite import check_finite
+from moezoo_models.checkpoints.gate import EMBEDDINGS, HEAD, admit
+from moezoo_models.checkpoints.model_files import (
     CONFIG,
     INDEX,
     WEIGHTS,
@@ -38,6 +36,8 @@ from moezoo_models.model_files import (
     read_tensor,
     weight_files,
 )
+from moezoo_models.model.causal_lm import MoezooForCausalLM
+from moezoo_models.model.config import MoezooConfig
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [

@@ -9,12 +9,18 @@ import pytest
 from filelock import FileLock, Timeout
 
 from moezoo import InputError
-from moezoo_models import MoezooConfig, MoezooForCausalLM, atomic
-from moezoo_models.atomic import is_there, publish, remove_leftovers, replacing_directory
-from moezoo_models.checkpoints import save_checkpoint
+from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_models.checkpoints import atomic
+from moezoo_models.checkpoints.atomic import (
+    is_there,
+    publish,
+    remove_leftovers,
+    replacing_directory,
+)
+from moezoo_models.checkpoints.directory import save_checkpoint
+from moezoo_models.checkpoints.export import export
+from moezoo_models.checkpoints.locks import writing
 from moezoo_models.conversion.writer import workspace
-from moezoo_models.export import export
-from moezoo_models.locks import writing
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 

@@ -24,9 +24,7 @@ from transformers import GenerationConfig
 
 from moezoo.errors import InputError, check_int
 from moezoo.layers.hash import HashLayer
-from moezoo_models.conversion.pickled import read_pickled
-from moezoo_models.model.fields import LARGEST_SIZE, STEERING, check_fields, check_heads
-from moezoo_models.model_files import (
+from moezoo_models.checkpoints.model_files import (
     ADAPTERS,
     CONFIG,
     DTYPES,
@@ -43,6 +41,8 @@ from moezoo_models.model_files import (
     reading,
     weight_files,
 )
+from moezoo_models.conversion.pickled import read_pickled
+from moezoo_models.model.fields import LARGEST_SIZE, STEERING, check_fields, check_heads
 
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

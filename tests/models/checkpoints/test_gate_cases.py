@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from moezoo import InputError
-from moezoo_models import MoezooForCausalLM, gate, model_files
-from moezoo_models.checkpoints import load_checkpoint, read_tensor, save_checkpoint
+from moezoo_models import MoezooForCausalLM
+from moezoo_models.checkpoints import gate, model_files
+from moezoo_models.checkpoints.directory import load_checkpoint, read_tensor, save_checkpoint
+from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.evaluate import evaluate
 from moezoo_models.generate import generate
-from moezoo_models.stock import load_any_with_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 

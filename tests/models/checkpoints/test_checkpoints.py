@@ -15,8 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from moezoo import InputError
-from moezoo_models import MoezooForCausalLM, MoezooModel, atomic
-from moezoo_models.checkpoints import load_checkpoint, load_with_tokenizer, save_checkpoint
+from moezoo_models import MoezooForCausalLM, MoezooModel
+from moezoo_models.checkpoints import atomic
+from moezoo_models.checkpoints.directory import (
+    load_checkpoint,
+    load_with_tokenizer,
+    save_checkpoint,
+)
 
 
 def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -277,7 +282,7 @@ def test_killed_while_saving(tmp_path):
             """
             import sys, torch
             from moezoo_models import MoezooConfig, MoezooForCausalLM
-            from moezoo_models.checkpoints import save_checkpoint
+            from moezoo_models.checkpoints.directory import save_checkpoint
 
             sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
             model = MoezooForCausalLM(MoezooConfig(**sizes))

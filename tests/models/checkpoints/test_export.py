@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moezoo import InputError
-from moezoo_models.checkpoints import load_checkpoint, save_checkpoint
-from moezoo_models.export import export
+from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
+from moezoo_models.checkpoints.export import export
 
 DENSE = {"layers": "all", "class_path": "moezoo.DenseFFN", "init_args": {"d_ff": 48}}
 KINDS = {

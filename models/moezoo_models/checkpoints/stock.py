@@ -17,7 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from moezoo.errors import InputError, nearest
 from moezoo.routing.stats import expert_counts, mean_entropy
-from moezoo_models.checkpoints import (
+from moezoo_models.checkpoints.dense import DENSE_CONFIGS, MIXTURES
+from moezoo_models.checkpoints.directory import (
     CONFIG,
     choose_tokenizer,
     existing,
@@ -27,8 +28,7 @@ from moezoo_models.checkpoints import (
     read_json,
     read_tokenizer,
 )
-from moezoo_models.dense import DENSE_CONFIGS, MIXTURES
-from moezoo_models.gate import admit, check_model, told
+from moezoo_models.checkpoints.gate import admit, check_model, told
 from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.causal_lm import MoezooForCausalLM, next_token_loss
 from moezoo_models.model.config import MoezooConfig

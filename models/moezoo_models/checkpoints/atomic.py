@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moezoo.atomic import atomic_write
-from moezoo_models.locks import writing
+from moezoo_models.checkpoints.locks import writing
 
 __all__ = ["atomic_write", "is_there", "publish", "remove_leftovers", "replacing_directory"]
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moezoo.errors import InputError
 from moezoo.layers.dense import DenseFFN
-from moezoo_models.atomic import replacing_directory
-from moezoo_models.checkpoints import CONFIG, load_checkpoint, write_model
-from moezoo_models.dense import ACTIVATIONS, DENSE_CONFIGS, dense_config
-from moezoo_models.locks import writing
+from moezoo_models.checkpoints.atomic import replacing_directory
+from moezoo_models.checkpoints.dense import ACTIVATIONS, DENSE_CONFIGS, dense_config
+from moezoo_models.checkpoints.directory import CONFIG, load_checkpoint, write_model
+from moezoo_models.checkpoints.locks import writing
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.text.tokenizer import Tokenizer

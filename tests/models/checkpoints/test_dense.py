@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from moezoo import InputError
-from moezoo_models.checkpoints import load_checkpoint
-from moezoo_models.dense import dense_config
+from moezoo_models.checkpoints.dense import dense_config
+from moezoo_models.checkpoints.directory import load_checkpoint
 
 SIZES = {
     "vocab_size": 101,
