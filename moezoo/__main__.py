@@ -68,7 +68,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "test": Command("moezoo_train.run.cli:run", "measure a checkpoint on test data", True),
         "generate": Command("moezoo_models.generate:generate", "continue a prompt"),
         "evaluate": Command(
-            "moezoo_models.evaluate:evaluate",
+            "moezoo_models.evaluation.evaluate:evaluate",
             "loss and bits per byte on any text, or lm-eval's tasks",
         ),
     },

@@ -22,7 +22,7 @@ from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.conversion.convert import progress_bar
-from moezoo_models.evaluate import window_length
+from moezoo_models.evaluation.evaluate import window_length
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.decoder import check_token_ids
 

@@ -23,7 +23,7 @@ from moezoo.command.tables import print_table
 from moezoo.routing.stats import SlotLoad
 from moezoo_models.checkpoints.directory import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.evaluate import read_text
+from moezoo_models.evaluation.evaluate import read_text
 from moezoo_models.inspection import (
     Stream,
     check_routed,

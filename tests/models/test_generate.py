@@ -225,7 +225,7 @@ def test_a_foreign_tokenizer_is_noticed(make, byte_tokenizer):
 
 
 def test_every_option_is_documented_for_the_command_line():
-    import moezoo_models.evaluate as evaluation
+    import moezoo_models.evaluation.evaluate as evaluation
 
     for function in (generate, evaluation.evaluate):
         documentation = inspect.getdoc(function)

@@ -18,7 +18,7 @@ from moezoo_models.checkpoints.stock import load_any_with_tokenizer, load_as_it_
 from moezoo_models.conversion.carve import carve
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.upcycle import upcycle
-from moezoo_models.evaluate import evaluate
+from moezoo_models.evaluation.evaluate import evaluate
 from moezoo_models.generate import generate
 from moezoo_models.sparsity import inspect_sparsity
 from moezoo_models.spectrum import inspect_spectrum

@@ -126,7 +126,7 @@ def test_everyone_gets_the_same_ids(tokenizer, short_pieces):
 
 def test_the_harness_gets_them_too(tokenizer, short_pieces):
     pytest.importorskip("lm_eval")
-    from moezoo_models.harness import HarnessModel
+    from moezoo_models.evaluation.harness import HarnessModel
 
     answering = object.__new__(HarnessModel)
     answering.words = tokenizer

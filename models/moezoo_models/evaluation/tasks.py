@@ -113,7 +113,7 @@ def evaluate_questions(
         tokenizer: its tokenizer.
         questions: the tasks.
         sequence_length: tokens that the model sees at once; default: as for
-            :func:`moezoo_models.evaluate.evaluate`.
+            :func:`moezoo_models.evaluation.evaluate.evaluate`.
         batch_size: questions computed at once.
 
     Raises:
@@ -122,7 +122,7 @@ def evaluate_questions(
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
-    from moezoo_models.harness import HarnessModel
+    from moezoo_models.evaluation.harness import HarnessModel
 
     answering = HarnessModel(
         model, tokenizer, sequence_length=sequence_length, batch_size=batch_size

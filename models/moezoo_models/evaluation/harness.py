@@ -29,7 +29,7 @@ from transformers import (
 
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
-from moezoo_models.evaluate import check_loss, logits_of, window_length
+from moezoo_models.evaluation.evaluate import check_loss, logits_of, window_length
 from moezoo_models.generate import FiniteLogits, generation_config, own_settings
 from moezoo_models.model.decoder import check_token_ids
 from moezoo_models.text.encoding import encode_text
@@ -55,7 +55,7 @@ class HarnessModel(TemplateLM):
         model: on any device; it is put into evaluation mode.
         tokenizer: its tokenizer.
         sequence_length: tokens that the model sees at once; default: as for
-            :func:`moezoo_models.evaluate.evaluate`. Of longer contexts the end is kept.
+            :func:`moezoo_models.evaluation.evaluate.evaluate`. Of longer contexts the end is kept.
         batch_size: texts computed at once.
 
     Raises:

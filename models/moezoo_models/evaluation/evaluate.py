@@ -19,9 +19,9 @@ from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import check_file
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.devices import pick_device
+from moezoo_models.evaluation.tasks import Questions, TaskEvaluation, evaluate_questions
 from moezoo_models.model.config import check_trained_length
 from moezoo_models.model.decoder import check_token_ids
-from moezoo_models.tasks import Questions, TaskEvaluation, evaluate_questions
 from moezoo_models.text.corpus import announced_encoding
 from moezoo_models.text.encoding import encode_text
 from moezoo_models.text.tokenizer import Tokenizer

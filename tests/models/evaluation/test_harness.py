@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moezoo import InputError
-from moezoo_models.evaluate import evaluate_text
+from moezoo_models.evaluation.evaluate import evaluate_text
 
 REASON = "lm-eval is not installed (pip install 'moezoo[eval]')"
 pytest.importorskip("lm_eval", reason=REASON)
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from moezoo_models.harness import Decoding, HarnessModel  # noqa: E402
+from moezoo_models.evaluation.harness import Decoding, HarnessModel  # noqa: E402
 
 PAIRS = [("one two", " three"), ("", "four"), ("f", "ive six seven eight"), ("nine ", "ten")]
 PROMPTS = ["a long prompt to continue", "short", "middling one", ""]
