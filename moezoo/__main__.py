@@ -91,20 +91,21 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "Look around": {
         "inspect usage": Command(
-            "moezoo_models.usage:inspect_usage", "how evenly a model uses its experts"
+            "moezoo_models.inspect.usage:inspect_usage", "how evenly a model uses its experts"
         ),
         "inspect experts": Command(
-            "moezoo_models.specialization:inspect_experts",
+            "moezoo_models.inspect.specialization:inspect_experts",
             "which tokens the experts answer, and the paths between layers",
         ),
         "inspect sparsity": Command(
-            "moezoo_models.sparsity:inspect_sparsity", "how few neurons answer a token"
+            "moezoo_models.inspect.sparsity:inspect_sparsity", "how few neurons answer a token"
         ),
         "inspect triggers": Command(
-            "moezoo_models.triggers:inspect_triggers", "what triggers neurons, and what they say"
+            "moezoo_models.inspect.triggers:inspect_triggers",
+            "what triggers neurons, and what they say",
         ),
         "inspect spectrum": Command(
-            "moezoo_models.spectrum:inspect_spectrum",
+            "moezoo_models.inspect.spectrum:inspect_spectrum",
             "how many directions hidden activations and weights use",
         ),
         "inspect background": Command(

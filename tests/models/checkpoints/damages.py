@@ -20,9 +20,9 @@ from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.evaluation.evaluate import evaluate
 from moezoo_models.generate import generate
-from moezoo_models.sparsity import inspect_sparsity
-from moezoo_models.spectrum import inspect_spectrum
-from moezoo_models.usage import inspect_usage
+from moezoo_models.inspect.sparsity import inspect_sparsity
+from moezoo_models.inspect.spectrum import inspect_spectrum
+from moezoo_models.inspect.usage import inspect_usage
 from moezoo_train.finetune.pretrained import pretrained
 
 OURS = {

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from moezoo.__main__ import main
 from moezoo_models.checkpoints.directory import save_checkpoint
-from moezoo_models.triggers import find_triggers
+from moezoo_models.inspect.triggers import find_triggers
 
 TEXT = "equal or quite liquid, no query, a quiz; Über 素数 " * 4
 NEURON, EXPERT = 5, 2

@@ -19,7 +19,7 @@ from moezoo.feed_forward import FeedForward
 from moezoo_models.checkpoints.directory import load_with_tokenizer
 from moezoo_models.devices import pick_device
 from moezoo_models.evaluation.evaluate import read_text
-from moezoo_models.inspection import (
+from moezoo_models.inspect.common import (
     Stream,
     blocks_by_name,
     evaluating,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from moezoo.__main__ import main
 from moezoo.routing.stats import expert_counts
 from moezoo_models.checkpoints.directory import save_checkpoint
-from moezoo_models.specialization import count_choices
+from moezoo_models.inspect.specialization import count_choices
 
 TEXT = "Über 素数: 2, 3, 5, 7.\nfür jede Zahl\n" * 8
 

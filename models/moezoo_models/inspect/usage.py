@@ -24,7 +24,7 @@ from moezoo.routing.stats import SlotLoad
 from moezoo_models.checkpoints.directory import load_with_tokenizer
 from moezoo_models.devices import pick_device
 from moezoo_models.evaluation.evaluate import read_text
-from moezoo_models.inspection import (
+from moezoo_models.inspect.common import (
     Stream,
     check_routed,
     evaluating,

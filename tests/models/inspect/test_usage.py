@@ -11,7 +11,7 @@ from moezoo import InputError
 from moezoo.__main__ import main
 from moezoo.analysis.usage import usage_of
 from moezoo_models.checkpoints.directory import save_checkpoint
-from moezoo_models.usage import count_usage
+from moezoo_models.inspect.usage import count_usage
 
 TEXT = "Über 素数: 2, 3, 5, 7.\nfür jede Zahl\n" * 5
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from moezoo.__main__ import main
 from moezoo_models.checkpoints.directory import save_checkpoint
-from moezoo_models.spectrum import measure_spectra
+from moezoo_models.inspect.spectrum import measure_spectra
 
 TEXT = "Über 素数: 2, 3, 5, 7.\nfür jede Zahl\n" * 8
 

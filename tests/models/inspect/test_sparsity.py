@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from moezoo.__main__ import main
 from moezoo_models.checkpoints.directory import save_checkpoint
-from moezoo_models.sparsity import measure_sparsity
+from moezoo_models.inspect.sparsity import measure_sparsity
 
 TEXT = "Über 素数: 2, 3, 5, 7.\nfür jede Zahl\n" * 4
 
