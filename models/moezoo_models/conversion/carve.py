@@ -27,7 +27,7 @@ from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.conversion.calibration import Calibration, read_calibration
-from moezoo_models.conversion.convert import Conversion, convert, progress_bar
+from moezoo_models.conversion.convert import Conversion, convert
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.plans import Plans, writable
 from moezoo_models.conversion.propagate import Propagation, Variant
@@ -36,6 +36,7 @@ from moezoo_models.conversion.stage import Answer, next_token_nats
 from moezoo_models.conversion.targets import TARGETS, Mixture
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.model.config import check_trained_length
+from moezoo_models.progress import progress_bar
 
 _FORMATS = ("glm4_moe", "moezoo")
 """Formats in which every chosen expert can count fully."""

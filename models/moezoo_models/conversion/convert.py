@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import (
-    BarColumn,
     DownloadColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
     TransferSpeedColumn,
 )
 from torch import Tensor
@@ -37,6 +32,7 @@ from moezoo_models.conversion.writer import (
     workspace,
 )
 from moezoo_models.devices import free_memory
+from moezoo_models.progress import progress_bar
 
 REPORT = "moezoo_conversion.json"
 FORMAT = 1  # of what is written; another number never continues an earlier run's files
@@ -173,19 +169,6 @@ def convert(
         shutil.rmtree(scratch, ignore_errors=True)
     print(summary(conversion, target))
     return conversion
-
-
-def progress_bar(*columns: ProgressColumn) -> Progress:
-    """Show progress on the error output; nothing where that is not a terminal."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *columns,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def summary(conversion: Conversion, target: Path) -> str:

@@ -20,11 +20,11 @@ from moezoo.errors import InputError, check_int
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import check_file
 from moezoo_models.conversion.carve import answer_of, calibrate, carve_layer, pruned
-from moezoo_models.conversion.convert import progress_bar
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.stage import Answer
 from moezoo_models.devices import pick_device
+from moezoo_models.progress import progress_bar
 
 CARVES: Mapping[str, Mapping[str, object]] = {
     "random": {"split": "random", "router": "gate_mean", "refit": False},

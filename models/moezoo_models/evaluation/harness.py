@@ -29,7 +29,8 @@ from transformers import (
 
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
-from moezoo_models.evaluation.evaluate import check_loss, logits_of, window_length
+from moezoo_models.evaluation.perplexity import check_loss
+from moezoo_models.evaluation.scoring import logits_of, window_length
 from moezoo_models.generate import FiniteLogits, generation_config, own_settings
 from moezoo_models.model.decoder import check_token_ids
 from moezoo_models.text.encoding import encode_text

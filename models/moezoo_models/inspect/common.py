@@ -21,10 +21,10 @@ from moezoo.analysis.usage import routed_layers
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
 from moezoo_models.checkpoints.atomic import atomic_write
-from moezoo_models.conversion.convert import progress_bar
-from moezoo_models.evaluation.evaluate import window_length
+from moezoo_models.evaluation.scoring import window_length
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.decoder import check_token_ids
+from moezoo_models.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

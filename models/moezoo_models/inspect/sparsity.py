@@ -16,7 +16,6 @@ from moezoo.errors import check_number
 from moezoo.feed_forward import FeedForward
 from moezoo_models.checkpoints.directory import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.evaluation.evaluate import read_text
 from moezoo_models.inspect.common import (
     Stream,
     blocks_by_name,
@@ -29,6 +28,7 @@ from moezoo_models.inspect.common import (
 )
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.encoding import encode_text
+from moezoo_models.text.reading import read_text
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from moezoo.command.tables import print_table
 from moezoo.feed_forward import FeedForward
 from moezoo_models.checkpoints.directory import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.evaluation.evaluate import read_text
 from moezoo_models.inspect.common import (
     Stream,
     blocks_by_name,
@@ -31,6 +30,7 @@ from moezoo_models.inspect.common import (
 )
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.encoding import encode_text
+from moezoo_models.text.reading import read_text
 
 MOST_BYTES = 2**30
 """Room for covariances; where a model's need more, the text passes several times."""

@@ -19,7 +19,6 @@ from moezoo.errors import check_int
 from moezoo.feed_forward import FeedForward
 from moezoo_models.checkpoints.directory import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.evaluation.evaluate import read_text
 from moezoo_models.inspect.common import (
     Stream,
     blocks_by_name,
@@ -33,6 +32,7 @@ from moezoo_models.inspect.common import (
 )
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.encoding import encode_text
+from moezoo_models.text.reading import read_text
 from moezoo_models.text.tokenizer import Tokenizer
 
 _CONTEXT = 16  # tokens shown of a trigger

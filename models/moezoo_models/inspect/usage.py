@@ -23,7 +23,6 @@ from moezoo.command.tables import print_table
 from moezoo.routing.stats import SlotLoad
 from moezoo_models.checkpoints.directory import load_with_tokenizer
 from moezoo_models.devices import pick_device
-from moezoo_models.evaluation.evaluate import read_text
 from moezoo_models.inspect.common import (
     Stream,
     check_routed,
@@ -34,6 +33,7 @@ from moezoo_models.inspect.common import (
 )
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.encoding import encode_text
+from moezoo_models.text.reading import read_text
 
 
 @dataclass(frozen=True)

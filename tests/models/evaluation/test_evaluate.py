@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from moezoo import InputError
 from moezoo import __main__ as command
 from moezoo_models.checkpoints.directory import save_checkpoint
-from moezoo_models.evaluation.evaluate import evaluate, evaluate_text, evaluate_tokens
+from moezoo_models.evaluation.evaluate import evaluate
+from moezoo_models.evaluation.perplexity import evaluate_text, evaluate_tokens
 from moezoo_models.inspect.common import Stream
 
 TEXT = "Über 素数: 2, 3, 5, 7.\nfür jede Zahl\n" * 2

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moezoo import InputError
-from moezoo_models.evaluation.evaluate import evaluate_text
+from moezoo_models.evaluation.perplexity import evaluate_text
 
 REASON = "lm-eval is not installed (pip install 'moezoo[eval]')"
 pytest.importorskip("lm_eval", reason=REASON)

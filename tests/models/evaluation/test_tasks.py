@@ -9,7 +9,8 @@ import yaml
 
 from moezoo import __main__ as command
 from moezoo_models.checkpoints.directory import save_checkpoint
-from moezoo_models.evaluation.evaluate import evaluate, evaluate_text
+from moezoo_models.evaluation.evaluate import evaluate
+from moezoo_models.evaluation.perplexity import evaluate_text
 
 REASON = "lm-eval is not installed (pip install 'moezoo[eval]')"
 pytest.importorskip("lm_eval", reason=REASON)

@@ -18,7 +18,7 @@ from moezoo_models.checkpoints.stock import (
     predict,
     stacked_experts,
 )
-from moezoo_models.evaluation.evaluate import evaluate_text
+from moezoo_models.evaluation.perplexity import evaluate_text
 from moezoo_train.checkpoint.export import export
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.throughput import count_parameters, forward_flops_per_token

@@ -10,7 +10,7 @@ import yaml
 
 from moezoo import InputError
 from moezoo_models.checkpoints.directory import load_checkpoint
-from moezoo_models.evaluation.evaluate import evaluate_text
+from moezoo_models.evaluation.perplexity import evaluate_text
 from moezoo_train.checkpoint.export import export
 from moezoo_train.finetune.pretrained import remember_length
 from moezoo_train.measure.loggers import read_metrics

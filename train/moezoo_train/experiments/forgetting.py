@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import moezoo
 from moezoo.errors import InputError, check_int, going_on
 from moezoo_models.checkpoints.locks import writing
-from moezoo_models.evaluation.evaluate import evaluate_text
+from moezoo_models.evaluation.perplexity import evaluate_text
 from moezoo_models.text.corpus import open_corpus
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.data.prepare import prepare

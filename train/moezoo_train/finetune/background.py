@@ -20,8 +20,8 @@ from moezoo.errors import InputError, check_int
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import check_file
 from moezoo_models.checkpoints.stock import load_as_it_is
-from moezoo_models.conversion.convert import progress_bar
 from moezoo_models.devices import pick_device
+from moezoo_models.progress import progress_bar
 from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.data.prepared import PreparedData
 from moezoo_train.data.windows import IGNORE_INDEX, TrainBatches

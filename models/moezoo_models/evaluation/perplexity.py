@@ -1,0 +1,179 @@
+"""Loss, perplexity and bits per byte of a text, each token predicted once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moezoo.errors import InputError, check_int
+from moezoo_models.evaluation.scoring import logits_of, window_length
+from moezoo_models.model.decoder import check_token_ids
+from moezoo_models.text.encoding import encode_text
+from moezoo_models.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: mean cross-entropy in nats per token.
+        perplexity: ``exp(loss)``.
+        bits_per_byte: total cross-entropy in bits over the bytes of the text in UTF-8, which
+            compares models with different tokenizers.
+        tokens: number of tokens, each of which was predicted once.
+        bytes: length of the text in bytes.
+        sequence_length: tokens that the model saw at once.
+        stride: tokens by which the window moved.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    sequence_length: int
+    stride: int
+
+    def table(self) -> str:
+        """Lay the figures out for reading."""
+        rows = (
+            ("loss (nats/token)", f"{self.loss:.4f}"),
+            ("perplexity", f"{self.perplexity:,.3f}"),
+            ("bits per byte", f"{self.bits_per_byte:.4f}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("bytes", f"{self.bytes:,}"),
+            ("window, stride (tokens)", f"{self.sequence_length:,}, {self.stride:,}"),
+        )
+        return "\n".join(f"{name:<24}{value:>14}" for name, value in rows)
+
+
+def evaluate_text(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Evaluate a model in memory on a text; see :func:`evaluate`.
+
+    Raises:
+        InputError: the text is empty, an option is out of range, or a token id is outside the
+            model's vocabulary.
+    """
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return evaluate_tokens(
+        model,
+        encode_text(tokenizer, text),
+        start_token=start,
+        num_bytes=len(text.encode("utf-8")),
+        sequence_length=sequence_length,
+        stride=stride,
+        batch_size=batch_size,
+    )
+
+
+@torch.no_grad()
+def evaluate_tokens(
+    model: PreTrainedModel,
+    tokens: Sequence[int] | Tensor,
+    *,
+    start_token: int,
+    num_bytes: int,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Evaluate a model in memory on tokens; see :func:`evaluate`.
+
+    Args:
+        model: the model, on any device; it stays in the mode it was in.
+        tokens: the text's tokens.
+        start_token: stands before the first.
+        num_bytes: length of the text in UTF-8.
+        sequence_length: as for :func:`evaluate`.
+        stride: as there.
+        batch_size: as there.
+
+    Raises:
+        InputError: there are no tokens, an option is out of range, or a token id is outside the
+            model's vocabulary.
+    """
+    stream = torch.cat([torch.tensor([start_token]), torch.as_tensor(tokens).long().cpu()])
+    num_tokens = len(stream) - 1
+    if not num_tokens:
+        raise InputError("text: it has no tokens; give a text that is not empty")
+    check_token_ids(stream, model.config.vocab_size)
+    length = window_length(model, sequence_length)
+    step = max(length // 2, 1) if stride is None else check_int("stride", stride, maximum=length)
+    check_int("batch_size", batch_size)
+
+    windows = _windows(num_tokens, length, step)
+    was_training = model.training
+    model.eval()
+    try:
+        batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
+        nats = math.fsum(loss for batch in batches for loss in _losses(model, stream, batch))
+    finally:
+        model.train(was_training)
+    check_loss(nats)
+    loss = nats / num_tokens
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        tokens=num_tokens,
+        bytes=num_bytes,
+        sequence_length=length,
+        stride=step,
+    )
+
+
+def check_loss(nats: float) -> None:
+    """Refuse a loss that is no number, which no perplexity follows from.
+
+    Raises:
+        InputError: it is NaN or infinite.
+    """
+    if not math.isfinite(nats):
+        raise InputError(
+            "checkpoint: the model's loss is not a finite number: its weights are too large for "
+            "their dtype, or damaged; give another checkpoint"
+        )
+
+
+Window = tuple[int, int, int]
+"""First position of the input, one past its last, and the first position that counts."""
+
+
+def _windows(num_tokens: int, length: int, stride: int) -> list[Window]:
+    """Cover the positions 0 … num_tokens - 1, each counting once, by windows of one length."""
+    end = min(length, num_tokens)
+    windows = [(0, end, 0)]
+    while end < num_tokens:
+        counted, end = end, min(end + stride, num_tokens)
+        windows.append((end - length, end, counted))
+    return windows
+
+
+def _losses(model: PreTrainedModel, stream: Tensor, windows: list[Window]) -> list[float]:
+    """Give the nats of each window's positions that count; logits are made for those only."""
+    inputs = torch.stack([stream[begin:end] for begin, end, _ in windows]).to(model.device)
+    whole: Any = model
+    hidden = whole.model(input_ids=inputs, use_cache=False).last_hidden_state
+    losses = []
+    for row, (begin, end, counted) in zip(hidden, windows, strict=True):
+        logits = logits_of(model, row[counted - begin :])
+        targets = stream[counted + 1 : end + 1].to(logits.device)
+        nats = F.cross_entropy(logits, targets, reduction="none").double().sum()
+        losses.append(float(nats))
+    return losses
