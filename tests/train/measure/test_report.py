@@ -13,8 +13,8 @@ from rich.console import Console
 
 from moezoo import PEER, MemoryPlus
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
+from moezoo_train.measure.expert_load import ExpertLoad, LoadCounter
 from moezoo_train.measure.loggers import MetricsCSV, read_metrics
-from moezoo_train.measure.metrics import ExpertLoad, LoadCounter
 from moezoo_train.measure.report import draw_losses, smoothed, table, write_report
 from moezoo_train.run.callbacks import LastCheckpoint
 from moezoo_train.run.module import FFNRule

@@ -20,7 +20,8 @@ from moezoo_train.optim.clipping import (
 )
 from moezoo_train.optim.optimizer import CombinedOptimizer, OptimizerConfig, build_optimizer
 from moezoo_train.optim.schedule import ScheduleConfig
-from moezoo_train.parallel.fsdp2 import FSDP2Strategy, check_sparse_gradients
+from moezoo_train.parallel.fit_strategy import check_sparse_gradients
+from moezoo_train.parallel.fsdp2 import FSDP2Strategy
 from moezoo_train.run.module import FFNRule, LanguageModel
 
 pytestmark = [

@@ -16,7 +16,8 @@ from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.checkpoint.export import export
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import read_metrics
-from moezoo_train.parallel.fsdp2 import FSDP2Strategy, lay_out_for
+from moezoo_train.parallel.fit_strategy import lay_out_for
+from moezoo_train.parallel.fsdp2 import FSDP2Strategy
 
 sys.path.insert(0, str(Path(__file__).parent))
 

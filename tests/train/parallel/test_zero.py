@@ -18,7 +18,7 @@ from moezoo_train.checkpoint.export import export
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.throughput import count_parameters
 from moezoo_train.optim.optimizer import OptimizerConfig
-from moezoo_train.parallel.fsdp2 import check_sparse_gradients, lay_out_for
+from moezoo_train.parallel.fit_strategy import check_sparse_gradients, lay_out_for
 from moezoo_train.parallel.zero import ZeROStrategy, check_zero
 from moezoo_train.run.guard import SpikeRule, StepGuard
 

@@ -33,13 +33,13 @@ from moezoo_models.conversion.convert import REPORT
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.study import carve_options
 from moezoo_models.model.config import MoezooConfig
+from moezoo_train.experiments.common.options import TextOptions
 from moezoo_train.experiments.common.picture import Line, Panel, draw_lines, means_of
 from moezoo_train.experiments.common.records import Figures, Task, run_all
 from moezoo_train.experiments.common.report import write_report
+from moezoo_train.experiments.common.short_run import fit, open_text, validate
+from moezoo_train.experiments.common.statistics import mean
 from moezoo_train.experiments.common.verdict import Verdict, is_positive, paired, signed
-from moezoo_train.experiments.compare.results import mean
-from moezoo_train.experiments.compare.run import fit, open_text, validate
-from moezoo_train.experiments.compare.settings import TextOptions
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig

@@ -22,19 +22,16 @@ from rich.console import Console
 from moezoo.command.tables import count
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo_train.data.prepare import prepare
+from moezoo_train.experiments.common.options import ModelOptions, TextOptions
 from moezoo_train.experiments.common.picture import Line, Panel, draw_lines, means_of
 from moezoo_train.experiments.common.records import Figures, Task, run_all
 from moezoo_train.experiments.common.report import write_report
+from moezoo_train.experiments.common.short_run import fit, open_text
+from moezoo_train.experiments.common.statistics import Mean, mean
 from moezoo_train.experiments.common.verdict import Verdict, is_positive, paired
-from moezoo_train.experiments.compare.results import Mean, mean
-from moezoo_train.experiments.compare.run import build, fit, open_text
+from moezoo_train.experiments.compare.run import build
 from moezoo_train.experiments.compare.runs import Run, plan
-from moezoo_train.experiments.compare.settings import (
-    Experiment,
-    ModelOptions,
-    TextOptions,
-    parse_methods,
-)
+from moezoo_train.experiments.compare.settings import Experiment, parse_methods
 from moezoo_train.experiments.made_up_facts import (
     NUM_WORDINGS,
     Fact,

@@ -27,9 +27,9 @@ from moezoo_models.evaluation.perplexity import evaluate_text
 from moezoo_models.text.corpus import open_corpus
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.data.prepare import prepare
-from moezoo_train.experiments.compare.run import fit, open_text
-from moezoo_train.experiments.compare.runs import fingerprint
-from moezoo_train.experiments.compare.settings import ModelOptions, TextOptions
+from moezoo_train.experiments.common.options import ModelOptions, TextOptions
+from moezoo_train.experiments.common.records import fingerprint
+from moezoo_train.experiments.common.short_run import fit, open_text
 from moezoo_train.experiments.forgetting_report import (
     Outcome,
     read_record,

@@ -15,9 +15,9 @@ import torch
 
 from moezoo.command.tables import markdown_lines, print_table
 from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_train.experiments.common.palette import BLUE, GREEN, OCHRE, PINK, RED, SKY
 from moezoo_train.experiments.common.report import save_picture
-from moezoo_train.experiments.compare.palette import BLUE, GREEN, OCHRE, PINK, RED, SKY
-from moezoo_train.experiments.compare.results import Mean, mean
+from moezoo_train.experiments.common.statistics import Mean, mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,14 +23,13 @@ from rich.console import Console
 from moezoo import FastFeedForward
 from moezoo.errors import InputError, check_int, check_number
 from moezoo.feed_forward import FeedForward
+from moezoo_train.experiments.common.options import ModelOptions, TextOptions
 from moezoo_train.experiments.common.picture import Line, Panel, draw_lines, means_of
 from moezoo_train.experiments.common.records import Figures, Task, run_all
 from moezoo_train.experiments.common.report import write_report
+from moezoo_train.experiments.common.short_run import fit, open_text, prepare_text, validate
+from moezoo_train.experiments.common.statistics import Mean, mean
 from moezoo_train.experiments.common.verdict import Verdict, is_small, paired, signed
-from moezoo_train.experiments.compare.command import prepare_text
-from moezoo_train.experiments.compare.results import Mean, mean
-from moezoo_train.experiments.compare.run import fit, open_text, validate
-from moezoo_train.experiments.compare.settings import ModelOptions, TextOptions
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim.optimizer import OptimizerConfig

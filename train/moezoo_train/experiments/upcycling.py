@@ -26,8 +26,8 @@ from moezoo_models.checkpoints.export import export
 from moezoo_models.checkpoints.locks import writing
 from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.model.config import MoezooConfig
-from moezoo_train.experiments.compare.run import fit, open_text, validate
-from moezoo_train.experiments.compare.settings import TextOptions
+from moezoo_train.experiments.common.options import TextOptions
+from moezoo_train.experiments.common.short_run import fit, open_text, validate
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.measure.throughput import count_parameters, forward_flops_per_token
 from moezoo_train.optim.optimizer import OptimizerConfig

@@ -21,8 +21,9 @@ from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.devices import pick_device
 from moezoo_models.generate import continue_text, prompt_ids
+from moezoo_train.measure.expert_load import ExpertLoad
 from moezoo_train.measure.loggers import read_metrics
-from moezoo_train.measure.metrics import ExpertLoad, TrainingMetrics
+from moezoo_train.measure.metrics import TrainingMetrics
 from moezoo_train.measure.throughput import count_parameters
 
 if TYPE_CHECKING:

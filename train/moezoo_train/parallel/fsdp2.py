@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
     ModelParallelStrategy,
-    SingleDeviceStrategy,
     Strategy,
     StrategyRegistry,
 )
@@ -31,14 +27,10 @@ from torch.optim import Optimizer
 from moezoo.errors import InputError, check_int, check_number
 from moezoo_train.parallel.distributed import (
     Layout,
-    keep_from_ddp,
-    lay_out,
-    take_from_first,
     wait_at_most,
 )
 from moezoo_train.parallel.sharded_checkpoints import load_sharded, save_sharded
 from moezoo_train.parallel.whole_tensors import split_like, whole_optimizer_state, whole_tensors
-from moezoo_train.parallel.zero import ZeROStrategy, check_zero
 
 if TYPE_CHECKING:
     from moezoo_train.run.module import LanguageModel
@@ -188,68 +180,3 @@ StrategyRegistry.register(
 def writes_directories(strategy: Strategy) -> bool:
     """Tell whether every process writes its part of a checkpoint."""
     return isinstance(strategy, FSDP2Strategy) and strategy._save_distributed_checkpoint
-
-
-def check_strategy(strategy: Strategy, module: LanguageModel, fitting: bool) -> None:
-    """Refuse a strategy under which the layers do not work, or that does not go with an option.
-
-    Raises:
-        InputError: names the option to change.
-    """
-    if isinstance(strategy, FSDP2Strategy):
-        if module.lora is not None and strategy.expert_parallel > 1:
-            raise InputError(
-                "trainer.strategy.expert_parallel: ranks cannot share adapted experts; set it to 1"
-            )
-    elif isinstance(strategy, ZeROStrategy):
-        if fitting:
-            check_zero(strategy, module)
-    elif isinstance(strategy, DeepSpeedStrategy):
-        raise InputError(
-            "trainer.strategy: Lightning's DeepSpeed reads checkpoints by unpickling; give zero1, "
-            "zero2 or zero3 (moezoo_train.parallel.zero.ZeROStrategy)"
-        )
-    elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
-        raise InputError(
-            "trainer.strategy: it does not divide these parameters; give fsdp2 "
-            "(moezoo_train.parallel.fsdp2.FSDP2Strategy)"
-        )
-
-
-def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
-    """Do what a strategy needs before it takes a model.
-
-    Raises:
-        InputError: the strategy is one under which the layers do not work.
-    """
-    check_strategy(strategy, module, module.trainer.state.fn == TrainerFn.FITTING)
-    if isinstance(strategy, FSDP2Strategy):
-        assert strategy.layout is not None
-        lay_out(module.model, strategy.layout, module.drawn)
-        return
-    if module.drawn is not None:
-        module.drawn.fill(module.model)
-    if isinstance(strategy, ZeROStrategy):
-        model = module.model
-        take_from_first([*model.parameters(), *model.buffers()], strategy.root_device)
-    elif isinstance(strategy, DDPStrategy):
-        keep_from_ddp(module, strategy.root_device)
-
-
-def check_sparse_gradients(strategy: Strategy, compiled: bool) -> None:
-    """Refuse what has no sparse gradients.
-
-    Raises:
-        InputError: names the option to change.
-    """
-    if compiled:
-        raise InputError(
-            "model.compile: torch.compile has no sparse gradients; set it to false, or the "
-            "layer's sparse to false"
-        )
-    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy)
-    if not known or isinstance(strategy, ZeROStrategy | DeepSpeedStrategy):
-        raise InputError(
-            "trainer.strategy: it has no sparse gradients; give ddp or fsdp2, or set the layer's "
-            "sparse to false"
-        )

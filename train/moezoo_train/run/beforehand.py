@@ -18,7 +18,7 @@ from moezoo_train.finetune.lora import describe_adapters
 from moezoo_train.finetune.pretrained import check_length, check_tokenizer
 from moezoo_train.optim.optimizer import build_optimizer, is_sparse
 from moezoo_train.optim.schedule import build_schedule
-from moezoo_train.parallel.fsdp2 import check_sparse_gradients, check_strategy
+from moezoo_train.parallel.fit_strategy import check_sparse_gradients, check_strategy
 from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded
 from moezoo_train.run.hash_tables import baseline_embeddings
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from moezoo_models.model.causal_lm import IGNORED
-from moezoo_train.measure.metrics import precise
+from moezoo_train.measure.expert_load import precise
 
 
 class EvaluatedModule(LightningModule):

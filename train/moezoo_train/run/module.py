@@ -53,7 +53,7 @@ from moezoo_train.optim import clipping
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer, is_sparse
 from moezoo_train.optim.schedule import RunSchedule, ScheduleConfig
 from moezoo_train.parallel.distributed import average_sparse_gradients, process_count
-from moezoo_train.parallel.fsdp2 import check_sparse_gradients, lay_out_for
+from moezoo_train.parallel.fit_strategy import check_sparse_gradients, lay_out_for
 from moezoo_train.parallel.whole_tensors import in_parts, undivided_state, whole_state
 from moezoo_train.parallel.zero import ZeROStrategy
 from moezoo_train.run.callbacks import RandomState

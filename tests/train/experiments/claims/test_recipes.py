@@ -7,9 +7,10 @@ import pytest
 from moezoo.__main__ import COMMANDS, _load
 from moezoo.command.parser import function_parser
 from moezoo_train.experiments import carving, hardening
+from moezoo_train.experiments.common.options import TextOptions
 from moezoo_train.experiments.common.records import Task, run_all
 from moezoo_train.experiments.compare.runs import plan
-from moezoo_train.experiments.compare.settings import Experiment, TextOptions, parse_methods
+from moezoo_train.experiments.compare.settings import Experiment, parse_methods
 
 ROOT = Path(__file__).parents[4]
 RECIPES = sorted((ROOT / "configs" / "claims").glob("*.yaml"))

@@ -2,8 +2,8 @@
 
 import pytest
 
+from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.common.verdict import is_positive, is_small, paired, signed
-from moezoo_train.experiments.compare.results import Mean
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from moezoo import InputError
-from moezoo_train.experiments.compare.claims import QUANTILES, judge, markdown
+from moezoo_train.experiments.common.statistics import QUANTILES
+from moezoo_train.experiments.compare.claims import judge, markdown
 from moezoo_train.experiments.compare.forest import forest
 from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.runs import plan

@@ -14,17 +14,14 @@ from filelock import FileLock
 from moezoo import InputError
 from moezoo.__main__ import main
 from moezoo.random_routing import RandomRouting
+from moezoo_train.experiments.common.options import ModelOptions, TextOptions
+from moezoo_train.experiments.common.records import fingerprint
 from moezoo_train.experiments.compare import run as runs
 from moezoo_train.experiments.compare.command import fits
-from moezoo_train.experiments.compare.runs import fingerprint, plan
-from moezoo_train.experiments.compare.settings import (
-    Experiment,
-    ModelOptions,
-    TextOptions,
-    parse_methods,
-)
+from moezoo_train.experiments.compare.runs import plan
+from moezoo_train.experiments.compare.settings import Experiment, parse_methods
+from moezoo_train.measure.expert_load import ExpertLoad
 from moezoo_train.measure.loggers import read_metrics
-from moezoo_train.measure.metrics import ExpertLoad
 from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig

@@ -13,10 +13,11 @@ import pytest
 from matplotlib.image import imread
 
 from moezoo import InputError
+from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.curves import Curve, Point
 from moezoo_train.experiments.compare.page import Finished, contents, read_comparison, render
 from moezoo_train.experiments.compare.redraw import redraw
-from moezoo_train.experiments.compare.results import Mean, Row
+from moezoo_train.experiments.compare.results import Row
 from moezoo_train.experiments.compare.run import Result
 
 ROOT = Path(__file__).parents[4]

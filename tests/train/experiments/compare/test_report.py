@@ -9,22 +9,20 @@ from itertools import pairwise
 import pytest
 import torch
 
+from moezoo_train.experiments.common.options import ModelOptions, TextOptions
+from moezoo_train.experiments.common.palette import BLUE, GREY
+from moezoo_train.experiments.common.statistics import mean
 from moezoo_train.experiments.compare import memory
 from moezoo_train.experiments.compare.curves import Curve, Point, curves_csv, parse_curves
 from moezoo_train.experiments.compare.figure import losses
 from moezoo_train.experiments.compare.memory import PeakMemory
-from moezoo_train.experiments.compare.palette import BLUE, GREY, colors
+from moezoo_train.experiments.compare.palette import colors
 from moezoo_train.experiments.compare.panels import compute, load, parameters, spread
 from moezoo_train.experiments.compare.report import write_report
-from moezoo_train.experiments.compare.results import Row, aggregate, loads, mean, parse_row
+from moezoo_train.experiments.compare.results import Row, aggregate, loads, parse_row
 from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.runs import Run, plan
-from moezoo_train.experiments.compare.settings import (
-    Experiment,
-    ModelOptions,
-    TextOptions,
-    parse_methods,
-)
+from moezoo_train.experiments.compare.settings import Experiment, parse_methods
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
 

@@ -6,17 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moezoo_train.experiments.compare.palette import (
-    BLUE,
-    GREEN,
-    GREY,
-    INDIGO,
-    OCHRE,
-    PINK,
-    RED,
-    SKY,
-)
-from moezoo_train.experiments.compare.results import Mean
+from moezoo_train.experiments.common.palette import BLUE, GREEN, GREY, INDIGO, OCHRE, PINK, RED, SKY
+from moezoo_train.experiments.common.statistics import Mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

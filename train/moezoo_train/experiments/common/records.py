@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,8 +17,7 @@ import moezoo
 from moezoo.errors import going_on
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import writing
-from moezoo_train.experiments.compare.run import RESULT
-from moezoo_train.experiments.compare.runs import fingerprint
+from moezoo_train.checkpoint.files import atomic_write
 
 Figures = dict[str, float]
 
@@ -82,3 +82,12 @@ def _finished(folder: Path, task: Task) -> Figures | None:
         return dict(result["figures"]) if result["hash"] == fingerprint(task.identity) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None  # never run, or not by this version
+
+
+RESULT = "result.json"
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Hash an identity: equal hashes mean equal runs."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moezoo_train.experiments.compare.claims import Verdict as Outcome
-from moezoo_train.experiments.compare.claims import confidence
-from moezoo_train.experiments.compare.results import Mean, mean
+from moezoo_train.experiments.common.statistics import Mean, confidence, mean
+from moezoo_train.experiments.common.statistics import Verdict as Outcome
 
 
 @dataclass(frozen=True)

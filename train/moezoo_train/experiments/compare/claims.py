@@ -6,24 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Any, Literal
+from typing import Any
 
-from moezoo_train.experiments.compare.results import Mean, mean
+from moezoo_train.experiments.common.statistics import Mean, Verdict, confidence, mean
 from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.settings import MEASURES, Claim
 
-Verdict = Literal["holds", "fails", "undecided"]
-QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Of Student's t at 97.5 %, by degrees of freedom from one; more than ten are taken for ten."""
 COLUMNS = ("claim", "paper", "verdict", "compared", "measure", "difference", "95 % interval")
-
-
-def confidence(value: Mean) -> tuple[float, float] | None:
-    """Give the 95 % interval of a mean by Student's t; None for fewer than two seeds."""
-    if value.error is None:
-        return None
-    half = QUANTILES[min(value.count - 1, len(QUANTILES)) - 1] * value.error
-    return value.value - half, value.value + half
 
 
 @dataclass(frozen=True)

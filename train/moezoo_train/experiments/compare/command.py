@@ -10,19 +10,14 @@ from rich.console import Console
 
 from moezoo.errors import InputError, check_choice, check_number, going_on
 from moezoo_models.checkpoints.locks import writing
-from moezoo_train.data.prepare import prepare
+from moezoo_train.experiments.common.options import ModelOptions, TextOptions
+from moezoo_train.experiments.common.short_run import prepare_text
 from moezoo_train.experiments.compare.curves import flops_per_token, read_curves
 from moezoo_train.experiments.compare.report import write_report
 from moezoo_train.experiments.compare.results import aggregate
 from moezoo_train.experiments.compare.run import Result, execute, finished
 from moezoo_train.experiments.compare.runs import Run, plan
-from moezoo_train.experiments.compare.settings import (
-    Experiment,
-    ModelOptions,
-    TextOptions,
-    parse_claims,
-    parse_methods,
-)
+from moezoo_train.experiments.compare.settings import Experiment, parse_claims, parse_methods
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
@@ -136,17 +131,6 @@ def _check(runs: list[Run]) -> dict[str, int]:
     Gives the forward FLOPs of a token by row.
     """
     return {run.row: flops_per_token(run) for run in runs if run.seed == runs[0].seed}
-
-
-def prepare_text(text: TextOptions) -> dict[str, Any]:
-    """Prepare the tokens of a comparison's text, and give what identifies them."""
-    return prepare(
-        source=text.source,
-        output=text.data_dir,
-        vocab_size=text.vocab_size,
-        val_fraction=text.val_fraction,
-        max_bytes=text.max_bytes,
-    ).inputs
 
 
 def _run_all(

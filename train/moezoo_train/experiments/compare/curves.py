@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from moezoo_train.experiments.compare.results import mean
+from moezoo_train.experiments.common.statistics import mean
 from moezoo_train.experiments.compare.run import Result, build
 from moezoo_train.experiments.compare.runs import Run
 from moezoo_train.measure.loggers import read_metrics

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo_train.checkpoint.files import atomic_write
+from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.claims import Judged
 from moezoo_train.experiments.compare.curves import Curve
 from moezoo_train.experiments.compare.forest import forest
 from moezoo_train.experiments.compare.panels import compute, load, parameters
-from moezoo_train.experiments.compare.results import Mean, Row
+from moezoo_train.experiments.compare.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moezoo_train.experiments.common.palette import GREEN, GREY, RED
 from moezoo_train.experiments.compare.claims import Judged
-from moezoo_train.experiments.compare.palette import GREEN, GREY, RED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,10 +14,11 @@ from typing import Any
 
 from moezoo.errors import InputError
 from moezoo_train.checkpoint.files import atomic_write
+from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.claims import judge, parse_claims
 from moezoo_train.experiments.compare.curves import Curve, focus, parse_curves
 from moezoo_train.experiments.compare.palette import FAMILIES, by_family, colors, family
-from moezoo_train.experiments.compare.results import Mean, Row, loads, parse_row
+from moezoo_train.experiments.compare.results import Row, loads, parse_row
 from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.table import COLUMNS, HELP, NOTHING, cells_of, keys_of
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moezoo.command.tables import count
+from moezoo_train.experiments.common.palette import GREY
+from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.curves import Curve, focus
-from moezoo_train.experiments.compare.palette import GREY, colors
-from moezoo_train.experiments.compare.results import Mean, Row
+from moezoo_train.experiments.compare.palette import colors
+from moezoo_train.experiments.compare.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

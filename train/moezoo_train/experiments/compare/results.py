@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from moezoo_train.experiments.common.statistics import Mean, mean
 from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.runs import Run
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds, and its standard error: None for a single seed."""
-
-    value: float
-    error: float | None
-    count: int
-
-    def __str__(self) -> str:
-        error = "" if self.error is None else f" ± {self.error:.3f}"
-        return f"{self.value:.3f}{error}"
-
-
-def mean(values: Sequence[float]) -> Mean | None:
-    """Average; the error is the sample's standard deviation over the root of its size."""
-    if not values:
-        return None
-    value = sum(values) / len(values)
-    if len(values) == 1:
-        return Mean(value, None, 1)
-    variance = sum((v - value) ** 2 for v in values) / (len(values) - 1)
-    return Mean(value, math.sqrt(variance / len(values)), len(values))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from rich.console import Console
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moezoo.command.messages import one_line
@@ -22,46 +20,17 @@ from moezoo.feed_forward import FeedForward
 from moezoo.random_routing import RandomRouting
 from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.checkpoint.files import atomic_write
-from moezoo_train.data.datamodule import TokenDataModule
+from moezoo_train.experiments.common.records import RESULT, fingerprint
+from moezoo_train.experiments.common.short_run import fit, open_text
 from moezoo_train.experiments.compare.memory import PeakMemory
-from moezoo_train.experiments.compare.runs import Run, fingerprint
-from moezoo_train.experiments.compare.settings import TextOptions, find_method
-from moezoo_train.measure.loggers import MetricsCSV, read_metrics
-from moezoo_train.measure.metrics import ExpertLoad, LoadCounter
-from moezoo_train.measure.progress import StepProgress
-from moezoo_train.measure.report import Report, collect
-from moezoo_train.run.cli import TRAINER_DEFAULTS
+from moezoo_train.experiments.compare.runs import Run
+from moezoo_train.experiments.compare.settings import find_method
+from moezoo_train.measure.expert_load import ExpertLoad
+from moezoo_train.measure.report import Report
 from moezoo_train.run.module import FFNRule, LanguageModel
-from moezoo_train.run.stopping import raising_interrupts
 
-RESULT = "result.json"
 MODEL = "model"
 """Folder of the trained model, where another run follows it."""
-
-
-class ValidationLoad(pl.Callback):
-    """Count who answers while validating, where random choices repeat and decisions are hard.
-
-    Attributes:
-        loads: of the layers that count, at the last validation.
-    """
-
-    def __init__(self) -> None:
-        self.loads: list[ExpertLoad] = []
-        self._counter = LoadCounter()
-        self._hook: RemovableHandle | None = None
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to the model."""
-        self._hook = pl_module.register_forward_hook(
-            lambda module, arguments, output: self._counter.add(output.ffn_stats)
-        )
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add up."""
-        if self._hook is not None:
-            self._hook.remove()
-        self.loads = self._counter.take()
 
 
 @dataclass(frozen=True)
@@ -113,17 +82,6 @@ class Result:
     def tokens_per_second(self) -> float:
         """Speed of training."""
         return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def open_text(text: TextOptions, seed: int) -> TokenDataModule:
-    """Give the prepared text in the order of a seed."""
-    return TokenDataModule(
-        source=None,
-        data_dir=text.data_dir,
-        sequence_length=text.sequence_length,
-        batch_size=text.batch_size,
-        seed=seed,
-    )
 
 
 def finished(output: Path, run: Run, data: dict[str, Any]) -> Result | None:
@@ -178,65 +136,6 @@ def train(run: Run, folder: Path, console: Console) -> tuple[Report, list[Expert
     if run.is_followed:
         save_checkpoint(folder / MODEL, module.model, text.tokenizer)
     return outcome
-
-
-def fit(
-    module: LanguageModel,
-    text: TokenDataModule,
-    folder: Path,
-    max_steps: int,
-    precision: str,
-    console: Console,
-) -> tuple[Report, list[ExpertLoad]]:
-    """Train a model, validating at the end; give report and validation load.
-
-    Args:
-        module: what to train.
-        text: on what.
-        folder: gets ``metrics.csv``.
-        max_steps: optimizer steps.
-        precision: as the trainer's.
-        console: shows progress, if it is a terminal.
-    """
-    load = ValidationLoad()
-    options: dict[str, Any] = TRAINER_DEFAULTS | {
-        "max_steps": max_steps,
-        "val_check_interval": max_steps,
-        "log_every_n_steps": min(10, max_steps),
-        "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
-        "devices": 1,
-        "precision": precision,
-        "logger": [MetricsCSV(folder / "metrics.csv")],
-        "callbacks": [load, *([StepProgress(console)] if console.is_terminal else [])],
-        "enable_progress_bar": console.is_terminal,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-    }
-    trainer = pl.Trainer(**options)
-    with raising_interrupts():
-        trainer.fit(module, datamodule=text)
-    return collect(trainer, module, read_metrics(folder / "metrics.csv")), load.loads
-
-
-def validate(
-    module: LanguageModel, text: TextOptions, precision: str
-) -> tuple[float, list[ExpertLoad]]:
-    """Give a model's validation loss in nats per token, and who answered; it stays as it is."""
-    load = ValidationLoad()
-    trainer = pl.Trainer(
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=1,
-        precision=precision,  # type: ignore[arg-type]
-        logger=False,
-        callbacks=[load],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    with raising_interrupts():
-        (metrics,) = trainer.validate(module, datamodule=open_text(text, 0), verbose=False)
-    module.train()
-    return float(metrics["val/loss"]), load.loads
 
 
 def build(run: Run, vocab_size: int) -> LanguageModel:

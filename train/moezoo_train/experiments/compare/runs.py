@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +12,7 @@ import moezoo
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward, select_layers
 from moezoo.random_routing import can_be_random
+from moezoo_train.experiments.common.records import fingerprint
 from moezoo_train.experiments.compare.settings import Experiment, find_method
 from moezoo_train.experiments.compare.width import match_flops
 
@@ -85,12 +84,6 @@ class Run:
             "optimizer": asdict(experiment.optimizer_of(self.row)),
             "schedule": asdict(experiment.schedule),
         }
-
-
-def fingerprint(identity: dict[str, Any]) -> str:
-    """Hash an identity: equal hashes mean equal runs."""
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def plan(experiment: Experiment) -> list[Run]:

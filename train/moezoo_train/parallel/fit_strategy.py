@@ -1,0 +1,92 @@
+"""A model laid out for the strategy that trains it, or a strategy refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+
+from moezoo.errors import InputError
+from moezoo_train.parallel.distributed import (
+    keep_from_ddp,
+    lay_out,
+    take_from_first,
+)
+from moezoo_train.parallel.fsdp2 import FSDP2Strategy
+from moezoo_train.parallel.zero import ZeROStrategy, check_zero
+
+if TYPE_CHECKING:
+    from moezoo_train.run.module import LanguageModel
+
+
+def check_strategy(strategy: Strategy, module: LanguageModel, fitting: bool) -> None:
+    """Refuse a strategy under which the layers do not work, or that does not go with an option.
+
+    Raises:
+        InputError: names the option to change.
+    """
+    if isinstance(strategy, FSDP2Strategy):
+        if module.lora is not None and strategy.expert_parallel > 1:
+            raise InputError(
+                "trainer.strategy.expert_parallel: ranks cannot share adapted experts; set it to 1"
+            )
+    elif isinstance(strategy, ZeROStrategy):
+        if fitting:
+            check_zero(strategy, module)
+    elif isinstance(strategy, DeepSpeedStrategy):
+        raise InputError(
+            "trainer.strategy: Lightning's DeepSpeed reads checkpoints by unpickling; give zero1, "
+            "zero2 or zero3 (moezoo_train.parallel.zero.ZeROStrategy)"
+        )
+    elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+        raise InputError(
+            "trainer.strategy: it does not divide these parameters; give fsdp2 "
+            "(moezoo_train.parallel.fsdp2.FSDP2Strategy)"
+        )
+
+
+def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
+    """Do what a strategy needs before it takes a model.
+
+    Raises:
+        InputError: the strategy is one under which the layers do not work.
+    """
+    check_strategy(strategy, module, module.trainer.state.fn == TrainerFn.FITTING)
+    if isinstance(strategy, FSDP2Strategy):
+        assert strategy.layout is not None
+        lay_out(module.model, strategy.layout, module.drawn)
+        return
+    if module.drawn is not None:
+        module.drawn.fill(module.model)
+    if isinstance(strategy, ZeROStrategy):
+        model = module.model
+        take_from_first([*model.parameters(), *model.buffers()], strategy.root_device)
+    elif isinstance(strategy, DDPStrategy):
+        keep_from_ddp(module, strategy.root_device)
+
+
+def check_sparse_gradients(strategy: Strategy, compiled: bool) -> None:
+    """Refuse what has no sparse gradients.
+
+    Raises:
+        InputError: names the option to change.
+    """
+    if compiled:
+        raise InputError(
+            "model.compile: torch.compile has no sparse gradients; set it to false, or the "
+            "layer's sparse to false"
+        )
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy)
+    if not known or isinstance(strategy, ZeROStrategy | DeepSpeedStrategy):
+        raise InputError(
+            "trainer.strategy: it has no sparse gradients; give ddp or fsdp2, or set the layer's "
+            "sparse to false"
+        )
