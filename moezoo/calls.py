@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from moezoo.errors import InputError
 
-if TYPE_CHECKING:
-    from moezoo.feed_forward import FeedForward
-
 R = TypeVar("R")
+
+
+class Wide(Protocol):
+    """Whatever takes hidden states of one width, as every layer does."""
+
+    d_model: int
 
 
 def checked(method: Callable[..., R]) -> Callable[..., R]:
@@ -29,7 +32,7 @@ def checked(method: Callable[..., R]) -> Callable[..., R]:
     """
 
     @functools.wraps(method)
-    def call(self: FeedForward, hidden: Tensor, *args: Any, **context: Any) -> R:
+    def call(self: Wide, hidden: Tensor, *args: Any, **context: Any) -> R:
         check_hidden(self, hidden)
         check_context(hidden, **context)
         output = method(self, hidden, *args, **context)
@@ -40,7 +43,7 @@ def checked(method: Callable[..., R]) -> Callable[..., R]:
     return call
 
 
-def check_hidden(layer: FeedForward, hidden: Any) -> None:
+def check_hidden(layer: Wide, hidden: Any) -> None:
     """Refuse what is no ``(..., d_model)`` of floating-point numbers.
 
     Raises:
@@ -91,7 +94,7 @@ def check_context(
 
 
 def flatten_tokens(
-    layer: FeedForward, hidden: Tensor, mask: Tensor | None
+    layer: Wide, hidden: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Flatten ``(..., d_model)`` and its mask to ``(T, d_model)`` and ``(T,)``, checking both.
 
@@ -113,7 +116,7 @@ def flatten_tokens(
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
-def refuse_lost_losses(layer: FeedForward) -> None:
+def refuse_lost_losses(layer: object) -> None:
     """Refuse to return losses without a graph from inside an autograd function.
 
     Reentrant checkpointing runs a block there without a graph, and makes one for the tensors that

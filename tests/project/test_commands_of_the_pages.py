@@ -67,7 +67,7 @@ SMALL = {
 }
 """What makes a command small; later options win."""
 ELSEWHERE = {
-    "--tasks": "wants lm-eval, and the first of the two a network: tests/models/evaluation/test_harness.py",
+    "--tasks": "wants lm-eval, and the first of the two a network: test_harness.py has tasks",
 }
 
 

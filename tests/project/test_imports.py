@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,60 @@ def test_components_import_only_what_stands_before_them(component):
         if (wrong := violations(component, path.read_text(encoding="utf-8")))
     }
     assert found == {}
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Return modules that import each other in a circle; none if there is no circle."""
+    finished: set[str] = set()
+
+    def follow(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in finished:
+            return []
+        for other in sorted(imports[module]):
+            if found := follow(other, [*path, module]):
+                return found
+        finished.add(module)
+        return []
+
+    return next((found for module in imports if (found := follow(module, []))), [])
+
+
+def modules_of(component: str) -> dict[str, set[str]]:
+    """Return the modules of a component, and which of it each imports, types included."""
+    folder, sources = COMPONENTS[component], {}
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        name = ".".join([component, *(part for part in parts if part != "__init__")])
+        sources[name] = path.read_text(encoding="utf-8")
+    return {name: imported(source, sources) - {name} for name, source in sources.items()}
+
+
+def imported(source: str, known: Iterable[str]) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in known else node.module for name in inside}
+    return names & set(known)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_modules_import_each_other_in_no_circle(component):
+    imports = modules_of(component)
+    assert sum(map(len, imports.values())) > len(imports)
+    assert circle(imports) == []
+
+
+def test_a_circle_is_noticed():
+    known = ("m.a", "m.b", "m.c")
+    typed = "if TYPE_CHECKING:\n    from m.b import B\n"
+    imports = {"m.a": imported(typed, known), "m.b": {"m.c"}, "m.c": imported("import m.a", known)}
+    assert circle(imports) == ["m.a", "m.b", "m.c"]
+    assert circle({**imports, "m.c": set()}) == []
 
 
 def test_a_wrong_import_is_noticed():

@@ -2,9 +2,9 @@
 
 The position in the data *is* Lightning's own count of processed batches, which its checkpoints
 hold. A data loader's own state would be ahead of it, by what its workers have fetched already.
-Batches are a pure function of that count (see :mod:`moezoo_train.data.windows`), so that a run resumed
-in the middle of an epoch, with any number of workers, goes on with exactly the batch it would have
-had.
+Batches are a pure function of that count (see :mod:`moezoo_train.data.windows`), so that a run
+resumed in the middle of an epoch, with any number of workers, goes on with exactly the batch it
+would have had.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from moezoo_train.measure.throughput import forward_flops_per_token, peak_flops
 from moezoo_train.parallel.distributed import gather_from_ranks
 
 if TYPE_CHECKING:
-    from moezoo_train.run.module import LanguageModel
+    from moezoo_train.trained import Measured
 
 
 class TrainingMetrics(Callback):
@@ -95,12 +95,12 @@ class TrainingMetrics(Callback):
         if trainer.global_step == self._step:
             return  # still accumulating
         self._step = trainer.global_step
-        self._count(taken=cast("LanguageModel", pl_module).guard.taken)
+        self._count(taken=cast("Measured", pl_module).guard.taken)
         # What other callbacks log has this number, not Lightning's count from 0.
         pl_module.log("step", float(self._step), on_step=True)
         if is_logged(trainer, self._step):
             if not self._flops_per_token:
-                model = cast("LanguageModel", pl_module).model
+                model = cast("Measured", pl_module).model
                 self._flops_per_token = forward_flops_per_token(model, batch["input_ids"].shape[1])
             metrics = self._metrics(trainer, pl_module)
             self._losses = {}
@@ -133,12 +133,12 @@ class TrainingMetrics(Callback):
             "train/lr": self._lr,
             "train/tokens_per_second": self.tokens_per_second,
             "train/mfu": self.mfu,
-            "train/grad_norm": cast("LanguageModel", pl_module).grad_norm,
+            "train/grad_norm": cast("Measured", pl_module).grad_norm,
             **{
                 f"train/grad_norm/{name}": norm
-                for name, norm in cast("LanguageModel", pl_module).clip_group_norms.items()
+                for name, norm in cast("Measured", pl_module).clip_group_norms.items()
             },
-            "train/skipped_steps": float(cast("LanguageModel", pl_module).guard.skipped),
+            "train/skipped_steps": float(cast("Measured", pl_module).guard.skipped),
         }
         for load in self.expert_load:
             for field, value in asdict(load).items():

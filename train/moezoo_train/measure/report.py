@@ -27,7 +27,7 @@ from moezoo_train.measure.metrics import TrainingMetrics
 from moezoo_train.measure.throughput import count_parameters
 
 if TYPE_CHECKING:
-    from moezoo_train.run.module import LanguageModel
+    from moezoo_train.trained import Measured
 
 AVERAGED = 0.05
 """Last part of the logged steps that the reported training loss averages over."""
@@ -75,7 +75,7 @@ class Report:
 def write_report(
     output: Path,
     trainer: Trainer,
-    module: LanguageModel,
+    module: Measured,
     *,
     prompt: str = "",
     sample_tokens: int = 200,
@@ -119,7 +119,7 @@ def _numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def collect(trainer: Trainer, module: LanguageModel, rows: list[dict[str, str]]) -> Report:
+def collect(trainer: Trainer, module: Measured, rows: list[dict[str, str]]) -> Report:
     """Gather the figures of a finished run from its trainer and its ``metrics.csv``."""
     metrics = next(c for c in _callbacks(trainer) if isinstance(c, TrainingMetrics))
     _, losses = _series(rows, "train/loss")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
 from moezoo.errors import InputError
 from moezoo_train.parallel.distributed import (
@@ -24,10 +25,10 @@ from moezoo_train.parallel.fsdp2 import FSDP2Strategy
 from moezoo_train.parallel.zero import ZeROStrategy, check_zero
 
 if TYPE_CHECKING:
-    from moezoo_train.run.module import LanguageModel
+    from moezoo_train.trained import Parallelized
 
 
-def check_strategy(strategy: Strategy, module: LanguageModel, fitting: bool) -> None:
+def check_strategy(strategy: Strategy, module: Parallelized, fitting: bool) -> None:
     """Refuse a strategy under which the layers do not work, or that does not go with an option.
 
     Raises:
@@ -53,7 +54,7 @@ def check_strategy(strategy: Strategy, module: LanguageModel, fitting: bool) -> 
         )
 
 
-def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
+def lay_out_for(strategy: Strategy, module: Parallelized) -> None:
     """Do what a strategy needs before it takes a model.
 
     Raises:
@@ -70,7 +71,7 @@ def lay_out_for(strategy: Strategy, module: LanguageModel) -> None:
         model = module.model
         take_from_first([*model.parameters(), *model.buffers()], strategy.root_device)
     elif isinstance(strategy, DDPStrategy):
-        keep_from_ddp(module, strategy.root_device)
+        keep_from_ddp(cast(nn.Module, module), strategy.root_device)
 
 
 def check_sparse_gradients(strategy: Strategy, compiled: bool) -> None:

@@ -11,9 +11,10 @@ import logging
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     Strategy,
@@ -31,9 +32,6 @@ from moezoo_train.parallel.distributed import (
 )
 from moezoo_train.parallel.sharded_checkpoints import load_sharded, save_sharded
 from moezoo_train.parallel.whole_tensors import split_like, whole_optimizer_state, whole_tensors
-
-if TYPE_CHECKING:
-    from moezoo_train.run.module import LanguageModel
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -166,7 +164,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             }
             optimizer.load_state_dict({**state, "state": parts})
 
-    def _module(self) -> LanguageModel:
+    def _module(self) -> LightningModule:
         module: Any = self.lightning_module
         assert module is not None
         return module

@@ -32,7 +32,7 @@ from moezoo_train.parallel.whole_tensors import gathered, whole_state
 from moezoo_train.parallel.zero_states import Piece, load_states, piece_of, whole_states
 
 if TYPE_CHECKING:
-    from moezoo_train.run.module import LanguageModel
+    from moezoo_train.trained import Parallelized
 
 BUCKET = 200_000_000
 """Most numbers of a bucket of gradients or parameters, as in Lightning's strategy."""
@@ -212,7 +212,7 @@ class ZeROStrategy(DDPStrategy):
         zero = self._engine.optimizer
         return {p: piece_of(zero, p, i) for i, group in enumerate(self._groups) for p in group}
 
-    def _module(self) -> LanguageModel:
+    def _module(self) -> LightningModule:
         module: Any = self.lightning_module
         assert module is not None
         return module
@@ -224,7 +224,7 @@ for _stage, _what in ((1, "optimizer states"), (2, "and gradients"), (3, "and pa
     )
 
 
-def check_zero(strategy: ZeROStrategy, module: LanguageModel) -> None:
+def check_zero(strategy: ZeROStrategy, module: Parallelized) -> None:
     """Refuse what would compute something else in parts.
 
     Raises:

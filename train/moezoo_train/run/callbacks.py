@@ -20,7 +20,7 @@ from moezoo_train.parallel.distributed import gather_from_ranks
 from moezoo_train.run.stopping import StopSignals
 
 if TYPE_CHECKING:
-    from moezoo_train.run.module import LanguageModel
+    from moezoo_train.trained import Savable
 
 
 class RandomState(Callback):
@@ -304,6 +304,6 @@ class SaveModel(Callback):
             return
         if self._saved_step != trainer.global_step:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-            cast("LanguageModel", pl_module).save(self.path, tokenizer)
+            cast("Savable", pl_module).save(self.path, tokenizer)
         self._saved_step = trainer.global_step
         trainer.strategy.barrier("save_model")

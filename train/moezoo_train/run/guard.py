@@ -19,7 +19,6 @@ from torch import Tensor
 from moezoo import FeedForward
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.routing.losses import sum_over_ranks
-from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.parallel.distributed import process_count
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -182,8 +181,8 @@ class StepGuard:
 
 def _place(trainer: Trainer, losses: Tensor) -> str:
     """Name the first micro-batch whose loss is not finite, if the data can."""
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, TokenDataModule):
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "name_batch"):
         return ""
     first = int(losses.isfinite().logical_not().nonzero()[0])
     return f" in {data.name_batch(len(losses) - 1 - first)}"

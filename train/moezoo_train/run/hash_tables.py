@@ -20,7 +20,7 @@ from moezoo_models.checkpoints.directory import read_tensor, read_tokenizer
 from moezoo_models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from moezoo_train.run.module import LanguageModel
+    from moezoo_train.trained import TakesHashTables
 
 EMBEDDINGS = "model.embed_tokens.weight"
 """Name of the token embeddings in our checkpoints, and in those of Llama and its kin."""
@@ -35,17 +35,17 @@ class HashTables(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build, if a checkpoint would have been read by now."""
         if not trainer.strategy.restore_checkpoint_after_setup:
-            self._build(trainer, cast("LanguageModel", pl_module))
+            self._build(trainer, cast("TakesHashTables", pl_module))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build for strategies that read a checkpoint late."""
-        self._build(trainer, cast("LanguageModel", pl_module))
+        self._build(trainer, cast("TakesHashTables", pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As before the sanity check, where there is none."""
-        self._build(trainer, cast("LanguageModel", pl_module))
+        self._build(trainer, cast("TakesHashTables", pl_module))
 
-    def _build(self, trainer: Trainer, module: LanguageModel) -> None:
+    def _build(self, trainer: Trainer, module: TakesHashTables) -> None:
         data: Any = getattr(trainer, "datamodule", None)
 
         def token_counts() -> Tensor:

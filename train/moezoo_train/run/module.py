@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -62,6 +62,7 @@ from moezoo_train.run.guard import SpikeRule, StepGuard
 from moezoo_train.run.hash_tables import HashTables
 from moezoo_train.run.rules import FFNRule as FFNRule
 from moezoo_train.run.steps import run_steps, stand_between_batches, take_whole_steps
+from moezoo_train.trained import Measured, Parallelized, Savable, TakesHashTables
 
 
 class LanguageModel(EvaluatedModule):
@@ -375,3 +376,11 @@ class LanguageModel(EvaluatedModule):
             identity.check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
             self.schedule.load_state_dict(saved.get("schedule"), checkpoint["global_step"])
         self.guard.load_state_dict(saved.get("guard", {}))
+
+
+if TYPE_CHECKING:
+
+    def _is_what_others_ask_for(
+        module: LanguageModel,
+    ) -> tuple[Parallelized, Measured, TakesHashTables, Savable]:
+        return module, module, module, module

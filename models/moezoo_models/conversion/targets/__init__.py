@@ -1,6 +1,6 @@
 """The formats a mixture can be written in: stock architectures of transformers, and ours."""
 
-from moezoo_models.conversion.targets.base import Mixture, Output, Target
+from moezoo_models.conversion.targets.base import TARGETS, Mixture, Output, Target
 from moezoo_models.conversion.targets.glm4_moe import Glm4Moe
 from moezoo_models.conversion.targets.ours import Moezoo
 from moezoo_models.conversion.targets.stock import (
@@ -11,7 +11,7 @@ from moezoo_models.conversion.targets.stock import (
     Qwen3Moe,
 )
 
-TARGETS: dict[str, Target] = {
+TARGETS |= {
     target.name: target
     for target in (
         Mixtral(),
@@ -23,7 +23,6 @@ TARGETS: dict[str, Target] = {
         Moezoo(),
     )
 }
-"""All formats, by name."""
 
 CLOSEST = {
     "llama": "mixtral",

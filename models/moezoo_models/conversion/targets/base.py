@@ -364,9 +364,11 @@ def head_dim_problem(target: Target, source: Source) -> str | None:
     return f"head_dim: {target.name} derives it from hidden_size and num_attention_heads"
 
 
+TARGETS: dict[str, Target] = {}
+"""All formats, by name; the package fills it."""
+
+
 def alternatives(source: Source, fits: Callable[[Target], bool] = lambda _: True) -> str:
     """Say which targets there are for a source."""
-    from moezoo_models.conversion.targets import TARGETS
-
     fitting = [t.name for t in TARGETS.values() if t.refuses(source) is None and fits(t)]
     return f"choose --to {' or '.join(fitting)}" if fitting else "no other target can either"

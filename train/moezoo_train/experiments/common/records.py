@@ -17,7 +17,6 @@ import moezoo
 from moezoo.errors import going_on
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import writing
-from moezoo_train.checkpoint.files import atomic_write
 
 Figures = dict[str, float]
 

@@ -36,7 +36,8 @@ def draw(
         folder: where they go.
         rows: best first.
         curves: how their losses fell.
-        measures: of who answered, by row, as :func:`moezoo_train.experiments.compare.results.loads` gives them.
+        measures: of who answered, by row, as
+            :func:`moezoo_train.experiments.compare.results.loads` returns them.
         baseline: name of the row that the others are compared with.
         caption: under each picture.
         judged: claims about the rows.

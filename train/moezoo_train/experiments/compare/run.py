@@ -55,8 +55,9 @@ class Result:
         busiest: load of the busiest over the mean, the largest among these layers.
         usage: share of the slots that had any weight, mean over batches and layers.
         unevenness: divergence of their weights from uniform in nats, likewise.
-        peak_memory: bytes, as :class:`moezoo_train.experiments.compare.memory.PeakMemory` measures them while
-            the run trains and validates; None if it is not known.
+        peak_memory: bytes, as
+            :class:`moezoo_train.experiments.compare.memory.PeakMemory` measures them while the run
+            trains and validates; None if it is not known.
         environment: machine and versions.
     """
 

@@ -1,0 +1,105 @@
+"""What the parts of a run ask of the module that Lightning trains.
+
+Each protocol lists what one consumer reads, so that no part of a run imports the module itself.
+:class:`moezoo_train.run.module.LanguageModel` has all of it, which mypy checks there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from transformers import PreTrainedModel
+
+    from moezoo_models.model.initialization import Drawn
+    from moezoo_models.text.tokenizer import Tokenizer
+    from moezoo_train.optim.optimizer import OptimizerConfig
+
+
+class JudgesSteps(Protocol):
+    """What decides which steps update the model.
+
+    Attributes:
+        skipped: number of steps that did not.
+        taken: whether the last step did.
+    """
+
+    skipped: int
+    taken: bool
+
+    @property
+    def on_nan(self) -> str:
+        """What happens at a loss or gradient that is not finite: ``stop`` or ``skip``."""
+
+    @property
+    def spikes(self) -> object | None:
+        """Which finite steps are skipped; None: none."""
+
+
+class HasModel(Protocol):
+    """Whatever trains a language model."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself, without what training adds."""
+
+
+class Parallelized(HasModel, Protocol):
+    """What a strategy lays out over processes, or refuses to."""
+
+    @property
+    def drawn(self) -> Drawn | None:
+        """How parameters that have no numbers yet are drawn."""
+
+    @property
+    def lora(self) -> object | None:
+        """Options of low-rank adapters, if they alone are trained."""
+
+    @property
+    def optimizer_config(self) -> OptimizerConfig:
+        """How parameters are updated."""
+
+    @property
+    def guard(self) -> JudgesSteps:
+        """What judges the steps."""
+
+    @property
+    def compile_model(self) -> bool:
+        """Whether torch.compile is asked for."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """Lightning's trainer."""
+
+
+class Measured(HasModel, Protocol):
+    """What metrics and the report read."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's whole gradient before clipping."""
+
+    @property
+    def clip_group_norms(self) -> dict[str, float]:
+        """The same for clip groups that layers have set apart."""
+
+    @property
+    def guard(self) -> JudgesSteps:
+        """What counts the skipped steps."""
+
+
+class TakesHashTables(HasModel, Protocol):
+    """Whose hash tables are built when training starts."""
+
+    @property
+    def hash_embeddings_from(self) -> str | None:
+        """Directory of the trained model whose embeddings they follow."""
+
+
+class Savable(Protocol):
+    """What writes the model directory."""
+
+    def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
+        """Write the model and its tokenizer; all processes call this."""
