@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import itertools
 import os
@@ -47,7 +48,7 @@ class ClearErrors:
         """Parse as the parser class does, but options win over files wherever they stand.
 
         A class that replaces another begins from its own defaults. A group of options must hold
-        options.
+        options, and only what may be null is.
 
         Raises:
             InputError: any mistake in the options.
@@ -58,11 +59,16 @@ class ClearErrors:
             options = super().parse_args(words, *args[1:], **kwargs)  # type: ignore[misc]
         parser: Any = self
         for group in parser.groups:
-            value = options.get(group)
-            if not (value is None or isinstance(value, jsonargparse.Namespace)):
+            value = options[group] if group in options else jsonargparse.Namespace()
+            if not isinstance(value, jsonargparse.Namespace):
                 members = (n for n in option_names(parser) if n.startswith(f"{group}."))
                 example = next(members, f"{group}.option")
-                self.error(f"{group}: {value!r} is not a group of options; give e.g. {example}")
+                shown = "null" if value is None else repr(value)
+                self.error(f"{group}: {shown} is not a group of options; give e.g. {example}")
+        for action in parser._actions:
+            name = action.dest
+            if name in options and options[name] is None and not _may_be_null(action):
+                self.error(f"{name}: null is not a value of it; leave it out for its default")
         for name, value in options.items():
             if _holds_nul(value):
                 raise InputError(f"{name}: holds a NUL character, which no path has; leave it out")
@@ -100,6 +106,14 @@ class ClearErrors:
 
 class CommandParser(ClearErrors, jsonargparse.ArgumentParser):
     """The parser of one `moezoo` command."""
+
+
+def _may_be_null(action: Any) -> bool:
+    """Tell whether null is a value of an option; jsonargparse takes it for any without a word."""
+    hint = getattr(action, "_typehint", None)
+    if hint is None or action.default in (None, argparse.SUPPRESS):
+        return True
+    return hint is Any or type(None) in typing.get_args(hint)
 
 
 def _holds_nul(value: Any) -> bool:

@@ -140,6 +140,9 @@ IN_YAML = [
     ("modle: {d_model: 3}", "modle.d_model: no such option; did you mean 'model.d_model'?"),
     ("model: {d_model: [3]}", "model.d_model: '[3]' is not a whole number"),
     ("data: 3", "data: 3 is not a group of options; give e.g. data.batch_size"),
+    ("data: null", "data: null is not a group of options; give e.g. data.batch_size"),
+    ("rate: null", "rate: null is not a value of it; leave it out for its default"),
+    ("data: {shuffle: null}", "data.shuffle: null is not a value of it; leave it out for its"),
     ("data: many", "data: 'many' is neither options nor a YAML file of them"),
     (
         "model: {schedule: {warmupp: 3}}",
@@ -181,6 +184,11 @@ IN_YAML = [
 @pytest.mark.parametrize(("config", "expected"), IN_YAML, ids=lambda value: str(value)[:60])
 def test_mistakes_in_yaml(config, expected, tmp_path):
     assert mistake(config=config, tmp_path=tmp_path).startswith(expected)
+
+
+def test_null_where_it_may_be(tmp_path):
+    config = "{model: {schedule: null, rules: null}, precision: null}"
+    assert mistake(config=config, tmp_path=tmp_path) == "reached: here 8 False"
 
 
 def test_a_list_of_classes_names_the_misspelt_one():
