@@ -108,4 +108,6 @@ def _read_header(file: IO[bytes]) -> dict[str, Any]:
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     if not isinstance(header, dict):
         raise ValueError("its header is not an object")
+    if not isinstance(header.get(_METADATA, {}), dict):
+        raise ValueError("the metadata of its header is not an object")
     return header

@@ -9,6 +9,7 @@ can name other files, adapters or code.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -50,6 +51,7 @@ HEAD = "lm_head.weight"
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.")
 _FLOATS = tuple(kind for kind, dtype in DTYPES.items() if dtype.is_floating_point)
 _FUSED = (".mlp.", ".block_sparse_moe.")
+_FLAGS = ("use_cache", "output_attentions", "output_hidden_states")
 _ROWS = 1024
 _MOST_AT_ONCE = 1024
 # What a user's file cannot cause, but a mistake of ours can.
@@ -201,7 +203,7 @@ def read_generation(directory: Path) -> GenerationConfig | None:
         InputError: it is no JSON object, or a setting is of a wrong kind or out of range.
     """
     file = directory / GENERATION
-    if not file.is_file():
+    if not os.path.lexists(file):  # a link to nothing is not what was meant by none
         return None
     raw = read_json(file)
     with told(file):
@@ -211,7 +213,7 @@ def read_generation(directory: Path) -> GenerationConfig | None:
         for name in ("max_length", "max_new_tokens", "max_cache_len"):
             if raw.get(name) is not None:
                 check_int(name, raw[name], maximum=LARGEST_SIZE)
-        check_fields({n: raw[n] for n in raw if n.endswith("token_id") or n == "use_cache"})
+        check_fields({n: raw[n] for n in raw if n.endswith("token_id") or n in _FLAGS})
         # transformers writes it, and it comes back as it was.
         derived = {n: v for n, v in raw.items() if n == "_from_model_config" and v is True}
         return GenerationConfig.from_dict(_without_steering(raw) | derived)
@@ -229,6 +231,16 @@ def check_model(model: nn.Module, where: Path) -> None:
                 layer.check_table()
     for name, tensor in model.state_dict(keep_vars=True).items():
         check_finite(name, tensor, where)
+
+
+def keep_generation(model: Any, admitted: Admitted) -> None:
+    """Let the settings of generation be written back as they were read.
+
+    Published ones contradict each other now and then. transformers writes those back that it read
+    itself, and refuses all others: after a training, when it is too late.
+    """
+    if admitted.generation is not None and model.can_generate():
+        model.generation_config._original_object_hash = hash(model.generation_config)
 
 
 def is_pickled(file: Path) -> bool:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from moezoo.errors import InputError
-from moezoo_models.checkpoints.gate import Admitted, admit, check_model
+from moezoo_models.checkpoints.gate import Admitted, admit, check_model, keep_generation
 from moezoo_models.checkpoints.model_files import WEIGHTS
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -90,6 +90,7 @@ class GatedLoading:
                 tensors = {name: tensor[...] for name, tensor in tensors.items()}
             model, info = cls._filled(*args, state_dict=tensors, output_loading_info=True, **kwargs)
         model.name_or_path = model.config.name_or_path = str(admitted.directory)
+        keep_generation(model, admitted)
         check_model(model, admitted.directory)
         return (model, info) if output_loading_info else model
 

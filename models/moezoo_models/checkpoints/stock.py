@@ -28,7 +28,7 @@ from moezoo_models.checkpoints.directory import (
     read_json,
     read_tokenizer,
 )
-from moezoo_models.checkpoints.gate import admit, check_model, told
+from moezoo_models.checkpoints.gate import admit, check_model, keep_generation, told
 from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.causal_lm import MoezooForCausalLM, next_token_loss
 from moezoo_models.model.config import MoezooConfig
@@ -118,6 +118,7 @@ def load_stock(
         if names := sorted(str(name) for name in problems[problem]):
             raise InputError(f"checkpoint: {problem.replace('_', ' ')} in {directory}: {names[0]}")
     model.name_or_path = model.config.name_or_path = str(directory)
+    keep_generation(model, admitted)
     check_model(model, directory)
     # Its default for experts, grouped matrix products, wants rows of multiples of 16 bytes.
     if any(p.ndim == 3 and p.shape[-1] * p.element_size() % 16 for p in model.parameters()):

@@ -101,11 +101,30 @@ def link_out(directory):
     file.symlink_to(directory.with_name("x.safetensors"))
 
 
+def replace_by_link(name):
+    def write(directory):
+        (directory / name).unlink(missing_ok=True)
+        (directory / name).symlink_to("nowhere")
+
+    return write
+
+
 def flip_a_bit(directory):
     file = directory / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
+
+
+def metadata(value):
+    def write(directory):
+        file = directory / "model.safetensors"
+        content = file.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.dumps(json.loads(content[8:start]) | {"__metadata__": value}).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
+
+    return write
 
 
 def config_text(old, new, end=""):

@@ -23,7 +23,9 @@ from damages import (
     generation,
     index_of,
     link_out,
+    metadata,
     poison,
+    replace_by_link,
 )
 
 WEIGHTS = {
@@ -37,6 +39,7 @@ WEIGHTS = {
     "NaN": (poison(float("nan")), r"norm\.weight' in .* holds NaN or infinity"),
     "infinity": (poison(float("-inf")), r"norm\.weight' in .* holds NaN or infinity"),
     "flipped bit": (flip_a_bit, r"model\.safetensors is truncated or damaged \(its checksum is"),
+    "no metadata": (metadata(None), r"is truncated or damaged \(the metadata of its header is no"),
     "no head": (
         change_tensors(lambda tensors: tensors.pop("lm_head.weight")),
         r"'lm_head\.weight' is missing from the weights",
@@ -104,6 +107,11 @@ FILES = {
     "beams": (generation('{"num_beams": 1000000000}'), "num_beams: .* is out of range"),
     "ends": (generation('{"eos_token_id": ["x"]}'), "eos_token_id: 'x' is not a whole number"),
     "cache": (generation('{"cache_implementation": "x"}'), "generation_config.json: Invalid `cac"),
+    "flags": (generation('{"output_attentions": 0}'), "output_attentions: 0 is not true or false"),
+    "generation link": (
+        replace_by_link("generation_config.json"),
+        "generation_config.json is a link that leads nowhere; copy it",
+    ),
     "adapters": (
         lambda directory: (directory / "adapter_config.json").write_text("{}"),
         "holds a model and adapters",

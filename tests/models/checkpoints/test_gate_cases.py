@@ -10,8 +10,13 @@ import torch
 
 from moezoo import InputError
 from moezoo_models import MoezooForCausalLM
-from moezoo_models.checkpoints import gate, model_files
-from moezoo_models.checkpoints.directory import load_checkpoint, read_tensor, save_checkpoint
+from moezoo_models.checkpoints.directory import (
+    gate,
+    load_checkpoint,
+    model_files,
+    read_tensor,
+    save_checkpoint,
+)
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.evaluation.evaluate import evaluate
 from moezoo_models.generate import generate
@@ -84,6 +89,19 @@ def test_the_flag_is_written_as_the_tensors_are(make, place):
     assert not model.config.tie_word_embeddings
     loaded, _ = load_checkpoint(saved)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, load_any_with_tokenizer])
+@pytest.mark.parametrize("kind", ["ours", "llama"])
+def test_settings_of_generation_are_written_back_as_they_were(kind, read, request, place):
+    """Published ones contradict each other now and then, which transformers only warns of."""
+    settings = {"output_hidden_states": True, "temperature": 0.5, "pad_token_id": -1}
+    directory = request.getfixturevalue(kind)
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    model, _ = read(directory)
+    saved = save_checkpoint(place / "again", model)
+    written = json.loads((saved / "generation_config.json").read_text())
+    assert written.items() >= settings.items()
 
 
 def test_the_cache_of_the_hub_holds_links(ours, place):
