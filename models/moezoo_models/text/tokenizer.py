@@ -88,6 +88,9 @@ class HuggingFaceTokenizer(Tokenizer):
             # Either would change texts without a word, and padding to a given length has no bound.
             self._backend.no_padding()
             self._backend.no_truncation()
+            if getattr(self._backend.model, "dropout", None) is not None:
+                # For training on many spellings of a text: each time another one would come out.
+                self._backend.model.dropout = None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, special tokens neither added nor recognised."""

@@ -97,6 +97,15 @@ def test_texts_are_neither_cut_nor_filled_up(files, byte_level_tokenizer):
     assert tokenizer.fingerprint() == byte_level_tokenizer.fingerprint()
 
 
+def test_a_text_is_spelt_the_same_each_time(files, byte_level_tokenizer):
+    content = json.loads((files / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 1.0  # merges nothing
+    (files / "tokenizer.json").write_text(json.dumps(content))
+    text = "the cat sat on the mat"
+    assert load_tokenizer(files).encode(text) == byte_level_tokenizer.encode(text)
+    assert load_tokenizer(files).fingerprint() == byte_level_tokenizer.fingerprint()
+
+
 def link_out(files):
     shutil.move(files / "tokenizer.json", files.parent / "elsewhere.json")
     (files / "tokenizer.json").symlink_to(files.parent / "elsewhere.json")
