@@ -240,11 +240,11 @@ def test_mutations(name, request, server, tmp_path, record_property):
         counts[outcome] += 1
         if outcome not in ("clean", "harmless"):
             wrong.append(f"{name}: {mutation.name}: {command}: {outcome}: {detail}")
+            if log := os.environ.get("MOEZOO_FINDINGS"):  # at once: a long run may be ended
+                with open(log, "a") as file:
+                    file.write(f"{wrong[-1]}\n")
         shutil.rmtree(work)
     record_property("mutations", (name, dict(counts)))
-    if log := os.environ.get("MOEZOO_FINDINGS"):
-        with open(log, "a") as file:
-            file.writelines(f"{line}\n" for line in wrong)
     assert not wrong, "\n".join([f"{len(wrong)} of {counts.total()}", *wrong])
 
 
