@@ -16,7 +16,7 @@ from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.checkpoint.export import export
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import read_metrics
-from moezoo_train.parallel.fit_strategy import lay_out_for
+from moezoo_train.parallel.fit_strategy import check_strategy
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -193,9 +193,9 @@ def test_shared_experts_with_adapters_are_refused():
     strategy = FSDP2Strategy(expert_parallel=2)
     strategy.layout = SimpleNamespace()
     with pytest.raises(InputError, match=r"expert_parallel: ranks cannot share adapted experts"):
-        lay_out_for(strategy, SimpleNamespace(lora=object()))
+        check_strategy(strategy, SimpleNamespace(lora=object()), fitting=True)
 
 
 def test_other_sharding_strategies_are_refused():
     with pytest.raises(InputError, match=r"trainer\.strategy: .* want 'fsdp2'"):
-        lay_out_for(ModelParallelStrategy(), module=None)
+        check_strategy(ModelParallelStrategy(), module=None, fitting=True)

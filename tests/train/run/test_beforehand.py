@@ -79,7 +79,7 @@ def test_a_run_is_refused_before_its_text_is_prepared(recipe, tmp_path, options,
 def test_a_checkpoint_of_another_optimizer_is_refused_before(recipe):
     """Made by a run of the same model, whose text is not touched either."""
     model = LanguageModel(300, **OPTIONS["model"])
-    state = {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}
+    state = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "global_step": 0}
     model.on_save_checkpoint(state)
     torch.save(state, "same.ckpt")
     with pytest.raises(AssertionError, match="begun to prepare"):

@@ -166,7 +166,7 @@ def test_a_baseline_that_does_not_fit_is_one_line(fit, balanced, folder, tmp_pat
         ({option: foreign}, f"{option}: .*foreign has another tokenizer than the data; prepare"),
         (
             {option: balanced / "model", "model.ffn.vocab_size": 400},
-            r"model\.ffn\.vocab_size: .* room for 400 tokens, .* number, 300",
+            r"model\.ffn\.vocab_size: .* room for 400 tokens, .* set it to 300",
         ),
     ]
     assert not small.exists()

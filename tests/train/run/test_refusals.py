@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moezoo import InputError
 from moezoo_train.run.cli import TRAINER_DEFAULTS
-from moezoo_train.run.refusals import check_trainer, is_refusal, reword
+from moezoo_train.run.refusals import batch_counts, check_trainer, is_refusal, reword
 
 CPU = {"accelerator": "cpu", "devices": "auto", "strategy": "auto", "precision": "32-true"}
 REFUSED = [
@@ -99,3 +99,9 @@ def test_what_only_the_trainer_can_know_names_the_option_too():
         reword(ValueError("`Timer(duration='x')` is odd")) == "trainer: Timer(duration='x') is odd"
     )
     assert not is_refusal(ValueError("of somebody else"))
+
+
+def test_numbers_of_batches_are_integers_however_they_were_read():
+    read = {"limit_val_batches": 2.0, "limit_train_batches": 0.5, "val_check_interval": 10.0}
+    assert batch_counts(read) == {"limit_val_batches": 2, "val_check_interval": 10}
+    assert batch_counts({"limit_val_batches": 1.0, "limit_test_batches": 2.5}) == {}

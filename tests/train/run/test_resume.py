@@ -174,8 +174,8 @@ def arguments(corpus: Path, tmp_path: Path, name: str) -> list[str]:
 KILLED = """
 import os, signal, sys
 import lightning.pytorch as pl
-from moezoo_models import atomic
-from moezoo_train import cli
+from moezoo_models.checkpoints import atomic
+from moezoo_train.run import cli
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

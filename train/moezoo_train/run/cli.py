@@ -41,7 +41,7 @@ from moezoo_train.parallel.fsdp2 import writes_directories
 from moezoo_train.run.beforehand import check_evaluation, check_run
 from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.run.module import LanguageModel
-from moezoo_train.run.refusals import check_trainer, is_refusal, reword
+from moezoo_train.run.refusals import batch_counts, check_trainer, is_refusal, reword
 from moezoo_train.run.run_directory import (
     check_directory,
     clean,
@@ -215,6 +215,7 @@ class MoezooCLI(LightningCLI):
         config = self.config[self.subcommand]
         check_int("checkpoint_every", config["checkpoint_every"])
         check_int("sample_tokens", config["sample_tokens"], minimum=0)
+        config["trainer"].update(batch_counts(config["trainer"]))
         check_trainer(config["trainer"])
         check_text("sample_prompt", config["sample_prompt"])
         _check_validation_interval(config["trainer"])

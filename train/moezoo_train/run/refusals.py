@@ -42,6 +42,19 @@ _HALF = ("16", "16-mixed")
 _TIME = r"\d+(:\d+){3}"
 
 
+def batch_counts(options: Mapping[str, Any]) -> dict[str, int]:
+    """Return the trainer's numbers of batches that were read as floats, as the integers they are.
+
+    Which of ``int | float`` a parser tries first hangs on what was imported before: typing keeps
+    one of ``Union[int, float]`` and ``Union[float, int]`` for both. A share is at most 1.
+    """
+    return {
+        name: int(value)
+        for name in (*_SHARES, "val_check_interval")
+        if isinstance(value := options.get(name), float) and value > 1 and value.is_integer()
+    }
+
+
 def check_trainer(options: Mapping[str, Any]) -> None:
     """Check the trainer's options that are plain values.
 

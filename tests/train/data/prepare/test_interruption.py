@@ -112,7 +112,7 @@ class TestInterruption:
     def test_kill_9(self, corpus, tmp_path, whole, contents):
         script = (
             "import os, signal, sys\n"
-            "from moezoo_train import prepare as module\n"
+            "from moezoo_train.data import prepare as module\n"
             "module.SHARD_BYTES = 10_000\n"
             "write = module.Shard.write\n"
             "def dying_write(self, encoded, described):\n"

@@ -113,7 +113,7 @@ GOOD = {"says": "so", "paper": "arXiv:1", "order": ["peer", "hash"]}
     ("options", "expected"),
     [
         (3, "claims.a: 3 is not a mapping"),
-        ({"says": "so"}, "claims.a.paper: missing"),
+        ({"says": "so"}, "claims.a.paper: is missing"),
         (GOOD | {"oder": []}, "claims.a.oder: no such option; did you mean 'order'?"),
         (GOOD | {"order": ["peer"]}, "claims.a.order: name two rows or more, the lowest first"),
         (GOOD | {"order": "peer"}, "claims.a.order: name two rows or more, the lowest first"),
