@@ -4,7 +4,90 @@ from __future__ import annotations
 
 import re
 
+# What cannot be left out, as no default of it could be meant.
+_SIZES = "model_type|hidden_size|intermediate_size|vocab_size|num_hidden_layers|num_attention_heads"
+
 HARMLESS: dict[str, str] = {
+    # Model directories: weights.
+    r"(llama|mixtral) \w+ model-\S+\.safetensors byte \d+ is flipped": (
+        "weights that other programs wrote have no checksum, and another number is a number"
+    ),
+    r"(own|llama|mixtral) \w+ model\S*\.safetensors __metadata__(\.\S+)?: .*": (
+        "it names the program that wrote the file, and tensors are the same without a checksum"
+    ),
+    r"(llama|mixtral) \w+ model\.safetensors\.index\.json weight_map\.\S+: dropped": (
+        "which tensors there are is read from the headers of the files that are left"
+    ),
+    r"(llama|mixtral) \w+ model\.safetensors\.index\.json metadata\b.*": "sizes are not read there",
+    # Model directories: configuration.
+    rf"(own|llama|mixtral) \w+ config\.json (?!{_SIZES}:)\S+: dropped": "the default holds",
+    rf"(llama|mixtral) \w+ config\.json (?!{_SIZES}:)\S+: renamed": (
+        "the default holds, and other versions' fields may be there"
+    ),
+    r"(own|llama|mixtral) \w+ config\.json (architectures|dtype|head_dim|layer_types|"
+    r"num_key_value_heads|rope_parameters|sliding_window|(pad|bos|eos)_token_id): null": (
+        "null is the default"
+    ),
+    r"(own|llama|mixtral) \w+ config\.json (rope_parameters|ffn\.0\.init_args\.\w+): object": (
+        "their defaults hold"
+    ),
+    r"(own|llama|mixtral) \w+ config\.json (architectures(\.0)?|transformers_version): "
+    r"(text|long)": ("the class follows from model_type, and the version is for people"),
+    r"(own|llama|mixtral) \w+ config\.json initializer_range: (zero|fraction)": (
+        "no weights are drawn"
+    ),
+    r"(own|llama|mixtral) \w+ config\.json (rms_norm_eps|attention_dropout|router_jitter_noise|"
+    r"router_aux_loss_coef): (zero|fraction)": "another number may be asked for",
+    r"(own|llama|mixtral) \w+ config\.json (pad|bos|eos)_token_id: (minus|zero|list)": (
+        "other tokens, or none, may be meant"
+    ),
+    r"(own|llama|mixtral) \w+ generation_config\.json (transformers_version|"
+    r"_from_model_config): .*": ("they say where the file comes from"),
+    r"(own|llama|mixtral) \w+ generation_config\.json output_\w+: (true|null)": (
+        "nothing is put out beside the text, and they are written back"
+    ),
+    r"(own|llama|mixtral) \w+ generation_config\.json use_cache: (true|null)": (
+        "the cache changes no numbers"
+    ),
+    r"(own|llama|mixtral) \w+ generation_config\.json eos_token_id: (null|list|minus|zero)": (
+        "other tokens, or none, may end a text"
+    ),
+    r"(own|llama|mixtral) \w+ generation_config\.json \S+: (dropped|renamed)": "the default holds",
+    r"(own|llama|mixtral) \w+ generation_config\.json is missing": "the defaults hold",
+    r"(own|llama|mixtral) \w+ generation_config\.json byte \d+ is flipped": (
+        "it has no checksum: another name of a setting, of which the default holds"
+    ),
+    # Model directories: tokenizers.
+    r"llama upcycle tokenizer\S* .*": "no text is read, and the files are copied as they are",
+    r"(own|llama|mixtral) \w+ tokenizer\.model .*": (
+        "tokenizer.json is read, and this one with the same ids is passed on"
+    ),
+    r"(own|llama|mixtral) \w+ tokenizer_config\.json (backend|clean_up_tokenization_spaces|"
+    r"model_max_length|split_special_tokens): .*": (
+        "texts are neither cut nor cleaned up, and no special token is read from them"
+    ),
+    r"(own|llama|mixtral) \w+ tokenizer_config\.json tokenizer_class: .*": (
+        "tokenizer.json is read the same by every class that takes it"
+    ),
+    r"(own|llama|mixtral) \w+ tokenizer_config\.json unk_token: (null|dropped|renamed)": (
+        "bytes stand for characters that are not known"
+    ),
+    r"own usage tokenizer_config\.json eos_token: .*": "no end is put behind a single text",
+    r"(own|llama|mixtral) \w+ tokenizer(_config)?\.json byte \d+ is flipped": (
+        "a tokenizer has no checksum: it is another one"
+    ),
+    r"(own|llama|mixtral) \w+ tokenizer\.json (version|normalizer|pre_tokenizer|truncation|"
+    r"padding): (dropped|renamed|null)": "null is the default",
+    r"(own|llama|mixtral) \w+ tokenizer\.json post_processor\b.*": (
+        "it would add special tokens, which is not asked for"
+    ),
+    r"(own|llama|mixtral) \w+ tokenizer\.json model\.(dropout|unk_token|fuse_unk|byte_fallback|"
+    r"ignore_merges|continuing_subword_prefix|end_of_word_suffix): .*": (
+        "spelling that a tokenizer may ask for, and nothing says what it was"
+    ),
+    r"(own|llama|mixtral) \w+ tokenizer\.json decoder\b.*: (null|dropped|renamed)": (
+        "tokens are read as the vocabulary spells them"
+    ),
     # Training checkpoints.
     r"(ckpt|sharded) export \S+\.ckpt (callbacks|loops|lr_schedulers|epoch|global_step|"
     r"optimizer_states|TokenDataModule|moezoo\.(optimizer|guard|sparse_memory))\b.*": (
@@ -35,6 +118,7 @@ HARMLESS: dict[str, str] = {
     r"jsonl prepare rows.jsonl id: .*": "of a row its text is read",
     r"jsonl prepare rows.jsonl text: (text|null)": "another text, and none",
     # Settings.
+    r"comparison compare settings.yaml claims\.one\.\w+: date": "a date without quotes is text",
     r"(recipe|options|comparison) \w+ settings.yaml \S+: dropped": "the default holds",
     r"options prepare settings.yaml text_field: .*": "documents of text files have no fields",
     r"options prepare settings.yaml (max_bytes: null|val_fraction: (zero|fraction))": (
