@@ -271,7 +271,8 @@ def judge(ended) -> tuple[str, str]:
     if ended.code == 0:
         return "accepted", last
     errors = [line for line in lines if line.startswith("moezoo: error: ")]
-    if ended.code != 2 or "Traceback" in ended.output or len(errors) != 1 or lines[-1] != errors[0]:
+    traced = re.search(r"Traceback|panicked at", ended.output)
+    if ended.code != 2 or traced or len(errors) != 1 or lines[-1] != errors[0]:
         places = re.findall(r'File "[^"]*/(moezoo\w*/[^"]+)", line (\d+)', ended.output)
         return "traceback", f"code {ended.code} {last} at {':'.join(places[-1]) if places else ''}"
     if len(errors[0]) > LONGEST_LINE or not errors[0].isprintable():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ HUB_PREFIX = "hf:"
 SENTENCEPIECE_FILE = "tokenizer.model"
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _SETTINGS = ("special_tokens_map.json", "added_tokens.json", "config.json")
+_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _ENCODE_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -256,6 +258,30 @@ def _check_files(directory: Path) -> None:
     for name in ("tokenizer_config.json", *_SETTINGS):
         if (directory / name).is_file():
             read_json(directory / name)
+    _check_merges(directory / "tokenizer.json")
+
+
+def _check_merges(file: Path) -> None:
+    """See that merges begin with the prefix that the tokenizers library cuts off unseen.
+
+    Raises:
+        InputError: one does not.
+    """
+    # Few files have such a prefix, and to parse all of a large one takes a second.
+    if not (file.is_file() and _PREFIX.search(file.read_bytes())):
+        return
+    model = read_json(file).get("model")
+    if not isinstance(model, dict):
+        return  # what the library says
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    for merge in merges if isinstance(prefix, str) and isinstance(merges, list) else []:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        right = parts[-1] if isinstance(parts, list) and parts else None
+        if not (isinstance(right, str) and right.startswith(prefix)):
+            raise InputError(
+                f"{file}: continuing_subword_prefix: '{prefix[:40]}' does not begin all second "
+                "parts of its merges; copy the file again"
+            )
 
 
 @contextmanager

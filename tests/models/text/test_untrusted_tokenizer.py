@@ -106,6 +106,21 @@ def test_a_text_is_spelt_the_same_each_time(files, byte_level_tokenizer):
     assert load_tokenizer(files).fingerprint() == byte_level_tokenizer.fingerprint()
 
 
+@pytest.mark.parametrize("merge", [["a", "c"], "a c"])
+def test_merges_begin_with_the_prefix_that_is_cut_off(merge, files):
+    """The library does not look at what it cuts; here it is a letter that there is."""
+    content = json.loads((files / "tokenizer.json").read_text())
+    vocabulary = dict.fromkeys("abc") | {"ac": None, "<|end|>": None}
+    content["model"] |= {
+        "vocab": {token: number for number, token in enumerate(vocabulary)},
+        "merges": [merge],
+        "continuing_subword_prefix": "b",
+    }
+    (files / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"continuing_subword_prefix: 'b' does not begin all"):
+        load_tokenizer(files)
+
+
 def link_out(files):
     shutil.move(files / "tokenizer.json", files.parent / "elsewhere.json")
     (files / "tokenizer.json").symlink_to(files.parent / "elsewhere.json")
