@@ -274,7 +274,9 @@ def _check_merges(file: Path) -> None:
     if not isinstance(model, dict):
         return  # what the library says
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
-    for merge in merges if isinstance(prefix, str) and isinstance(merges, list) else []:
+    if not (isinstance(prefix, str) and isinstance(merges, list)):
+        return  # likewise
+    for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         right = parts[-1] if isinstance(parts, list) and parts else None
         if not (isinstance(right, str) and right.startswith(prefix)):

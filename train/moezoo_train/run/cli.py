@@ -215,7 +215,8 @@ class MoezooCLI(LightningCLI):
         config = self.config[self.subcommand]
         check_int("checkpoint_every", config["checkpoint_every"])
         check_int("sample_tokens", config["sample_tokens"], minimum=0)
-        config["trainer"].update(batch_counts(config["trainer"]))
+        for name, number in batch_counts(config["trainer"]).items():
+            config["trainer"][name] = number
         check_trainer(config["trainer"])
         check_text("sample_prompt", config["sample_prompt"])
         _check_validation_interval(config["trainer"])

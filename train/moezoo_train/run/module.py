@@ -336,7 +336,8 @@ class LanguageModel(EvaluatedModule):
         }
         if self.lora is not None:
             checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])
-        stand_between_batches(checkpoint, self.trainer)
+        if self._trainer is not None:
+            stand_between_batches(checkpoint, self.trainer)
 
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
         """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer.
