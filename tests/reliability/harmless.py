@@ -118,6 +118,9 @@ HARMLESS: dict[str, str] = {
     r"jsonl prepare rows.jsonl id: .*": "of a row its text is read",
     r"jsonl prepare rows.jsonl text: (text|null)": "another text, and none",
     # Settings.
+    r"recipe fit settings.yaml (model|data|trainer)(\.\w+)?: object": "their defaults hold",
+    r"recipe fit settings.yaml loggers: list": "metrics.csv is always written, and no more",
+    r"options prepare settings.yaml output: text": "any name may be asked for",
     r"comparison compare settings.yaml claims\.one\.\w+: date": "a date without quotes is text",
     r"(recipe|options|comparison) \w+ settings.yaml \S+: dropped": "the default holds",
     r"options prepare settings.yaml text_field: .*": "documents of text files have no fields",
