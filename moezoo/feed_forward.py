@@ -304,7 +304,7 @@ def build(cls: Callable[..., T], arguments: Mapping[str, Any]) -> T:
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
             raise InputError(f"{name}: argument '{key}' is missing; give it")
-    built = {key: _options(cls, key, value) for key, value in arguments.items()}
+    built = {key: as_argument(cls, key, value) for key, value in arguments.items()}
     return cls(**built)
 
 
@@ -314,7 +314,7 @@ def _signature(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def _options(cls: Callable[..., Any], key: str, value: Any) -> Any:
+def as_argument(cls: Callable[..., Any], key: str, value: Any) -> Any:
     """Turn a mapping into the options dataclass that ``cls`` annotates for ``key``, if any."""
     constructor = cls.__init__ if inspect.isclass(cls) else cls
     hint = typing.get_type_hints(constructor).get(key)
@@ -325,7 +325,7 @@ def _options(cls: Callable[..., Any], key: str, value: Any) -> Any:
         return build(options[0], value)
     only = options and set(members) <= {*options, type(None)}
     if only and not isinstance(value, tuple(members)):
-        raise InputError(f"{key}: {value!r} is not a mapping of options")
+        raise InputError(f"{key}: {value!r} is not a mapping of options; write name: value")
     return value
 
 

@@ -20,6 +20,7 @@ from moezoo.command.messages import render
 from moezoo.command.precedence import ordered, unmixed
 from moezoo.command.settings import load_yaml, read_settings
 from moezoo.errors import InputError
+from moezoo.feed_forward import as_argument, registered
 
 MANY_OPTIONS = 30
 
@@ -72,6 +73,7 @@ class ClearErrors:
         for name, value in options.items():
             if _holds_nul(value):
                 raise InputError(f"{name}: holds a NUL character, which no path has; leave it out")
+            _check_argument(options, name, value)
         return options
 
     def instantiate(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,6 +116,21 @@ def _may_be_null(action: Any) -> bool:
     if hint is None or action.default in (None, argparse.SUPPRESS):
         return True
     return hint is Any or type(None) in typing.get_args(hint)
+
+
+def _check_argument(options: Any, name: str, value: Any) -> None:
+    """Refuse a plain value where a layer's argument is a group of options.
+
+    jsonargparse takes it, and fails when it builds the layer.
+    """
+    owner, found, key = name.rpartition(".init_args.")
+    if found and "." not in key:
+        try:
+            layer = registered(options[f"{owner}.class_path"])
+        except InputError:
+            return
+        with full_keys(options):
+            as_argument(layer, key, value)
 
 
 def _holds_nul(value: Any) -> bool:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,7 +196,23 @@ def test_a_path_with_a_nul_is_one_line(name, option, capsys, tmp_path):
     values = dict.fromkeys(places.get(name, ()), "nowhere") | {option: "a\0b"}
     (tmp_path / "options.yaml").write_text(json.dumps(values))
     line = fail(capsys, name, "--config", str(tmp_path / "options.yaml"))
-    assert line == f"{option}: holds a NUL character, which no path has; leave it out"
+    place = r".*options\.yaml: line 1, column \d+"
+    assert re.fullmatch(place + ": a value holds a NUL character; remove it", line)
+
+
+def test_a_nul_on_the_line_is_one_line(capsys):
+    line = fail(capsys, "evaluate", "--checkpoint", "nowhere", "--text", "a\0b")
+    assert line == r"a\x00b: it holds a NUL character; remove it"
+
+
+@pytest.mark.parametrize("argument", ["router", "balance"])
+def test_a_number_in_the_place_of_options_is_one_line(argument, capsys, tmp_path):
+    """The parser takes it, and a layer would be given it."""
+    ffn = {"class_path": "moezoo.SparseMoE", "init_args": {argument: -1}}
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": {"ffn": ffn}}))
+    line = fail(capsys, "fit", "--config", str(tmp_path / "run.yaml"))
+    key = f"model.ffn.init_args.{argument}"
+    assert line == f"{key}: -1 is not a mapping of options; write name: value"
 
 
 def test_options_may_come_from_a_file(capsys, tmp_path):
