@@ -75,12 +75,12 @@ def pages_of(nav: Any) -> Iterator[str]:
 
 
 def uri_of(source: str) -> str:
-    """Tell where on the site a file of the repository is."""
+    """Return where on the site a file of the repository is."""
     return source.removeprefix("docs/")
 
 
 def source_of(uri: str) -> str:
-    """Tell where in the repository a file of the site is."""
+    """Return where in the repository a file of the site is."""
     return f"docs/{uri}" if (ROOT / "docs" / uri).is_file() else uri
 
 

@@ -81,7 +81,7 @@ def split_parameters(module: nn.Module, mesh: DeviceMesh, dimension: int, what: 
 
 
 def own(parameter: Tensor) -> Tensor:
-    """Give this rank's share of a split parameter; its gradient is divided by the ranks."""
+    """Return this rank's share of a split parameter; its gradient is divided by the ranks."""
     share: Any = parameter
     return _ScaleGradient.apply(share.to_local(), 1.0 / share.device_mesh.size())
 
@@ -195,7 +195,7 @@ class Everywhere:
         self._counts: list[int] = counts.tolist()
 
     def show(self, x: Tensor) -> Tensor:
-        """Give the rows of all ranks, ``(T, …)`` to ``(N, …)``; differentiable if floating."""
+        """Return the rows of all ranks, ``(T, …)`` to ``(N, …)``; differentiable if floating."""
         ranks, mine = self._mesh.size(), [self._tokens] * self._mesh.size()
         copies = x.unsqueeze(0).expand(ranks, *x.shape).flatten(0, 1)
         if not x.is_floating_point():

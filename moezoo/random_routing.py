@@ -111,6 +111,6 @@ class RandomRouting(FeedForward):
 
 
 def can_be_random(layer: FeedForward) -> bool:
-    """Tell whether a layer chooses by content at all: by a vector, or by the token's id."""
+    """Return whether a layer chooses by content at all: by a vector, or by the token's id."""
     by_token = layer.needs_token_ids and hasattr(layer, "vocab_size")
     return layer.reads_router_input or by_token

@@ -183,7 +183,7 @@ def _place(adapter: Adapter) -> tuple[bool, torch.device, torch.dtype]:
 
 
 def _has_routers(model: nn.Module, kept: list[Site]) -> bool:
-    """Tell whether a model that can return its routers' logits has any left in these blocks.
+    """Return whether a model that can return its routers' logits has any left in these blocks.
 
     True as well of a model that knows nothing of such logits.
     """

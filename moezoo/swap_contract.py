@@ -216,7 +216,7 @@ def _first(output: Any) -> Tensor:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are equal but for the rounding of one sum."""
+    """Return whether two tensors are equal but for the rounding of one sum."""
     if one.shape != other.shape:
         return False
     if one.is_meta or not one.numel():

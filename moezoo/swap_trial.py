@@ -50,7 +50,7 @@ def watch(model: nn.Module, sites: list[Site]) -> tuple[list[Contract], bool]:
 def _goes_on(
     model: nn.Module, pairs: list[tuple[Site, Contract]], before: Tensor, refuse: bool = False
 ) -> bool:
-    """Tell whether a model gives the same where blocks answer through their contracts."""
+    """Return whether a model gives the same where blocks answer through their contracts."""
     what = " and ".join(str(site) for site, _ in pairs)
     reason = "the rest of the model depends on how it answers"
     try:

@@ -62,7 +62,7 @@ def load() -> Library | str:
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why the C++ kernels do not run on this device in this dtype; None if they do."""
+    """Return why the C++ kernels do not run on this device in this dtype; None if they do."""
     if device.type != "cpu":
         return "needs a CPU device"
     if dtype not in _DTYPES:
@@ -119,5 +119,5 @@ def _convert(
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """Give the number by which the C++ kernels know a dtype."""
+    """Return the number by which the C++ kernels know a dtype."""
     return _DTYPES[dtype]

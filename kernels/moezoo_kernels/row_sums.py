@@ -45,7 +45,7 @@ def sort_by_row(indices: Tensor, num_rows: int, only_used: bool) -> Assignments:
 
 @torch.library.custom_op("moezoo::sort_by_row", mutates_args=())
 def _sort(indices: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Give the order (T * J,) of the assignments, and where each row's run begins, (N + 1,)."""
+    """Return the order (T * J,) of the assignments, and where each row's run begins, (N + 1,)."""
     flat = indices.reshape(-1).contiguous()  # a view of one dimension may have strides
     if native.unusable(indices.device, torch.float32) is None:
         dealt, order = torch.empty_like(flat), torch.empty_like(flat)
@@ -118,7 +118,7 @@ def _is_native(source: Tensor, coefficients: Tensor, dtype: torch.dtype) -> bool
 def table_gradient(
     table: Tensor, source: Tensor, coefficients: Tensor, assignments: Assignments
 ) -> Tensor:
-    """Give the gradient of a table, ``(N, D)``: sparse if the assignments name only used rows.
+    """Return the gradient of a table, ``(N, D)``: sparse if the assignments name only used rows.
 
     Args:
         table: ``(N, D)``.

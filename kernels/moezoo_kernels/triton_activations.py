@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def share_of(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """Give s with act(x) = x s: the number of ``ACTIVATION_CODES``."""
+    """Return s with act(x) = x s: the number of ``ACTIVATION_CODES``."""
     if ACTIVATION == 0:  # relu
         return tl.where(x > 0, 1.0, 0.0)
     if ACTIVATION == 1:  # gelu
@@ -26,7 +26,7 @@ def share_of(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def slope_of(x: tl.tensor, share: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """Give the derivative of x s."""
+    """Return the derivative of x s."""
     if ACTIVATION == 0:
         return share
     if ACTIVATION == 1:

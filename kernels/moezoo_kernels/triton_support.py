@@ -26,7 +26,7 @@ def interpreted() -> bool:
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why Triton kernels do not run on this device in this dtype; None if they do."""
+    """Return why Triton kernels do not run on this device in this dtype; None if they do."""
     if device.type != "cuda" and not interpreted():
         return "needs a CUDA device"
     if importlib.util.find_spec("triton") is None:

@@ -49,13 +49,13 @@ class SlotChoices(NamedTuple):
     kind: str
 
     def heaviest(self) -> Tensor:
-        """Give the slot of each token that weighs most, ``(T,)``; the first among equals."""
+        """Return the slot of each token that weighs most, ``(T,)``; the first among equals."""
         best_T1 = self.weights.argmax(dim=-1, keepdim=True)
         return self.indices.gather(-1, best_T1).squeeze(-1)
 
 
 def slot_choices(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices:
-    """Tell who would answer each token of one forward pass in evaluation mode.
+    """Return who would answer each token of one forward pass in evaluation mode.
 
     Args:
         layer: any layer of the zoo that chooses.
@@ -86,7 +86,7 @@ def _choose(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices
 
 
 def asked_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:
-    """Give what decides who answers, ``(T, d_model)``."""
+    """Return what decides who answers, ``(T, d_model)``."""
     read = context.get("router_input")
     return flatten_tokens(layer, hidden if read is None else read, None)[0]
 

@@ -92,7 +92,7 @@ def _panels(loads: Mapping[str, SlotLoad]) -> list[_Panel]:
 
 
 def _lines(panels: list[_Panel], columns: int) -> list[list[_Panel]]:
-    """Give each map its line, and several grids a common one."""
+    """Return a line for each map, and a common one for several grids."""
     grids = [panel for panel in panels if panel.is_grid]
     lines = [[panel] for panel in panels if not panel.is_grid]
     return lines + [grids[i : i + columns] for i in range(0, len(grids), columns)]

@@ -98,7 +98,7 @@ class SparsityCounter:
             total += block.neurons[marked].bincount(minlength=self.number).cpu()
 
     def summary(self) -> Sparsity:
-        """Give the shares."""
+        """Return the shares."""
         cells = max(self.tokens * self.number, 1)
         frequency = self.strong.double() / max(self.tokens, 1)
         # torch.quantile takes no more than 16 M numbers.

@@ -89,7 +89,7 @@ class Covariance:
         self.tokens = total
 
     def eigenvalues(self) -> Tensor:
-        """Give the eigenvalues, descending, ``(D,)`` fp64; at most n - 1 are not zero."""
+        """Return the eigenvalues, descending, ``(D,)`` fp64; at most n - 1 are not zero."""
         values = torch.linalg.eigvalsh(self.scatter / max(self.tokens, 1)).flip(0).clamp(min=0.0)
         # What rounding left of directions that so few tokens can not span.
         values[max(self.tokens - 1, 0) :] = 0.0
@@ -98,7 +98,7 @@ class Covariance:
 
 @torch.no_grad()
 def squared_singular_values(matrix_AB: Tensor) -> Tensor:
-    """Give σ² of a matrix, descending, ``(min(A, B),)`` fp64, through its smaller Gram matrix."""
+    """Return σ² of a matrix, descending, ``(min(A, B),)`` fp64, through its smaller Gram matrix."""
     tall = matrix_AB if matrix_AB.shape[0] >= matrix_AB.shape[1] else matrix_AB.t()
     width = tall.shape[1]
     gram = torch.zeros(width, width, dtype=torch.float64)

@@ -127,7 +127,7 @@ def spread(names: list[Any], most: int) -> list[Any]:
 
 
 def _telling_rows(table_VN: Tensor, terms_VN: Tensor) -> Tensor:
-    """Give the tokens that carry most information, ordered by the slot that says most of them."""
+    """Return the tokens that carry most information, ordered by the slot that says most of them."""
     carried_V = terms_VN.sum(dim=1)
     rows = carried_V.topk(min(MOST_TOKENS, len(carried_V))).indices
     rows = rows[table_VN[rows].sum(dim=1) > 0]
@@ -137,7 +137,7 @@ def _telling_rows(table_VN: Tensor, terms_VN: Tensor) -> Tensor:
 
 
 def _telling(carried: Tensor) -> Tensor:
-    """Give the slots that carry most information, in their order."""
+    """Return the slots that carry most information, in their order."""
     return carried.topk(min(MOST_SLOTS, len(carried))).indices.sort().values
 
 

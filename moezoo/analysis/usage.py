@@ -68,7 +68,7 @@ class SlotUsage:
     by_first_choice: Evenness | None
 
     def measures(self) -> dict[str, Evenness]:
-        """Give what was measured, by name: weight, choice and perhaps first choice."""
+        """Return what was measured, by name: weight, choice and perhaps first choice."""
         named = {"weight": self.by_weight, "choice": self.by_choice}
         if self.by_first_choice is not None:
             named["first choice"] = self.by_first_choice
@@ -136,7 +136,7 @@ def add_loads(one: SlotLoad, other: SlotLoad) -> SlotLoad:
 
 
 def usage_of(load: SlotLoad) -> SlotUsage:
-    """Say how evenly a layer's slots were used."""
+    """Return how evenly a layer's slots were used."""
     return SlotUsage(
         kind=load.kind,
         shape=load.shape,

@@ -54,7 +54,7 @@ def _listen(name: str, layer: FeedForward, see: See) -> torch.utils.hooks.Remova
 
 
 def input_of(module: nn.Module, call: Callable[[], Any]) -> Tensor:
-    """Give the first argument with which a call of something around a module calls the module."""
+    """Return the first argument with which a call of something around a module calls the module."""
     seen: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
@@ -65,7 +65,7 @@ def input_of(module: nn.Module, call: Callable[[], Any]) -> Tensor:
 
 
 def token_mask(hidden: Tensor, context: Context) -> Tensor:
-    """Give a bool ``(T,)`` on the CPU, true at real tokens."""
+    """Return a bool ``(T,)`` on the CPU, true at real tokens."""
     tokens = hidden[..., 0].numel()
     mask = context.get("mask")
     if mask is None:

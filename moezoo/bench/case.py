@@ -176,7 +176,7 @@ class Setting:
     dtype: torch.dtype
 
     def __getitem__(self, name: str) -> int:
-        """Give one of the sizes."""
+        """Return one of the sizes."""
         return self.sizes[name]
 
     def normal(self, *shape: int) -> Tensor:
@@ -226,13 +226,13 @@ class Case:
     size: str = ""
 
     def setting(self, quick: bool, dtype: torch.dtype | None) -> Setting:
-        """Give the sizes and dtype of a run."""
+        """Return the sizes and dtype of a run."""
         sizes = {**self.sizes, **self.quick} if quick else dict(self.sizes)
         return Setting(sizes, torch.device(self.device), dtype or self.dtype)
 
 
 def plain_torch(contender: Contender, *ops: str) -> Contender:
-    """Give the same layer or op, with the first of ``ops`` that can do so run in plain torch.
+    """Return the same layer or op, with the first of ``ops`` that can do so run in plain torch.
 
     Forcing a backend holds for every op that has one of that name, so one op decides for all.
 

@@ -67,7 +67,7 @@ def cpu_name() -> str:
 
 
 def version(distribution: str) -> str | None:
-    """Give the version of an installed distribution."""
+    """Return the version of an installed distribution."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -75,7 +75,7 @@ def version(distribution: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Give the commit of the checkout that moezoo runs from, ``-dirty`` if files have changed."""
+    """Return the commit of the checkout that moezoo runs from, ``-dirty`` if files have changed."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -71,7 +71,7 @@ def difference(ours: Answer, theirs: Answer) -> Difference:
 
 
 def agrees(found: Difference, dtype: torch.dtype) -> bool:
-    """Tell whether rounding in ``dtype`` explains a difference."""
+    """Return whether rounding in ``dtype`` explains a difference."""
     return found.error <= TOLERANCE[dtype]
 
 

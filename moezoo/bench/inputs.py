@@ -45,7 +45,7 @@ def decided(
 
 
 def product_key_margin(keys: ProductKeys, queries_THC: Tensor) -> Tensor:
-    """Tell how far each token's last chosen slot is above the first one left out: ``(T,)``."""
+    """Return how far each token's last chosen slot is above the first one left out: ``(T,)``."""
     halves = queries_THC.float().unflatten(-1, (2, -1))
     codebooks = keys.keys.float().expand(keys.num_heads, -1, -1, -1)
     return halves_margin(torch.einsum("thpc,hpnc->tphn", halves, codebooks), keys.top_k)
@@ -60,12 +60,12 @@ def halves_margin(scores_T2Hn: Tensor, top_k: int) -> Tensor:
 
 
 def top_k_margin(scores_TE: Tensor, top_k: int) -> Tensor:
-    """Tell how far each token's last chosen expert is above the first one left out: ``(T,)``."""
+    """Return how far each token's last chosen expert is above the first one left out: ``(T,)``."""
     top = scores_TE.float().topk(top_k + 1, dim=-1).values
     return (top[:, -2] - top[:, -1]) / scores_TE.float().std()
 
 
 def sign_margin(logits_TN: Tensor) -> Tensor:
-    """Tell how far from zero each token's logits are: ``(T,)``."""
+    """Return how far from zero each token's logits are: ``(T,)``."""
     # All nodes of a tree are asked, far more than a token meets: be less strict per node.
     return logits_TN.abs().amin(dim=1) / logits_TN.std() * 10

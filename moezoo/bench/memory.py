@@ -140,7 +140,7 @@ def _walk(events: Iterable[Any]) -> Iterable[Any]:
 
 
 def _pointers(tensor: Tensor) -> list[int]:
-    """Give the addresses of a gradient, of a sparse one those of its parts."""
+    """Return the addresses of a gradient, of a sparse one those of its parts."""
     if tensor.layout is torch.sparse_coo:
         parts = [tensor._indices(), tensor._values()]
         return [part.untyped_storage().data_ptr() for part in parts]

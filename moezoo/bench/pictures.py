@@ -132,7 +132,7 @@ def ratios(rows: Sequence[Row]) -> Figure:
 
 
 def _every_second(rows: Sequence[Row]) -> list[int]:
-    """Give the places of every second case's rows, which are shaded so that cases stand apart."""
+    """Return the places of every second case's rows, which are shaded so that cases stand apart."""
     order = list(dict.fromkeys(row.case for row in rows))
     return [place for place, row in enumerate(rows) if order.index(row.case) % 2]
 
@@ -288,7 +288,7 @@ def _intensity(row: Row) -> float:
 
 
 def _rate(row: Row, milliseconds: float | None) -> float:
-    """Give GFLOP/s of the work that must be done, whatever was done beyond it."""
+    """Return GFLOP/s of the work that must be done, whatever was done beyond it."""
     assert row.flops
     assert milliseconds
     return row.flops / milliseconds / 1e6

@@ -214,7 +214,7 @@ def describe(target: Target | None) -> str:
 
 
 def verdict(row: Row, target: Target | None) -> str:
-    """Say whether the target was met, or by how much each part of it was missed."""
+    """Return whether the target was met, or by how much each part of it was missed."""
     if row.outcome != "measured":
         return row.note if row.outcome != "failed" else f"fails: {row.note}"
     if target is None:
@@ -234,7 +234,7 @@ def verdict(row: Row, target: Target | None) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """Give a row of the printed table."""
+    """Return a row of the printed table."""
     return [
         row.title,
         row.shape if row.dtype == "float32" else f"{row.shape} {row.dtype}",

@@ -98,7 +98,7 @@ def run_case(case: Case, options: Options) -> list[Result]:
 
 
 def skipped(case: Case, options: Options, reason: str) -> list[Result]:
-    """Give the results of a case that was not run."""
+    """Return the results of a case that was not run."""
     return _unmeasured(case, options, "skipped", reason)
 
 
@@ -177,7 +177,7 @@ def _admit(
 
 
 def _direction(case: Case, problem: Problem) -> Tensor | None:
-    """Give the output's gradient; None where no backward is wanted."""
+    """Return the output's gradient; None where no backward is wanted."""
     if problem.direction is not None:
         return problem.direction
     if not case.step:

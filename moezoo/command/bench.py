@@ -81,7 +81,7 @@ def bench(
 
 
 def select(cases: str, device: str) -> list[Case]:
-    """Give the cases of a device that are meant.
+    """Return the cases of a device that are meant.
 
     Raises:
         InputError: there is no such case on this device.
@@ -100,7 +100,7 @@ def select(cases: str, device: str) -> list[Case]:
 
 
 def select_peers(peers: str, cases: Sequence[Case]) -> frozenset[str] | None:
-    """Give the names of the peers that are meant; None for all.
+    """Return the names of the peers that are meant; None for all.
 
     Raises:
         InputError: none of the cases has such a peer.

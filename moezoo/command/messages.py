@@ -58,7 +58,7 @@ _TYPE_NAMES = {
 
 
 def render(message: str, known: Iterable[str] = (), prefix: str = "", owner: str = "") -> str:
-    """Give the one line that says what a parser's ``message`` says.
+    """Return the one line that says what a parser's ``message`` says.
 
     Args:
         message: what jsonargparse raised, over several lines.
@@ -99,7 +99,7 @@ def one_line(text: str) -> str:
 
 
 def _problem(key: str, rest: str) -> str:
-    """Say what is wrong with the value of ``key``."""
+    """Return what is wrong with the value of ``key``."""
     rest = inspect.cleandoc(rest).strip()
     if match := _CALLABLE.fullmatch(_without_bullets(rest)):
         return _in_value(key, match["inner"], match["value"], match["base"])
@@ -180,7 +180,7 @@ def _base(rest: str) -> type | None:
 
 
 def _wrong_value(key: str, types: list[str], value: str) -> str:
-    """Say which values ``key`` takes, and which of them is nearest to ``value``."""
+    """Return which values ``key`` takes, and which of them is nearest to ``value``."""
     value = re.sub(r"\['(\w*)'\]", r"\1", value.strip())  # one that stands alone in a list
     choices = [choice for name in types for choice in _literals(name)]
     wanted = list(dict.fromkeys(_describe(name) for name in types if not _literals(name)))

@@ -111,7 +111,7 @@ class CommandParser(ClearErrors, jsonargparse.ArgumentParser):
 
 
 def _may_be_null(action: Any) -> bool:
-    """Tell whether null is a value of an option; jsonargparse takes it for any without a word."""
+    """Return whether null is a value of an option; jsonargparse takes it for any without a word."""
     hint = getattr(action, "_typehint", None)
     if hint is None or action.default in (None, argparse.SUPPRESS):
         return True
@@ -134,7 +134,7 @@ def _check_argument(options: Any, name: str, value: Any) -> None:
 
 
 def _holds_nul(value: Any) -> bool:
-    """Tell whether text holds the character that ends a path, which YAML can write as an escape."""
+    """Return whether text holds a NUL, which ends a path, and which YAML can write as an escape."""
     if isinstance(value, dict):
         return any(_holds_nul(each) for each in (*value, *value.values()))
     if isinstance(value, list | tuple | set):

@@ -45,7 +45,7 @@ def zoo(d_model: int = 512, json: bool = False) -> None:
 
 
 def describe(method: moezoo.Method, d_model: int) -> dict[str, Any]:
-    """Give a method's paper and its cost at a width, without allocating its weights."""
+    """Return a method's paper and its cost at a width, without allocating its weights."""
     with torch.device("meta"):
         layer = method.build(d_model)
     cost = layer.cost()

@@ -191,7 +191,7 @@ class LayerPlan:
         return logits_TN if self.signed else logits_TN.abs()
 
     def weights(self, x: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
-        """Give every expert's weight for every token, ``(T, N)``; 0 where it is not chosen."""
+        """Return every expert's weight for every token, ``(T, N)``; 0 where it is not chosen."""
         logits_TN = self.logits(x, act)
         # By a stable sort, ties go to the lower expert: copies of one row stay together.
         chosen_TK = logits_TN.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]

@@ -120,7 +120,7 @@ def plan_upcycle(options: UpcycleOptions, layer: int, d_model: int, width: int) 
 
 
 def _scales(options: UpcycleOptions) -> tuple[float, float]:
-    """Give the factors on gate and up, and on down."""
+    """Return the factors on gate and up, and on down."""
     factor = float(options.granularity)
     if options.weighting == "softmax":
         factor *= options.num_experts / options.top_k

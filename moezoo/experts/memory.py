@@ -138,7 +138,7 @@ class KeyValueMemory(nn.Module):
         return stats
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Give the group of the values, if they are this memory's own and are trained."""
+        """Return the group of the values, if they are this memory's own and are trained."""
         if not (self.owns_values and self.values.weight.requires_grad):
             return []
         return [
@@ -154,7 +154,7 @@ class KeyValueMemory(nn.Module):
         ]
 
     def rows_per_token(self) -> int:
-        """Give the number of values that a token reads, H K."""
+        """Return the number of values that a token reads, H K."""
         return self.keys.num_heads * self.keys.top_k
 
     def active_parameters(self) -> int:
@@ -163,13 +163,13 @@ class KeyValueMemory(nn.Module):
         return sum(p.numel() for p in trained) + self.rows_per_token() * self.v_dim
 
     def flops_per_token(self) -> int:
-        """Give the forward FLOPs of one token: ``2 D H C + 2 H n C + 2 H K V``."""
+        """Return the forward FLOPs of one token: ``2 D H C + 2 H n C + 2 H K V``."""
         lookup = self.query.flops_per_token() + self.keys.flops_per_token()
         return lookup + self.rows_per_token() * self.table.flops_per_row()
 
 
 def default_num_keys(d_model: int, top_k: int, largest: int) -> int:
-    """Give half-keys per codebook: d_model / 2, no fewer than top_k and no more than largest."""
+    """Return half-keys per codebook: d_model / 2, no fewer than top_k and no more than largest."""
     return max(check_int("top_k", top_k), min(d_model // 2, largest))
 
 

@@ -183,7 +183,7 @@ class MLPExperts(nn.Module):
         return sum(p.numel() for p in self.parameters()) // self.num_experts
 
     def flops_per_assignment(self) -> int:
-        """Give the forward FLOPs of one token in one expert."""
+        """Return the forward FLOPs of one token in one expert."""
         return 2 * (self.gate_up_proj.numel() + self.down_proj.numel()) // self.num_experts
 
 

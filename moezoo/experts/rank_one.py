@@ -141,5 +141,5 @@ class RankOneExperts(nn.Module):
         return whole(table)
 
     def flops_per_assignment(self) -> int:
-        """Give the forward FLOPs of one token in one expert: 2 d per table."""
+        """Return the forward FLOPs of one token in one expert: 2 d per table."""
         return 2 * self.d_model * (3 if self.gated else 2)

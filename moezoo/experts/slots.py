@@ -61,11 +61,11 @@ class PersistentSlots(nn.Module):
         return weights.to(query_BHTC.dtype) @ values, scores_BHTN.logsumexp(-1, keepdim=True)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Give keys and values as attention would read them, each ``(H, N, C)``."""
+        """Return keys and values as attention would read them, each ``(H, N, C)``."""
         return self.head_width**0.5 * self.keys, self.num_slots**0.5 * self.values
 
     def flops_per_token(self) -> int:
-        """Give the forward FLOPs of one token, ``4 H N C``."""
+        """Return the forward FLOPs of one token, ``4 H N C``."""
         return 2 * (self.keys.numel() + self.values.numel())
 
     def extra_repr(self) -> str:

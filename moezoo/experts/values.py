@@ -97,7 +97,7 @@ class ValueTable(nn.Module):
         return dense_TN.scatter_add(1, indices_TK, weights_TK) @ weight
 
     def flops_per_row(self) -> int:
-        """Give the forward FLOPs of one value read."""
+        """Return the forward FLOPs of one value read."""
         return 2 * self.v_dim
 
     def extra_repr(self) -> str:

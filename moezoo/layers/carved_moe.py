@@ -152,7 +152,7 @@ class CarvedMoE(FeedForward):
     def route(
         self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
     ) -> Routing:
-        """Tell who would answer: indices, scores s', statistics, without the experts."""
+        """Return who would answer: indices, scores s', statistics, without the experts."""
         tokens, flat_mask = flatten_tokens(self, hidden, mask)
         read = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
         return self.gate(read, flat_mask)
@@ -209,7 +209,7 @@ class CarvedMoE(FeedForward):
         return slot_load(routing.indices, routing.weights, self.num_experts)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Give u and the router learning rates of their own, and no weight decay."""
+        """Return u and the router learning rates of their own, and no weight decay."""
         rates = {"u": self.u_lr_multiplier, "router": self.router_lr_multiplier}
         members = {"u": [self.u], "router": list(self.gate.parameters())}
         apart = [

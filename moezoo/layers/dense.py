@@ -20,7 +20,7 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"]
 
 
 def default_width(d_model: int, gated: bool) -> int:
-    """Give the usual hidden width: 4 d, or 8/3 d rounded up to a multiple of 16 for a GLU."""
+    """Return the usual hidden width: 4 d, or 8/3 d rounded up to a multiple of 16 for a GLU."""
     return -(-8 * d_model // 48) * 16 if gated else 4 * d_model
 
 

@@ -255,7 +255,7 @@ class FastFeedForward(FeedForward):
         return F.dropout(ones, self.leaf_dropout)
 
     def _weights(self, decisions: _Decisions, hard: bool, dtype: torch.dtype) -> Tensor:
-        """Give every leaf's weight, ``(T, E)``."""
+        """Return every leaf's weight, ``(T, E)``."""
         if hard or decisions.p_TE is None:
             return F.one_hot(decisions.leaf_T, self.num_experts).to(dtype)
         return decisions.p_TE

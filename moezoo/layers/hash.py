@@ -285,7 +285,7 @@ class HashLayer(FeedForward):
     def route(
         self, hidden: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Routing:
-        """Tell who answers: segment r of expert e is number e R + r. Arguments as for a call."""
+        """Return who answers: segment r of expert e is number e R + r. Arguments as for a call."""
         if self.key == "future" and self.training and not self.allow_future:
             raise InputError(
                 "key: 'future' reads the token that is to be predicted; for the paper's bound "
@@ -308,7 +308,7 @@ class HashLayer(FeedForward):
     def _hash(
         self, hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Give each token's experts ``(T, R)``, and the mask of these tokens ``(T,)``."""
+        """Return each token's experts ``(T, R)``, and the mask of these tokens ``(T,)``."""
         self._check_table()
         token_ids, mask = self._aligned(hidden, token_ids, mask)
         missing = self.vocab_size

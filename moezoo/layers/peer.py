@@ -152,7 +152,7 @@ class PEER(FeedForward):
     def route(
         self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tell who would answer, and with what weight: two tensors ``(T, H, K)``.
+        """Return who would answer, and with what weight: two tensors ``(T, H, K)``.
 
         Padding gets experts -1 and weights zero.
         """

@@ -145,7 +145,7 @@ class PersistentMemoryAttention(FeedForward):
         layer_idx: int,
         key_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give queries, all keys and values, and where a key is hidden: (B, 1, T, L)."""
+        """Return queries, all keys and values, and where a key is hidden: (B, 1, T, L)."""
         flatten_tokens(self, hidden, mask)
         if hidden.ndim < 2:
             raise InputError("hidden: give (..., sequence, d_model); attention needs a sequence")

@@ -158,7 +158,7 @@ class SparseMoE(FeedForward):
     def route(
         self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
     ) -> Routing:
-        """Tell who would answer: indices, weights, losses and statistics, without the experts."""
+        """Return who would answer: indices, weights, losses and statistics, without the experts."""
         return self._route(hidden, router_input, mask, limited=True)
 
     def _route(

@@ -160,7 +160,7 @@ class TopKFFN(FeedForward):
         return self.gate_proj(first), self.up_proj(rest)
 
     def _inner(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        """Give every activation, or every pre-activation less the threshold."""
+        """Return every activation, or every pre-activation less the threshold."""
         if self.selection == "statistical":
             return self._excess(up if gate is None else gate)
         act = ACTIVATIONS[self.activation]
@@ -226,7 +226,7 @@ class TopKFFN(FeedForward):
         return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
 
     def _reference_inner(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Give every activation, or every pre-activation less the threshold; and W_up x."""
+        """Return every activation, or every pre-activation less the threshold; and W_up x."""
         up_TF = x_TD[:, -self.up_proj.in_features :] @ self.up_proj.weight.t()
         first_TF = up_TF
         if self.gated:

@@ -58,7 +58,7 @@ def exact_share(factor: float, top_k: int, num_experts: int) -> tuple[int, int]:
 
 
 def within_capacity(indices_TK: Tensor, num_experts: int, capacity: Tensor | int) -> Tensor:
-    """Tell which assignments an expert has room for.
+    """Return which assignments an expert has room for.
 
     First choices of all tokens come before second choices, and among equals the earlier position
     comes first (arXiv:2006.16668, algorithm 1).

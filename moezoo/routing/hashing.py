@@ -140,7 +140,7 @@ def _spread_starts(x_VD: Tensor, num_clusters: int, generator: torch.Generator) 
 
 
 def _nearest(x_VD: Tensor, centres_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each point's squared distance to its nearest centre, and that centre's number."""
+    """Return each point's squared distance to its nearest centre, and that centre's number."""
     found = []
     for part_PD in x_VD.split(8192):
         scores_PK = centres_KD.square().sum(dim=-1) - 2 * part_PD @ centres_KD.t()
@@ -151,7 +151,7 @@ def _nearest(x_VD: Tensor, centres_KD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shifted(token_ids: Tensor, mask: Tensor | None, offset: int, missing: int) -> Tensor:
-    """Give the token ``offset`` places later (earlier if negative), of each place in a sequence.
+    """Return the token ``offset`` places later (earlier if negative), of each place in a sequence.
 
     Args:
         token_ids: ``(..., S)`` int64.

@@ -151,7 +151,7 @@ def alone() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Give the number of data-parallel ranks."""
+    """Return the number of data-parallel ranks."""
     if _ALONE:
         return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -92,6 +92,6 @@ class NeuronRouter(Router):
         return order_TE.gather(1, best_TE[:, : self.top_k])
 
     def flops_per_token(self) -> int:
-        """Give the forward FLOPs of one token: 2 d E, 4 d E for gated neurons."""
+        """Return the forward FLOPs of one token: 2 d E, 4 d E for gated neurons."""
         products = 1 if self.up_weight is None else 2
         return 2 * products * self.d_model * self.num_experts

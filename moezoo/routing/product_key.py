@@ -112,7 +112,7 @@ class ProductKeys(nn.Module):
             return torch.einsum("thc,hnc->thn", queries_THC, keys_HNC).topk(self.top_k, dim=-1)
 
     def flops_per_token(self) -> int:
-        """Give the forward FLOPs of one token: each head compares both halves with n half-keys."""
+        """Return a token's forward FLOPs: each head compares both halves with n half-keys."""
         return 2 * self.num_heads * self.num_keys * self.d_key
 
     def _promote(self, queries_THC: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +231,7 @@ class QueryNetwork(TrainingState):
         mask_T: Tensor | None = None,
         stats: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Give the queries, ``(T, H, C)``; those of padding mean nothing.
+        """Return the queries, ``(T, H, C)``; those of padding mean nothing.
 
         In training with ``norm="batch"`` this moves the running averages, as
         :class:`torch.nn.BatchNorm1d` does, but not in a recomputation, nor once they are deferred.
@@ -244,7 +244,7 @@ class QueryNetwork(TrainingState):
         return self._compute(hidden_TD, mask_T, stats, brute_force=False)
 
     def reference(self, hidden_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:
-        """Give the same queries by torch's own norms, over the real tokens picked out."""
+        """Return the same queries by torch's own norms, over the real tokens picked out."""
         return self._compute(hidden_TD, mask_T, None, brute_force=True)
 
     @torch.no_grad()
@@ -273,7 +273,7 @@ class QueryNetwork(TrainingState):
         self.deferred = True
 
     def flops_per_token(self) -> int:
-        """Give the forward FLOPs of one token: the linear map."""
+        """Return the forward FLOPs of one token: the linear map."""
         return 2 * self.proj.weight.numel()
 
     def _compute(
@@ -356,7 +356,7 @@ def _move(averages: tuple[Tensor, Tensor], stats: Mapping[str, Tensor]) -> None:
 
 
 def _recomputing() -> bool:
-    """Tell whether this is a backward pass, which runs a checkpointed forward pass once more."""
+    """Return whether this is a backward pass, which runs a checkpointed forward pass once more."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -84,7 +84,7 @@ class Problem:
         )
 
     def outputs(self, function: Callable[..., Tensor], **options: object) -> list[Tensor]:
-        """Give the output and all gradients."""
+        """Return the output and all gradients."""
         output = self.run(function, **options)
         gradients = torch.autograd.grad(output, self.differentiable(), self.grad.to(output.dtype))
         return [output.detach(), *gradients]
@@ -187,7 +187,7 @@ class RankOneProblem:
         return function(*operands, activation=self.activation, gate=self.gate, **options)
 
     def outputs(self, function: Callable[..., Tensor], **options: object) -> dict[str, Tensor]:
-        """Give the output and all gradients."""
+        """Return the output and all gradients."""
         names = ["x", "u", "v", "weights"] + ([] if self.gate is None else ["gate"])
         for name in names:
             getattr(self, name).requires_grad_()

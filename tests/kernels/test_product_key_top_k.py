@@ -36,7 +36,7 @@ VALUES = ("normal", "few", "rounded", "equal", "masked", "nan")
 
 
 def _run(function, halves, top_k, grad=None):
-    """Give scores, slots and the gradient of the halves."""
+    """Return scores, slots and the gradient of the halves."""
     halves = halves.detach().requires_grad_()
     scores, slots = function(halves, top_k)
     if grad is None:

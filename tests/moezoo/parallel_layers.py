@@ -52,7 +52,7 @@ def build(name: str) -> FeedForward:
 
 
 def inputs(sizes: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give all tokens, their ids, and the gradient of what they become."""
+    """Return all tokens, their ids, and the gradient of what they become."""
     first, second, same = SIZES[sizes]
     generator = torch.Generator().manual_seed(1)
     shape = (first + second, WIDTH)
@@ -76,7 +76,7 @@ def compute(layer: FeedForward, sizes: str, tokens: slice, recompute: bool = Fal
 
 
 def gradients(layer: FeedForward, ranks: int) -> Outcome:
-    """Give the sums over ranks of the parameters' gradients, by name."""
+    """Return the sums over ranks of the parameters' gradients, by name."""
     total = {}
     for name, parameter in layer.named_parameters():
         if isinstance(parameter, DTensor):  # a mean over the ranks already

@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 def output_biases(layer, hidden, context):
-    """Give what a layer adds that no neuron writes."""
+    """Return what a layer adds that no neuron writes."""
     total = torch.zeros(hidden.shape[-1], dtype=hidden.dtype)
     if isinstance(layer, moezoo.DenseFFN) and layer.bias:
         total = layer.down_proj.bias

@@ -72,7 +72,7 @@ ELSEWHERE = {
 
 
 def commands_of(page: Path) -> list[list[str]]:
-    """Give the words of a page's commands; lines for the shell, pip or make are left out."""
+    """Return the words of a page's commands; lines for the shell, pip or make are left out."""
     lines = [line for block in blocks(page, "sh") for line in joined(block).splitlines()]
     words = [shlex.split(line, comments=True) for line in lines]
     return [line for line in words if line[:1] == ["moezoo"] or line[:2] == ["python", "-m"]]

@@ -143,7 +143,7 @@ def free_port() -> int:
 
 
 def as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Give the variables by which a launcher tells a process who it is."""
+    """Return the variables by which a launcher tells a process who it is."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

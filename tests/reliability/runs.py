@@ -15,7 +15,7 @@ STATES = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_st
 
 
 def callback(name: str, **arguments) -> str:
-    """Give the argument that adds a callback to a run."""
+    """Return the argument that adds a callback to a run."""
     given = ", ".join(f"{key}: {value}" for key, value in arguments.items())
     return f"--trainer.callbacks=[{{class_path: callbacks.{name}, init_args: {{{given}}}}}]"
 
@@ -64,7 +64,7 @@ def names(run: Path) -> list[str]:
 
 
 def moment(folder: Path) -> str:
-    """Say what a process that was killed had been writing in a folder, or had written last."""
+    """Return what a process that was killed had been writing in a folder, or had written last."""
     found = sorted(folder.rglob("*"))
     started = [path for path in found if re.search(r"\.(tmp|new|old|unfinished)", path.name)]
     files = [path for path in found if path.is_file()]

@@ -39,7 +39,7 @@ def remove(run: Path, *names: str) -> None:
 
 
 def refused(capsys, folder: Path, *arguments: str) -> str:
-    """Give the one line of a refusal, which changes nothing."""
+    """Return the one line of a refusal, which changes nothing."""
     before = contents(folder)
     assert main(arguments) == 2
     assert contents(folder) == before

@@ -263,7 +263,7 @@ def snapshot(work: Path) -> set[tuple[str, bytes]]:
 
 
 def judge(ended) -> tuple[str, str]:
-    """Say how a command took what it was given."""
+    """Return how a command took what it was given."""
     lines = ended.output.splitlines() or [""]
     last = lines[-1][:300]
     if ended.code in (-9, -24) or re.search(r"MemoryError|allocate memory|bad_alloc", ended.output):

@@ -34,7 +34,7 @@ def forward(
     assignments: Assignments,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Give the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
+    """Return the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
     w_in, w_out, bias_in, bias_out, activation, gated = experts
     passes = RowPasses(x.dtype, activation, gated)
     output = torch.zeros(x.shape, dtype=passes.accumulation)
@@ -61,7 +61,7 @@ def is_few(slots: int, num_experts: int, dtype: torch.dtype) -> bool:
 
 
 def few(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor, rows: int) -> Tensor:
-    """Give the output (T, D) of a handful of tokens: no sort, no copy, no product of matrices."""
+    """Return the output (T, D) of a handful of tokens: no sort, no copy, no product of matrices."""
     w_in, w_out, bias_in, bias_out, activation, gated = experts
     num_experts, width, hidden_width = w_out.shape
     check(indices, num_experts, rows)
@@ -96,7 +96,7 @@ def backward(
     assignments: Assignments,
     needs: Needs,
 ) -> Gradients:
-    """Give the gradients, recomputing the activation from the pre-activations ``inner``."""
+    """Return the gradients, recomputing the activation from the pre-activations ``inner``."""
     w_in, w_out, bias_in, bias_out, activation, gated = experts
     passes = RowPasses(x.dtype, activation, gated)
     accumulation = passes.accumulation
@@ -151,7 +151,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> T
 
 
 def _gradient(parameter: Tensor | None, needed: bool, unused: Tensor) -> Tensor | None:
-    """Give a buffer for a stacked gradient, written only where the expert is unused: zeros."""
+    """Return a buffer for a stacked gradient, written only where the expert is unused: zeros."""
     if parameter is None or not needed:
         return None
     gradient = torch.empty(parameter.shape, dtype=parameter.dtype)

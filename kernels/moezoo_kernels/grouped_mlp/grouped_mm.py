@@ -27,7 +27,7 @@ def forward(
     keep: bool,
     stages: Stages = TORCH,
 ) -> tuple[Tensor, Tensor]:
-    """Give the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
+    """Return the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
     w_in, w_out, bias_in, bias_out, activation, gated = experts
     ends = assignments.ends
     x_N = stages.gather(x, assignments.tokens)
@@ -52,7 +52,7 @@ def backward(
     needs: Needs,
     stages: Stages = TORCH,
 ) -> Gradients:
-    """Give the gradients, recomputing the activation from the pre-activations ``inner``."""
+    """Return the gradients, recomputing the activation from the pre-activations ``inner``."""
     w_in, w_out, bias_in, bias_out, activation, gated = experts
     accumulation = accumulation_dtype(x.dtype)
     order, ends, tokens = assignments.order, assignments.ends, assignments.tokens
@@ -85,7 +85,7 @@ def backward(
 
 
 def _experts(assignments: Assignments) -> Tensor:
-    """Give the expert of each row, ``(N,)``; padding gets the last one."""
+    """Return the expert of each row, ``(N,)``; padding gets the last one."""
     rows = torch.arange(assignments.order.numel(), device=assignments.order.device)
     experts = torch.searchsorted(assignments.ends, rows, right=True)
     return experts.clamp_(max=assignments.ends.numel() - 1)

@@ -48,7 +48,7 @@ def forward(
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give the output (T, D), pre-activations (N, I), row order (N,) and group ends (E,).
+    """Return the output (T, D), pre-activations (N, I), row order (N,) and group ends (E,).
 
     Without ``keep`` no backward can follow, and all but the output are empty.
     """
@@ -105,7 +105,7 @@ def backward(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give the gradients in the order of :class:`Needs`; one that is not needed is empty."""
+    """Return the gradients in the order of :class:`Needs`; one that is not needed is empty."""
     experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
     assignments = Assignments(order, ends, weights.shape[1])
     with torch.autocast(x.device.type, enabled=False):

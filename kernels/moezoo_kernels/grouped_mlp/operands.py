@@ -42,5 +42,5 @@ class Gradients(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype of sums over a token's experts: fp32, or fp64 if the operands are."""
+    """Return the dtype of sums over a token's experts: fp32, or fp64 if the operands are."""
     return torch.promote_types(dtype, torch.float32)

@@ -36,7 +36,7 @@ class RowPasses:
             self._dtype = native.dtype_code(dtype)
 
     def activate(self, inner: Tensor) -> Tensor:
-        """Give the hidden activations (n, F) of pre-activations (n, I)."""
+        """Return the hidden activations (n, F) of pre-activations (n, I)."""
         if not self.native:
             return activate(inner, self.activation, self.gated)
         n, width = inner.shape

@@ -62,7 +62,7 @@ class Stages(NamedTuple):
 
 
 def is_padding(assignments: Assignments) -> Tensor:
-    """Tell which rows hold no assignment, ``(N,)``."""
+    """Return which rows hold no assignment, ``(N,)``."""
     rows = torch.arange(assignments.order.numel(), device=assignments.order.device)
     return rows >= assignments.ends[-1]
 

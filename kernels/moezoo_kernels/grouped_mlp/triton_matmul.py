@@ -214,7 +214,7 @@ def outer(left: Rows, right: Rows, ends: Tensor) -> Tensor:
 
 
 def _tiles(ends: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Give each tile's group, E for none, and its first row; as many as could be needed."""
+    """Return each tile's group, E for none, and its first row; as many as could be needed."""
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     tile_ends = ((ends - starts + _ROWS - 1) // _ROWS).cumsum(0)
     tiles = torch.arange(triton.cdiv(rows, _ROWS) + ends.numel(), device=ends.device)

@@ -88,7 +88,7 @@ def _activate_backward(
 
 
 def activate(inner: Tensor, activation: str, gated: bool) -> Tensor:
-    """Give the hidden activations (N, F) of pre-activations (N, I)."""
+    """Return the hidden activations (N, F) of pre-activations (N, I)."""
     rows, inner_width = inner.shape
     width = inner_width // 2 if gated else inner_width
     hidden = inner.new_empty(rows, width)

@@ -12,7 +12,7 @@ from moezoo_kernels import native
 
 
 def forward(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Give scores (T, H, K) and slots (T, H, K) int64, best first."""
+    """Return scores (T, H, K) and slots (T, H, K) int64, best first."""
     halves = with_dense_rows(halves)
     _, tokens, heads, n = halves.shape
     scores = torch.empty(tokens, heads, top_k)
@@ -25,7 +25,7 @@ def forward(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad: Tensor, slots: Tensor, n: int, by_head: bool) -> Tensor:
-    """Give the gradient of the halves, (2, T, H, n), laid out as they were."""
+    """Return the gradient of the halves, (2, T, H, n), laid out as they were."""
     halves = empty_halves(grad, n, by_head)
     tokens, heads, top_k = slots.shape
     sizes = (tokens, heads, n, top_k)
@@ -41,14 +41,14 @@ def is_by_head(halves: Tensor) -> bool:
 
 
 def with_dense_rows(halves: Tensor) -> Tensor:
-    """Give half scores that lie in memory as (H, 2, T, n) or (2, T, H, n): a copy if need be."""
+    """Return half scores that lie in memory as (H, 2, T, n) or (2, T, H, n): a copy if need be."""
     if not is_by_head(halves):
         return halves.contiguous()
     return halves.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
 
 
 def in_memory_order(halves: Tensor) -> Tensor:
-    """Give a contiguous view of half scores with dense rows."""
+    """Return a contiguous view of half scores with dense rows."""
     return halves if halves.is_contiguous() else halves.permute(2, 0, 1, 3)
 
 

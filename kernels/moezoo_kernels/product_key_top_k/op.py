@@ -19,7 +19,7 @@ from moezoo_kernels.product_key_top_k import cpu
 
 @torch.library.custom_op("moezoo::product_key_top_k", mutates_args=())
 def forward(halves: Tensor, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Give scores (T, H, K) and slots (T, H, K) int64, best first."""
+    """Return scores (T, H, K) and slots (T, H, K) int64, best first."""
     return _implementation(backend).forward(halves, top_k)
 
 
@@ -32,7 +32,7 @@ def _(halves: Tensor, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("moezoo::product_key_top_k_backward", mutates_args=())
 def backward(grad: Tensor, slots: Tensor, n: int, by_head: bool, backend: str) -> Tensor:
-    """Give the gradient of the halves, (2, T, H, n), in the order (H, 2, T, n) if ``by_head``."""
+    """Return the gradient of the halves, (2, T, H, n), in the order (H, 2, T, n) if ``by_head``."""
     return _implementation(backend).backward(grad, slots, n, by_head)
 
 

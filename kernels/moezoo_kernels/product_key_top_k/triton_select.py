@@ -122,7 +122,7 @@ def _scatter(
 
 @on_its_device
 def forward(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Give scores (T, H, K) and slots (T, H, K) int64, best first."""
+    """Return scores (T, H, K) and slots (T, H, K) int64, best first."""
     _, tokens, heads, n = halves.shape
     if n > _MOST_KEYS or top_k > _MOST_CHOICES:
         return staircase.product_key_top_k(halves, top_k)
@@ -140,7 +140,7 @@ def forward(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 @on_its_device
 def backward(grad: Tensor, slots: Tensor, n: int, by_head: bool) -> Tensor:
-    """Give the gradient of the halves, (2, T, H, n), laid out as they were."""
+    """Return the gradient of the halves, (2, T, H, n), laid out as they were."""
     halves = empty_halves(grad, n, by_head)
     tokens, heads, top_k = slots.shape
     if halves.numel():

@@ -29,7 +29,7 @@ def forward(
     indices: Tensor,  # (T, J)
     weights: Tensor,  # (T, J)
 ) -> tuple[Tensor, Tensor]:
-    """Give the output (T, D) and the pre-activations (T, I), the gate's half first."""
+    """Return the output (T, D) and the pre-activations (T, I), the gate's half first."""
     num_experts = experts.u.shape[0]
     tokens, choices, width = *indices.shape, x.shape[1]
     output = torch.empty(tokens, width, dtype=torch.float32)
@@ -60,7 +60,7 @@ def backward(
     needs: Needs,
     sparse: bool,
 ) -> Gradients:
-    """Give the gradients, recomputing the activation from the pre-activations."""
+    """Return the gradients, recomputing the activation from the pre-activations."""
     tokens, choices, width = *indices.shape, x.shape[1]
     num_experts = experts.u.shape[0]
     grad_x = torch.empty(tokens, width, dtype=torch.float32) if needs.x else None

@@ -37,7 +37,7 @@ def forward(
     sparse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Give the output (T, D) and the pre-activations (T, I), the gate's half first.
+    """Return the output (T, D) and the pre-activations (T, I), the gate's half first.
 
     With ``sparse`` the tables' gradients are sparse tensors of the rows that were read.
     """
@@ -78,7 +78,7 @@ def backward(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give the gradients in the order of :class:`Needs`, then the rows of the tables' gradients.
+    """Return the gradients in the order of :class:`Needs`, then the rows of the tables' gradients.
 
     What is not needed is empty. Without ``sparse`` the tables' gradients have all rows, and the
     last output is empty.

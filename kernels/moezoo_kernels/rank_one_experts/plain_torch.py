@@ -27,7 +27,7 @@ def forward(
     indices: Tensor,  # (T, J)
     weights: Tensor,  # (T, J)
 ) -> tuple[Tensor, Tensor]:
-    """Give the output (T, D) and the pre-activations (T, I), the gate's half first."""
+    """Return the output (T, D) and the pre-activations (T, I), the gate's half first."""
     inner = _dots(x, experts.u, indices, weights.dtype)
     if experts.gate is not None:
         inner = torch.cat([_dots(x, experts.gate, indices, weights.dtype), inner], dim=-1)
@@ -45,7 +45,7 @@ def backward(
     needs: Needs,
     sparse: bool,
 ) -> Gradients:
-    """Give the gradients, recomputing the activation from the pre-activations.
+    """Return the gradients, recomputing the activation from the pre-activations.
 
     That of ``v`` is a sum of rows of ``grad``, those of ``u`` and ``gate`` are sums of rows of
     ``x``.

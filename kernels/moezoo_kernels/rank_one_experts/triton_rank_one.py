@@ -123,7 +123,7 @@ def forward(
     indices: Tensor,  # (T, J)
     weights: Tensor,  # (T, J)
 ) -> tuple[Tensor, Tensor]:
-    """Give the output (T, D) and the pre-activations (T, I), the gate's half first."""
+    """Return the output (T, D) and the pre-activations (T, I), the gate's half first."""
     tokens, choices = indices.shape
     indices, coefficients = indices.contiguous(), _like(indices)
     inner = coefficients.new_empty(tokens, choices * (2 if experts.gated else 1))
@@ -146,7 +146,7 @@ def backward(
     needs: Needs,
     sparse: bool,
 ) -> Gradients:
-    """Give the gradients, recomputing the activation from the pre-activations."""
+    """Return the gradients, recomputing the activation from the pre-activations."""
     indices, grad = indices.contiguous(), grad.contiguous()
     coefficients, of_weights, of_u = (_like(indices) for _ in range(3))
     of_gate = _like(indices) if experts.gated else of_u
@@ -181,7 +181,7 @@ def _like(indices: Tensor) -> Tensor:
 
 
 def _constants(experts: Experts, choices: int) -> dict[str, int | bool]:
-    """Give what a kernel is compiled for; nothing of it is tuned, as it orders the dot's sum."""
+    """Return what a kernel is compiled for; nothing of it is tuned, as it orders the dot's sum."""
     width = experts.u.shape[1]
     columns = min(_MOST_COLUMNS, triton.next_power_of_2(max(1, width)))
     return {

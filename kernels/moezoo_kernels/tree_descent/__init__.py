@@ -58,7 +58,7 @@ def leaf_mlp(
     bias_in: Tensor | None = None,
     bias_out: Tensor | None = None,
 ) -> Tensor:
-    """Give each token the answer of its leaf, a narrow MLP: ``grouped_mlp`` with one expert.
+    """Return for each token the output of its leaf, a narrow MLP: ``grouped_mlp`` with one expert.
 
     For token t with leaf ``e = leaves[t]``::
 

@@ -20,7 +20,7 @@ from moezoo_kernels.tree_descent.shapes import depth_of
 
 @torch.library.custom_op("moezoo::tree_descent", mutates_args=())
 def tree_descent(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-    """Give each token's leaf, (T,) int64."""
+    """Return each token's leaf, (T,) int64."""
     return _implementation(backend).tree_descent(x, weight, bias)
 
 
@@ -41,7 +41,7 @@ def leaf_mlp(
     gated: bool,
     backend: str,
 ) -> Tensor:
-    """Give the answer of each token's leaf, (T, D) fp32."""
+    """Return the answer of each token's leaf, (T, D) fp32."""
     run = _implementation(backend).leaf_mlp
     return run(x, leaves, w_in, w_out, bias_in, bias_out, activation, gated)
 
@@ -71,7 +71,7 @@ def path_neurons(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Give the sum of the answers, (T, D) fp32, and the bottom neurons, (T, P) int64."""
+    """Return the sum of the answers, (T, D) fp32, and the bottom neurons, (T, P) int64."""
     run = _implementation(backend).path_neurons
     return run(x, asking, in_weight, in_bias, out_weight, activation)
 

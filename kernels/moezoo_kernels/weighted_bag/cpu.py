@@ -16,7 +16,7 @@ from moezoo_kernels.row_sums import Assignments
 
 
 def forward(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Give the bags, ``(T, V)``."""
+    """Return the bags, ``(T, V)``."""
     (tokens, choices), width = indices.shape, table.shape[1]
     output = table.new_empty(tokens, width)
     native.call(
@@ -41,7 +41,7 @@ def backward(
     assignments: Assignments | None,
     needs_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Give the gradients of the table's rows (R, V), if sorted for it, and of weights (T, J)."""
+    """Return the gradients of the table's rows (R, V), if sorted for it, and of weights (T, J)."""
     grad, table = grad.contiguous(), table.contiguous()
     (tokens, choices), width = indices.shape, table.shape[1]
     dtype = native.dtype_code(table.dtype)

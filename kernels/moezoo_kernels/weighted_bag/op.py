@@ -23,7 +23,7 @@ from moezoo_kernels.weighted_bag import cpu, plain
 
 @torch.library.custom_op("moezoo::weighted_bag", mutates_args=())
 def forward(table: Tensor, indices: Tensor, weights: Tensor, sparse: bool, backend: str) -> Tensor:
-    """Give the bags, ``(T, V)`` in the table's dtype; weights are fp32, fp64 for fp64 tables."""
+    """Return the bags, ``(T, V)`` in the table's dtype; weights are fp32, fp64 for fp64 tables."""
     check_range(indices, table.shape[0])
     with torch.autocast(table.device.type, enabled=False):
         return _implementation(backend).forward(table, indices, weights)
@@ -46,7 +46,7 @@ def backward(
     needs_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Give the gradients of the table's rows (R, V), if sorted for it, and of weights (T, J).
+    """Return the gradients of the table's rows (R, V), if sorted for it, and of weights (T, J).
 
     One that is not wanted is empty.
     """

@@ -17,7 +17,7 @@ _DEFAULT_CHUNK_BYTES = 1 << 26
 
 
 def forward(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Give the bags, ``(T, V)``."""
+    """Return the bags, ``(T, V)``."""
     if indices.numel() == 0:
         return table.new_zeros(indices.shape[0], table.shape[1])
     kept = weights.masked_fill(indices < 0, 0.0).to(table.dtype)
@@ -32,7 +32,7 @@ def backward(
     assignments: Assignments | None,
     needs_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Give the gradients of the table's rows (R, V), if sorted for it, and of weights (T, J)."""
+    """Return the gradients of the table's rows (R, V), if sorted for it, and of weights (T, J)."""
     of_table = of_weights = None
     if assignments is not None:
         of_table = sum_rows(grad, weights, assignments.order, assignments.starts, table.dtype)

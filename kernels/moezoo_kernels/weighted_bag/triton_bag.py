@@ -118,7 +118,7 @@ def _dots(
 
 @on_its_device
 def forward(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Give the bags, ``(T, V)``."""
+    """Return the bags, ``(T, V)``."""
     (tokens, choices), width = indices.shape, table.shape[1]
     output = table.new_empty(tokens, width)
     if output.numel():
@@ -136,7 +136,7 @@ def backward(
     assignments: Assignments | None,
     needs_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Give the gradients of the table's rows (R, V), if sorted for it, and of weights (T, J)."""
+    """Return the gradients of the table's rows (R, V), if sorted for it, and of weights (T, J)."""
     grad, width, choices = grad.contiguous(), table.shape[1], indices.shape[1]
     of_table = of_weights = None
     if assignments is not None:
@@ -156,5 +156,5 @@ def backward(
 
 
 def _by_columns(rows: int, width: int) -> Callable[[dict[str, int]], tuple[int, int]]:
-    """Give the grid: rows, and the blocks of columns that a configuration needs."""
+    """Return the grid: rows, and the blocks of columns that a configuration needs."""
     return lambda constants: (rows, triton.cdiv(width, constants["COLUMNS"]))

@@ -20,7 +20,7 @@ _AT_ONCE = 1 << 24
 
 
 def crc_of(file: IO[bytes], start: int = 0) -> int:
-    """Give the checksum of the rest of a file.
+    """Return the checksum of the rest of a file.
 
     Args:
         file: open, in binary mode.
@@ -32,7 +32,7 @@ def crc_of(file: IO[bytes], start: int = 0) -> int:
 
 
 def crc_of_file(path: Path) -> int:
-    """Give the checksum of a whole file."""
+    """Return the checksum of a whole file."""
     with path.open("rb") as file:
         return crc_of(file)
 
@@ -86,7 +86,7 @@ def sealed_header(header: dict[str, Any], total: int) -> bytes:
 
 
 def sum_of_header(header: dict[str, Any]) -> int:
-    """Give the checksum of a header, of all but the checksum that it may hold."""
+    """Return the checksum of a header, of all but the checksum that it may hold."""
     metadata = {n: value for n, value in header.get(_METADATA, {}).items() if n != _FIELD}
     return zlib.crc32(json.dumps({**header, _METADATA: metadata}, sort_keys=True).encode())
 

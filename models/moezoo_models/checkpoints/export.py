@@ -127,7 +127,7 @@ def stock_config(model: MoezooForCausalLM) -> PreTrainedConfig:
 
 
 def _block(model: MoezooForCausalLM) -> tuple[int, str, bool]:
-    """Give width, activation and bias of the blocks, if they are what stock models have."""
+    """Return width, activation and bias of the blocks, if they are what stock models have."""
     blocks = [layer.mlp for layer in model.model.layers]
     for number, block in enumerate(blocks):
         if not isinstance(block, DenseFFN):
@@ -161,5 +161,5 @@ def _candidates(
 
 
 def _comparable(config: MoezooConfig) -> dict[str, Any]:
-    """Give the fields that matter; the blocks are compared where they are built."""
+    """Return the fields that matter; the blocks are compared where they are built."""
     return {key: value for key, value in config.to_dict().items() if key not in _NAMELESS}

@@ -244,7 +244,7 @@ def keep_generation(model: Any, admitted: Admitted) -> None:
 
 
 def is_pickled(file: Path) -> bool:
-    """Tell whether a file of weights is one of ``torch.save``."""
+    """Return whether a file of weights is one of ``torch.save``."""
     return file.suffix != ".safetensors"
 
 
@@ -304,7 +304,7 @@ def _expected(model: Any, found: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
 
 
 def _derived(name: str) -> bool:
-    """Tell whether a tensor follows from the configuration, as old Llamas' frequencies do."""
+    """Return whether a tensor follows from the configuration, as old Llamas' frequencies do."""
     return name.endswith("rotary_emb.inv_freq")
 
 

@@ -285,11 +285,11 @@ class Carving:
             self._nats = run.run(lambda: bar.advance(task))
 
     def plan(self, layer: int) -> LayerPlan:
-        """Give a layer's plan."""
+        """Return a layer's plan."""
         return self._plans.read(layer)
 
     def report(self, written: Path, loads: bool) -> dict[str, Any]:
-        """Say what was measured.
+        """Return what was measured.
 
         Args:
             written: the checkpoint.

@@ -265,5 +265,5 @@ def _measure(
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Give the relative drift that rounding explains."""
+    """Return the relative drift that rounding explains."""
     return 1e-5 if dtype == torch.float32 else 5e-2

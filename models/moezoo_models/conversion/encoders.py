@@ -178,7 +178,7 @@ def _call_of_first(model: nn.Module, layer: nn.Module, batch: Batch) -> _Call:
 
 
 def _inputs(layer: Any, call: _Call, mask: Tensor | None) -> Tensor:
-    """Tell what a layer's feed-forward block sees of the tokens that are no padding, ``(T, D)``."""
+    """Return what a layer's block sees of the tokens that are no padding, ``(T, D)``."""
     seen: list[Tensor] = []
     hook = layer.intermediate.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:

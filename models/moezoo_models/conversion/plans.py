@@ -130,5 +130,5 @@ def _rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _power_of_two(value: float) -> float:
-    """Give the largest power of two that is not larger."""
+    """Return the largest power of two that is not larger."""
     return 2.0 ** math.floor(math.log2(value))

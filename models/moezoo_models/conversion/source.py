@@ -149,7 +149,7 @@ def projection_name(layer: int, projection: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """Tell which block a tensor belongs to; None for those outside."""
+    """Return which block a tensor belongs to; None for those outside."""
     match = _LAYER.match(name)
     return int(match[1]) if match else None
 
@@ -196,7 +196,7 @@ def _config(families: list[str], directory: Path, raw: dict[str, Any]) -> Any:
 
 
 def _other(kind: str, families: list[str], directory: Path) -> str:
-    """Say why an architecture is not one of those that can be converted."""
+    """Return why an architecture is not one of those that can be converted."""
     known = ", ".join(families)
     if kind == MoezooConfig.model_type:
         return (

@@ -61,7 +61,7 @@ class Stage:
 
     @torch.no_grad()
     def inputs(self, states: Tensor) -> Tensor:
-        """Give what the feed-forward block sees, ``(T, D)``.
+        """Return what the feed-forward block sees, ``(T, D)``.
 
         Args:
             states: ``(W, L, D)``, what comes into the layer.
@@ -103,7 +103,7 @@ class Head:
 
     @torch.no_grad()
     def nats(self, states: Tensor, tokens: Tensor, skipped: int) -> Tensor:
-        """Give the cross-entropy of all windows' tokens after their first, ``(W, ≤ L - 1)`` fp32.
+        """Return the cross-entropy of all windows' tokens after their first, ``(W, ≤ L - 1)`` fp32.
 
         Args:
             states: ``(W, L, D)``, what the last layer put out.
@@ -118,7 +118,7 @@ class Head:
 
 
 def next_token_nats(logits: Tensor, tokens: Tensor, skipped: int) -> Tensor:
-    """Give the cross-entropy of one window's tokens after the first, fp32.
+    """Return the cross-entropy of one window's tokens after the first, fp32.
 
     Args:
         logits: ``(L, vocabulary)``.

@@ -98,7 +98,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Give continuations' log probabilities in nats, and whether each is the likeliest.
+        """Return continuations' log probabilities in nats, and whether each is the likeliest.
 
         Context and continuation are encoded together; spaces between them go with the latter.
         """
@@ -107,7 +107,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Give the log probability of whole texts, in nats.
+        """Return the log probability of whole texts, in nats.
 
         Each token is predicted once, in windows that do not overlap but for the last, which is
         as long as the others.
@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Give each continuation's log probability, and whether it is the likeliest throughout.
+        """Return each continuation's log probability, and whether it is the likeliest throughout.
 
         Args:
             requests: what is ignored here, the context's tokens, and the continuation's.
@@ -143,7 +143,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _text(self, context: list[int], targets: list[int]) -> tuple[list[int], list[int]]:
-        """Give the tokens to read and those to predict at their end."""
+        """Return the tokens to read and those to predict at their end."""
         if len(targets) > self.length:
             raise InputError(
                 f"sequence_length: an answer has {len(targets)} tokens, more than the model's "
@@ -326,6 +326,6 @@ class _Stops(StoppingCriteria):
 
 
 def _mixes_texts(model: PreTrainedModel) -> bool:
-    """Tell whether a layer's answer to a token depends on the other texts of a batch."""
+    """Return whether a layer's answer to a token depends on the other texts of a batch."""
     layers = [layer for layer in model.modules() if isinstance(layer, FeedForward)]
     return any(not layer.causal or getattr(layer, "capacity", None) for layer in layers)

@@ -166,7 +166,7 @@ def _windows(num_tokens: int, length: int, stride: int) -> list[Window]:
 
 
 def _losses(model: PreTrainedModel, stream: Tensor, windows: list[Window]) -> list[float]:
-    """Give the nats of each window's positions that count; logits are made for those only."""
+    """Return the nats of each window's positions that count; logits are made for those only."""
     inputs = torch.stack([stream[begin:end] for begin, end, _ in windows]).to(model.device)
     whole: Any = model
     hidden = whole.model(input_ids=inputs, use_cache=False).last_hidden_state

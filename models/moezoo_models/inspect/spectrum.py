@@ -66,7 +66,7 @@ class Spectra:
         return Spectrum(**{**mean, "width": self.eigenvalues.shape[1]})
 
     def shares(self) -> Tensor:
-        """Give each direction's share of the variance, averaged likewise: ``(D,)``."""
+        """Return each direction's share of the variance, averaged likewise: ``(D,)``."""
         total = self.eigenvalues.sum(dim=-1, keepdim=True)
         live = total.squeeze(-1) > 0
         if not live.any():
@@ -74,7 +74,7 @@ class Spectra:
         return (self.eigenvalues / total.clamp(min=1e-300))[live].mean(dim=0)
 
     def row(self) -> dict[str, Any]:
-        """Give one line of a table."""
+        """Return one line of a table."""
         summary = asdict(self.summary())
         fewest = None if self.tokens is None else int(self.tokens.min())
         head = {"layer": self.layer, "method": self.method, "what": self.what}

@@ -59,7 +59,7 @@ class NeuronTriggers:
     agreement: Agreement
 
     def strength(self) -> Tensor:
-        """Give the largest coefficient times the length of the value, ``(N,)``; at least 0."""
+        """Return the largest coefficient times the length of the value, ``(N,)``; at least 0."""
         return self.coefficients[:, 0].clamp(min=0.0) * self.says.lengths
 
 

@@ -60,7 +60,7 @@ def _flash_missing() -> str | None:
 
 
 def xformers_missing() -> str | None:
-    """Say why xformers cannot be used here; None if it can."""
+    """Return why xformers cannot be used here; None if it can."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install 'moezoo[xformers]')"
     if not torch.cuda.is_available():

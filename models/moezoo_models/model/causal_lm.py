@@ -127,7 +127,7 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
 
 
 def next_token_loss(logits: Tensor, next_tokens: Tensor) -> Tensor:
-    """Give the mean cross-entropy in fp32; 0 where every label is ignored.
+    """Return the mean cross-entropy in fp32; 0 where every label is ignored.
 
     Args:
         logits: ``(batch, sequence, vocab_size)``.

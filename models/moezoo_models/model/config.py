@@ -168,7 +168,7 @@ class MoezooConfig(PreTrainedConfig):
                     check_int(name, token, minimum=0, maximum=self.vocab_size - 1)
 
     def feed_forward(self, layer: int) -> tuple[int, dict[str, Any]]:
-        """Give the rule that governs a layer: its number in ``ffn``, and the rule."""
+        """Return the rule that governs a layer: its number in ``ffn``, and the rule."""
         depth = self.num_hidden_layers
         governing = [layer in select_layers(rule["layers"], depth) for rule in self.ffn]
         last = max(number for number, governs in enumerate(governing) if governs)

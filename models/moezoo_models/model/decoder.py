@@ -134,7 +134,7 @@ class MoezooModel(MoezooPreTrainedModel):
         return cast("Iterator[DecoderLayer]", iter(self.layers))
 
     def looks_back(self) -> bool:
-        """Tell whether a layer routes on earlier tokens and so wants ``context_ids``."""
+        """Return whether a layer routes on earlier tokens and so wants ``context_ids``."""
         return any(block.mlp.needs_earlier_tokens for block in self.blocks())
 
     def _record_ffn_arguments(self) -> None:
@@ -251,7 +251,7 @@ class MoezooModel(MoezooPreTrainedModel):
         context_mask: Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Give all tokens so far and their mask, for layers that route on earlier tokens."""
+        """Return all tokens so far and their mask, for layers that route on earlier tokens."""
         if input_ids is None or not self.looks_back():
             return None, None
         if context_ids is None and (

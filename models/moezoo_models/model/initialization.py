@@ -101,7 +101,7 @@ def drawn_later(wanted: bool = True) -> Iterator[Drawn | None]:
 
 
 def filled_later() -> Drawn | None:
-    """Give what will fill the model that is being built, if anything will."""
+    """Return what will fill the model that is being built, if anything will."""
     return _DRAWN.get()
 
 

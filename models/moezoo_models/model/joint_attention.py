@@ -146,7 +146,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """Give the gradients of the joint softmax by the operator's own backward pass.
+    """Return the gradients of the joint softmax by the operator's own backward pass.
 
     It recomputes a weight as ``exp(score - lse)`` and subtracts the row's ``grad · output``. Given
     the joint log-sum-exp and the merged output, both are the joint softmax's, as in ring attention

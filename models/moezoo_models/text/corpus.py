@@ -307,7 +307,7 @@ def _check_suffix(file: Path) -> None:
 
 
 def announced_encoding(content: bytes) -> str | None:
-    """Say which encoding the first bytes of a file announce, if it is UTF-16 or UTF-32."""
+    """Return which encoding the first bytes of a file announce, if it is UTF-16 or UTF-32."""
     return next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
 
 

@@ -224,5 +224,5 @@ def torchtitan(parts: Experts) -> Contender:
 
 
 def _halves(parts: Experts) -> list[Tensor]:
-    """Give the gate's and the linear half of the first matrices, or the only one: contiguous."""
+    """Return the gate's and the linear half of the first matrices, or the only one: contiguous."""
     return [part.contiguous() for part in parts.w_in.detach().chunk(2 if parts.gated else 1, 1)]

@@ -203,5 +203,5 @@ class _Clock:
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """Give all parts and the total so far."""
+        """Return all parts and the total so far."""
         return self._parts | {"seconds": time.perf_counter() - self._start}

@@ -59,7 +59,7 @@ def balanced_assignment(cost: Tensor) -> Tensor:
 
 
 def _prices(cost: _Cost) -> _Cost:
-    """Give the price of every cluster at which choices are nearly even: Sinkhorn, annealed."""
+    """Return the price of every cluster at which choices are nearly even: Sinkhorn, annealed."""
     n, k = cost.shape
     prices = np.zeros(k)
     for temperature in float(cost.mean()) * _TEMPERATURES:

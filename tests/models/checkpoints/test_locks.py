@@ -37,7 +37,7 @@ def names(folder):
 
 
 def refused(target, field="output"):
-    """Give the message of a refusal."""
+    """Return the message of a refusal."""
     with pytest.raises(InputError) as error, writing(target, field):
         pass
     return str(error.value)

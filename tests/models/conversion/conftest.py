@@ -100,7 +100,7 @@ def readable(tmp_path, byte_level_tokenizer):
 
 @pytest.fixture
 def text(tmp_path):
-    """Give what `carve` needs to calibrate quickly."""
+    """Return what `carve` needs to calibrate quickly."""
     file = tmp_path / "text.txt"
     file.write_text(inspect.getsource(argparse))
     return {

@@ -50,7 +50,7 @@ def flip(file, position) -> None:
 
 
 def span(file) -> tuple[int, int]:
-    """Give where tensors begin and end."""
+    """Return where tensors begin and end."""
     return 8 + int.from_bytes(file.read_bytes()[:8], "little"), file.stat().st_size
 
 

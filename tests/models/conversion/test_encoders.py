@@ -122,7 +122,7 @@ def test_other_models_are_refused(encoder, batches):
 
 
 def sentences():
-    """Give the first sentences of the language reference's paragraphs, each once."""
+    """Return the first sentences of the language reference's paragraphs, each once."""
     found = {}
     for topic in topics.values():
         for paragraph in topic.split("\n\n"):

@@ -19,7 +19,7 @@ class Planted(NamedTuple):
     group: Tensor  # -1: dead, -2: awake for everything
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Give what a block is carved from."""
+        """Return what a block is carved from."""
         return self.x, self.gate, self.up, self.down
 
 

@@ -47,7 +47,7 @@ def last(trained, tmp_path) -> Path:
 
 
 def refused(path: Path, folder: Path, **options) -> str:
-    """Give the message of a refusal, after which there is nothing."""
+    """Return the message of a refusal, after which there is nothing."""
     with pytest.raises(InputError) as error:
         export(path, folder / "out", **options)
     assert [p.name for p in folder.iterdir() if "out" in p.name] == []

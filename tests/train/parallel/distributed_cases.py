@@ -169,7 +169,7 @@ class Harm(pl.Callback):
 
 
 def whole_gradient(parameter: Any) -> torch.Tensor | None:
-    """Give a parameter's gradient, put together by DeepSpeed if that has it in parts."""
+    """Return a parameter's gradient, put together by DeepSpeed if that has it in parts."""
     if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
         return parameter.grad
     from deepspeed.utils import safe_get_full_grad

@@ -100,7 +100,7 @@ def export(
 
 
 def is_training_checkpoint(path: Path) -> bool:
-    """Tell whether a path is, or is named as, a checkpoint of a run; there need not be one."""
+    """Return whether a path is, or is named as, a checkpoint of a run; there need not be one."""
     return path.suffix == ".ckpt" or path.is_file() or is_sharded(path)
 
 

@@ -66,7 +66,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def unrelated(config: PreTrainedConfig) -> dict[str, Any]:
-    """Give the other fields, which a model's directory holds too."""
+    """Return the other fields, which a model's directory holds too."""
     known = config.to_dict()
     return {name: known[name] for name in sorted(UNRELATED) if name in known}
 

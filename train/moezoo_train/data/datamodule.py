@@ -175,7 +175,7 @@ class TokenDataModule(LightningDataModule):
         return _ResumableLoader(batches, self._batches_processed, self.num_workers)
 
     def name_batch(self, back: int) -> str:
-        """Say where the text of a training batch of this process is found, for messages.
+        """Return where the text of a training batch of this process is found, for messages.
 
         Args:
             back: batches between the current one and that.

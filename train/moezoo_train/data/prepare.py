@@ -223,7 +223,7 @@ class _Preparation:
         return shards
 
     def _describe(self, batch: list[str]) -> list[tuple[int, int]]:
-        """Give each document's length in bytes and key for the split."""
+        """Return each document's length in bytes and key for the split."""
         seed = int(self.inputs["seed"]).to_bytes(8, "little")
         described = []
         for text in batch:
@@ -301,7 +301,7 @@ def _remove_finished_work(output: Path, inputs: dict[str, Any]) -> None:
 
 
 def _started_with(work: Path) -> Any:
-    """Give the inputs of unfinished work; None if it was being removed."""
+    """Return the inputs of unfinished work; None if it was being removed."""
     record = work / "inputs.json"
     if not record.is_file():
         return None

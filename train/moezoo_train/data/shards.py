@@ -34,7 +34,7 @@ class Shard:
         self._dtype = dtype
 
     def complete(self) -> bool:
-        """Tell whether it was written to the end."""
+        """Return whether it was written to the end."""
         if not (self._token_file.is_file() and self._index_file.is_file()):
             return False
         if self._index_file.stat().st_size % _DOCUMENT.itemsize:

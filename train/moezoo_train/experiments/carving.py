@@ -181,7 +181,7 @@ def _check(name: str, options: Any, sizes: Sequence[str], width: int) -> None:
 
 
 def _stock(source: Path, folder: Path) -> Path:
-    """Give the dense model as stock transformers know it."""
+    """Return the dense model as stock transformers know it."""
     if read_json(source / CONFIG).get("model_type") != MoezooConfig.model_type:
         return source
     target = folder / DENSE
@@ -253,12 +253,12 @@ class _Study:
     seeds: Sequence[int]
 
     def of(self, figure: str, grouping: str, size: str = "") -> dict[int, float]:
-        """Give a figure by seed."""
+        """Return a figure by seed."""
         stem = DENSE if grouping == DENSE else f"{size}-{grouping}"
         return {seed: self.figures[f"{stem}-{seed}"][figure] for seed in self.seeds}
 
     def differences(self, stage: str, grouping: str, size: str) -> list[float]:
-        """Give by how much a grouping is worse than ours, by seed."""
+        """Return by how much a grouping is worse than ours, by seed."""
         return paired(self.of(stage, self.ours, size), self.of(stage, grouping, size))
 
     def columns(self) -> list[str]:

@@ -227,7 +227,7 @@ class _Study:
     seeds: Sequence[int]
 
     def of(self, figure: str, number: int, method: str) -> dict[int, float]:
-        """Give a figure by seed."""
+        """Return a figure by seed."""
         return {seed: self.figures[f"{number}-{method}-{seed}"][figure] for seed in self.seeds}
 
     def mean(self, figure: str, number: int, method: str) -> Mean:

@@ -285,7 +285,7 @@ class _Study:
         return directory / "model"
 
     def _documents(self) -> tuple[list[str], str]:
-        """Give the text to train on, and in one piece the text that is held out."""
+        """Return the text to train on, and in one piece the text that is held out."""
         kept: list[str] = []
         held_out: list[str] = []
         size = 0

@@ -98,13 +98,13 @@ def settings(outcomes: Sequence[Outcome]) -> list[Setting]:
 
 
 def forgotten(setting: Setting, before: Setting) -> float:
-    """Give the share of the old facts known before that is not recalled any more."""
+    """Return the share of the old facts known before that is not recalled any more."""
     known = before.old_facts.value
     return 1 - setting.old_facts.value / known if known else 0.0
 
 
 def verdict(found: Sequence[Setting]) -> str:
-    """Say what each method forgot at the learning rate that teaches most, and at equal learning.
+    """Return what each method forgot at the learning rate that teaches most, and at equal learning.
 
     Equal learning is as many new facts as every method recalls at some rate; what is kept there is
     interpolated between the two rates around it.

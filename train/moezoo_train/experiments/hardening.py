@@ -193,11 +193,11 @@ class _Study:
     margin: float
 
     def of(self, figure: str, contender: str) -> dict[int, float]:
-        """Give a figure by seed."""
+        """Return a figure by seed."""
         return {seed: self.figures[f"{contender}-{seed}"][figure] for seed in self.seeds}
 
     def gap(self, contender: str) -> list[float]:
-        """Give what hard decisions cost, by seed."""
+        """Return what hard decisions cost, by seed."""
         return paired(self.of("soft", contender), self.of("hard", contender))
 
     def rows(self) -> list[list[str]]:

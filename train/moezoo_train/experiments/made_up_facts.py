@@ -84,15 +84,15 @@ class Fact:
     value: str
 
     def question(self, wording: int) -> str:
-        """Give the sentence up to the value, without the space before it."""
+        """Return the sentence up to the value, without the space before it."""
         return WORDINGS[self.relation][wording].format(self.subject)
 
     def sentence(self, wording: int) -> str:
-        """Give the whole sentence."""
+        """Return the whole sentence."""
         return f"{self.question(wording)} {self.value}."
 
     def line(self, wording: int) -> str:
-        """Give the sentence as documents hold it: with the line's end, which a tokenizer may join
+        """Return the sentence as documents hold it: with the line's end, which a tokenizer may join
         to the full stop."""
         return f"{self.sentence(wording)}\n"
 
@@ -244,7 +244,7 @@ def _name(number: int) -> str:
 
 
 def _encode(tokenizer: Tokenizer, fact: Fact, wording: int) -> tuple[list[int], int]:
-    """Give the tokens of a document that is one sentence, and where in them the answer begins."""
+    """Return the tokens of a document that is one sentence, and where in them the answer begins."""
     whole = tokenizer.encode(fact.line(wording))
     question = tokenizer.encode(fact.question(wording))
     # A tokenizer may cut the end of the question otherwise where the sentence goes on.
@@ -254,7 +254,7 @@ def _encode(tokenizer: Tokenizer, fact: Fact, wording: int) -> tuple[list[int], 
 
 
 def _pad(rows: Sequence[tuple[list[int], int]], filling: int) -> tuple[Tensor, Tensor]:
-    """Give ids and, at each position, the next token if it belongs to the answer: ``(B, S)``."""
+    """Return ids and, at each position, the next token if it belongs to the answer: ``(B, S)``."""
     shape = (len(rows), max(len(ids) for ids, _ in rows) - 1)
     input_ids, labels = torch.full(shape, filling), torch.full(shape, IGNORED)
     for row, (ids, start) in enumerate(rows):
@@ -264,6 +264,6 @@ def _pad(rows: Sequence[tuple[list[int], int]], filling: int) -> tuple[Tensor, T
 
 
 def _lengths(labels: Tensor) -> Tensor:
-    """Give the number of tokens before padding: answers end their rows."""
+    """Return the number of tokens before padding: answers end their rows."""
     positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     return ((labels != IGNORED) * positions).amax(-1)

@@ -175,7 +175,7 @@ def _module(
 
 
 def _flops(start: Path, text: TextOptions) -> int:
-    """Give a token's forward FLOPs."""
+    """Return a token's forward FLOPs."""
     module = _module(start, open_text(text, 0).vocab_size, OptimizerConfig(), ScheduleConfig())
     return forward_flops_per_token(module.model, text.sequence_length)
 
@@ -229,7 +229,7 @@ def _report(folder: Path, outcomes: list[Outcome]) -> None:
 
 
 def verdict(outcomes: list[Outcome]) -> str:
-    """Say who is ahead at equal FLOPs, and by how much."""
+    """Return who is ahead at equal FLOPs, and by how much."""
     dense = next(each for each in outcomes if each.name == "dense")
     rivals = [each for each in outcomes if each.name not in ("dense", "dense, same tokens")]
     best = min(rivals, key=lambda each: each.val_loss)

@@ -168,7 +168,7 @@ def save_model(
 def trained_state(
     module: nn.Module, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Give the part of a state dictionary that training changes: trained parameters, buffers.
+    """Return the part of a state dictionary that training changes: trained parameters, buffers.
 
     Args:
         module: whose parameters.
@@ -183,7 +183,7 @@ def trained_state(
 def merged_state(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, keep: bool = True
 ) -> dict[str, Tensor]:
-    """Give the state dictionary of the same function without adapters; the model keeps its own.
+    """Return the state dictionary of the same function without adapters; the model keeps its own.
 
     Args:
         model: with adapters; all processes that keep parts of it must call this together.
@@ -317,5 +317,5 @@ def _of_adapter(name: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    """Give the name that a tensor or module has without PEFT's wrappers."""
+    """Return the name that a tensor or module has without PEFT's wrappers."""
     return name.replace(".base_layer", "")

@@ -102,7 +102,7 @@ def remember_length(model: PreTrainedModel, length: int, fresh: bool) -> None:
 
 
 def default_tokenizer(path: str | None) -> str | None:
-    """Give the directory a run begins from as the data's tokenizer, if it holds one."""
+    """Return the directory a run begins from, as the data's tokenizer, if it holds one."""
     if path is None or not Path(path).is_dir() or read_tokenizer(path) is None:
         return None
     return path

@@ -24,7 +24,7 @@ def memory_tables(model: nn.Module) -> dict[str, Table]:
 
 
 def num_rows(table: Table) -> int:
-    """Give the number of a table's rows N."""
+    """Return the number of a table's rows N."""
     return table.num_slots if isinstance(table, ValueTable) else table.num_experts
 
 

@@ -199,7 +199,7 @@ class TrainingMetrics(Callback):
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:
-    """Tell whether the metrics of a step are logged; with ``log_every_n_steps`` 0 those of none."""
+    """Return whether a step's metrics are logged; with ``log_every_n_steps`` 0 those of none."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return bool(every) and step % every == 0
 

@@ -198,7 +198,7 @@ def table(report: Report, title: str) -> Table:
 
 
 def _describe(load: ExpertLoad) -> str:
-    """Say how evenly a layer's experts were used: how many at all, where that is not all."""
+    """Return how evenly a layer's experts were used: how many at all, where that is not all."""
     parts = []
     if load.max_over_mean is not None and load.entropy is not None:
         parts.append(f"busiest {load.max_over_mean:.2f} × mean, evenness {load.entropy:.3f}")

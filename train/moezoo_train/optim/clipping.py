@@ -44,7 +44,7 @@ def _values(parameter: nn.Parameter) -> Tensor:
 def gradient_norms(
     gradients: Mapping[str, list[Tensor]], over_ranks: bool = False
 ) -> dict[str, Tensor]:
-    """Give the norm of the gradient of each clip group that has one.
+    """Return the norm of the gradient of each clip group that has one.
 
     Args:
         gradients: by clip group.
@@ -70,7 +70,7 @@ def _norm(gradients: list[Tensor]) -> Tensor:
 
 
 def total_norm(norms: dict[str, Tensor]) -> Tensor:
-    """Give the norm of the whole gradient."""
+    """Return the norm of the whole gradient."""
     return get_total_norm(list(norms.values())) if len(norms) != 1 else next(iter(norms.values()))
 
 
@@ -108,5 +108,5 @@ def clip_values(gradients: Mapping[str, list[Tensor]], limit: float) -> None:
 
 
 def _local(gradient: Tensor) -> Tensor:
-    """Give this process's part."""
+    """Return this process's part."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -106,7 +106,7 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _row_group(parameter: Tensor) -> dist.ProcessGroup | None:
-    """Give the processes that share a matrix by rows; None if its matrices are whole here."""
+    """Return the processes that share a matrix by rows; None if its matrices are whole here."""
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh

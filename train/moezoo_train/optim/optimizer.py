@@ -156,7 +156,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = 
 
 
 def is_sparse(group: dict[str, Any]) -> bool:
-    """Tell whether an optimizer's group is of parameters with sparse gradients."""
+    """Return whether an optimizer's group is of parameters with sparse gradients."""
     return str(group.get("algorithm")).startswith("sparse")
 
 

@@ -169,7 +169,7 @@ def _gather_rows(own: Tensor) -> Tensor:
 
 
 def process_count() -> int:
-    """Give the number of processes of the run."""
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -180,7 +180,7 @@ def wait_at_most(timeout: timedelta, mesh: DeviceMesh) -> None:
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Tell whether an error says that another process ended, or did not answer in time."""
+    """Return whether an error says that another process ended, or did not answer in time."""
     return isinstance(error, dist.DistError) or _LOST.search(str(error)) is not None
 
 

@@ -112,7 +112,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Give the tensors: whole ones on the first process, or every process its parts."""
+        """Return the tensors: whole ones on the first process, or every process its parts."""
         assert self.lightning_module is not None
         state: dict[str, Tensor] = self.lightning_module.state_dict()
         if self._save_distributed_checkpoint:
@@ -120,7 +120,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return whole_tensors(state, keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Give the optimizer's state in the form that one process has."""
+        """Return the optimizer's state in the form that one process has."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
         if self._save_distributed_checkpoint:
             return state
@@ -176,5 +176,5 @@ StrategyRegistry.register(
 
 
 def writes_directories(strategy: Strategy) -> bool:
-    """Tell whether every process writes its part of a checkpoint."""
+    """Return whether every process writes its part of a checkpoint."""
     return isinstance(strategy, FSDP2Strategy) and strategy._save_distributed_checkpoint

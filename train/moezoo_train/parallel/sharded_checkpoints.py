@@ -40,7 +40,7 @@ SUMS = "moezoo.checksums"
 
 
 def is_sharded(path: str | Path) -> bool:
-    """Tell whether a path is such a directory."""
+    """Return whether a path is such a directory."""
     return (Path(path) / REST).is_file()
 
 
@@ -145,7 +145,7 @@ def _check_rest(file: Path) -> None:
 
 
 def _sums(path: Path, together: bool) -> dict[str, int]:
-    """Give the checksum of each part; ``together``, each process reads some of them."""
+    """Return the checksum of each part; ``together``, each process reads some of them."""
     step = process_count() if together else 1
     files = sorted(path.glob("*.safetensors"))
     own = {
@@ -211,7 +211,7 @@ def checkpoint_tensors(
 
 
 def _by_name(model: Mapping[str, Any], optimizers: list[Optimizer]) -> dict[str, Any]:
-    """Give the tensors that those of a checkpoint will be like, by owner."""
+    """Return the tensors that those of a checkpoint will be like, by owner."""
     found = {f"model.{name}": tensor for name, tensor in model.items()}
     for index, optimizer in enumerate(optimizers):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -16,12 +16,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def in_parts(model: nn.Module) -> bool:
-    """Tell whether processes keep parts of a model's parameters."""
+    """Return whether processes keep parts of a model's parameters."""
     return any(isinstance(p, DTensor) or _in_zero(p) for p in model.parameters())
 
 
 def _in_zero(tensor: Any) -> bool:
-    """Tell whether DeepSpeed (ZeRO stage 3) keeps a parameter in parts."""
+    """Return whether DeepSpeed (ZeRO stage 3) keeps a parameter in parts."""
     return hasattr(tensor, "ds_id")
 
 
@@ -52,7 +52,7 @@ def gathered(tensor: Tensor, change: bool = False) -> Iterator[None]:
 
 
 def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Any]:
-    """Give a module's ``state_dict()`` put together; see :func:`whole_tensors`."""
+    """Return a module's ``state_dict()`` put together; see :func:`whole_tensors`."""
     state = module.state_dict(keep_vars=True)
     together: dict[str, Any] = {}
     in_zero: dict[Any, Any] = {}
@@ -68,7 +68,7 @@ def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Any]:
 
 
 def undivided(model: Model) -> Model:
-    """Give a model whose parameters have their sizes: itself, or else one without numbers.
+    """Return a model whose parameters have their sizes: itself, or else one without numbers.
 
     DeepSpeed leaves tensors of no size where it keeps parameters in parts.
     """
@@ -79,7 +79,7 @@ def undivided(model: Model) -> Model:
 
 
 def undivided_state(module: nn.Module) -> dict[str, Any]:
-    """Give a module's ``state_dict()``, with whole shapes though perhaps without numbers."""
+    """Return a module's ``state_dict()``, with whole shapes though perhaps without numbers."""
     return {
         name: torch.empty(tensor.ds_shape, dtype=tensor.dtype, device="meta")
         if _in_zero(tensor)
@@ -112,7 +112,7 @@ def whole_tensors(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]
 
 
 def place_of(tensor: DTensor) -> tuple[int, int]:
-    """Tell where this process's part lies in memory, which tied weights share."""
+    """Return where this process's part lies in memory, which tied weights share."""
     own = tensor.to_local()
     return own.untyped_storage()._cdata, int(own.storage_offset())
 

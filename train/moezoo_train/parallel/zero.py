@@ -166,7 +166,7 @@ class ZeROStrategy(DDPStrategy):
         return result
 
     def gradients(self) -> dict[str, list[Tensor]]:
-        """Give this process's parts of the gradient by clip group, to be changed in place.
+        """Return this process's parts of the gradient by clip group, to be changed in place.
 
         There are some between the last micro-batch's backward pass and the step.
         """
@@ -184,7 +184,7 @@ class ZeROStrategy(DDPStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Give the whole tensors on the first process."""
+        """Return the whole tensors on the first process."""
         return whole_state(self._module(), keep=self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -198,7 +198,7 @@ class ZeROStrategy(DDPStrategy):
             self._engine.optimizer.refresh_fp32_params()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Give the optimizer's state in the form that one process has, on the first process."""
+        """Return the optimizer's state in the form that one process has, on the first process."""
         (inner,) = self.optimizers
         pieces = self._pieces()
         return whole_states(inner, self._groups, pieces, keep=self.is_global_zero)

@@ -106,7 +106,7 @@ class Estimate:
         return setup.accumulation * micro_batch + 2 * (memory.optimizer + owned)
 
     def as_dict(self) -> dict[str, Any]:
-        """Give all figures, for JSON."""
+        """Return all figures, for JSON."""
         memory, bounds = self.plan.memory(), self.bounds
         return {
             "layout": self.plan.layout,
@@ -174,7 +174,7 @@ class Planner:
         self._traces: dict[bool, Trace] = {}
 
     def expert_parallel(self, gpus: int) -> int:
-        """Give the number of GPUs that share one set of experts."""
+        """Return the number of GPUs that share one set of experts."""
         if self._expert_parallel is not None:
             return self._expert_parallel
         counts = [experts.num_experts for experts, _ in self.setup.expert_layers]
@@ -182,7 +182,7 @@ class Planner:
         return max(n for n in range(1, self.machine.gpus_per_node + 1) if most % n == 0)
 
     def refusal(self, layout: str, gpus: int) -> str | None:
-        """Say why a layout can not be had; None if it can."""
+        """Return why a layout can not be had; None if it can."""
         return refusal(self.setup, layout, gpus, self.expert_parallel(gpus))
 
     def estimate(self, layout: str, gpus: int, share: float = 1.0) -> Estimate:

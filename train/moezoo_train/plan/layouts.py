@@ -109,7 +109,7 @@ class Plan:
     share: float = 1.0
 
     def memory(self) -> Memory:
-        """Give what a GPU holds."""
+        """Return what a GPU holds."""
         setup = self.setup
         trained = [p for p in setup.parameters if p.requires_grad]
         spread = self.layout in ("fsdp", "zero3")
@@ -195,7 +195,7 @@ class Plan:
         return total
 
     def _copies_elsewhere(self) -> float:
-        """Give the low-precision copies of experts that other GPUs hold."""
+        """Return the low-precision copies of experts that other GPUs hold."""
         copied = self.setup.precision.mixed and not self.setup.checkpointing
         if self.layout != "ep" or not copied:
             return 0.0
@@ -293,7 +293,7 @@ class Plan:
         return [Collective("all_to_all", "tokens", size, self.expert_parallel)]
 
     def _exchanged(self, taken: int, d_model: int) -> float:
-        """Give the bytes of one exchange in one layer, those that stay included."""
+        """Return the bytes of one exchange in one layer, those that stay included."""
         copies = min(taken, self.expert_parallel)
         tokens = self.setup.tokens * self.share
         return tokens * copies * d_model * self.setup.precision.compute.itemsize
@@ -304,7 +304,7 @@ def _count(parameters: Iterable[Parameter]) -> int:
 
 
 def refusal(setup: Setup, layout: str, gpus: int, expert_parallel: int) -> str | None:
-    """Say why a layout can not be had; None if it can."""
+    """Return why a layout can not be had; None if it can."""
     if layout in DEEPSPEED and setup.optimizer.name == "muon":
         return "DeepSpeed flattens parameters, and Muon needs matrices"
     if layout in DEEPSPEED and setup.optimizer.name == "sgd":

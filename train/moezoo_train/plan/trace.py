@@ -219,7 +219,7 @@ def collective_kind(operator: Any) -> str:
 
 
 def collective_bytes(arguments: Any) -> int:
-    """Give the size of the larger side of a collective: what is gathered, scattered or summed."""
+    """Return the size of the larger side of a collective: what is gathered, scattered or summed."""
 
     def size(value: Any) -> int:
         if isinstance(value, Tensor):

@@ -98,7 +98,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def reword(error: Exception) -> str:
-    """Return in one line what Lightning refuses, after the trainer's option that it speaks of."""
+    """Return a line on what Lightning refuses, after the trainer's option that it speaks of."""
     text = " ".join(str(error).split()).replace("`", "")
     words = re.findall(r"\w+", text)
     known = inspect.signature(Trainer).parameters

@@ -23,7 +23,7 @@ class StepLoop(_TrainingEpochLoop):
 
     @property
     def done(self) -> bool:
-        """Tell whether to leave the loop: never within a step, whoever asks to stop."""
+        """Return whether to leave the loop: never within a step, whoever asks to stop."""
         return super().done and not self._should_accumulate()
 
     def reset(self) -> None:
@@ -41,7 +41,7 @@ class StepLoop(_TrainingEpochLoop):
         self._batches_that_stepped = self.global_step
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
-        """Tell whether a validation is due: one that falls within a step waits for its end."""
+        """Return whether a validation is due: one that falls within a step waits for its end."""
         if self._should_accumulate():
             return False
         return super()._should_check_val_fx(data_fetcher) or self._validation_waits()

@@ -58,7 +58,7 @@ class Mixture:
     output_bias: bool = False
 
     def shape(self, projection: Projection, width: int) -> tuple[int, int]:
-        """Give the shape of an expert's projection, if it has ``width`` neurons."""
+        """Return the shape of an expert's projection, if it has ``width`` neurons."""
         if projection == "down":
             return self.d_model, width
         return width, self.d_model
@@ -132,7 +132,7 @@ class Target:
             raise InputError(f"layers: {self.name} converts {self.converts}; {others}")
 
     def refuses(self, source: Source) -> str | None:
-        """Say why this format can not hold the source's attention; None if it can."""
+        """Return why this format can not hold the source's attention; None if it can."""
         if source.family not in self.families:
             return f"to: {self.name} can not hold the attention of a {source.family}"
         return self.attention_problem(source)
@@ -312,7 +312,7 @@ _COPIED = (
 
 
 def stock_config(kind: Callable[..., Any], source: Source, **fields: Any) -> dict[str, Any]:
-    """Give a configuration of what all architectures share and of what this one has.
+    """Return a configuration of what all architectures share and of what this one has.
 
     Args:
         kind: transformers' configuration class.
@@ -330,7 +330,7 @@ def stock_config(kind: Callable[..., Any], source: Source, **fields: Any) -> dic
 
 
 def head_dim(source: Source) -> int:
-    """Give the width of an attention head."""
+    """Return the width of an attention head."""
     config = source.config
     derived = config.hidden_size // config.num_attention_heads
     return getattr(config, "head_dim", None) or derived
@@ -369,6 +369,6 @@ TARGETS: dict[str, Target] = {}
 
 
 def alternatives(source: Source, fits: Callable[[Target], bool] = lambda _: True) -> str:
-    """Say which targets there are for a source."""
+    """Return which targets there are for a source."""
     fitting = [t.name for t in TARGETS.values() if t.refuses(source) is None and fits(t)]
     return f"choose --to {' or '.join(fitting)}" if fitting else "no other target can either"

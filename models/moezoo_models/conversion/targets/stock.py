@@ -70,7 +70,7 @@ class QwenMixture(PerExpert):
         return True
 
     def mixture_fields(self, source: Source, mixture: Mixture) -> dict[str, Any]:
-        """Give the fields of the configuration that describe the experts."""
+        """Return the fields of the configuration that describe the experts."""
         return {
             "intermediate_size": source.width,
             "moe_intermediate_size": mixture.d_expert,
@@ -96,7 +96,7 @@ class Qwen2Moe(QwenMixture):
         return attention_bias_problem(self, source) or head_dim_problem(self, source)
 
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
-        """Say which layers slide: by default, other ones than in Qwen2."""
+        """Return which layers slide: by default, other ones than in Qwen2."""
         dense = source.config
         windows: dict[str, Any] = {"use_sliding_window": False}
         if source.family == "qwen2":

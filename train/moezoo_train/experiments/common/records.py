@@ -75,7 +75,7 @@ def _run_all(folder: Path, tasks: list[Task], said: str, console: Console) -> di
 
 
 def _finished(folder: Path, task: Task) -> Figures | None:
-    """Give the figures of a run that was made with the same inputs."""
+    """Return the figures of a run that was made with the same inputs."""
     try:
         result = json.loads((folder / task.name / RESULT).read_text(encoding="utf-8"))
         return dict(result["figures"]) if result["hash"] == fingerprint(task.identity) else None

@@ -48,7 +48,7 @@ class ValidationLoad(pl.Callback):
 
 
 def open_text(text: TextOptions, seed: int) -> TokenDataModule:
-    """Give the prepared text in the order of a seed."""
+    """Return the prepared text in the order of a seed."""
     return TokenDataModule(
         source=None,
         data_dir=text.data_dir,
@@ -99,7 +99,7 @@ def fit(
 def validate(
     module: LanguageModel, text: TextOptions, precision: str
 ) -> tuple[float, list[ExpertLoad]]:
-    """Give a model's validation loss in nats per token, and who answered; it stays as it is."""
+    """Return a model's validation loss in nats per token, and who answered; it stays as it is."""
     load = ValidationLoad()
     trainer = pl.Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",

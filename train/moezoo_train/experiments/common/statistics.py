@@ -40,7 +40,7 @@ QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 
 
 def confidence(value: Mean) -> tuple[float, float] | None:
-    """Give the 95 % interval of a mean by Student's t; None for fewer than two seeds."""
+    """Return the 95 % interval of a mean by Student's t; None for fewer than two seeds."""
     if value.error is None:
         return None
     half = QUANTILES[min(value.count - 1, len(QUANTILES)) - 1] * value.error

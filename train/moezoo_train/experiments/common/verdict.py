@@ -76,5 +76,5 @@ def _mean(values: Sequence[float]) -> Mean:
 
 
 def _interval(found: Mean) -> tuple[float, float]:
-    """Give the 95 % interval; for a single seed it is everything."""
+    """Return the 95 % interval; for a single seed it is everything."""
     return confidence(found) or (-math.inf, math.inf)

@@ -92,7 +92,7 @@ def card(
 
 
 def run_seed(whole: Any) -> int:
-    """Give the first seed of a comparison."""
+    """Return the first seed of a comparison."""
     return int(whole["experiment"]["seeds"][0])
 
 

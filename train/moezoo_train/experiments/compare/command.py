@@ -164,7 +164,7 @@ def _run_all(
 
 
 def fits(taken: list[float], minutes: float | None) -> bool:
-    """Say whether another run ends in time if it takes as long as the longest of those before."""
+    """Return whether another run ends in time if it takes as long as the longest before."""
     if minutes is None:
         return True
     return minutes > 0 and sum(taken) + max(taken, default=0.0) <= 60 * minutes

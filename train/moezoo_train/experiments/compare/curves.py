@@ -82,7 +82,7 @@ def read_curves(
 
 
 def _logged(path: Path) -> dict[int, tuple[float, float]]:
-    """Give loss and seconds so far by tokens so far."""
+    """Return loss and seconds so far by tokens so far."""
     points, seconds, before = {}, 0.0, 0
     for row in read_metrics(path):
         if "train/loss" not in row:
@@ -148,7 +148,7 @@ def parse_curves(text: str) -> list[Curve]:
 
 
 def focus(curves: Iterable[Curve]) -> tuple[float, float] | None:
-    """Give the range of losses that tells methods apart: that after the first quarter of each run.
+    """Return the range of losses that tells methods apart: after the first quarter of each run.
 
     The fall from the logarithm of the vocabulary would fill the picture otherwise.
     """

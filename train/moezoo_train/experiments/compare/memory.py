@@ -28,7 +28,7 @@ class PeakMemory:
         self._before: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        """Give back what earlier blocks left, and start again from what is held now."""
+        """Free what earlier blocks left, and start again from what is held now."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -48,7 +48,7 @@ def family(row: Row) -> str:
 
 
 def colors(rows: Sequence[Row], baseline: str) -> dict[str, Color]:
-    """Give every row a colour: its own while there are enough of them, else its family's.
+    """Return a colour for every row: its own while there are enough of them, else its family's.
 
     Args:
         rows: of a comparison.
@@ -62,5 +62,5 @@ def colors(rows: Sequence[Row], baseline: str) -> dict[str, Color]:
 
 
 def by_family(rows: Sequence[Row], baseline: str) -> bool:
-    """Say whether :func:`colors` gives each family a colour."""
+    """Return whether :func:`colors` gives each family a colour."""
     return len([row for row in rows if row.name != baseline]) > len(_OWN)

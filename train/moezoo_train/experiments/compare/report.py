@@ -102,7 +102,7 @@ def conditions(experiment: Experiment, results: list[Result]) -> list[str]:
 
 
 def remarks(rows: list[Row]) -> list[str]:
-    """Say what the table alone may hide: ablations that win, losses that compare with nothing."""
+    """Return what the table may hide: ablations that win, losses that compare with nothing."""
     lines = []
     lost = [row.name for row in rows if row.gain is not None and row.gain.value <= 0]
     if lost:

@@ -65,7 +65,7 @@ def _signed(value: Any) -> str:
 
 
 def keys_of(row: Row, num_layers: int) -> list[str | float | None]:
-    """Give what each of a row's cells is sorted by; None where there is nothing."""
+    """Return what each of a row's cells is sorted by; None where there is nothing."""
     means = (row.loss, row.bits_per_byte, row.random_loss, row.gain)
     return [
         row.name,
