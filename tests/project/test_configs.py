@@ -15,6 +15,7 @@ import yaml
 import moezoo
 from moezoo.command.parser import option_names
 from moezoo_train.run.cli import run
+from moezoo_train.run.demo import RECIPE
 from moezoo_train.run.module import LanguageModel
 
 ROOT = Path(__file__).parents[2]
@@ -147,3 +148,8 @@ def test_every_option_of_the_command_says_what_it_is():
     names = set(option_names(fit))
     silent = [a.dest for a in fit._actions if not a.help and set(a.option_strings) & names]
     assert silent == []
+
+
+def test_the_demo_finds_its_recipe():
+    assert RECIPE == ROOT / "configs" / "demo.yaml"
+    assert RECIPE.is_file()

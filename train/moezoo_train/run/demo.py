@@ -11,7 +11,7 @@ from rich.console import Console
 from moezoo.errors import InputError
 from moezoo_train.run.cli import run
 
-RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
+RECIPE = Path(__file__).parents[3] / "configs" / "demo.yaml"
 
 
 def demo(
