@@ -106,7 +106,7 @@ def save_checkpoint(
 
 
 def write_model(fresh: Path, target: Path, model: PreTrainedModel, **options: Any) -> None:
-    """Let transformers write a model, and seal its files.
+    """Write a model by transformers, and seal its files.
 
     Args:
         fresh: directory to write into.
@@ -123,7 +123,7 @@ def write_model(fresh: Path, target: Path, model: PreTrainedModel, **options: An
             model.save_pretrained(fresh, **options)
     except SafetensorError as error:
         raise InputError(
-            f"checkpoint: {target} can not be written ({one_line(error)}); free space or "
+            f"checkpoint: {target} cannot be written ({one_line(error)}); free space or "
             "give another directory"
         ) from error
     for file in fresh.glob("*.safetensors"):

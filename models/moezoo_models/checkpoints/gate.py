@@ -114,7 +114,7 @@ def admit(
     sealed: bool = True,
     kinds: tuple[str, ...] = _FLOATS,
 ) -> Admitted:
-    """Let a model directory through, or say in one line what is wrong with it.
+    """Return what a model directory holds, or raise one line about what is wrong with it.
 
     Args:
         path: the directory.
@@ -176,7 +176,7 @@ def _unless_damaged(files: list[Path]) -> Iterator[None]:
 
 @contextmanager
 def told(what: Path | str) -> Iterator[None]:
-    """Say in one line what libraries raise for what a file holds.
+    """Turn what libraries raise for what a file holds into one line.
 
     What only a mistake in this code can raise stays what it is; the rest is the cause of the
     message, and MOEZOO_TRACEBACK shows it.

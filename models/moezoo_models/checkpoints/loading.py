@@ -96,7 +96,7 @@ class GatedLoading:
 
     @classmethod
     def _filled(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Let transformers make a model of tensors, all of which have to be there."""
+        """Build a model of tensors by transformers; all of them have to be there."""
         parent: Any = super()
         model, info = parent.from_pretrained(None, *args, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):

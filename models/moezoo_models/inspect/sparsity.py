@@ -89,7 +89,7 @@ def inspect_sparsity(
 
     Raises:
         InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
-            no feed-forward layer; an option is out of range; the output can not be written.
+            no feed-forward layer; an option is out of range; the output cannot be written.
     """
     check_number("threshold", threshold, maximum=1.0)
     content = read_text(Path(text))

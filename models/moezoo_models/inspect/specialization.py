@@ -114,7 +114,7 @@ def inspect_experts(
 
     Raises:
         InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
-            no layer that chooses; an option is out of range; the output can not be written.
+            no layer that chooses; an option is out of range; the output cannot be written.
     """
     check_int("top_tokens", top_tokens)
     check_int("slots", slots)

@@ -102,7 +102,7 @@ def inspect_triggers(
 
     Raises:
         InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
-            no feed-forward layer; an option is out of range; the output can not be written.
+            no feed-forward layer; an option is out of range; the output cannot be written.
     """
     check_int("neurons", neurons)
     check_int("triggers", triggers)

@@ -89,7 +89,7 @@ def inspect_usage(
 
     Raises:
         InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
-            no layer that chooses; an option is out of range; the output can not be written.
+            no layer that chooses; an option is out of range; the output cannot be written.
     """
     content = read_text(Path(text))
     model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)

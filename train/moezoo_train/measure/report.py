@@ -95,7 +95,7 @@ def write_report(
     rows = read_metrics(output / "metrics.csv")
     report = collect(trainer, module, rows)
     with atomic_write(output / "report.json", "w") as file:
-        json.dump(_numbers(asdict(report)), file, indent=2, allow_nan=False)
+        json.dump(finite_or_null(asdict(report)), file, indent=2, allow_nan=False)
         file.write("\n")
     if _series(rows, "train/loss")[0]:
         draw_losses(output / "loss.png", rows, title=output.name)
@@ -110,12 +110,12 @@ def write_report(
     return report
 
 
-def _numbers(value: Any) -> Any:
-    """Return a report with null for what is not finite, as JSON has no such numbers."""
+def finite_or_null(value: Any) -> Any:
+    """Return what JSON can hold: null for what is not finite, as the loss of a diverged run."""
     if isinstance(value, Mapping):
-        return {key: _numbers(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_numbers(item) for item in value]
+        return [finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

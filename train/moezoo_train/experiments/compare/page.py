@@ -21,6 +21,7 @@ from moezoo_train.experiments.compare.palette import FAMILIES, by_family, colors
 from moezoo_train.experiments.compare.results import Row, loads, parse_row
 from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.table import COLUMNS, HELP, NOTHING, cells_of, keys_of
+from moezoo_train.measure.report import finite_or_null
 
 SCRIPTS = ("drawing.js", "charts.js", "table.js", "page.js")
 MOST_POINTS = 160
@@ -173,15 +174,6 @@ def _curve(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no word for, such as the loss of a run that diverged, by null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
@@ -194,7 +186,7 @@ def render(data: Mapping[str, Any]) -> str:
         return (template / name).read_text(encoding="utf-8")
 
     # Inside a script element only "<" could end it; "&" and ">" are escaped for good measure.
-    text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite_or_null(data), allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     parts = {
