@@ -13,20 +13,19 @@ from moezoo.feed_forward import (
     select_layers,
     zoo,
 )
-from moezoo.layers import (
-    PEER,
-    CarvedMoE,
-    DenseFFN,
-    FastFeedForward,
-    HashLayer,
-    MemoryPlus,
-    PersistentMemoryAttention,
-    ProductKeyMemory,
-    SigmaMoE,
-    SparseMoE,
-    TopKFFN,
-    UltraFastFFF,
-)
+from moezoo.layers import mixtures as _mixtures  # noqa: F401 - it registers methods
+from moezoo.layers.carved_moe import CarvedMoE
+from moezoo.layers.dense import DenseFFN
+from moezoo.layers.fast_feed_forward import FastFeedForward
+from moezoo.layers.hash import HashLayer
+from moezoo.layers.memory_plus import MemoryPlus
+from moezoo.layers.peer import PEER
+from moezoo.layers.persistent_memory import PersistentMemoryAttention
+from moezoo.layers.product_key_memory import ProductKeyMemory
+from moezoo.layers.sigma_moe import SigmaMoE
+from moezoo.layers.sparse_moe import SparseMoE
+from moezoo.layers.top_k_ffn import TopKFFN
+from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.swap import swap
 

@@ -278,8 +278,9 @@ def register(*methods: Method) -> None:
 
 
 def zoo() -> tuple[Method, ...]:
-    """List every method, in the order of registration."""
-    return tuple(_METHODS.values())
+    """List every method, ordered by its paper's year and arXiv number, then by name."""
+    methods = _METHODS.values()
+    return tuple(sorted(methods, key=lambda m: (m.paper.year, m.paper.arxiv, m.name)))
 
 
 def registered(class_path: str) -> type[FeedForward]:

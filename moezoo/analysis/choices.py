@@ -15,18 +15,16 @@ from moezoo.analysis.watching import Context, input_of
 from moezoo.errors import InputError
 from moezoo.experts.memory import KeyValueMemory
 from moezoo.feed_forward import FeedForward, flatten_tokens
-from moezoo.layers import (
-    PEER,
-    CarvedMoE,
-    FastFeedForward,
-    HashLayer,
-    MemoryPlus,
-    ProductKeyMemory,
-    SigmaMoE,
-    SparseMoE,
-    TopKFFN,
-    UltraFastFFF,
-)
+from moezoo.layers.carved_moe import CarvedMoE
+from moezoo.layers.fast_feed_forward import FastFeedForward
+from moezoo.layers.hash import HashLayer
+from moezoo.layers.memory_plus import MemoryPlus
+from moezoo.layers.peer import PEER
+from moezoo.layers.product_key_memory import ProductKeyMemory
+from moezoo.layers.sigma_moe import SigmaMoE
+from moezoo.layers.sparse_moe import SparseMoE
+from moezoo.layers.top_k_ffn import TopKFFN
+from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import Routing
 from moezoo_kernels import path_neurons
 

@@ -21,8 +21,11 @@ from moezoo.feed_forward import (
     Cost,
     FeedForward,
     FeedForwardOutput,
+    Method,
+    Paper,
     ParameterGroup,
     flatten_tokens,
+    register,
     set_apart,
 )
 from moezoo.layers.dense import Activation, DenseFFN, default_width
@@ -237,3 +240,17 @@ class CarvedMoE(FeedForward):
             flops_per_token=flops,
             bytes_per_token=active * self.experts.down_proj.element_size(),
         )
+
+
+register(
+    Method(
+        "cmoe",
+        CarvedMoE,
+        Paper(
+            "Pei et al.",
+            2025,
+            "Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis",
+            "2502.04416",
+        ),
+    )
+)

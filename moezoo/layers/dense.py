@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import check_choice, check_int
-from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    Method,
+    Paper,
+    flatten_tokens,
+    register,
+)
 from moezoo.init import init_linear, output_std
 from moezoo_kernels.activations import ACTIVATIONS
 
@@ -117,3 +125,18 @@ class DenseFFN(FeedForward):
             flops_per_token=2 * matrices * self.d_model * self.d_ff,
             bytes_per_token=parameters * self.up_proj.weight.element_size(),
         )
+
+
+register(
+    Method(
+        "dense_mlp",
+        DenseFFN,
+        Paper("Vaswani et al.", 2017, "Attention Is All You Need", "1706.03762"),
+        {"gated": False, "activation": "relu"},
+    ),
+    Method(
+        "dense_glu",
+        DenseFFN,
+        Paper("Shazeer", 2020, "GLU Variants Improve Transformer", "2002.05202"),
+    ),
+)

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.experts import MLPExperts
-from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    Method,
+    Paper,
+    flatten_tokens,
+    register,
+)
 from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import losses as L
 from moezoo.routing import tree
@@ -354,3 +362,23 @@ def _uniform(bound: float, *parameters: nn.Parameter | None) -> None:
     for parameter in parameters:
         if parameter is not None:
             nn.init.uniform_(parameter, -bound, bound)
+
+
+register(
+    Method(
+        "fast_feed_forward",
+        FastFeedForward,
+        Paper("Belcak & Wattenhofer", 2023, "Fast Feedforward Networks", "2308.14711"),
+    ),
+    Method(
+        "efff",
+        FastFeedForward,
+        Paper(
+            "Charalampopoulos et al.",
+            2024,
+            "Enhancing Fast Feed Forward Networks with Load Balancing and a Master Leaf Node",
+            "2405.16836",
+        ),
+        {"load_balancing": 0.01, "d_master": 8},
+    ),
+)

@@ -16,10 +16,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moezoo.calls import check_context
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.experts import MLPExperts
-from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    Method,
+    Paper,
+    flatten_tokens,
+    register,
+)
 from moezoo.init import output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import Routing, hashing
@@ -310,7 +317,7 @@ class HashLayer(FeedForward):
     ) -> tuple[Tensor, Tensor | None]:
         """Return each token's experts ``(T, R)``, and the mask of these tokens ``(T,)``."""
         self._check_table()
-        token_ids, mask = self._aligned(hidden, token_ids, mask)
+        token_ids, mask = hashing.aligned(hidden, token_ids, mask, self.vocab_size)
         missing = self.vocab_size
         if self.key == "position":
             hash_LR = hashing.positions(token_ids, mask).unsqueeze(-1) % self.num_experts
@@ -328,46 +335,6 @@ class HashLayer(FeedForward):
         start = hash_LR.shape[-2] - length
         hash_TR = hash_LR[..., start:, :].reshape(-1, self.num_hashes)
         return hash_TR, None if mask is None else mask[..., start:].reshape(-1)
-
-    def _aligned(
-        self, hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Check token ids and mask, and bring the mask to the token ids' length."""
-        if token_ids is None:
-            raise InputError("token_ids: missing; HashLayer routes on them, so pass token_ids")
-        check_context(hidden, token_ids, mask=mask)
-        if hidden.ndim == 1:
-            hidden = hidden[None]
-            token_ids = token_ids.reshape(-1)
-            mask = None if mask is None else mask.reshape(-1)
-        ahead = token_ids.shape[-1] - hidden.shape[-2] if token_ids.ndim else -1
-        if token_ids.shape[:-1] != hidden.shape[:-2] or ahead < 0:
-            raise InputError(
-                f"token_ids: shape {tuple(token_ids.shape)} does not match hidden's "
-                f"{tuple(hidden.shape[:-1])}"
-            )
-        if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_ids(token_ids)
-        if mask is None:
-            return token_ids, None
-        if mask.shape == hidden.shape[:-1] and ahead:
-            mask = torch.cat([mask.new_ones(*mask.shape[:-1], ahead), mask], dim=-1)
-        if mask.shape != token_ids.shape:
-            raise InputError(
-                f"mask: shape {tuple(mask.shape)} does not match hidden's "
-                f"{tuple(hidden.shape[:-1])}"
-            )
-        return token_ids, mask
-
-    def _check_ids(self, token_ids: Tensor) -> None:
-        if not token_ids.numel():
-            return
-        low, high = (int(bound) for bound in token_ids.aminmax())
-        if low < 0 or high >= self.vocab_size:
-            raise InputError(
-                f"token_ids: id {low if low < 0 else high} is outside the hash table of "
-                f"{self.vocab_size}; set vocab_size to the tokenizer's"
-            )
 
     @torch.no_grad()
     def slot_load(
@@ -393,3 +360,24 @@ class HashLayer(FeedForward):
             flops_per_token=self.num_hashes * self.experts.flops_per_assignment(),
             bytes_per_token=active * self.experts.down_proj.element_size(),
         )
+
+
+register(
+    Method(
+        "hash",
+        HashLayer,
+        Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426"),
+    ),
+    Method(
+        "hash_bigram",
+        HashLayer,
+        Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426"),
+        {"key": "bigram"},
+    ),
+    Method(
+        "multi_hash",
+        HashLayer,
+        Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426"),
+        {"num_hashes": 4},
+    ),
+)

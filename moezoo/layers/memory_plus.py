@@ -18,8 +18,11 @@ from moezoo.feed_forward import (
     Cost,
     FeedForward,
     FeedForwardOutput,
+    Method,
+    Paper,
     ParameterGroup,
     flatten_tokens,
+    register,
     set_apart,
 )
 from moezoo.init import init_linear
@@ -180,3 +183,13 @@ class MemoryPlus(FeedForward):
             flops_per_token=self.memory.flops_per_token() + 2 * projections,
             bytes_per_token=active * self.memory.keys.keys.element_size(),
         )
+
+
+register(
+    Method(
+        "memory_plus",
+        MemoryPlus,
+        Paper("Berges et al.", 2024, "Memory Layers at Scale", "2412.09764"),
+        {"value_pool": "memory"},
+    )
+)

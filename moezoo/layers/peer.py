@@ -27,8 +27,11 @@ from moezoo.feed_forward import (
     Cost,
     FeedForward,
     FeedForwardOutput,
+    Method,
+    Paper,
     ParameterGroup,
     flatten_tokens,
+    register,
     set_apart,
 )
 from moezoo.layers.dense import Activation
@@ -250,3 +253,6 @@ def _side_of_square(num_experts: int) -> int:
             f"{side**2} ({side}²) and {(side + 1) ** 2} ({side + 1}²)"
         )
     return side
+
+
+register(Method("peer", PEER, Paper("He", 2024, "Mixture of A Million Experts", "2407.04153")))

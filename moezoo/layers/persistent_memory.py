@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_int
 from moezoo.experts.slots import PersistentSlots, join
-from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    Method,
+    Paper,
+    flatten_tokens,
+    register,
+)
 from moezoo.init import init_linear, output_std
 from moezoo.routing.losses import masked_mean
 from moezoo_kernels.dtypes import at_least_fp32
@@ -194,3 +202,17 @@ class PersistentMemoryAttention(FeedForward):
         parameters = slots + projections
         size = self.q_proj.weight.element_size()
         return Cost(parameters, parameters, 2 * parameters, parameters * size)
+
+
+register(
+    Method(
+        "persistent_memory",
+        PersistentMemoryAttention,
+        Paper(
+            "Sukhbaatar et al.",
+            2019,
+            "Augmenting Self-attention with Persistent Memory",
+            "1907.01470",
+        ),
+    )
+)

@@ -17,8 +17,11 @@ from moezoo.feed_forward import (
     Cost,
     FeedForward,
     FeedForwardOutput,
+    Method,
+    Paper,
     ParameterGroup,
     flatten_tokens,
+    register,
     set_apart,
 )
 from moezoo.init import init_linear
@@ -180,3 +183,12 @@ class ProductKeyMemory(FeedForward):
             flops_per_token=self.memory.flops_per_token() + 2 * projection,
             bytes_per_token=active * self.memory.keys.keys.element_size(),
         )
+
+
+register(
+    Method(
+        "product_key_memory",
+        ProductKeyMemory,
+        Paper("Lample et al.", 2019, "Large Memory Layers with Product Keys", "1907.05242"),
+    )
+)

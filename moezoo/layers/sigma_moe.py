@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.experts import MLPExperts
-from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    Method,
+    Paper,
+    flatten_tokens,
+    register,
+)
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import BalanceOptions, Router, RouterOptions, Routing
 from moezoo.routing.stats import SlotLoad, slot_load
@@ -154,3 +162,17 @@ class SigmaMoE(FeedForward):
             flops_per_token=2 * selection + self.top_k * self.experts.flops_per_assignment(),
             bytes_per_token=active * self.experts.down_proj.element_size(),
         )
+
+
+register(
+    Method(
+        "sigma_moe",
+        SigmaMoE,
+        Paper(
+            "Csordás et al.",
+            2023,
+            "Approximating Two-Layer Feedforward Networks for Efficient Transformers",
+            "2310.10837",
+        ),
+    )
+)

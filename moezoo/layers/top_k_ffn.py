@@ -21,7 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
-from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    Method,
+    Paper,
+    flatten_tokens,
+    register,
+)
 from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing.deferred import statistics
@@ -265,3 +273,33 @@ def _neuron_load(inner_TF: Tensor, mask_T: Tensor | None) -> SlotLoad:
     wide = torch.promote_types(inner_TF.dtype, torch.float32)
     mass_F = inner_TF.abs().sum(dim=0, dtype=wide)
     return SlotLoad((inner_TF != 0).sum(dim=0), mass_F, None, "neurons", (inner_TF.shape[-1],))
+
+
+register(
+    Method(
+        "top_k_ffn",
+        TopKFFN,
+        Paper(
+            "Li et al.",
+            2022,
+            "The Lazy Neuron Phenomenon: On Emergence of Activation Sparsity in Transformers",
+            "2210.06313",
+        ),
+    ),
+    Method(
+        "spark_ffn",
+        TopKFFN,
+        Paper(
+            "You et al.",
+            2025,
+            "Spark Transformer: Reactivating Sparsity in FFN and Attention",
+            "2506.06644",
+        ),
+        {
+            "selection": "statistical",
+            "activation": "gelu_tanh",
+            "gated": True,
+            "split_input": True,
+        },
+    ),
+)

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.errors import check_choice, check_int
-from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    Method,
+    Paper,
+    flatten_tokens,
+    register,
+)
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing.deferred import statistics
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
@@ -198,3 +206,14 @@ class UltraFastFFF(FeedForward):
             flops_per_token=4 * neurons * self.d_model,
             bytes_per_token=active * self.in_weight.element_size(),
         )
+
+
+register(
+    Method(
+        "ultra_fast_fff",
+        UltraFastFFF,
+        Paper(
+            "Belcak & Wattenhofer", 2023, "Exponentially Faster Language Modelling", "2311.10770"
+        ),
+    )
+)

@@ -13,6 +13,7 @@ import heapq
 import torch
 from torch import Tensor
 
+from moezoo.calls import check_context
 from moezoo.errors import InputError
 
 
@@ -148,6 +149,57 @@ def _nearest(x_VD: Tensor, centres_KD: Tensor) -> tuple[Tensor, Tensor]:
         distance_P = best.values + part_PD.square().sum(dim=-1)
         found.append((distance_P.clamp(min=0), best.indices))
     return torch.cat([d for d, _ in found]), torch.cat([n for _, n in found])
+
+
+def aligned(
+    hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None, vocab_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return token ids and mask, checked and of the same length ``(..., L)``.
+
+    Args:
+        hidden: ``(..., S, d_model)``.
+        token_ids: ``(..., L)`` int64 or int32 with L >= S, the last S of which are ``hidden``'s.
+        mask: ``(..., S)`` or ``(..., L)`` bool; earlier tokens that it leaves out are real.
+        vocab_size: V; ids on the CPU are checked to be below it.
+
+    Raises:
+        InputError: token ids are missing or outside the vocabulary, or a shape does not match.
+    """
+    if token_ids is None:
+        raise InputError("token_ids: missing; HashLayer routes on them, so pass token_ids")
+    check_context(hidden, token_ids, mask=mask)
+    if hidden.ndim == 1:
+        hidden = hidden[None]
+        token_ids = token_ids.reshape(-1)
+        mask = None if mask is None else mask.reshape(-1)
+    ahead = token_ids.shape[-1] - hidden.shape[-2] if token_ids.ndim else -1
+    if token_ids.shape[:-1] != hidden.shape[:-2] or ahead < 0:
+        raise InputError(
+            f"token_ids: shape {tuple(token_ids.shape)} does not match hidden's "
+            f"{tuple(hidden.shape[:-1])}"
+        )
+    if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_ids(token_ids, vocab_size)
+    if mask is None:
+        return token_ids, None
+    if mask.shape == hidden.shape[:-1] and ahead:
+        mask = torch.cat([mask.new_ones(*mask.shape[:-1], ahead), mask], dim=-1)
+    if mask.shape != token_ids.shape:
+        raise InputError(
+            f"mask: shape {tuple(mask.shape)} does not match hidden's {tuple(hidden.shape[:-1])}"
+        )
+    return token_ids, mask
+
+
+def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
+    if not token_ids.numel():
+        return
+    low, high = (int(bound) for bound in token_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            f"token_ids: id {low if low < 0 else high} is outside the hash table of "
+            f"{vocab_size}; set vocab_size to the tokenizer's"
+        )
 
 
 def shifted(token_ids: Tensor, mask: Tensor | None, offset: int, missing: int) -> Tensor:

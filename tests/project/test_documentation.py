@@ -150,13 +150,13 @@ def test_the_error_shown_in_the_readme_is_the_error(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def contributing() -> tuple[str, str, str]:
-    layer, listing, export = blocks(ROOT / "CONTRIBUTING.md", "python")
-    return layer, listing, export
+def contributing() -> tuple[str, str]:
+    layer, export = blocks(ROOT / "CONTRIBUTING.md", "python")
+    return layer, export
 
 
 def test_the_layer_of_contributing_has_ten_lines():
-    layer, _, _ = contributing()
+    layer, _ = contributing()
     (cls,) = (node for node in ast.parse(layer).body if isinstance(node, ast.ClassDef))
     lines = 0
     for method in (node for node in cls.body if isinstance(node, ast.FunctionDef)):
@@ -173,10 +173,8 @@ def test_a_layer_is_added_as_contributing_says(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for conftest in (ROOT / "tests").glob("conftest.py"):
         shutil.copy(conftest, tmp_path / "tests")
-    layer, listing, export = contributing()
+    layer, export = contributing()
     (tmp_path / "moezoo/layers/low_rank.py").write_text(layer)
-    with (tmp_path / "moezoo/layers/__init__.py").open("a") as file:
-        file.write(listing)
     with (tmp_path / "moezoo/__init__.py").open("a") as file:
         file.write(export)
 

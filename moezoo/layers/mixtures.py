@@ -1,0 +1,136 @@
+"""Published sparse mixtures: settings of :class:`moezoo.SparseMoE`, each from its paper."""
+
+from __future__ import annotations
+
+from moezoo.feed_forward import Method, Paper, register
+from moezoo.layers.sparse_moe import SparseMoE
+from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
+
+register(
+    Method(
+        "noisy_top_k",
+        SparseMoE,
+        Paper(
+            "Shazeer et al.",
+            2017,
+            "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer",
+            "1701.06538",
+        ),
+        {
+            "num_experts": 16,
+            "top_k": 4,
+            "activation": "relu",
+            "gated": False,
+            "router": RouterOptions(noise=True),
+            "balance": BalanceOptions(load_balancing=0.0, importance=0.1, load=0.1),
+        },
+    ),
+    Method(
+        "gshard",
+        SparseMoE,
+        Paper(
+            "Lepikhin et al.",
+            2020,
+            "GShard: Scaling Giant Models with Conditional Computation",
+            "2006.16668",
+        ),
+        {
+            "activation": "relu",
+            "gated": False,
+            "balance": BalanceOptions(count="first_choice"),
+            "capacity": CapacityOptions(factor=1.0, second_choice_threshold=0.2),
+        },
+    ),
+    Method(
+        "switch",
+        SparseMoE,
+        Paper("Fedus et al.", 2021, "Switch Transformers", "2101.03961"),
+        {
+            "top_k": 1,
+            "activation": "relu",
+            "gated": False,
+            "router": RouterOptions(normalize=False, jitter=0.01),
+            "capacity": CapacityOptions(factor=1.25),
+        },
+    ),
+    Method(
+        "st_moe",
+        SparseMoE,
+        Paper(
+            "Zoph et al.",
+            2022,
+            "ST-MoE: Designing Stable and Transferable Sparse Expert Models",
+            "2202.08906",
+        ),
+        {
+            "activation": "gelu",
+            "balance": BalanceOptions(z_loss=1e-3, count="first_choice"),
+            "capacity": CapacityOptions(factor=1.25, eval_factor=2.0),
+        },
+    ),
+    Method(
+        "expert_choice",
+        SparseMoE,
+        Paper("Zhou et al.", 2022, "Mixture-of-Experts with Expert Choice Routing", "2202.09368"),
+        {
+            "activation": "relu",
+            "gated": False,
+            "router": RouterOptions(choice="expert", normalize=False),
+            "balance": BalanceOptions(load_balancing=0.0),
+        },
+    ),
+    Method(
+        "mixtral",
+        SparseMoE,
+        Paper("Jiang et al.", 2024, "Mixtral of Experts", "2401.04088"),
+        {"num_experts": 8, "top_k": 2, "balance": BalanceOptions(load_balancing=0.02)},
+    ),
+    Method(
+        "deepseek_v2",
+        SparseMoE,
+        Paper("DeepSeek-AI", 2024, "DeepSeek-V2", "2405.04434"),
+        {
+            "num_experts": 64,
+            "top_k": 6,
+            "num_shared_experts": 2,
+            "router": RouterOptions(normalize=False, num_groups=8, top_groups=3),
+            "balance": BalanceOptions(load_balancing=0.003),
+        },
+    ),
+    Method(
+        "olmoe",
+        SparseMoE,
+        Paper(
+            "Muennighoff et al.",
+            2024,
+            "OLMoE: Open Mixture-of-Experts Language Models",
+            "2409.02060",
+        ),
+        {
+            "num_experts": 64,
+            "top_k": 8,
+            "router": RouterOptions(normalize=False),
+            "balance": BalanceOptions(load_balancing=0.01, z_loss=1e-3),
+        },
+    ),
+    Method(
+        "deepseek_v3",
+        SparseMoE,
+        Paper("DeepSeek-AI", 2024, "DeepSeek-V3 Technical Report", "2412.19437"),
+        {
+            "num_experts": 64,
+            "top_k": 8,
+            "num_shared_experts": 1,
+            "router": RouterOptions(
+                score="sigmoid", scale=2.5, num_groups=8, top_groups=4, selection_bias=True
+            ),
+            "balance": BalanceOptions(load_balancing=0.0, sequence=1e-4),
+        },
+    ),
+    Method(
+        "qwen3_moe",
+        SparseMoE,
+        Paper("Qwen Team", 2025, "Qwen3 Technical Report", "2505.09388"),
+        {"num_experts": 128, "top_k": 8, "balance": BalanceOptions(load_balancing=0.001)},
+    ),
+)
