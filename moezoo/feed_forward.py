@@ -95,7 +95,7 @@ def set_apart(groups: list[ParameterGroup], special: list[ParameterGroup]) -> li
 class FeedForward(TrainingState):
     """A drop-in for a transformer's feed-forward block: ``(..., d_model) -> (..., d_model)``.
 
-    A subclass takes ``d_model`` first and everything else by keyword with a default, stores every
+    A subclass takes ``d_model`` first and the rest keyword-only, with defaults, stores every
     argument under its own name, and implements :meth:`forward`, :meth:`reference` and
     :meth:`cost`. Its arguments *are* its configuration: see :meth:`config`.
 

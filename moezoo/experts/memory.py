@@ -44,6 +44,7 @@ class KeyValueMemory(nn.Module):
     def __init__(
         self,
         d_model: int,
+        *,
         num_keys: int,
         num_heads: int,
         top_k: int,
@@ -65,9 +66,16 @@ class KeyValueMemory(nn.Module):
         self.value_lr_multiplier = value_lr_multiplier
         self.clip_values_apart = clip_values_apart
         self.keys = ProductKeys(
-            d_key, num_keys, num_heads, top_k, init=init, normalize=query_norm == "qk"
+            d_key,
+            num_keys,
+            num_heads=num_heads,
+            top_k=top_k,
+            init=init,
+            normalize=query_norm == "qk",
         )
-        self.query = QueryNetwork(d_model, num_heads, d_key, query_norm, query_bias, init)
+        self.query = QueryNetwork(
+            d_model, num_heads, d_key, norm=query_norm, bias=query_bias, init=init
+        )
         table, self.owns_values = value_table(self.keys.num_slots, v_dim, sparse, value_pool)
         if self.owns_values:
             self.values = table

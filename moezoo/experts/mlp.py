@@ -43,6 +43,7 @@ class MLPExperts(nn.Module):
         d_model: int,
         d_expert: int,
         num_experts: int,
+        *,
         activation: str,
         gated: bool,
         bias: bool,

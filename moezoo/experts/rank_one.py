@@ -45,6 +45,7 @@ class RankOneExperts(nn.Module):
         d_model: int,
         num_experts: int,
         experts_per_token: int,
+        *,
         activation: str,
         gated: bool,
         sparse: bool = False,

@@ -38,7 +38,7 @@ class ValueTable(nn.Module):
 
     can_shard = True
 
-    def __init__(self, num_slots: int, v_dim: int, sparse: bool = False) -> None:
+    def __init__(self, num_slots: int, v_dim: int, *, sparse: bool = False) -> None:
         super().__init__()
         self.num_slots = check_int("num_slots", num_slots)
         self.v_dim = check_int("v_dim", v_dim)
@@ -140,9 +140,9 @@ def value_table(
     """
     pools = _POOLS.get()
     if pool is None or pools is None:
-        return ValueTable(num_slots, v_dim, sparse), True
+        return ValueTable(num_slots, v_dim, sparse=sparse), True
     if pool not in pools:
-        pools[pool] = ValueTable(num_slots, v_dim, sparse)
+        pools[pool] = ValueTable(num_slots, v_dim, sparse=sparse)
         return pools[pool], True
     table = pools[pool]
     for name, wanted in (("num_slots", num_slots), ("v_dim", v_dim), ("sparse", sparse)):

@@ -65,6 +65,7 @@ class CarvedMoE(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         num_experts: int = 5,
         top_k: int = 3,
         d_expert: int | None = None,
@@ -103,14 +104,26 @@ class CarvedMoE(FeedForward):
         self.router_lr_multiplier = check_number("router_lr_multiplier", router_lr_multiplier)
 
         self.gate = NeuronRouter(
-            d_model, num_experts, top_k, router, activation, gated, bias, signed, bias_update_rate
+            d_model,
+            num_experts,
+            top_k,
+            score=router,
+            activation=activation,
+            gated=gated,
+            bias=bias,
+            signed=signed,
+            bias_update_rate=bias_update_rate,
         )
         self.u = nn.Parameter(torch.zeros(num_experts))
-        self.experts = MLPExperts(d_model, self.d_expert, num_experts, activation, gated, bias)
+        self.experts = MLPExperts(
+            d_model, self.d_expert, num_experts, activation=activation, gated=gated, bias=bias
+        )
         self.experts.down_bias = None  # the dense block had one, which is not any part's
         if num_shared_experts:
             d_shared = num_shared_experts * self.d_expert
-            self.shared_expert = DenseFFN(d_model, d_shared, activation, gated, bias)
+            self.shared_expert = DenseFFN(
+                d_model, d_shared, activation=activation, gated=gated, bias=bias
+            )
             self.shared_expert.down_proj.register_parameter("bias", None)
         self.b_out: nn.Parameter | None = None
         if output_bias:

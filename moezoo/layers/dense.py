@@ -47,6 +47,7 @@ class DenseFFN(FeedForward):
         self,
         d_model: int,
         d_ff: int | None = None,
+        *,
         activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,

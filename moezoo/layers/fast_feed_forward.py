@@ -70,6 +70,7 @@ class FastFeedForward(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         depth: int = 4,
         d_leaf: int | None = None,
         activation: Activation = "relu",
@@ -106,10 +107,12 @@ class FastFeedForward(FeedForward):
         self.compat = compat
 
         self.tree = tree.DecisionTree(d_model, depth)
-        self.leaves = MLPExperts(d_model, self.d_leaf, 2**depth, activation, gated, bias=True)
+        self.leaves = MLPExperts(
+            d_model, self.d_leaf, 2**depth, activation=activation, gated=gated, bias=True
+        )
         self.leaves.can_shard = False  # training computes them all as one wide block
         if d_master:
-            self.master = DenseFFN(d_model, d_master, activation, gated, bias=True)
+            self.master = DenseFFN(d_model, d_master, activation=activation, gated=gated, bias=True)
             self.master_mix = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 

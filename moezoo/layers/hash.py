@@ -72,6 +72,7 @@ class HashLayer(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         num_experts: int = 16,
         d_expert: int | None = None,
         num_hashes: int = 1,
@@ -119,7 +120,12 @@ class HashLayer(FeedForward):
 
         # Segment r of expert e is expert e R + r of this store.
         self.experts = MLPExperts(
-            d_model, d_expert // num_hashes, num_experts * num_hashes, activation, gated, bias
+            d_model,
+            d_expert // num_hashes,
+            num_experts * num_hashes,
+            activation=activation,
+            gated=gated,
+            bias=bias,
         )
         self.norm = nn.LayerNorm(d_model) if compat else None
         # One row per hash, two for bigrams; the last column is for where there is no token.

@@ -62,6 +62,7 @@ class MemoryPlus(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         num_keys: int | None = None,
         num_heads: int = 4,
         top_k: int = 32,
@@ -90,18 +91,18 @@ class MemoryPlus(FeedForward):
         self.clip_values_apart = clip_values_apart
         self.memory = KeyValueMemory(
             d_model,
-            self.num_keys,
-            num_heads,
-            top_k,
-            self.d_key,
-            self.v_dim,
-            query_norm,
-            query_bias,
-            "berges",
-            value_pool,
-            sparse,
-            value_lr_multiplier,
-            clip_values_apart,
+            num_keys=self.num_keys,
+            num_heads=num_heads,
+            top_k=top_k,
+            d_key=self.d_key,
+            v_dim=self.v_dim,
+            query_norm=query_norm,
+            query_bias=query_bias,
+            init="berges",
+            value_pool=value_pool,
+            sparse=sparse,
+            value_lr_multiplier=value_lr_multiplier,
+            clip_values_apart=clip_values_apart,
         )
         self.gate_proj = nn.Linear(d_model, self.v_dim, bias=False)
         self.out_proj = nn.Linear(self.v_dim, d_model, bias=False)

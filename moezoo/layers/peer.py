@@ -77,6 +77,7 @@ class PEER(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         num_experts: int | None = None,
         num_heads: int = 8,
         top_k: int = 16,
@@ -110,12 +111,22 @@ class PEER(FeedForward):
         self.sparse = sparse
         self.expert_lr_multiplier = check_number("expert_lr_multiplier", expert_lr_multiplier)
 
-        self.query = QueryNetwork(d_model, num_heads, self.d_key, query_norm)
+        self.query = QueryNetwork(d_model, num_heads, self.d_key, norm=query_norm)
         self.keys = ProductKeys(
-            self.d_key, num_keys, num_heads, top_k, share_keys, normalize=query_norm == "qk"
+            self.d_key,
+            num_keys,
+            num_heads=num_heads,
+            top_k=top_k,
+            share_keys=share_keys,
+            normalize=query_norm == "qk",
         )
         self.experts = RankOneExperts(
-            d_model, num_experts, num_heads * top_k, activation, gated, sparse
+            d_model,
+            num_experts,
+            num_heads * top_k,
+            activation=activation,
+            gated=gated,
+            sparse=sparse,
         )
 
     def reset_parameters(self, num_layers: int = 1) -> None:

@@ -54,6 +54,7 @@ class PersistentMemoryAttention(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         num_heads: int | None = None,
         num_slots: int | None = None,
         include_self: bool = True,

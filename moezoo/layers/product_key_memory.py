@@ -61,6 +61,7 @@ class ProductKeyMemory(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         num_keys: int | None = None,
         num_heads: int = 4,
         top_k: int = 32,
@@ -89,18 +90,18 @@ class ProductKeyMemory(FeedForward):
         self.clip_values_apart = clip_values_apart
         self.memory = KeyValueMemory(
             d_model,
-            self.num_keys,
-            num_heads,
-            top_k,
-            self.d_key,
-            self.v_dim,
-            query_norm,
-            query_bias,
-            "lample",
-            value_pool,
-            sparse,
-            value_lr_multiplier,
-            clip_values_apart,
+            num_keys=self.num_keys,
+            num_heads=num_heads,
+            top_k=top_k,
+            d_key=self.d_key,
+            v_dim=self.v_dim,
+            query_norm=query_norm,
+            query_bias=query_bias,
+            init="lample",
+            value_pool=value_pool,
+            sparse=sparse,
+            value_lr_multiplier=value_lr_multiplier,
+            clip_values_apart=clip_values_apart,
         )
         self.out_proj: nn.Linear | None = None
         if self.v_dim != d_model:

@@ -51,6 +51,7 @@ class SigmaMoE(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         num_experts: int = 16,
         top_k: int = 4,
         d_expert: int | None = None,
@@ -75,9 +76,9 @@ class SigmaMoE(FeedForward):
 
         router = RouterOptions(score="sigmoid", normalize=False, expert_dropout=self.expert_dropout)
         balance = BalanceOptions(load_balancing=0.0, entropy=self.entropy)
-        self.gate = Router(d_model, num_experts, top_k, router, balance)
+        self.gate = Router(d_model, num_experts, top_k, options=router, balance=balance)
         self.experts = MLPExperts(
-            d_model, self.d_expert, num_experts, activation, gated=False, bias=False
+            d_model, self.d_expert, num_experts, activation=activation, gated=False, bias=False
         )
         self.reset_parameters()
 

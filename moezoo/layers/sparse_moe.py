@@ -49,6 +49,7 @@ class SparseMoE(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         num_experts: int = 8,
         top_k: int = 2,
         d_expert: int | None = None,
@@ -100,10 +101,16 @@ class SparseMoE(FeedForward):
         self.capacity = capacity
         self.router = router
 
-        self.gate = Router(d_model, num_experts, top_k, router, balance, capacity)
-        self.experts = MLPExperts(d_model, self.d_expert, num_experts, activation, gated, bias)
+        self.gate = Router(
+            d_model, num_experts, top_k, options=router, balance=balance, capacity=capacity
+        )
+        self.experts = MLPExperts(
+            d_model, self.d_expert, num_experts, activation=activation, gated=gated, bias=bias
+        )
         if self.d_shared:
-            self.shared_expert = DenseFFN(d_model, self.d_shared, activation, gated, bias)
+            self.shared_expert = DenseFFN(
+                d_model, self.d_shared, activation=activation, gated=gated, bias=bias
+            )
         if shared_gate:
             self.shared_expert_gate = nn.Linear(d_model, 1, bias=False)
             self._reset_shared_gate()

@@ -62,6 +62,7 @@ class TopKFFN(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         d_ff: int | None = None,
         top_k: int | None = None,
         selection: Literal["exact", "statistical"] = "exact",

@@ -52,6 +52,7 @@ class UltraFastFFF(FeedForward):
     def __init__(
         self,
         d_model: int,
+        *,
         num_trees: int = 1,
         depth: int | None = None,
         activation: Activation = "gelu",

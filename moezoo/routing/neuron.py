@@ -40,6 +40,7 @@ class NeuronRouter(Router):
         d_model: int,
         num_experts: int,
         top_k: int,
+        *,
         score: Literal["neuron", "linear"],
         activation: str,
         gated: bool,
@@ -50,7 +51,8 @@ class NeuronRouter(Router):
         options = RouterOptions(
             normalize=False, selection_bias=True, bias_update_rate=bias_update_rate
         )
-        super().__init__(d_model, num_experts, top_k, options, BalanceOptions(load_balancing=0.0))
+        balance = BalanceOptions(load_balancing=0.0)
+        super().__init__(d_model, num_experts, top_k, options=options, balance=balance)
         self.score, self.activation, self.signed = score, activation, signed
         self.up_weight: nn.Parameter | None = None
         if gated and score == "neuron":

@@ -62,6 +62,7 @@ class Router(TrainingState):
         d_model: int,
         num_experts: int,
         top_k: int,
+        *,
         options: RouterOptions,
         balance: BalanceOptions,
         capacity: CapacityOptions | None = None,

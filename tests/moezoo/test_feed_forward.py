@@ -76,7 +76,7 @@ def test_printing_a_layer_shows_its_configuration():
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_equals_its_reference(activation, gated, bias):
     torch.manual_seed(0)
-    layer = moezoo.DenseFFN(7, 13, activation, gated, bias).double()
+    layer = moezoo.DenseFFN(7, 13, activation=activation, gated=gated, bias=bias).double()
     if bias:
         for name, parameter in layer.named_parameters():
             if name.endswith("bias"):

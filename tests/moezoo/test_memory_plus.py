@@ -44,7 +44,7 @@ def hashing_memory(layer: MemoryPlus, hidden: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("top_k", [1, 4, 6])
 def test_equals_the_authors_layer_with_its_biases(top_k):
-    layer = MemoryPlus(8, 6, num_heads=3, top_k=top_k, d_key=4, v_dim=5, query_bias=True)
+    layer = MemoryPlus(8, num_keys=6, num_heads=3, top_k=top_k, d_key=4, v_dim=5, query_bias=True)
     layer.gate_proj, layer.out_proj = torch.nn.Linear(8, 5), torch.nn.Linear(5, 8)
     layer = layer.double()
     torch.nn.init.normal_(layer.memory.query.proj.bias)
@@ -63,7 +63,14 @@ def test_equals_the_authors_layer_with_its_biases(top_k):
 @pytest.mark.parametrize("v_dim", [None, 10])
 def test_fast_path_equals_reference_for_every_option(query_norm, v_dim):
     layer = MemoryPlus(
-        12, 8, 3, 5, d_key=6, v_dim=v_dim, query_norm=query_norm, query_bias=True
+        12,
+        num_keys=8,
+        num_heads=3,
+        top_k=5,
+        d_key=6,
+        v_dim=v_dim,
+        query_norm=query_norm,
+        query_bias=True,
     ).double()
     hidden = torch.randn(20, 12, dtype=torch.float64)
     mask = torch.rand(20) < 0.7

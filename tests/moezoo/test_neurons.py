@@ -15,12 +15,18 @@ VARIANTS = {
     if method.layer not in (moezoo.MemoryPlus, moezoo.PersistentMemoryAttention)
 } | {
     "biased": lambda d: moezoo.DenseFFN(d, d_ff=7, bias=True),
-    "statistical": lambda d: moezoo.TopKFFN(d, 40, 5, "statistical"),
-    "shared gate": lambda d: moezoo.SparseMoE(d, 3, 2, 5, num_shared_experts=2, shared_gate=True),
-    "carved": lambda d: moezoo.CarvedMoE(d, 4, 2, 6, bias=True),
-    "soft tree": lambda d: moezoo.FastFeedForward(d, 2, 5, hard=False, d_master=3),
-    "gated PEER": lambda d: moezoo.PEER(d, 25, 2, 3, gated=True, query_norm="none"),
-    "narrow values": lambda d: moezoo.ProductKeyMemory(d, 6, 2, 3, v_dim=5),
+    "statistical": lambda d: moezoo.TopKFFN(d, d_ff=40, top_k=5, selection="statistical"),
+    "shared gate": lambda d: moezoo.SparseMoE(
+        d, num_experts=3, top_k=2, d_expert=5, num_shared_experts=2, shared_gate=True
+    ),
+    "carved": lambda d: moezoo.CarvedMoE(d, num_experts=4, top_k=2, d_expert=6, bias=True),
+    "soft tree": lambda d: moezoo.FastFeedForward(d, depth=2, d_leaf=5, hard=False, d_master=3),
+    "gated PEER": lambda d: moezoo.PEER(
+        d, num_experts=25, num_heads=2, top_k=3, gated=True, query_norm="none"
+    ),
+    "narrow values": lambda d: moezoo.ProductKeyMemory(
+        d, num_keys=6, num_heads=2, top_k=3, v_dim=5
+    ),
     "trees": lambda d: moezoo.UltraFastFFF(d, num_trees=3, depth=2),
 }
 
@@ -125,10 +131,10 @@ def test_planted_neurons_fire_as_planted():
 @pytest.mark.parametrize(
     ("layer", "computed"),
     [
-        (moezoo.SparseMoE(D, 8, 2, 5), 2 / 8),
-        (moezoo.PEER(D, 64, 1, 4), 4 / 64),
+        (moezoo.SparseMoE(D, num_experts=8, top_k=2, d_expert=5), 2 / 8),
+        (moezoo.PEER(D, num_experts=64, num_heads=1, top_k=4), 4 / 64),
         (moezoo.UltraFastFFF(D, depth=3), 4 / 15),
-        (moezoo.TopKFFN(D, 40, 10), 1.0),
+        (moezoo.TopKFFN(D, d_ff=40, top_k=10), 1.0),
     ],
 )
 def test_what_is_computed_is_known_beforehand(layer, computed):
@@ -141,7 +147,7 @@ def test_what_is_computed_is_known_beforehand(layer, computed):
 
 def test_two_passes_add_up():
     torch.manual_seed(0)
-    layer = moezoo.SparseMoE(D, 4, 2, 5).eval()
+    layer = moezoo.SparseMoE(D, num_experts=4, top_k=2, d_expert=5).eval()
     hidden = torch.randn(30, D)
     (neurons,) = neurons_of(layer)
     parts = SparsityCounter(neurons.number, 0.01)
@@ -154,7 +160,9 @@ def test_two_passes_add_up():
 
 def test_the_picture_has_every_layer():
     torch.manual_seed(0)
-    counter = count(moezoo.SparseMoE(D, 4, 2, 400).eval(), torch.randn(30, D))
+    counter = count(
+        moezoo.SparseMoE(D, num_experts=4, top_k=2, d_expert=400).eval(), torch.randn(30, D)
+    )
     frequency = counter.strong / 30
     summaries = {"layer 0": counter.summary()}
     figure = draw_sparsity(summaries, {"layer 0": frequency}, {"layer 0": "layer 0: MoE"}, "test")

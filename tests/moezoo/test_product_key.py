@@ -25,7 +25,9 @@ REAL = (5, 11)  # real tokens per rank, of 12
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("num_keys", "top_k"), [(1, 1), (17, 1), (17, 17), (32, 5)])
 def test_retrieval_equals_brute_force_over_all_keys(share_keys, normalize, num_keys, top_k):
-    keys = ProductKeys(10, num_keys, 3, top_k, share_keys, normalize=normalize).double()
+    keys = ProductKeys(
+        10, num_keys, num_heads=3, top_k=top_k, share_keys=share_keys, normalize=normalize
+    ).double()
     queries = torch.randn(1000, 3, 10, dtype=torch.float64)
     scores, slots = keys(queries)
     every_score, every_slot = keys.reference(queries)
@@ -43,7 +45,7 @@ def test_retrieval_equals_brute_force_over_all_keys(share_keys, normalize, num_k
 def test_scores_are_exact_in_fp32_even_with_ties(num_keys, share_keys, seed, data):
     top_k = data.draw(st.integers(1, num_keys))
     torch.manual_seed(seed)
-    keys = ProductKeys(4, num_keys, 2, top_k, share_keys)
+    keys = ProductKeys(4, num_keys, num_heads=2, top_k=top_k, share_keys=share_keys)
     with torch.no_grad():  # small integers: many sums tie, and none is rounded
         keys.keys.copy_(torch.randint(-2, 3, keys.keys.shape))
     queries = torch.randint(-2, 3, (9, 2, 4)).float()
@@ -59,7 +61,7 @@ def test_scores_are_exact_in_fp32_even_with_ties(num_keys, share_keys, seed, dat
 
 
 def test_keys_and_slots_are_permuted_together():
-    keys = ProductKeys(8, 6, 2, 4).double()
+    keys = ProductKeys(8, 6, num_heads=2, top_k=4).double()
     queries = torch.randn(50, 2, 8, dtype=torch.float64)
     _, slots = keys(queries)
     rows, columns = torch.randperm(6), torch.randperm(6)
@@ -73,18 +75,18 @@ def test_keys_and_slots_are_permuted_together():
 
 def test_mistakes_are_named():
     with pytest.raises(InputError, match="top_k: 9 is more than num_keys=8"):
-        ProductKeys(8, 8, 2, 9)
+        ProductKeys(8, 8, num_heads=2, top_k=9)
     with pytest.raises(InputError, match="d_key: 7 is odd"):
-        ProductKeys(7, 8, 2, 4)
+        ProductKeys(7, 8, num_heads=2, top_k=4)
     with pytest.raises(InputError, match=r"norm: 'bach' is not known; did you mean 'batch'\?"):
-        QueryNetwork(8, 2, 4, "bach")
+        QueryNetwork(8, 2, 4, norm="bach")
 
 
 @pytest.mark.parametrize("norm", QUERY_NORMS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("tokens", "masked"), [(40, False), (40, True), (1, False), (0, False)])
 def test_queries_equal_torchs_norms(norm, training, tokens, masked):
-    query = QueryNetwork(12, 3, 8, norm, bias=True).double().train(training)
+    query = QueryNetwork(12, 3, 8, norm=norm, bias=True).double().train(training)
     for parameter in query.parameters():
         torch.nn.init.normal_(parameter)
     if norm == "batch":
@@ -105,7 +107,7 @@ def test_queries_equal_torchs_norms(norm, training, tokens, masked):
 
 
 def test_batch_norm_equals_torchs_module_over_a_run():
-    query = QueryNetwork(6, 2, 4, "batch").double()
+    query = QueryNetwork(6, 2, 4, norm="batch").double()
     module = torch.nn.BatchNorm1d(8).double()
     for _ in range(5):
         x = torch.randn(10, 6, dtype=torch.float64) * 3 + 1
@@ -120,7 +122,7 @@ def test_batch_norm_equals_torchs_module_over_a_run():
 
 
 def test_one_token_leaves_the_running_averages_alone():
-    query = QueryNetwork(6, 2, 4, "batch")
+    query = QueryNetwork(6, 2, 4, norm="batch")
     before = copy.deepcopy(query.state_dict())
     for tokens in (0, 1):
         assert query(torch.randn(tokens, 6)).isfinite().all()
@@ -173,7 +175,7 @@ def test_deferred_averages_follow_observe_and_step_alone(number):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recomputed_forward_pass_moves_the_averages_once(reentrant):
-    plain, recomputed = QueryNetwork(6, 2, 4, "batch"), QueryNetwork(6, 2, 4, "batch")
+    plain, recomputed = QueryNetwork(6, 2, 4, norm="batch"), QueryNetwork(6, 2, 4, norm="batch")
     recomputed.load_state_dict(plain.state_dict())
     for _ in range(8):
         hidden = (torch.randn(10, 6) * 2 + 1).requires_grad_()
@@ -184,7 +186,7 @@ def test_a_recomputed_forward_pass_moves_the_averages_once(reentrant):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_batch_that_is_not_finite_leaves_the_averages_alone(bad):
-    query = QueryNetwork(6, 2, 4, "batch")
+    query = QueryNetwork(6, 2, 4, norm="batch")
     query(torch.randn(10, 6))
     before = averages(query)
     hidden = torch.randn(10, 6)
@@ -196,7 +198,7 @@ def test_a_batch_that_is_not_finite_leaves_the_averages_alone(bad):
 
 
 def test_running_averages_stay_fp32_in_a_bf16_model():
-    query = QueryNetwork(6, 2, 4, "batch")
+    query = QueryNetwork(6, 2, 4, norm="batch")
     query(torch.randn(20, 6))
     mean = query.running_mean.clone()
     query.to(torch.bfloat16)
@@ -206,7 +208,10 @@ def test_running_averages_stay_fp32_in_a_bf16_model():
 
 
 def test_qk_norm_ignores_the_scale_of_input_and_keys():
-    query, keys = QueryNetwork(6, 2, 4, "qk").double(), ProductKeys(4, 8, 2, 3, normalize=True)
+    query, keys = (
+        QueryNetwork(6, 2, 4, norm="qk").double(),
+        ProductKeys(4, 8, num_heads=2, top_k=3, normalize=True),
+    )
     keys.double()
     x = torch.randn(30, 6, dtype=torch.float64) * 100
     scores, slots = keys(query(x))
@@ -226,7 +231,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def seeded_network() -> QueryNetwork:
     torch.manual_seed(0)
-    return QueryNetwork(6, 2, 3, "batch").double()
+    return QueryNetwork(6, 2, 3, norm="batch").double()
 
 
 def run_rank(rank: int, path: str) -> None:

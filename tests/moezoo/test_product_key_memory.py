@@ -46,7 +46,14 @@ def test_output_is_the_papers_formula():
 @pytest.mark.parametrize("top_k", [1, 8])
 def test_fast_path_equals_reference_for_every_option(query_norm, v_dim, top_k):
     layer = ProductKeyMemory(
-        12, 8, 3, top_k, d_key=6, v_dim=v_dim, query_norm=query_norm, query_bias=True
+        12,
+        num_keys=8,
+        num_heads=3,
+        top_k=top_k,
+        d_key=6,
+        v_dim=v_dim,
+        query_norm=query_norm,
+        query_bias=True,
     ).double()
     hidden = torch.randn(20, 12, dtype=torch.float64)
     mask = torch.rand(20) < 0.7
@@ -61,7 +68,7 @@ def test_fast_path_equals_reference_for_every_option(query_norm, v_dim, top_k):
 
 
 def test_gradients_equal_the_reference_in_fp32():
-    layer = ProductKeyMemory(32, 16, 4, 16)
+    layer = ProductKeyMemory(32, num_keys=16, num_heads=4, top_k=16)
     hidden = torch.randn(256, 32)
     values = layer.memory.values.weight
     fast, slow = (

@@ -14,7 +14,7 @@ T, D, N, J = 63, 24, 49, 6
 
 def experts(gated=False, sparse=False, dtype=torch.float64, activation="gelu") -> RankOneExperts:
     torch.manual_seed(0)
-    return RankOneExperts(D, N, J, activation, gated, sparse).to(dtype)
+    return RankOneExperts(D, N, J, activation=activation, gated=gated, sparse=sparse).to(dtype)
 
 
 def assignments(tokens=T, dtype=torch.float64) -> tuple[torch.Tensor, ...]:
@@ -87,7 +87,7 @@ def test_sparse_gradients_under_compile_are_refused():
 
 def test_construction_allocates_little_beside_the_parameters():
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        module = RankOneExperts(64, 4096, 128, "gelu", gated=True)
+        module = RankOneExperts(64, 4096, 128, activation="gelu", gated=True)
     events = recorded.profiler.kineto_results.events()
     moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     peak = max(accumulate(size for _, size in moves))
@@ -97,4 +97,4 @@ def test_construction_allocates_little_beside_the_parameters():
 
 def test_bad_choices_of_the_user_are_named():
     with pytest.raises(InputError, match=r"activation: 'gelo' is not known; did you mean 'gelu'"):
-        RankOneExperts(D, N, J, "gelo", False)
+        RankOneExperts(D, N, J, activation="gelo", gated=False)

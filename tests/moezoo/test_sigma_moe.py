@@ -37,7 +37,7 @@ def test_equals_the_formula_token_by_token():
 def test_an_expert_that_is_not_chosen_does_not_change_the_answer(competing):
     """Raise the least logit, still below the chosen ones: only softmax gates notice."""
     router = RouterOptions(normalize=False)
-    layer = SparseMoE(D, 8, 3, router=router).double() if competing else make()
+    layer = SparseMoE(D, num_experts=8, top_k=3, router=router).double() if competing else make()
     layer.eval()
     x = tokens(1)
     logits = layer.gate.weight @ x[0]

@@ -64,7 +64,7 @@ def test_the_kept_are_the_strongest():
 @pytest.mark.parametrize("gated", [False, True])
 def test_keeping_all_is_the_dense_block(gated):
     layer = make(top_k=64, gated=gated)
-    dense = DenseFFN(D, 64, "relu", gated).double()
+    dense = DenseFFN(D, 64, activation="relu", gated=gated).double()
     dense.load_state_dict(layer.state_dict())
     torch.testing.assert_close(layer(tokens()).hidden, dense(tokens()).hidden, rtol=1e-13, atol=0)
 
@@ -82,7 +82,7 @@ def test_neurons_that_do_not_answer_get_no_gradient():
 @pytest.mark.parametrize(("d_ff", "density"), [(2048, 0.05), (9216, 0.08)])
 def test_the_threshold_passes_about_k_gaussians(d_ff, density):
     top_k = round(density * d_ff)
-    layer = TopKFFN(D, d_ff, top_k, "statistical")
+    layer = TopKFFN(D, d_ff=d_ff, top_k=top_k, selection="statistical")
     u = torch.randn(300, d_ff, generator=torch.Generator().manual_seed(2)) * 3 + 1
     counts = (layer._excess(u) > 0).sum(dim=-1)
     sigma = (d_ff * density * (1 - density)) ** 0.5
@@ -136,7 +136,7 @@ def test_padding_stays_out_of_the_statistics():
     alone, beside = layer(tokens()[:25]).stats, layer(tokens(), mask=mask).stats
     assert torch.equal(alone["expert_counts"], beside["expert_counts"])
     assert alone["density"] == pytest.approx(beside["density"].item())
-    assert "expert_counts" not in TopKFFN(8, 4097)(torch.randn(2, 8)).stats
+    assert "expert_counts" not in TopKFFN(8, d_ff=4097)(torch.randn(2, 8)).stats
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from moezoo.analysis.triggers import Agreement, TriggerKeeper, agreement, saying
 D = 16
 LAYERS = {
     "dense": lambda: moezoo.DenseFFN(D, d_ff=11),
-    "experts": lambda: moezoo.SparseMoE(D, 6, 2, 3),
-    "PEER": lambda: moezoo.PEER(D, 36, 2, 3, query_norm="none"),
+    "experts": lambda: moezoo.SparseMoE(D, num_experts=6, top_k=2, d_expert=3),
+    "PEER": lambda: moezoo.PEER(D, num_experts=36, num_heads=2, top_k=3, query_norm="none"),
     "tree": lambda: moezoo.UltraFastFFF(D, depth=3),
-    "memory": lambda: moezoo.ProductKeyMemory(D, 6, 1, 3),
+    "memory": lambda: moezoo.ProductKeyMemory(D, num_keys=6, num_heads=1, top_k=3),
 }
 
 

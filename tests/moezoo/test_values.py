@@ -29,7 +29,7 @@ def gradients(table: ValueTable, call: str, indices, weights, mask) -> list[torc
 @pytest.mark.parametrize("slots", [3, 200])  # few slots: heavy duplicates, also within a bag
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_bags_equal_a_dense_product_with_all_gradients(sparse, slots, dtype, tolerance):
-    table = ValueTable(slots, 31, sparse).to(dtype)
+    table = ValueTable(slots, 31, sparse=sparse).to(dtype)
     indices, weights = reads(63, slots, 17, dtype)
     for mask in (None, torch.rand(63) < 0.5, torch.zeros(63, dtype=torch.bool)):
         fast = gradients(table, "forward", indices, weights, mask)
@@ -41,7 +41,7 @@ def test_bags_equal_a_dense_product_with_all_gradients(sparse, slots, dtype, tol
 @pytest.mark.parametrize("sparse", [False, True])
 def test_reruns_are_bit_identical(sparse, poison_empty):
     torch.manual_seed(0)
-    table = ValueTable(5, 16, sparse)
+    table = ValueTable(5, 16, sparse=sparse)
     indices, weights = reads(500, 5, 8, torch.float32)
     first, second = (gradients(table, "forward", indices, weights, None) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -19,7 +19,12 @@ def test_statistical_top_k_equals_gemma3n(sparsity):
     )
     theirs = gemma3n.Gemma3nTextMLP(config, layer_idx=0)
     ours = TopKFFN(
-        32, 400, round(400 * (1 - sparsity)), "statistical", activation="gelu_tanh", gated=True
+        32,
+        d_ff=400,
+        top_k=round(400 * (1 - sparsity)),
+        selection="statistical",
+        activation="gelu_tanh",
+        gated=True,
     )
     ours.load_state_dict(theirs.state_dict())
     hidden = torch.randn(3, 50, 32)

@@ -20,7 +20,9 @@ def pair(top_k: int, normed: bool) -> tuple[ProductKeyMemory, nn.Module, nn.Laye
     """Build ours, theirs, and the norm that ours is lent."""
     torch.manual_seed(0)
     theirs = package.PKM(D, heads=HEADS, num_keys=KEYS, topk=top_k, dim_head=HALF)
-    ours = ProductKeyMemory(D, KEYS, HEADS, top_k, d_key=2 * HALF, query_norm="none")
+    ours = ProductKeyMemory(
+        D, num_keys=KEYS, num_heads=HEADS, top_k=top_k, d_key=2 * HALF, query_norm="none"
+    )
     norm = nn.LayerNorm(HALF)
     with torch.no_grad():
         for own, other in ((norm.weight, theirs.norm.weight), (norm.bias, theirs.norm.bias)):

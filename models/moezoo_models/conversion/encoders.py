@@ -82,7 +82,7 @@ def prune_encoder(
     def replace(_: int, x: Tensor, block: Block) -> FeedForward:
         biases = (block.bias_in, block.bias_out)
         small = prune_block(x, None, block.up, block.down, keep, method, block.act, *biases)
-        layer = DenseFFN(small.d_model, small.width, activation, gated=False, bias=True)
+        layer = DenseFFN(small.d_model, small.width, activation=activation, gated=False, bias=True)
         layer.load_state_dict(
             {
                 "up_proj.weight": small.up,

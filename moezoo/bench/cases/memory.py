@@ -58,7 +58,7 @@ def _build_values(setting: Setting, sparse: bool) -> Problem:
     tokens, width, n = setting["T"], setting["d"], setting["n"]
     choices = setting["h"] * setting["k"]
     with torch.device(setting.device):
-        table = ValueTable(n * n, width, sparse).to(setting.dtype)
+        table = ValueTable(n * n, width, sparse=sparse).to(setting.dtype)
     indices, weights = random_rows(setting, tokens, choices, n * n)
     weights = weights.to(setting.dtype).requires_grad_()
     ours = Contender(

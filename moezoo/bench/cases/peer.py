@@ -105,7 +105,9 @@ def _build_core(setting: Setting) -> Problem:
     tokens, width, n = setting["T"], setting["d"], setting["n"]
     choices = setting["h"] * setting["k"]
     with torch.device(setting.device):
-        experts = RankOneExperts(width, n * n, choices, "gelu", gated=False).to(setting.dtype)
+        experts = RankOneExperts(width, n * n, choices, activation="gelu", gated=False).to(
+            setting.dtype
+        )
     x = setting.normal(tokens, width).requires_grad_()
     indices, weights = random_rows(setting, tokens, choices, n * n)
     weights.requires_grad_()

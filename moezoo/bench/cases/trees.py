@@ -69,7 +69,13 @@ def _build_path(setting: Setting) -> Problem:
 def _dense(parts: _Path) -> Contender:
     """A dense block as wide as the tree."""
     layer = parts.layer
-    block = DenseFFN(layer.d_model, layer.num_nodes, layer.activation, gated=False, bias=True)  # type: ignore[arg-type]
+    block = DenseFFN(
+        layer.d_model,
+        layer.num_nodes,
+        activation=layer.activation,  # type: ignore[arg-type]
+        gated=False,
+        bias=True,
+    )
     block = block.to(parts.x.device, parts.x.dtype)
     return Contender(lambda: block(parts.x).hidden, {}, note="equal width, another function")
 

@@ -48,11 +48,11 @@ def carved_layer(
     neuron = plan.router_neurons is not None
     layer = CarvedMoE(
         up.shape[1],
-        plan.num_experts,
-        plan.top_k,
-        plan.d_expert,
-        plan.d_shared // plan.d_expert,
-        activation,
+        num_experts=plan.num_experts,
+        top_k=plan.top_k,
+        d_expert=plan.d_expert,
+        num_shared_experts=plan.d_shared // plan.d_expert,
+        activation=activation,
         gated=gate is not None,
         bias=bias_in is not None,
         output_bias=offset is not None,

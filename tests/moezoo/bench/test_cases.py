@@ -210,7 +210,7 @@ def test_plain_torch_forces_a_backend_for_the_call_only():
 
 def test_inputs_that_choose_clearly():
     torch.manual_seed(0)
-    keys = ProductKeys(8, 6, 2, 3)
+    keys = ProductKeys(8, 6, num_heads=2, top_k=3)
     queries = torch.randn(40, 2, 8)
     scores = torch.einsum("thpc,hpnc->thpn", queries.unflatten(-1, (2, -1)), keys.keys)
     best = (scores[:, :, 0, :, None] + scores[:, :, 1, None, :]).flatten(2).sort(-1).values
