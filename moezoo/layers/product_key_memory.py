@@ -8,32 +8,23 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from moezoo.errors import check_int
-from moezoo.experts.memory import KeyValueMemory, default_num_keys
-from moezoo.feed_forward import (
-    Cost,
-    FeedForward,
-    FeedForwardOutput,
-    Method,
-    Paper,
-    ParameterGroup,
-    flatten_tokens,
-    register,
-    set_apart,
-)
+from moezoo.feed_forward import Method, Paper, register
 from moezoo.init import init_linear
-from moezoo.routing.product_key import QueryNorm
-from moezoo.routing.stats import SlotLoad
+from moezoo.layers.memory_layer import MemoryLayer
+from moezoo.routing.product_key import KeyInit, QueryNorm
 
 
-class ProductKeyMemory(FeedForward):
+class ProductKeyMemory(MemoryLayer):
     """Multi-head product-key memory with batch-normalised queries.
 
     With ``query_norm="batch"`` a token's output depends, in training only, on the other tokens of
     the batch through its mean and variance.
+
+    A call's ``stats``: ``tokens``; ``usage``, the fraction of slots read; ``top1_usage``, of slots
+    that were some head's best; ``unevenness``, the divergence in nats of the slots' summed weights
+    from uniform; ``expert_counts`` (n²,) if there are at most 4096 slots. It has no losses.
 
     Args:
         d_model: width of the residual stream.
@@ -56,7 +47,9 @@ class ProductKeyMemory(FeedForward):
             model by the norm of the rest, as the authors' trainer does.
     """
 
-    reads_router_input: ClassVar[bool] = True
+    most_keys: ClassVar[int] = 512
+    d_key_divisor: ClassVar[int] = 4
+    key_init: ClassVar[KeyInit] = "lample"
 
     def __init__(
         self,
@@ -74,30 +67,15 @@ class ProductKeyMemory(FeedForward):
         value_lr_multiplier: float = 4.0,
         clip_values_apart: bool = True,
     ) -> None:
-        super().__init__(d_model)
-        if num_keys is None:
-            num_keys = default_num_keys(d_model, top_k, largest=512)
-        self.num_keys = check_int("num_keys", num_keys)
-        self.num_heads = check_int("num_heads", num_heads)
-        self.top_k = check_int("top_k", top_k)
-        self.d_key = 2 * -(-d_model // 8) if d_key is None else check_int("d_key", d_key)
-        self.v_dim = d_model if v_dim is None else check_int("v_dim", v_dim)
-        self.query_norm = query_norm
-        self.query_bias = query_bias
-        self.value_pool = value_pool
-        self.sparse = sparse
-        self.value_lr_multiplier = value_lr_multiplier
-        self.clip_values_apart = clip_values_apart
-        self.memory = KeyValueMemory(
+        super().__init__(
             d_model,
-            num_keys=self.num_keys,
+            num_keys=num_keys,
             num_heads=num_heads,
             top_k=top_k,
-            d_key=self.d_key,
-            v_dim=self.v_dim,
+            d_key=d_key,
+            v_dim=v_dim,
             query_norm=query_norm,
             query_bias=query_bias,
-            init="lample",
             value_pool=value_pool,
             sparse=sparse,
             value_lr_multiplier=value_lr_multiplier,
@@ -108,82 +86,14 @@ class ProductKeyMemory(FeedForward):
             self.out_proj = nn.Linear(self.v_dim, d_model, bias=False)
             init_linear(self.out_proj, self.v_dim**-0.5)
 
-    @property
-    def num_experts(self) -> int:
-        """Number of slots, n²."""
-        return self.memory.keys.num_slots
-
     def reset_parameters(self, num_layers: int = 1) -> None:
         """Initialise as the paper's code does, at any depth; a shared table is its owner's."""
         self.memory.reset_parameters()
         if self.out_proj is not None:
             init_linear(self.out_proj, self.v_dim**-0.5)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Read each token's slots and sum their weighted values.
-
-        Returns:
-            ``stats``: ``tokens``; ``usage``, the fraction of slots read; ``top1_usage``, of slots
-            that were some head's best; ``unevenness``, the divergence in nats of the slots' summed
-            weights from uniform; ``expert_counts`` (n²,) if there are at most 4096 slots.
-        """
-        return self._compute(hidden, router_input, mask, brute_force=False)
-
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Compare with all n² keys and multiply a dense matrix of weights with all values."""
-        return self._compute(hidden, router_input, mask, brute_force=True)
-
-    def _compute(
-        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
-    ) -> FeedForwardOutput:
-        tokens, flat_mask = flatten_tokens(self, hidden, mask)
-        asked = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
-        output, stats = self.memory(asked, flat_mask, brute_force)
-        if self.out_proj is not None:
-            output = self.out_proj(output)
-        return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
-
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
-        """Sum up how often each slot is read, and its weight; ``shape`` is the keys' grid."""
-        asked = hidden if router_input is None else router_input
-        return self.memory.slot_load(*flatten_tokens(self, asked, mask))
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """Put the values apart: constant learning rate, no decay, perhaps sparse."""
-        return set_apart(super().parameter_groups(), self.memory.parameter_groups())
-
-    def cost(self) -> Cost:
-        """``2 D H C + 2 H n C + 2 H K V`` FLOPs; a weighted sum of values counts as a product."""
-        projection = 0 if self.out_proj is None else self.out_proj.weight.numel()
-        active = self.memory.active_parameters() + projection
-        return Cost(
-            total_parameters=sum(p.numel() for p in self.parameters()),
-            active_parameters=active,
-            flops_per_token=self.memory.flops_per_token() + 2 * projection,
-            bytes_per_token=active * self.memory.keys.keys.element_size(),
-        )
+    def _project(self, read_TV: Tensor, x_TD: Tensor) -> Tensor:
+        return read_TV if self.out_proj is None else self.out_proj(read_TV)
 
 
 register(

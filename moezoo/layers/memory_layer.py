@@ -1,0 +1,154 @@
+"""What product-key memory and Memory+ share: options, lookup and accounting of the slots."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import check_int
+from moezoo.experts.memory import KeyValueMemory, default_num_keys
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    ParameterGroup,
+    flatten_tokens,
+    set_apart,
+)
+from moezoo.routing.product_key import KeyInit, QueryNorm
+from moezoo.routing.stats import SlotLoad
+
+
+class MemoryLayer(FeedForward):
+    """A layer around one :class:`moezoo.experts.memory.KeyValueMemory`.
+
+    A subclass sets its paper's defaults, makes its projections, and returns in ``_project`` what
+    becomes of the values that were read. Its docstring describes the arguments.
+    """
+
+    reads_router_input: ClassVar[bool] = True
+    most_keys: ClassVar[int]  # of a codebook, by default
+    d_key_divisor: ClassVar[int]  # of d_model, by default
+    key_init: ClassVar[KeyInit]
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_keys: int | None,
+        num_heads: int,
+        top_k: int,
+        d_key: int | None,
+        v_dim: int | None,
+        query_norm: QueryNorm,
+        query_bias: bool,
+        value_pool: str | None,
+        sparse: bool,
+        value_lr_multiplier: float,
+        clip_values_apart: bool,
+    ) -> None:
+        super().__init__(d_model)
+        if num_keys is None:
+            num_keys = default_num_keys(d_model, top_k, largest=self.most_keys)
+        if d_key is None:
+            d_key = 2 * -(-d_model // (2 * self.d_key_divisor))
+        self.num_keys = check_int("num_keys", num_keys)
+        self.num_heads = check_int("num_heads", num_heads)
+        self.top_k = check_int("top_k", top_k)
+        self.d_key = check_int("d_key", d_key)
+        self.v_dim = d_model if v_dim is None else check_int("v_dim", v_dim)
+        self.query_norm = query_norm
+        self.query_bias = query_bias
+        self.value_pool = value_pool
+        self.sparse = sparse
+        self.value_lr_multiplier = value_lr_multiplier
+        self.clip_values_apart = clip_values_apart
+        self.memory = KeyValueMemory(
+            d_model,
+            num_keys=num_keys,
+            num_heads=num_heads,
+            top_k=top_k,
+            d_key=d_key,
+            v_dim=self.v_dim,
+            query_norm=query_norm,
+            query_bias=query_bias,
+            init=self.key_init,
+            value_pool=value_pool,
+            sparse=sparse,
+            value_lr_multiplier=value_lr_multiplier,
+            clip_values_apart=clip_values_apart,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """Number of slots, n²."""
+        return self.memory.keys.num_slots
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Read each token's slots."""
+        return self._compute(hidden, router_input, mask, brute_force=False)
+
+    def reference(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> FeedForwardOutput:
+        """Compare with all n² keys and multiply a dense matrix of weights with all values."""
+        return self._compute(hidden, router_input, mask, brute_force=True)
+
+    def _compute(
+        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+    ) -> FeedForwardOutput:
+        tokens, flat_mask = flatten_tokens(self, hidden, mask)
+        asked = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
+        read, stats = self.memory(asked, flat_mask, brute_force)
+        output = self._project(read, tokens)
+        return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
+
+    def _project(self, read_TV: Tensor, x_TD: Tensor) -> Tensor:
+        """Return the output ``(T, D)`` for what was read."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def slot_load(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> SlotLoad:
+        """Sum up how often each slot is read, and its weight; ``shape`` is the keys' grid."""
+        asked = hidden if router_input is None else router_input
+        return self.memory.slot_load(*flatten_tokens(self, asked, mask))
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Put the values apart: constant learning rate, no decay, perhaps sparse."""
+        return set_apart(super().parameter_groups(), self.memory.parameter_groups())
+
+    def cost(self) -> Cost:
+        """``2 D H C + 2 H n C + 2 H K V`` FLOPs, and ``2 D V`` of each projection.
+
+        A weighted sum of values counts as a product.
+        """
+        total = sum(p.numel() for p in self.parameters())
+        projections = total - sum(p.numel() for p in self.memory.parameters())
+        active = self.memory.active_parameters() + projections
+        return Cost(
+            total_parameters=total,
+            active_parameters=active,
+            flops_per_token=self.memory.flops_per_token() + 2 * projections,
+            bytes_per_token=active * self.memory.keys.keys.element_size(),
+        )
