@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from moezoo.calls import checked, flatten_tokens
 from moezoo.errors import InputError, check_int, nearest
+from moezoo.parameter_groups import ParameterGroup, set_apart
 from moezoo.training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -42,6 +44,14 @@ class FeedForwardOutput(NamedTuple):
     stats: Mapping[str, Tensor]
 
 
+class TokenContext(NamedTuple):
+    """What a layer may read beside the hidden states; see :meth:`FeedForward.forward`."""
+
+    token_ids: Tensor | None = None
+    router_input: Tensor | None = None
+    mask: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one layer costs, by formula.
@@ -61,43 +71,12 @@ class Cost:
     bytes_per_token: int
 
 
-@dataclass
-class ParameterGroup:
-    """Parameters that want the same treatment from the optimizer.
-
-    Attributes:
-        name: shown in logs.
-        parameters: the parameters themselves.
-        lr_multiplier: factor on the run's learning rate.
-        weight_decay: whether the run's weight decay applies.
-        schedule: whether the learning rate follows the run's schedule, or stays constant.
-        sparse: whether gradients are sparse tensors (rows of a large table); then no weight decay.
-        clip_group: gradients are clipped by their norm over all parameters of this clip group.
-    """
-
-    name: str
-    parameters: list[nn.Parameter]
-    lr_multiplier: float = 1.0
-    weight_decay: bool = True
-    schedule: bool = True
-    sparse: bool = False
-    clip_group: str = "main"
-
-
-def set_apart(groups: list[ParameterGroup], special: list[ParameterGroup]) -> list[ParameterGroup]:
-    """Move the parameters of ``special`` groups out of the ``groups`` that hold them too."""
-    apart = {id(p) for group in special for p in group.parameters}
-    for group in groups:
-        group.parameters = [p for p in group.parameters if id(p) not in apart]
-    return [group for group in [*groups, *special] if group.parameters]
-
-
 class FeedForward(TrainingState):
     """A drop-in for a transformer's feed-forward block: ``(..., d_model) -> (..., d_model)``.
 
     A subclass takes ``d_model`` first and the rest keyword-only, with defaults, stores every
-    argument under its own name, and implements :meth:`forward`, :meth:`reference` and
-    :meth:`cost`. Its arguments *are* its configuration: see :meth:`config`.
+    argument under its own name, and implements :meth:`forward`, :meth:`reference` (or ``_compute``,
+    which both call) and :meth:`cost`. Its arguments *are* its configuration: see :meth:`config`.
 
     Args:
         d_model: width of the residual stream.
@@ -131,6 +110,7 @@ class FeedForward(TrainingState):
         """Whether a token's output depends on no later token."""
         return True
 
+    @checked
     def forward(
         self,
         hidden: Tensor,
@@ -144,13 +124,17 @@ class FeedForward(TrainingState):
         Args:
             hidden: ``(..., d_model)``, any floating dtype.
             token_ids: ``(...)`` int64, for layers that route on the token itself.
-            router_input: ``(..., d_model)``, decides in place of ``hidden`` who answers, with what
-                weight; the answers read ``hidden``. Ignored without ``reads_router_input``.
+            router_input: ``(..., d_model)``, read by the router in place of ``hidden``; the experts
+                read ``hidden``. Ignored without ``reads_router_input``.
             mask: ``(...)`` bool, true at real tokens. Padding is excluded from routing, losses and
                 statistics, and comes back as zeros from routed layers.
-        """
-        raise NotImplementedError
 
+        Raises:
+            InputError: an argument is of a wrong shape or dtype; the message names it.
+        """
+        return self._compute(hidden, TokenContext(token_ids, router_input, mask), False)
+
+    @checked
     def reference(
         self,
         hidden: Tensor,
@@ -160,8 +144,10 @@ class FeedForward(TrainingState):
         mask: Tensor | None = None,
     ) -> FeedForwardOutput:
         """Compute the same numbers by brute force, in plain differentiable torch, any dtype."""
-        raise NotImplementedError
+        return self._compute(hidden, TokenContext(token_ids, router_input, mask), True)
 
+    @checked
+    @torch.no_grad()
     def slot_load(
         self,
         hidden: Tensor,
@@ -170,11 +156,29 @@ class FeedForward(TrainingState):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> SlotLoad | None:
-        """Tell what each expert, value or neuron would be given, however many there are.
+        """Return what each expert, value or neuron would be given, however many there are.
 
         For analysis, and in evaluation mode. Arguments as for a call; None where nothing is chosen.
         """
+        return self._slot_load(hidden, TokenContext(token_ids, router_input, mask))
+
+    def _compute(
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
+    ) -> FeedForwardOutput:
+        """Do what :meth:`forward` and, by brute force, :meth:`reference` return."""
+        raise NotImplementedError
+
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad | None:
         return None
+
+    def _flatten(
+        self, hidden: Tensor, context: TokenContext
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return hidden states and what the router reads, ``(T, D)``, and the mask ``(T,)``."""
+        x_TD, mask_T = flatten_tokens(self, hidden, context.mask)
+        if context.router_input is None:
+            return x_TD, x_TD, mask_T
+        return x_TD, flatten_tokens(self, context.router_input, None)[0], mask_T
 
     def cost(self) -> Cost:
         """Give parameters, FLOPs and bytes by formula."""
@@ -372,6 +376,7 @@ __all__ = [
     "Method",
     "Paper",
     "ParameterGroup",
+    "TokenContext",
     "build",
     "flatten_tokens",
     "register",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_int
-from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, ParameterGroup
+from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, ParameterGroup, TokenContext
 
 
 class RandomRouting(FeedForward):
@@ -53,27 +53,12 @@ class RandomRouting(FeedForward):
         """As the layer: random choices may still compete for an expert's room."""
         return self.layer.causal
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
+    def _compute(
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Apply the layer with random choices; ``token_ids`` and ``router_input`` are not read."""
-        return self.layer(hidden, mask=mask, **self._random_choice(hidden))
-
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Apply the layer's reference with random choices."""
-        return self.layer.reference(hidden, mask=mask, **self._random_choice(hidden))
+        layer = self.layer.reference if brute_force else self.layer
+        return layer(hidden, mask=context.mask, **self._random_choice(hidden))
 
     @torch.no_grad()
     def _random_choice(self, hidden: Tensor) -> dict[str, Tensor]:

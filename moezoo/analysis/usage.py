@@ -87,8 +87,13 @@ def routed_layers(model: nn.Module) -> dict[str, FeedForward]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, FeedForward) and type(module).slot_load is not FeedForward.slot_load
+        if isinstance(module, FeedForward) and _chooses(type(module))
     }
+
+
+def _chooses(layer: type[FeedForward]) -> bool:
+    own = FeedForward
+    return layer.slot_load is not own.slot_load or layer._slot_load is not own._slot_load
 
 
 @contextmanager

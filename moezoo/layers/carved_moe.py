@@ -24,7 +24,7 @@ from moezoo.feed_forward import (
     Method,
     Paper,
     ParameterGroup,
-    flatten_tokens,
+    TokenContext,
     register,
     set_apart,
 )
@@ -37,6 +37,8 @@ from moezoo_kernels.activations import ACTIVATIONS
 
 class CarvedMoE(FeedForward):
     """Shared and routed parts of a feed-forward block, in CMoE's notation SxAyEz.
+
+    A call's ``stats`` are those of :class:`moezoo.SparseMoE`; an expert's weight there is s'.
 
     Args:
         d_model: width of the residual stream.
@@ -139,45 +141,19 @@ class CarvedMoE(FeedForward):
         if self.b_out is not None:
             nn.init.zeros_(self.b_out)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Let the shared part and each token's experts answer.
-
-        Returns:
-            ``stats``: as those of :class:`moezoo.SparseMoE`; an expert's weight there is s'.
-        """
-        return self._compute(hidden, router_input, mask, brute_force=False)
-
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Run all parts on all tokens and weight the experts' answers by a dense matrix."""
-        return self._compute(hidden, router_input, mask, brute_force=True)
-
     def route(
         self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
     ) -> Routing:
-        """Return who would answer: indices, scores s', statistics, without the experts."""
-        tokens, flat_mask = flatten_tokens(self, hidden, mask)
-        read = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
+        """Return the routing without running the experts: indices, scores s', statistics."""
+        _, read, flat_mask = self._flatten(hidden, TokenContext(None, router_input, mask))
         return self.gate(read, flat_mask)
 
     def _compute(
-        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
-        tokens, flat_mask = flatten_tokens(self, hidden, mask)
-        routing = self.route(hidden, router_input, mask)
+        """Run the shared part and each token's experts; by brute force, all on all tokens."""
+        tokens, read, flat_mask = self._flatten(hidden, context)
+        routing = self.gate(read, flat_mask)
         chosen = (tokens, routing.indices, self._gates(routing))
         sent = None if brute_force else self.experts.send(*chosen)
         # The shared part answers while tokens travel to experts on other ranks.
@@ -211,17 +187,9 @@ class CarvedMoE(FeedForward):
             return self.b_out.expand(len(tokens), -1)
         return answer + self.b_out.to(answer.dtype)
 
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the routed experts' choices and scores s'."""
-        routing = self.route(hidden, router_input, mask)
+        routing = self.route(hidden, context.router_input, context.mask)
         return slot_load(routing.indices, routing.weights, self.num_experts)
 
     def parameter_groups(self) -> list[ParameterGroup]:

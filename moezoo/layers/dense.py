@@ -18,7 +18,7 @@ from moezoo.feed_forward import (
     FeedForwardOutput,
     Method,
     Paper,
-    flatten_tokens,
+    TokenContext,
     register,
 )
 from moezoo.init import init_linear, output_std
@@ -70,16 +70,14 @@ class DenseFFN(FeedForward):
         init_linear(self.up_proj, self.d_model**-0.5)
         init_linear(self.down_proj, output_std(self.d_ff, num_layers))
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
+    def _compute(
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Apply the block to every token; a mask changes nothing, as no token sees another."""
-        flatten_tokens(self, hidden, mask)
+        tokens, _, _ = self._flatten(hidden, context)
+        if brute_force:
+            output = self._neuron_by_neuron(tokens).reshape(hidden.shape)
+            return FeedForwardOutput(output, {}, {})
         act = ACTIVATIONS[self.activation]
         inner = (
             act(self.gate_proj(hidden)) * self.up_proj(hidden)
@@ -88,16 +86,8 @@ class DenseFFN(FeedForward):
         )
         return FeedForwardOutput(self.down_proj(inner), {}, {})
 
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
+    def _neuron_by_neuron(self, tokens: Tensor) -> Tensor:
         """Sum over hidden neurons one by one: ``y = Σ_j act_j(x) W_down[:, j]``."""
-        tokens, _ = flatten_tokens(self, hidden, mask)
         act = ACTIVATIONS[self.activation]
         output = torch.zeros_like(tokens)
         for j in range(self.d_ff):
@@ -113,7 +103,7 @@ class DenseFFN(FeedForward):
             output = output + value[:, None] * self.down_proj.weight[:, j]
         if self.down_proj.bias is not None:
             output = output + self.down_proj.bias
-        return FeedForwardOutput(output.reshape(hidden.shape), {}, {})
+        return output
 
     def cost(self) -> Cost:
         """Every parameter is active; 4 d f FLOPs, 6 d f when gated."""

@@ -25,7 +25,7 @@ from moezoo.feed_forward import (
     FeedForwardOutput,
     Method,
     Paper,
-    flatten_tokens,
+    TokenContext,
     register,
 )
 from moezoo.layers.dense import Activation, DenseFFN, default_width
@@ -41,6 +41,12 @@ Reduction = Literal["per_token", "sum", "mean"]
 
 class FastFeedForward(FeedForward):
     """A tree of depth D over 2^D MLP leaves: soft mixture in training, one leaf in inference.
+
+    A call's ``losses``, in training only: ``hardening`` and ``load_balancing`` where their
+    coefficient is not zero. Its ``stats``: ``expert_counts`` (E,) of the leaves that hard decisions
+    reach, ``tokens``, ``usage`` (share of leaves reached), ``unevenness`` (KL of the counts from
+    even, nats), and ``node_entropy`` (mean over nodes and tokens, nats) where all nodes were
+    computed, which hard inference does not do.
 
     Args:
         d_model: width of the residual stream.
@@ -131,41 +137,11 @@ class FastFeedForward(FeedForward):
             self.master.reset_parameters(num_layers)
             nn.init.constant_(self.master_mix, 0.5)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Mix all leaves, or compute the one that each token reaches.
-
-        Returns:
-            ``losses``, while training only: ``hardening`` and ``load_balancing`` where their
-            coefficient is not zero. ``stats``: ``expert_counts`` (E,) of the leaves that hard
-            decisions reach, ``tokens``, ``usage`` (share of leaves reached), ``unevenness`` (KL of
-            the counts from even, nats), and ``node_entropy`` (mean over nodes and tokens, nats)
-            where all nodes were asked, which hard inference does not do.
-        """
-        return self._compute(hidden, router_input, mask, brute_force=False)
-
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Run all leaves on all tokens and weight each by the product along its path."""
-        return self._compute(hidden, router_input, mask, brute_force=True)
-
     def _compute(
-        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
-        x_TD, mask_T = flatten_tokens(self, hidden, mask)
-        asking_TD = x_TD if router_input is None else flatten_tokens(self, router_input, None)[0]
+        """Mix all leaves or run each token's own; by brute force, weight all by their paths."""
+        x_TD, asking_TD, mask_T = self._flatten(hidden, context)
         hard = not self.training if self.hard is None else self.hard
         decisions = self._decide(asking_TD, hard, brute_force)
         leaf_T, p_TE, entropy_TN = decisions
@@ -191,18 +167,9 @@ class FastFeedForward(FeedForward):
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
         return FeedForwardOutput(output_TD.reshape(hidden.shape), losses, stats)
 
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count the leaves that hard decisions reach; if soft, weigh by probabilities."""
-        asking = hidden if router_input is None else router_input
-        asking_TD, mask_T = flatten_tokens(self, asking, mask)
+        _, asking_TD, mask_T = self._flatten(hidden, context)
         hard = not self.training if self.hard is None else self.hard
         decisions = self._decide(asking_TD, hard, brute_force=False)
         leaf_T1 = decisions.leaf_T.unsqueeze(-1)

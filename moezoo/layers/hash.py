@@ -24,6 +24,7 @@ from moezoo.feed_forward import (
     FeedForwardOutput,
     Method,
     Paper,
+    TokenContext,
     flatten_tokens,
     register,
 )
@@ -43,6 +44,12 @@ class HashLayer(FeedForward):
 
     The hash is a table, int64, in the state dict. A random one is drawn from ``seed``; for the
     others call :meth:`build_table` with what they follow from, once, before the first use.
+
+    A call takes ``token_ids`` of ``(..., S)``, or ``(..., L)`` with earlier tokens of the same
+    sequences, and a ``mask`` of the shape of ``hidden`` or of ``token_ids``; padding is not counted
+    as a position, and never is a token's previous one. Its ``stats``: ``expert_counts`` (E,),
+    choices per expert; ``tokens``; ``usage``, the share of experts that were chosen;
+    ``unevenness``, KL(load || uniform) in nats. It has no losses.
 
     Args:
         d_model: width of the residual stream.
@@ -248,45 +255,12 @@ class HashLayer(FeedForward):
                 "call build_table, or load a checkpoint that has one"
             )
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Let each token's expert answer.
-
-        Args:
-            hidden: ``(..., S, d_model)``.
-            token_ids: ``(..., S)``, or ``(..., L)`` with earlier tokens of the same sequences.
-            router_input: ignored.
-            mask: of the shape of ``hidden`` or of ``token_ids``, true at real tokens. Padding is
-                not counted as a position, and never is anyone's previous token.
-
-        Returns:
-            ``stats``: ``expert_counts`` (E,), choices per expert; ``tokens``; ``usage``, the share
-            of experts that were chosen; ``unevenness``, KL(load || uniform) in nats.
-        """
-        return self._compute(hidden, token_ids, mask, brute_force=False)
-
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Run all experts on all tokens and pick the answers by a dense matrix."""
-        return self._compute(hidden, token_ids, mask, brute_force=True)
-
     def _compute(
-        self, hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None, brute_force: bool
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
+        """Run each token's expert; by brute force, all experts on all tokens."""
         tokens = flatten_tokens(self, hidden, None)[0]
-        routing = self.route(hidden, token_ids, mask)
+        routing = self.route(hidden, context.token_ids, context.mask)
         experts = self.experts.reference if brute_force else self.experts
         bound = () if brute_force else (routing.max_assignments,)
         output = experts(tokens, routing.indices, routing.weights, *bound)
@@ -298,7 +272,7 @@ class HashLayer(FeedForward):
     def route(
         self, hidden: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Routing:
-        """Return who answers: segment r of expert e is number e R + r. Arguments as for a call."""
+        """Return the routing: segment r of expert e is number e R + r. Arguments as for a call."""
         if self.key == "future" and self.training and not self.allow_future:
             raise InputError(
                 "key: 'future' reads the token that is to be predicted; for the paper's bound "
@@ -342,17 +316,9 @@ class HashLayer(FeedForward):
         hash_TR = hash_LR[..., start:, :].reshape(-1, self.num_hashes)
         return hash_TR, None if mask is None else mask[..., start:].reshape(-1)
 
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up how often each expert is chosen, by any of the hash functions."""
-        hash_TR, mask_T = self._hash(hidden, token_ids, mask)
+        hash_TR, mask_T = self._hash(hidden, context.token_ids, context.mask)
         return slot_load(hash_TR, None, self.num_experts, mask_T)
 
     def cost(self) -> Cost:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from moezoo.errors import check_int
@@ -14,7 +13,7 @@ from moezoo.feed_forward import (
     FeedForward,
     FeedForwardOutput,
     ParameterGroup,
-    flatten_tokens,
+    TokenContext,
     set_apart,
 )
 from moezoo.routing.product_key import KeyInit, QueryNorm
@@ -86,53 +85,23 @@ class MemoryLayer(FeedForward):
         """Number of slots, n²."""
         return self.memory.keys.num_slots
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Read each token's slots."""
-        return self._compute(hidden, router_input, mask, brute_force=False)
-
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Compare with all n² keys and multiply a dense matrix of weights with all values."""
-        return self._compute(hidden, router_input, mask, brute_force=True)
-
     def _compute(
-        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
-        tokens, flat_mask = flatten_tokens(self, hidden, mask)
-        asked = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
-        read, stats = self.memory(asked, flat_mask, brute_force)
-        output = self._project(read, tokens)
+        """Read each token's slots; by brute force, score all n² keys and weight all values."""
+        x_TD, asked_TD, mask_T = self._flatten(hidden, context)
+        read_TV, stats = self.memory(asked_TD, mask_T, brute_force)
+        output = self._project(read_TV, x_TD)
         return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
 
     def _project(self, read_TV: Tensor, x_TD: Tensor) -> Tensor:
         """Return the output ``(T, D)`` for what was read."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up how often each slot is read, and its weight; ``shape`` is the keys' grid."""
-        asked = hidden if router_input is None else router_input
-        return self.memory.slot_load(*flatten_tokens(self, asked, mask))
+        _, asked_TD, mask_T = self._flatten(hidden, context)
+        return self.memory.slot_load(asked_TD, mask_T)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put the values apart: constant learning rate, no decay, perhaps sparse."""

@@ -30,7 +30,7 @@ from moezoo.feed_forward import (
     Method,
     Paper,
     ParameterGroup,
-    flatten_tokens,
+    TokenContext,
     register,
     set_apart,
 )
@@ -54,6 +54,10 @@ class PEER(FeedForward):
 
     With ``query_norm="batch"`` a token's output depends, in training only, on the other tokens of
     the batch through their mean and variance.
+
+    A call's ``stats``: ``tokens``; ``usage``, the share of experts with any weight in this batch;
+    ``unevenness``, the divergence of the experts' weights from the uniform distribution in nats;
+    and up to 4096 experts ``expert_counts`` (N,). It has no losses.
 
     Args:
         d_model: width of the residual stream.
@@ -135,52 +139,21 @@ class PEER(FeedForward):
         self.keys.reset_parameters()
         self.experts.reset_parameters(num_layers)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Retrieve each token's experts and sum their weighted answers.
-
-        Returns:
-            ``stats``: ``tokens``; ``usage``, the share of experts with any weight in this batch;
-            ``unevenness``, the divergence of the experts' weights from the uniform distribution
-            in nats; and up to 4096 experts ``expert_counts`` (N,).
-        """
-        return self._compute(hidden, router_input, mask, brute_force=False)
-
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Score all n² keys, run all experts on all tokens, weight them by a dense matrix."""
-        return self._compute(hidden, router_input, mask, brute_force=True)
-
     def route(
         self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return who would answer, and with what weight: two tensors ``(T, H, K)``.
+        """Return each token's experts and their weights, without running them: ``(T, H, K)`` both.
 
         Padding gets experts -1 and weights zero.
         """
-        asked = hidden if router_input is None else router_input
-        asked_TD, mask_T = flatten_tokens(self, asked, mask)
+        _, asked_TD, mask_T = self._flatten(hidden, TokenContext(None, router_input, mask))
         return self._retrieve(asked_TD, mask_T, brute_force=False)
 
     def _compute(
-        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
-        tokens_TD, mask_T = flatten_tokens(self, hidden, mask)
-        asked_TD = tokens_TD
-        if router_input is not None:
-            asked_TD, _ = flatten_tokens(self, router_input, None)
+        """Sum up the retrieved experts; by brute force, score all n² keys and run all experts."""
+        tokens_TD, asked_TD, mask_T = self._flatten(hidden, context)
         batch: dict[str, Tensor] = {}
         experts_THK, weights_THK = self._retrieve(asked_TD, mask_T, brute_force, batch)
         answer = self.experts.reference if brute_force else self.experts
@@ -208,17 +181,9 @@ class PEER(FeedForward):
         padding = ~mask_T[:, None, None]
         return experts_THK.masked_fill(padding, -1), weights_THK.masked_fill(padding, 0.0)
 
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights; ``shape`` is the keys' n × n grid."""
-        experts_THK, weights_THK = self.route(hidden, router_input, mask)
+        experts_THK, weights_THK = self.route(hidden, context.router_input, context.mask)
         grid = (self.keys.num_keys, self.keys.num_keys)
         return slot_load(experts_THK, weights_THK, self.num_experts, shape=grid, ranked=True)
 

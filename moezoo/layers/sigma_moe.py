@@ -20,17 +20,20 @@ from moezoo.feed_forward import (
     FeedForwardOutput,
     Method,
     Paper,
-    flatten_tokens,
+    TokenContext,
     register,
 )
 from moezoo.layers.dense import Activation, default_width
-from moezoo.routing import BalanceOptions, Router, RouterOptions, Routing
+from moezoo.routing import BalanceOptions, Router, RouterOptions
 from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels.activations import ACTIVATIONS
 
 
 class SigmaMoE(FeedForward):
     """σ-MoE: sigmoid selection without normalisation.
+
+    A call's ``losses``: ``entropy``, γ Σ p log p with p the mean softmax over all ranks' tokens;
+    ``stats``: those of :class:`moezoo.SparseMoE`.
 
     Args:
         d_model: width of the residual stream.
@@ -96,60 +99,22 @@ class SigmaMoE(FeedForward):
         selection = nn.init.normal_(self.gate.weight)
         selection *= std * self.d_model**0.5 / selection.norm(dim=-1, keepdim=True)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Route each token to its K best experts and sum their answers times their scores.
-
-        Returns:
-            ``losses``: ``entropy``, γ Σ p log p with p the mean softmax over all ranks' tokens.
-            ``stats``: as those of :class:`moezoo.SparseMoE`.
-        """
-        return self._compute(hidden, router_input, mask, brute_force=False)
-
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Run all experts on all tokens and weight the answers by a dense matrix."""
-        return self._compute(hidden, router_input, mask, brute_force=True)
-
     def _compute(
-        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
-        tokens, _ = flatten_tokens(self, hidden, mask)
-        routing = self._route(hidden, router_input, mask)
+        """Sum up the K best experts times their scores; by brute force, run all of them."""
+        tokens, read, flat_mask = self._flatten(hidden, context)
+        routing = self.gate(read, flat_mask)
         if brute_force:
             output = self.experts.reference(tokens, routing.indices, routing.weights)
         else:
             output = self.experts(tokens, routing.indices, routing.weights, routing.max_assignments)
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
 
-    def _route(self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None) -> Routing:
-        tokens, flat_mask = flatten_tokens(self, hidden, mask)
-        read = tokens if router_input is None else flatten_tokens(self, router_input, None)[0]
-        return self.gate(read, flat_mask)
-
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and scores."""
-        routing = self._route(hidden, router_input, mask)
+        _, read, flat_mask = self._flatten(hidden, context)
+        routing = self.gate(read, flat_mask)
         return slot_load(routing.indices, routing.weights, self.num_experts)
 
     def cost(self) -> Cost:

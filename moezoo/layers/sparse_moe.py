@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.experts import MLPExperts
-from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, flatten_tokens
+from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, TokenContext
 from moezoo.init import init_linear
 from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
@@ -25,6 +24,11 @@ from moezoo_kernels.activations import ACTIVATIONS
 
 class SparseMoE(FeedForward):
     """A sparse mixture of MLP or GLU experts; dropless unless a capacity is given.
+
+    A call's ``losses``: those of ``load_balancing``, ``router_z``, ``importance``, ``load`` and
+    ``sequence_balance`` whose coefficient is not zero. Its ``stats``: ``expert_counts`` (E,) before
+    capacity, ``tokens``, ``usage``, the share of experts chosen, ``unevenness``, the divergence of
+    their weights from uniform in nats, ``router_entropy`` in nats, ``dropped`` assignments.
 
     Args:
         d_model: width of the residual stream.
@@ -132,69 +136,28 @@ class SparseMoE(FeedForward):
     def _reset_shared_gate(self) -> None:
         init_linear(self.shared_expert_gate, self.d_model**-0.5)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Route each token to its experts and sum their weighted answers.
-
-        Returns:
-            ``losses``: those of ``load_balancing``, ``router_z``, ``importance``, ``load`` and
-            ``sequence_balance`` whose coefficient is not zero. ``stats``: ``expert_counts`` (E,)
-            before capacity, ``tokens``, ``usage``, the share of experts chosen, ``unevenness``,
-            the divergence of their weights from uniform in nats, ``router_entropy`` in nats,
-            ``dropped`` assignments.
-        """
-        return self._compute(hidden, router_input, mask, brute_force=False)
-
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Run all experts on all tokens and weight the answers by a dense matrix."""
-        return self._compute(hidden, router_input, mask, brute_force=True)
-
     def route(
         self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
     ) -> Routing:
-        """Return who would answer: indices, weights, losses and statistics, without the experts."""
-        return self._route(hidden, router_input, mask, limited=True)
+        """Return the routing without running the experts: indices, weights, losses, statistics."""
+        return self._route(hidden, TokenContext(None, router_input, mask), limited=True)
 
-    def _route(
-        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, limited: bool
-    ) -> Routing:
-        tokens, flat_mask = flatten_tokens(self, hidden, mask)
-        if router_input is not None:
-            tokens, _ = flatten_tokens(self, router_input, None)
+    def _route(self, hidden: Tensor, context: TokenContext, limited: bool) -> Routing:
+        _, read, flat_mask = self._flatten(hidden, context)
         sequences = (hidden.shape[0], hidden.shape[1]) if hidden.ndim == 3 else None
-        return self.gate(tokens, flat_mask, sequences, limited)
+        return self.gate(read, flat_mask, sequences, limited)
 
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights, before capacity."""
-        routing = self._route(hidden, router_input, mask, limited=False)
+        routing = self._route(hidden, context, limited=False)
         return slot_load(routing.indices, routing.weights, self.num_experts)
 
     def _compute(
-        self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None, brute_force: bool
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
-        tokens, flat_mask = flatten_tokens(self, hidden, mask)
-        routing = self.route(hidden, router_input, mask)
+        """Sum up each token's weighted experts; by brute force, run all of them on all tokens."""
+        tokens, _, flat_mask = self._flatten(hidden, context)
+        routing = self._route(hidden, context, limited=True)
         chosen = (tokens, routing.indices, routing.weights)
         sent = None if brute_force else self.experts.send(*chosen)
         # The shared expert answers while tokens travel to experts on other ranks.

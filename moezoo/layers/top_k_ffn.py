@@ -27,7 +27,7 @@ from moezoo.feed_forward import (
     FeedForwardOutput,
     Method,
     Paper,
-    flatten_tokens,
+    TokenContext,
     register,
 )
 from moezoo.init import init_linear, output_std
@@ -40,6 +40,11 @@ from moezoo_kernels.activations import ACTIVATIONS
 
 class TopKFFN(FeedForward):
     """An MLP or gated linear unit with top-k activation, under Llama's tensor names.
+
+    A call's ``stats``: ``tokens``; ``density``, the mean share of neurons that are not zero;
+    ``usage``, the share of neurons that were not zero for some token; ``unevenness``, the
+    divergence of the neurons' summed magnitudes from uniform, in nats; and up to 4096 neurons,
+    ``expert_counts`` (F,), how often each was not zero. It has no losses.
 
     Args:
         d_model: width of the residual stream.
@@ -112,47 +117,30 @@ class TopKFFN(FeedForward):
         init_linear(self.up_proj, self.up_proj.in_features**-0.5)
         init_linear(self.down_proj, output_std(self.top_k, num_layers))
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
+    def _compute(
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
-        """Apply the block to every token; a mask only keeps padding out of the statistics.
-
-        Returns:
-            ``stats``: ``tokens``; ``density``, the mean share of neurons that are not zero;
-            ``usage``, the share of neurons that were not zero for some token; ``unevenness``, the
-            divergence of the neurons' summed magnitudes from uniform, in nats; and up to 4096
-            neurons, ``expert_counts`` (F,), how often each was not zero.
-        """
-        _, flat_mask = flatten_tokens(self, hidden, mask)
-        inner = self._kept(hidden, router_input, mask)
-        stats = statistics(self, self._stats, inner.reshape(-1, self.d_ff), flat_mask)
+        """Keep each token's strongest neurons; a mask only keeps padding out of the statistics."""
+        x_TD, asked_TD, mask_T = self._flatten(hidden, context)
+        if brute_force:
+            output_TD, inner_TF = self._neuron_by_neuron(x_TD, asked_TD)
+            output = output_TD.reshape(hidden.shape)
+            return FeedForwardOutput(output, {}, self._stats(inner_TF.detach(), mask_T))
+        inner = self._kept(hidden, context.router_input)
+        stats = statistics(self, self._stats, inner.reshape(-1, self.d_ff), mask_T)
         return FeedForwardOutput(self.down_proj(inner), {}, stats)
 
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count how often each neuron is not zero, and sum up its magnitude."""
-        _, flat_mask = flatten_tokens(self, hidden, mask)
-        inner_TF = self._kept(hidden, router_input, mask).reshape(-1, self.d_ff)
-        return _neuron_load(inner_TF, flat_mask)
+        _, _, mask_T = self._flatten(hidden, context)
+        inner_TF = self._kept(hidden, context.router_input).reshape(-1, self.d_ff)
+        return _neuron_load(inner_TF, mask_T)
 
-    def _kept(self, hidden: Tensor, router_input: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _kept(self, hidden: Tensor, router_input: Tensor | None) -> Tensor:
         """Compute the hidden layer ``(..., F)``, zero where it is not kept."""
         gate, up = self._branches(hidden)
         inner = asked = self._inner(gate, up)
         if router_input is not None:
-            flatten_tokens(self, router_input, mask)
             with torch.no_grad():
                 asked = self._inner(*self._branches(router_input))
         if self.selection == "exact":
@@ -203,21 +191,14 @@ class TopKFFN(FeedForward):
         }
         return {"expert_counts": load.counts, **stats} if self.d_ff <= MOST_COUNTS else stats
 
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
-        """Decide neuron by neuron: by counting those that are stronger, or by the threshold."""
-        x_TD, flat_mask = flatten_tokens(self, hidden, mask)
+    def _neuron_by_neuron(self, x_TD: Tensor, asked_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output ``(T, D)`` and the hidden layer ``(T, F)``, zero where not kept.
+
+        A neuron is kept by counting those that are stronger, or by the threshold.
+        """
         act = ACTIVATIONS[self.activation]
         inner_TF, up_TF = self._reference_inner(x_TD)
-        asked_TF = inner_TF
-        if router_input is not None:
-            asked_TF, _ = self._reference_inner(flatten_tokens(self, router_input, mask)[0])
+        asked_TF = inner_TF if asked_TD is x_TD else self._reference_inner(asked_TD)[0]
         if self.selection == "statistical":
             value_TF = act(inner_TF.where(asked_TF > 0, 0.0)) * (up_TF if self.gated else 1.0)
         else:
@@ -231,8 +212,7 @@ class TopKFFN(FeedForward):
         output_TD = torch.zeros_like(x_TD)
         for j in range(self.d_ff):
             output_TD = output_TD + value_TF[:, j, None] * self.down_proj.weight[:, j]
-        stats = self._stats(value_TF.detach(), flat_mask)
-        return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+        return output_TD, value_TF
 
     def _reference_inner(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return every activation, or every pre-activation less the threshold; and W_up x."""

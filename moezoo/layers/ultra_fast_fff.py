@@ -23,7 +23,7 @@ from moezoo.feed_forward import (
     FeedForwardOutput,
     Method,
     Paper,
-    flatten_tokens,
+    TokenContext,
     register,
 )
 from moezoo.layers.dense import Activation, default_width
@@ -38,6 +38,10 @@ class UltraFastFFF(FeedForward):
     """P parallel trees of neurons; each token uses one path from root to bottom of each.
 
     Training computes all neurons and masks those off the path, inference gathers the path's.
+
+    A call's ``stats``: ``expert_counts`` (P 2^depth,) of the bottom neurons, one per token and tree
+    (left out beyond 4096), ``tokens``, ``usage`` (share of bottom neurons reached) and
+    ``unevenness`` (KL of their counts from even, nats). It has no losses.
 
     Args:
         d_model: width of the residual stream.
@@ -78,38 +82,20 @@ class UltraFastFFF(FeedForward):
         bound = (num_layers * self.num_trees * (self.depth + 1)) ** -0.5
         nn.init.uniform_(self.out_weight, -bound, bound)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
+    def _compute(
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
-        """Sum the answers of the neurons on each token's paths.
-
-        Returns:
-            ``stats``: ``expert_counts`` (P 2^depth,) of the bottom neurons, one per token and tree
-            (left out beyond 4096), ``tokens``, ``usage`` (share of bottom neurons reached) and
-            ``unevenness`` (KL of their counts from even, nats).
-        """
-        x_TD, mask_T = flatten_tokens(self, hidden, mask)
-        asking_TD = x_TD if router_input is None else flatten_tokens(self, router_input, None)[0]
-        compute = self._dense if self.training else self._descend
+        """Sum up the neurons on each token's paths."""
+        x_TD, asking_TD, mask_T = self._flatten(hidden, context)
+        if brute_force:
+            compute = self._neuron_by_neuron
+        else:
+            compute = self._dense if self.training else self._descend
         output_TD, bottom_TP = compute(x_TD, asking_TD)
         return self._output(hidden, output_TD, bottom_TP, mask_T)
 
-    def reference(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> FeedForwardOutput:
+    def _neuron_by_neuron(self, x_TD: Tensor, asking_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Run all neurons one by one, each times whether the decisions above lead to it."""
-        x_TD, mask_T = flatten_tokens(self, hidden, mask)
-        asking_TD = x_TD if router_input is None else flatten_tokens(self, router_input, None)[0]
         first_bottom = 2**self.depth - 1
         act = ACTIVATIONS[self.activation]
         output_TD, bottom = torch.zeros_like(x_TD), []
@@ -122,7 +108,7 @@ class UltraFastFFF(FeedForward):
             for logit_T, reached_T, v_D in zip(logits, on_path, v_ND, strict=True):
                 output_TD = output_TD + (act(logit_T) * reached_T).unsqueeze(-1) * v_D
             bottom.append(torch.stack(on_path[first_bottom:], dim=-1).int().argmax(dim=-1))
-        return self._output(hidden, output_TD, torch.stack(bottom, dim=-1), mask_T)
+        return output_TD, torch.stack(bottom, dim=-1)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         """Compute the pre-activations of all neurons: ``(T, P, N)``."""
@@ -181,18 +167,9 @@ class UltraFastFFF(FeedForward):
         first_P = bottoms * torch.arange(self.num_trees, device=bottom_TP.device)
         return bottom_TP + first_P, self.num_trees * bottoms
 
-    @torch.no_grad()
-    def slot_load(
-        self,
-        hidden: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        router_input: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> SlotLoad:
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up which bottom neurons are reached; ``shape`` is trees × neurons of one."""
-        asked = hidden if router_input is None else router_input
-        asking_TD, mask_T = flatten_tokens(self, asked, mask)
+        _, asking_TD, mask_T = self._flatten(hidden, context)
         slots_TP, num_slots = self._slots(self._descend(asking_TD, asking_TD)[1])
         grid = (self.num_trees, 2**self.depth) if self.num_trees > 1 else None
         return slot_load(slots_TP, None, num_slots, mask_T, kind="leaves", shape=grid)

@@ -20,14 +20,11 @@ from moezoo.analysis.specialization import (
     specialization,
 )
 from moezoo.analysis.token_map import draw_paths, draw_tokens, drawable
+from moezoo.analysis.usage import routed_layers
 from moezoo.routing.stats import expert_counts, slot_mass
 
 D = 32
-CHOOSING = {
-    method.name: method
-    for method in moezoo.zoo()
-    if method.layer.slot_load is not moezoo.FeedForward.slot_load
-}
+CHOOSING = {method.name: method for method in moezoo.zoo() if routed_layers(method.build(D))}
 
 
 @pytest.mark.parametrize("name", CHOOSING)
