@@ -1,15 +1,15 @@
-"""Experts on several ranks: tokens travel to the experts, and answers back.
+"""Expert parallelism: tokens are dispatched to the ranks of their experts, outputs combined.
 
 Every rank of a one-dimensional device mesh has tokens of its own and a share of a layer's experts.
 Two ways to bring them together, both differentiable, neither with a limit on how many tokens go
 where:
 
-- :func:`send_tokens` sends a token once to each rank that holds some of its experts (a mixture:
-  few experts per token; GShard, arXiv:2006.16668);
-- :class:`Everywhere` shows all tokens to all ranks (product-key layers, whose tokens ask hundreds
-  of rows: Memory Layers at Scale, arXiv:2412.09764, section 3.2).
+- :func:`dispatch_tokens` sends a token once to each rank that holds some of its experts (a
+  mixture: few experts per token; GShard, arXiv:2006.16668);
+- :class:`TokenGather` all-gathers the tokens (product-key layers, whose tokens read hundreds of
+  rows: Memory Layers at Scale, arXiv:2412.09764, section 3.2).
 
-**Gradients.** Data parallelism averages gradients over the ranks. A rank's experts answer the
+**Gradients.** Data parallelism averages gradients over the ranks. A rank's experts run on the
 tokens of all R ranks of the mesh, so their gradient arrives already summed over these; :func:`own`
 divides it by R. What is left, the mean over the mesh's other dimensions, is for whoever shards or
 replicates there.
@@ -103,12 +103,12 @@ class _ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-class Sent:
+class DispatchedTokens:
     """Tokens that are on their way to the ranks of their experts.
 
     Attributes:
         x: ``(N, D)``, the tokens that come to this rank.
-        indices: ``(N, K)``, which of this rank's experts answer them, -1 for none.
+        indices: ``(N, K)``, the experts of this rank that they are routed to, -1 for none.
         weights: ``(N, K)``.
         assignments: how many indices are not -1.
     """
@@ -123,17 +123,17 @@ class Sent:
         self.x, self.indices, self.weights, self.assignments = arrived
         self._places_TR, self._splits, self._mesh = places_TR, splits, mesh
 
-    def combine(self, answers_ND: Tensor) -> Tensor:
-        """Send the answers back and sum those of each token: ``(T, D)``."""
+    def combine(self, outputs_ND: Tensor) -> Tensor:
+        """Return the experts' outputs to their tokens' ranks and sum each token's: ``(T, D)``."""
         leaving, arriving = self._splits
-        returned = exchange(answers_ND, arriving, leaving, self._mesh)
+        returned = exchange(outputs_ND, arriving, leaving, self._mesh)
         ones = torch.ones_like(self._places_TR, dtype=torch.float32)
         return weighted_bag(returned, self._places_TR, ones)
 
 
-def send_tokens(
+def dispatch_tokens(
     x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, num_experts: int, mesh: DeviceMesh
-) -> Sent:
+) -> DispatchedTokens:
     """Send each token to the ranks that hold its experts; others may compute meanwhile.
 
     Args:
@@ -165,11 +165,11 @@ def send_tokens(
     )
     row_RT = goes_RT.flatten().cumsum(0).reshape(goes_RT.shape) - 1
     places_TR = torch.where(goes_RT, row_RT, -1).T.contiguous()
-    return Sent(arrived, places_TR, (leaving, arriving), mesh)
+    return DispatchedTokens(arrived, places_TR, (leaving, arriving), mesh)
 
 
 def _agree_on_sizes(counts_R2: Tensor, mesh: DeviceMesh) -> tuple[list[int], list[int], int]:
-    """Tell every rank how many rows and assignments come from where; waits for the device."""
+    """Exchange how many rows and assignments go from rank to rank; waits for the device."""
     theirs_R2 = collectives.all_to_all_single(counts_R2, None, None, mesh)
     both = torch.stack([counts_R2[:, 0], theirs_R2[:, 0], theirs_R2[:, 1]]).tolist()
     return both[0], both[1], sum(both[2])
@@ -180,8 +180,8 @@ def exchange(x: Tensor, leaving: list[int], arriving: list[int], mesh: DeviceMes
     return collectives.all_to_all_single_autograd(x.contiguous(), arriving, leaving, mesh)
 
 
-class Everywhere:
-    """Shows the tokens of every rank to all ranks, and brings the partial answers back.
+class TokenGather:
+    """An all-gather of tokens whose number differs by rank, and the way back of partial outputs.
 
     Args:
         tokens: T, of this rank; ranks may differ.
@@ -194,7 +194,7 @@ class Everywhere:
         counts = collectives.all_to_all_single(own_count, None, None, mesh)
         self._counts: list[int] = counts.tolist()
 
-    def show(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Return the rows of all ranks, ``(T, …)`` to ``(N, …)``; differentiable if floating."""
         ranks, mine = self._mesh.size(), [self._tokens] * self._mesh.size()
         copies = x.unsqueeze(0).expand(ranks, *x.shape).flatten(0, 1)
@@ -202,11 +202,23 @@ class Everywhere:
             return collectives.all_to_all_single(copies, self._counts, mine, self._mesh)
         return exchange(copies, mine, self._counts, self._mesh)
 
-    def collect(self, partial_NV: Tensor) -> Tensor:
-        """Bring home what each rank made of this rank's tokens: ``(R, T, V)``."""
+    def scatter(self, partial_NV: Tensor) -> Tensor:
+        """Return what each rank computed for this rank's tokens: ``(N, V)`` to ``(R, T, V)``.
+
+        Summed over the first dimension it is a reduce-scatter.
+        """
         ranks, mine = self._mesh.size(), [self._tokens] * self._mesh.size()
         returned = collectives.wait_tensor(exchange(partial_NV, self._counts, mine, self._mesh))
         return returned.reshape(ranks, self._tokens, partial_NV.shape[-1])
 
 
-__all__ = ["Everywhere", "Sent", "exchange", "own", "send_tokens", "shard_experts", "whole"]
+__all__ = [
+    "DispatchedTokens",
+    "TokenGather",
+    "dispatch_tokens",
+    "exchange",
+    "own",
+    "shard_experts",
+    "split_parameters",
+    "whole",
+]

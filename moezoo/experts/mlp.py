@@ -19,7 +19,7 @@ from moezoo_kernels.dtypes import autocast
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from moezoo.parallel import Sent
+    from moezoo.parallel import DispatchedTokens
 
 
 class MLPExperts(nn.Module):
@@ -82,16 +82,18 @@ class MLPExperts(nn.Module):
         split_parameters(self, mesh, 0, "num_experts")
         self.mesh = mesh
 
-    def send(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Sent | None:
+    def dispatch(
+        self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
+    ) -> DispatchedTokens | None:
         """Send tokens to the ranks of their experts, to pass on to the call; None if all are here.
 
-        What is computed between this and the call overlaps with the sending.
+        What is computed between this and the call overlaps with the all-to-all.
         """
         if self.mesh is None:
             return None
-        from moezoo.parallel import send_tokens
+        from moezoo.parallel import dispatch_tokens
 
-        return send_tokens(autocast(x_TD), indices_TK, weights_TK, self.num_experts, self.mesh)
+        return dispatch_tokens(autocast(x_TD), indices_TK, weights_TK, self.num_experts, self.mesh)
 
     def forward(
         self,
@@ -100,20 +102,20 @@ class MLPExperts(nn.Module):
         weights_TK: Tensor,
         max_assignments: int,
         output_bias: bool = True,
-        sent: Sent | None = None,
+        dispatched: DispatchedTokens | None = None,
     ) -> Tensor:
-        """Sum the weighted answers of each token's experts; index -1 answers nothing.
+        """Sum the weighted outputs of each token's experts, ``(T, D)``; index -1 adds nothing.
 
-        Without ``output_bias`` the answers go without theirs. ``sent`` is what :meth:`send` gave
-        for these tokens, if it was called.
+        Without ``output_bias`` the experts' ``down_bias`` is left out. ``dispatched`` is what
+        :meth:`dispatch` returned for these tokens, if it was called.
         """
-        sent = sent or self.send(x_TD, indices_TK, weights_TK)
+        sent = dispatched or self.dispatch(x_TD, indices_TK, weights_TK)
         if sent is None:
-            return self._answer(x_TD, indices_TK, weights_TK, max_assignments, output_bias)
-        answers = self._answer(sent.x, sent.indices, sent.weights, sent.assignments, output_bias)
-        return sent.combine(answers)
+            return self._run(x_TD, indices_TK, weights_TK, max_assignments, output_bias)
+        outputs = self._run(sent.x, sent.indices, sent.weights, sent.assignments, output_bias)
+        return sent.combine(outputs)
 
-    def _answer(
+    def _run(
         self,
         x_TD: Tensor,
         indices_TK: Tensor,
@@ -121,7 +123,7 @@ class MLPExperts(nn.Module):
         max_assignments: int,
         output_bias: bool,
     ) -> Tensor:
-        """Let the experts of this rank answer."""
+        """Run the experts of this rank."""
         down_bias = self.down_bias if output_bias else None
         return grouped_mlp(
             x_TD,
@@ -158,7 +160,7 @@ class MLPExperts(nn.Module):
         output_bias: bool = True,
         scale_TEF: Tensor | None = None,
     ) -> Tensor:
-        """Run every expert on every token and weight the answers by a dense (T, E) matrix.
+        """Run every expert on every token and weight the outputs by a dense (T, E) matrix.
 
         ``scale_TEF`` multiplies hidden units, as dropout does.
         """

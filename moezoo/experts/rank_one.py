@@ -71,27 +71,27 @@ class RankOneExperts(nn.Module):
         nn.init.normal_(self.v, std=output_std(self.experts_per_token, num_layers))
 
     def forward(self, x_TD: Tensor, indices_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
-        """Sum the weighted answers of each token's experts; index -1 answers nothing."""
+        """Sum the weighted outputs of each token's experts, ``(T, D)``; index -1 adds nothing."""
         if self.mesh is None:
             tables = (self.u, self.v, self.gate)
-            return self._answer(x_TD, indices_TJ, weights_TJ, *tables)
-        from moezoo.parallel import Everywhere, own
+            return self._run(x_TD, indices_TJ, weights_TJ, *tables)
+        from moezoo.parallel import TokenGather, own
 
-        everywhere = Everywhere(len(x_TD), self.mesh)
+        gather = TokenGather(len(x_TD), self.mesh)
         rows = self.num_experts // self.mesh.size()
-        indices_NJ = everywhere.show(indices_TJ) - rows * self.mesh.get_local_rank()
+        indices_NJ = gather.all_gather(indices_TJ) - rows * self.mesh.get_local_rank()
         elsewhere = (indices_NJ < 0) | (indices_NJ >= rows)
-        partial_ND = self._answer(
-            everywhere.show(autocast(x_TD)),
+        partial_ND = self._run(
+            gather.all_gather(autocast(x_TD)),
             indices_NJ.masked_fill(elsewhere, -1),
-            everywhere.show(weights_TJ),
+            gather.all_gather(weights_TJ),
             own(self.u),
             own(self.v),
             None if self.gate is None else own(self.gate),
         )
-        return everywhere.collect(partial_ND).sum(dim=0)
+        return gather.scatter(partial_ND).sum(dim=0)
 
-    def _answer(
+    def _run(
         self,
         x_TD: Tensor,
         indices_TJ: Tensor,

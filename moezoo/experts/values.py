@@ -61,11 +61,11 @@ class ValueTable(nn.Module):
             indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
         if self.mesh is None:
             return weighted_bag(self.weight, indices_TK, weights_TK, sparse=self.sparse)
-        from moezoo.parallel import Everywhere, own
+        from moezoo.parallel import TokenGather, own
 
-        everywhere = Everywhere(len(indices_TK), self.mesh)
-        read = everywhere.show(indices_TK), everywhere.show(weights_TK)
-        columns_RTV = everywhere.collect(weighted_bag(own(self.weight), *read))
+        gather = TokenGather(len(indices_TK), self.mesh)
+        read = gather.all_gather(indices_TK), gather.all_gather(weights_TK)
+        columns_RTV = gather.scatter(weighted_bag(own(self.weight), *read))
         return columns_RTV.movedim(0, 1).flatten(1)
 
     def shard(self, mesh: DeviceMesh) -> None:

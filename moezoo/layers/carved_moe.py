@@ -155,13 +155,13 @@ class CarvedMoE(FeedForward):
         tokens, read, flat_mask = self._flatten(hidden, context)
         routing = self.gate(read, flat_mask)
         chosen = (tokens, routing.indices, self._gates(routing))
-        sent = None if brute_force else self.experts.send(*chosen)
-        # The shared part answers while tokens travel to experts on other ranks.
+        dispatched = None if brute_force else self.experts.dispatch(*chosen)
+        # The shared part runs while tokens travel to experts on other ranks.
         always = self._always(tokens, brute_force)
         if brute_force:
             output = self.experts.reference(*chosen)
         else:
-            output = self.experts(*chosen, routing.max_assignments, sent=sent)
+            output = self.experts(*chosen, routing.max_assignments, dispatched=dispatched)
         if always is not None:
             if flat_mask is not None:
                 always = always.masked_fill(~flat_mask.unsqueeze(-1), 0.0)

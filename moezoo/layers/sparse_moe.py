@@ -159,13 +159,13 @@ class SparseMoE(FeedForward):
         tokens, _, flat_mask = self._flatten(hidden, context)
         routing = self._route(hidden, context, limited=True)
         chosen = (tokens, routing.indices, routing.weights)
-        sent = None if brute_force else self.experts.send(*chosen)
-        # The shared expert answers while tokens travel to experts on other ranks.
+        dispatched = None if brute_force else self.experts.dispatch(*chosen)
+        # The shared expert runs while tokens travel to experts on other ranks.
         shared = self._shared(tokens, flat_mask, brute_force) if self.d_shared else None
         if brute_force:
             output = self.experts.reference(*chosen)
         else:
-            output = self.experts(*chosen, routing.max_assignments, sent=sent)
+            output = self.experts(*chosen, routing.max_assignments, dispatched=dispatched)
         if shared is not None:
             output = output + shared
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)

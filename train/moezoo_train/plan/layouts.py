@@ -280,9 +280,9 @@ class Plan:
         Every token's vector goes to the GPUs of its ``top_k`` experts and an answer comes back, in
         the forward pass and, as gradients, in the backward pass: four exchanges (Lepikhin et al.
         2020, arXiv:2006.16668, section 3.3). Activation checkpointing repeats the first two.
-        :func:`moezoo.parallel.send_tokens` sends a token once to a GPU that holds several of its
-        experts, so this is the most there can be; indices and router weights, which travel with
-        the tokens, are left out.
+        :func:`moezoo.parallel.dispatch_tokens` sends a token once to a GPU that holds several of
+        its experts, so this is the most there can be; indices and router weights, which travel
+        with the tokens, are left out.
         """
         if self.layout != "ep" or self.expert_parallel == 1:
             return []
