@@ -24,17 +24,17 @@ from moezoo.routing.stats import SlotLoad, max_violation, slot_usage
 
 @dataclass(frozen=True)
 class Evenness:
-    """How evenly N slots share a mass.
+    """How balanced the load of N slots is.
 
     Attributes:
-        usage: share of the slots that have any of it.
+        usage: share of the slots with any load.
         unevenness: ``KL(share || uniform)`` in nats: 0 when even, log N when one slot has it all.
         gini: Gini coefficient: 0 when even, 1 - 1/N when one slot has it all.
-        top50: the fewest slots that hold half of it.
+        top50: the fewest slots that hold half of the load.
         top90: ... that hold 90 %.
         top99: ... that hold 99 %.
-        max_violation: MaxVio, the busiest slot over the mean, less 1 (arXiv:2408.15664, eq. 4).
-        dead: slots that have none of it.
+        max_violation: MaxVio, the largest load over the mean, less 1 (arXiv:2408.15664, eq. 4).
+        dead: slots without any load.
     """
 
     usage: float
@@ -98,7 +98,7 @@ def _chooses(layer: type[FeedForward]) -> bool:
 
 @contextmanager
 def collect_loads(layers: Mapping[str, FeedForward]) -> Iterator[dict[str, SlotLoad]]:
-    """Sum up what the forward passes inside the block ask of each slot::
+    """Sum up the load of each slot over the forward passes inside the block::
 
         layers = routed_layers(model)
         with torch.no_grad(), collect_loads(layers) as loads:
@@ -152,13 +152,13 @@ def usage_of(load: SlotLoad) -> SlotUsage:
     )
 
 
-def _evenness(mass_N: Tensor) -> Evenness:
-    mass_N = mass_N.double()
-    figures: dict[str, Any] = {name: value.item() for name, value in slot_usage(mass_N).items()}
+def _evenness(weight_N: Tensor) -> Evenness:
+    weight_N = weight_N.double()
+    figures: dict[str, Any] = {name: value.item() for name, value in slot_usage(weight_N).items()}
     return Evenness(
         **figures,
-        max_violation=max_violation(mass_N).item(),
-        dead=int((mass_N == 0).sum()),
+        max_violation=max_violation(weight_N).item(),
+        dead=int((weight_N == 0).sum()),
     )
 
 

@@ -19,7 +19,7 @@ from moezoo.experts.values import ValueTable, value_table
 from moezoo.feed_forward import ParameterGroup
 from moezoo.routing.deferred import statistics
 from moezoo.routing.product_key import KeyInit, ProductKeys, QueryNetwork, QueryNorm
-from moezoo.routing.stats import SlotLoad, slot_load, slot_mass, slot_stats, usage
+from moezoo.routing.stats import SlotLoad, slot_load, slot_stats, slot_weight, usage
 
 
 class KeyValueMemory(nn.Module):
@@ -142,7 +142,7 @@ class KeyValueMemory(nn.Module):
         num_slots = self.keys.num_slots
         stats = slot_stats(slots_THK, weights_THK, num_slots, mask_T)
         # Heads that agree on their best slot can hide behind the others: tell both.
-        stats["top1_usage"] = usage(slot_mass(slots_THK[..., :1], None, num_slots, mask_T))
+        stats["top1_usage"] = usage(slot_weight(slots_THK[..., :1], None, num_slots, mask_T))
         return stats
 
     def parameter_groups(self) -> list[ParameterGroup]:

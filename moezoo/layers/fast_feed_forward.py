@@ -32,7 +32,7 @@ from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import losses as L
 from moezoo.routing import tree
 from moezoo.routing.deferred import statistics
-from moezoo.routing.stats import SlotLoad, expert_counts, slot_load, unevenness, usage
+from moezoo.routing.stats import SlotLoad, expert_counts, kl_to_uniform, slot_load, usage
 from moezoo_kernels import leaf_mlp
 from moezoo_kernels.activations import ACTIVATIONS, activate
 
@@ -200,7 +200,7 @@ class FastFeedForward(FeedForward):
             "expert_counts": counts_E,
             "tokens": counts_E.sum(),
             "usage": usage(counts_E),
-            "unevenness": unevenness(counts_E),
+            "unevenness": kl_to_uniform(counts_E),
         }
         if entropy_TN is not None:
             stats["node_entropy"] = _reduce(entropy_TN, mask_T, "mean")

@@ -34,7 +34,7 @@ from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
-from moezoo.routing.stats import MOST_COUNTS, SlotLoad, unevenness, usage
+from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, usage
 from moezoo_kernels.activations import ACTIVATIONS
 
 
@@ -187,7 +187,7 @@ class TopKFFN(FeedForward):
             "tokens": tokens,
             "density": masked_mean((inner_TF != 0).sum(dim=-1) / self.d_ff, mask_T),
             "usage": usage(load.counts),
-            "unevenness": unevenness(load.mass),
+            "unevenness": kl_to_uniform(load.mass),
         }
         return {"expert_counts": load.counts, **stats} if self.d_ff <= MOST_COUNTS else stats
 

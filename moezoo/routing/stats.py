@@ -1,4 +1,4 @@
-"""Statistics of routing: how evenly experts are used, how sure the router is.
+"""Statistics of routing: the balance of the load, the entropy of the router.
 
 All take real tokens only and give detached tensors, in fp32, or in fp64 if that is what they get.
 What a router chooses among (experts, leaves, values, neurons) are its N *slots*.
@@ -17,12 +17,12 @@ MOST_COUNTS = 4096
 
 
 class SlotLoad(NamedTuple):
-    """What one forward pass asked of each of N slots, summed over its real tokens.
+    """The load of each of N slots in one forward pass, summed over its real tokens.
 
     Attributes:
         counts: ``(N,)`` int64, how often each was chosen.
-        mass: ``(N,)`` fp32 or fp64, the weight that each got: after the softmax, and before any
-            limit on capacity.
+        mass: ``(N,)`` fp32 or fp64, the total gate weight of each: after the softmax, and before
+            any limit on capacity.
         best: ``(N,)`` int64, how often each was the first choice; None where there is no first.
         kind: what the slots are, in the plural: experts, leaves, values, neurons.
         shape: how they are laid out; ``(n, n)`` for product keys, else ``(N,)``.
@@ -48,13 +48,13 @@ def count_tokens(indices: Tensor, mask_T: Tensor | None) -> Tensor:
 
 
 def max_violation(counts_E: Tensor) -> Tensor:
-    """Compute MaxVio, ``max load / mean load - 1``: 0 when even (arXiv:2408.15664, eq. 4)."""
+    """Return MaxVio, ``max load / mean load - 1``: 0 when even (arXiv:2408.15664, eq. 4)."""
     counts_E = _at_least_fp32(counts_E)
     return counts_E.max() / counts_E.mean().clamp(min=1e-9) - 1
 
 
 def load_entropy(counts_E: Tensor) -> Tensor:
-    """Compute the entropy of the load divided by log E: 1 when even, 0 when one expert has all."""
+    """Return the normalized entropy of the load, over log E: 1 when even, 0 if one has all."""
     share = _at_least_fp32(counts_E) / counts_E.sum().clamp(min=1)
     entropy = torch.special.entr(share).sum()
     return entropy / max(math.log(counts_E.numel()), 1e-9)
@@ -68,7 +68,7 @@ def mean_entropy(probabilities_TE: Tensor, mask_T: Tensor | None) -> Tensor:
     return (entropy * mask_T).sum() / mask_T.sum().clamp(min=1)
 
 
-def slot_mass(
+def slot_weight(
     indices: Tensor, weights: Tensor | None, num_slots: int, mask_T: Tensor | None = None
 ) -> Tensor:
     """Sum each slot's weights over the real tokens, ``(N,)``; without weights, count.
@@ -111,7 +111,7 @@ def slot_load(
     shape: tuple[int, ...] | None = None,
     ranked: bool = False,
 ) -> SlotLoad:
-    """Sum up who was chosen, for analysis: all N numbers, however many they are.
+    """Sum up the choices and weights of each slot, for analysis: all N, however many they are.
 
     Args:
         indices: ``(T, …)`` slots, -1 for none.
@@ -126,7 +126,7 @@ def slot_load(
         indices = indices.masked_fill(~mask_T.reshape(-1, *(1,) * (indices.ndim - 1)), -1)
     return SlotLoad(
         expert_counts(indices, num_slots),
-        slot_mass(indices, weights, num_slots),
+        slot_weight(indices, weights, num_slots),
         expert_counts(indices[..., :1], num_slots) if ranked else None,
         kind,
         shape or (num_slots,),
@@ -140,14 +140,14 @@ def slot_stats(
     mask_T: Tensor | None = None,
     most_counts: int = MOST_COUNTS,
 ) -> dict[str, Tensor]:
-    """Summarise who was chosen, cheaply enough for every step: nothing is sorted.
+    """Summarise the load of the slots, cheaply enough for every step: nothing is sorted.
 
     Args:
         indices: as for :func:`slot_load`, as are weights, number of slots and mask.
         weights: as there.
         num_slots: as there.
         mask_T: as there.
-        most_counts: give the counts of up to so many slots.
+        most_counts: return the counts of up to so many slots.
 
     Returns:
         ``tokens``; ``usage``, the share of slots with any weight; ``unevenness``, the divergence
@@ -156,55 +156,59 @@ def slot_stats(
     """
     if mask_T is not None:
         indices = indices.masked_fill(~mask_T.reshape(-1, *(1,) * (indices.ndim - 1)), -1)
-    mass_N = slot_mass(indices, weights, num_slots)
+    weight_N = slot_weight(indices, weights, num_slots)
     tokens = count_tokens(indices, mask_T)
-    stats = {"tokens": tokens, "usage": usage(mass_N), "unevenness": unevenness(mass_N)}
+    stats = {"tokens": tokens, "usage": usage(weight_N), "unevenness": kl_to_uniform(weight_N)}
     if num_slots <= most_counts:
         stats["expert_counts"] = expert_counts(indices, num_slots)
     return stats
 
 
-def usage(mass_N: Tensor) -> Tensor:
-    """Compute the fraction of slots that were used at all."""
-    mass_N = _at_least_fp32(mass_N)
-    return (mass_N > 0).to(mass_N.dtype).mean()
+def usage(weight_N: Tensor) -> Tensor:
+    """Return the fraction of slots with any weight."""
+    weight_N = _at_least_fp32(weight_N)
+    return (weight_N > 0).to(weight_N.dtype).mean()
 
 
-def unevenness(mass_N: Tensor) -> Tensor:
-    """Compute ``KL(share || uniform)`` in nats: 0 when even, log N when one slot has it all."""
-    share_N = _at_least_fp32(mass_N) / mass_N.sum().clamp(min=1e-30)
+def kl_to_uniform(weight_N: Tensor) -> Tensor:
+    """Return ``KL(share || uniform)`` in nats: 0 when even, log N when one slot has it all."""
+    share_N = _at_least_fp32(weight_N) / weight_N.sum().clamp(min=1e-30)
     divergence = torch.special.xlogy(share_N, share_N * share_N.numel()).sum()
     return divergence.clamp(min=0.0)
 
 
-def gini(mass_N: Tensor) -> Tensor:
-    """Compute the Gini coefficient: 0 when even, 1 - 1/N when one slot has it all."""
-    sorted_N = _at_least_fp32(mass_N).sort().values
+def gini(weight_N: Tensor) -> Tensor:
+    """Return the Gini coefficient: 0 when even, 1 - 1/N when one slot has it all."""
+    sorted_N = _at_least_fp32(weight_N).sort().values
     n = sorted_N.numel()
-    rank_N = torch.arange(1, n + 1, device=mass_N.device, dtype=sorted_N.dtype)
+    rank_N = torch.arange(1, n + 1, device=weight_N.device, dtype=sorted_N.dtype)
     weighted = ((2 * rank_N - n - 1) * sorted_N).sum()
     return weighted / (n * sorted_N.sum()).clamp(min=1e-30)
 
 
-def top_mass(mass_N: Tensor, fraction: float) -> Tensor:
-    """Count the fewest slots that together hold a fraction of the mass."""
-    held_N = mass_N.double().sort(descending=True).values.cumsum(0)
+def slots_holding(weight_N: Tensor, fraction: float) -> Tensor:
+    """Count the fewest slots that together hold a fraction of the total weight."""
+    held_N = weight_N.double().sort(descending=True).values.cumsum(0)
     # A hair less, so that rounding in the sum does not ask for one slot more.
     return (held_N < held_N[-1] * (fraction - 1e-12)).sum() + (held_N[-1] > 0)
 
 
-def slot_usage(mass_N: Tensor) -> dict[str, Tensor]:
-    """Summarise how a store of N slots was used; sorts them, so not meant for every step.
+def slot_usage(weight_N: Tensor) -> dict[str, Tensor]:
+    """Summarise the load of N slots; sorts them, so not meant for every step.
 
     Args:
-        mass_N: what :func:`slot_mass` gave, possibly summed over batches.
+        weight_N: what :func:`slot_weight` returned, possibly summed over batches.
 
     Returns:
         ``usage``, ``unevenness``, ``gini``, and ``top50``, ``top90``, ``top99``: how many slots
-        hold that percentage of the mass.
+        hold that percentage of the total weight.
     """
-    summary = {"usage": usage(mass_N), "unevenness": unevenness(mass_N), "gini": gini(mass_N)}
-    return summary | {f"top{p}": top_mass(mass_N, p / 100) for p in (50, 90, 99)}
+    summary = {
+        "usage": usage(weight_N),
+        "unevenness": kl_to_uniform(weight_N),
+        "gini": gini(weight_N),
+    }
+    return summary | {f"top{p}": slots_holding(weight_N, p / 100) for p in (50, 90, 99)}
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import moezoo
 from moezoo import InputError
 from moezoo.random_routing import RandomRouting
 from moezoo.routing.product_key import QUERY_NORMS, ProductKeys, QueryNetwork
-from moezoo.routing.stats import gini, slot_mass, slot_usage, top_mass, unevenness, usage
+from moezoo.routing.stats import gini, kl_to_uniform, slot_usage, slot_weight, slots_holding, usage
 
 REAL = (5, 11)  # real tokens per rank, of 12
 
@@ -266,25 +266,25 @@ def test_usage_statistics_follow_their_definitions():
     indices = torch.tensor([[0, 1], [1, 3], [2, -1]])
     weights = torch.tensor([[0.5, 0.25], [0.75, 1.0], [2.0, 9.0]])
     mask = torch.tensor([True, True, False])
-    mass = slot_mass(indices, weights, 5, mask)
+    mass = slot_weight(indices, weights, 5, mask)
     assert mass.tolist() == [0.5, 1.0, 0.0, 1.0, 0.0]
-    assert slot_mass(indices, None, 5).tolist() == [1.0, 2.0, 1.0, 1.0, 0.0]
+    assert slot_weight(indices, None, 5).tolist() == [1.0, 2.0, 1.0, 1.0, 0.0]
     share = torch.tensor([0.2, 0.4, 0.4])
     summary = slot_usage(mass)
     assert usage(mass) == pytest.approx(3 / 5)
-    assert unevenness(mass).item() == pytest.approx(math.log(5) + (share * share.log()).sum())
+    assert kl_to_uniform(mass).item() == pytest.approx(math.log(5) + (share * share.log()).sum())
     pairs = (mass[:, None] - mass).abs().sum() / (2 * 5 * mass.sum())
     assert gini(mass).item() == pytest.approx(pairs.item())
-    assert [int(top_mass(mass, p)) for p in (0.4, 0.5, 0.8, 0.9, 1.0)] == [1, 2, 2, 3, 3]
+    assert [int(slots_holding(mass, p)) for p in (0.4, 0.5, 0.8, 0.9, 1.0)] == [1, 2, 2, 3, 3]
     assert set(summary) == {"usage", "unevenness", "gini", "top50", "top90", "top99"}
 
 
 def test_usage_statistics_at_their_limits():
     one_slot = torch.zeros(1000).index_fill(0, torch.tensor(7), 3.0)
-    assert unevenness(one_slot).item() == pytest.approx(math.log(1000), rel=1e-6)
+    assert kl_to_uniform(one_slot).item() == pytest.approx(math.log(1000), rel=1e-6)
     assert gini(one_slot).item() == pytest.approx(1 - 1 / 1000)
     even = torch.full((1000,), 0.3)
-    assert unevenness(even).item() == pytest.approx(0.0, abs=1e-5)
+    assert kl_to_uniform(even).item() == pytest.approx(0.0, abs=1e-5)
     assert gini(even).item() == pytest.approx(0.0, abs=1e-6)
     assert [int(slot_usage(even)[f"top{p}"]) for p in (50, 90, 99)] == [500, 900, 990]
     assert all(v == 0 for v in slot_usage(torch.zeros(10)).values())

@@ -21,7 +21,7 @@ from moezoo.analysis.specialization import (
 )
 from moezoo.analysis.token_map import draw_paths, draw_tokens, drawable
 from moezoo.analysis.usage import routed_layers
-from moezoo.routing.stats import expert_counts, slot_mass
+from moezoo.routing.stats import expert_counts, slot_weight
 
 D = 32
 CHOOSING = {method.name: method for method in moezoo.zoo() if routed_layers(method.build(D))}
@@ -39,7 +39,7 @@ def test_choices_add_up_to_the_load_of_every_layer_of_the_zoo(name):
     assert choices.num_slots == len(load.counts)
     assert choices.kind == load.kind
     assert torch.equal(expert_counts(choices.indices, choices.num_slots), load.counts)
-    mass = slot_mass(choices.indices, choices.weights, choices.num_slots)
+    mass = slot_weight(choices.indices, choices.weights, choices.num_slots)
     torch.testing.assert_close(mass, load.mass.float(), rtol=1e-5, atol=1e-6)
     assert (choices.indices[15:] == -1).all()
     assert (choices.weights[choices.indices < 0] == 0).all()

@@ -18,7 +18,7 @@ from moezoo.analysis.usage import (
     routed_layers,
     usage_of,
 )
-from moezoo.routing.stats import SlotLoad, slot_load, slot_mass, slot_stats, unevenness
+from moezoo.routing.stats import SlotLoad, kl_to_uniform, slot_load, slot_stats, slot_weight
 
 D = 8
 
@@ -142,7 +142,7 @@ def test_neurons_weigh_what_their_magnitudes_are():
 def test_masses_of_any_dtype_add_up_exactly(dtype):
     weights = torch.rand(500, 4).to(dtype)
     indices = torch.randint(7, (500, 4))
-    mass = slot_mass(indices, weights, 7)
+    mass = slot_weight(indices, weights, 7)
     assert mass.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     wanted = torch.zeros(7, dtype=torch.float64)
     wanted.index_put_((indices,), weights.double(), accumulate=True)
@@ -158,7 +158,7 @@ def test_statistics_list_few_slots_and_summarise_many():
     }  # fmt: skip
     assert "expert_counts" not in slot_stats(indices, None, 5, mask, most_counts=4)
     assert slot_load(indices, None, 5, mask, ranked=True).best.tolist() == [2, 0, 0, 0, 0]
-    assert unevenness(torch.tensor([1.0, 1.0], dtype=torch.float64)).dtype == torch.float64
+    assert kl_to_uniform(torch.tensor([1.0, 1.0], dtype=torch.float64)).dtype == torch.float64
 
 
 class Stack(nn.Module):
