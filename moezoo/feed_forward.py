@@ -290,7 +290,7 @@ def zoo() -> tuple[Method, ...]:
 def registered(class_path: str) -> type[FeedForward]:
     """Return the registered layer of that class path (``moezoo.SparseMoE`` or ``SparseMoE``).
 
-    Only registered names are looked up: a checkpoint's configuration can not make us import code.
+    Only registered names are looked up: a checkpoint's configuration cannot make us import code.
     """
     name = str(class_path).rpartition(".")[2]
     if name not in _LAYERS:

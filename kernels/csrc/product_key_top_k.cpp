@@ -79,7 +79,7 @@ float lower_bound(const float* scores, int64_t n, int64_t k) {
 }
 
 // Writes the positions of the scores that are not below the bound, NaN included; returns how
-// many. Without branches: which scores reach the bound can not be predicted.
+// many. Without branches: which scores reach the bound cannot be predicted.
 int64_t collect(const float* scores, int64_t n, float bound, int32_t* positions) {
   int64_t count = 0;
 #if defined(__AVX512F__)

@@ -1,4 +1,4 @@
-"""Which implementation an op runs, and why the others can not: a table one can print.
+"""Which implementation an op runs, and why the others cannot: a table one can print.
 
 Each op lists its backends in order of preference. The first one that is usable for the device and
 dtype runs, unless one is forced with :func:`use` or the environment variable ``MOEZOO_BACKEND``.
@@ -100,7 +100,7 @@ def choose(
         prefer: a backend to put first, where the size of the operands speaks for it.
 
     Raises:
-        ValueError: a backend is forced that can not run there; the message says why.
+        ValueError: a backend is forced that cannot run there; the message says why.
     """
     name = _choose(op, _forced, prefer, device, dtype)
     function = _BACKENDS[op][name].function
@@ -119,7 +119,7 @@ def _choose(
         return prefer if prefer and preferred else _default(op, device, dtype)
     if reason := table[name].usable(device, dtype):
         kind = str(dtype).removeprefix("torch.")
-        raise ValueError(f"backend '{name}' can not run {op} on {device} in {kind}: {reason}")
+        raise ValueError(f"backend '{name}' cannot run {op} on {device} in {kind}: {reason}")
     return name
 
 

@@ -57,7 +57,7 @@ def load() -> Library | str:
                     return Library(name, functions)
                 reason = f"{path.name} was built from other sources; reinstall moezoo"
             except (OSError, AttributeError) as error:
-                reason = f"{path.name} can not be loaded: {error}"
+                reason = f"{path.name} cannot be loaded: {error}"
     return reason
 
 

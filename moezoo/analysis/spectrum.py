@@ -91,7 +91,7 @@ class Covariance:
     def eigenvalues(self) -> Tensor:
         """Return the eigenvalues, descending, ``(D,)`` fp64; at most n - 1 are not zero."""
         values = torch.linalg.eigvalsh(self.scatter / max(self.tokens, 1)).flip(0).clamp(min=0.0)
-        # What rounding left of directions that so few tokens can not span.
+        # What rounding left of directions that so few tokens cannot span.
         values[max(self.tokens - 1, 0) :] = 0.0
         return values
 

@@ -29,7 +29,7 @@ Gradients = dict[str, Tensor]
 
 
 class Unavailable(Exception):
-    """A peer can not be had here; the message says why and what would bring it."""
+    """A peer cannot be had here; the message says why and what would bring it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Package:
         except Exception as error:
             # A broken extension raises whatever its authors chose; the row says it.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise Unavailable(f"can not be imported: {reason}") from error
+            raise Unavailable(f"cannot be imported: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Problem:
         work: what the forward pass must do.
         step_work: what forward and backward must do.
         parts: what peers are built from: the layer or op whose weights they take over.
-        direction: the output's gradient, where it can not be random.
+        direction: the output's gradient, where it cannot be random.
     """
 
     ours: Contender

@@ -31,7 +31,7 @@ class Limits:
     matmul: dict[str, float]
 
     def seconds(self, work: Work, dtype: str) -> float:
-        """Return the time below which the work can not be done: by bandwidth, or by arithmetic."""
+        """Return the time below which the work cannot be done: by bandwidth, or by arithmetic."""
         moving = work.read / self.read + work.written / self.write
         return max(moving, work.flops / self.matmul[dtype])
 

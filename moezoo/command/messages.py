@@ -202,7 +202,7 @@ def _unrecognized(arguments: str, known: list[str], prefix: str, owner: str) -> 
 
 def _unknown(key: str, known: list[str], prefix: str, owner: str) -> str:
     if key in known:
-        return f"{_join(prefix, key)}: can not be given here; it follows from the model"
+        return f"{_join(prefix, key)}: cannot be given here; it follows from the model"
     subject = f"{owner} has no option '{key}'" if owner else "no such option"
     return f"{_join(prefix, key)}: {subject}{suggest(key, known)}"
 

@@ -78,7 +78,7 @@ def test_an_unknown_backend_names_the_known_ones():
 def test_forcing_a_backend_that_can_not_run_says_why(name):
     with moezoo_kernels.use(name), pytest.raises(ValueError) as caught:
         _chosen()
-    expected = f"backend '{name}' can not run grouped_mlp on cpu in float32: needs a CUDA device"
+    expected = f"backend '{name}' cannot run grouped_mlp on cpu in float32: needs a CUDA device"
     assert str(caught.value) == expected
 
 

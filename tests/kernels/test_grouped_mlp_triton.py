@@ -51,7 +51,7 @@ def _check(problem, assert_close, digits):
 
 @pytest.mark.parametrize(("capability", "kind"), [(80, "fp32"), (90, "bf16")])
 def test_kernels_compile_for_ampere_and_hopper(compile_for, capability, kind):
-    """Without a GPU: down to machine code, which the interpreter can not show."""
+    """Without a GPU: down to machine code, which the interpreter cannot show."""
     from moezoo_kernels.grouped_mlp import triton_matmul, triton_stages
 
     def pointers(names, others=""):

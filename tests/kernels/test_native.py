@@ -79,7 +79,7 @@ def test_a_broken_library_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("MOEZOO_NATIVE", "generic")
     reason = native.unusable(CPU, torch.float32)
     assert reason is not None
-    assert "can not be loaded" in reason
+    assert "cannot be loaded" in reason
 
 
 def test_other_dtypes_and_devices_are_refused_with_a_reason():

@@ -54,7 +54,7 @@ def test_the_interpreter_breaks_ties_like_the_reference(kind):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_ampere_and_hopper(compile_for, capability):
-    """Without a GPU: down to machine code, which the interpreter can not show."""
+    """Without a GPU: down to machine code, which the interpreter cannot show."""
     from moezoo_kernels.product_key_top_k import triton_select
 
     strides = dict.fromkeys(("half_stride", "token_stride", "head_stride", "heads"), "i64")

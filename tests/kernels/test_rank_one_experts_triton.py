@@ -41,7 +41,7 @@ def check(problem, assert_near, bound):
 
 @pytest.mark.parametrize(("capability", "kind"), [(80, "fp32"), (90, "bf16")])
 def test_kernels_compile_for_ampere_and_hopper(compile_for, capability, kind):
-    """Without a GPU: down to machine code, which the interpreter can not show."""
+    """Without a GPU: down to machine code, which the interpreter cannot show."""
     from moezoo_kernels.rank_one_experts import triton_rank_one
 
     given = {"indices": "*i64", "weights": "*fp32", "inner": "*fp32", "coefficients": "*fp32"}

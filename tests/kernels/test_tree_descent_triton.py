@@ -79,7 +79,7 @@ def test_the_interpreter_has_every_activation(activation):
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "*fp32"), (90, "*bf16")])
 def test_kernels_compile_for_ampere_and_hopper(compile_for, capability, dtype):
-    """Without a GPU: down to machine code, which the interpreter can not show."""
+    """Without a GPU: down to machine code, which the interpreter cannot show."""
     from moezoo_kernels.tree_descent import triton_trees
 
     row = {"width": 768, "COLUMNS": 1024}

@@ -46,7 +46,7 @@ def test_the_interpreter_equals_the_reference(sizes):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_ampere_and_hopper(compile_for, capability):
-    """Without a GPU: down to machine code, which the interpreter can not show."""
+    """Without a GPU: down to machine code, which the interpreter cannot show."""
     from moezoo_kernels.weighted_bag import triton_bag
 
     data = {"source": "*bf16", "weights": "*fp32", "order": "*i64", "starts": "*i64"}

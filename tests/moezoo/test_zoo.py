@@ -236,7 +236,7 @@ def test_cost_formulas_equal_what_torch_counts(method):
     with FlopCounterMode(display=False) as counter:
         output = run(layer, torch.randn(tokens, D))
     cost = layer.cost()
-    # A formula per token can not hold what grows with the context: two products over its keys.
+    # A formula per token cannot hold what grows with the context: two products over its keys.
     context = 0 if layer.kind == "feed_forward" else 4 * tokens * tokens * D
     assert cost.total_parameters == sum(p.numel() for p in layer.parameters())
     assert cost.active_parameters <= cost.total_parameters

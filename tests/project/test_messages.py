@@ -106,7 +106,7 @@ ON_THE_LINE = [
     ),
     (
         [MOE, "--model.ffn.d_model=3"],
-        "model.ffn.init_args.d_model: can not be given here; it follows from the model",
+        "model.ffn.init_args.d_model: cannot be given here; it follows from the model",
     ),
     (["--model.ffn=nowhere.Layer"], "model.ffn: there is no module 'nowhere'"),
     (["--model.ffn=moezoo.zoo"], "model.ffn: Expected 'moezoo.zoo' to be a function that returns"),

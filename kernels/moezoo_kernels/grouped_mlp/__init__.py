@@ -64,7 +64,7 @@ def grouped_mlp(
 
     Raises:
         ValueError: shapes or dtypes do not fit together, an index is out of range, more indices
-            than ``max_assignments``, unknown activation, or a forced backend that can not run.
+            than ``max_assignments``, unknown activation, or a forced backend that cannot run.
     """
     x, w_in, w_out = autocast(x), autocast(w_in), autocast(w_out)
     bias_in = None if bias_in is None else autocast(bias_in)

@@ -21,7 +21,7 @@ def product_key_top_k(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     half announces; such a pair is found only if both are among the K best of their halves.
 
     Backends differ in speed only. Gradients flow to the half scores whose sums were chosen, are
-    deterministic, and need the slots only; those of ``cpu`` and ``triton`` can not be
+    deterministic, and need the slots only; those of ``cpu`` and ``triton`` cannot be
     differentiated again.
 
     Args:
@@ -36,7 +36,7 @@ def product_key_top_k(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: ``halves`` has another shape or is not floating, ``top_k`` is out of range, or
-            a forced backend can not run.
+            a forced backend cannot run.
     """
     if halves.ndim != 4 or halves.shape[0] != 2:
         raise ValueError(f"halves: shape is {tuple(halves.shape)}; give (2, T, H, n)")

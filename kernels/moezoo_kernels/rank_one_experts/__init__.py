@@ -57,7 +57,7 @@ def rank_one_experts(
 
     Raises:
         ValueError: shapes or dtypes do not fit together, an index is out of range, unknown
-            activation, sparse gradients under torch.compile, or a forced backend that can not run.
+            activation, sparse gradients under torch.compile, or a forced backend that cannot run.
     """
     _check(x, u, v, gate, indices, weights, activation)
     if sparse and torch.compiler.is_compiling():

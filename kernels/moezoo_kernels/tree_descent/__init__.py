@@ -37,7 +37,7 @@ def tree_descent(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ``(T,)`` int64, leaves from 0 to N.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or a forced backend can not run.
+        ValueError: shapes or dtypes do not fit, or a forced backend cannot run.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
@@ -83,7 +83,7 @@ def leaf_mlp(
 
     Raises:
         ValueError: shapes or dtypes do not fit, a leaf is out of range, unknown activation, or a
-            forced backend can not run.
+            forced backend cannot run.
     """
     _check_activation(activation)
     if x.ndim != 2 or w_out.ndim != 3 or leaves.shape != x.shape[:1]:
@@ -143,7 +143,7 @@ def path_neurons(
         ``(T, D)``, fp32 or fp64, and ``(T, P)`` int64: the last neurons, counted from the left.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, unknown activation, or a forced backend can not
+        ValueError: shapes or dtypes do not fit, unknown activation, or a forced backend cannot
             run.
     """
     _check_activation(activation)

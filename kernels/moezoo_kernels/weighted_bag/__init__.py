@@ -36,7 +36,7 @@ def weighted_bag(
 
     Raises:
         ValueError: shapes or dtypes do not fit, an index is out of range, sparse gradients under
-            ``torch.compile``, or a forced backend that can not run.
+            ``torch.compile``, or a forced backend that cannot run.
     """
     _check(table, indices, weights)
     if sparse and torch.compiler.is_compiling():

@@ -4,7 +4,7 @@ Each program owns a bag (or a row of the table's gradient) and some of its colum
 rows in order, so results do not depend on the tuning and nothing is added atomically. Several rows
 are asked for at once, as the loop waits for memory, not for arithmetic.
 
-Bounds of loops are constants or compared in `while`: the interpreter of triton 3.6 can not make a
+Bounds of loops are constants or compared in `while`: the interpreter of triton 3.6 cannot make a
 range of a tensor with numpy 2.4.
 
 Shapes: T tokens, J rows read per token, N rows of the table, R rows of its gradient, V width.

@@ -17,7 +17,7 @@ _FEATURE_TOKENS = 4096
 
 
 def importance(hidden_TF: Tensor, block: Block) -> Tensor:
-    """Rate neurons by ``std(h_i) ||down[:, i]||``, ``(F,)``: what a constant can not replace."""
+    """Rate neurons by ``std(h_i) ||down[:, i]||``, ``(F,)``: what a constant cannot replace."""
     mean_F = hidden_TF.mean(dim=0)
     square_F = torch.zeros_like(mean_F)
     for part in hidden_TF.split(_TOKENS):

@@ -32,7 +32,7 @@ def ridge(
         W ``(Q, P)``, and b ``(Q,)`` or None.
 
     Raises:
-        InputError: the Gram matrix can not be factored, not even in fp64.
+        InputError: the Gram matrix cannot be factored, not even in fp64.
     """
     gram = rhs = sum_p = sum_q = torch.empty(0)
     count = 0

@@ -157,7 +157,7 @@ def test_a_broken_package_has_a_row_that_says_why(tmp_path, monkeypatch):
     (result,) = run_case(with_peer(wrong_output, Package("broken_package_here")), QUICK)
     assert (result.outcome, result.note) == (
         "missing",
-        "can not be imported: OSError: no library",
+        "cannot be imported: OSError: no library",
     )
     assert "broken_package_here" not in sys.modules
 

@@ -2,7 +2,7 @@
 
 Each stand-in computes in plain torch what its original computes, as read in its source: ScatterMoE
 0.3 (`mlp.py`), MegaBlocks 0.10 (`layers/glu.py`, `layers/mlp.py`), torchtitan 0.3
-(`models/common/moe.py`). They can not show that the originals run, only that weights and gradients
+(`models/common/moe.py`). They cannot show that the originals run, only that weights and gradients
 are carried over rightly.
 """
 
