@@ -35,7 +35,7 @@ def test_all_gradients_equal_the_reference(
 
 def _few(problem, **options):
     with torch.no_grad():
-        assert cpu.is_few(problem.indices.numel(), len(problem.w_in), problem.x.dtype)
+        assert cpu.is_decode(problem.indices.numel(), len(problem.w_in), problem.x.dtype)
         return problem.run(moezoo_kernels.grouped_mlp, **options)
 
 

@@ -31,7 +31,7 @@ def grouped_mlp(
     bias_out: Tensor | None = None,
     max_assignments: int | None = None,
 ) -> Tensor:
-    """Sum, over each token's experts, their weighted answers.
+    """Sum, over each token's experts, their weighted outputs.
 
     For token t, slot j and expert ``e = indices[t, j] >= 0``::
 
@@ -111,7 +111,7 @@ def _preferred(
     indices: Tensor, num_experts: int, dtype: torch.dtype, max_assignments: int | None
 ) -> str | None:
     """Name the backend that the size of a batch speaks for."""
-    if not torch.is_grad_enabled() and cpu.is_few(indices.numel(), num_experts, dtype):
+    if not torch.is_grad_enabled() and cpu.is_decode(indices.numel(), num_experts, dtype):
         return "cpu"
     few = _rows(indices, max_assignments) < _FEW_ROWS_PER_EXPERT * num_experts
     return "grouped_mm" if few else None
@@ -187,7 +187,7 @@ def _reference_usable(device: torch.device, dtype: torch.dtype) -> str | None:
 def _peer(
     package: str, install: str, needs: str | None = None, only: torch.dtype | None = None
 ) -> Callable[[torch.device, torch.dtype], str | None]:
-    """Look for a package whose kernels could stand here, without importing it."""
+    """Return why a package with such kernels is not used, without importing it."""
 
     def usable(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":

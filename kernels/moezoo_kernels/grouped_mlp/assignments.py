@@ -37,7 +37,7 @@ class Assignments:
 
 
 def sort_by_expert(indices: Tensor, num_experts: int, rows: int) -> Assignments:
-    """Put the assignments of ``indices`` in expert order.
+    """Sort the assignments of ``indices`` by expert.
 
     Args:
         indices: ``(T, K)`` int64 expert numbers, -1 for none.
@@ -55,7 +55,7 @@ def sort_by_expert(indices: Tensor, num_experts: int, rows: int) -> Assignments:
 
 
 def check(indices: Tensor, num_experts: int, rows: int) -> None:
-    """Look at indices on a CPU, where that is free.
+    """Check the range of indices on a CPU, where that is free.
 
     Raises:
         ValueError: one is not in -1 … E-1, or more than ``rows`` are not -1.

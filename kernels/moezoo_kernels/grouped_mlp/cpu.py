@@ -23,8 +23,8 @@ from moezoo_kernels.grouped_mlp.rowwise import RowPasses
 
 # At most so many slots, in all and per expert, are multiplied one by one. A product of matrices
 # catches up as slots share an expert; in bf16 sooner, where processors have instructions for it.
-_FEW_SLOTS = 256
-_FEW_PER_EXPERT = {torch.float32: 4, torch.bfloat16: 2}
+_DECODE_SLOTS = 256
+_DECODE_PER_EXPERT = {torch.float32: 4, torch.bfloat16: 2}
 
 
 def forward(
@@ -55,13 +55,13 @@ def forward(
     return output.to(x.dtype), inner
 
 
-def is_few(slots: int, num_experts: int, dtype: torch.dtype) -> bool:
-    """Whether so many slots are better multiplied one by one: no batch, and few per expert."""
-    return slots <= min(_FEW_SLOTS, _FEW_PER_EXPERT.get(dtype, 0) * num_experts)
+def is_decode(slots: int, num_experts: int, dtype: torch.dtype) -> bool:
+    """Return whether so many slots take the decode path: no batch, and few per expert."""
+    return slots <= min(_DECODE_SLOTS, _DECODE_PER_EXPERT.get(dtype, 0) * num_experts)
 
 
-def few(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor, rows: int) -> Tensor:
-    """Return the output (T, D) of a handful of tokens: no sort, no copy, no product of matrices."""
+def decode(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """Return the output (T, D) of a handful of tokens: no sort, no copy, rows one by one."""
     w_in, w_out, bias_in, bias_out, activation, gated = experts
     num_experts, width, hidden_width = w_out.shape
     check(indices, num_experts, rows)

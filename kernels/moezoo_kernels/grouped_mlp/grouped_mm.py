@@ -99,6 +99,6 @@ def _sum_by_expert(rows_NA: Tensor, ends: Tensor) -> Tensor:
 
 
 def _to_slots(values_N: Tensor, assignments: Assignments, num_slots: int) -> Tensor:
-    """Put one value per row at its slot, ``(T K,)``; slots without an expert get zero."""
+    """Scatter one value per row to its slot, ``(T K,)``; slots without an expert get zero."""
     slots = torch.where(is_padding(assignments), num_slots, assignments.order)
     return values_N.new_zeros(num_slots + 1).index_copy_(0, slots, values_N)[:num_slots]

@@ -3,7 +3,7 @@
 Forward returns what backward wants besides its inputs (pre-activations and index metadata), because
 a custom op can save nothing else. Everything else is recomputed: the activation from the
 pre-activations, and the router's gradient as ``<dA', A>`` with A the hidden activations and
-``dA' = dO W_out`` their gradient before the router weight, so the experts' answers are not saved.
+``dA' = dO W_out`` their gradient before the router weight, so the experts' outputs are not saved.
 
 Shapes: T tokens, K choices, D width, E experts, F hidden width, I = 2 F if gated else F,
 N = ``rows``: room for that many assignments.
@@ -54,9 +54,9 @@ def forward(
     """
     experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
     with torch.autocast(x.device.type, enabled=False):
-        few = cpu.is_few(indices.numel(), w_in.shape[0], x.dtype) and not keep
-        if few and backend == "cpu" and native.unusable(x.device, x.dtype) is None:
-            output = cpu.few(x, experts, indices, weights, rows)
+        decode = cpu.is_decode(indices.numel(), w_in.shape[0], x.dtype) and not keep
+        if decode and backend == "cpu" and native.unusable(x.device, x.dtype) is None:
+            output = cpu.decode(x, experts, indices, weights, rows)
         else:
             assignments = sort_by_expert(indices, w_in.shape[0], rows)
             run = _implementation(backend).forward

@@ -2,7 +2,7 @@
 
 Their kernels sort, gather, multiply and combine; the activation, and what they know nothing of
 (slots without an expert, biases in MegaBlocks), is done around them in torch. Unlike ours, they
-weigh the experts' answers in the dtype of the tokens.
+weight the experts' outputs in the dtype of the tokens.
 
 Shapes: T tokens, K choices per token, D width, E experts, F hidden width, I = 2 F if gated else F.
 """

@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 class HiddenGradients(NamedTuple):
-    """What the backward of an expert's activation gives."""
+    """What the backward of an expert's activation returns."""
 
     weighted: Tensor  # (N, F), the hidden activations times the router weights
     inner: Tensor  # (N, I), gradient of the pre-activations
