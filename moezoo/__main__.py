@@ -250,7 +250,7 @@ def overview() -> str:
 
 
 def explain(error: Exception) -> str | None:
-    """Say a user's mistake, or what the machine lacks, in one line; None for anything else."""
+    """Return one line for a user's mistake, or what the machine lacks; None for anything else."""
     from moezoo.command.messages import one_line, render
 
     if isinstance(error, InputError):

@@ -95,7 +95,7 @@ def check_text(field: str, value: str) -> str:
 
 @contextmanager
 def going_on(how: str) -> Iterator[None]:
-    """Say after Ctrl-C how to go on; the command line prints it and exits with 130."""
+    """Add to Ctrl-C how to go on; the command line prints it and exits with 130."""
     try:
         yield
     except KeyboardInterrupt as stop:

@@ -1,6 +1,6 @@
 """The layer API: what every feed-forward replacement in the zoo promises.
 
-A layer takes the hidden states of a transformer block and gives back hidden states of the same
+A layer takes the hidden states of a transformer block and returns hidden states of the same
 shape, together with the auxiliary losses and statistics of that call. What is to be remembered
 between calls goes through :meth:`FeedForward.observe`, so a layer may be recomputed under
 activation checkpointing, compiled, or used twice in one process without double counting.
@@ -84,7 +84,7 @@ class FeedForward(TrainingState):
 
     kind: ClassVar[str] = "feed_forward"
     needs_token_ids: ClassVar[bool] = False
-    reads_router_input: ClassVar[bool] = False  # whether a vector chooses who answers
+    reads_router_input: ClassVar[bool] = False  # whether router_input chooses the experts
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -181,7 +181,7 @@ class FeedForward(TrainingState):
         return x_TD, flatten_tokens(self, context.router_input, None)[0], mask_T
 
     def cost(self) -> Cost:
-        """Give parameters, FLOPs and bytes by formula."""
+        """Return parameters, FLOPs and bytes by formula."""
         raise NotImplementedError
 
     def reset_parameters(self, num_layers: int = 1) -> None:
@@ -290,7 +290,7 @@ def zoo() -> tuple[Method, ...]:
 def registered(class_path: str) -> type[FeedForward]:
     """Return the registered layer of that class path (``moezoo.SparseMoE`` or ``SparseMoE``).
 
-    Only registered names are looked up: a checkpoint's configuration cannot make us import code.
+    Only registered names are looked up: a checkpoint's configuration cannot import code.
     """
     name = str(class_path).rpartition(".")[2]
     if name not in _LAYERS:

@@ -13,5 +13,5 @@ def init_linear(linear: nn.Linear, std: float) -> None:
 
 
 def output_std(fan_in: int, num_layers: int) -> float:
-    """Give ``1 / sqrt(2 L fan_in)``: 2 L branches add into the residual stream (GPT-2)."""
+    """Return ``1 / sqrt(2 L fan_in)``: 2 L branches add into the residual stream (GPT-2)."""
     return (2 * num_layers * fan_in) ** -0.5

@@ -84,7 +84,7 @@ class Swapped(list[FeedForward]):
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the blocks that were replaced; there is no undoing then."""
+        """Drop the blocks that were replaced; there is no undoing then."""
         self._sites = []
 
 

@@ -30,7 +30,7 @@ class Contract:
     Attributes:
         d_model: width of the hidden states.
         first: name of the argument that holds them, if they come by name.
-        residual: place and name of an argument that the block adds to its answer, if any.
+        residual: place and name of an argument that the block adds to its output, if any.
         kind: ``tuple`` or ``list`` with the hidden states first, or None for these alone.
         others: how many more there are; they are returned as None.
         flat: whether they are returned as ``(tokens, d_model)`` whatever shape they came in.
@@ -52,7 +52,7 @@ class Contract:
         return hidden, kwargs[name] if name in kwargs else args[place]
 
     def give(self, answer: Tensor, residual: Tensor | None) -> Any:
-        """Return an answer, of the shape of the hidden states, as the block would."""
+        """Return an output, of the shape of the hidden states, as the block would."""
         if residual is not None:
             answer = answer + residual
         if self.flat:
@@ -60,7 +60,7 @@ class Contract:
         return answer if self.kind is None else self.kind([answer, *[None] * self.others])
 
     def answer(self, output: Any, hidden: Tensor) -> Tensor:
-        """Return the answer in what the block returned."""
+        """Return the hidden states in what the block returned."""
         answer: Tensor = output if self.kind is None else output[0]
         return answer.reshape(hidden.shape)
 
@@ -69,7 +69,7 @@ class Adapter(nn.Module):
     """Stands for a feed-forward block of a foreign model, and keeps its contract.
 
     Args:
-        layer: what answers.
+        layer: what runs.
         contract: of the block that it replaces; default: hidden states in and out.
     """
 
@@ -91,7 +91,7 @@ class Adapter(nn.Module):
 
 
 class Echo(nn.Module):
-    """Lets the original block answer, through its contract: the model must not notice."""
+    """Runs the original block through its contract: the model must not notice."""
 
     def __init__(self, site: Site, contract: Contract) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Echo(nn.Module):
         self._inline, self._contract = site.inline, contract
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer as the block does."""
+        """Run as the block does."""
         contract = self._contract
         hidden, residual = contract.read(args, kwargs)
         if self._inline:
@@ -168,7 +168,7 @@ def _structure(site: Site, hidden: Tensor, output: Any) -> tuple[Any, int, bool]
 
 
 def _residual(site: Site, call: Call, names: list[str]) -> tuple[int, str] | None:
-    """Find the argument that a block adds to its answer, by calling it with zeros there."""
+    """Find the argument that a block adds to its output, by calling it with zeros there."""
     block = site.original[0]
     hidden = call.args[0] if call.args else call.kwargs[names[0]]
     given = {names[place] if place < len(names) else "": arg for place, arg in enumerate(call.args)}

@@ -51,7 +51,7 @@ class Site:
             self.block._modules[name] = module
 
     def put_whole(self, module: nn.Module) -> None:
-        """Let one module stand for all parts."""
+        """Replace all parts by one module."""
         rest: Callable[[], nn.Module] = nn.Identity if self.inline else Silent
         self.put([module, *(rest() for _ in self.names[1:])])
 
@@ -61,7 +61,7 @@ class Site:
 
 
 class Silent(nn.Module):
-    """Stands for the second part of a feed-forward block, whose first part answers for both."""
+    """Stands for the second part of a feed-forward block, whose first part runs both."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return zeros."""

@@ -50,7 +50,7 @@ def watch(model: nn.Module, sites: list[Site]) -> tuple[list[Contract], bool]:
 def _goes_on(
     model: nn.Module, pairs: list[tuple[Site, Contract]], before: Tensor, refuse: bool = False
 ) -> bool:
-    """Return whether a model gives the same where blocks answer through their contracts."""
+    """Return whether a model outputs the same where blocks run through their contracts."""
     what = " and ".join(str(site) for site, _ in pairs)
     reason = "the rest of the model depends on how it answers"
     try:
@@ -146,7 +146,7 @@ def _recorded(sites: list[Site], calls: dict[nn.Module, Call]) -> Iterator[None]
 
 
 def _plain(model: nn.Module, site: Site, reason: Exception) -> Contract:
-    """Ask a block itself, in a model that does not run on token ids."""
+    """Call the block itself, in a model that does not run on token ids."""
     main = site.original[0]
     refusal = InputError(
         f"model: {site} cannot be watched at work, as {type(model).__name__} fails on token ids "

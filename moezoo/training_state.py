@@ -18,7 +18,7 @@ class TrainingState(nn.Module):
     """
 
     def observe(self, stats: Mapping[str, Tensor]) -> None:
-        """Take note of one micro-batch's statistics, after its backward pass.
+        """Set aside one micro-batch's statistics, after its backward pass.
 
         The trainer calls this once per micro-batch, outside any recomputation, with the ``stats``
         that the forward pass returned. Modules without training-time state ignore it.
@@ -37,7 +37,7 @@ class TrainingState(nn.Module):
             part.discard()
 
     def defer_state(self) -> None:
-        """Let :meth:`observe` and :meth:`step` alone change state from now on.
+        """Defer all changes of state to :meth:`observe` and :meth:`step` from now on.
 
         Without it a training forward pass moves the running averages of a batch norm at once, as
         torch's own does, for loops that call neither.

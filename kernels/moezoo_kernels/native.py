@@ -73,7 +73,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def warn_once() -> None:
-    """Say, once per process, that plain torch runs where a kernel could."""
+    """Log, once per process, that plain torch runs where a kernel could."""
     library = load()
     if isinstance(library, str) and os.environ.get("MOEZOO_NATIVE") != "off":
         _log.warning("moezoo: C++ kernels are %s. Plain torch runs instead, slower.", library)

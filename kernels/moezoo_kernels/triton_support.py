@@ -61,6 +61,6 @@ def configurations(*choices: tuple[dict[str, int], int]) -> list[Any]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Give ``tl.dot``'s input precision: TF32 for fp32 only where torch's own products may."""
+    """Return ``tl.dot``'s input precision: TF32 for fp32 only where torch's own products may."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if allowed else "ieee"

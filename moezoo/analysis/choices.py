@@ -1,4 +1,4 @@
-"""Who answers each token: the choices behind :meth:`moezoo.FeedForward.slot_load`, unsummed.
+"""The choices of each token: those behind :meth:`moezoo.FeedForward.slot_load`, unsummed.
 
 Shapes: T tokens, K choices per token, N slots.
 """
@@ -53,7 +53,7 @@ class SlotChoices(NamedTuple):
 
 
 def slot_choices(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices:
-    """Return who would answer each token of one forward pass in evaluation mode.
+    """Return the slots each token chooses in one forward pass in evaluation mode.
 
     Args:
         layer: any layer of the zoo that chooses.
@@ -84,7 +84,7 @@ def _choose(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices
 
 
 def asked_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:
-    """Return what decides who answers, ``(T, d_model)``."""
+    """Return what the router reads, ``(T, d_model)``."""
     read = context.get("router_input")
     return flatten_tokens(layer, hidden if read is None else read, None)[0]
 

@@ -79,7 +79,7 @@ def draw_usage(loads: Mapping[str, SlotLoad], title: str) -> Figure:
 
 
 def _panels(loads: Mapping[str, SlotLoad]) -> list[_Panel]:
-    """Put layers with the same slots together, but every grid by itself."""
+    """Group layers with the same slots, but every grid by itself."""
     groups: dict[Any, list[str]] = {}
     for name, load in loads.items():
         key = name if len(load.shape) == 2 else (load.kind, load.shape)
@@ -99,7 +99,7 @@ def _lines(panels: list[_Panel], columns: int) -> list[list[_Panel]]:
 
 
 def _cells(load: SlotLoad) -> np.ndarray:
-    """Give ``log2(share / even share)``, minus infinity where there is none, in cells to draw."""
+    """Return ``log2(share / even share)``, minus infinity where there is none, in cells to draw."""
     share = load.mass.double().reshape(load.shape)
     relative = share * share.numel() / share.sum().clamp(min=1e-300)
     if relative.ndim == 1:

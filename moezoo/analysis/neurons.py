@@ -40,7 +40,7 @@ from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import tree
 from moezoo_kernels.activations import ACTIVATIONS, activate
 
-_DENSE_ROWS = 1024  # tokens computed at once, where all neurons answer
+_DENSE_ROWS = 1024  # tokens computed at once, where all neurons count
 _TABLE_ROWS = 128  # ... and where each token has its own
 
 
@@ -109,7 +109,7 @@ def _real_rows(hidden: Tensor, context: Context) -> Tensor:
 
 
 def _dense(layer: DenseFFN | TopKFFN, name: str = "", scale: Callable | None = None) -> Neurons:
-    """Describe a block in which all neurons answer, each token's answer perhaps scaled."""
+    """Describe a block in which all neurons run, each token's output perhaps scaled."""
 
     def read(hidden: Tensor, context: Context) -> Iterator[NeuronBlock]:
         tokens_TD = flatten_tokens(layer, hidden, None)[0]

@@ -1,4 +1,4 @@
-"""Lazy neurons: how few of a layer's neurons answer a token, and how unevenly over neurons.
+"""Lazy neurons: how few of a layer's neurons a token activates, and how unevenly over neurons.
 
 Li et al. 2022 (arXiv:2210.06313, section 2) count the non-zero entries after the ReLU: few per
 token, and a few neurons much more often than others. Activations that are smooth are hardly ever

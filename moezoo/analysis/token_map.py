@@ -120,7 +120,7 @@ def drawable(text: str) -> str:
 
 
 def spread(names: list[Any], most: int) -> list[Any]:
-    """Take at most so many, evenly spread, the first and the last among them."""
+    """Return at most so many, evenly spread, the first and the last among them."""
     if len(names) <= most:
         return names
     return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
@@ -142,7 +142,7 @@ def _telling(carried: Tensor) -> Tensor:
 
 
 def _ratios(table: Tensor, rows: Tensor, columns: Tensor) -> np.ndarray:
-    """Give ``log2(p(x, y) / (p(x) p(y)))``: minus infinity where never."""
+    """Return ``log2(p(x, y) / (p(x) p(y)))``: minus infinity where never."""
     counts = table.double()
     expected = counts.sum(dim=1, keepdim=True)[rows] * counts.sum(dim=0)[columns] / counts.sum()
     ratio = counts[rows][:, columns] / expected.clamp(min=1e-300)

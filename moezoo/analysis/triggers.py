@@ -42,7 +42,7 @@ class TriggerKeeper:
         self.positions = torch.full((number, keep), -1, dtype=torch.int64)
 
     def add(self, blocks: Iterator[NeuronBlock], start: int) -> None:
-        """Take note of a pass whose first token is at place ``start`` of the text."""
+        """Record a pass whose first token is at place ``start`` of the text."""
         for block in blocks:
             found = (block.activations * block.weights).detach().float().cpu()
             places = block.rows.cpu() + start

@@ -23,7 +23,7 @@ See = Callable[[str, FeedForward, Tensor, Context], None]
 
 @contextmanager
 def watch(layers: Mapping[str, FeedForward], see: See) -> Iterator[None]:
-    """Tell ``see`` what each layer is given, before each of its passes inside the block.
+    """Call ``see`` with what each layer is given, before each of its passes inside the block.
 
     Args:
         layers: by name, in evaluation mode.

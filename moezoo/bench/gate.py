@@ -1,4 +1,4 @@
-"""The gate before the stopwatch: who gives another answer has no speed."""
+"""The check before the timing: a contender whose output differs has no speed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Difference:
     error: float
 
     def __str__(self) -> str:
-        """Say it as the table does."""
+        """Return it as the table shows it."""
         return f"differs by {self.error:.1e} in {self.where}"
 
 

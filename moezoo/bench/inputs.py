@@ -52,7 +52,7 @@ def product_key_margin(keys: ProductKeys, queries_THC: Tensor) -> Tensor:
 
 
 def halves_margin(scores_T2Hn: Tensor, top_k: int) -> Tensor:
-    """Tell the same from the scores of both halves."""
+    """Return the same from the scores of both halves."""
     best = scores_T2Hn.topk(min(top_k + 1, scores_T2Hn.shape[-1]), dim=-1).values
     sums = (best[:, 0, :, :, None] + best[:, 1, :, None, :]).flatten(2)
     top = sums.topk(top_k + 1, dim=-1).values

@@ -36,7 +36,7 @@ class Limits:
         return max(moving, work.flops / self.matmul[dtype])
 
     def best(self, other: Limits) -> Limits:
-        """Take the better of two measurements: other programs only ever slow one down."""
+        """Return the better of two measurements: other programs only ever slow one down."""
         matmul = {name: max(rate, other.matmul[name]) for name, rate in self.matmul.items()}
         return replace(
             self,

@@ -51,7 +51,7 @@ def saved_storages(given: Iterable[Tensor] = ()) -> Iterator[dict[int, int]]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Tell a strided tensor's storage from all others that are alive, also where it is fake."""
+    """Return an id of a strided tensor's storage among those alive, fake ones included."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -201,7 +201,7 @@ def _ratio(one: float | None, other: float | None) -> float | None:
 
 
 def describe(target: Target | None) -> str:
-    """Say a target: ``forward ≥ 3.5×, memory ≤ 0.3×``."""
+    """Return a target as text: ``forward ≥ 3.5×, memory ≤ 0.3×``."""
     if target is None:
         return ""
     parts = []
@@ -266,7 +266,7 @@ COLUMNS = [
 
 
 def _few_samples(row: Row) -> str:
-    """Say it where somebody was too slow for ten samples."""
+    """Return a remark where a contender was too slow for ten samples."""
     counts = [row.forward_runs, row.step_runs, row.peer_forward_runs, row.peer_step_runs]
     fewest = min((count for count in counts if count is not None), default=_ENOUGH)
     return f" ({fewest} samples)" if fewest < _ENOUGH else ""

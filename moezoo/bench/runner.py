@@ -230,7 +230,7 @@ def _say(error: Exception) -> str:
 
 @contextmanager
 def thread_count(count: int | None) -> Iterator[None]:
-    """Let torch use that many threads inside; None changes nothing."""
+    """Set torch's number of threads inside; None changes nothing."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -242,7 +242,7 @@ def thread_count(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def _cleaned(device: torch.device) -> Iterator[None]:
-    """Give memory back after a case: the next one may need all of it."""
+    """Free memory after a case: the next one may need all of it."""
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ _FIELD = re.compile(r"(?P<field>[A-Za-z_][\w.]*): (?P<problem>.*)", re.DOTALL)
 
 @contextmanager
 def full_keys(config: Any) -> Iterator[None]:
-    """Let mistakes that arise inside name their key as ``config`` has it.
+    """Name the key of a mistake that arises inside as ``config`` has it.
 
     Classes know the names of their own arguments, and not where in a configuration they stand.
 

@@ -227,7 +227,7 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 def suggest(name: str, choices: Iterable[str], prefix: str = "") -> str:
-    """Give ``"; did you mean 'x'?"`` for the nearest choice, a short list, or a pointer to help."""
+    """Return ``"; did you mean 'x'?"`` for the nearest choice, a list, or a pointer to help."""
     choices = sorted(choices)
     close = closest(name, choices)
     if close is None:

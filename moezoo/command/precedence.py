@@ -28,7 +28,7 @@ class _Item(NamedTuple):
 
 
 def ordered(arguments: Sequence[str]) -> list[str]:
-    """Put configuration files first, and an option before those that are part of it.
+    """Sort configuration files first, and an option before those that are part of it.
 
     The parser applies one after the other, so that of a file and an option the later would win,
     and arguments of a class would go to whatever class was set before.
@@ -93,7 +93,7 @@ def _before_its_parts(key: str, items: list[_Item]) -> list[_Item]:
 
 @contextmanager
 def unmixed() -> Iterator[None]:
-    """Let what replaces a class or a list inherit nothing from it, while this is open.
+    """Make what replaces a class or a list inherit nothing from it, while this is open.
 
     jsonargparse hands arguments on where the new class has arguments of these names (PEER would
     search for 2 experts because a mixture in the file had ``top_k: 2``), and merges lists of equal
@@ -122,7 +122,7 @@ def unmixed() -> Iterator[None]:
 
 
 def _discard(parser: Any, previous: Any, value: Any) -> None:
-    """Take the arguments from the class before, in place, unless it is the class of ``value``."""
+    """Remove the previous class's arguments, in place, unless it is the class of ``value``."""
     if not previous or not previous.get("init_args"):
         return
     before, after = (_typehints.import_object(each["class_path"]) for each in (previous, value))

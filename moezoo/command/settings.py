@@ -49,7 +49,7 @@ def load_yaml(text: str) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """See that YAML may be read.
+    """Check that YAML may be read.
 
     Raises:
         yaml.YAMLError: it is not YAML, too large, too deep, or holds a key twice.

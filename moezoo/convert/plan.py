@@ -71,7 +71,7 @@ class Expert:
 
 
 def _take(weight: Tensor, axis: int, neurons: Tensor) -> Tensor:
-    """Take rows or columns: a view where they follow each other, so that copies cost nothing."""
+    """Return rows or columns: a view where they follow each other, so that copies cost nothing."""
     first, count = int(neurons[0]), neurons.numel()
     if torch.equal(neurons, torch.arange(first, first + count, device=neurons.device)):
         return weight.narrow(axis, first, count)
@@ -91,7 +91,7 @@ class LayerPlan:
 
     Attributes:
         experts: the N routed experts, of equal size.
-        top_k: how many of them answer a token.
+        top_k: how many of them a token is routed to.
         router: ``(N, D)`` fp32: logits are ``router @ x``.
         router_bias: ``(N,)`` fp32, added to ``router @ x``; None for none.
         router_neurons: ``(N,)`` int64, if every expert is scored by one neuron (CMoE,
@@ -101,7 +101,7 @@ class LayerPlan:
         signed: leave the sign of those neurons' activations.
         weighting: of the chosen experts: ``normalized`` to sum 1 (softmax over the chosen), the
             plain ``softmax`` over all experts, or ``unit``: each counts fully.
-        shared: an expert that answers every token.
+        shared: an expert that runs on every token.
         down: ``(D, F)``, used instead of the dense block's (a refit); None for that.
         bias: ``(D,)`` fp32, added to every output instead of the dense block's; None for that.
         flatness: small factor on the logits where unit weights have to be written as sigmoids

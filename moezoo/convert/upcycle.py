@@ -33,7 +33,7 @@ class UpcycleOptions:
         top_k: routed experts per token, a multiple of the granularity.
         granularity: shards G per copy.
         drop: fraction r of each expert's neurons drawn anew, the same in gate, up and down.
-        shared: keep one copy as an expert that answers every token with half of the output; the
+        shared: keep one copy as an expert that runs on every token with half of the output; the
             routed ones give the other half.
         scale: put the factor G on ``down`` (exact), or its cube root on gate, up and down
             (``cbrt``, arXiv:2410.07524, section 3.2).

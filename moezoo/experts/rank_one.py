@@ -29,7 +29,7 @@ class RankOneExperts(nn.Module):
     Args:
         d_model: input and output width D.
         num_experts: number of experts N.
-        experts_per_token: how many answer a token; scales the initial ``v``.
+        experts_per_token: how many a token runs; scales the initial ``v``.
         activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
         gated: gated linear units: a third table ``gate``.
         sparse: whether the tables' gradients are sparse tensors.

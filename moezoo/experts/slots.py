@@ -1,8 +1,8 @@
 """Persistent slots: learned key-value pairs that attention reads beside its context.
 
 A softmax over two sets of keys is the mean of a softmax over each, weighted by how much of the
-joint denominator each holds. So the slots answer by themselves, and :func:`join` merges their
-answer with that of the context by the log-sum-exps of both.
+joint denominator each holds. So attention reads the slots by themselves, and :func:`join` merges
+this output with that of the context by the log-sum-exps of both.
 
 Shapes: B sequences, H heads, T queries, C width of a head, N slots.
 """
@@ -44,14 +44,14 @@ class PersistentSlots(nn.Module):
         nn.init.normal_(self.values, std=self.num_slots**-0.5)
 
     def forward(self, query_BHTC: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Answer as if there were no context.
+        """Attend to the slots as if there were no context.
 
         Args:
             query_BHTC: queries without positions; slots have none either.
             dropout: probability of dropping a weight.
 
         Returns:
-            The answers ``(B, H, T, C)``, and ``(B, H, T, 1)`` log-sum-exps of the scores, in fp32
+            The outputs ``(B, H, T, C)``, and ``(B, H, T, 1)`` log-sum-exps of the scores, in fp32
             at least.
         """
         # 1/sqrt(C) on the scores and sqrt(C) on the keys cancel.
@@ -76,12 +76,12 @@ class PersistentSlots(nn.Module):
 def join(
     context: Tensor, context_lse: Tensor, answer: Tensor, answer_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Merge what two sets of keys answered into what one softmax over both would.
+    """Merge the outputs over two sets of keys into that of one softmax over both.
 
     Args:
         context: ``(B, H, T, C)``.
         context_lse: its log-sum-exp of scores, ``(B, H, T, 1)``.
-        answer: what the other set answered.
+        answer: the output over the other set.
         answer_lse: its log-sum-exp.
 
     Returns:

@@ -110,7 +110,7 @@ _POOLS: ContextVar[dict[str, ValueTable] | None] = ContextVar("moezoo_value_pool
 
 @contextmanager
 def shared_values() -> Iterator[None]:
-    """Let layers built inside share their values where they name the same ``value_pool``.
+    """Share the values of layers built inside that name the same ``value_pool``.
 
     The first layer of a pool owns the table: it alone holds it in ``parameters()``,
     ``state_dict()`` and ``cost()``. The others refer to it, and follow it when the model that
@@ -133,7 +133,7 @@ def shared_values() -> Iterator[None]:
 def value_table(
     num_slots: int, v_dim: int, sparse: bool, pool: str | None
 ) -> tuple[ValueTable, bool]:
-    """Find the pool's table or make one; and tell whether the caller owns it.
+    """Return the pool's table, made if there is none, and whether the caller owns it.
 
     Raises:
         InputError: the pool's table is of another size or kind.

@@ -46,7 +46,7 @@ class CarvedMoE(FeedForward):
         top_k: routed experts per token, y.
         d_expert: neurons of one part; default: those of the dense block divided by z, rounded up
             to a multiple of 16.
-        num_shared_experts: parts that answer every token, x; run as one block.
+        num_shared_experts: parts that run on every token, x, as one block.
         activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
         gated: gated linear units instead of MLPs.
         bias: whether hidden neurons have biases.
@@ -169,7 +169,7 @@ class CarvedMoE(FeedForward):
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
 
     def _gates(self, routing: Routing) -> Tensor:
-        """Give ``g = 1 + s' u`` of the chosen experts, 0 where there is none."""
+        """Return ``g = 1 + s' u`` of the chosen experts, 0 where there is none."""
         # An embedding's gradient is summed in a fixed order, that of indexing is not.
         u_TK = F.embedding(routing.indices.clamp(min=0), self.u.unsqueeze(-1)).squeeze(-1)
         gates_TK = 1.0 + routing.weights * u_TK.to(routing.weights.dtype)

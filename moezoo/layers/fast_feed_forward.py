@@ -64,7 +64,7 @@ class FastFeedForward(FeedForward):
         region_leak: probability with which a node swaps its two children for a token; training
             only.
         load_balancing: coefficient of ``E Σ_l f_l P_l`` (arXiv:2405.16836).
-        d_master: hidden width of the master leaf, which answers every token; 0 for none.
+        d_master: hidden width of the master leaf, which runs on every token; 0 for none.
         leaf_dropout: probability of dropping a leaf's hidden unit for a token; training only, and
             not in the master leaf.
         compat: ``upstream_eval`` leaves the leaf's output bias out of hard inference, as the

@@ -1,4 +1,4 @@
-"""Hash layers: a fixed function of the token, not a learned router, says which expert answers.
+"""Hash layers: a fixed function of the token, not a learned router, chooses its expert.
 
 ``y_t = FFN_{hash(x_t)}(h_t)`` with x the token ids and h the hidden states (Roller et al. 2021,
 arXiv:2106.04426, section 3). With R hash functions (MultiHash, section 3.3) the hidden width is cut

@@ -1,6 +1,6 @@
 """PEER: parameter-efficient expert retrieval from a million experts (He 2024, arXiv:2407.04153).
 
-Each of h heads asks for its k best of N = n² experts, through product keys, and the answers of all
+Each of h heads asks for its k best of N = n² experts, through product keys, and the outputs of all
 heads are added up (algorithm 1)::
 
     I^h = top-k of q_h(x) · key_i        g^h = softmax over I^h of q_h(x) · key_i

@@ -1,7 +1,7 @@
 """σ-MoE: experts chosen by sigmoids that do not compete, initialised like one wide dense block.
 
 ``y = Σ_{e in topK(s)} s_e W2_e ReLU(W1_e x)`` with ``s = sigmoid(W3 x)`` (Csordás et al. 2023,
-arXiv:2310.10837, section 5). The scores are not normalised: what one expert answers does not
+arXiv:2310.10837, section 5). The scores are not normalised: what one expert outputs does not
 depend on the scores of the others. An entropy loss and dropout of whole experts keep them in use.
 """
 

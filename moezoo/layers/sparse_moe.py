@@ -1,4 +1,4 @@
-"""Sparse mixture of experts: each token is answered by a few of many feed-forward blocks.
+"""Sparse mixture of experts: each token is routed to a few of many feed-forward blocks.
 
 ``y = Σ_{e in chosen(x)} g_e(x) Expert_e(x) [+ Shared(x)]`` (Shazeer et al. 2017,
 arXiv:1701.06538, eq. 1). How tokens and experts are matched, balanced and limited is set by three
@@ -35,12 +35,12 @@ class SparseMoE(FeedForward):
         num_experts: number of routed experts.
         top_k: experts per token (on average, in expert choice).
         d_expert: hidden width of one expert; default: the dense block's width divided by the
-            number of experts that answer a token, rounded up to a multiple of 16, so that a token
+            number of experts that a token runs, rounded up to a multiple of 16, so that a token
             costs what the dense block costs.
         activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
         gated: gated linear units instead of MLPs.
         bias: whether the experts' projections have biases.
-        num_shared_experts: experts that answer every token (arXiv:2401.06066), run as one block.
+        num_shared_experts: experts that run on every token (arXiv:2401.06066), as one block.
         d_shared: hidden width of that block; default num_shared_experts * d_expert.
         shared_gate: weight the shared expert by a learned sigmoid gate (Qwen2-MoE).
         router: how tokens and experts find each other.

@@ -1,4 +1,4 @@
-"""A feed-forward block in which only the strongest neurons answer a token.
+"""A feed-forward block that keeps only a token's strongest neurons.
 
 Exact: ``y = W_down topk(a)``, ``a = act(W_up x)``: the k largest activations stay, the others are
 zero (Li et al. 2022, "The Lazy Neuron Phenomenon", arXiv:2210.06313, section 4; Csordás et al.
@@ -111,7 +111,7 @@ class TopKFFN(FeedForward):
         self.reset_parameters()
 
     def reset_parameters(self, num_layers: int = 1) -> None:
-        """Draw weights from N(0, 1/fan_in), the output's by the neurons that answer, k."""
+        """Draw weights from N(0, 1/fan_in), the output's by the k neurons that are kept."""
         if self.gated:
             init_linear(self.gate_proj, self.gate_proj.in_features**-0.5)
         init_linear(self.up_proj, self.up_proj.in_features**-0.5)

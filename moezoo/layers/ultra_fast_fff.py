@@ -1,4 +1,4 @@
-"""UltraFastBERT's feedforward: trees of neurons in which each neuron on the way answers.
+"""UltraFastBERT's feedforward: trees of neurons in which each neuron on the way adds to the output.
 
 A tree's node is one neuron. Its pre-activation decides where to go and adds to the output:
 ``y = Σ_trees Σ_{n on the way} GELU(a_n) v_n`` with ``a_n = w_n · x + b_n``; right iff ``a_n > 0``

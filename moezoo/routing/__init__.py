@@ -1,4 +1,4 @@
-"""Who answers a token: learned routers, their options, losses and statistics."""
+"""Which experts a token is routed to: learned routers, their options, losses and statistics."""
 
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.router import Router, Routing

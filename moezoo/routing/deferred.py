@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _MOST_BYTES = 1 << 22
-"""What a layer's answer may keep in memory for statistics that are not computed yet."""
+"""What a layer's output may keep in memory for statistics that are not computed yet."""
 
 
 class DeferredStats(Mapping[str, Tensor]):

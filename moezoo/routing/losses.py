@@ -115,7 +115,7 @@ def negative_entropy(logits_TE: Tensor, mask_T: Tensor | None, over_ranks: bool)
 
 
 def _log_sum_over_ranks(log_E: Tensor) -> Tensor:
-    """Give ``log Σ_ranks exp``, whose gradients, averaged over ranks, are those of the sum."""
+    """Return ``log Σ_ranks exp``, whose gradients, averaged over ranks, are those of the sum."""
     largest_E = log_E.detach().clone()
     dist.all_reduce(largest_E, op=dist.ReduceOp.MAX)
     total_E = sum_over_ranks((log_E.detach() - largest_E).exp()).log() + largest_E
@@ -142,7 +142,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this process run a model that the others do not: nothing is summed over ranks."""
+    """Run a model in this process alone: nothing is summed over ranks."""
     _ALONE.append(True)
     try:
         yield

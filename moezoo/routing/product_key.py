@@ -137,7 +137,7 @@ class ProductKeys(nn.Module):
 
 
 class QueryNetwork(TrainingState):
-    """Give every token one query per head: a linear map and a normalisation.
+    """One query per token and head: a linear map and a normalisation.
 
     - ``batch``: each of the H C features over the batch (Lample et al., section 3.2). Padding is
       excluded; the statistics are those of all ranks; ``eval()`` uses running averages. A batch

@@ -23,11 +23,11 @@ from moezoo_kernels.dtypes import at_least_fp32
 
 
 class Routing(NamedTuple):
-    """Who answers each token, and with what weight.
+    """Which experts each token is routed to, and with what weight.
 
     Attributes:
-        indices: ``(T, K)`` int64 experts, -1 where nobody answers. K is E in expert choice.
-        weights: ``(T, K)`` in fp32 (fp64 for fp64 inputs), zero where nobody answers.
+        indices: ``(T, K)`` int64 experts, -1 for none. K is E in expert choice.
+        weights: ``(T, K)`` in fp32 (fp64 for fp64 inputs), zero where there is no expert.
         losses: weighted scalars.
         stats: detached statistics.
         max_assignments: an upper bound on the number of indices that are not -1.
@@ -310,7 +310,7 @@ class Router(TrainingState):
         return indices_TK.masked_fill(~served, -1), dropped, min(tokens * top_k, bound)
 
     def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
-        """Let each expert take its C best tokens (arXiv:2202.09368, section 3.2)."""
+        """Route to each expert its C best tokens (arXiv:2202.09368, section 3.2)."""
         logits_TE = self._logits(self._jittered(hidden_TD), self.weight)
         scores_TE = logits_TE.softmax(dim=-1)
         tokens = scores_TE.shape[0]

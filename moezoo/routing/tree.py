@@ -1,4 +1,4 @@
-"""A binary tree of decisions: who answers is found by one question per level.
+"""A binary tree of decisions: a token's leaf is found by one decision per level.
 
 Node i asks ``w_i · x + b_i >= 0`` and sends a token to its right child 2i + 2 on yes, else to its
 left child 2i + 1; behind the last level are the leaves, numbered from the left (Belcak and
@@ -44,14 +44,14 @@ class DecisionTree(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Ask every node: ``(T, N)`` logits of going right."""
+        """Return the logits of going right at every node: ``(T, N)``."""
         with torch.autocast(hidden_TD.device.type, enabled=False):
             hidden_TD = at_least_fp32(hidden_TD)
             dtype = hidden_TD.dtype
             return F.linear(hidden_TD, self.weight.to(dtype), self.bias.to(dtype))
 
     def descend(self, hidden_TD: Tensor) -> Tensor:
-        """Ask one node per level, reading only their rows: ``(T,)`` leaves, without gradient."""
+        """Return the leaves ``(T,)``, reading one node's row per level; without gradient."""
         return tree_descent(hidden_TD, self.weight, self.bias)
 
 

@@ -187,7 +187,7 @@ def _reference_usable(device: torch.device, dtype: torch.dtype) -> str | None:
 def _peer(
     package: str, install: str, needs: str | None = None, only: torch.dtype | None = None
 ) -> Callable[[torch.device, torch.dtype], str | None]:
-    """Return why a package with such kernels is not used, without importing it."""
+    """Return a test of why a package's kernels do not run; it does not import the package."""
 
     def usable(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":

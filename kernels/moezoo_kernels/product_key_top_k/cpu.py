@@ -53,7 +53,7 @@ def in_memory_order(halves: Tensor) -> Tensor:
 
 
 def empty_halves(like: Tensor, n: int, by_head: bool) -> Tensor:
-    """Give (2, T, H, n) of ``like``'s (T, H, K) kind, lying in memory as asked for."""
+    """Return an empty (2, T, H, n) of ``like``'s (T, H, K) kind, in the memory layout asked for."""
     tokens, heads, _ = like.shape
     if by_head:
         return like.new_empty(heads, 2, tokens, n).permute(1, 2, 0, 3)

@@ -26,7 +26,7 @@ def rank_one_experts(
     gate: Tensor | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """Sum, over each token's experts, their weighted answers.
+    """Sum, over each token's experts, their weighted outputs.
 
     For token t, slot j and expert ``i = indices[t, j] >= 0``::
 
@@ -34,7 +34,7 @@ def rank_one_experts(
 
     or with ``act(gate[i] @ x[t]) * (u[i] @ x[t])`` for ``act(u[i] @ x[t])``. A slot of -1 adds
     nothing, and its weight gets gradient zero. The same expert may stand in several slots of a
-    token; its answers add up. Nothing of size ``(T, J, D)`` is saved or ever exists. Same inputs
+    token; its outputs add up. Nothing of size ``(T, J, D)`` is saved or ever exists. Same inputs
     give bit-identical outputs and gradients, with any number of threads.
 
     Products run in the dtype of the tables or in fp32, whatever autocast says: only the rows that

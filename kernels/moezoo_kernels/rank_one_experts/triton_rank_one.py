@@ -1,6 +1,6 @@
 """``rank_one_experts`` in Triton, for any width: columns beyond the last are masked.
 
-One kernel per direction takes an assignment from its rows to the weight of an answer: gather, dot,
+One kernel per direction takes an assignment from its rows to the weight of an output: gather, dot,
 activate, weigh; a token's row is read from cache after its first assignment. What remains are sums
 of rows, which are weighted bags: into tokens through the indices, into tables through the sorted
 assignments. Each sum has one owner and a fixed order; there are no atomics.

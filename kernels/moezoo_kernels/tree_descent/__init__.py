@@ -123,7 +123,7 @@ def path_neurons(
     activation: str,
     asking: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum the answers of the neurons that each token meets on its way down every tree.
+    """Sum the outputs of the neurons that each token meets on its way down every tree.
 
     A node is a neuron: with ``a_n = in_weight[n] · x + in_bias[n]``, the way goes right where
     ``a_n > 0``, and ``act(a_n) out_weight[n]`` is added, at the last level too. N = 2^(depth + 1)
@@ -250,7 +250,7 @@ def _everywhere(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Say once that there could be kernels, then run plain torch."""
+    """Log once that there could be kernels, then run plain torch."""
 
     def run(x: Tensor, *arguments: Any, **options: Any) -> Any:
         possible = x.device.type == "cpu" and x.dtype != torch.float64

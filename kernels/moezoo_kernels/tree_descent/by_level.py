@@ -19,7 +19,7 @@ from moezoo_kernels.tree_descent.shapes import depth_of
 
 
 def tree_descent(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Ask one node per level; see the package's ``tree_descent``."""
+    """Compute one node per level; see the package's ``tree_descent``."""
     with torch.no_grad():
         node_T = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for _ in range(depth_of(len(weight))):
@@ -39,7 +39,7 @@ def leaf_mlp(
     bias_in: Tensor | None = None,  # (E, I)
     bias_out: Tensor | None = None,  # (E, D)
 ) -> Tensor:
-    """Take a leaf as an expert of weight one; see the package's ``leaf_mlp``."""
+    """Run a leaf as an expert of weight one; see the package's ``leaf_mlp``."""
     weights_T1 = torch.ones(len(x), 1, dtype=torch.float32, device=x.device)
     return grouped_mlp(
         x,

@@ -35,7 +35,7 @@ def leaf_mlp(
     activation: str,
     gated: bool,
 ) -> Tensor:
-    """Return each token's leaf's answer, (T, D) fp32."""
+    """Return each token's leaf's output, (T, D) fp32."""
     x = x.float()
     tokens, width = x.shape
     _check_range(leaves, len(w_in))
@@ -55,7 +55,7 @@ def path_neurons(
     out_weight: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of the answers on each token's paths, (T, D) fp32, and the ends, (T, P)."""
+    """Return the sum of the outputs on each token's paths, (T, D) fp32, and the ends, (T, P)."""
     tokens, width = x.shape
     trees, num_nodes, _ = in_weight.shape
     output = torch.empty(tokens, width)

@@ -41,7 +41,7 @@ def leaf_mlp(
     gated: bool,
     backend: str,
 ) -> Tensor:
-    """Return the answer of each token's leaf, (T, D) fp32."""
+    """Return the output of each token's leaf, (T, D) fp32."""
     run = _implementation(backend).leaf_mlp
     return run(x, leaves, w_in, w_out, bias_in, bias_out, activation, gated)
 
@@ -71,7 +71,7 @@ def path_neurons(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of the answers, (T, D) fp32, and the bottom neurons, (T, P) int64."""
+    """Return the sum of the outputs, (T, D) fp32, and the bottom neurons, (T, P) int64."""
     run = _implementation(backend).path_neurons
     return run(x, asking, in_weight, in_bias, out_weight, activation)
 

@@ -15,7 +15,7 @@ from moezoo_kernels.tree_descent.shapes import depth_of
 
 
 def tree_descent(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Ask all nodes, then follow; see the package's ``tree_descent``."""
+    """Compute all nodes, then follow; see the package's ``tree_descent``."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x = at_least_fp32(x)
         right_TN = F.linear(x, weight.to(x.dtype), bias.to(x.dtype)) >= 0

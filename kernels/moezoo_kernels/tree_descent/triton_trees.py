@@ -194,7 +194,7 @@ def leaf_mlp(
     activation: str,
     gated: bool,
 ) -> Tensor:
-    """Return each token's leaf's answer, (T, D) fp32."""
+    """Return each token's leaf's output, (T, D) fp32."""
     in_range = ((leaves >= -1) & (leaves < len(w_in))).all()
     torch._assert_async(in_range, "leaves: give leaf numbers, or -1 for none")
     (tokens, width), hidden = x.shape, w_out.shape[-1]
@@ -225,7 +225,7 @@ def path_neurons(
     out_weight: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of the answers on each token's paths, (T, D) fp32, and the ends, (T, P)."""
+    """Return the sum of the outputs on each token's paths, (T, D) fp32, and the ends, (T, P)."""
     (tokens, width), (trees, num_nodes, _) = x.shape, in_weight.shape
     output = torch.empty(tokens, width, dtype=torch.float32, device=x.device)
     bottoms = torch.empty(tokens, trees, dtype=torch.int64, device=x.device)

@@ -107,7 +107,7 @@ def transformers_layer(parts: Experts) -> Contender:
 
 
 def _take_weights(experts: Any, parts: Experts) -> dict[str, Tensor]:
-    """Put our weights into transformers' experts, whose layout is ours."""
+    """Copy our weights into transformers' experts, whose layout is ours."""
     experts.gate_up_proj = nn.Parameter(parts.w_in.detach())
     experts.down_proj = nn.Parameter(parts.w_out.detach())
     return {"w_in": experts.gate_up_proj, "w_out": experts.down_proj}

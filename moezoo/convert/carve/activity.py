@@ -57,7 +57,7 @@ def _directions(tokens: int, dimensions: int, seed: int) -> Tensor:
 
 
 def cosine_block(block: Block) -> Block:
-    """Bring the rows of gate and up to length one, without biases (CMoE's code)."""
+    """Normalize the rows of gate and up to length one, without biases (CMoE's code)."""
     gate = None if block.gate is None else F.normalize(block.gate, dim=1)
     return Block(gate, F.normalize(block.up, dim=1), block.down, block.act)
 

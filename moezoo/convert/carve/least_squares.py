@@ -87,7 +87,7 @@ def solve(gram: Tensor, rhs: Tensor, strength: float) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let the number of threads change little: LAPACK's blocks follow it.
+    """Run on one thread, so that results depend little on their number: LAPACK's blocks do.
 
     Matrix products and triangular solves mostly divide the rows and columns of what they compute,
     which changes no sum.
@@ -116,7 +116,7 @@ def refit_down(
 
     Args:
         hidden_TF: all activations.
-        scale_TN: what each expert's answer is multiplied with at each token; 0 if not chosen.
+        scale_TN: what each expert's output is multiplied with at each token; 0 if not chosen.
         labels_F: each neuron's expert; -1 for the shared one.
         down_DF: the dense block's.
         output_TD: its outputs Y, without its bias.
@@ -137,7 +137,7 @@ def refit_down(
 def counted_parts(
     hidden_TF: Tensor, scale_TN: Tensor, labels_F: Tensor, output_TD: Tensor, size: int = 4096
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Give the activations that count and the dense outputs, of some tokens at a time."""
+    """Yield the activations that count and the dense outputs, of some tokens at a time."""
     everywhere = scale_TN.new_ones(len(scale_TN), 1)
     scale_TE = torch.cat([scale_TN, everywhere], dim=1)  # label -1 is the last column
     pieces = zip(hidden_TF.split(size), scale_TE.split(size), output_TD.split(size), strict=True)

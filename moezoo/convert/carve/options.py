@@ -26,7 +26,7 @@ class CarveOptions:
     (arXiv:2602.15521).
 
     Attributes:
-        shared: x, parts that answer every token.
+        shared: x, parts that run on every token.
         active: y, routed experts per token.
         experts: z, parts in total.
         split: which neurons go together. ``contribution``: those whose contributions to the output
@@ -43,7 +43,7 @@ class CarveOptions:
             with FactorLLM's loss.
         refit: fit ``down`` anew, by least squares, to the outputs of the dense block.
         bias: let the refit add an output bias; default: where the dense block has one.
-        output_scale: factor on the routed experts' answers. LLaMA-MoE and FactorLLM take the
+        output_scale: factor on the routed experts' outputs. LLaMA-MoE and FactorLLM take the
             number of routed experts over ``active``.
         top_activations: K_a, how many neurons of a token count as active; default CMoE's 10, and
             a tenth of all for ``coactivation``.
@@ -55,9 +55,9 @@ class CarveOptions:
             (published; practically a dead neuron), or the ``most_active`` one.
         signed: leave the sign of ``cmoe``'s scores (eq. 8); the code takes absolute values.
         iterations: of balanced k-means at most; default 8, and the code's 1 for ``cmoe``.
-        teacher_share: what ``prior_approximate`` compares an expert's answer with, as a share of
+        teacher_share: what ``prior_approximate`` compares an expert's output with, as a share of
             the routed experts' sum; default ``active`` over their number, as in the authors' code.
-            Below one half that favours experts that answer little, and 1 those that answer most.
+            Below one half that favours experts of small outputs, and 1 those of the largest.
         features: dimensions that neurons' activities are projected to before clustering.
         router_ridge: regularisation of the ridge router, over the mean of the Gram's diagonal.
         refit_ridge: the same of the refit.

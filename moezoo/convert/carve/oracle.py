@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def contributions(hidden_TF: Tensor, experts_NM: Tensor, down_DF: Tensor) -> Tensor:
-    """Measure every routed expert's answer to every token, ``||down_e h_e||``, ``(T, N)``."""
+    """Measure every routed expert's output for every token, ``||down_e h_e||``, ``(T, N)``."""
     lengths = [_lengths(hidden_TF, e, down_DF) for e in experts_NM.to(hidden_TF.device)]
     return torch.stack(lengths, dim=1)
 
 
 def _lengths(hidden_TF: Tensor, neurons_M: Tensor, down_DF: Tensor) -> Tensor:
-    """Give ``||down_e h_e||`` of one expert, ``(T,)``; if small as ``h^T (down^T down) h``."""
+    """Return ``||down_e h_e||`` of one expert, ``(T,)``; if small as ``h^T (down^T down) h``."""
     down_DM = down_DF[:, neurons_M]
     few = len(neurons_M) < len(down_DM)
     gram_MM = down_DM.t() @ down_DM if few else None

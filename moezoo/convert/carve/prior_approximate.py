@@ -1,6 +1,6 @@
-"""FactorLLM's prior-approximate loss: a router that learns which experts answer like the teacher.
+"""FactorLLM's prior-approximate loss: a router learns whose output is like the teacher's.
 
-The teacher is the dense block. An expert is good at a token if its answer is near the teacher's
+The teacher is the dense block. An expert is good at a token if its output is near the teacher's
 share of it; the pseudo label is the softmax of the best experts' indicator, and the router's
 softmax is brought near it by Kullback and Leibler's divergence (arXiv:2408.11855, section 3.3). In
 the authors' training script the loss is computed and left out of what is optimised.
@@ -27,10 +27,10 @@ _RATE = 0.02
 def expert_errors(
     block: Block, hidden_TF: Tensor, partition: Partition, options: CarveOptions
 ) -> Tensor:
-    """Measure how far each expert's answer is from the teacher's share, ``(T, N)`` mean squares.
+    """Measure how far each expert's output is from the teacher's share, ``(T, N)`` mean squares.
 
     The share is ``teacher K / N``, as in the authors' code, unless the options say otherwise; with
-    a shared part the teacher is what that part does not answer.
+    a shared part the teacher is what that part does not output.
     """
     share = options.teacher_share
     share = options.active / options.routed if share is None else share

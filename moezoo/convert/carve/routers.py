@@ -62,7 +62,7 @@ def gate_mean_router(block: Block, partition: Partition) -> FittedRouter:
 
 
 def _even_out(fitted: FittedRouter, x_TD: Tensor) -> FittedRouter:
-    """Take out what all experts' logits have in common, and give the rest a scale of one.
+    """Subtract what all experts' logits have in common, and scale the rest to one.
 
     Neither changes who is chosen. It makes the softmax of the logits, which fine-tuning starts
     from, neither flat nor hard, and keeps small numbers from being rounded away beside large ones.

@@ -1,4 +1,4 @@
-"""Which neurons answer every token, and which of the others go together."""
+"""Which neurons run on every token, and which of the others go together."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def split_neurons(
 
 
 def _deal(neurons: Tensor, options: CarveOptions) -> Tensor:
-    """Put neurons into the order in which they are cut up without looking at activations."""
+    """Return the order in which neurons are cut up without looking at activations."""
     if options.split == "contiguous":
         return neurons
     generator = torch.Generator().manual_seed(options.seed)
