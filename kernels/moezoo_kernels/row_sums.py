@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moezoo_kernels import native
+from moezoo_kernels.flops import has_data
 
 
 class Assignments(NamedTuple):
@@ -143,6 +143,5 @@ def _sum_flops(
     source: Tensor, coefficients: Tensor, order: Tensor, starts: Tensor, *_: Any, **__: Any
 ) -> int:
     """Count a multiply-add per number of each token's row that is added."""
-    known = not isinstance(starts, FakeTensor) and starts.device.type != "meta"
-    active = int(starts[-1]) if known else order.numel()
+    active = int(starts[-1]) if has_data(starts) else order.numel()
     return 2 * active * source.shape[1]

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moezoo_kernels import native
+from moezoo_kernels.flops import count_active, has_data
 from moezoo_kernels.grouped_mlp import cpu, grouped_mm
 from moezoo_kernels.grouped_mlp.assignments import Assignments, sort_by_expert
 from moezoo_kernels.grouped_mlp.operands import Experts, Needs
@@ -184,9 +184,7 @@ def _forward_flops(
     out_val: Any = None,
 ) -> int:
     """Count the two products of the active rows; without data, of all there is room for."""
-    known = not isinstance(indices, FakeTensor) and indices.device.type != "meta"
-    active = int(indices.ge(0).sum()) if known else rows
-    return 2 * active * (w_in[0].numel() + w_out[0].numel())
+    return 2 * count_active(indices, otherwise=rows) * (w_in[0].numel() + w_out[0].numel())
 
 
 @register_flop_formula(torch.ops.moezoo.grouped_mlp_backward, get_raw=True)
@@ -208,8 +206,7 @@ def _backward_flops(
     out_val: Any = None,
 ) -> int:
     """Count the products for the gradients that are needed: of x, of w_in, of w_out and of A."""
-    known = not isinstance(ends, FakeTensor) and ends.device.type != "meta" and ends.numel() > 0
-    active = int(ends[-1]) if known else order.numel()
+    active = int(ends[-1]) if has_data(ends) and ends.numel() else order.numel()
     wanted = Needs(*needs)
     in_products = wanted.x + wanted.w_in
     out_products = 1 + wanted.w_out

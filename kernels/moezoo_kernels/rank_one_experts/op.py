@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moezoo_kernels.flops import count_active
 from moezoo_kernels.rank_one_experts import cpu, plain_torch
 from moezoo_kernels.rank_one_experts.operands import Experts, Needs
 from moezoo_kernels.row_sums import sparse_rows
@@ -159,18 +159,12 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
 forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _active(indices: Tensor) -> int:
-    """Count the assignments that are not -1; without data, all of them."""
-    known = not isinstance(indices, FakeTensor) and indices.device.type != "meta"
-    return int(indices.ge(0).sum()) if known else indices.numel()
-
-
 @register_flop_formula(torch.ops.moezoo.rank_one_experts, get_raw=True)
 def _forward_flops(
     x: Tensor, u: Tensor, v: Tensor, gate: Tensor | None, indices: Tensor, *_: Any, **__: Any
 ) -> int:
     """Count a multiply-add per number of each row read: of u, v and gate."""
-    return 2 * _active(indices) * x.shape[1] * (2 if gate is None else 3)
+    return 2 * count_active(indices) * x.shape[1] * (2 if gate is None else 3)
 
 
 @register_flop_formula(torch.ops.moezoo.rank_one_experts_backward, get_raw=True)
@@ -196,4 +190,4 @@ def _backward_flops(
     wanted = Needs(*needs)
     gated = gate is not None
     rows = 1 + wanted.x * (1 + gated) + wanted.u + wanted.v + (gated and wanted.gate)
-    return 2 * _active(indices) * x.shape[1] * rows
+    return 2 * count_active(indices) * x.shape[1] * rows

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moezoo_kernels.flops import count_active
 from moezoo_kernels.tree_descent import cpu
 from moezoo_kernels.tree_descent.shapes import depth_of
 
@@ -47,17 +47,7 @@ def leaf_mlp(
 
 
 @leaf_mlp.register_fake
-def _(
-    x: Tensor,
-    leaves: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    bias_in: Tensor | None,
-    bias_out: Tensor | None,
-    activation: str,
-    gated: bool,
-    backend: str,
-) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
@@ -77,15 +67,7 @@ def path_neurons(
 
 
 @path_neurons.register_fake
-def _(
-    x: Tensor,
-    asking: Tensor | None,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    out_weight: Tensor,
-    activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, asking: Tensor | None, in_weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     bottoms = x.new_empty(x.shape[0], in_weight.shape[0], dtype=torch.int64)
     return x.new_empty(x.shape, dtype=torch.float32), bottoms
 
@@ -105,9 +87,7 @@ def _descent_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
 @register_flop_formula(torch.ops.moezoo.leaf_mlp, get_raw=True)
 def _leaf_flops(x: Tensor, leaves: Tensor, w_in: Tensor, w_out: Tensor, *_: Any, **__: Any) -> int:
     """Count the two products of the tokens that have a leaf; without data, of all."""
-    known = not isinstance(leaves, FakeTensor) and leaves.device.type != "meta"
-    active = int(leaves.ge(0).sum()) if known else len(leaves)
-    return 2 * active * (w_in[0].numel() + w_out[0].numel())
+    return 2 * count_active(leaves) * (w_in[0].numel() + w_out[0].numel())
 
 
 @register_flop_formula(torch.ops.moezoo.path_neurons, get_raw=True)

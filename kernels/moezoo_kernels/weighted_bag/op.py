@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moezoo_kernels.flops import count_active
 from moezoo_kernels.row_sums import Assignments, sort_by_row, sparse_rows
 from moezoo_kernels.weighted_bag import cpu, plain
 
@@ -123,16 +123,10 @@ def _differentiate(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _active(indices: Tensor) -> int:
-    """Count the assignments that are not -1; without data, all of them."""
-    known = not isinstance(indices, FakeTensor) and indices.device.type != "meta"
-    return int(indices.ge(0).sum()) if known else indices.numel()
-
-
 @register_flop_formula(torch.ops.moezoo.weighted_bag, get_raw=True)
 def _forward_flops(table: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:
     """Count a multiply-add per number read."""
-    return 2 * _active(indices) * table.shape[1]
+    return 2 * count_active(indices) * table.shape[1]
 
 
 @register_flop_formula(torch.ops.moezoo.weighted_bag_backward, get_raw=True)
@@ -149,4 +143,4 @@ def _backward_flops(
     **__: Any,
 ) -> int:
     """Count a multiply-add per number added up, and one per number of a dot product."""
-    return 2 * _active(indices) * table.shape[1] * ((order is not None) + needs_weights)
+    return 2 * count_active(indices) * table.shape[1] * ((order is not None) + needs_weights)
