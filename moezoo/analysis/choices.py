@@ -30,7 +30,7 @@ from moezoo_kernels import path_neurons
 
 
 class SlotChoices(NamedTuple):
-    """Whom each token chose.
+    """The slots that each token chose.
 
     Attributes:
         indices: ``(T, K)`` int64 slots, -1 where there is none, as at padding.
@@ -83,7 +83,7 @@ def _choose(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices
     )
 
 
-def asked_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:
+def _asked_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:
     """Return what the router reads, ``(T, d_model)``."""
     read = context.get("router_input")
     return flatten_tokens(layer, hidden if read is None else read, None)[0]
@@ -95,7 +95,7 @@ def _experts(routing: Routing, num_experts: int) -> SlotChoices:
 
 @_choose.register
 def _(layer: SparseMoE, hidden: Tensor, context: Context) -> SlotChoices:
-    asked_TD = asked_tokens(layer, hidden, context)
+    asked_TD = _asked_tokens(layer, hidden, context)
     mask = context.get("mask")
     flat_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
     return _experts(layer.gate(asked_TD, flat_mask, limited=False), layer.num_experts)
@@ -103,7 +103,7 @@ def _(layer: SparseMoE, hidden: Tensor, context: Context) -> SlotChoices:
 
 @_choose.register
 def _(layer: SigmaMoE, hidden: Tensor, context: Context) -> SlotChoices:
-    return _experts(layer.gate(asked_tokens(layer, hidden, context)), layer.num_experts)
+    return _experts(layer.gate(_asked_tokens(layer, hidden, context)), layer.num_experts)
 
 
 @_choose.register
@@ -129,20 +129,20 @@ def _(layer: PEER, hidden: Tensor, context: Context) -> SlotChoices:
 @_choose.register(MemoryPlus)
 def _(layer: ProductKeyMemory | MemoryPlus, hidden: Tensor, context: Context) -> SlotChoices:
     memory: KeyValueMemory = layer.memory
-    scores_THK, slots_THK = memory.keys(memory.query(asked_tokens(layer, hidden, context), None))
+    scores_THK, slots_THK = memory.keys(memory.query(_asked_tokens(layer, hidden, context), None))
     weights_THK = scores_THK.softmax(dim=-1)
     return SlotChoices(slots_THK.flatten(1), weights_THK.flatten(1), layer.num_experts, "values")
 
 
 @_choose.register
 def _(layer: FastFeedForward, hidden: Tensor, context: Context) -> SlotChoices:
-    leaf_T1 = layer.tree.descend(asked_tokens(layer, hidden, context)).unsqueeze(-1)
+    leaf_T1 = layer.tree.descend(_asked_tokens(layer, hidden, context)).unsqueeze(-1)
     return SlotChoices(leaf_T1, torch.ones(leaf_T1.shape), layer.num_experts, "leaves")
 
 
 @_choose.register
 def _(layer: UltraFastFFF, hidden: Tensor, context: Context) -> SlotChoices:
-    asked_TD = asked_tokens(layer, hidden, context)
+    asked_TD = _asked_tokens(layer, hidden, context)
     _, bottom_TP = path_neurons(
         asked_TD, layer.in_weight, layer.in_bias, layer.out_weight, activation=layer.activation
     )

@@ -19,7 +19,7 @@ _MOST_POINTS = 512
 _LEAST = 1e-5  # shares below are drawn at the bottom
 
 
-def new_figure(width: float, height: float, title: str) -> Figure:
+def _new_figure(width: float, height: float, title: str) -> Figure:
     """Make a figure that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def draw_sparsity(
         headings: what is written for a name.
         title: of the whole picture.
     """
-    figure = new_figure(10.0, _height(len(summaries)), title)
+    figure = _new_figure(10.0, _height(len(summaries)), title)
     shares, curves = figure.subplots(1, 2)
     _draw_shares(shares, summaries, [headings[name] for name in summaries])
     _draw_ranked(curves, frequencies, _LEAST)
@@ -68,7 +68,7 @@ def draw_agreement(
         headings: what is written for a name.
         title: of the whole picture.
     """
-    figure = new_figure(10.0, _height(len(agreements)), title)
+    figure = _new_figure(10.0, _height(len(agreements)), title)
     bars, curves = figure.subplots(1, 2)
     rows = np.arange(len(agreements))
     agree = [100 * one.agree for one in agreements.values()]
@@ -147,7 +147,7 @@ def draw_spectra(
     """
     from matplotlib import colormaps
 
-    figure = new_figure(10.0, _height(len(spectra)), title)
+    figure = _new_figure(10.0, _height(len(spectra)), title)
     bars, curves = figure.subplots(1, 2)
     rows = np.arange(len(spectra))
     for kind, colour in (("soft_rank", "#9ecae1"), ("hard_rank", "#3182bd")):

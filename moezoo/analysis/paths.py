@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moezoo.analysis.specialization import count_pairs
 
-MOST_CELLS = 2**22
+_MOST_CELLS = 2**22
 """Pairs of layers with more pairs of slots than this get no table."""
 
-MOST_PATHS = 2**20
+_MOST_PATHS = 2**20
 """Different paths that are kept; beyond it, the rarer half of those seen is forgotten."""
 
 
@@ -30,13 +30,13 @@ class Paths:
         forgotten: tokens whose way is not in ``ways`` because it was rare.
     """
 
-    def __init__(self, num_slots: Mapping[str, int], most_paths: int = MOST_PATHS) -> None:
+    def __init__(self, num_slots: Mapping[str, int], most_paths: int = _MOST_PATHS) -> None:
         self.names = list(num_slots)
         self.most_paths = most_paths
         sizes = list(num_slots.values())
         self.tables: dict[tuple[str, str], Tensor] = {}
         for a, b, rows, columns in zip(self.names, self.names[1:], sizes, sizes[1:], strict=False):
-            if rows * columns <= MOST_CELLS:
+            if rows * columns <= _MOST_CELLS:
                 self.tables[a, b] = torch.zeros(rows, columns, dtype=torch.int64)
         self.ways: Counter[tuple[int, ...]] = Counter()
         self.forgotten = 0

@@ -51,7 +51,13 @@ class Specialization:
 
 
 def count_pairs(counts_VN: Tensor, tokens_T: Tensor, indices_TK: Tensor) -> None:
-    """Add one for each token and each slot that it chose, in place; -1 is no slot."""
+    """Add one for each token and each slot that it chose, in place.
+
+    Args:
+        counts_VN: ``(V, N)`` of any number type, contiguous.
+        tokens_T: ``(T,)`` int64 token ids.
+        indices_TK: ``(T, K)`` int64 slots; -1 is no slot.
+    """
     tokens_TK = tokens_T.unsqueeze(-1).expand_as(indices_TK)
     chosen_TK = indices_TK >= 0
     cells = (tokens_TK * counts_VN.shape[1] + indices_TK)[chosen_TK]
@@ -59,9 +65,15 @@ def count_pairs(counts_VN: Tensor, tokens_T: Tensor, indices_TK: Tensor) -> None
 
 
 def occurrence_entropy(indices_TK: Tensor) -> Tensor:
-    """Sum over tokens of K' H(Y | occurrence), K' the choices that a token made: a fp64 scalar.
+    """Sum ``K' H(Y | occurrence)`` over tokens, in nats, K' the choices that a token made.
 
     A token whose K' choices all differ has ``H = log K'``; the same choice twice makes it less.
+
+    Args:
+        indices_TK: ``(T, K)`` int64 slots; -1 is no slot.
+
+    Returns:
+        A fp64 scalar.
     """
     sorted_TK = indices_TK.sort(dim=-1).values
     last_TK = torch.searchsorted(sorted_TK, sorted_TK, right=True)
@@ -73,12 +85,19 @@ def occurrence_entropy(indices_TK: Tensor) -> Tensor:
 
 
 def mutual_information(counts_VN: Tensor) -> float:
-    """Compute I(X; Y) of a table of counts, in nats."""
+    """Return I(X; Y) of a table of counts ``(V, N)``, in nats."""
     return max(float(information_terms(counts_VN).sum()), 0.0)
 
 
 def information_terms(counts_VN: Tensor) -> Tensor:
-    """Split I(X; Y) into the terms of its sum: ``(V, N)`` fp64, negative where avoided."""
+    """Return the terms ``p(x, y) log(p(x, y) / (p(x) p(y)))`` whose sum is I(X; Y), in nats.
+
+    Args:
+        counts_VN: ``(V, N)``, how often each token chose each slot.
+
+    Returns:
+        ``(V, N)`` fp64; negative where a token avoids a slot.
+    """
     p_VN = counts_VN.double() / max(int(counts_VN.sum()), 1)
     independent_VN = p_VN.sum(dim=1, keepdim=True) * p_VN.sum(dim=0)
     ratio_VN = p_VN / independent_VN.clamp(min=torch.finfo(torch.float64).tiny)
@@ -86,13 +105,13 @@ def information_terms(counts_VN: Tensor) -> Tensor:
 
 
 def entropy(counts: Tensor) -> float:
-    """Compute the entropy of the shares of counts of any shape, in nats."""
+    """Return the entropy of the shares of counts of any shape, in nats; 0 without any count."""
     total = max(int(counts.sum()), 1)
     return float(torch.special.entr(counts.double() / total).sum())
 
 
 def chance_information(counts_VN: Tensor, seed: int = 0) -> float:
-    """Compute I(X; Y) of a random table with the same row and column sums.
+    """Return I(X; Y) of a random table with the same row and column sums, in nats.
 
     From a billion counts on, the chi-squared approximation ``(V - 1)(N - 1) / (2 C)`` of its mean.
     """

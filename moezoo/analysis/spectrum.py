@@ -41,9 +41,13 @@ class Spectrum:
 
 
 def spectrum_of(eigenvalues_D: Tensor) -> Spectrum:
-    """Summarise eigenvalues in any order; what rounding made negative counts as zero.
+    """Summarise the eigenvalues of a covariance matrix.
 
-    Without any variance, all figures are 0.
+    Args:
+        eigenvalues_D: ``(D,)`` in any order; what rounding made negative counts as zero.
+
+    Returns:
+        The figures; without any variance, all of them are 0.
     """
     values = eigenvalues_D.double().clamp(min=0.0).sort(descending=True).values
     width, total = len(values), float(values.sum())

@@ -20,9 +20,9 @@ from moezoo.analysis.specialization import information_terms
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_TOKENS = 24
-MOST_SLOTS = 64
-MOST_PANELS = 6
+_MOST_TOKENS = 24
+_MOST_SLOTS = 64
+_MOST_PANELS = 6
 _COLUMNS = 3
 _COLOURS = "RdBu_r"
 _NEVER = "0.8"
@@ -63,7 +63,7 @@ def draw_tokens(
         A figure to ``savefig``. No display is needed.
     """
     panels = []
-    for name in spread(list(counts), MOST_PANELS):
+    for name in _spread(list(counts), _MOST_PANELS):
         table = counts[name]
         terms = information_terms(table)
         rows, columns = _telling_rows(table, terms), _telling(terms.sum(dim=0))
@@ -91,7 +91,7 @@ def draw_paths(
         title: of the whole picture.
     """
     panels = []
-    for pair in spread(list(tables), MOST_PANELS):
+    for pair in _spread(list(tables), _MOST_PANELS):
         table = tables[pair]
         terms = information_terms(table)
         rows, columns = _telling(terms.sum(dim=1)), _telling(terms.sum(dim=0))
@@ -119,7 +119,7 @@ def drawable(text: str) -> str:
     return "".join(written).replace("$", r"\$")
 
 
-def spread(names: list[Any], most: int) -> list[Any]:
+def _spread(names: list[Any], most: int) -> list[Any]:
     """Return at most so many, evenly spread, the first and the last among them."""
     if len(names) <= most:
         return names
@@ -129,7 +129,7 @@ def spread(names: list[Any], most: int) -> list[Any]:
 def _telling_rows(table_VN: Tensor, terms_VN: Tensor) -> Tensor:
     """Return the tokens that carry most information, ordered by the slot that says most of them."""
     carried_V = terms_VN.sum(dim=1)
-    rows = carried_V.topk(min(MOST_TOKENS, len(carried_V))).indices
+    rows = carried_V.topk(min(_MOST_TOKENS, len(carried_V))).indices
     rows = rows[table_VN[rows].sum(dim=1) > 0]
     favourite = terms_VN[rows].argmax(dim=1).numpy()
     order = np.lexsort((-terms_VN[rows].amax(dim=1).numpy(), favourite))
@@ -138,7 +138,7 @@ def _telling_rows(table_VN: Tensor, terms_VN: Tensor) -> Tensor:
 
 def _telling(carried: Tensor) -> Tensor:
     """Return the slots that carry most information, in their order."""
-    return carried.topk(min(MOST_SLOTS, len(carried))).indices.sort().values
+    return carried.topk(min(_MOST_SLOTS, len(carried))).indices.sort().values
 
 
 def _ratios(table: Tensor, rows: Tensor, columns: Tensor) -> np.ndarray:
@@ -195,7 +195,7 @@ def _draw_panel(axes: Any, panel: _Panel) -> Any:
     axes.set_ylabel(panel.row_label, fontsize=8)
     axes.tick_params(labelsize=6.5, length=2)
     texts = [drawable(text) for text in panel.rows]
-    places = range(len(texts)) if len(texts) <= MOST_TOKENS else range(0, len(texts), 8)
+    places = range(len(texts)) if len(texts) <= _MOST_TOKENS else range(0, len(texts), 8)
     axes.set_yticks(list(places), [texts[place] for place in places])
     step = math.ceil(len(panel.columns) / 16)
     ticks = range(0, len(panel.columns), step)

@@ -134,14 +134,18 @@ def _exact(load: SlotLoad) -> SlotLoad:
 
 
 def add_loads(one: SlotLoad, other: SlotLoad) -> SlotLoad:
-    """Add the loads of two passes of one layer, or of two layers that share their slots."""
+    """Add the loads of two passes of one layer, or of two layers that share their slots.
+
+    Returns:
+        The sums, on the CPU; ``mass`` in fp64, ``best`` None unless both have it.
+    """
     one, other = _exact(one), _exact(other)
     best = None if one.best is None or other.best is None else one.best + other.best
     return one._replace(counts=one.counts + other.counts, mass=one.mass + other.mass, best=best)
 
 
 def usage_of(load: SlotLoad) -> SlotUsage:
-    """Return how evenly a layer's slots were used."""
+    """Return how evenly a layer's slots were used, from what :meth:`slot_load` returned."""
     return SlotUsage(
         kind=load.kind,
         shape=load.shape,

@@ -65,7 +65,12 @@ def input_of(module: nn.Module, call: Callable[[], Any]) -> Tensor:
 
 
 def token_mask(hidden: Tensor, context: Context) -> Tensor:
-    """Return a bool ``(T,)`` on the CPU, true at real tokens."""
+    """Return a bool ``(T,)`` on the CPU, true at real tokens.
+
+    Args:
+        hidden: ``(..., d_model)`` with T tokens.
+        context: what the layer was given beside it; of its ``mask`` the last tokens are these.
+    """
     tokens = hidden[..., 0].numel()
     mask = context.get("mask")
     if mask is None:

@@ -4,3 +4,36 @@
 and what is to be reached; :mod:`~moezoo.bench.runner` checks that outputs and gradients agree and
 only then measures; :mod:`~moezoo.bench.results` and :mod:`~moezoo.bench.pictures` write it down.
 """
+
+from moezoo.bench.case import (
+    Case,
+    Contender,
+    Gradients,
+    Package,
+    Peer,
+    Problem,
+    Setting,
+    Target,
+    Unavailable,
+    Work,
+    plain_torch,
+)
+from moezoo.bench.runner import Measured, Options, Result, run_case
+
+__all__ = [
+    "Case",
+    "Contender",
+    "Gradients",
+    "Measured",
+    "Options",
+    "Package",
+    "Peer",
+    "Problem",
+    "Result",
+    "Setting",
+    "Target",
+    "Unavailable",
+    "Work",
+    "plain_torch",
+    "run_case",
+]

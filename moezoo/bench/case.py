@@ -21,11 +21,12 @@ from torch import Tensor
 from moezoo_kernels import backends
 
 PLAIN = "plain-torch"  # the peer that is our own fallback
-EXTRA = "pip install 'moezoo[bench]'"
+_EXTRA = "pip install 'moezoo[bench]'"
 # Names under which ops register plain torch, the better one first.
 _PLAIN_BACKENDS = ("torch", "reference")
 
 Gradients = dict[str, Tensor]
+"""Gradients by the names of the operands that they are of."""
 
 
 class Unavailable(Exception):
@@ -42,7 +43,7 @@ class Package:
     """
 
     module: str
-    install: str = EXTRA
+    install: str = _EXTRA
 
     def check(self) -> None:
         """Import the package.
@@ -82,10 +83,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute a case's answer.
+    """One way to compute a case's output.
 
     Attributes:
-        forward: computes the answer.
+        forward: computes the output.
         operands: the tensors that gradients are taken of, under the names that ours uses.
         as_ours: where operands are laid out differently, turns their gradients by name into ours.
         constants: tensors that are given and get no gradient, as indices.
@@ -145,12 +146,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Peer:
-    """Someone who does the same work.
+    """A baseline implementation of the same computation.
 
     Attributes:
         build: makes the contender from the problem's parts, with the same weights.
         package: what must be installed, if anything.
-        same: whether it computes the same function. If not, its answer is not compared: it is there
+        same: whether it computes the same function. If not, its output is not compared: it is there
             for its cost (a dense block of equal FLOPs or width).
         target: what ours is to reach against it.
     """

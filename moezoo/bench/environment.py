@@ -49,9 +49,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "moezoo": moezoo.__version__,
-        "commit": commit(),
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "packages": {name: found for name in _PACKAGES if (found := version(name))},
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "variables": {name: os.environ.get(name, "unset") for name in _VARIABLES},
     }
 
@@ -66,7 +66,7 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def version(distribution: str) -> str | None:
+def _version(distribution: str) -> str | None:
     """Return the version of an installed distribution."""
     try:
         return importlib.metadata.version(distribution)
@@ -74,7 +74,7 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
+def _commit() -> str | None:
     """Return the commit of the checkout that moezoo runs from, ``-dirty`` if files have changed."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():

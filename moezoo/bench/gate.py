@@ -11,8 +11,8 @@ from moezoo.bench.case import Contender
 
 # Relative error in the Euclidean norm that rounding explains: sums are ordered differently, and in
 # bf16 intermediate results are rounded in different places.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-OUTPUT = "the output"
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+_OUTPUT = "the output"
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def answer(contender: Contender, direction: Tensor | None) -> Answer:
 def difference(ours: Answer, theirs: Answer) -> Difference:
     """Find the largest relative error in the Euclidean norm, over output and gradients."""
     if ours.output.shape != theirs.output.shape:
-        return Difference(f"{OUTPUT}'s shape", float("inf"))
-    worst = Difference(OUTPUT, _relative_error(theirs.output, ours.output))
+        return Difference(f"{_OUTPUT}'s shape", float("inf"))
+    worst = Difference(_OUTPUT, _relative_error(theirs.output, ours.output))
     for name, gradient in ours.gradients.items():
         where = f"the gradient of {name}"
         if name not in theirs.gradients:
@@ -72,7 +72,7 @@ def difference(ours: Answer, theirs: Answer) -> Difference:
 
 def agrees(found: Difference, dtype: torch.dtype) -> bool:
     """Return whether rounding in ``dtype`` explains a difference."""
-    return found.error <= TOLERANCE[dtype]
+    return found.error <= _TOLERANCE[dtype]
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -75,7 +75,7 @@ def temporary_bytes(step: Callable[[], tuple[Tensor, ...]], device: torch.device
     ) as profile:
         returned = step()
     pointers = {pointer for tensor in returned for pointer in _pointers(tensor)}
-    return highest(allocations(profile), pointers)
+    return highest(_allocations(profile), pointers)
 
 
 class Allocation(NamedTuple):
@@ -92,7 +92,7 @@ class Allocation(NamedTuple):
     size: int
 
 
-def allocations(profile: Any) -> list[Allocation]:
+def _allocations(profile: Any) -> list[Allocation]:
     """List what a profiled block allocated and freed, in order."""
     tree = profile.profiler.kineto_results.experimental_event_tree()
     found = [

@@ -68,8 +68,8 @@ def draw(
         counted = [row for row in measured if row.same_function and row.flops and row.bytes]
         if counted:
             written += _save(folder, "roofline", roofline(counted, limits), environment)
-        if any(len(_steps(line)) > 1 for line in series(compared).values()):
-            written += _save(folder, "sizes", sizes(compared), environment)
+        if any(len(_steps(line)) > 1 for line in _series(compared).values()):
+            written += _save(folder, "sizes", _sizes(compared), environment)
     return written
 
 
@@ -221,9 +221,9 @@ def _draw_limits(axes: Axes, limits: Limits, intensities: Sequence[float]) -> No
     )
 
 
-def sizes(rows: Sequence[Row]) -> Figure:
+def _sizes(rows: Sequence[Row]) -> Figure:
     """Draw forward time against size, a panel per series and a line per contender."""
-    drawn = {name: found for name, found in series(rows).items() if len(_steps(found)) > 1}
+    drawn = {name: found for name, found in _series(rows).items() if len(_steps(found)) > 1}
     columns = 2 if len(drawn) in (2, 4) else min(3, len(drawn))
     lines = math.ceil(len(drawn) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.9 * lines + 0.3), layout="constrained")
@@ -235,7 +235,7 @@ def sizes(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Sort rows by the series that they belong to."""
     found: dict[str, list[Row]] = {}
     for row in rows:

@@ -134,7 +134,7 @@ def row(result: Result, limits: Limits, judged: bool = True) -> Row:
         series=case.series,
         size=setting.sizes.get(case.size),
         size_name=case.size,
-        target=describe(target),
+        target=_describe(target),
         target_forward=target.forward if target else None,
         target_step=target.step if target else None,
         note=result.note,
@@ -200,7 +200,7 @@ def _ratio(one: float | None, other: float | None) -> float | None:
     return one / other
 
 
-def describe(target: Target | None) -> str:
+def _describe(target: Target | None) -> str:
     """Return a target as text: ``forward ≥ 3.5×, memory ≤ 0.3×``."""
     if target is None:
         return ""

@@ -18,7 +18,7 @@ from moezoo.bench.memory import saved_bytes, temporary_bytes
 from moezoo.bench.timing import Timing, interleave
 
 Outcome = Literal["measured", "differs", "missing", "failed", "skipped"]
-OURS = "ours"
+_OURS = "ours"
 LIMIT = "limit"
 
 
@@ -88,7 +88,15 @@ class Options:
 
 
 def run_case(case: Case, options: Options) -> list[Result]:
-    """Compare and measure all wanted peers of a case; a peer's failure is its own row's."""
+    """Compare and measure all wanted peers of a case.
+
+    Args:
+        case: what is computed, and by whom.
+        options: which peers are wanted, and how to measure.
+
+    Returns:
+        One result per peer. A peer that fails has the reason in its own; where ours fails, all do.
+    """
     setting = case.setting(options.quick, options.dtype)
     with thread_count(case.threads or options.threads), _cleaned(setting.device):
         try:
@@ -137,13 +145,13 @@ def _run(case: Case, setting: Setting, peers: Mapping[str, Peer], options: Optio
                     "measured",
                     contenders[name].note,
                     errors.get(name),
-                    measured[OURS],
+                    measured[_OURS],
                     measured[name],
                 )
             )
     if case.limit is not None:
         results.append(
-            Result(case, setting, work, LIMIT, "measured", "", None, measured[OURS], None)
+            Result(case, setting, work, LIMIT, "measured", "", None, measured[_OURS], None)
         )
     return results
 
@@ -154,7 +162,7 @@ def _admit(
     """Build the peers and let in those that are there, run, and agree with ours."""
     direction = _direction(case, problem)
     ours = gate.answer(problem.ours, direction)
-    contenders: dict[str, Contender] = {OURS: problem.ours}
+    contenders: dict[str, Contender] = {_OURS: problem.ours}
     rejected: dict[str, tuple[Outcome, str]] = {}
     errors: dict[str, float] = {}
     for name, peer in peers.items():
@@ -204,8 +212,8 @@ def _measure(
             steps[name] = step
             saved[name] = saved_bytes(contender)
             memory[name] = temporary_bytes(step, device)
-    forward_times = interleave(forwards, device, options.runs, options.budget, always=OURS)
-    step_times = interleave(steps, device, options.runs, options.budget, always=OURS)
+    forward_times = interleave(forwards, device, options.runs, options.budget, always=_OURS)
+    step_times = interleave(steps, device, options.runs, options.budget, always=_OURS)
     return {
         name: Measured(forward_times[name], step_times.get(name), saved.get(name), memory.get(name))
         for name in contenders

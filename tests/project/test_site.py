@@ -65,7 +65,17 @@ def entry(plugin):
     return plugin if isinstance(plugin, dict) else [plugin]
 
 
-@pytest.mark.parametrize("package", ["moezoo", "moezoo.convert", "moezoo_kernels", "moezoo_models"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        "moezoo",
+        "moezoo.analysis",
+        "moezoo.bench",
+        "moezoo.convert",
+        "moezoo_kernels",
+        "moezoo_models",
+    ],
+)
 def test_every_public_name_is_in_the_reference_once(package):
     names = importlib.import_module(package).__all__
     described = [

@@ -32,7 +32,7 @@ from moezoo.bench.inputs import decided, product_key_margin
 from moezoo.experts.values import ValueTable
 from moezoo.layers.product_key_memory import ProductKeyMemory
 
-PRODUCT_KEY_MEMORY = Package("product_key_memory")
+_PRODUCT_KEY_MEMORY = Package("product_key_memory")
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ CASES = [
         _build_layer,
         {
             "product-key-memory": Peer(
-                _product_key_memory, PRODUCT_KEY_MEMORY, target=Target(forward=5.0, step=2.5)
+                _product_key_memory, _PRODUCT_KEY_MEMORY, target=Target(forward=5.0, step=2.5)
             ),
             PLAIN: Peer(_plain_layer),
         },

@@ -32,7 +32,7 @@ from moezoo.bench.inputs import decided, product_key_margin
 from moezoo.experts.rank_one import RankOneExperts
 from moezoo.layers.peer import PEER
 
-PEER_PYTORCH = Package("PEER_pytorch", "pip install PEER-pytorch")
+_PEER_PYTORCH = Package("PEER_pytorch", "pip install PEER-pytorch")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _layer_case(n: int, forward: float | None, step: float | None, **changes: An
     if forward is not None:
         target = Target(forward=forward, step=step, memory=_LESS_MEMORY)
     peers: Mapping[str, Peer] = {
-        "PEER-pytorch": Peer(_peer_pytorch, PEER_PYTORCH, target=target),
+        "PEER-pytorch": Peer(_peer_pytorch, _PEER_PYTORCH, target=target),
         PLAIN: Peer(_plain),
     }
     sizes = _sizes(2048, 512, n)
@@ -223,7 +223,9 @@ CASES = [
         _QUICK,
         _build_layer,
         {
-            "PEER-pytorch": Peer(_peer_pytorch, PEER_PYTORCH, target=Target(step=10.0, memory=0.1)),
+            "PEER-pytorch": Peer(
+                _peer_pytorch, _PEER_PYTORCH, target=Target(step=10.0, memory=0.1)
+            ),
             PLAIN: Peer(_plain),
         },
         device="cuda",

@@ -27,7 +27,7 @@ from moezoo.layers.dense import DenseFFN
 from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.ultra_fast_fff import UltraFastFFF
 
-FASTFEEDFORWARD = Package("fastfeedforward", "pip install fastfeedforward")
+_FASTFEEDFORWARD = Package("fastfeedforward", "pip install fastfeedforward")
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _leaves_case(training: bool, target: Target) -> Case:
         {"T": 12, "d": 16, "depth": 3, "leaf": 4},
         partial(_build_leaves, training=training),
         {
-            "fastfeedforward": Peer(_fastfeedforward, FASTFEEDFORWARD, target=target),
+            "fastfeedforward": Peer(_fastfeedforward, _FASTFEEDFORWARD, target=target),
             PLAIN: Peer(_plain),
         },
         step=training,

@@ -111,9 +111,9 @@ def carve_block(
     static = prune(block, hidden, keep, "static", options.refit_ridge, bias=False)
     dense = block.run(measured_on)
     figures |= {
-        "error": relative_error(_run(plan, block, measured_on), dense),
-        "error_unfitted": relative_error(_run(unfitted, block, measured_on), dense),
-        "error_static": relative_error(static.run(measured_on), dense),
+        "error": _relative_error(_run(plan, block, measured_on), dense),
+        "error_unfitted": _relative_error(_run(unfitted, block, measured_on), dense),
+        "error_static": _relative_error(static.run(measured_on), dense),
         "held_out_tokens": float(len(held_out)),
     }
     return Carved(plan, figures | clock.seconds())
@@ -160,7 +160,7 @@ def prune_block(
     return prune(block, block.activations(x), keep, method, refit_ridge, fit_bias)
 
 
-def relative_error(found_TD: Tensor, wanted_TD: Tensor) -> float:
+def _relative_error(found_TD: Tensor, wanted_TD: Tensor) -> float:
     """Divide the length of a difference by that of what was wanted, over all tokens."""
     return float((found_TD - wanted_TD).norm() / wanted_TD.norm().clamp(min=1e-30))
 

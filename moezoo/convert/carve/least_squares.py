@@ -128,13 +128,13 @@ def refit_down(
     """
     parts = (
         (counted, y - counted @ down_DF.t())
-        for counted, y in counted_parts(hidden_TF, scale_TN, labels_F, output_TD)
+        for counted, y in _counted_parts(hidden_TF, scale_TN, labels_F, output_TD)
     )
     change, constant = ridge(parts, strength, bias)
     return down_DF + change, constant
 
 
-def counted_parts(
+def _counted_parts(
     hidden_TF: Tensor, scale_TN: Tensor, labels_F: Tensor, output_TD: Tensor, size: int = 4096
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Yield the activations that count and the dense outputs, of some tokens at a time."""

@@ -23,7 +23,7 @@ _FLATTEST = 0.01  # the largest difference of logits where unit weights are writ
 
 
 @dataclass(frozen=True)
-class FittedRouter:
+class _FittedRouter:
     """A router's tensors, as :class:`~moezoo.convert.LayerPlan` names them."""
 
     router: Tensor
@@ -36,32 +36,32 @@ class FittedRouter:
 
 def fit_router(
     block: Block, x_TD: Tensor, hidden_TF: Tensor, partition: Partition, options: CarveOptions
-) -> tuple[FittedRouter, dict[str, float]]:
+) -> tuple[_FittedRouter, dict[str, float]]:
     """Make the router the options ask for, and figures of it."""
     if options.router == "cmoe":
-        return neuron_router(block, x_TD, hidden_TF, partition, options)
+        return _neuron_router(block, x_TD, hidden_TF, partition, options)
     if options.router == "gate_mean":
-        fitted = gate_mean_router(block, partition)
+        fitted = _gate_mean_router(block, partition)
     elif options.router == "ridge":
         size_TN = contributions(hidden_TF, partition.experts, block.down)
         pairs = zip(x_TD.split(4096), size_TN.split(4096), strict=True)
         weight, bias = ridge(pairs, options.router_ridge, intercept=True)
-        fitted = FittedRouter(weight, bias)
+        fitted = _FittedRouter(weight, bias)
     else:
         errors_TN = expert_errors(block, hidden_TF, partition, options)
         weight, bias = fit_prior_approximate(x_TD, errors_TN, options.active, options.seed)
-        fitted = FittedRouter(weight, bias)
+        fitted = _FittedRouter(weight, bias)
     return _even_out(fitted, x_TD), {}
 
 
-def gate_mean_router(block: Block, partition: Partition) -> FittedRouter:
+def _gate_mean_router(block: Block, partition: Partition) -> _FittedRouter:
     """Score by the mean gate vector of an expert's neurons (ExpertWeaver, arXiv:2602.15521)."""
     source = block.up if block.gate is None else block.gate
     bias = None if block.bias_in is None else block.bias_in[partition.experts].mean(dim=1)
-    return FittedRouter(source[partition.experts].mean(dim=1), bias)
+    return _FittedRouter(source[partition.experts].mean(dim=1), bias)
 
 
-def _even_out(fitted: FittedRouter, x_TD: Tensor) -> FittedRouter:
+def _even_out(fitted: _FittedRouter, x_TD: Tensor) -> _FittedRouter:
     """Subtract what all experts' logits have in common, and scale the rest to one.
 
     Neither changes who is chosen. It makes the softmax of the logits, which fine-tuning starts
@@ -81,9 +81,9 @@ def _even_out(fitted: FittedRouter, x_TD: Tensor) -> FittedRouter:
     )
 
 
-def neuron_router(
+def _neuron_router(
     block: Block, x_TD: Tensor, hidden_TF: Tensor, partition: Partition, options: CarveOptions
-) -> tuple[FittedRouter, dict[str, float]]:
+) -> tuple[_FittedRouter, dict[str, float]]:
     """Score by one neuron per expert (CMoE, arXiv:2502.04416, section 4.3).
 
     Returns:
@@ -91,7 +91,7 @@ def neuron_router(
         (``representative_rate``, ``median_rate``).
     """
     marks_TK = cmoe_marks(block, x_TD, hidden_TF, options)
-    neurons_N = representatives(marks_TK, partition, options)
+    neurons_N = _representatives(marks_TK, partition, options)
     cosine = options.profile == "cosine"
 
     def rows(weight: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def neuron_router(
 
     gated = block.gate is not None
     bias = None if block.bias_in is None or cosine else block.bias_in[neurons_N]
-    fitted = FittedRouter(
+    fitted = _FittedRouter(
         router=rows(block.up if block.gate is None else block.gate),
         router_bias=bias,
         router_neurons=neurons_N,
@@ -114,7 +114,7 @@ def neuron_router(
     return fitted, figures
 
 
-def representatives(marks_TK: Tensor, partition: Partition, options: CarveOptions) -> Tensor:
+def _representatives(marks_TK: Tensor, partition: Partition, options: CarveOptions) -> Tensor:
     """Choose each expert's representative neuron, ``(N,)`` int64, the lowest of equally good ones.
 
     Published is the neuron whose marks are nearest to the cluster's mean. But the means are below
