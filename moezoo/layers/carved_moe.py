@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo.errors import check_choice, check_int, check_number
 from moezoo.experts import MLPExperts
 from moezoo.feed_forward import (
     Cost,
@@ -30,6 +30,7 @@ from moezoo.feed_forward import (
 )
 from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing.neuron import NeuronRouter
+from moezoo.routing.options import check_top_k
 from moezoo.routing.router import Routing
 from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels.activations import ACTIVATIONS
@@ -84,12 +85,7 @@ class CarvedMoE(FeedForward):
     ) -> None:
         super().__init__(d_model)
         self.num_experts = check_int("num_experts", num_experts)
-        self.top_k = check_int("top_k", top_k)
-        if top_k > num_experts:
-            raise InputError(
-                f"top_k: {top_k} is more than num_experts={num_experts}; "
-                "lower top_k or raise num_experts"
-            )
+        self.top_k = check_top_k(top_k, num_experts)
         self.num_shared_experts = check_int("num_shared_experts", num_shared_experts, minimum=0)
         if d_expert is None:
             parts = num_experts + num_shared_experts

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo.errors import check_choice, check_int, check_number
 from moezoo.experts import MLPExperts
 from moezoo.feed_forward import (
     Cost,
@@ -25,6 +25,7 @@ from moezoo.feed_forward import (
 )
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import BalanceOptions, Router, RouterOptions
+from moezoo.routing.options import check_top_k
 from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels.activations import ACTIVATIONS
 
@@ -64,12 +65,7 @@ class SigmaMoE(FeedForward):
     ) -> None:
         super().__init__(d_model)
         self.num_experts = check_int("num_experts", num_experts)
-        self.top_k = check_int("top_k", top_k)
-        if top_k > num_experts:
-            raise InputError(
-                f"top_k: {top_k} is more than num_experts={num_experts}; "
-                "lower top_k or raise num_experts"
-            )
+        self.top_k = check_top_k(top_k, num_experts)
         if d_expert is None:
             d_expert = -(-default_width(d_model, gated=False) // (16 * num_experts)) * 16
         self.d_expert = check_int("d_expert", d_expert)

@@ -18,6 +18,7 @@ from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, TokenConte
 from moezoo.init import init_linear
 from moezoo.layers.dense import Activation, DenseFFN, default_width
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
+from moezoo.routing.options import check_top_k
 from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels.activations import ACTIVATIONS
 
@@ -69,12 +70,7 @@ class SparseMoE(FeedForward):
     ) -> None:
         super().__init__(d_model)
         self.num_experts = check_int("num_experts", num_experts)
-        self.top_k = check_int("top_k", top_k)
-        if top_k > num_experts:
-            raise InputError(
-                f"top_k: {top_k} is more than num_experts={num_experts}; "
-                "lower top_k or raise num_experts"
-            )
+        self.top_k = check_top_k(top_k, num_experts)
         self.num_shared_experts = check_int("num_shared_experts", num_shared_experts, minimum=0)
         if d_expert is None:
             answering = top_k + num_shared_experts

@@ -8,6 +8,17 @@ from typing import Literal
 from moezoo.errors import InputError, check_choice, check_int, check_number
 
 
+def check_top_k(top_k: int, num_experts: int) -> int:
+    """Return ``top_k`` if a token can choose so many experts, else raise :class:`InputError`."""
+    check_int("top_k", top_k)
+    if top_k > num_experts:
+        raise InputError(
+            f"top_k: {top_k} is more than num_experts={num_experts}; "
+            "lower top_k or raise num_experts"
+        )
+    return top_k
+
+
 @dataclass(frozen=True)
 class RouterOptions:
     """How tokens and experts find each other.
