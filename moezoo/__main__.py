@@ -269,7 +269,7 @@ def explain(error: Exception) -> str | None:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether a library whose settings the user chooses raised this itself, to refuse one."""
+    """Return whether a library whose settings the user chooses raised this, to refuse one."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next

@@ -1,4 +1,4 @@
-"""What every call of a layer is checked for, before it computes and after."""
+"""Checks of every call of a layer, before it computes and after."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 class Wide(Protocol):
-    """Whatever takes hidden states of one width, as every layer does."""
+    """A module that takes hidden states of one width, as every layer does."""
 
     d_model: int
 

@@ -1,4 +1,4 @@
-"""What a user got wrong, said in one line."""
+"""A user's mistakes, each reported in one line."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class FeedForwardOutput(NamedTuple):
-    """What a layer returns.
+    """The output of a layer.
 
     Attributes:
         hidden: ``(..., d_model)``, in the dtype of the input (or of autocast).
@@ -45,7 +45,7 @@ class FeedForwardOutput(NamedTuple):
 
 
 class TokenContext(NamedTuple):
-    """What a layer may read beside the hidden states; see :meth:`FeedForward.forward`."""
+    """The inputs of a layer beside the hidden states; see :meth:`FeedForward.forward`."""
 
     token_ids: Tensor | None = None
     router_input: Tensor | None = None
@@ -54,7 +54,7 @@ class TokenContext(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one layer costs, by formula.
+    """The cost of one layer, by formula.
 
     Attributes:
         total_parameters: trained numbers the layer holds.
@@ -243,7 +243,7 @@ class FeedForward(TrainingState):
 
 
 class Paper(NamedTuple):
-    """Where a method was published."""
+    """The publication of a method."""
 
     authors: str
     year: int

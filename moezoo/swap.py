@@ -1,4 +1,4 @@
-"""Put a layer of the zoo into a transformer somebody else built."""
+"""Put a layer of the zoo into a transformer of another library."""
 
 from __future__ import annotations
 

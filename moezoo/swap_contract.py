@@ -1,4 +1,4 @@
-"""What a foreign layer hands to its feed-forward block and expects of it, found by watching."""
+"""The contract between a foreign layer and its feed-forward block, found by watching."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Contract:
-    """How a block is called, and what it returns.
+    """The arguments that a block is called with, and the form of its output.
 
     Attributes:
         d_model: width of the hidden states.
@@ -80,7 +80,7 @@ class Adapter(nn.Module):
         self.caught: list[FeedForwardOutput] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer; keep its losses and statistics if somebody collects them."""
+        """Compute the layer; keep its losses and statistics while they are collected."""
         hidden, residual = self.contract.read(args, kwargs)
         output = self.layer(hidden)
         if self.caught is not None:

@@ -1,4 +1,4 @@
-"""Where the feed-forward blocks of a foreign transformer are, and what takes their place."""
+"""The feed-forward blocks of a foreign transformer, and what takes their place."""
 
 from __future__ import annotations
 

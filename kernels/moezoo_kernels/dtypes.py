@@ -1,4 +1,4 @@
-"""Which dtype arithmetic is done in."""
+"""The dtype that arithmetic is done in."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _fusable(left: Tensor, right: Tensor) -> bool:
 
 
 def _aligned(tensor: Tensor) -> bool:
-    """Whether the last two dimensions are a plain matrix whose rows or columns are aligned."""
+    """Return whether the last two dimensions are a plain matrix of aligned rows or columns."""
     *outer, rows, columns = tensor.stride()
     height, width = tensor.shape[-2:]
     if columns == 1 and rows >= max(1, width):

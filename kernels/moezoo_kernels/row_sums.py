@@ -35,7 +35,7 @@ class Assignments(NamedTuple):
 
 
 def sort_by_row(indices: Tensor, num_rows: int, only_used: bool) -> Assignments:
-    """Sort assignments by row, stably; ``only_used`` leaves out rows that nobody reads."""
+    """Sort assignments by row, stably; ``only_used`` leaves out rows without an assignment."""
     order, starts = _sort(indices, num_rows)
     if not only_used:
         return Assignments(order, starts, None)

@@ -21,7 +21,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on any device: for tests, and slow."""
+    """Return whether kernels run in Triton's interpreter, on any device: for tests, and slow."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -1,4 +1,4 @@
-"""A picture of who is used: each slot's share of the weight, layer by layer.
+"""A picture of the load: each slot's share of the weight, layer by layer.
 
 White is the even share, blue less, red more, in powers of two; grey was never used. Layers with as
 many slots of a kind are the rows of one map. The slots of product keys are a map of their own, the

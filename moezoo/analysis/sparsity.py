@@ -24,7 +24,7 @@ from moezoo.routing.stats import gini
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How sparse one set of neurons is; shares are of all N neurons, averaged over tokens.
+    """The sparsity of one set of neurons; shares are of all N neurons, averaged over tokens.
 
     Attributes:
         neurons: N.

@@ -29,7 +29,7 @@ _MOST_DEALT = 10**9 - 1
 
 @dataclass(frozen=True)
 class Specialization:
-    """How much of a layer's choices the token explains; entropies and information in nats.
+    """The part of a layer's choices that the token explains; entropies and information in nats.
 
     Attributes:
         choices: how many were counted.

@@ -1,4 +1,4 @@
-"""How many directions of its hidden space a layer uses (Jha and Reagen 2025, arXiv:2510.00537).
+"""Spectra: the directions that a layer uses (Jha and Reagen 2025, arXiv:2510.00537).
 
 Of the eigenvalues λ of a covariance, with shares p = λ / Σλ of D directions::
 
@@ -22,7 +22,7 @@ _CELLS = 2**24  # of a large matrix, turned to fp64 at once
 
 @dataclass(frozen=True)
 class Spectrum:
-    """How a variance is spread over directions.
+    """The spread of a variance over directions.
 
     Attributes:
         width: number of directions D.

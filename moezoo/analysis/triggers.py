@@ -81,7 +81,7 @@ class TriggerKeeper:
 
 @dataclass(frozen=True)
 class Sayings:
-    """What the values of M neurons say.
+    """The tokens that the values of M neurons promote.
 
     Attributes:
         tokens: ``(M, K)`` int64, the tokens of the largest probability, descending.
@@ -132,7 +132,7 @@ def sayings(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Whether neurons say what follows their strongest trigger.
+    """The agreement of neurons' tokens with what follows their strongest trigger.
 
     Attributes:
         neurons: neurons that have a trigger with a positive coefficient and a token after it.

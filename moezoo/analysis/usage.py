@@ -1,4 +1,4 @@
-"""How evenly the experts, values, leaves or neurons of layers are used over many forward passes.
+"""The load of a layer's experts, values, leaves or neurons over many forward passes.
 
 Each is a *slot*. Its share is measured by weight (what it was given after the softmax; ``_w`` in
 Lample et al. 2019, arXiv:1907.05242, section 4.4), by choices (how often it was chosen, ``_u``),
@@ -24,7 +24,7 @@ from moezoo.routing.stats import SlotLoad, max_violation, slot_usage
 
 @dataclass(frozen=True)
 class Evenness:
-    """How balanced the load of N slots is.
+    """The balance of the load of N slots.
 
     Attributes:
         usage: share of the slots with any load.
@@ -49,7 +49,7 @@ class Evenness:
 
 @dataclass(frozen=True)
 class SlotUsage:
-    """How one layer's slots were used.
+    """The usage of one layer's slots.
 
     Attributes:
         kind: what they are: experts, leaves, values, neurons.
@@ -145,7 +145,7 @@ def add_loads(one: SlotLoad, other: SlotLoad) -> SlotLoad:
 
 
 def usage_of(load: SlotLoad) -> SlotUsage:
-    """Return how evenly a layer's slots were used, from what :meth:`slot_load` returned."""
+    """Return the usage of a layer's slots, from its :meth:`~moezoo.FeedForward.slot_load`."""
     return SlotUsage(
         kind=load.kind,
         shape=load.shape,

@@ -1,8 +1,9 @@
 """Layers and ops against public implementations of the same thing, at the same work.
 
-`moezoo bench` is its command. A :class:`~moezoo.bench.case.Case` says what is computed, by whom,
-and what is to be reached; :mod:`~moezoo.bench.runner` checks that outputs and gradients agree and
-only then measures; :mod:`~moezoo.bench.results` and :mod:`~moezoo.bench.pictures` write it down.
+`moezoo bench` is its command. A :class:`~moezoo.bench.case.Case` says what is computed, by which
+implementations, and the target; :mod:`~moezoo.bench.runner` checks that outputs and gradients
+agree, and only then measures; :mod:`~moezoo.bench.results` and :mod:`~moezoo.bench.pictures` write
+the results.
 """
 
 from moezoo.bench.case import (

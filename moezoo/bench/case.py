@@ -1,7 +1,7 @@
-"""What a benchmark case is: one piece of work, ours, and the others who do it.
+"""A benchmark case: one piece of work, our implementation, and others of the same.
 
 A case is declared once, in :mod:`moezoo.bench.cases`: sizes, how to build ours, a builder per peer,
-and what is to be reached against whom. Everything else (gate, timing, memory, pictures) is the same
+and the target against each of them. Everything else (gate, timing, memory, pictures) is the same
 for all of them.
 """
 
@@ -63,7 +63,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Work:
-    """The least that anyone must do, whatever the algorithm.
+    """The least work, whatever the algorithm.
 
     Attributes:
         flops: of the matrix products; a multiply-add counts two.
@@ -123,7 +123,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be reached; None where nothing is.
+    """The ratios to be reached; None where there is no target.
 
     Attributes:
         forward: how many times as fast as the peer, at least.
@@ -164,7 +164,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a case is built for.
+    """The setting that a case is built for.
 
     Attributes:
         sizes: numbers by name.

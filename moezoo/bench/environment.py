@@ -1,4 +1,4 @@
-"""Where and when something was measured: what must stand beside every number."""
+"""The environment of a measurement, to be stored beside every number."""
 
 from __future__ import annotations
 

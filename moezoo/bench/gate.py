@@ -17,7 +17,7 @@ _OUTPUT = "the output"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contender computed: the output and the gradients, laid out as ours."""
+    """A contender's output and gradients, laid out as ours."""
 
     output: Tensor
     gradients: dict[str, Tensor]

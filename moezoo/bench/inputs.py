@@ -1,7 +1,7 @@
 """Inputs whose discrete choices do not hang on the last bits.
 
 Two right programs round differently, and where two experts score alike to the last bit they may
-choose differently: the outputs then differ visibly though nobody is wrong. The gate would have to
+choose differently: the outputs then differ visibly though neither is wrong. The gate would have to
 be so loose as to be worthless. So tokens with such a choice are drawn anew.
 """
 

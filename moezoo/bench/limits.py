@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured in the same run as everything else."""
+"""The machine's limits, measured in the same run as everything else."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Row:
 
     Attributes:
         case, kind, title, shape, dtype, device: what was computed, and where.
-        peer: against whom; ``limit`` is what the machine allows.
+        peer: the baseline; ``limit`` is what the machine allows.
         same_function: whether the peer computes the same, and was compared.
         outcome: measured, differs, missing, failed or skipped.
         error: the largest relative error of output and gradients.
@@ -40,7 +40,7 @@ class Row:
         saved_bytes, memory_bytes: ours; kept for the backward, and held for a while.
         peer_saved_bytes, peer_memory_bytes: the peer's.
         saved_ratio, memory_ratio: ours over the peer's.
-        flops, bytes: of the forward pass, the least that anyone must do.
+        flops, bytes: of the forward pass, the least work.
         series, size: the line in the pictures on which this lies, and where.
         size_name: what the size is.
         target, verdict: what was to be reached, and whether it was.

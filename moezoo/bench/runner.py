@@ -24,7 +24,7 @@ LIMIT = "limit"
 
 @dataclass(frozen=True)
 class Measured:
-    """What one contender took.
+    """The time and memory that one contender took.
 
     Attributes:
         forward: time without gradients.
@@ -91,7 +91,7 @@ def run_case(case: Case, options: Options) -> list[Result]:
     """Compare and measure all wanted peers of a case.
 
     Args:
-        case: what is computed, and by whom.
+        case: the work, and its implementations.
         options: which peers are wanted, and how to measure.
 
     Returns:

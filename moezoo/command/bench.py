@@ -36,8 +36,8 @@ def bench(
 ) -> None:
     """Measure ops and layers against public implementations of the same thing.
 
-    Answers and gradients are compared first: who gives another answer gets no speed. Prints a
-    table and writes it as CSV and JSON, with pictures, to the output directory.
+    Outputs and gradients are compared first: a wrong one gets no speed. Prints a table
+    and writes it as CSV and JSON, with pictures, to the output directory.
 
     Args:
         cases: op, layer, all, or names of cases, separated by commas; may come first, without

@@ -1,4 +1,4 @@
-"""Which of several settings counts: the command line wins over files, whatever its order."""
+"""Precedence of settings: the command line wins over files, whatever its order."""
 
 from __future__ import annotations
 

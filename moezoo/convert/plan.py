@@ -1,4 +1,4 @@
-"""The expert plan: which neurons of a dense block make up each expert, and who routes to them.
+"""The expert plan: which neurons of a dense block make up each expert, and the router.
 
 A gated block computes ``down @ (act(gate @ x) * (up @ x))``; its neuron i is row i of gate and up
 and column i of down. An expert is a list of neurons, possibly scaled, possibly with some of them

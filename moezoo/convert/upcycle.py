@@ -26,7 +26,7 @@ from moezoo.errors import InputError, check_choice, check_int, check_number
 
 @dataclass(frozen=True)
 class UpcycleOptions:
-    """What to make of every dense block.
+    """Options of upcycling a dense block.
 
     Attributes:
         experts: copies E of the block; there are E G routed experts.

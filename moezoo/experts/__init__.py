@@ -1,4 +1,4 @@
-"""What experts compute: the stores that routed layers share."""
+"""Experts: the stores of parameters that routed layers share."""
 
 from moezoo.experts.mlp import MLPExperts
 

@@ -286,7 +286,7 @@ class FastFeedForward(FeedForward):
 
 
 class _Decisions(NamedTuple):
-    """Where tokens go: the leaf by hard decisions, the leaves' probabilities, nodes' entropies."""
+    """Decisions of tokens: the hard leaf, the leaves' probabilities, the nodes' entropies."""
 
     leaf_T: Tensor
     p_TE: Tensor | None

@@ -1,4 +1,4 @@
-"""Which experts a token is routed to: learned routers, their options, losses and statistics."""
+"""Routing of tokens to experts: learned routers, their options, losses and statistics."""
 
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.router import Router, Routing

@@ -1,4 +1,4 @@
-"""Expert capacity: who is served when an expert has more tokens than room."""
+"""Expert capacity: which tokens are kept when an expert has more than it has room for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics that are computed at once, or only if somebody reads them."""
+"""Statistics that are computed at once, or only when they are read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def statistics(
     """Compute statistics at once while a layer trains, else when they are read.
 
     Training logs them at every step. A token that is decoded would wait longer for them than for
-    its answer, and nobody looks at them.
+    its output, and nothing reads them.
 
     Args:
         layer: whose they are.

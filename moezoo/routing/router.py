@@ -23,7 +23,7 @@ from moezoo_kernels.dtypes import at_least_fp32
 
 
 class Routing(NamedTuple):
-    """Which experts each token is routed to, and with what weight.
+    """The experts each token is routed to, and their weights.
 
     Attributes:
         indices: ``(T, K)`` int64 experts, -1 for none. K is E in expert choice.
@@ -44,7 +44,7 @@ class Router(TrainingState):
     """Score every expert for every token and choose.
 
     The arithmetic is fp32 whatever autocast says (fp64 for fp64 inputs): rounding a logit to bf16
-    changes who is chosen.
+    changes the choice.
 
     Args:
         d_model: width of what the router reads.

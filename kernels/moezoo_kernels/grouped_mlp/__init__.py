@@ -39,7 +39,7 @@ def grouped_mlp(
 
     with ``act`` the activation, or ``act(gate) * up`` of the two halves if gated. A slot of -1
     costs nothing, adds nothing, and its weight gets gradient zero; so do the parameters of an
-    expert that nobody chose. Saved for the backward, besides the inputs: the pre-activations
+    expert without a token. Saved for the backward, besides the inputs: the pre-activations
     ``(N, I)`` in ``x``'s dtype, ``(N,)`` and ``(E,)`` int64.
 
     Products run in the dtype of ``x``, or of autocast (as in ``F.linear``); router weights and the

@@ -1,4 +1,4 @@
-"""What the fused backends of ``grouped_mlp`` are given and give back, under one name each."""
+"""Operands and gradients of the fused backends of ``grouped_mlp``, under one name each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Experts(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody wants."""
+    """The gradients that are wanted."""
 
     x: bool
     w_in: bool

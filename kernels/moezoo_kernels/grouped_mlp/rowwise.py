@@ -1,4 +1,4 @@
-"""What stands between an expert's matrix products on a CPU: C++ passes, or plain torch.
+"""The work between an expert's matrix products on a CPU: C++ passes, or plain torch.
 
 Each C++ pass (csrc/grouped_mlp.cpp) reads its operands once and computes in fp32. Plain torch runs
 where there is no library and in fp64 and fp16.

@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 class HiddenGradients(NamedTuple):
-    """What the backward of an expert's activation returns."""
+    """Gradients of an expert's activation."""
 
     weighted: Tensor  # (N, F), the hidden activations times the router weights
     inner: Tensor  # (N, I), gradient of the pre-activations

@@ -36,7 +36,7 @@ def backward(grad: Tensor, slots: Tensor, n: int, by_head: bool) -> Tensor:
 
 
 def is_by_head(halves: Tensor) -> bool:
-    """Whether (2, T, H, n) half scores lie in memory as (H, 2, T, n), as if from one product."""
+    """Return whether (2, T, H, n) half scores lie in memory as (H, 2, T, n), from one product."""
     return halves.stride(2) > halves.stride(0)
 
 

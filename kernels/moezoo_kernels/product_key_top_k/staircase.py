@@ -1,4 +1,4 @@
-"""Which pairs can be among the K best sums: K (1 + 1/2 + … + 1/K) instead of K².
+"""The pairs that can be among the K best sums: K (1 + 1/2 + … + 1/K) instead of K².
 
 With both halves in order, best first, the pair of ranks (r, s) is preceded by every other pair of
 ranks up to r and up to s, which are (r + 1)(s + 1) - 1; so it takes part only if

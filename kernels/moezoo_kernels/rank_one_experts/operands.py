@@ -1,4 +1,4 @@
-"""What the backends of ``rank_one_experts`` are given and give back, under one name each.
+"""Operands and gradients of the backends of ``rank_one_experts``, under one name each.
 
 Shapes: T tokens, D width, N experts, J assignments per token, I = 2 J if gated else J.
 """
@@ -25,7 +25,7 @@ class Experts(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody wants."""
+    """The gradients that are wanted."""
 
     x: bool
     u: bool

@@ -1,4 +1,4 @@
-"""Who computes mixtures of MLP experts, each with our weights."""
+"""Other implementations of mixtures of MLP experts, each with our weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Experts:
 
     @property
     def operands(self) -> dict[str, Tensor]:
-        """What gradients are taken of, with the routing given."""
+        """The operands whose gradients are taken, with the routing given."""
         return {"x": self.x, "w_in": self.w_in, "w_out": self.w_out, "weights": self.weights}
 
     @property

@@ -37,7 +37,7 @@ _PRODUCT_KEY_MEMORY = Package("product_key_memory")
 
 @dataclass(frozen=True)
 class _Values:
-    """The table, who reads what, and how ours is called."""
+    """The table, the rows read, and how ours is called."""
 
     table: ValueTable
     indices: Tensor

@@ -1,4 +1,4 @@
-"""What the cases that read rows of large tables share."""
+"""Shared parts of the cases that read rows of large tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bag_work(
         width: numbers of a row.
         item: bytes of a number.
         tables: how many tables are read at the same rows.
-        named: rows that anyone reads.
+        named: rows that are read.
         all_rows: rows of each table's gradient: all of them, or those that were read.
     """
     flops = 2.0 * tokens * rows * width * tables

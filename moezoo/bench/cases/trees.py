@@ -81,7 +81,7 @@ def _dense(parts: _Path) -> Contender:
 
 
 def _masked(parts: _Path) -> Contender:
-    """What training does: compute all neurons, and mask those that are not on the path."""
+    """As in training: compute all neurons, and mask those that are not on the path."""
     layer = parts.layer
 
     def forward() -> Tensor:

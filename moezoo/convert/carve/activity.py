@@ -1,4 +1,4 @@
-"""What neurons do on calibration tokens: how much they matter, when, and with whom.
+"""Activity of neurons on calibration tokens: how much they matter, when, and with which others.
 
 Shapes: T tokens, F neurons, K marks per token, N clusters.
 """

@@ -1,4 +1,4 @@
-"""What to carve, and by which of the published rules."""
+"""Options of carving: the sizes, and which of the published rules."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CarveOptions:
         shared_by: whose rule picks the shared neurons: that of the ``split``, where ``random`` and
             ``contiguous`` have none and deal them out like the others; ``contribution``'s, those
             whose contribution varies most; or ``cmoe``'s, those most often among the K_a strongest.
-        router: who scores the experts. ``ridge``: a linear map fitted to the size of their
+        router: what scores the experts. ``ridge``: a linear map fitted to the size of their
             contributions. ``cmoe``: one representative neuron each. ``gate_mean``: the mean of
             their neurons' gate vectors (ExpertWeaver). ``prior_approximate``: a linear map trained
             with FactorLLM's loss.

@@ -1,4 +1,4 @@
-"""Who should have been chosen: the experts that contribute most; and how often they are.
+"""The oracle's choice: the experts that contribute most; and how often a router agrees.
 
 Shapes: T tokens, D d_model, F neurons, N routed experts, K of them active.
 """

@@ -1,4 +1,4 @@
-"""Who scores the experts of a carved block.
+"""Routers of a carved block.
 
 Shapes: T tokens, D d_model, F neurons, N routed experts, m neurons of an expert.
 """
@@ -64,7 +64,7 @@ def _gate_mean_router(block: Block, partition: Partition) -> _FittedRouter:
 def _even_out(fitted: _FittedRouter, x_TD: Tensor) -> _FittedRouter:
     """Subtract what all experts' logits have in common, and scale the rest to one.
 
-    Neither changes who is chosen. It makes the softmax of the logits, which fine-tuning starts
+    Neither changes the choice. It makes the softmax of the logits, which fine-tuning starts
     from, neither flat nor hard, and keeps small numbers from being rounded away beside large ones.
     """
     weight_ND = fitted.router - fitted.router.mean(dim=0)
@@ -119,8 +119,8 @@ def _representatives(marks_TK: Tensor, partition: Partition, options: CarveOptio
 
     Published is the neuron whose marks are nearest to the cluster's mean. But the means are below
     one half nearly everywhere, so that every mark takes a neuron away from them (see
-    :func:`~moezoo.convert.carve.activity.mark_distances`): nearest is who is marked least, mostly a
-    neuron that never is.
+    :func:`~moezoo.convert.carve.activity.mark_distances`): nearest is the neuron marked least,
+    mostly one that never is.
     """
     labels_F = partition.labels()
     if options.representative == "most_active":

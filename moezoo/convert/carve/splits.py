@@ -1,4 +1,4 @@
-"""Which neurons run on every token, and which of the others go together."""
+"""The split of neurons: those that run on every token, and groups of the others."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def _prices(cost: _Cost) -> _Cost:
 
 
 def _greedy(cost: _Cost, size: int) -> _Index:
-    """Serve first who would lose most by its second choice."""
+    """Serve first the item that would lose most by its second choice."""
     n, k = cost.shape
     best_two = np.partition(cost, 1, axis=1)
     order = np.argsort(best_two[:, 0] - best_two[:, 1], kind="stable")
@@ -112,7 +112,7 @@ def _cancel(cost: _Cost, cluster: _Index) -> None:
 
 
 def _cheapest_moves(cost: _Cost, items: _Index, i: int, moves: _Cost, movers: _Index) -> None:
-    """Find who of cluster i would move to each other cluster at the least loss."""
+    """Find the item of cluster i that would move to each other cluster at the least loss."""
     held = cost[items]
     loss = held - held[:, i : i + 1]
     loss[:, i] = np.inf
