@@ -18,9 +18,8 @@ from moezoo.feed_forward import FeedForward, flatten_tokens
 from moezoo.layers.carved_moe import CarvedMoE
 from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.hash import HashLayer
-from moezoo.layers.memory_plus import MemoryPlus
+from moezoo.layers.memory_layer import MemoryLayer
 from moezoo.layers.peer import PEER
-from moezoo.layers.product_key_memory import ProductKeyMemory
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.layers.top_k_ffn import TopKFFN
@@ -83,10 +82,10 @@ def _choose(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices
     )
 
 
-def _asked_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:
+def _router_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:
     """Return what the router reads, ``(T, d_model)``."""
-    read = context.get("router_input")
-    return flatten_tokens(layer, hidden if read is None else read, None)[0]
+    router_input = context.get("router_input")
+    return flatten_tokens(layer, hidden if router_input is None else router_input, None)[0]
 
 
 def _experts(routing: Routing, num_experts: int) -> SlotChoices:
@@ -95,15 +94,15 @@ def _experts(routing: Routing, num_experts: int) -> SlotChoices:
 
 @_choose.register
 def _(layer: SparseMoE, hidden: Tensor, context: Context) -> SlotChoices:
-    asked_TD = _asked_tokens(layer, hidden, context)
+    router_TD = _router_tokens(layer, hidden, context)
     mask = context.get("mask")
     flat_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
-    return _experts(layer.gate(asked_TD, flat_mask, limited=False), layer.num_experts)
+    return _experts(layer.gate(router_TD, flat_mask, limited=False), layer.num_experts)
 
 
 @_choose.register
 def _(layer: SigmaMoE, hidden: Tensor, context: Context) -> SlotChoices:
-    return _experts(layer.gate(_asked_tokens(layer, hidden, context)), layer.num_experts)
+    return _experts(layer.gate(_router_tokens(layer, hidden, context)), layer.num_experts)
 
 
 @_choose.register
@@ -125,26 +124,25 @@ def _(layer: PEER, hidden: Tensor, context: Context) -> SlotChoices:
     return SlotChoices(experts_THK.flatten(1), weights_THK.flatten(1), layer.num_experts, "experts")
 
 
-@_choose.register(ProductKeyMemory)
-@_choose.register(MemoryPlus)
-def _(layer: ProductKeyMemory | MemoryPlus, hidden: Tensor, context: Context) -> SlotChoices:
+@_choose.register
+def _(layer: MemoryLayer, hidden: Tensor, context: Context) -> SlotChoices:
     memory: KeyValueMemory = layer.memory
-    scores_THK, slots_THK = memory.keys(memory.query(_asked_tokens(layer, hidden, context), None))
+    scores_THK, slots_THK = memory.keys(memory.query(_router_tokens(layer, hidden, context), None))
     weights_THK = scores_THK.softmax(dim=-1)
     return SlotChoices(slots_THK.flatten(1), weights_THK.flatten(1), layer.num_experts, "values")
 
 
 @_choose.register
 def _(layer: FastFeedForward, hidden: Tensor, context: Context) -> SlotChoices:
-    leaf_T1 = layer.tree.descend(_asked_tokens(layer, hidden, context)).unsqueeze(-1)
+    leaf_T1 = layer.tree.descend(_router_tokens(layer, hidden, context)).unsqueeze(-1)
     return SlotChoices(leaf_T1, torch.ones(leaf_T1.shape), layer.num_experts, "leaves")
 
 
 @_choose.register
 def _(layer: UltraFastFFF, hidden: Tensor, context: Context) -> SlotChoices:
-    asked_TD = _asked_tokens(layer, hidden, context)
+    router_TD = _router_tokens(layer, hidden, context)
     _, bottom_TP = path_neurons(
-        asked_TD, layer.in_weight, layer.in_bias, layer.out_weight, activation=layer.activation
+        router_TD, layer.in_weight, layer.in_bias, layer.out_weight, activation=layer.activation
     )
     bottoms = 2**layer.depth
     slots_TP = bottom_TP + bottoms * torch.arange(layer.num_trees, device=bottom_TP.device)

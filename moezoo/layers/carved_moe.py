@@ -141,15 +141,15 @@ class CarvedMoE(FeedForward):
         self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
     ) -> Routing:
         """Return the routing without running the experts: indices, scores s', statistics."""
-        _, read, flat_mask = self._flatten(hidden, TokenContext(None, router_input, mask))
-        return self.gate(read, flat_mask)
+        _, router_TD, flat_mask = self._flatten(hidden, TokenContext(None, router_input, mask))
+        return self.gate(router_TD, flat_mask)
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Run the shared part and each token's experts; by brute force, all on all tokens."""
-        tokens, read, flat_mask = self._flatten(hidden, context)
-        routing = self.gate(read, flat_mask)
+        tokens, router_TD, flat_mask = self._flatten(hidden, context)
+        routing = self.gate(router_TD, flat_mask)
         chosen = (tokens, routing.indices, self._gates(routing))
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared part runs while tokens travel to experts on other ranks.

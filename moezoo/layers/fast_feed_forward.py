@@ -141,9 +141,9 @@ class FastFeedForward(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Mix all leaves or run each token's own; by brute force, weight all by their paths."""
-        x_TD, asking_TD, mask_T = self._flatten(hidden, context)
+        x_TD, router_TD, mask_T = self._flatten(hidden, context)
         hard = not self.training if self.hard is None else self.hard
-        decisions = self._decide(asking_TD, hard, brute_force)
+        decisions = self._decide(router_TD, hard, brute_force)
         leaf_T, p_TE, entropy_TN = decisions
         stats = statistics(self, self._stats, leaf_T, entropy_TN, mask_T)
         losses = self._losses(p_TE, entropy_TN, mask_T, stats)
@@ -169,9 +169,9 @@ class FastFeedForward(FeedForward):
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count the leaves that hard decisions reach; if soft, weigh by probabilities."""
-        _, asking_TD, mask_T = self._flatten(hidden, context)
+        _, router_TD, mask_T = self._flatten(hidden, context)
         hard = not self.training if self.hard is None else self.hard
-        decisions = self._decide(asking_TD, hard, brute_force=False)
+        decisions = self._decide(router_TD, hard, brute_force=False)
         leaf_T1 = decisions.leaf_T.unsqueeze(-1)
         load = slot_load(leaf_T1, None, self.num_experts, mask_T, kind="leaves")
         if hard or decisions.p_TE is None:
@@ -179,10 +179,10 @@ class FastFeedForward(FeedForward):
         p_TE = decisions.p_TE if mask_T is None else decisions.p_TE * mask_T.unsqueeze(-1)
         return load._replace(mass=p_TE.sum(dim=0))
 
-    def _decide(self, asking_TD: Tensor, hard: bool, brute_force: bool) -> _Decisions:
+    def _decide(self, router_TD: Tensor, hard: bool, brute_force: bool) -> _Decisions:
         if hard and not self.training and not brute_force:
-            return _Decisions(self.tree.descend(asking_TD), None, None)
-        logits_TN = self.tree.logits(asking_TD)
+            return _Decisions(self.tree.descend(router_TD), None, None)
+        logits_TN = self.tree.logits(router_TD)
         swap_TN = torch.zeros_like(logits_TN, dtype=torch.bool)
         if self.training and self.region_leak:
             swap_TN = torch.rand_like(logits_TN) < self.region_leak

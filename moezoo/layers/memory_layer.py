@@ -89,8 +89,8 @@ class MemoryLayer(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Read each token's slots; by brute force, score all n² keys and weight all values."""
-        x_TD, asked_TD, mask_T = self._flatten(hidden, context)
-        read_TV, stats = self.memory(asked_TD, mask_T, brute_force)
+        x_TD, router_TD, mask_T = self._flatten(hidden, context)
+        read_TV, stats = self.memory(router_TD, mask_T, brute_force)
         output = self._project(read_TV, x_TD)
         return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
 
@@ -100,8 +100,8 @@ class MemoryLayer(FeedForward):
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up how often each slot is read, and its weight; ``shape`` is the keys' grid."""
-        _, asked_TD, mask_T = self._flatten(hidden, context)
-        return self.memory.slot_load(asked_TD, mask_T)
+        _, router_TD, mask_T = self._flatten(hidden, context)
+        return self.memory.slot_load(router_TD, mask_T)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put the values apart: constant learning rate, no decay, perhaps sparse."""

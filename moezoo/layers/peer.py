@@ -146,16 +146,16 @@ class PEER(FeedForward):
 
         Padding gets experts -1 and weights zero.
         """
-        _, asked_TD, mask_T = self._flatten(hidden, TokenContext(None, router_input, mask))
-        return self._retrieve(asked_TD, mask_T, brute_force=False)
+        _, router_TD, mask_T = self._flatten(hidden, TokenContext(None, router_input, mask))
+        return self._retrieve(router_TD, mask_T, brute_force=False)
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Sum up the retrieved experts; by brute force, score all n² keys and run all experts."""
-        tokens_TD, asked_TD, mask_T = self._flatten(hidden, context)
+        tokens_TD, router_TD, mask_T = self._flatten(hidden, context)
         batch: dict[str, Tensor] = {}
-        experts_THK, weights_THK = self._retrieve(asked_TD, mask_T, brute_force, batch)
+        experts_THK, weights_THK = self._retrieve(router_TD, mask_T, brute_force, batch)
         answer = self.experts.reference if brute_force else self.experts
         output_TD = answer(tokens_TD, experts_THK.flatten(1), weights_THK.flatten(1))
         chosen = (experts_THK, weights_THK, self.num_experts, mask_T)
@@ -166,15 +166,15 @@ class PEER(FeedForward):
 
     def _retrieve(
         self,
-        asked_TD: Tensor,
+        router_TD: Tensor,
         mask_T: Tensor | None,
         brute_force: bool,
         batch: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if brute_force:
-            scores_THK, experts_THK = self.keys.reference(self.query.reference(asked_TD, mask_T))
+            scores_THK, experts_THK = self.keys.reference(self.query.reference(router_TD, mask_T))
         else:
-            scores_THK, experts_THK = self.keys(self.query(asked_TD, mask_T, batch))
+            scores_THK, experts_THK = self.keys(self.query(router_TD, mask_T, batch))
         weights_THK = SCORE_FUNCTIONS[self.score_fn](scores_THK)
         if mask_T is None:
             return experts_THK, weights_THK

@@ -99,8 +99,8 @@ class SigmaMoE(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Sum up the K best experts times their scores; by brute force, run all of them."""
-        tokens, read, flat_mask = self._flatten(hidden, context)
-        routing = self.gate(read, flat_mask)
+        tokens, router_TD, flat_mask = self._flatten(hidden, context)
+        routing = self.gate(router_TD, flat_mask)
         if brute_force:
             output = self.experts.reference(tokens, routing.indices, routing.weights)
         else:
@@ -109,8 +109,8 @@ class SigmaMoE(FeedForward):
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and scores."""
-        _, read, flat_mask = self._flatten(hidden, context)
-        routing = self.gate(read, flat_mask)
+        _, router_TD, flat_mask = self._flatten(hidden, context)
+        routing = self.gate(router_TD, flat_mask)
         return slot_load(routing.indices, routing.weights, self.num_experts)
 
     def cost(self) -> Cost:

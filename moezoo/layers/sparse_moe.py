@@ -139,9 +139,9 @@ class SparseMoE(FeedForward):
         return self._route(hidden, TokenContext(None, router_input, mask), limited=True)
 
     def _route(self, hidden: Tensor, context: TokenContext, limited: bool) -> Routing:
-        _, read, flat_mask = self._flatten(hidden, context)
+        _, router_TD, flat_mask = self._flatten(hidden, context)
         sequences = (hidden.shape[0], hidden.shape[1]) if hidden.ndim == 3 else None
-        return self.gate(read, flat_mask, sequences, limited)
+        return self.gate(router_TD, flat_mask, sequences, limited)
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights, before capacity."""

@@ -121,9 +121,9 @@ class TopKFFN(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Keep each token's strongest neurons; a mask only keeps padding out of the statistics."""
-        x_TD, asked_TD, mask_T = self._flatten(hidden, context)
+        x_TD, router_TD, mask_T = self._flatten(hidden, context)
         if brute_force:
-            output_TD, inner_TF = self._neuron_by_neuron(x_TD, asked_TD)
+            output_TD, inner_TF = self._neuron_by_neuron(x_TD, router_TD)
             output = output_TD.reshape(hidden.shape)
             return FeedForwardOutput(output, {}, self._stats(inner_TF.detach(), mask_T))
         inner = self._kept(hidden, context.router_input)
@@ -191,14 +191,14 @@ class TopKFFN(FeedForward):
         }
         return {"expert_counts": load.counts, **stats} if self.d_ff <= MOST_COUNTS else stats
 
-    def _neuron_by_neuron(self, x_TD: Tensor, asked_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _neuron_by_neuron(self, x_TD: Tensor, router_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output ``(T, D)`` and the hidden layer ``(T, F)``, zero where not kept.
 
         A neuron is kept by counting those that are stronger, or by the threshold.
         """
         act = ACTIVATIONS[self.activation]
         inner_TF, up_TF = self._reference_inner(x_TD)
-        asked_TF = inner_TF if asked_TD is x_TD else self._reference_inner(asked_TD)[0]
+        asked_TF = inner_TF if router_TD is x_TD else self._reference_inner(router_TD)[0]
         if self.selection == "statistical":
             value_TF = act(inner_TF.where(asked_TF > 0, 0.0)) * (up_TF if self.gated else 1.0)
         else:

@@ -86,15 +86,15 @@ class UltraFastFFF(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Sum up the neurons on each token's paths."""
-        x_TD, asking_TD, mask_T = self._flatten(hidden, context)
+        x_TD, router_TD, mask_T = self._flatten(hidden, context)
         if brute_force:
             compute = self._neuron_by_neuron
         else:
             compute = self._dense if self.training else self._descend
-        output_TD, bottom_TP = compute(x_TD, asking_TD)
+        output_TD, bottom_TP = compute(x_TD, router_TD)
         return self._output(hidden, output_TD, bottom_TP, mask_T)
 
-    def _neuron_by_neuron(self, x_TD: Tensor, asking_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _neuron_by_neuron(self, x_TD: Tensor, router_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Run all neurons one by one, each times whether the decisions above lead to it."""
         first_bottom = 2**self.depth - 1
         act = ACTIVATIONS[self.activation]
@@ -103,7 +103,7 @@ class UltraFastFFF(FeedForward):
             logits = [x_TD @ w_D + b for w_D, b in zip(w_ND, b_N, strict=True)]
             on_path = [torch.ones_like(logits[0], dtype=torch.bool)]
             for node in range(first_bottom):
-                right_T = asking_TD @ w_ND[node] + b_N[node] > 0
+                right_T = router_TD @ w_ND[node] + b_N[node] > 0
                 on_path += [on_path[node] & ~right_T, on_path[node] & right_T]
             for logit_T, reached_T, v_D in zip(logits, on_path, v_ND, strict=True):
                 output_TD = output_TD + (act(logit_T) * reached_T).unsqueeze(-1) * v_D
@@ -118,11 +118,11 @@ class UltraFastFFF(FeedForward):
             logits = F.linear(x_TD, weight.to(x_TD.dtype), bias.to(x_TD.dtype))
         return logits.unflatten(-1, (self.num_trees, self.num_nodes))
 
-    def _dense(self, x_TD: Tensor, asking_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _dense(self, x_TD: Tensor, router_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Compute all neurons, and mask: two GEMMs."""
         logits_TPN = self._logits(x_TD)
         with torch.no_grad():
-            right_TPN = (logits_TPN if asking_TD is x_TD else self._logits(asking_TD)) > 0
+            right_TPN = (logits_TPN if router_TD is x_TD else self._logits(router_TD)) > 0
             node_TP1 = torch.zeros_like(logits_TPN[..., :1], dtype=torch.int64)
             on_path_TPN = torch.zeros_like(right_TPN).scatter_(-1, node_TP1, True)
             for _ in range(self.depth):
@@ -133,7 +133,7 @@ class UltraFastFFF(FeedForward):
         output_TD = inner_TPN.flatten(1).to(weight.dtype) @ weight
         return output_TD, node_TP1.squeeze(-1) - (2**self.depth - 1)
 
-    def _descend(self, x_TD: Tensor, asking_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _descend(self, x_TD: Tensor, router_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the neurons on the path, reading their rows only."""
         return path_neurons(
             x_TD,
@@ -141,7 +141,7 @@ class UltraFastFFF(FeedForward):
             self.in_bias,
             self.out_weight,
             activation=self.activation,
-            asking=None if asking_TD is x_TD else asking_TD,
+            asking=None if router_TD is x_TD else router_TD,
         )
 
     def _output(
@@ -169,8 +169,8 @@ class UltraFastFFF(FeedForward):
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up which bottom neurons are reached; ``shape`` is trees × neurons of one."""
-        _, asking_TD, mask_T = self._flatten(hidden, context)
-        slots_TP, num_slots = self._slots(self._descend(asking_TD, asking_TD)[1])
+        _, router_TD, mask_T = self._flatten(hidden, context)
+        slots_TP, num_slots = self._slots(self._descend(router_TD, router_TD)[1])
         grid = (self.num_trees, 2**self.depth) if self.num_trees > 1 else None
         return slot_load(slots_TP, None, num_slots, mask_T, kind="leaves", shape=grid)
 
