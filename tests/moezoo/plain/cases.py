@@ -1,0 +1,154 @@
+"""Which layers are compared with plain references: the zoo, and every convention beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from plain.compare import VOCABULARY, randomize
+
+import moezoo
+from moezoo.feed_forward import FeedForward
+from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
+
+D = 21
+NO_BALANCE = BalanceOptions(load_balancing=0.0)
+SIZES: dict[str, dict[str, Any]] = {
+    "CarvedMoE": {"num_experts": 9, "top_k": 3, "d_expert": 5},
+    "HashLayer": {"vocab_size": VOCABULARY},
+    "MemoryPlus": {"num_keys": 9, "top_k": 5},
+    "PEER": {"num_experts": 81, "top_k": 4, "num_heads": 3},
+    "PersistentMemoryAttention": {"num_heads": 3, "num_slots": 11},
+    "ProductKeyMemory": {"num_keys": 9, "top_k": 5},
+    "SparseMoE": {"d_expert": 5},
+}
+
+
+def build(name: str, **arguments: Any) -> FeedForward:
+    """Build a method or a layer at the width of these tests, in fp64, with every bias it offers."""
+    methods = {method.name: method for method in moezoo.zoo()}
+    cls = methods[name].layer if name in methods else getattr(moezoo, name)
+    arguments = {**SIZES.get(cls.__name__, {}), **biases(cls), **arguments}
+    layer = methods[name].build(D, **arguments) if name in methods else cls(D, **arguments)
+    return randomize(layer.double())
+
+
+def biases(cls: type[FeedForward]) -> dict[str, bool]:
+    """Return the arguments that give a layer its biases, set to true."""
+    annotations = cls.__init__.__annotations__
+    return {name: True for name in annotations if name.rpartition("_")[2] == "bias"}
+
+
+def _moe(**arguments: Any) -> Callable[[], FeedForward]:
+    return lambda: build("SparseMoE", **{"balance": NO_BALANCE, **arguments})
+
+
+def _layer(name: str, **arguments: Any) -> Callable[[], FeedForward]:
+    return lambda: build(name, **arguments)
+
+
+ZOO = {method.name: _layer(method.name) for method in moezoo.zoo()}
+
+CONVENTIONS = {
+    "without_biases": _moe(bias=False, num_shared_experts=1),
+    "softmax_bias_scale": _moe(
+        router=RouterOptions(normalize=False, scale=6.0, selection_bias=True), top_k=3
+    ),
+    "softmax_bias_normalized": _moe(router=RouterOptions(selection_bias=True), top_k=3),
+    "sigmoid_normalized": _moe(router=RouterOptions(score="sigmoid", scale=0.7), top_k=3),
+    "sigmoid_raw": _moe(router=RouterOptions(score="sigmoid", normalize=False), top_k=1),
+    "sigmoid_groups_by_best": _moe(
+        num_experts=12,
+        top_k=3,
+        router=RouterOptions(
+            score="sigmoid", num_groups=4, top_groups=2, group_score="max", selection_bias=True
+        ),
+        balance=BalanceOptions(load_balancing=0.1, sequence=0.2, scope="local"),
+    ),
+    "softmax_groups_by_two": _moe(
+        num_experts=12,
+        top_k=3,
+        router=RouterOptions(num_groups=4, top_groups=2, group_score="sum_of_two"),
+        balance=BalanceOptions(sequence=0.1, z_loss=0.2, entropy=0.3),
+    ),
+    "every_choice": _moe(top_k=8),
+    "noise_jitter": _moe(
+        top_k=3,
+        router=RouterOptions(noise=True, jitter=0.2, normalize=False),
+        balance=BalanceOptions(z_loss=0.2, importance=0.3, load=0.4, entropy=0.5),
+    ),
+    "noise_of_all": _moe(
+        num_experts=4,
+        top_k=4,
+        router=RouterOptions(noise=True),
+        balance=BalanceOptions(0.0, load=0.4),
+    ),
+    "expert_dropout": _moe(
+        num_experts=12,
+        top_k=2,
+        router=RouterOptions(score="sigmoid", expert_dropout=0.3),
+        balance=BalanceOptions(0.1),
+    ),
+    "shared_gate": _moe(num_shared_experts=2, shared_gate=True),
+    "small_capacity": _moe(
+        top_k=3,
+        capacity=CapacityOptions(factor=0.5, eval_factor=0.7),
+        balance=BalanceOptions(0.3, importance=0.2),
+    ),
+    "least_capacity": _moe(capacity=CapacityOptions(factor=0.1, eval_factor=0.1, minimum=4)),
+    "uneven_second_choices": _moe(
+        top_k=3,
+        capacity=CapacityOptions(factor=0.9, second_choice_threshold=0.5),
+        router=RouterOptions(scale=1.5),
+    ),
+    "expert_choice_of_three": _moe(
+        top_k=3,
+        router=RouterOptions(choice="expert", normalize=False, scale=1.7, jitter=0.1),
+        balance=BalanceOptions(0.0, z_loss=0.3),
+    ),
+    "sigma_dropout": _layer("SigmaMoE", expert_dropout=0.4, entropy=0.3, activation="gelu"),
+    "cmoe_linear": _layer("CarvedMoE", router="linear", output_bias=False),
+    "cmoe_signed": _layer("CarvedMoE", signed=True, num_shared_experts=0),
+    "cmoe_ungated": _layer("CarvedMoE", gated=False, activation="relu2", bias=False),
+    "hash_previous": _layer("hash", key="previous", gated=True),
+    "hash_position": _layer("hash", key="position", bias=False),
+    "hash_future": _layer("hash", key="future", allow_future=True),
+    "hash_parlai": _layer("hash", compat="parlai"),
+    "hash_bigrams": _layer("hash", key="bigram", num_hashes=3, activation="silu"),
+    "peer_sigmoid": _layer("peer", score_fn="sigmoid", query_norm="layer", gated=True),
+    "peer_relu": _layer("peer", score_fn="relu", query_norm="qk", share_keys=False),
+    "peer_plain": _layer("peer", query_norm="none", activation="silu"),
+    "pkm_layer": _layer("product_key_memory", query_norm="layer", v_dim=8),
+    "pkm_qk": _layer("product_key_memory", query_norm="qk", top_k=9),
+    "memory_plus_batch": _layer("memory_plus", query_norm="batch", v_dim=8, num_heads=2),
+    "memory_plus_qk": _layer("memory_plus", query_norm="qk", top_k=1),
+    "fff_one_leaf": _layer("fast_feed_forward", depth=0, d_master=3, load_balancing=0.2),
+    "fff_leak": _layer(
+        "fast_feed_forward", depth=3, region_leak=0.3, hardening_reduction="sum", gated=True
+    ),
+    "fff_dropout": _layer(
+        "fast_feed_forward", depth=2, leaf_dropout=0.3, hardening_reduction="per_token"
+    ),
+    "fff_always_hard": _layer("fast_feed_forward", depth=3, hard=True, load_balancing=0.2),
+    "fff_always_soft": _layer("fast_feed_forward", depth=2, hard=False, activation="gelu"),
+    "fff_upstream": _layer("fast_feed_forward", depth=3, compat="upstream_eval"),
+    "ultra_trees": _layer("ultra_fast_fff", num_trees=3, depth=3, activation="relu2"),
+    "ultra_root": _layer("ultra_fast_fff", num_trees=2, depth=0),
+    "top_k_contribution": _layer("top_k_ffn", rank="contribution", activation="gelu", gated=True),
+    "top_k_split": _layer("top_k_ffn", gated=True, split_input=True, activation="silu"),
+    "top_k_threshold": _layer("top_k_ffn", selection="statistical", activation="gelu"),
+    "earlier_only": _layer("persistent_memory", include_self=False),
+    "dense_relu2": _layer("dense_mlp", activation="relu2", bias=False),
+}
+
+SITUATIONS: dict[str, dict[str, Any]] = {
+    "eval": {"training": False, "shape": (63,)},
+    "train_padded": {"training": True, "shape": (3, 21), "masked": True},
+    "eval_asked_padded": {
+        "training": False,
+        "shape": (3, 21),
+        "masked": True,
+        "router_input": True,
+    },
+    "train_asked": {"training": True, "shape": (63,), "router_input": True},
+}

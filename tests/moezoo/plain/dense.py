@@ -1,0 +1,49 @@
+"""Dense blocks (arXiv:1706.03762, eq. 2; arXiv:2002.05202, eq. 6) and all-attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from plain.parts import Answer, Call, Options, Weights, dense_block, softmax, stacked, tokens_of
+from torch import Tensor
+
+
+def dense_ffn(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
+    """Apply the block to every token, padding too."""
+    tokens, _, _ = tokens_of(hidden, call)
+    return Answer(stacked([dense_block(weights, "", options, x_D) for x_D in tokens], hidden), {})
+
+
+def persistent_memory(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
+    """Attend to earlier tokens and to the slots, in one softmax (arXiv:1907.01470, eq. 4-9).
+
+    ``y = W_o Σ_i a_i v_i`` over the context and the slots, ``a = softmax(q · k / sqrt(C))`` with
+    keys ``sqrt(C) K_p`` and values ``sqrt(N) V_p`` for the slots.
+    """
+    width = hidden.shape[-1]
+    keys_HNC, values_HNC = weights["slots.keys"], weights["slots.values"]
+    heads, slots, head_width = keys_HNC.shape
+    sequences = hidden.reshape(-1, hidden.shape[-2], width)
+    masks = torch.ones(sequences.shape[:2]) if call.mask is None else call.mask
+    masks = masks.reshape(sequences.shape[:2]).bool().tolist()
+    rows = []
+    for x_TD, real in zip(sequences, masks, strict=True):
+        q, k, v = ((weights[f"{n}_proj.weight"] @ x_TD.T).T for n in "qkv")
+        for t in range(len(x_TD)):
+            last = t + 1 if options["include_self"] else t
+            seen = [s for s in range(last) if real[s]]
+            joined = []
+            for h in range(heads):
+                own = slice(h * head_width, (h + 1) * head_width)
+                keys = [k[s, own] for s in seen] + [
+                    math.sqrt(head_width) * keys_HNC[h, n] for n in range(slots)
+                ]
+                values = [v[s, own] for s in seen] + [
+                    math.sqrt(slots) * values_HNC[h, n] for n in range(slots)
+                ]
+                scores = torch.stack(keys) @ q[t, own] / math.sqrt(head_width)
+                joined.append(softmax(scores) @ torch.stack(values))
+            y_D = weights["o_proj.weight"] @ torch.cat(joined)
+            rows.append(y_D if real[t] else torch.zeros_like(y_D))
+    return Answer(stacked(rows, hidden), {})
