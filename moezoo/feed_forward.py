@@ -107,7 +107,7 @@ class FeedForward(TrainingState):
 
     @property
     def causal(self) -> bool:
-        """Whether a token's output depends on no later token."""
+        """Whether a token's output depends on no later token, but for an expert's limited room."""
         return True
 
     @checked

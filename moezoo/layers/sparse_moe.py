@@ -117,7 +117,12 @@ class SparseMoE(FeedForward):
 
     @property
     def causal(self) -> bool:
-        """False in expert choice: whether a token is taken depends on the tokens after it."""
+        """False in expert choice: whether a token is taken depends on the tokens after it.
+
+        True with a limit on capacity, though with ``top_k > 1`` the first choices of later tokens
+        take room from a token's second choice, and how much room there is follows from the number
+        of tokens (arXiv:2006.16668, algorithm 1).
+        """
         return self.router.choice == "token"
 
     def reset_parameters(self, num_layers: int = 1) -> None:

@@ -225,6 +225,17 @@ def test_capacity_counts_real_tokens_only():
     torch.testing.assert_close(padded.hidden[10:26], alone.hidden)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_later_first_choices_displace_earlier_second_ones_if_room_is_short(top_k):
+    router = RouterOptions(normalize=False)
+    layer = moe(top_k=top_k, router=router, capacity=CapacityOptions(eval_factor=0.7)).eval()
+    hidden = tokens()
+    changed = hidden.clone()
+    changed[40:] = 1.5 * hidden[:1]
+    before, after = layer(hidden).hidden[:40], layer(changed).hidden[:40]
+    assert torch.allclose(before, after, rtol=0, atol=1e-12) == (top_k == 1)
+
+
 def test_second_choices_are_dropped_at_random_while_training_only():
     layer = moe(capacity=CapacityOptions(8.0, 8.0, second_choice_threshold=0.9))
     hidden = tokens(2000)

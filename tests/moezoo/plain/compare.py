@@ -92,8 +92,8 @@ def gradients(
     generator = torch.Generator().manual_seed(3)
     direction = torch.randn(outcome.hidden.shape, generator=generator, dtype=torch.float64)
     total = (outcome.hidden * direction).sum()
-    for place, loss in enumerate(outcome.losses.values()):
-        total = total + (place + 2) * loss
+    for place, name in enumerate(sorted(outcome.losses)):
+        total = total + (place + 2) * outcome.losses[name]
     leaves = {"d hidden": hidden} | {f"d {name}": tensor for name, tensor in weights.items()}
     if call.router_input is not None:
         leaves["d router_input"] = call.router_input
