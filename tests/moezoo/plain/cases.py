@@ -121,7 +121,7 @@ CONVENTIONS = {
     "pkm_layer": _layer("product_key_memory", query_norm="layer", v_dim=8),
     "pkm_qk": _layer("product_key_memory", query_norm="qk", top_k=9),
     "memory_plus_batch": _layer("memory_plus", query_norm="batch", v_dim=8, num_heads=2),
-    "memory_plus_qk": _layer("memory_plus", query_norm="qk", top_k=1),
+    "memory_plus_qk": _layer("memory_plus", query_norm="qk", top_k=2),
     "fff_one_leaf": _layer("fast_feed_forward", depth=0, d_master=3, load_balancing=0.2),
     "fff_leak": _layer(
         "fast_feed_forward", depth=3, region_leak=0.3, hardening_reduction="sum", gated=True
