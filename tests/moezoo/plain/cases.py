@@ -68,7 +68,7 @@ CONVENTIONS = {
     "softmax_groups_by_two": _moe(
         num_experts=12,
         top_k=3,
-        router=RouterOptions(num_groups=4, top_groups=2, group_score="sum_of_two"),
+        router=RouterOptions(num_groups=2, top_groups=1, group_score="sum_of_two"),
         balance=BalanceOptions(sequence=0.1, z_loss=0.2, entropy=0.3),
     ),
     "every_choice": _moe(top_k=8),
@@ -148,6 +148,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
         "training": False,
         "shape": (3, 21),
         "masked": True,
+        "empty_sequence": True,
         "router_input": True,
     },
     "train_asked": {"training": True, "shape": (63,), "router_input": True},

@@ -77,6 +77,8 @@ def inputs(layer: FeedForward, situation: Mapping[str, Any]) -> tuple[Tensor, Ca
     if situation.get("masked"):
         mask = torch.rand(shape, generator=generator) < 0.7
         mask[..., 0] = False
+        if situation.get("empty_sequence"):
+            mask[1] = False
     return hidden, Call(
         training=situation["training"],
         mask=mask,
