@@ -30,6 +30,15 @@ def test_convention_equals_its_plain_reference(name, situation, poison_empty):
     assert_same(by_layer(layer, hidden, call), by_plain(layer, hidden, call))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", [*ZOO, *CONVENTIONS])
+def test_one_or_two_tokens(name, count, poison_empty):
+    """Of which one has no variance to normalise by, and two fill no expert."""
+    layer = {**ZOO, **CONVENTIONS}[name]()
+    hidden, call = inputs(layer, {"training": True, "shape": (count,)})
+    assert_same(by_layer(layer, hidden, call), by_plain(layer, hidden, call))
+
+
 def crowd(layer: moezoo.FeedForward) -> bool:
     """Send all tokens to the first slot, none to the last, if the layer's choice can be led so."""
     with torch.no_grad():
