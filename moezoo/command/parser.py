@@ -162,7 +162,7 @@ def run_function(
 ) -> None:
     """Call ``function`` with options parsed after its signature and docstring."""
     parser = function_parser(function, prog, positional)
-    options = parser.parse_args(_expand_flags(function, arguments))
+    options = parser.parse_args(_expand_flags(function, parser, arguments))
     options.pop("config", None)
     function(**parser.instantiate(options))
 
@@ -185,16 +185,18 @@ def function_parser(
     return parser
 
 
-def _expand_flags(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+def _expand_flags(
+    function: Callable[..., Any], parser: CommandParser, arguments: Sequence[str]
+) -> list[str]:
     """Write a bare ``--flag`` of a true-or-false argument as ``--flag=true``.
 
     ``--no_flag`` is ``--flag=false``.
 
-    An argument's name may be written with dashes.
+    An option's name may be written with dashes.
     """
     hints = typing.get_type_hints(function)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
-    dashed = {f"--{name.replace('_', '-')}": f"--{name}" for name in hints}
+    dashed = {f"--{name.replace('_', '-')}": f"--{name}" for name in option_names(parser)}
     arguments = ["=".join((dashed.get(n, n), *v)) for n, *v in (a.split("=", 1) for a in arguments)]
     expanded = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):

@@ -1,18 +1,12 @@
-"""What `moezoo inspect` commands share: a text passed through a checkpoint's model, and files."""
+"""What `moezoo inspect` commands share: a text passed through a model, and names of its layers."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -20,14 +14,10 @@ from moezoo.analysis.neurons import Neurons, neurons_of
 from moezoo.analysis.usage import routed_layers
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
-from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.evaluation.scoring import window_length
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.decoder import check_token_ids
 from moezoo_models.progress import progress_bar
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -66,12 +56,35 @@ class Stream:
         return cls(stream, length, check_int("batch_size", batch_size))
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was found in every layer of a model while a text passed through it.
+
+    Attributes:
+        tokens: number of tokens, each of which passed every layer once.
+        sequence_length: tokens that the model saw at once.
+        methods: class of each layer, by its name: ``layer 3``.
+    """
+
+    tokens: int
+    sequence_length: int
+    methods: dict[str, str]
+
+
 def blocks_by_name(model: MoezooForCausalLM) -> dict[str, FeedForward]:
     """Name the feed-forward layers ``layer 3``; blocks of attention alone have none."""
     return {
         f"layer {number}": block.mlp
         for number, block in enumerate(model.model.blocks())
         if block.mlp.kind == "feed_forward"
+    }
+
+
+def routed_by_name(model: MoezooForCausalLM) -> dict[str, FeedForward]:
+    """Name the layers that route tokens ``layer 3``."""
+    return {
+        f"layer {name.partition('.')[0]}": layer
+        for name, layer in routed_layers(model.model.layers).items()
     }
 
 
@@ -147,71 +160,6 @@ def evaluating(model: MoezooForCausalLM) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Say in one line that the output cannot be written."""
-    try:
-        yield
-        if not os.access(directory, os.W_OK):
-            raise PermissionError(13, "permission denied")
-    except OSError as error:
-        raise InputError(
-            f"output: {directory} cannot be written: {(error.strerror or str(error)).lower()}; "
-            "free space or give another directory"
-        ) from error
-
-
-def make_directory(directory: Path) -> None:
-    """Make the output directory before anything is computed.
-
-    Raises:
-        InputError: it can not be made or written to.
-    """
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-
-
-def write_report(
-    directory: Path,
-    name: str,
-    report: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    figures: Mapping[str, Figure],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Write ``name``.json, .csv and .safetensors, and a PNG of each figure; print what is where.
-
-    Args:
-        directory: exists.
-        name: of the files.
-        report: for the JSON file.
-        rows: of the CSV file; one may lack columns that another has.
-        figures: by the names of their files, without ending.
-        tensors: by name, on the CPU.
-
-    Raises:
-        InputError: the files cannot be written.
-    """
-    with writing(directory):
-        for stem, figure in figures.items():
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png")
-            with atomic_write(directory / f"{stem}.png") as file:
-                file.write(picture.getvalue())
-        with atomic_write(directory / f"{name}.safetensors") as file:
-            file.write(safetensors.torch.save(dict(tensors)))
-        with atomic_write(directory / f"{name}.csv", "w") as file:
-            columns = dict.fromkeys(column for row in rows for column in row)
-            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        with atomic_write(directory / f"{name}.json", "w") as file:
-            json.dump(report, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-    files = [f"{name}.json", f"{name}.csv", *(f"{stem}.png" for stem in figures)]
-    print(f"{', '.join(files)} and {name}.safetensors are in {directory}")
 
 
 def show(text: str, width: int = 24) -> str:

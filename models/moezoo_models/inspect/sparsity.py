@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,42 +15,32 @@ from moezoo.analysis.watching import Context, token_mask, watch
 from moezoo.command.tables import print_table
 from moezoo.errors import check_number
 from moezoo.feed_forward import FeedForward
-from moezoo_models.checkpoints.directory import load_with_tokenizer
-from moezoo_models.devices import pick_device
 from moezoo_models.inspect.common import (
+    Findings,
     Stream,
     blocks_by_name,
     evaluating,
     full_name,
-    make_directory,
     neuron_sets,
     passes,
-    write_report,
 )
+from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.model.causal_lm import MoezooForCausalLM
-from moezoo_models.text.encoding import encode_text
-from moezoo_models.text.reading import read_text
 
 
 @dataclass(frozen=True)
-class ModelSparsity:
+class ModelSparsity(Findings):
     """How sparse a model's activations are on a text.
 
     Attributes:
-        tokens: number of tokens, each of which passed every layer once.
-        sequence_length: tokens that the model saw at once.
         threshold: share of a token's largest activation from which one is strong.
-        methods: class of the layer, by the name of a set of neurons: ``layer 3``, or
-            ``layer 3, shared expert``.
-        summaries: the shares.
+        summaries: the shares, by the name of a set of neurons: ``layer 3``, or
+            ``layer 3, shared expert``. These are also the names in ``methods``.
         nonzero: ``(N,)`` int64, how often each neuron was not zero.
         strong: ``(N,)`` int64, how often it was strong.
     """
 
-    tokens: int
-    sequence_length: int
     threshold: float
-    methods: dict[str, str]
     summaries: dict[str, Sparsity]
     nonzero: dict[str, Tensor]
     strong: dict[str, Tensor]
@@ -60,11 +51,7 @@ def inspect_sparsity(
     text: str | Path,
     output: str | Path = "runs/sparsity",
     threshold: float = 0.01,
-    sequence_length: int | None = None,
-    batch_size: int = 8,
-    device: str = "auto",
-    attention: str | None = None,
-    tokenizer: str | Path | None = None,
+    **reading: Any,
 ) -> ModelSparsity:
     """Print and draw how few of a checkpoint's neurons answer a token, layer by layer.
 
@@ -77,12 +64,8 @@ def inspect_sparsity(
         text: path of a text file in UTF-8.
         output: directory that the files are written to.
         threshold: share of a token's largest activation from which one is strong.
-        sequence_length: tokens that the model sees at once; default: what it was trained on, or
-            if its checkpoint does not say, its max_position_embeddings; at most 2048.
-        batch_size: windows computed at once.
-        device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
-        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
-        tokenizer: directory of the tokenizer; default: the checkpoint's own.
+        reading: other options of
+            :func:`~moezoo_models.inspect.inspection.open_inspection`, by name.
 
     Returns:
         What is written.
@@ -92,19 +75,12 @@ def inspect_sparsity(
             no feed-forward layer; an option is out of range; the output cannot be written.
     """
     check_number("threshold", threshold, maximum=1.0)
-    content = read_text(Path(text))
-    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
-    neuron_sets(model)
-    make_directory(Path(output))
+    inspection = open_inspection(checkpoint, text, output, neuron_sets, **reading)
     found = measure_sparsity(
-        model,
-        encode_text(words, content),
-        threshold=threshold,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
+        inspection.model, inspection.tokens, threshold=threshold, **inspection.windows
     )
-    _print(found, str(checkpoint))
-    _write(found, Path(output), str(checkpoint), str(text))
+    _print(found, inspection)
+    _write(found, inspection)
     return found
 
 
@@ -161,7 +137,7 @@ def measure_sparsity(
     )
 
 
-def _print(found: ModelSparsity, checkpoint: str) -> None:
+def _print(found: ModelSparsity, inspection: Inspection) -> None:
     columns = ["layer", "method", ">neurons", ">computed", ">nonzero", ">strong", ">effective"]
     columns += [">dead", ">median neuron", ">busiest", ">Gini"]
     rows = []
@@ -177,19 +153,16 @@ def _print(found: ModelSparsity, checkpoint: str) -> None:
                 f"{summary.gini:.3f}",
             ]
         )
-    title = f"{checkpoint}: {found.tokens:,} tokens in windows of {found.sequence_length:,}; "
+    title = f"{inspection.title} in windows of {found.sequence_length:,}; "
     print_table(f"{title}strong: over {found.threshold:g} of the token's largest", columns, rows)
 
 
-def _write(found: ModelSparsity, directory: Path, checkpoint: str, text: str) -> None:
+def _write(found: ModelSparsity, inspection: Inspection) -> None:
     rows = [
         {"layer": name, "method": found.methods[name], **asdict(summary)}
         for name, summary in found.summaries.items()
     ]
     report = {
-        "checkpoint": checkpoint,
-        "text": text,
-        "tokens": found.tokens,
         "sequence_length": found.sequence_length,
         "threshold": found.threshold,
         "layers": rows,
@@ -198,8 +171,8 @@ def _write(found: ModelSparsity, directory: Path, checkpoint: str, text: str) ->
         found.summaries,
         {name: strong / found.tokens for name, strong in found.strong.items()},
         {name: f"{name}: {found.methods[name]}" for name in found.summaries},
-        f"Sparsity: {checkpoint}, {found.tokens:,} tokens",
+        f"Sparsity: {inspection.source}",
     )
     tensors = {f"{name}.nonzero": counts for name, counts in found.nonzero.items()}
     tensors |= {f"{name}.strong": counts for name, counts in found.strong.items()}
-    write_report(directory, "sparsity", report, rows, {"sparsity": figure}, tensors)
+    inspection.write("sparsity", report, rows, {"sparsity": figure}, tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,21 @@ from moezoo.analysis.specialization import (
     specialization,
 )
 from moezoo.analysis.token_map import draw_paths, draw_tokens
-from moezoo.analysis.usage import routed_layers
 from moezoo.analysis.watching import Context, watch
 from moezoo.command.tables import print_table
 from moezoo.errors import check_int
 from moezoo.feed_forward import FeedForward
-from moezoo_models.checkpoints.directory import load_with_tokenizer
-from moezoo_models.devices import pick_device
 from moezoo_models.inspect.common import (
+    Findings,
     Stream,
     check_routed,
     evaluating,
-    make_directory,
     passes,
+    routed_by_name,
     show,
-    write_report,
 )
+from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.model.causal_lm import MoezooForCausalLM
-from moezoo_models.text.encoding import encode_text
-from moezoo_models.text.reading import read_text
 from moezoo_models.text.tokenizer import Tokenizer
 
 MOST_CELLS = 2**26
@@ -50,14 +47,11 @@ _MOST_WAYS = 50
 
 
 @dataclass(frozen=True)
-class ModelSpecialization:
+class ModelSpecialization(Findings):
     """Which slots the tokens of a text chose.
 
     Attributes:
-        tokens: number of tokens, each of which passed every layer once.
-        sequence_length: tokens that the model saw at once.
-        methods: class of each layer, by its name: ``layer 3``.
-        kinds: what its slots are.
+        kinds: what each layer's slots are.
         token_ids: ``(V,)``, the tokens that are told apart, the most frequent first; -1 at the end
             stands for all others, if there are any.
         counts: ``(V, N)`` int32 by layer: how often each token chose each slot.
@@ -66,9 +60,6 @@ class ModelSpecialization:
         between: the summaries of these tables.
     """
 
-    tokens: int
-    sequence_length: int
-    methods: dict[str, str]
     kinds: dict[str, str]
     token_ids: Tensor
     counts: dict[str, Tensor]
@@ -83,11 +74,7 @@ def inspect_experts(
     output: str | Path = "runs/experts",
     top_tokens: int = 10,
     slots: int = 64,
-    sequence_length: int | None = None,
-    batch_size: int = 8,
-    device: str = "auto",
-    attention: str | None = None,
-    tokenizer: str | Path | None = None,
+    **reading: Any,
 ) -> ModelSpecialization:
     """Print and draw which tokens a checkpoint's experts answer, and the paths between layers.
 
@@ -102,12 +89,8 @@ def inspect_experts(
         output: directory that the files are written to.
         top_tokens: tokens listed for a slot.
         slots: slots listed for a layer, the most used ones.
-        sequence_length: tokens that the model sees at once; default: what it was trained on, or
-            if its checkpoint does not say, its max_position_embeddings; at most 2048.
-        batch_size: windows computed at once.
-        device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
-        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
-        tokenizer: directory of the tokenizer; default: the checkpoint's own.
+        reading: other options of
+            :func:`~moezoo_models.inspect.inspection.open_inspection`, by name.
 
     Returns:
         The counts and their summaries.
@@ -118,18 +101,14 @@ def inspect_experts(
     """
     check_int("top_tokens", top_tokens)
     check_int("slots", slots)
-    content = read_text(Path(text))
-    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
-    check_routed(model, checkpoint)
-    make_directory(Path(output))
-    found = count_choices(
-        model, encode_text(words, content), sequence_length=sequence_length, batch_size=batch_size
+    inspection = open_inspection(
+        checkpoint, text, output, partial(check_routed, checkpoint=checkpoint), **reading
     )
-    readable = _readable(found.token_ids, words)
+    found = count_choices(inspection.model, inspection.tokens, **inspection.windows)
+    readable = _readable(found.token_ids, inspection.tokenizer)
     listed = {name: _listed(found, name, readable, slots, top_tokens) for name in found.counts}
-    _print(found, listed, str(checkpoint))
-    head = {"checkpoint": str(checkpoint), "text": str(text), "tokens": found.tokens}
-    _write(found, listed, readable, Path(output), head)
+    _print(found, listed, inspection)
+    _write(found, listed, readable, inspection)
     return found
 
 
@@ -155,10 +134,7 @@ def count_choices(
             model's vocabulary.
     """
     stream = Stream.of(model, tokens, sequence_length, batch_size)
-    layers = {
-        f"layer {name.partition('.')[0]}": layer
-        for name, layer in routed_layers(model.model.layers).items()
-    }
+    layers = routed_by_name(model)
     seen: dict[str, SlotChoices] = {}
 
     def see(name: str, layer: FeedForward, hidden: Tensor, context: Context) -> None:
@@ -257,7 +233,9 @@ def _listed(
 
 
 def _print(
-    found: ModelSpecialization, listed: Mapping[str, list[dict[str, Any]]], checkpoint: str
+    found: ModelSpecialization,
+    listed: Mapping[str, list[dict[str, Any]]],
+    inspection: Inspection,
 ) -> None:
     columns = ["layer", "method", ">slots", ">H(slot)", ">attainable", ">I(token; slot)"]
     columns += [">by chance", ">explained", "busiest slot's tokens"]
@@ -274,11 +252,8 @@ def _print(
                 f"{busiest['slot']}: {words or 'none in particular'}",
             ]
         )
-    print_table(
-        f"{checkpoint}: {found.tokens:,} tokens in windows of {found.sequence_length:,}; in nats",
-        columns,
-        rows,
-    )
+    title = f"{inspection.title} in windows of {found.sequence_length:,}; in nats"
+    print_table(title, columns, rows)
     if found.between:
         columns = ["layers", ">H(slot)", ">attainable", ">I(slot; slot)", ">by chance"]
         rows = [
@@ -304,8 +279,7 @@ def _write(
     found: ModelSpecialization,
     listed: Mapping[str, list[dict[str, Any]]],
     readable: list[str],
-    directory: Path,
-    head: dict[str, Any],
+    inspection: Inspection,
 ) -> None:
     layers = [
         {
@@ -320,7 +294,6 @@ def _write(
     ]
     told_apart = int((found.token_ids >= 0).sum())
     report = {
-        **head,
         "sequence_length": found.sequence_length,
         "tokens_told_apart": told_apart,
         "layers": layers,
@@ -341,12 +314,11 @@ def _write(
     ]
     tensors = {f"{name}.counts": counts for name, counts in found.counts.items()}
     tensors |= {f"{a} to {b}.counts": table for (a, b), table in found.paths.tables.items()}
-    write_report(
-        directory,
+    inspection.write(
         "experts",
         report,
         rows,
-        _figures_of(found, readable, head),
+        _figures_of(found, readable, inspection.source),
         {"token_ids": found.token_ids, **tensors},
     )
 
@@ -366,14 +338,11 @@ def _ways(found: ModelSpecialization) -> dict[str, Any]:
     }
 
 
-def _figures_of(
-    found: ModelSpecialization, readable: list[str], head: Mapping[str, Any]
-) -> dict[str, Any]:
+def _figures_of(found: ModelSpecialization, readable: list[str], source: str) -> dict[str, Any]:
     headings = {
         name: f"{name}: {found.methods[name]}, {explained(summary)} explained"
         for name, summary in found.layers.items()
     }
-    source = f"{head['checkpoint']}, {found.tokens:,} tokens"
     figures = {"experts": draw_tokens(found.counts, readable, headings, f"Tokens: {source}")}
     if found.between:
         titles = {pair: f"{explained(s)} explained" for pair, s in found.between.items()}

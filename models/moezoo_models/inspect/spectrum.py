@@ -16,21 +16,16 @@ from moezoo.analysis.spectrum import Covariance, Spectrum, spectrum_of, squared_
 from moezoo.analysis.watching import Context, token_mask, watch
 from moezoo.command.tables import print_table
 from moezoo.feed_forward import FeedForward
-from moezoo_models.checkpoints.directory import load_with_tokenizer
-from moezoo_models.devices import pick_device
 from moezoo_models.inspect.common import (
     Stream,
     blocks_by_name,
     evaluating,
     full_name,
-    make_directory,
     neuron_sets,
     passes,
-    write_report,
 )
+from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.model.causal_lm import MoezooForCausalLM
-from moezoo_models.text.encoding import encode_text
-from moezoo_models.text.reading import read_text
 
 MOST_BYTES = 2**30
 """Room for covariances; where a model's need more, the text passes several times."""
@@ -85,11 +80,7 @@ def inspect_spectrum(
     checkpoint: str | Path,
     text: str | Path,
     output: str | Path = "runs/spectrum",
-    sequence_length: int | None = None,
-    batch_size: int = 8,
-    device: str = "auto",
-    attention: str | None = None,
-    tokenizer: str | Path | None = None,
+    **reading: Any,
 ) -> list[Spectra]:
     """Print and draw how many directions a checkpoint's activations and weights use.
 
@@ -102,12 +93,8 @@ def inspect_spectrum(
         checkpoint: directory of a checkpoint.
         text: path of a text file in UTF-8.
         output: directory that the files are written to.
-        sequence_length: tokens that the model sees at once; default: what it was trained on, or
-            if its checkpoint does not say, its max_position_embeddings; at most 2048.
-        batch_size: windows computed at once.
-        device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
-        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
-        tokenizer: directory of the tokenizer; default: the checkpoint's own.
+        reading: other options of
+            :func:`~moezoo_models.inspect.inspection.open_inspection`, by name.
 
     Returns:
         The spectra, layer by layer.
@@ -116,15 +103,10 @@ def inspect_spectrum(
         InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
             no feed-forward layer; an option is out of range; the output cannot be written.
     """
-    content = read_text(Path(text))
-    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
-    neuron_sets(model)
-    make_directory(Path(output))
-    tokens = encode_text(words, content)
-    found = measure_spectra(model, tokens, sequence_length=sequence_length, batch_size=batch_size)
-    _print(found, f"{checkpoint}: {len(tokens):,} tokens")
-    head = {"checkpoint": str(checkpoint), "text": str(text), "tokens": len(tokens)}
-    _write(found, Path(output), head)
+    inspection = open_inspection(checkpoint, text, output, neuron_sets, **reading)
+    found = measure_spectra(inspection.model, inspection.tokens, **inspection.windows)
+    _print(found, inspection.title)
+    _write(found, inspection)
     return found
 
 
@@ -272,7 +254,7 @@ def _is_short(one: Spectra) -> bool:
     return int(one.tokens.min()) < 10 * one.eigenvalues.shape[1]
 
 
-def _write(found: list[Spectra], directory: Path, head: dict[str, Any]) -> None:
+def _write(found: list[Spectra], inspection: Inspection) -> None:
     rows = [one.row() for one in found]
     tensors = {f"{one.layer}.{one.what}": one.eigenvalues for one in found}
     drawn = {one.layer: one for one in found if one.what == AFTER}
@@ -282,8 +264,6 @@ def _write(found: list[Spectra], directory: Path, head: dict[str, Any]) -> None:
     figure = draw_spectra(
         {name: (drawn[name].summary(), drawn[name].shares()) for name in names},
         {name: f"{name}: {drawn[name].method}, {drawn[name].what}" for name in names},
-        f"Spectra: {head['checkpoint']}, {head['tokens']:,} tokens",
+        f"Spectra: {inspection.source}",
     )
-    write_report(
-        directory, "spectrum", {**head, "spectra": rows}, rows, {"spectrum": figure}, tensors
-    )
+    inspection.write("spectrum", {"spectra": rows}, rows, {"spectrum": figure}, tensors)

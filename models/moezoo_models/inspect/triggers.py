@@ -17,22 +17,17 @@ from moezoo.analysis.watching import Context, watch
 from moezoo.command.tables import print_table
 from moezoo.errors import check_int
 from moezoo.feed_forward import FeedForward
-from moezoo_models.checkpoints.directory import load_with_tokenizer
-from moezoo_models.devices import pick_device
 from moezoo_models.inspect.common import (
     Stream,
     blocks_by_name,
     evaluating,
     full_name,
-    make_directory,
     neuron_sets,
     passes,
     show,
-    write_report,
 )
+from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.model.causal_lm import MoezooForCausalLM
-from moezoo_models.text.encoding import encode_text
-from moezoo_models.text.reading import read_text
 from moezoo_models.text.tokenizer import Tokenizer
 
 _CONTEXT = 16  # tokens shown of a trigger
@@ -70,11 +65,7 @@ def inspect_triggers(
     neurons: int = 32,
     triggers: int = 5,
     top_tokens: int = 10,
-    sequence_length: int | None = None,
-    batch_size: int = 8,
-    device: str = "auto",
-    attention: str | None = None,
-    tokenizer: str | Path | None = None,
+    **reading: Any,
 ) -> dict[str, NeuronTriggers]:
     """Print and draw what triggers a checkpoint's neurons and values, and which tokens they say.
 
@@ -90,12 +81,8 @@ def inspect_triggers(
         neurons: neurons listed for a layer: those that write most at their strongest trigger.
         triggers: triggers kept of a neuron.
         top_tokens: tokens listed of those that a value says.
-        sequence_length: tokens that the model sees at once; default: what it was trained on, or
-            if its checkpoint does not say, its max_position_embeddings; at most 2048.
-        batch_size: windows computed at once.
-        device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
-        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
-        tokenizer: directory of the tokenizer; default: the checkpoint's own.
+        reading: other options of
+            :func:`~moezoo_models.inspect.inspection.open_inspection`, by name.
 
     Returns:
         The triggers by the name of a set of neurons: ``layer 3``, or ``layer 3, shared expert``.
@@ -107,23 +94,14 @@ def inspect_triggers(
     check_int("neurons", neurons)
     check_int("triggers", triggers)
     check_int("top_tokens", top_tokens)
-    content = read_text(Path(text))
-    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
-    neuron_sets(model)
-    make_directory(Path(output))
-    tokens = encode_text(words, content)
+    inspection = open_inspection(checkpoint, text, output, neuron_sets, **reading)
+    tokens, words = inspection.tokens, inspection.tokenizer
     found = find_triggers(
-        model,
-        tokens,
-        triggers=triggers,
-        top_tokens=top_tokens,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
+        inspection.model, tokens, triggers=triggers, top_tokens=top_tokens, **inspection.windows
     )
     listed = {name: _listed(one, tokens, words, neurons) for name, one in found.items()}
-    _print(found, listed, f"{checkpoint}: {len(tokens):,} tokens")
-    head = {"checkpoint": str(checkpoint), "text": str(text), "tokens": len(tokens)}
-    _write(found, listed, Path(output), head)
+    _print(found, listed, inspection.title)
+    _write(found, listed, inspection)
     return found
 
 
@@ -265,8 +243,7 @@ def _print(
 def _write(
     found: Mapping[str, NeuronTriggers],
     listed: Mapping[str, list[dict[str, Any]]],
-    directory: Path,
-    head: dict[str, Any],
+    inspection: Inspection,
 ) -> None:
     layers = [
         {
@@ -298,7 +275,6 @@ def _write(
         {name: one.agreement for name, one in found.items()},
         {name: one.strength() for name, one in found.items()},
         {name: f"{name}: {one.method}" for name, one in found.items()},
-        f"Triggers: {head['checkpoint']}, {head['tokens']:,} tokens",
+        f"Triggers: {inspection.source}",
     )
-    report = {**head, "layers": layers}
-    write_report(directory, "triggers", report, rows, {"triggers": figure}, tensors)
+    inspection.write("triggers", {"layers": layers}, rows, {"triggers": figure}, tensors)

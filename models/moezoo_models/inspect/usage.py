@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,42 +18,32 @@ from moezoo.analysis.usage import (
     add_loads,
     collect_loads,
     layers_by_pool,
-    routed_layers,
     usage_of,
 )
 from moezoo.command.tables import print_table
 from moezoo.routing.stats import SlotLoad
-from moezoo_models.checkpoints.directory import load_with_tokenizer
-from moezoo_models.devices import pick_device
 from moezoo_models.inspect.common import (
+    Findings,
     Stream,
     check_routed,
     evaluating,
-    make_directory,
     passes,
-    write_report,
+    routed_by_name,
 )
+from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.model.causal_lm import MoezooForCausalLM
-from moezoo_models.text.encoding import encode_text
-from moezoo_models.text.reading import read_text
 
 
 @dataclass(frozen=True)
-class ModelUsage:
+class ModelUsage(Findings):
     """How a model's layers used their slots on a text.
 
     Attributes:
-        tokens: number of tokens, each of which passed every layer once.
-        sequence_length: tokens that the model saw at once.
-        methods: class of each layer, by its name: ``layer 3``.
         loads: what was asked of each slot, by the layer's name. A table of values that several
             layers share follows as ``layers 1 + 3``, summed over them.
         usages: the summaries of these loads.
     """
 
-    tokens: int
-    sequence_length: int
-    methods: dict[str, str]
     loads: dict[str, SlotLoad]
     usages: dict[str, SlotUsage]
 
@@ -60,11 +52,7 @@ def inspect_usage(
     checkpoint: str | Path,
     text: str | Path,
     output: str | Path = "runs/usage",
-    sequence_length: int | None = None,
-    batch_size: int = 8,
-    device: str = "auto",
-    attention: str | None = None,
-    tokenizer: str | Path | None = None,
+    **reading: Any,
 ) -> ModelUsage:
     """Print and draw how evenly a checkpoint's model uses its experts, values, leaves and neurons.
 
@@ -77,12 +65,8 @@ def inspect_usage(
         checkpoint: directory of a checkpoint.
         text: path of a text file in UTF-8.
         output: directory that the files are written to.
-        sequence_length: tokens that the model sees at once; default: what it was trained on, or
-            if its checkpoint does not say, its max_position_embeddings; at most 2048.
-        batch_size: windows computed at once.
-        device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
-        attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
-        tokenizer: directory of the tokenizer; default: the checkpoint's own.
+        reading: other options of
+            :func:`~moezoo_models.inspect.inspection.open_inspection`, by name.
 
     Returns:
         What is written.
@@ -91,19 +75,12 @@ def inspect_usage(
         InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
             no layer that chooses; an option is out of range; the output cannot be written.
     """
-    content = read_text(Path(text))
-    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
-    check_routed(model, checkpoint)
-    directory = Path(output)
-    make_directory(directory)
-    usage = count_usage(
-        model,
-        encode_text(words, content),
-        sequence_length=sequence_length,
-        batch_size=batch_size,
+    inspection = open_inspection(
+        checkpoint, text, output, partial(check_routed, checkpoint=checkpoint), **reading
     )
-    _print(usage, str(checkpoint))
-    _write(usage, directory, str(checkpoint), str(text))
+    usage = count_usage(inspection.model, inspection.tokens, **inspection.windows)
+    _print(usage, inspection)
+    _write(usage, inspection)
     return usage
 
 
@@ -128,10 +105,7 @@ def count_usage(
             model's vocabulary.
     """
     stream = Stream.of(model, tokens, sequence_length, batch_size)
-    layers = {
-        f"layer {name.partition('.')[0]}": layer
-        for name, layer in routed_layers(model.model.layers).items()
-    }
+    layers = routed_by_name(model)
     with evaluating(model), collect_loads(layers) as loads:
         for _ in passes(model, stream):
             pass
@@ -147,7 +121,7 @@ def count_usage(
     return ModelUsage(len(stream.tokens), stream.sequence_length, methods, loads, usages)
 
 
-def _print(usage: ModelUsage, checkpoint: str) -> None:
+def _print(usage: ModelUsage, inspection: Inspection) -> None:
     columns = ["layer", "method", ">slots", "by", ">usage", ">KL", ">Gini"]
     columns += [">top50", ">top90", ">top99", ">MaxVio", ">dead"]
     rows = []
@@ -156,7 +130,7 @@ def _print(usage: ModelUsage, checkpoint: str) -> None:
         for measure, evenness in _distinct(summary).items():
             rows.append([*head, measure, *_cells(evenness)])
             head = ["", "", ""]
-    title = f"{checkpoint}: {usage.tokens:,} tokens in windows of {usage.sequence_length:,}"
+    title = f"{inspection.title} in windows of {usage.sequence_length:,}"
     print_table(title, columns, rows)
 
 
@@ -182,19 +156,19 @@ def _cells(evenness: Evenness) -> list[str]:
     ]
 
 
-def _write(usage: ModelUsage, directory: Path, checkpoint: str, text: str) -> None:
+def _write(usage: ModelUsage, inspection: Inspection) -> None:
     layers = [
         {"layer": name, "method": usage.methods[name], **asdict(summary)}
         for name, summary in usage.usages.items()
     ]
-    head = {"checkpoint": checkpoint, "text": text, "tokens": usage.tokens}
-    report = {**head, "sequence_length": usage.sequence_length, "layers": layers}
+    report = {"sequence_length": usage.sequence_length, "layers": layers}
     rows = [
         {"layer": name, "method": usage.methods[name], **summary.as_row()}
         for name, summary in usage.usages.items()
     ]
-    figure = draw_usage(usage.loads, f"{checkpoint}: usage over {usage.tokens:,} tokens")
-    write_report(directory, "usage", report, rows, {"usage": figure}, _tensors(usage))
+    title = f"{inspection.checkpoint}: usage over {usage.tokens:,} tokens"
+    figure = draw_usage(usage.loads, title)
+    inspection.write("usage", report, rows, {"usage": figure}, _tensors(usage))
 
 
 def _tensors(usage: ModelUsage) -> dict[str, Tensor]:

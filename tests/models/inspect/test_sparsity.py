@@ -52,7 +52,7 @@ def test_the_command_prints_and_writes(planted, byte_level_tokenizer, tmp_path, 
     (tmp_path / "text").write_text(TEXT, encoding="utf-8", newline="")
     output = tmp_path / "new" / "sparsity"
     command = ["inspect", "sparsity", "--checkpoint", str(checkpoint), "--output", str(output)]
-    command += ["--text", str(tmp_path / "text"), "--sequence_length", "32", "--device", "cpu"]
+    command += ["--text", str(tmp_path / "text"), "--sequence-length", "32", "--device", "cpu"]
     assert main(command) == 0
     assert sorted(path.name for path in output.iterdir()) == [
         "sparsity.csv", "sparsity.json", "sparsity.png", "sparsity.safetensors",
