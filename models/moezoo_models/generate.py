@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from moezoo.errors import InputError, check_int, check_number, check_text
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.devices import free_memory, pick_device
+from moezoo_models.mode import evaluating
 from moezoo_models.model.decoder import check_token_ids
 from moezoo_models.text.encoding import encode_text
 from moezoo_models.text.tokenizer import Tokenizer
@@ -141,22 +142,16 @@ def continue_text(
         if on_text is not None:
             on_text(piece)
 
-    was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), evaluating(model), own_settings(model):
         torch.manual_seed(seed)
-        model.eval()
-        try:
-            with own_settings(model):
-                cast(Any, model).generate(
-                    ids.to(model.device),
-                    attention_mask=torch.ones_like(ids, device=model.device),
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList([FiniteLogits()]),
-                    streamer=WholeCharacterStreamer(tokenizer, collect),
-                )
-        finally:
-            model.train(was_training)
+        cast(Any, model).generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids, device=model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([FiniteLogits()]),
+            streamer=WholeCharacterStreamer(tokenizer, collect),
+        )
     return "".join(pieces)
 
 

@@ -22,6 +22,7 @@ from moezoo.layers.dense import Activation, DenseFFN
 from moezoo.swap_contract import Adapter
 from moezoo_kernels.activations import ACTIVATIONS as FUNCTIONS
 from moezoo_models.checkpoints.dense import ACTIVATIONS
+from moezoo_models.mode import evaluating
 
 Batch = Mapping[str, Tensor]
 """What the encoder is called with: ``input_ids`` and ``attention_mask``, ``(B, L)`` each."""
@@ -103,20 +104,18 @@ def _replace_blocks(model: nn.Module, batches: Sequence[Batch], replace: _Replac
     layers = _layers(model)
     if not batches:
         raise InputError("batches: there are none; give calibration inputs")
-    was_training = model.training
-    model.eval()
-    calls = [_call_of_first(model, layers[0], batch) for batch in batches]
-    masks = [batch.get("attention_mask") for batch in batches]
-    for number, layer in enumerate(layers):
-        x = torch.cat([_inputs(layer, *each) for each in zip(calls, masks, strict=True)])
-        inner, outer = layer.intermediate.dense, layer.output.dense
-        block = Block(None, inner.weight, outer.weight, act, inner.bias, outer.bias)
-        made = replace(number, x, block).to(inner.weight)
-        # What follows in `output`, dropout and a norm around the residual, stays as it is.
-        layer.intermediate, layer.output.dense = nn.Identity(), Adapter(made).eval()
-        for call in calls:
-            call.states = call(layer)
-    model.train(was_training)
+    with evaluating(model):
+        calls = [_call_of_first(model, layers[0], batch) for batch in batches]
+        masks = [batch.get("attention_mask") for batch in batches]
+        for number, layer in enumerate(layers):
+            x = torch.cat([_inputs(layer, *each) for each in zip(calls, masks, strict=True)])
+            inner, outer = layer.intermediate.dense, layer.output.dense
+            block = Block(None, inner.weight, outer.weight, act, inner.bias, outer.bias)
+            made = replace(number, x, block).to(inner.weight)
+            # What follows in `output`, dropout and a norm around the residual, stays as it is.
+            layer.intermediate, layer.output.dense = nn.Identity(), Adapter(made).eval()
+            for call in calls:
+                call.states = call(layer)
 
 
 def _activation(model: nn.Module) -> Activation:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.evaluation.scoring import logits_of, window_length
+from moezoo_models.mode import evaluating
 from moezoo_models.model.decoder import check_token_ids
 from moezoo_models.text.encoding import encode_text
 from moezoo_models.text.tokenizer import Tokenizer
@@ -118,13 +119,9 @@ def evaluate_tokens(
     check_int("batch_size", batch_size)
 
     windows = _windows(num_tokens, length, step)
-    was_training = model.training
-    model.eval()
-    try:
-        batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
+    batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
+    with evaluating(model):
         nats = math.fsum(loss for batch in batches for loss in _losses(model, stream, batch))
-    finally:
-        model.train(was_training)
     check_loss(nats)
     loss = nats / num_tokens
     return Evaluation(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,17 +148,6 @@ def neuron_sets(model: MoezooForCausalLM) -> dict[str, list[Neurons]]:
 def full_name(layer: str, neurons: Neurons) -> str:
     """Name a set of neurons: ``layer 3``, or ``layer 3, shared expert``."""
     return f"{layer}, {neurons.name}" if neurons.name else layer
-
-
-@contextmanager
-def evaluating(model: MoezooForCausalLM) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block, and then back."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def show(text: str, width: int = 24) -> str:

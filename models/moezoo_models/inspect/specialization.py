@@ -30,12 +30,12 @@ from moezoo_models.inspect.common import (
     Findings,
     Stream,
     check_routed,
-    evaluating,
     passes,
     routed_by_name,
     show,
 )
 from moezoo_models.inspect.inspection import Inspection, open_inspection
+from moezoo_models.mode import evaluating
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.tokenizer import Tokenizer
 

@@ -20,13 +20,13 @@ from moezoo.feed_forward import FeedForward
 from moezoo_models.inspect.common import (
     Stream,
     blocks_by_name,
-    evaluating,
     full_name,
     neuron_sets,
     passes,
     show,
 )
 from moezoo_models.inspect.inspection import Inspection, open_inspection
+from moezoo_models.mode import evaluating
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.tokenizer import Tokenizer
 
