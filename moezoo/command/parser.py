@@ -42,7 +42,7 @@ class ClearErrors:
         parser: Any = self
         parser.prog = parser.prog.replace(" [options]", "")
         if parser.usage is None and len(parser._actions) > MANY_OPTIONS:
-            parser.usage = "%(prog)s [options]"
+            parser.usage = " ".join(["%(prog)s [options]", *_places(parser)])
         return super().format_help(*args, **kwargs)  # type: ignore[misc]
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +99,7 @@ class ClearErrors:
         if not parser.exit_on_error:
             super().error(message, ex)  # type: ignore[misc]
         text = render(message, option_names(parser))
-        places = [a.dest for a in parser._actions if not a.option_strings and a.choices is None]
+        places = _places(parser)
         for place in places:
             usage = f"write {parser.prog} {' '.join(each.upper() for each in places)}"
             text = text.replace(f"give --{place}", usage)
@@ -108,6 +108,11 @@ class ClearErrors:
 
 class CommandParser(ClearErrors, jsonargparse.ArgumentParser):
     """The parser of one `moezoo` command."""
+
+
+def _places(parser: Any) -> list[str]:
+    """Return the names of arguments that are given by position."""
+    return [a.dest for a in parser._actions if not a.option_strings and a.choices is None]
 
 
 def _may_be_null(action: Any) -> bool:
@@ -162,7 +167,7 @@ def run_function(
 ) -> None:
     """Call ``function`` with options parsed after its signature and docstring."""
     parser = function_parser(function, prog, positional)
-    options = parser.parse_args(_expand_flags(function, parser, arguments))
+    options = parser.parse_args(_expand_flags(parser, arguments))
     options.pop("config", None)
     function(**parser.instantiate(options))
 
@@ -185,17 +190,14 @@ def function_parser(
     return parser
 
 
-def _expand_flags(
-    function: Callable[..., Any], parser: CommandParser, arguments: Sequence[str]
-) -> list[str]:
-    """Write a bare ``--flag`` of a true-or-false argument as ``--flag=true``.
+def _expand_flags(parser: Any, arguments: Sequence[str]) -> list[str]:
+    """Write a bare ``--flag`` of a true-or-false option as ``--flag=true``.
 
     ``--no_flag`` is ``--flag=false``.
 
     An option's name may be written with dashes.
     """
-    hints = typing.get_type_hints(function)
-    flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    flags = {f"--{a.dest}" for a in parser._actions if getattr(a, "_typehint", None) is bool}
     dashed = {f"--{name.replace('_', '-')}": f"--{name}" for name in option_names(parser)}
     arguments = ["=".join((dashed.get(n, n), *v)) for n, *v in (a.split("=", 1) for a in arguments)]
     expanded = []

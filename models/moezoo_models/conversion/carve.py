@@ -43,6 +43,24 @@ _FORMATS = ("glm4_moe", "moezoo")
 _LONGEST_WINDOW = 2048
 
 
+@dataclasses.dataclass(frozen=True)
+class CMoEOptions:
+    """What CMoE (arXiv:2502.04416) leaves open between its paper and its authors' code.
+
+    Attributes:
+        profile: activations that cmoe looks at: cosine, of normalised inputs and weights as in the
+            authors' code, or raw.
+        distance: of cmoe's clusters: l1 as in the code, l2 as in the paper.
+        representative: the neuron that cmoe routes by: centroid (published) or most_active.
+        signed: leave the sign of cmoe's scores, as in the paper; the code takes absolute values.
+    """
+
+    profile: Literal["cosine", "raw"] = "cosine"
+    distance: Literal["l1", "l2"] = "l1"
+    representative: Literal["centroid", "most_active"] = "centroid"
+    signed: bool = False
+
+
 def carve(
     source: str | Path,
     target: str | Path,
@@ -60,10 +78,7 @@ def carve(
     bias: bool | None = None,
     output_scale: float = 1.0,
     top_activations: int | None = None,
-    profile: Literal["cosine", "raw"] = "cosine",
-    distance: Literal["l1", "l2"] = "l1",
-    representative: Literal["centroid", "most_active"] = "centroid",
-    signed: bool = False,
+    cmoe: CMoEOptions = CMoEOptions(),
     to: str | None = None,
     layers: str | int | list[int] = "all",
     seed: int = 0,
@@ -102,11 +117,7 @@ def carve(
         bias: let the refit add an output bias, which only moezoo holds.
         output_scale: factor on routed experts' answers (LLaMA-MoE: routed over active).
         top_activations: neurons per token that count as active for cmoe (10) and coactivation.
-        profile: activations that cmoe looks at: cosine, of normalised inputs and weights as in the
-            authors' code, or raw.
-        distance: of cmoe's clusters: l1 as in the code, l2 as in the paper.
-        representative: the neuron that cmoe routes by: centroid (published) or most_active.
-        signed: leave the sign of cmoe's scores, as in the paper; the code takes absolute values.
+        cmoe: options that only cmoe's split and router read.
         to: glm4_moe, which unmodified transformers loads, or moezoo; default: the first that can
             hold the model.
         layers: which blocks to carve: all, every 2, a number or a list.
@@ -135,10 +146,7 @@ def carve(
         bias=bias,
         output_scale=output_scale,
         top_activations=top_activations,
-        profile=profile,
-        distance=distance,
-        representative=representative,
-        signed=signed,
+        **dataclasses.asdict(cmoe),
         seed=check_int("seed", seed, minimum=0),
     )
     families = dict.fromkeys(each for name in _FORMATS for each in TARGETS[name].families)
@@ -161,7 +169,7 @@ def carve(
             d_model=dense.config.hidden_size,
             dtype=dense.dtype,
             neuron_router=router == "cmoe",
-            signed=signed,
+            signed=cmoe.signed,
             output_bias=bool(bias),
         )
         kind = TARGETS[check_choice("to", to or _format(dense, mixture), _FORMATS)]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from moezoo import InputError
 from moezoo.__main__ import main
 from moezoo_models.conversion import carve as carving
-from moezoo_models.conversion.carve import calibrate, carve, model_nats
+from moezoo_models.conversion.carve import CMoEOptions, calibrate, carve, model_nats
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.plans import writable
 from moezoo_models.conversion.source import open_source
@@ -94,7 +94,12 @@ def test_stock_transformers_and_our_layer_agree(family, dtype, readable, text, t
     "options",
     [
         {"split": "cmoe", "router": "cmoe", "refit": False},
-        {"split": "cmoe", "router": "cmoe", "profile": "raw", "signed": True, "refit": False},
+        {
+            "split": "cmoe",
+            "router": "cmoe",
+            "cmoe": CMoEOptions(profile="raw", signed=True),
+            "refit": False,
+        },
         {"bias": True},
         {"shared": 0, "active": 3, "output_scale": 2.0},
         {"layers": [1]},
@@ -329,3 +334,32 @@ def test_the_command_line_says_mistakes_in_one_line(readable, text, tmp_path, ca
     error = capsys.readouterr().err
     assert error.startswith("moezoo: error: experts: 7 does not divide")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--profile=raw", "cmoe.profile"),
+        ("--distance=l2", "cmoe.distance"),
+        ("--representative=most_active", "cmoe.representative"),
+        ("--signed", "cmoe.signed"),
+        ("--no-signed", "cmoe.signed"),
+    ],
+)
+def test_options_of_cmoe_are_named_where_they_were_before(old, new, tmp_path, capsys):
+    assert main(["carve", str(tmp_path), str(tmp_path / "out"), old]) == 2
+    name = old.partition("=")[0].removeprefix("--")
+    expected = f"moezoo: error: {name}: no such option; did you mean '{new}'?\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_options_of_cmoe_are_read_from_the_command_line(readable, text, tmp_path):
+    arguments = ["carve", str(readable()), str(tmp_path / "out"), "--experts", "6"]
+    for name, value in text.items():
+        arguments += [f"--{name}", str(value)]
+    arguments += ["--split", "cmoe", "--router", "cmoe", "--no-refit", "--check", "layers"]
+    arguments += ["--cmoe.signed", "--cmoe.distance", "l2", "--cmoe.profile", "raw"]
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "out" / "moezoo_conversion.json").read_text())
+    found = {name: report["options"][name] for name in ("signed", "distance", "profile")}
+    assert found == {"signed": True, "distance": "l2", "profile": "raw"}
