@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from moezoo.atomic import named_errors
 from moezoo.errors import InputError
+from moezoo_models.adapters.transformers import set_attention_backend
 from moezoo_models.checkpoints.atomic import replacing_directory
 from moezoo_models.checkpoints.checksums import seal
 from moezoo_models.checkpoints.dense import dense_config
@@ -181,7 +182,7 @@ def load_checkpoint(
 
     def configure(raw: dict[str, Any]) -> MoezooConfig:
         config = our_config(raw)
-        config._attn_implementation = attention
+        set_attention_backend(config, attention)
         return config
 
     admitted = admit(path, configure, MoezooForCausalLM)

@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 
 from moezoo.errors import InputError, check_int
 from moezoo.layers.hash import HashLayer
+from moezoo_models.adapters.transformers import keep_contradictions
 from moezoo_models.checkpoints.model_files import (
     ADAPTERS,
     CONFIG,
@@ -240,7 +241,7 @@ def keep_generation(model: Any, admitted: Admitted) -> None:
     itself, and refuses all others: after a training, when it is too late.
     """
     if admitted.generation is not None and model.can_generate():
-        model.generation_config._original_object_hash = hash(model.generation_config)
+        keep_contradictions(model.generation_config)
 
 
 def is_pickled(file: Path) -> bool:

@@ -13,7 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from moezoo.errors import InputError, nearest
 from moezoo.routing.stats import expert_counts, mean_entropy
@@ -102,7 +108,7 @@ def load_stock(
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         admitted = admit(directory, stock_config, _build, renamed=True, pickled=pickled)
         config = admitted.config
-        kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with quiet(), told(directory), admitted.opened() as tensors:
             model, problems = kind.from_pretrained(
                 None,
@@ -122,7 +128,7 @@ def load_stock(
     check_model(model, directory)
     # Its default for experts, grouped matrix products, wants rows of multiples of 16 bytes.
     if any(p.ndim == 3 and p.shape[-1] * p.element_size() % 16 for p in model.parameters()):
-        model.config._experts_implementation = "eager"
+        model.set_experts_implementation("eager")
     return cast(PreTrainedModel, model.eval())
 
 

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from moezoo.experts.slots import PersistentSlots
 from moezoo.init import init_linear, output_std
+from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention_backends import ATTENTION, eager_attention
 from moezoo_models.model.joint_attention import joint_attention
 from moezoo_models.model.norm import RMSNorm
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        backend, mass = self.config._attn_implementation, None
+        backend, mass = attention_backend(self.config), None
         options = {
             "dropout": self.config.attention_dropout if self.training else 0.0,
             "scaling": self.scaling,

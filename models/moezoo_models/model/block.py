@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward, registered
 from moezoo.routing.losses import masked_mean
+from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.joint_attention import check_joint_backend
@@ -33,7 +34,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm: RMSNorm | None = None
         if isinstance(self.mlp, JoinedSlots):
-            check_joint_backend(config._attn_implementation)
+            check_joint_backend(attention_backend(config))
         else:
             self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -22,6 +22,11 @@ from transformers.utils.output_capturing import capture_outputs
 from moezoo.errors import InputError
 from moezoo.experts.values import shared_values
 from moezoo.feed_forward import FeedForward
+from moezoo_models.adapters.transformers import (
+    attention_backend,
+    initialize_unless_loaded,
+    is_loaded,
+)
 from moezoo_models.checkpoints.loading import GatedLoading
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.attention_backends import check_backend
@@ -53,7 +58,7 @@ class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
 
     def __init__(self, config: MoezooConfig) -> None:
         config.check()
-        check_backend(config._attn_implementation)
+        check_backend(attention_backend(config))
         super().__init__(config)
 
     @torch.no_grad()
@@ -78,11 +83,11 @@ class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
         initialised; here these are the owners that initialise what is inside them.
         """
         drawn = filled_later()
-        if drawn is None or getattr(module, "_is_hf_initialized", False):
-            super()._initialize_weights(module)
+        if drawn is None or is_loaded(module):
+            initialize_unless_loaded(self, module)
             return
         with drawn.initializing(self, module, _filled_parts(module)):
-            super()._initialize_weights(module)
+            initialize_unless_loaded(self, module)
 
     def init_weights(self) -> None:
         """Initialise and tie the weights, or see that they are filled later."""

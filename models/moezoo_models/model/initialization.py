@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moezoo.feed_forward import FeedForward
+from moezoo_models.adapters.transformers import initialize_again, is_loaded
 
 
 def reset_feed_forward(layer: FeedForward, num_layers: int) -> None:
@@ -23,7 +24,7 @@ def reset_feed_forward(layer: FeedForward, num_layers: int) -> None:
     new in a loaded layer are buffers that are not saved.
     """
     tensors = list(chain(layer.parameters(), layer.buffers()))
-    loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
+    loaded = [t for t in tensors if is_loaded(t)]
     if not loaded:
         layer.reset_parameters(num_layers=num_layers)
     elif len(loaded) < len(tensors):
@@ -57,7 +58,7 @@ class Drawn:
             for module in (*layers, *reversed(models)):
                 model, state = self._states.pop(module)
                 torch.set_rng_state(state)
-                model._init_weights(module)
+                initialize_again(model, module)
 
     @contextmanager
     def initializing(self, model: Any, module: nn.Module, parts: list[nn.Module]) -> Iterator[None]:
@@ -114,14 +115,14 @@ def _replace(part: nn.Module, old: torch.device, new: torch.device) -> None:
     """Put fresh tensors in the place of those on a device; those that are one stay one."""
     known: dict[Tensor, Tensor] = {}
     for module in part.modules():
-        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for holder in holders:
-            for name, tensor in holder.items():
-                if tensor is None or tensor.device.type != old.type:
-                    continue
-                if tensor not in known:
-                    fresh = torch.empty_like(tensor, device=new, requires_grad=False)
-                    if isinstance(tensor, nn.Parameter):
-                        fresh = nn.Parameter(fresh, tensor.requires_grad)
-                    known[tensor] = fresh
-                holder[name] = known[tensor]
+        named = (module.named_parameters, module.named_buffers)
+        own = [pair for of in named for pair in of(recurse=False, remove_duplicate=False)]
+        for name, tensor in own:
+            if tensor.device.type != old.type:
+                continue
+            if tensor not in known:
+                fresh = torch.empty_like(tensor, device=new, requires_grad=False)
+                if isinstance(tensor, nn.Parameter):
+                    fresh = nn.Parameter(fresh, tensor.requires_grad)
+                known[tensor] = fresh
+            setattr(module, name, known[tensor])

@@ -15,6 +15,7 @@ from torch import Tensor
 from moezoo.errors import InputError
 from moezoo.experts.slots import PersistentSlots, join
 from moezoo.routing.tree import at_least_fp32
+from moezoo_models.adapters.torch import flash_attention_cpu, flash_attention_cpu_backward
 from moezoo_models.model.attention_backends import repeat_heads
 
 JOINT_BACKENDS = ("sdpa", "eager")
@@ -112,9 +113,7 @@ def _fused(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend by torch's fused operator for CPUs and merge; give the joint log-sum-exp as well."""
-    context, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, is_causal=causal, attn_mask=mask, scale=scaling
-    )
+    context, lse = flash_attention_cpu(query, key, value, mask=mask, causal=causal, scale=scaling)
     lse = lse.unsqueeze(-1)
     joined, mass = join(context, lse, answer, answer_lse)
     joint_lse = torch.logaddexp(lse, answer_lse)
@@ -140,7 +139,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, mask, answer, answer_lse, causal, scaling = inputs
     joined, mass, joint_lse = output
-    ctx.options = {"dropout_p": 0.0, "is_causal": causal, "scale": scaling}
+    ctx.options = {"causal": causal, "scale": scaling}
     ctx.save_for_backward(query, key, value, mask, answer, answer_lse, joined, joint_lse)
     ctx.mark_non_differentiable(mass, joint_lse)
 
@@ -153,8 +152,8 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     block by block (Liu et al. 2023, arXiv:2310.01889).
     """
     query, key, value, mask, answer, answer_lse, joined, joint_lse = ctx.saved_tensors
-    d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, joined, joint_lse.squeeze(-1), attn_mask=mask, **ctx.options
+    d_query, d_key, d_value = flash_attention_cpu_backward(
+        grad, query, key, value, joined, joint_lse.squeeze(-1), mask=mask, **ctx.options
     )
     share = (answer_lse - joint_lse).exp()
     d_answer_lse = share * (grad * (answer - joined)).sum(-1, keepdim=True)

@@ -6,18 +6,19 @@ the model's configuration means here what it means there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from moezoo_models.adapters.torch import MovedModule
 
 if TYPE_CHECKING:
     from moezoo_models.model.config import MoezooConfig
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(MovedModule):
     """Cosines and sines of the rotation angles at given positions.
 
     The attributes are those that transformers' ``dynamic_rope_update`` reads and writes.
@@ -52,13 +53,11 @@ class RotaryEmbedding(nn.Module):
             self.inv_freq.copy_(inv_freq)
             self.original_inv_freq.copy_(inv_freq)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        """Move with the model, but stay in fp32 when it is cast: bf16 frequencies drift."""
-        super()._apply(fn, recurse)
+    def moved(self) -> None:
+        """Return to fp32 when the model is cast: bf16 frequencies drift."""
         if self.inv_freq.dtype != torch.float32:
             frequencies = self._frequencies()[0].to(self.inv_freq.device)
             self.inv_freq, self.original_inv_freq = frequencies, frequencies.clone()
-        return self
 
     @torch.no_grad()
     @dynamic_rope_update

@@ -1,0 +1,7 @@
+"""What moezoo_models uses of libraries that they do not publish, one module per library.
+
+A release that moves a private name breaks one function here. Each says which release it was
+written for, why no public name does, and what fails without it. Names that a library asks
+subclasses to define (``_init_weights``, ``_no_split_modules``, ``_supports_sdpa``) stand in those
+classes.
+"""
