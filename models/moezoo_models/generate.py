@@ -68,7 +68,7 @@ def generate(
         The prompt and its continuation.
 
     Raises:
-        InputError: the checkpoint can not be loaded, or an option is out of range.
+        InputError: the checkpoint cannot be loaded, or an option is out of range.
     """
     check_sampling(temperature, top_k, top_p, seed)
     if max_new_tokens is not None:
@@ -76,7 +76,7 @@ def generate(
     check_text("prompt", prompt)
     place = pick_device(device)
     model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention)
-    # What does not fit this model, before the prompt is printed.
+    # Options that do not fit this model are refused before the prompt is printed.
     _start(model, words, prompt, max_new_tokens)
 
     def show(piece: str) -> None:
@@ -176,8 +176,8 @@ class FiniteLogits(LogitsProcessor):
 def own_settings(model: PreTrainedModel) -> Iterator[None]:
     """Keep a model's ``generation_config.json`` out of what is generated inside the block.
 
-    transformers fills what options leave open from there: penalties, beams, caches. What is written
-    then would not be what the options say.
+    transformers takes from there all that options leave open, such as penalties, beams and caches,
+    and would continue otherwise than the options say.
     """
     settings: Any = model.generation_config
     try:
@@ -311,7 +311,7 @@ def generation_config(
     top_k: int,
     top_p: float,
 ) -> GenerationConfig:
-    """Say as transformers does how to continue; the options are those of :func:`generate`.
+    """Return transformers' settings of generation; the options are those of :func:`generate`.
 
     Raises:
         InputError: an option is out of range.

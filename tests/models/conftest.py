@@ -154,7 +154,7 @@ def make():
 
 @pytest.fixture
 def rules():
-    """The rules above by name, for test files, which can not import this one."""
+    """The rules above by name, for test files, which cannot import this one."""
     return {"mixed": MIXED, "moe": MOE, "persistent": PERSISTENT, "rule": rule}
 
 

@@ -1,4 +1,4 @@
-"""What moezoo_models uses of libraries that they do not publish, one module per library.
+"""Private names of other libraries that moezoo_models uses, one module per library.
 
 A release that moves a private name breaks one function here. Each says which release it was
 written for, why no public name does, and what fails without it. Names that a library asks

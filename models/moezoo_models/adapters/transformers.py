@@ -58,7 +58,7 @@ def initialize_again(model: PreTrainedModel, module: nn.Module) -> None:
 
 
 def keep_contradictions(settings: Any) -> None:
-    """Let generation settings that contradict each other be saved as they are.
+    """Mark generation settings that contradict each other as fit to be saved.
 
     transformers 5.23 refuses to save such a ``GenerationConfig`` unless its hash is that of the
     object which it read from a file itself. Without it a model with such settings, as published

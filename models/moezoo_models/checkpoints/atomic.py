@@ -26,7 +26,7 @@ def replacing_directory(target: Path, field: str = "output") -> Iterator[Path]:
     """Yield a fresh directory to fill, which takes the place of ``target`` at the end.
 
     The fresh directory is a hidden sibling. If the block raises, it is removed and ``target`` stays
-    as it was. What processes left that were killed here before is removed first.
+    as it was. Leftovers of processes that were killed here are removed first.
 
     Args:
         target: the directory to make or replace; its parents are made.
@@ -43,7 +43,7 @@ def replacing_directory(target: Path, field: str = "output") -> Iterator[Path]:
             yield fresh
             publish(fresh, target)
         finally:
-            # What is incomplete.
+            # Published, it is gone; else it is incomplete.
             shutil.rmtree(fresh, ignore_errors=True)
 
 

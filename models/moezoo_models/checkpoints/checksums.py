@@ -38,11 +38,11 @@ def crc_of_file(path: Path) -> int:
 
 
 def check_archive(path: str | Path) -> None:
-    """See that a file of ``torch.save`` is what was written: ``torch.load`` does not look.
+    """Check that a file of ``torch.save`` is as it was written: ``torch.load`` does not look.
 
     Raises:
         ValueError: a part of it has another checksum than it says, or it is no such file.
-        OSError: it can not be read.
+        OSError: it cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -95,7 +95,7 @@ def check_seal(path: Path) -> None:
     """See that a safetensors file is what :func:`seal` saw; others pass.
 
     Raises:
-        ValueError: it is not, or its header can not be read.
+        ValueError: it is not, or its header cannot be read.
     """
     with path.open("rb") as file:
         header = _read_header(file)

@@ -119,4 +119,4 @@ _ATTENTION: dict[str, Callable[[Any], dict[str, Any]]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
 }
-"""What sets the architectures apart, all of it in attention."""
+"""Differences of the architectures, all of them in attention."""

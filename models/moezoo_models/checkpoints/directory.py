@@ -1,6 +1,6 @@
 """Checkpoints: Hugging Face directories with config.json, safetensors and a tokenizer.
 
-Saving is atomic. What is loaded has passed :mod:`moezoo_models.checkpoints.gate`.
+Saving is atomic. Every directory that is loaded has passed :mod:`moezoo_models.checkpoints.gate`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers that are not finite are not written: whoever reads them later could not mend them."""
+"""Numbers that are not finite are not written: no later reader could mend them."""
 
 from __future__ import annotations
 

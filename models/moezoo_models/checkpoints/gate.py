@@ -1,7 +1,7 @@
-"""The gate that every model directory passes before it is used, whoever reads it.
+"""The gate that every model directory passes before any command uses it.
 
-What is cheap comes first: names of files, ``config.json``, and the headers of the weights; then
-whether they are of one model; and last what has to read the weights, their checksums and the tied
+Cheap checks come first: names of files, ``config.json``, and the headers of the weights; then
+whether they are of one model; and last those that read the weights, their checksums and the tied
 head. Whether numbers are finite is seen where they are read. A directory that passes is loaded
 from the tensors that were looked at here: transformers is not told its path, so that nothing in it
 can name other files, adapters or code.
@@ -115,7 +115,7 @@ def admit(
     sealed: bool = True,
     kinds: tuple[str, ...] = _FLOATS,
 ) -> Admitted:
-    """Return what a model directory holds, or raise one line about what is wrong with it.
+    """Return the contents of a model directory, or raise one line about its mistake.
 
     Args:
         path: the directory.
@@ -177,10 +177,10 @@ def _unless_damaged(files: list[Path]) -> Iterator[None]:
 
 @contextmanager
 def told(what: Path | str) -> Iterator[None]:
-    """Turn what libraries raise for what a file holds into one line.
+    """Turn errors that libraries raise for a file's contents into one line.
 
-    What only a mistake in this code can raise stays what it is; the rest is the cause of the
-    message, and MOEZOO_TRACEBACK shows it.
+    Errors that only a mistake in this code can raise pass; the others are the cause of the message,
+    and MOEZOO_TRACEBACK shows them.
 
     Raises:
         InputError: names the file.
@@ -235,7 +235,7 @@ def check_model(model: nn.Module, where: Path) -> None:
 
 
 def keep_generation(model: Any, admitted: Admitted) -> None:
-    """Let the settings of generation be written back as they were read.
+    """Keep a model's settings of generation so that they are saved as they were read.
 
     Published ones contradict each other now and then. transformers writes those back that it read
     itself, and refuses all others: after a training, when it is too late.

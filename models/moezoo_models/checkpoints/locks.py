@@ -21,15 +21,15 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 _held: set[Path] = set()
-"""What this process holds."""
+"""The locks that this process holds."""
 
 
 @contextmanager
 def writing(target: str | Path, field: str = "output", *, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing a file or directory, which need not be there yet.
 
-    What this process holds it may take again. The lock is an empty file, ``.NAME.lock`` beside the
-    target, or in it where the folder around it is not writable: never a part of what is written.
+    A process may take a lock again that it holds. The lock is an empty file, ``.NAME.lock`` beside
+    the target, or in it where the folder around it is not writable: never a part of the target.
     It goes with the block, as do the folders that were made for it and stayed empty; after a
     ``kill -9`` it stays and holds nobody up.
 
@@ -87,7 +87,7 @@ def _acquire(place: Path, shown: Path, field: str, wait: bool) -> FileLock | Non
                 raise
             return _lock(within, shown, field, wait)
     except OSError as error:
-        # What mkdir says of a file where it expects a folder misleads.
+        # The message of mkdir about a file where it expects a folder misleads.
         missing = isinstance(error, FileExistsError)
         reason = os.strerror(errno.ENOTDIR) if missing else error.strerror
         raise InputError(

@@ -1,7 +1,7 @@
 """The files of a model directory, found and read without trusting them.
 
-Names are plain, links stay inside, JSON is bounded, and of weights only headers are read. What the
-files have to say together is the business of :mod:`moezoo_models.checkpoints.gate`.
+Names are plain, links stay inside, JSON is bounded, and of weights only headers are read. Whether
+they fit together is the business of :mod:`moezoo_models.checkpoints.gate`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""What safetensors call the dtypes of tensors in a model."""
+"""Names in safetensors files of the dtypes that a model's tensors have."""
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 _LARGEST_JSON = 1 << 26
@@ -51,7 +51,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a tensor.
+    """A tensor, as a file's header describes it.
 
     Attributes:
         file: where it is.
@@ -181,7 +181,7 @@ def weight_files(directory: Path, pickled: bool = False) -> list[Path]:
 
     Args:
         directory: the checkpoint.
-        pickled: where there are none, list PyTorch's own files, for who reads them safely.
+        pickled: where there are none, list PyTorch's own files, for callers that read them safely.
 
     Raises:
         InputError: there are none, the index names one that is missing, or one is outside.
@@ -252,7 +252,7 @@ def check_inside(file: Path) -> None:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """Read what the headers of safetensors files say, in their order.
+    """Read the headers of safetensors files, in their order.
 
     Raises:
         InputError: one cannot be read, or two hold the same tensor.
@@ -321,7 +321,7 @@ def read_tensor(path: str | Path, name: str) -> Tensor:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Say in one line that a file of weights cannot be read.
+    """Turn errors of reading a file of weights into one line.
 
     Raises:
         InputError: for what safetensors, the checksum or the system raise.
@@ -339,22 +339,22 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def damaged(file: Path, error: BaseException) -> str:
-    """Say in one line that a file of weights is damaged."""
+    """Return the line that says that a file of weights is damaged."""
     return f"checkpoint: {file} is truncated or damaged ({one_line(error)}); copy or save it again"
 
 
 def unreadable(file: Path, error: OSError) -> str:
-    """Say in one line that the system does not let a file be read."""
+    """Return the line that says that the system does not let a file be read."""
     return f"checkpoint: {file} cannot be read: {reason_of(error)}"
 
 
 def reason_of(error: OSError) -> str:
-    """Return the system's word for what went wrong."""
+    """Return the system's reason of an error."""
     return (error.strerror or one_line(error)).lower()
 
 
 def one_line(error: BaseException) -> str:
-    """Return the beginning of what a library says."""
+    """Return the beginning of a library's message."""
     lines = str(error).strip().splitlines()
     return lines[0][:120] if lines else type(error).__name__
 

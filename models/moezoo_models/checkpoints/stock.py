@@ -1,7 +1,8 @@
 """Stock models of transformers, loaded as they are and run as ours are.
 
-What `moezoo upcycle`, `carve` and `export` write, and the dense models they start from, stay what
-transformers calls them: trained here and saved, they load in unmodified transformers again.
+The models that `moezoo upcycle`, `carve` and `export` write, and the dense ones they start from,
+keep transformers' classes and names: trained here and saved, they load in unmodified transformers
+again.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def predict(model: nn.Module, input_ids: Tensor, next_tokens: Tensor) -> MoezooO
 
     A stock mixture's load-balancing loss is transformers' own, weighted by the
     ``router_aux_loss_coef`` of its configuration. It is taken over the choices of all layers
-    together, so that one layer's unevenness may hide another's.
+    together, so that one layer's imbalance may hide another's.
 
     Args:
         model: a causal language model.

@@ -44,7 +44,7 @@ class Calibration:
     seed: int
 
     def describe(self) -> dict[str, Any]:
-        """Say for a report what this is; equal tokens have an equal hash."""
+        """Return a description for a report; equal tokens have an equal hash."""
         digest = hashlib.sha256()
         for tokens in (self.fitted, self.held_out):
             digest.update(tokens.numpy().tobytes())
@@ -82,13 +82,13 @@ def read_calibration(
         seed: which passages are fitted to; those held out are always the same.
 
     Raises:
-        InputError: a source can not be read or has too little text, or a token is not the model's.
+        InputError: a source cannot be read or has too little text, or a token is not the model's.
     """
     check_int("calibration_tokens", tokens)
     check_int("held_out_tokens", held_out_tokens)
     check_int("window", window, minimum=2)
     passages = _passages(sources, _PASSAGE_WINDOWS * window)
-    # What is held out must be the same whatever is fitted to.
+    # The held-out passages must be the same however many are fitted to.
     random.Random(0).shuffle(passages)
     opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     text = window - len(opening)

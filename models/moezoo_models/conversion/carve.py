@@ -45,7 +45,7 @@ _LONGEST_WINDOW = 2048
 
 @dataclasses.dataclass(frozen=True)
 class CMoEOptions:
-    """What CMoE (arXiv:2502.04416) leaves open between its paper and its authors' code.
+    """Options of CMoE (arXiv:2502.04416), in which its paper and its authors' code differ.
 
     Attributes:
         profile: activations that cmoe looks at: cosine, of normalised inputs and weights as in the
@@ -90,7 +90,7 @@ def carve(
     """Cut a dense Hugging Face checkpoint's blocks into shared and routed experts, untrained.
 
     Each block's neurons are dealt out to equal parts: some answer every token, a router picks some
-    of the others. What goes where is found on calibration text, layer by layer through the layers
+    of the others. Neurons are assigned on calibration text, layer by layer through the layers
     already carved, in the memory of about one layer. Perplexity on held-out text is printed
     beside that of the dense model and of plain pruning to as many neurons.
 
@@ -129,11 +129,11 @@ def carve(
         force: replace a checkpoint that target holds.
 
     Returns:
-        What was done and measured.
+        The two models, the drift, and the measurements.
 
     Raises:
-        InputError: the source can not be converted, the options contradict each other, there is
-            too little text, or the target can not hold the result.
+        InputError: the source cannot be converted, the options contradict each other, there is
+            too little text, or the target cannot hold the result.
     """
     options = CarveOptions(
         shared,
@@ -297,7 +297,7 @@ class Carving:
         return self._plans.read(layer)
 
     def report(self, written: Path, loads: bool) -> dict[str, Any]:
-        """Return what was measured.
+        """Return the measurements.
 
         Args:
             written: the checkpoint.
@@ -358,7 +358,7 @@ def carve_layer(layer: int, x: Tensor, block: Block, options: CarveOptions) -> C
 
 
 def answer_of(plan: LayerPlan, block: Block) -> Answer:
-    """Compute what a plan makes of a block."""
+    """Return a plan's answer in the place of a block's."""
     return lambda x: plan.run(x, block.gate, block.up, block.down, block.act)
 
 

@@ -57,7 +57,7 @@ _SCRATCH = "calibration"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did, as its report in the directory says it.
+    """A conversion, as its report in the directory describes it.
 
     Attributes:
         method: upcycle or carve.
@@ -116,7 +116,7 @@ def convert(
             its model fits into memory.
 
     Raises:
-        InputError: the format can not hold this, or there is no room for it.
+        InputError: the format cannot hold this, or there is no room for it.
     """
     check_choice("check", check, ("auto", "logits", "layers"))
     check_target(target, force)
@@ -172,7 +172,7 @@ def convert(
 
 
 def summary(conversion: Conversion, target: Path) -> str:
-    """Say in a few lines what was made and how far it is off."""
+    """Return a few lines about a conversion: its models, whether it is exact, and the drift."""
     old, new, drift = conversion.source, conversion.target, conversion.drift
     what = "layers' outputs" if drift["of"] == "layers" else "logits"
     agree = drift["argmax_agreement"]

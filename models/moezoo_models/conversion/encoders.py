@@ -25,7 +25,7 @@ from moezoo_models.checkpoints.dense import ACTIVATIONS
 from moezoo_models.mode import evaluating
 
 Batch = Mapping[str, Tensor]
-"""What the encoder is called with: ``input_ids`` and ``attention_mask``, ``(B, L)`` each."""
+"""The encoder's arguments: ``input_ids`` and ``attention_mask``, ``(B, L)`` each."""
 
 _Replace = Callable[[int, Tensor, Block], FeedForward]
 """Given a layer's number, its block's inputs ``(T, D)`` and the block, makes another one."""
@@ -144,7 +144,7 @@ def _has_linear(module: nn.Module, path: str) -> bool:
 
 @dataclasses.dataclass
 class _Call:
-    """What the model calls its layers with, for one batch."""
+    """The arguments that the model calls its layers with, for one batch."""
 
     states: Tensor
     others: tuple[Any, ...]
@@ -156,7 +156,7 @@ class _Call:
 
 
 class _FoundError(Exception):
-    """Stops a forward pass that has shown what was looked for."""
+    """Stops a forward pass once the first layer's arguments are known."""
 
 
 def _call_of_first(model: nn.Module, layer: nn.Module, batch: Batch) -> _Call:

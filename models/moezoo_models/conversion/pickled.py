@@ -19,7 +19,7 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
     before it is called.
 
     Raises:
-        InputError: the file holds something else, or can not be read.
+        InputError: the file holds something else, or cannot be read.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

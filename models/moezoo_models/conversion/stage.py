@@ -91,7 +91,7 @@ class Stage:
 
 
 class Head:
-    """What comes after the layers: the last norm and the output projection, in fp32."""
+    """The part after the layers: the last norm and the output projection, in fp32."""
 
     def __init__(self, source: Source, device: torch.device) -> None:
         whole = _one_layer(source, 0)

@@ -95,7 +95,7 @@ def inspect_carving(
         The figures that are printed.
 
     Raises:
-        InputError: the source can not be read, a size does not fit, or there is too little text.
+        InputError: the source cannot be read, a size does not fit, or there is too little text.
     """
     check_int("seeds", seeds)
     if output is not None:

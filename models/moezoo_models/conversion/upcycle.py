@@ -59,11 +59,11 @@ def upcycle(
         force: replace a checkpoint that target holds.
 
     Returns:
-        What was done and measured.
+        The two models, the drift, and the measurements.
 
     Raises:
-        InputError: the source can not be converted, the options contradict each other, or the
-            target can not hold the result.
+        InputError: the source cannot be converted, the options contradict each other, or the
+            target cannot hold the result.
     """
     options = UpcycleOptions(
         experts, top_k, granularity, drop, shared, scale, weighting, router_std, seed

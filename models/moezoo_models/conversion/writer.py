@@ -200,7 +200,7 @@ def workspace(target: Path, identity: str, force: bool) -> Iterator[Workspace]:
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Raise :class:`InputError` if a checkpoint can not be made there."""
+    """Raise :class:`InputError` if a checkpoint cannot be made there."""
     if target.exists() and not target.is_dir():
         raise InputError(f"target: {target} is a file; name a new directory")
     if not target.is_dir() or not any(target.iterdir()):
@@ -289,7 +289,7 @@ def _header(outputs: Sequence[Output]) -> dict[str, Any]:
 
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:
-    """Give a tensor's bytes in pieces, so that a mapped one is never in memory as a whole."""
+    """Yield a tensor's bytes in pieces, so that a mapped one is never in memory as a whole."""
     if tensor.numel() == 0:
         return
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)

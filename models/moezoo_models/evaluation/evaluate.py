@@ -66,8 +66,9 @@ def evaluate(
         The figures that are printed.
 
     Raises:
-        InputError: the file is missing, empty or binary; a task does not exist; the checkpoint can
-            not be loaded; an option is out of range; a token id is outside the model's vocabulary.
+        InputError: the file is missing, empty or binary; a task does not exist; the checkpoint
+            cannot be loaded; an option is out of range; a token id is outside the model's
+            vocabulary.
         ModuleNotFoundError: there are tasks, and lm-eval is not installed.
     """
     if (text is None) == (tasks is None):

@@ -43,7 +43,7 @@ _DEFAULT_LENGTH = 256  # the harness's
 class HarnessModel(TemplateLM):
     """A causal language model, ours or a stock one, behind the harness's interface.
 
-    Texts of different lengths share a batch. What is added to the shorter ones is masked, for
+    Texts of different lengths share a batch. Padding of the shorter ones is masked, for
     attention and for the feed-forward blocks alike, so that it reaches no statistic, takes no
     expert's place and is nobody's earlier token. Layers whose answer to a token depends on the
     other texts of a batch all the same, those with a limit on capacity or that are not causal, get

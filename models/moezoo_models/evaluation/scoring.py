@@ -1,4 +1,4 @@
-"""What every evaluation asks of a model: its window, and logits from hidden states."""
+"""A model's window, and its logits from hidden states, for every evaluation."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """What the harness measured.
+    """The harness's measurements.
 
     Attributes:
         report: its dictionary as it can be written to JSON: ``results`` holds, by task, each metric
@@ -103,7 +103,7 @@ def evaluate_questions(
     sequence_length: int | None = None,
     batch_size: int = 8,
 ) -> TaskEvaluation:
-    """Let a model in memory answer tasks.
+    """Evaluate a model in memory on tasks.
 
     The harness seeds Python's, NumPy's and torch's random numbers, so that the same model gives the
     same figures.
@@ -117,7 +117,7 @@ def evaluate_questions(
         batch_size: questions computed at once.
 
     Raises:
-        InputError: a task asks for what the model can not do, or an option is out of range.
+        InputError: a task needs something that the model cannot do, or an option is out of range.
     """
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable

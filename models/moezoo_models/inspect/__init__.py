@@ -1,1 +1,1 @@
-"""What a trained model does: who is used and for what, how sparsely, along which directions."""
+"""Inspecting a trained model: load and specialization of experts, sparsity, spectra, triggers."""

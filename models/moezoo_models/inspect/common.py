@@ -1,4 +1,4 @@
-"""What `moezoo inspect` commands share: a text passed through a model, and names of its layers."""
+"""Parts of `moezoo inspect` commands: a text passed through a model, and names of its layers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found in every layer of a model while a text passed through it.
+    """Findings about every layer of a model while a text passed through it.
 
     Attributes:
         tokens: number of tokens, each of which passed every layer once.
@@ -93,7 +93,7 @@ def passes(model: MoezooForCausalLM, stream: Stream) -> Iterator[tuple[int, Tens
 
     Yields:
         After each pass, the place of its first token in the text, and its tokens ``(T,)``: those
-        of all its windows, one after the other. What layers see may be longer by padding.
+        of all its windows, one after the other. Layers may see more, by padding.
     """
     with progress_bar() as bar:
         task = bar.add_task("reading", total=len(stream.tokens))
@@ -126,7 +126,7 @@ def check_routed(model: MoezooForCausalLM, checkpoint: str | Path) -> None:
     if not routed_layers(model):
         kinds = sorted({type(block.mlp).__name__ for block in model.model.blocks()})
         raise InputError(
-            f"checkpoint: {checkpoint} has no layer that chooses who answers, only "
+            f"checkpoint: {checkpoint} has no layer that routes tokens, only "
             f"{', '.join(kinds)}; give a model with e.g. SparseMoE or PEER"
         )
 

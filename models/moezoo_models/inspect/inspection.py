@@ -1,4 +1,4 @@
-"""What `moezoo inspect` commands do alike: load a model and a text, check, and write what is found.
+"""The frame of `moezoo inspect` commands: load a model and a text, check, and write findings.
 
 A command takes ``checkpoint``, ``text``, ``output`` and its own options by name, and passes all
 others on as ``**reading``. Its parser finds those in the signature and the docstring of
@@ -57,12 +57,12 @@ class Inspection:
 
     @property
     def source(self) -> str:
-        """What a figure's title ends with."""
+        """The end of a figure's title."""
         return f"{self.checkpoint}, {len(self.tokens):,} tokens"
 
     @property
     def title(self) -> str:
-        """What a table's title begins with."""
+        """The beginning of a table's title."""
         return f"{self.checkpoint}: {len(self.tokens):,} tokens"
 
     def write(

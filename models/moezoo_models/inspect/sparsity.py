@@ -68,10 +68,10 @@ def inspect_sparsity(
             :func:`~moezoo_models.inspect.inspection.open_inspection`, by name.
 
     Returns:
-        What is written.
+        The sparsity of each layer, as it is written.
 
     Raises:
-        InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
+        InputError: the file is missing, empty or binary; the checkpoint cannot be loaded, or has
             no feed-forward layer; an option is out of range; the output cannot be written.
     """
     check_number("threshold", threshold, maximum=1.0)
@@ -139,7 +139,7 @@ def measure_sparsity(
 
 def _print(found: ModelSparsity, inspection: Inspection) -> None:
     columns = ["layer", "method", ">neurons", ">computed", ">nonzero", ">strong", ">effective"]
-    columns += [">dead", ">median neuron", ">busiest", ">Gini"]
+    columns += [">dead", ">median neuron", ">most active", ">Gini"]
     rows = []
     for name, summary in found.summaries.items():
         shares = (summary.computed, summary.nonzero, summary.strong, summary.effective)

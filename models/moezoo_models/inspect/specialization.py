@@ -96,7 +96,7 @@ def inspect_experts(
         The counts and their summaries.
 
     Raises:
-        InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
+        InputError: the file is missing, empty or binary; the checkpoint cannot be loaded, or has
             no layer that chooses; an option is out of range; the output cannot be written.
     """
     check_int("top_tokens", top_tokens)
@@ -238,18 +238,18 @@ def _print(
     inspection: Inspection,
 ) -> None:
     columns = ["layer", "method", ">slots", ">H(slot)", ">attainable", ">I(token; slot)"]
-    columns += [">by chance", ">explained", "busiest slot's tokens"]
+    columns += [">by chance", ">explained", "most used slot's tokens"]
     rows = []
     for name, summary in found.layers.items():
-        busiest = listed[name][0]
-        words = " ".join(f"'{token['text']}'" for token in busiest["tokens"][:4])
+        most_used = listed[name][0]
+        words = " ".join(f"'{token['text']}'" for token in most_used["tokens"][:4])
         rows.append(
             [
                 name.split(" ", 1)[1],
                 found.methods[name],
                 f"{found.counts[name].shape[1]:,}",
                 *_figures(summary),
-                f"{busiest['slot']}: {words or 'none in particular'}",
+                f"{most_used['slot']}: {words or 'none in particular'}",
             ]
         )
     title = f"{inspection.title} in windows of {found.sequence_length:,}; in nats"

@@ -100,7 +100,7 @@ def inspect_spectrum(
         The spectra, layer by layer.
 
     Raises:
-        InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
+        InputError: the file is missing, empty or binary; the checkpoint cannot be loaded, or has
             no feed-forward layer; an option is out of range; the output cannot be written.
     """
     inspection = open_inspection(checkpoint, text, output, neuron_sets, **reading)
@@ -174,7 +174,7 @@ def _portions(
 
 
 def _has_hidden(neurons: Neurons) -> bool:
-    """Whether tokens share a hidden layer, and do not each put one together."""
+    """Return whether tokens share a hidden layer, and do not each put one together."""
     return neurons.unit not in ("value", "tree") and neurons.width > 1
 
 

@@ -1,4 +1,4 @@
-"""Looking at a checkpoint: what triggers its neurons, and what they say."""
+"""Looking at a checkpoint: its neurons' triggers, and the tokens that they say."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _CONTEXT = 16  # tokens shown of a trigger
 
 @dataclass(frozen=True)
 class NeuronTriggers:
-    """What triggers one set of neurons, and what they say.
+    """The triggers of one set of neurons, and the tokens that they say.
 
     Attributes:
         method: class of the layer.
         neurons: the set.
         coefficients: ``(N, K)`` the largest of each neuron, descending.
         positions: ``(N, K)`` the places in the text of the tokens that gave them; -1 for none.
-        says: what the values say, and the ranks of the tokens after the strongest triggers.
-        agreement: how often these are what the neuron says.
+        says: the tokens that the values say, and the ranks of those after the strongest triggers.
+        agreement: how often these are the token that the neuron says.
     """
 
     method: str
@@ -88,7 +88,7 @@ def inspect_triggers(
         The triggers by the name of a set of neurons: ``layer 3``, or ``layer 3, shared expert``.
 
     Raises:
-        InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
+        InputError: the file is missing, empty or binary; the checkpoint cannot be loaded, or has
             no feed-forward layer; an option is out of range; the output cannot be written.
     """
     check_int("neurons", neurons)
@@ -143,7 +143,7 @@ def find_triggers(
     with evaluating(model), watch(layers, see):
         for begin, batch in passes(model, stream):
             start = begin + len(batch)
-    # What follows the last token is not known.
+    # The token after the last is not known.
     following = torch.cat([stream.tokens[1:], torch.tensor([-1])])
     found = {}
     for name, parts in sets.items():

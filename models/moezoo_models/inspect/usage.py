@@ -69,10 +69,10 @@ def inspect_usage(
             :func:`~moezoo_models.inspect.inspection.open_inspection`, by name.
 
     Returns:
-        What is written.
+        The usage of each layer, as it is written.
 
     Raises:
-        InputError: the file is missing, empty or binary; the checkpoint can not be loaded, or has
+        InputError: the file is missing, empty or binary; the checkpoint cannot be loaded, or has
             no layer that chooses; an option is out of range; the output cannot be written.
     """
     inspection = open_inspection(
@@ -127,32 +127,32 @@ def _print(usage: ModelUsage, inspection: Inspection) -> None:
     rows = []
     for name, summary in usage.usages.items():
         head = [name.split(" ", 1)[1], usage.methods[name], f"{summary.num_slots:,}"]
-        for measure, evenness in _distinct(summary).items():
-            rows.append([*head, measure, *_cells(evenness)])
+        for measure, figures in _distinct(summary).items():
+            rows.append([*head, measure, *_cells(figures)])
             head = ["", "", ""]
     title = f"{inspection.title} in windows of {usage.sequence_length:,}"
     print_table(title, columns, rows)
 
 
 def _distinct(summary: SlotUsage) -> dict[str, Evenness]:
-    """Leave out what says the same as the line above, as for layers without weights."""
+    """Leave out measures equal to the line above, as for layers without weights."""
     distinct: dict[str, Evenness] = {}
-    for measure, evenness in summary.measures().items():
-        if evenness not in distinct.values():
-            distinct[measure] = evenness
+    for measure, figures in summary.measures().items():
+        if figures not in distinct.values():
+            distinct[measure] = figures
     return distinct
 
 
-def _cells(evenness: Evenness) -> list[str]:
+def _cells(figures: Evenness) -> list[str]:
     return [
-        f"{evenness.usage:.2%}",
-        f"{evenness.unevenness:.3f}",
-        f"{evenness.gini:.3f}",
-        f"{evenness.top50:,}",
-        f"{evenness.top90:,}",
-        f"{evenness.top99:,}",
-        f"{evenness.max_violation:.2f}",
-        f"{evenness.dead:,}",
+        f"{figures.usage:.2%}",
+        f"{figures.unevenness:.3f}",
+        f"{figures.gini:.3f}",
+        f"{figures.top50:,}",
+        f"{figures.top90:,}",
+        f"{figures.top99:,}",
+        f"{figures.max_violation:.2f}",
+        f"{figures.dead:,}",
     ]
 
 

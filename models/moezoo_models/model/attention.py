@@ -68,7 +68,7 @@ class Attention(nn.Module):
         slots: PersistentSlots | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Let each position attend to those before it.
+        """Attend from each position to those before it.
 
         Args:
             hidden: ``(batch, sequence, hidden_size)``.
@@ -96,17 +96,17 @@ class Attention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        backend, mass = attention_backend(self.config), None
+        backend, context_share = attention_backend(self.config), None
         options = {
             "dropout": self.config.attention_dropout if self.training else 0.0,
             "scaling": self.scaling,
         }
         if slots is not None:
-            attended, weights, mass = joint_attention(
+            attended, weights, context_share = joint_attention(
                 slots, plain_query, query, key, value, attention_mask, backend, **options
             )
         else:
             attend = ATTENTION.get_interface(backend, eager_attention)
             options |= {"sliding_window": self.sliding_window, **kwargs}
             attended, weights = attend(self, query, key, value, attention_mask, **options)
-        return self.o_proj(attended.reshape(batch, length, -1)), weights, mass
+        return self.o_proj(attended.reshape(batch, length, -1)), weights, context_share

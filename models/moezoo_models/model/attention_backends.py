@@ -38,7 +38,7 @@ def attention_backends() -> dict[str, str | None]:
 
 
 def check_backend(name: str | None) -> None:
-    """Refuse a backend that is unknown, or that this machine can not run.
+    """Refuse a backend that is unknown, or that this machine cannot run.
 
     Raises:
         InputError: with the reason.

@@ -50,7 +50,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]:
         """Return the new hidden states and the feed-forward block's losses and statistics."""
-        attended, _, mass = self.self_attn(
+        attended, _, context_share = self.self_attn(
             self.input_layernorm(hidden),
             rotary,
             attention_mask,
@@ -60,7 +60,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         )
         hidden = hidden + attended
         if self.post_attention_layernorm is None:
-            return hidden, {}, {"context_mass": _mean(mass, token_mask)}
+            return hidden, {}, {"context_mass": _mean(context_share, token_mask)}
         answer = self.mlp(
             self.post_attention_layernorm(hidden), token_ids=token_ids, mask=token_mask
         )
@@ -96,7 +96,7 @@ def build_feed_forward(config: MoezooConfig, layer: int) -> FeedForward:
     return block
 
 
-def _mean(mass: Tensor, token_mask: Tensor | None) -> Tensor:
+def _mean(context_share: Tensor, token_mask: Tensor | None) -> Tensor:
     """Average ``(batch, heads, sequence)`` over heads and real tokens."""
     flat_mask = None if token_mask is None else token_mask.flatten()
-    return masked_mean(mass.detach().mean(1).flatten(), flat_mask)
+    return masked_mean(context_share.detach().mean(1).flatten(), flat_mask)

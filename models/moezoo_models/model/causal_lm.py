@@ -111,7 +111,7 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Prepare one step of generation, as in transformers.
 
-        For static caches that prepares four-dimensional masks, from which padding can not be told
+        For static caches that prepares four-dimensional masks, from which padding cannot be told
         any more: the feed-forward blocks get theirs beforehand. Those that route on earlier tokens
         get all tokens so far, which the cache does not hold.
         """

@@ -28,7 +28,7 @@ _BASE_CLASS_KEYS = (
     "rope_theta",
     "torch_dtype",
 )
-"""What the base class takes beside the fields, in ``config.json`` or as an argument."""
+"""Arguments of the base class beside the fields, in ``config.json`` or as an argument."""
 
 
 class MoezooConfig(PreTrainedConfig):

@@ -39,7 +39,7 @@ from moezoo_models.model.rotary import RotaryEmbedding
 
 
 class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
-    """What the models share: configuration class, capabilities, initialisation, strict loading."""
+    """The base of the models: configuration class, capabilities, initialisation, strict loading."""
 
     config_class = MoezooConfig
     config: MoezooConfig
@@ -327,7 +327,7 @@ def _block(config: MoezooConfig, layer: int) -> DecoderLayer:
 
 
 def _filled_parts(module: nn.Module) -> list[nn.Module]:
-    """List what ``_init_weights`` gives numbers to."""
+    """List the modules that ``_init_weights`` gives numbers to."""
     if isinstance(module, FeedForward | Attention | RMSNorm | RotaryEmbedding):
         return [module]
     if isinstance(module, MoezooPreTrainedModel):

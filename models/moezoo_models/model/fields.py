@@ -1,6 +1,6 @@
 """The fields of a ``config.json`` that architectures share: kinds, ranges, and how they fit.
 
-What is read here was written by others: a string where a switch should be counts as true, a
+The file was written by others: a string where a switch should be counts as true, a
 negative width fails somewhere deep inside, and a layer count without end never returns.
 """
 

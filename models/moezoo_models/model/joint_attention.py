@@ -78,8 +78,10 @@ def joint_attention(
         if torch.is_autocast_enabled("cpu"):  # bf16 is slower there
             query, key, value, answer = (t.float() for t in (query, key, value, answer))
         mask = None if attention_mask is None else _additive(attention_mask, value)
-        joined, mass, _ = _fused(query, key, value, mask, answer, answer_lse, causal, scaling)
-        return joined.transpose(1, 2), None, mass.squeeze(-1)
+        joined, context_share, _ = _fused(
+            query, key, value, mask, answer, answer_lse, causal, scaling
+        )
+        return joined.transpose(1, 2), None, context_share.squeeze(-1)
 
     scores = at_least_fp32(query @ key.mT) * scaling
     if causal:
@@ -88,9 +90,9 @@ def joint_attention(
         scores = scores + _additive(attention_mask, scores)
     weights = F.dropout(scores.softmax(-1), dropout)
     context = weights.to(value.dtype) @ value
-    joined, mass = join(context, scores.logsumexp(-1, keepdim=True), answer, answer_lse)
-    shown = (weights * mass).to(value.dtype) if backend == "eager" else None
-    return joined.transpose(1, 2), shown, mass.squeeze(-1)
+    joined, context_share = join(context, scores.logsumexp(-1, keepdim=True), answer, answer_lse)
+    shown = (weights * context_share).to(value.dtype) if backend == "eager" else None
+    return joined.transpose(1, 2), shown, context_share.squeeze(-1)
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
@@ -115,9 +117,9 @@ def _fused(
     """Attend by torch's fused operator for CPUs and merge; give the joint log-sum-exp as well."""
     context, lse = flash_attention_cpu(query, key, value, mask=mask, causal=causal, scale=scaling)
     lse = lse.unsqueeze(-1)
-    joined, mass = join(context, lse, answer, answer_lse)
+    joined, context_share = join(context, lse, answer, answer_lse)
     joint_lse = torch.logaddexp(lse, answer_lse)
-    return joined.contiguous(), mass.contiguous(), joint_lse.contiguous()
+    return joined.contiguous(), context_share.contiguous(), joint_lse.contiguous()
 
 
 @_fused.register_fake
@@ -132,16 +134,16 @@ def _(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = query.shape[:-1]
-    mass, lse = (answer_lse.new_empty(*shape, 1) for _ in range(2))
-    return query.new_empty(*shape, value.shape[-1]), mass, lse
+    context_share, lse = (answer_lse.new_empty(*shape, 1) for _ in range(2))
+    return query.new_empty(*shape, value.shape[-1]), context_share, lse
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, mask, answer, answer_lse, causal, scaling = inputs
-    joined, mass, joint_lse = output
+    joined, context_share, joint_lse = output
     ctx.options = {"causal": causal, "scale": scaling}
     ctx.save_for_backward(query, key, value, mask, answer, answer_lse, joined, joint_lse)
-    ctx.mark_non_differentiable(mass, joint_lse)
+    ctx.mark_non_differentiable(context_share, joint_lse)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

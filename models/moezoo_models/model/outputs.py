@@ -1,4 +1,4 @@
-"""What the models return."""
+"""The models' outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class MoezooModelOutput(ModelOutput):
-    """What the decoder without its output projection returns.
+    """The output of the decoder without its output projection.
 
     Attributes:
         last_hidden_state: ``(batch, sequence, hidden_size)`` after the last norm.
@@ -33,7 +33,7 @@ class MoezooModelOutput(ModelOutput):
 
 @dataclass
 class MoezooOutput(ModelOutput):
-    """What the language model returns.
+    """The output of the language model.
 
     Attributes:
         loss: ``lm_loss`` plus all auxiliary losses, if there are labels; fp32.

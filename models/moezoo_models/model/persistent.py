@@ -70,7 +70,7 @@ def build_slots(rule: Mapping[str, Any], config: MoezooConfig) -> JoinedSlots:
     """Build what a rule of kind ``attention`` puts into a block.
 
     Raises:
-        InputError: arguments that do not fit; or a layer that the decoder can not join with its
+        InputError: arguments that do not fit; or a layer that the decoder cannot join with its
             attention.
     """
     with torch.device("meta"):  # only to check the arguments and learn their defaults

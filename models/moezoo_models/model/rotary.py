@@ -62,8 +62,8 @@ class RotaryEmbedding(MovedModule):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Give ``cos`` and ``sin``, each ``(batch, sequence, head_dim)`` in the dtype of ``x``."""
-        # fp32 whatever autocast says: bf16 can not tell position 1000 from 1001.
+        """Return ``cos`` and ``sin``, ``(batch, sequence, head_dim)``, in the dtype of ``x``."""
+        # fp32 whatever autocast says: bf16 cannot tell position 1000 from 1001.
         angles = position_ids[..., None].float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)
         cos = angles.cos() * self.attention_scaling

@@ -1,4 +1,4 @@
-"""Texts of any length as tokens: the same ids whoever asks, and those of the uncut text.
+"""Texts of any length as tokens: always the same ids, which are those of the uncut text.
 
 The time of one call of a tokenizer can grow steeply with the length of its text, so that a long one
 is cut. A cut must not show: a tokenizer that puts a space before every text would add one per

@@ -288,7 +288,7 @@ def _check_merges(file: Path) -> None:
 
 @contextmanager
 def _told(what: str | Path) -> Iterator[None]:
-    """Say in one line what is wrong with a tokenizer's files.
+    """Turn errors about a tokenizer's files into one line.
 
     Raises:
         InputError: for whatever the libraries raise.

@@ -253,7 +253,7 @@ def test_directories_are_exchanged_in_one_step(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     if not atomic._exchange(tmp_path / "a", tmp_path / "b"):
-        pytest.skip("this file system can not exchange directories")
+        pytest.skip("this file system cannot exchange directories")
     assert listing(tmp_path) == ["a", "a/b", "b", "b/a"]
 
 

@@ -346,7 +346,7 @@ def test_what_can_not_be_converted_is_refused_and_leaves_nothing(name, dense, tm
         ("llama", {"granularity": 5}, "granularity: 5 does not divide the block's 48 neurons"),
         ("llama", {"granularity": 2, "top_k": 3}, "top_k: 3 is no multiple of granularity 2"),
         ("llama", {"drop": 1.5}, "drop: "),
-        ("llama", {"to": "qwen3_moe"}, "to: qwen3_moe can not hold the attention of a llama; "),
+        ("llama", {"to": "qwen3_moe"}, "to: qwen3_moe cannot hold the attention of a llama; "),
         ("llama", {"shared": True}, "shared: mixtral has no shared expert; choose --to qwen2_moe"),
         ("llama", {"layers": [9]}, "layers: there is no layer 9"),
         ("llama", {"layers": [1], "to": "mixtral"}, "layers: mixtral converts all layers; choose"),

@@ -119,7 +119,7 @@ def test_mistakes_are_one_line(make, rules, byte_level_tokenizer, tmp_path, caps
     command = ["inspect", "experts", "--checkpoint", str(checkpoint)]
     command += ["--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
     for extra, message in (
-        ([], "has no layer that chooses who answers, only DenseFFN"),
+        ([], "has no layer that routes tokens, only DenseFFN"),
         (["--slots", "0"], "slots"),
         (["--top_tokens", "-1"], "top_tokens"),
     ):

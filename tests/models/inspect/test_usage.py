@@ -133,8 +133,7 @@ def test_mistakes_are_one_line(fail, tmp_path, rules):
 def test_a_model_that_chooses_nothing_is_refused(fail, rules, tmp_path):
     rules["dense"] = [rules["rule"]("DenseFFN", d_ff=48)]
     assert fail(ffn="dense").endswith(
-        "c has no layer that chooses who answers, only DenseFFN; "
-        "give a model with e.g. SparseMoE or PEER"
+        "c has no layer that routes tokens, only DenseFFN; give a model with e.g. SparseMoE or PEER"
     )
     assert not (tmp_path / "usage").exists()
 

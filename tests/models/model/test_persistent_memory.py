@@ -62,7 +62,7 @@ def test_equals_dense_attention_with_more_pairs(backend, padding):
         mask = torch.zeros(2, 1, T, T, dtype=torch.float64)
         mask.masked_fill_(~seen[:, None], torch.finfo(torch.float64).min)
     parameters = [hidden.requires_grad_(), *module.parameters(), *slots.parameters()]
-    joined, weights, mass = module(hidden, rotary, mask, slots=slots)
+    joined, weights, context_share = module(hidden, rotary, mask, slots=slots)
     expected = by_heads(module, slots, hidden, rotary, seen)
     direction = torch.randn_like(expected)
     found, wanted = (
@@ -71,10 +71,10 @@ def test_equals_dense_attention_with_more_pairs(backend, padding):
     )
     for mine, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
-    assert mass.shape == (2, H, T)
-    assert ((mass > 0) & (mass < 1))[:, :, 4:].all()
+    assert context_share.shape == (2, H, T)
+    assert ((context_share > 0) & (context_share < 1))[:, :, 4:].all()
     if backend == "eager":
-        torch.testing.assert_close(weights.sum(-1), mass, rtol=0, atol=1e-12)
+        torch.testing.assert_close(weights.sum(-1), context_share, rtol=0, atol=1e-12)
 
 
 def test_slots_know_no_position():

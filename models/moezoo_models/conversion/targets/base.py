@@ -1,8 +1,8 @@
-"""What every format has in common: shapes, the cutting of experts, and how to refuse.
+"""The base of every format: shapes, the cutting of experts, and refusals.
 
 A target says which dense architectures it can hold without changing their attention, what its
-``config.json`` is, and under which names and in which shapes it stores routers and experts. What it
-can not hold is refused: nothing is ever dropped silently.
+``config.json`` is, and under which names and in which shapes it stores routers and experts. A
+model that it cannot hold is refused: nothing is ever dropped silently.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Plan = Callable[[], LayerPlan]
 
 @dataclass(frozen=True)
 class Mixture:
-    """What is the same in all converted layers, known before any of them is planned.
+    """Facts common to all converted layers, known before any of them is planned.
 
     Attributes:
         num_experts: routed experts N.
@@ -132,21 +132,21 @@ class Target:
             raise InputError(f"layers: {self.name} converts {self.converts}; {others}")
 
     def refuses(self, source: Source) -> str | None:
-        """Return why this format can not hold the source's attention; None if it can."""
+        """Return why this format cannot hold the source's attention; None if it can."""
         if source.family not in self.families:
-            return f"to: {self.name} can not hold the attention of a {source.family}"
+            return f"to: {self.name} cannot hold the attention of a {source.family}"
         return self.attention_problem(source)
 
     def attention_problem(self, source: Source) -> str | None:
-        """Say what of the attention of a source of these families can not be held."""
+        """Return why attention of a source of its families is not held; None if it is."""
         return None
 
     def can_skip(self, layers: tuple[int, ...], num_layers: int) -> bool:
-        """Whether the layers that are not named can stay dense."""
+        """Return whether the layers that are not named can stay dense."""
         return False
 
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
-        """Give the contents of ``config.json``."""
+        """Return the contents of ``config.json``."""
         raise NotImplementedError
 
     def outputs(self, layer: int, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
@@ -270,7 +270,7 @@ def routed_part(plan: Plan, expert: int, projection: Projection, read: Read) -> 
 
 
 def stacked_parts(plan: Plan, projections: tuple[Projection, ...], read: Read) -> Iterator[Tensor]:
-    """Give all routed experts' parts one after the other, the layout of one stacked tensor."""
+    """Yield all routed experts' parts one after the other, the layout of one stacked tensor."""
     for expert in plan().experts:
         for each in projections:
             yield _cut(expert, each, plan, read)

@@ -61,7 +61,7 @@ class Mixtral(PerExpert):
 
 
 class QwenMixture(PerExpert):
-    """What Qwen2-MoE and Qwen3-MoE share: any layer may stay dense."""
+    """The common part of Qwen2-MoE and Qwen3-MoE: any layer may stay dense."""
 
     weightings = ("normalized", "softmax")
 
@@ -92,7 +92,7 @@ class Qwen2Moe(QwenMixture):
     shared_factor = 2.0
 
     def attention_problem(self, source: Source) -> str | None:
-        """Refuse a Llama's biases, and heads that it can not describe."""
+        """Refuse a Llama's biases, and heads that it cannot describe."""
         return attention_bias_problem(self, source) or head_dim_problem(self, source)
 
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class GraniteMoe(Target):
     families = ("llama", "mistral")
 
     def attention_problem(self, source: Source) -> str | None:
-        """Refuse sliding windows, and heads that it can not describe."""
+        """Refuse sliding windows, and heads that it cannot describe."""
         return window_problem(self, source) or head_dim_problem(self, source)
 
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class FlexOlmo(PerExpert):
     families = ("olmo2",)
 
     def attention_problem(self, source: Source) -> str | None:
-        """Refuse heads that it can not describe."""
+        """Refuse heads that it cannot describe."""
         return head_dim_problem(self, source)
 
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
