@@ -65,6 +65,9 @@ def entry(plugin):
     return plugin if isinstance(plugin, dict) else [plugin]
 
 
+ROOMS = ("checkpoints", "text", "evaluation", "inspect", "conversion")
+
+
 @pytest.mark.parametrize(
     "package",
     [
@@ -74,6 +77,7 @@ def entry(plugin):
         "moezoo.convert",
         "moezoo_kernels",
         "moezoo_models",
+        *(f"moezoo_models.{room}" for room in ROOMS),
     ],
 )
 def test_every_public_name_is_in_the_reference_once(package):

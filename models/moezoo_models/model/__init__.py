@@ -1,1 +1,6 @@
-"""The decoder language model: configuration, attention, blocks, initialization."""
+"""The decoder language model: configuration, attention, blocks, initialization.
+
+Its public names are those of :mod:`moezoo_models`.
+"""
+
+__all__: list[str] = []
