@@ -76,10 +76,10 @@ def save_checkpoint(
 
     Args:
         path: directory to make, or checkpoint to replace.
-        model: the model.
+        model: ours or a stock one, on any device.
         tokenizer: written into the same directory.
-        max_shard_size: start another safetensors file when one exceeds this.
-        state_dict: what to write instead of the model's own tensors.
+        max_shard_size: start another safetensors file when one exceeds this, such as ``"5GB"``.
+        state_dict: tensors to write instead of the model's own, by the same names.
 
     Returns:
         The directory.
@@ -199,6 +199,15 @@ def load_with_tokenizer(
 ) -> tuple[MoezooForCausalLM, Tokenizer]:
     """Load a checkpoint for text: with its own tokenizer, or one from elsewhere.
 
+    Args:
+        path: as for :func:`load_checkpoint`.
+        tokenizer: directory of the tokenizer, or ``"hf:NAME"``; default: the checkpoint's own.
+        device: as for :func:`load_checkpoint`.
+        attention: as there.
+
+    Returns:
+        The model, as of :func:`load_checkpoint`, and the tokenizer.
+
     Raises:
         InputError: as :func:`load_checkpoint`; or there is no tokenizer.
     """
@@ -238,7 +247,14 @@ def our_config(raw: Mapping[str, Any]) -> MoezooConfig:
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer | None:
-    """Read the tokenizer of a checkpoint; None if it has none."""
+    """Read the tokenizer of a checkpoint; None if it has none.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        InputError: a file of the tokenizer is broken, or it has no end-of-text token.
+    """
     there = any((Path(path) / name).is_file() for name in _TOKENIZER_FILES)
     return load_tokenizer(path) if there else None
 

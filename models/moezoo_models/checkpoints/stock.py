@@ -80,6 +80,15 @@ def load_any_with_tokenizer(
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a model for text: as ours where that is possible, else as transformers has it.
 
+    Args:
+        path: the directory.
+        tokenizer: directory of the tokenizer, or ``"hf:NAME"``; default: the checkpoint's own.
+        device: where to put the model.
+        attention: attention backend; default sdpa.
+
+    Returns:
+        The model in evaluation mode, in the dtype it was saved in, and the tokenizer.
+
     Raises:
         InputError: as :func:`load_as_it_is`; or there is no tokenizer.
     """

@@ -25,7 +25,7 @@ class Evaluation:
     """How well a model predicts a text.
 
     Attributes:
-        loss: mean cross-entropy in nats per token.
+        loss: mean cross-entropy in nats per token, of logits in fp32 summed in fp64.
         perplexity: ``exp(loss)``.
         bits_per_byte: total cross-entropy in bits over the bytes of the text in UTF-8, which
             compares models with different tokenizers.
@@ -44,7 +44,7 @@ class Evaluation:
     stride: int
 
     def table(self) -> str:
-        """Lay the figures out for reading."""
+        """Return the figures as a table, a line each."""
         rows = (
             ("loss (nats/token)", f"{self.loss:.4f}"),
             ("perplexity", f"{self.perplexity:,.3f}"),
@@ -66,6 +66,16 @@ def evaluate_text(
     batch_size: int = 8,
 ) -> Evaluation:
     """Evaluate a model in memory on a text; see :func:`evaluate`.
+
+    Args:
+        model: ours or a stock one, on any device; it stays in the mode it was in.
+        tokenizer: the model's.
+        text: of any length. It stands behind the token that begins texts, or the one that ends
+            them.
+        sequence_length: tokens that the model sees at once; default: what it was trained on, or
+            what it is made for; at most 2048.
+        stride: tokens by which the window moves; default: half of ``sequence_length``.
+        batch_size: windows computed at once.
 
     Raises:
         InputError: the text is empty, an option is out of range, or a token id is outside the
@@ -98,10 +108,10 @@ def evaluate_tokens(
 
     Args:
         model: the model, on any device; it stays in the mode it was in.
-        tokens: the text's tokens.
-        start_token: stands before the first.
-        num_bytes: length of the text in UTF-8.
-        sequence_length: as for :func:`evaluate`.
+        tokens: ``(T,)``, ids of the text's tokens.
+        start_token: id that stands before the first, which is predicted from it.
+        num_bytes: length of the text in UTF-8, in bytes.
+        sequence_length: as for :func:`evaluate_text`.
         stride: as there.
         batch_size: as there.
 

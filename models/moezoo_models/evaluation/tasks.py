@@ -86,7 +86,7 @@ class TaskEvaluation:
         return cast("dict[str, dict[str, Any]]", self.report["results"])
 
     def table(self) -> str:
-        """Lay the figures out as the harness does."""
+        """Return the harness's table of the figures."""
         from lm_eval.utils import make_table
 
         tables = [make_table(self.report)]
@@ -103,7 +103,7 @@ def evaluate_questions(
     sequence_length: int | None = None,
     batch_size: int = 8,
 ) -> TaskEvaluation:
-    """Evaluate a model in memory on tasks.
+    """Evaluate a model in memory on lm-eval's tasks (Gao et al. 2024, doi:10.5281/zenodo.12608602).
 
     The harness seeds Python's, NumPy's and torch's random numbers, so that the same model gives the
     same figures.

@@ -96,7 +96,7 @@ def measure_sparsity(
 
     Args:
         model: the model, on any device; it stays in the mode it was in.
-        tokens: the text's tokens.
+        tokens: ``(T,)``, ids of the text's tokens.
         threshold: as for :func:`inspect_sparsity`.
         sequence_length: as there.
         batch_size: as there.

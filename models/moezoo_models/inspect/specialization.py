@@ -51,12 +51,12 @@ class ModelSpecialization(Findings):
     """Which slots the tokens of a text chose.
 
     Attributes:
-        kinds: what each layer's slots are.
-        token_ids: ``(V,)``, the tokens that are told apart, the most frequent first; -1 at the end
-            stands for all others, if there are any.
+        kinds: each layer's kind of slots: experts, leaves, values or neurons.
+        token_ids: ``(V,)`` int64, the tokens that are told apart, the most frequent first; -1 at
+            the end stands for all others, if there are any.
         counts: ``(V, N)`` int32 by layer: how often each token chose each slot.
         layers: the summaries of these.
-        paths: tables of which slot follows which in the next layer, and whole ways.
+        paths: tables of pairs of slots in consecutive layers, and whole ways.
         between: the summaries of these tables.
     """
 
@@ -124,10 +124,10 @@ def count_choices(
 
     Args:
         model: the model, on any device; it stays in the mode it was in.
-        tokens: the text's tokens.
+        tokens: ``(T,)``, ids of the text's tokens.
         sequence_length: as for :func:`inspect_experts`.
         batch_size: as there.
-        most_cells: numbers kept for all layers together.
+        most_cells: counts kept for all layers together, of 4 bytes each.
 
     Raises:
         InputError: there are no tokens, an option is out of range, or a token id is outside the

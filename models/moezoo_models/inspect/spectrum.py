@@ -41,7 +41,7 @@ class Spectra:
         layer: ``layer 3``, or ``layer 3, shared expert``.
         method: class of the layer.
         what: ``before activation``, ``after activation``, ``output``, or a weight's name.
-        tokens: ``(M,)`` vectors of each of M covariances; None for weights.
+        tokens: ``(M,)`` int64, number of vectors of each of M covariances; None for weights.
         eigenvalues: ``(M, D)`` fp64, descending.
     """
 
@@ -122,10 +122,10 @@ def measure_spectra(
 
     Args:
         model: the model, on any device; it stays in the mode it was in.
-        tokens: the text's tokens.
+        tokens: ``(T,)``, ids of the text's tokens.
         sequence_length: as for :func:`inspect_spectrum`.
         batch_size: as there.
-        most_bytes: room for covariances. One layer's are held in any case.
+        most_bytes: room for covariances, in bytes. One layer's are held in any case.
 
     Raises:
         InputError: there are no tokens or no feed-forward layers, an option is out of range, or a

@@ -40,8 +40,8 @@ class NeuronTriggers:
     Attributes:
         method: class of the layer.
         neurons: the set.
-        coefficients: ``(N, K)`` the largest of each neuron, descending.
-        positions: ``(N, K)`` the places in the text of the tokens that gave them; -1 for none.
+        coefficients: ``(N, K)`` fp32, the largest of each neuron, descending.
+        positions: ``(N, K)`` int64, the places in the text of the tokens that gave them, or -1.
         says: the tokens that the values say, and the ranks of those after the strongest triggers.
         agreement: how often these are the token that the neuron says.
     """
@@ -118,7 +118,7 @@ def find_triggers(
 
     Args:
         model: the model, on any device; it stays in the mode it was in.
-        tokens: the text's tokens.
+        tokens: ``(T,)``, ids of the text's tokens.
         triggers: as for :func:`inspect_triggers`.
         top_tokens: as there.
         sequence_length: as there.

@@ -39,7 +39,7 @@ class ModelUsage(Findings):
     """How a model's layers used their slots on a text.
 
     Attributes:
-        loads: what was asked of each slot, by the layer's name. A table of values that several
+        loads: counts and weights of each slot, by the layer's name. A table of values that several
             layers share follows as ``layers 1 + 3``, summed over them.
         usages: the summaries of these loads.
     """
@@ -96,7 +96,7 @@ def count_usage(
 
     Args:
         model: the model, on any device; it stays in the mode it was in.
-        tokens: the text's tokens.
+        tokens: ``(T,)``, ids of the text's tokens.
         sequence_length: as for :func:`inspect_usage`.
         batch_size: as there.
 

@@ -21,7 +21,16 @@ IGNORED = -100
 
 
 class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
-    """The decoder with its output projection: a causal language model."""
+    """The decoder with its output projection: a causal language model.
+
+    Around the feed-forward blocks it is a Llama (Touvron et al. 2023, arXiv:2302.13971).
+
+    Args:
+        config: sizes, and the rules that choose each layer's block.
+
+    Raises:
+        InputError: a field is out of range, or the attention backend is not usable here.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -61,6 +70,10 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
                 positions; 0 for all. Not together with labels.
             kwargs: ``token_mask``, ``output_hidden_states``, ``output_attentions``, and what the
                 attention backend takes.
+
+        Returns:
+            The losses in fp32, and the logits in the dtype of the weights, or of autocast; a tuple
+            of what is there if ``return_dict`` is false.
 
         Raises:
             InputError: as for :meth:`MoezooModel.forward`; labels given twice.

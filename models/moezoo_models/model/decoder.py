@@ -119,7 +119,17 @@ class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
 
 
 class MoezooModel(MoezooPreTrainedModel):
-    """The decoder without its output projection."""
+    """The decoder without its output projection.
+
+    Pre-norm blocks with RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864) and
+    grouped-query attention (arXiv:2305.13245), as in Llama (arXiv:2302.13971).
+
+    Args:
+        config: as for :class:`MoezooForCausalLM`.
+
+    Raises:
+        InputError: as there.
+    """
 
     def __init__(self, config: MoezooConfig) -> None:
         super().__init__(config)
@@ -135,7 +145,7 @@ class MoezooModel(MoezooPreTrainedModel):
         self.post_init()
 
     def blocks(self) -> Iterator[DecoderLayer]:
-        """Go through the blocks, from the first."""
+        """Return an iterator over the blocks, from the first."""
         return cast("Iterator[DecoderLayer]", iter(self.layers))
 
     def looks_back(self) -> bool:

@@ -17,10 +17,12 @@ class MoezooModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: ``(batch, sequence, hidden_size)`` after the last norm.
         past_key_values: the key-value cache, if one is used.
-        hidden_states: the input of each layer and the last state, if asked for.
-        attentions: attention weights of each layer, if asked for (eager backend only).
+        hidden_states: the input of each layer and the last state, ``(batch, sequence,
+            hidden_size)`` each, if asked for.
+        attentions: attention weights of each layer, ``(batch, heads, sequence, past + sequence)``,
+            if asked for (eager backend only).
         aux_losses: auxiliary losses by name, fp32 scalars summed over layers.
-        ffn_stats: statistics of each layer's feed-forward block.
+        ffn_stats: statistics of each layer's feed-forward block by name, detached.
     """
 
     last_hidden_state: Tensor | None = None
@@ -40,10 +42,12 @@ class MoezooOutput(ModelOutput):
         lm_loss: mean cross-entropy in nats per predicted token, if there are labels; fp32.
         logits: ``(batch, sequence, vocab_size)``.
         past_key_values: the key-value cache, if one is used.
-        hidden_states: the input of each layer and the last state, if asked for.
-        attentions: attention weights of each layer, if asked for (eager backend only).
+        hidden_states: the input of each layer and the last state, ``(batch, sequence,
+            hidden_size)`` each, if asked for.
+        attentions: attention weights of each layer, ``(batch, heads, sequence, past + sequence)``,
+            if asked for (eager backend only).
         aux_losses: auxiliary losses by name, fp32 scalars summed over layers.
-        ffn_stats: statistics of each layer's feed-forward block.
+        ffn_stats: statistics of each layer's feed-forward block by name, detached.
     """
 
     loss: Tensor | None = None

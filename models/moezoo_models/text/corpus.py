@@ -53,7 +53,7 @@ class Corpus(ABC):
 
     Attributes:
         source: the string that named it.
-        total_bytes: about how much text there is, for a progress bar; None if not known.
+        total_bytes: about how much text there is, in bytes, for a progress bar; None if not known.
     """
 
     source: str

@@ -22,7 +22,7 @@ _ATTEMPTS = 32
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of one text of any length, without special tokens."""
+    """Return the ids of one text of any length, without special tokens, as :func:`encode_texts`."""
     return encode_texts(tokenizer, [text])[0]
 
 
