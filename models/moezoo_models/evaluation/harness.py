@@ -2,6 +2,12 @@
 
 The harness (Gao et al. 2024, doi:10.5281/zenodo.12608602; the package lm-eval, which the extra
 ``eval`` brings) asks a model for the log probability of texts, and to continue them.
+
+The base is the harness's ``TemplateLM`` and not its ``HFLM``. That one (lm-eval 0.4.13) pads on the
+right and calls the model without a mask and without the lengths, so that padding takes part in
+routing; makes the logits of all positions of a batch, those of contexts and padding too; wants a
+tokenizer of transformers, which sentencepiece's are not; and needs accelerate. A subclass would
+write anew all that is here, and inherit 1,700 lines that never run.
 """
 
 from __future__ import annotations
