@@ -269,7 +269,26 @@ def routed_part(plan: Plan, expert: int, projection: Projection, read: Read) -> 
     yield _cut(plan().experts[expert], projection, plan, read)
 
 
-def stacked_parts(plan: Plan, projections: tuple[Projection, ...], read: Read) -> Iterator[Tensor]:
+def stacked_outputs(
+    gate_up: str, down: str, plan: Plan, mixture: Mixture, read: Read
+) -> Iterator[Output]:
+    """List the two tensors of formats that stack experts, ``(N, 2 F, D)`` and ``(N, D, F)``.
+
+    Args:
+        gate_up: name in the file of gate and up projections, one above the other.
+        down: name of the down projections.
+        plan: whose experts they are.
+        mixture: the shapes.
+        read: reads the dense block.
+    """
+    experts, width, d_model = mixture.num_experts, mixture.d_expert, mixture.d_model
+    of_gate_up = partial(_stacked_parts, plan, ("gate", "up"), read)
+    of_down = partial(_stacked_parts, plan, ("down",), read)
+    yield Output(gate_up, (experts, 2 * width, d_model), mixture.dtype, of_gate_up)
+    yield Output(down, (experts, d_model, width), mixture.dtype, of_down)
+
+
+def _stacked_parts(plan: Plan, projections: tuple[Projection, ...], read: Read) -> Iterator[Tensor]:
     """Yield all routed experts' parts one after the other, the layout of one stacked tensor."""
     for expert in plan().experts:
         for each in projections:

@@ -21,7 +21,7 @@ from moezoo_models.conversion.targets.base import (
     constant_output,
     router_output,
     shared_outputs,
-    stacked_parts,
+    stacked_outputs,
 )
 
 
@@ -64,23 +64,12 @@ class Moezoo(Target):
 
     def outputs(self, layer: int, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
         """List the router, the two stacks and the shared expert."""
-        experts, width, d_model = mixture.num_experts, mixture.d_expert, mixture.d_model
         start = f"model.layers.{layer}.mlp"
         yield router_output(f"{start}.gate.weight", plan, mixture)
         if mixture.weighting == "unit":
             yield from _carved_outputs(start, plan, mixture)
-        yield Output(
-            f"{start}.experts.gate_up_proj",
-            (experts, 2 * width, d_model),
-            mixture.dtype,
-            partial(stacked_parts, plan, ("gate", "up"), read),
-        )
-        yield Output(
-            f"{start}.experts.down_proj",
-            (experts, d_model, width),
-            mixture.dtype,
-            partial(stacked_parts, plan, ("down",), read),
-        )
+        names = (f"{start}.experts.gate_up_proj", f"{start}.experts.down_proj")
+        yield from stacked_outputs(*names, plan, mixture, read)
         yield from shared_outputs(f"{start}.shared_expert", plan, mixture, read)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 from transformers import (
@@ -29,7 +28,7 @@ from moezoo_models.conversion.targets.base import (
     head_dim,
     head_dim_problem,
     router_output,
-    stacked_parts,
+    stacked_outputs,
     stock_config,
     window_problem,
 )
@@ -175,21 +174,10 @@ class GraniteMoe(Target):
 
     def outputs(self, layer: int, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
         """List the router and the two stacks."""
-        experts, width, d_model = mixture.num_experts, mixture.d_expert, mixture.d_model
         start = f"model.layers.{layer}.block_sparse_moe"
         yield router_output(f"{start}.router.layer.weight", plan, mixture)
-        yield Output(
-            f"{start}.input_linear.weight",
-            (experts, 2 * width, d_model),
-            mixture.dtype,
-            partial(stacked_parts, plan, ("gate", "up"), read),
-        )
-        yield Output(
-            f"{start}.output_linear.weight",
-            (experts, d_model, width),
-            mixture.dtype,
-            partial(stacked_parts, plan, ("down",), read),
-        )
+        names = (f"{start}.input_linear.weight", f"{start}.output_linear.weight")
+        yield from stacked_outputs(*names, plan, mixture, read)
 
 
 class FlexOlmo(PerExpert):
