@@ -24,7 +24,6 @@ from moezoo.convert import (
 from moezoo.convert.carve.options import Split
 from moezoo.convert.carve.prune import PruneMethod
 from moezoo.errors import InputError, check_choice, check_int
-from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.conversion.calibration import Calibration, read_calibration
 from moezoo_models.conversion.convert import Conversion, convert
@@ -153,12 +152,7 @@ def carve(
     with open_source(source, families) as dense:
         options.check(dense.width)
         _check_memory(dense, calibration_tokens)
-        chosen = tuple(select_layers(layers, dense.num_layers))
-        if not chosen:
-            raise InputError(
-                f"layers: {layers!r} selects none of {dense.num_layers} layers; give all, every 2, "
-                "or numbers from 0"
-            )
+        chosen = dense.select(layers)
         mixture = Mixture(
             num_experts=options.routed,
             top_k=active,

@@ -30,6 +30,7 @@ from transformers import (
 
 from moezoo.convert.plan import PROJECTIONS
 from moezoo.errors import InputError, nearest
+from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints.dense import MIXTURES
 from moezoo_models.checkpoints.directory import quiet
 from moezoo_models.checkpoints.gate import admit, is_pickled
@@ -99,6 +100,19 @@ class Source:
     def dtype(self) -> torch.dtype:
         """The dtype of the dense blocks."""
         return self.tensors[projection_name(0, "gate")].dtype
+
+    def select(self, layers: str | int | list[int]) -> tuple[int, ...]:
+        """Return the numbers of the blocks that a rule chooses, as of :func:`moezoo.select_layers`.
+
+        Raises:
+            InputError: the rule is not of that form, or chooses none.
+        """
+        if chosen := select_layers(layers, self.num_layers):
+            return tuple(chosen)
+        raise InputError(
+            f"layers: {layers!r} selects none of {self.num_layers} layers; give all, every 2, "
+            "or numbers from 0"
+        )
 
     def read(self, name: str) -> Tensor:
         """Map a tensor of the files into memory; its pages are read when they are touched.

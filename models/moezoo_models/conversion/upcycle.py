@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from moezoo.convert import LayerPlan, UpcycleOptions, plan_upcycle
-from moezoo.errors import InputError, check_choice
-from moezoo.feed_forward import select_layers
+from moezoo.errors import check_choice
 from moezoo_models.conversion.convert import Conversion, convert
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.targets import CLOSEST, TARGETS, Mixture
@@ -70,12 +69,7 @@ def upcycle(
     )
     with open_source(source) as dense:
         options.check(dense.width)
-        chosen = tuple(select_layers(layers, dense.num_layers))
-        if not chosen:
-            raise InputError(
-                f"layers: {layers!r} selects none of {dense.num_layers} layers; give all, every 2, "
-                "or numbers from 0"
-            )
+        chosen = dense.select(layers)
         kind = TARGETS[check_choice("to", to or CLOSEST[dense.family], TARGETS)]
         mixture = Mixture(
             num_experts=options.num_experts,

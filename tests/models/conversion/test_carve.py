@@ -288,6 +288,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(readable, text, tmp_path):
         ({"bias": True, "refit": False}, "bias: comes from the refit"),
         ({"to": "mixtral"}, "to: 'mixtral' is not known"),
         ({"layers": 9}, "layers:"),
+        ({"layers": []}, r"layers: \[\] selects none of 3 layers; give all, every 2, or numbers"),
         ({"calibration_tokens": 32}, "calibration_tokens: 32 is out of range; give .* ≥ 33"),
         ({"calibration_tokens": 10**13}, r"calibration_tokens: .* of memory, and [\d.]+ [MG]B are"),
         ({"calibration_tokens": 10**6}, "calibration: .* has too little text"),

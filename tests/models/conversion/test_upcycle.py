@@ -349,6 +349,7 @@ def test_what_can_not_be_converted_is_refused_and_leaves_nothing(name, dense, tm
         ("llama", {"to": "qwen3_moe"}, "to: qwen3_moe cannot hold the attention of a llama; "),
         ("llama", {"shared": True}, "shared: mixtral has no shared expert; choose --to qwen2_moe"),
         ("llama", {"layers": [9]}, "layers: there is no layer 9"),
+        ("llama", {"layers": "every 9"}, "layers: 'every 9' selects none of 3 layers; give all, "),
         ("llama", {"layers": [1], "to": "mixtral"}, "layers: mixtral converts all layers; choose"),
         ("llama", {"max_shard_size": "much"}, "max_shard_size: 'much' is no size"),
         ("llama", {"weighting": "softmax"}, "weighting: mixtral has no 'softmax' weights"),
