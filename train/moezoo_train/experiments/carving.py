@@ -155,9 +155,9 @@ def compare_carving(
         f"Groupings of a dense model's neurons, {max_steps} steps of fine-tuning",
         study.columns(),
         study.rows(),
-        verdicts,
         {"groupings": groupings, "runs": figures},
-        {"losses": study.figure()},
+        verdicts=verdicts,
+        pictures={"losses": study.figure()},
     )
     return verdicts
 

@@ -159,9 +159,9 @@ def compare_facts(
         f"Facts recalled after {tokens:,} tokens",
         COLUMNS,
         study.rows(),
-        verdicts,
         {"methods": methods, "runs": figures},
-        {"recall": study.figure(tokens)},
+        verdicts=verdicts,
+        pictures={"recall": study.figure(tokens)},
     )
     return verdicts
 

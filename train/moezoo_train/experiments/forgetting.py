@@ -28,14 +28,9 @@ from moezoo_models.text.corpus import open_corpus
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.data.prepare import prepare
 from moezoo_train.experiments.common.options import ModelOptions, TextOptions
-from moezoo_train.experiments.common.records import fingerprint
+from moezoo_train.experiments.common.records import RESULT, read_record, write_record
 from moezoo_train.experiments.common.short_run import fit, open_text
-from moezoo_train.experiments.forgetting_report import (
-    Outcome,
-    read_record,
-    write_record,
-    write_report,
-)
+from moezoo_train.experiments.forgetting_report import Outcome, report
 from moezoo_train.experiments.made_up_facts import (
     NUM_WORDINGS,
     Fact,
@@ -55,7 +50,6 @@ from moezoo_train.run.module import FFNRule, LanguageModel
 
 FORMAT = 1
 """Raised when the same configuration would give other numbers; results of others do not count."""
-_RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -193,7 +187,7 @@ def compare_forgetting(
                 for rate in teaching.rates:
                     run = _Run(name, teaching, rate, seed, max_steps, schedule)
                     outcomes.append(study.teach(run, data, new))
-        write_report(Path(output), outcomes, facts.taught, facts.asked)
+        report(Path(output), outcomes, facts.taught, facts.asked)
     return outcomes
 
 
@@ -262,8 +256,7 @@ class _Study:
             "facts": asdict(self.facts),
         }
         directory = self.folder / "base"
-        wanted = fingerprint(self.identity)
-        if read_record(directory / _RESULT).get("hash") == wanted:
+        if read_record(directory / RESULT, self.identity):
             return directory / "model"
         shutil.rmtree(directory, ignore_errors=True)
         pl.seed_everything(0, verbose=False)
@@ -278,10 +271,10 @@ class _Study:
             schedule=self.base.schedule,
         )
         words = open_text(self.text, 0)
-        report, _ = fit(module, words, directory, self.base.max_steps, "32-true", self.console)
+        trained, _ = fit(module, words, directory, self.base.max_steps, "32-true", self.console)
         module.save(directory / "model", words.tokenizer)
-        write_record(directory / _RESULT, {"hash": wanted, "report": asdict(report)})
-        self._say(f"trained the model: val loss {report.val_loss:.3f}")
+        write_record(directory / RESULT, self.identity, report=asdict(trained))
+        self._say(f"trained the model: val loss {trained.val_loss:.3f}")
         return directory / "model"
 
     def _documents(self) -> tuple[list[str], str]:
@@ -306,12 +299,11 @@ class _Study:
         """See which rows the text before reads, unless that has been done."""
         self.identity |= {"background": batches, **sizes}
         done = self.folder / "background.json"
-        wanted = {"hash": fingerprint(self.identity)}
-        if self.background.is_file() and read_record(done) == wanted:
+        if self.background.is_file() and read_record(done, self.identity):
             return
         start = self.folder / "base" / "model"
         inspect_background(start, self.text.data_dir, self.background, batches, **sizes)
-        write_record(done, wanted)
+        write_record(done, self.identity)
 
     def prepare_facts(self, seed: int, new: list[Fact], sizes: dict[str, Any]) -> TextOptions:
         """Turn the facts of a seed into text to train on."""
@@ -331,17 +323,17 @@ class _Study:
     def teach(self, run: _Run, text: TextOptions, new: list[Fact]) -> Outcome:
         """Teach the model and ask it, unless that has been done."""
         folder = self.folder / "runs" / run.folder
-        wanted = fingerprint(self.identity | run.identity())
-        if (found := read_record(folder / _RESULT)).get("hash") == wanted:
+        identity = self.identity | run.identity()
+        if found := read_record(folder / RESULT, identity):
             return Outcome(**found["outcome"])
         shutil.rmtree(folder, ignore_errors=True)
         pl.seed_everything(run.seed, verbose=False)
         data = open_text(text, run.seed)
         module = self._module(run)
-        report, _ = fit(module, data, folder, run.max_steps, "32-true", self.console)
+        trained, _ = fit(module, data, folder, run.max_steps, "32-true", self.console)
         measured = self._measure(module.model, data.tokenizer, new)
-        outcome = Outcome(run.method, run.rate, run.seed, **measured, seconds=report.train_seconds)
-        write_record(folder / _RESULT, {"hash": wanted, "outcome": asdict(outcome)})
+        outcome = Outcome(run.method, run.rate, run.seed, **measured, seconds=trained.train_seconds)
+        write_record(folder / RESULT, identity, outcome=asdict(outcome))
         self._say(
             f"{run.method}, rate {run.rate:g}, seed {run.seed}: new facts {outcome.new_facts:.0%}, "
             f"old facts {outcome.old_facts:.0%}, text loss {outcome.text_loss:.3f}"

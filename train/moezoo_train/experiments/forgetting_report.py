@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from moezoo.command.tables import markdown_lines, print_table
-from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_train.experiments.common.palette import BLUE, GREEN, OCHRE, PINK, RED, SKY
-from moezoo_train.experiments.common.report import save_picture
+from moezoo_train.experiments.common.report import write_report
 from moezoo_train.experiments.common.statistics import Mean, mean
 
 if TYPE_CHECKING:
@@ -149,7 +142,7 @@ def at_level(chain: Sequence[Setting], level: float) -> tuple[float, float]:
     return old, loss
 
 
-def write_report(
+def report(
     folder: Path, outcomes: Sequence[Outcome], taught: Sequence[int], asked: Sequence[int]
 ) -> None:
     """Print table and verdict, and write table.md, results.json and forgetting.png.
@@ -163,27 +156,18 @@ def write_report(
     found = settings(outcomes)
     before = next(each for each in found if each.method == BEFORE)
     rows = [_row(each, before) for each in found]
-    print_table("new facts learned and old ones kept", COLUMNS, rows)
-    said = verdict(found)
-    print(said)
-    lines = markdown_lines(COLUMNS, rows)
-    with atomic_write(folder / "table.md", "w") as file:
-        file.write("\n".join([*lines, "", said, ""]))
-    where = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    content = {
-        "environment": where,
-        "wordings": {"taught": list(taught), "asked": list(asked)},
-        "results": [asdict(each) for each in outcomes],
-    }
-    with atomic_write(folder / "results.json", "w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-    save_picture(folder / "forgetting.png", draw(found))
+    write_report(
+        folder,
+        "New facts learned and old ones kept",
+        COLUMNS,
+        rows,
+        {
+            "wordings": {"taught": list(taught), "asked": list(asked)},
+            "results": [asdict(each) for each in outcomes],
+        },
+        summary=verdict(found),
+        pictures={"forgetting": draw(found)},
+    )
 
 
 def _row(setting: Setting, before: Setting) -> list[str]:
@@ -265,19 +249,3 @@ def _draw_chain(
         label=method,
         markevery=slice(1, None),
     )
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_record` wrote; nothing where that is not whole."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    with atomic_write(path, "w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")

@@ -105,9 +105,9 @@ def compare_hardening(
         f"Trees of decisions, soft and hard, after {max_steps} steps",
         COLUMNS,
         study.rows(),
-        verdicts,
         {"trees": trees, "margin": margin, "runs": figures},
-        {"losses": study.figure()},
+        verdicts=verdicts,
+        pictures={"losses": study.figure()},
     )
     return verdicts
 

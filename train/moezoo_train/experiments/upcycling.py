@@ -8,25 +8,20 @@ tokens in the same order, each with a whole schedule of its own length.
 
 from __future__ import annotations
 
-import json
-import platform
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from rich.console import Console
 
-from moezoo.command.tables import markdown_lines, print_table
 from moezoo.errors import InputError, check_int
-from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.directory import CONFIG, existing, read_json
 from moezoo_models.checkpoints.export import export
 from moezoo_models.checkpoints.locks import writing
 from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.model.config import MoezooConfig
 from moezoo_train.experiments.common.options import TextOptions
+from moezoo_train.experiments.common.report import write_report
 from moezoo_train.experiments.common.short_run import fit, open_text, validate
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.measure.throughput import count_parameters, forward_flops_per_token
@@ -194,7 +189,7 @@ COLUMNS = (
 
 
 def _report(folder: Path, outcomes: list[Outcome]) -> None:
-    """Print the table and the verdict, and write both and the numbers."""
+    """Print and write the table, the verdict and the numbers."""
     rows = [
         [
             each.name,
@@ -209,23 +204,14 @@ def _report(folder: Path, outcomes: list[Outcome]) -> None:
         ]
         for each in outcomes
     ]
-    print_table("upcycled and dense at equal FLOPs", COLUMNS, rows)
-    said = verdict(outcomes)
-    print(said)
-    lines = markdown_lines(COLUMNS, rows)
-    with atomic_write(folder / "table.md", "w") as file:
-        file.write("\n".join([*lines, "", said, ""]))
-    cuda = torch.cuda.is_available()
-    where = {
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    with atomic_write(folder / "results.json", "w") as file:
-        results = [asdict(each) for each in outcomes]
-        json.dump({"environment": where, "results": results}, file, indent=2)
-        file.write("\n")
+    write_report(
+        folder,
+        "Upcycled and dense at equal FLOPs",
+        COLUMNS,
+        rows,
+        {"results": [asdict(each) for each in outcomes]},
+        summary=verdict(outcomes),
+    )
 
 
 def verdict(outcomes: list[Outcome]) -> str:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 
 from moezoo.routing.losses import alone
-from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.devices import pick_device
 from moezoo_models.generate import continue_text, prompt_ids
+from moezoo_train.measure.environment import environment
 from moezoo_train.measure.expert_load import ExpertLoad
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.metrics import TrainingMetrics
 from moezoo_train.measure.throughput import count_parameters
+from moezoo_train.measure.writing import save_figure, write_json, write_text
 
 if TYPE_CHECKING:
     from moezoo_train.trained import Measured
@@ -94,16 +91,13 @@ def write_report(
     console = console or Console()
     rows = read_metrics(output / "metrics.csv")
     report = collect(trainer, module, rows)
-    with atomic_write(output / "report.json", "w") as file:
-        json.dump(finite_or_null(asdict(report)), file, indent=2, allow_nan=False)
-        file.write("\n")
+    write_json(output / "report.json", finite_or_null(asdict(report)), allow_nan=False)
     if _series(rows, "train/loss")[0]:
         draw_losses(output / "loss.png", rows, title=output.name)
     console.print(table(report, title=str(output)))
     if sample_tokens and (output / "model").is_dir():
         text = sample(output / "model", prompt, sample_tokens)
-        with atomic_write(output / "sample.txt", "w") as file:
-            file.write(text)
+        write_text(output / "sample.txt", text)
         console.rule("sample")
         console.print(text, markup=False, highlight=False)
         console.rule()
@@ -154,15 +148,10 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 
 def _environment(trainer: Trainer) -> dict[str, Any]:
-    device = trainer.strategy.root_device
-    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        **environment(trainer.strategy.root_device),
         "processes": trainer.world_size,
-        "threads": torch.get_num_threads(),
         "precision": str(trainer.precision),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
 
 
@@ -218,14 +207,12 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 def draw_losses(path: Path, rows: list[dict[str, str]], title: str) -> None:
     """Draw training loss, raw and smoothed, and validation loss over tokens."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     train = _series(rows, "train/loss")
     validation = _series(rows, "val/loss")
     unit, name = (1e6, "million tokens") if train[0][-1] >= 1e6 else (1e3, "thousand tokens")
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     tokens = [t / unit for t in train[0]]
     axes.plot(tokens, train[1], color="tab:blue", alpha=0.3, linewidth=0.8)
@@ -245,10 +232,7 @@ def draw_losses(path: Path, rows: list[dict[str, str]], title: str) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+    save_figure(path, figure)
 
 
 def _series(rows: list[dict[str, str]], name: str) -> tuple[list[float], list[float]]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from moezoo.atomic import atomic_write
 from moezoo.command.tables import count
+from moezoo_train.measure.writing import save_figure
 from moezoo_train.plan.estimate import SCALE, Estimate, Planner
 from moezoo_train.plan.machine import GIB
 
@@ -34,7 +32,6 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "svg.hashsalt": "moezoo",
     "svg.fonttype": "path",
 }
 
@@ -43,16 +40,9 @@ def draw(folder: Path, planner: Planner, layouts: Sequence[str], gpus: int) -> l
     """Write ``plan.png`` and ``plan.svg``, each whole or not at all; give their paths."""
     with matplotlib.rc_context(_STYLE):
         figure = costs(planner, layouts, gpus)
-        FigureCanvasAgg(figure)
-        paths = []
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            # Without a date in it, equal plans give equal files.
-            metadata = {"Date": None} if kind == "svg" else {}
-            figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-            paths.append(folder / f"plan.{kind}")
-            with atomic_write(paths[-1]) as file:
-                file.write(buffer.getvalue())
+        paths = [folder / "plan.png", folder / "plan.svg"]
+        for path in paths:
+            save_figure(path, figure, dpi=160)
     return paths
 
 

@@ -1,4 +1,4 @@
-"""The runs of an experiment on disk: a finished one is not repeated."""
+"""The runs of an experiment on disk: a finished one is recognised by its hash and not repeated."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rich.console import Console
 
 import moezoo
 from moezoo.errors import going_on
-from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import writing
+from moezoo_train.measure.writing import write_json
 
 Figures = dict[str, float]
 
@@ -65,10 +65,7 @@ def _run_all(folder: Path, tasks: list[Task], said: str, console: Console) -> di
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         found[task.name] = figures = task.measure(place)
-        result = {"hash": fingerprint(task.identity), "identity": task.identity, "figures": figures}
-        with atomic_write(place / RESULT, "w") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+        write_record(place / RESULT, task.identity, figures=figures)
         line = f"[{number}/{len(tasks)}] {task.name}: {said} {figures[said]:.4f}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return {task.name: found[task.name] for task in tasks}
@@ -76,17 +73,32 @@ def _run_all(folder: Path, tasks: list[Task], said: str, console: Console) -> di
 
 def _finished(folder: Path, task: Task) -> Figures | None:
     """Return the figures of a run that was made with the same inputs."""
-    try:
-        result = json.loads((folder / task.name / RESULT).read_text(encoding="utf-8"))
-        return dict(result["figures"]) if result["hash"] == fingerprint(task.identity) else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # never run, or not by this version
+    record = read_record(folder / task.name / RESULT, task.identity) or {}
+    return record.get("figures")
 
 
 RESULT = "result.json"
 
 
-def fingerprint(identity: dict[str, Any]) -> str:
+def read_record(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what :func:`write_record` wrote, if it was with the same identity; None otherwise.
+
+    Only the hash is compared, so records without the identity in words count as well.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # never run, or damaged
+    same = isinstance(record, dict) and record.get("hash") == fingerprint(identity)
+    return record if same else None
+
+
+def write_record(path: Path, identity: Mapping[str, Any], **content: Any) -> None:
+    """Write a finished run as JSON: the hash of its identity, the identity, and its content."""
+    write_json(path, {"hash": fingerprint(identity), "identity": identity, **content})
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
     """Hash an identity: equal hashes mean equal runs."""
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

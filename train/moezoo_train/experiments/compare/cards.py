@@ -13,7 +13,7 @@ from typing import Any
 
 from moezoo.errors import InputError
 from moezoo.feed_forward import Method, zoo
-from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_train.measure.writing import write_text
 
 
 def write_cards(comparison: Path, directory: Path) -> list[Path]:
@@ -41,8 +41,7 @@ def write_cards(comparison: Path, directory: Path) -> list[Path]:
     for name, row in rows.items():
         if name in methods:
             written.append(directory / f"{name}.md")
-            with atomic_write(written[-1], "w") as file:
-                file.write(card(methods[name], row, baseline, whole))
+            write_text(written[-1], card(methods[name], row, baseline, whole))
     return written
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
+from moezoo.command.tables import markdown_lines
 from moezoo_train.experiments.common.statistics import Mean, Verdict, confidence, mean
 from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.settings import MEASURES, Claim
 
-COLUMNS = ("claim", "paper", "verdict", "compared", "measure", "difference", "95 % interval")
+COLUMNS = ("claim", "paper", "verdict", "compared", "measure", ">difference", ">95 % interval")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def judge(claims: Mapping[str, Claim], results: Iterable[Result]) -> list[Judged
 
 def markdown(title: str, judged: Sequence[Judged], notes: Iterable[str]) -> str:
     """Write what became of the claims in Markdown."""
-    lines = [[*COLUMNS], ["---"] * 5 + ["---:"] * 2]
+    lines = []
     for one in judged:
         for number, contest in enumerate(one.contests):
             first = [one.claim.says, one.claim.paper, f"**{one.verdict}**"]
@@ -120,7 +121,7 @@ def markdown(title: str, judged: Sequence[Judged], notes: Iterable[str]) -> str:
                     _interval(contest),
                 ]
             )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(markdown_lines(COLUMNS, lines))
     how = (
         "A difference is the mean over seeds of the right row's measure less the left one's; a "
         "claim holds if the 95 % interval of each (Student's t, paired by seed) lies above zero, "

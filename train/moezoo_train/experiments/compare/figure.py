@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo_train.checkpoint.files import atomic_write
 from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.claims import Judged
 from moezoo_train.experiments.compare.curves import Curve
 from moezoo_train.experiments.compare.forest import forest
 from moezoo_train.experiments.compare.panels import compute, load, parameters
 from moezoo_train.experiments.compare.results import Row
+from moezoo_train.measure.writing import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,18 +55,10 @@ def draw(
 
 
 def _save(folder: Path, stem: str, figure: Figure) -> list[str]:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    # Without a date and random names in it, equal results give equal files.
-    with matplotlib.rc_context({"svg.hashsalt": "moezoo"}):
-        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, metadata=metadata)
-            with atomic_write(folder / f"{stem}.{kind}") as file:
-                file.write(buffer.getvalue())
-    return [f"{stem}.png", f"{stem}.svg"]
+    names = [f"{stem}.png", f"{stem}.svg"]
+    for name in names:
+        save_figure(folder / name, figure)
+    return names
 
 
 def losses(rows: list[Row], baseline: str, caption: str) -> Figure:

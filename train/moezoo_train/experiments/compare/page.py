@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.errors import InputError
-from moezoo_train.checkpoint.files import atomic_write
 from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.claims import judge, parse_claims
 from moezoo_train.experiments.compare.curves import Curve, focus, parse_curves
@@ -22,6 +21,7 @@ from moezoo_train.experiments.compare.results import Row, loads, parse_row
 from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.table import COLUMNS, HELP, NOTHING, cells_of, keys_of
 from moezoo_train.measure.report import finite_or_null
+from moezoo_train.measure.writing import write_text
 
 SCRIPTS = ("drawing.js", "charts.js", "table.js", "page.js")
 MOST_POINTS = 160
@@ -73,8 +73,7 @@ def read_comparison(folder: Path) -> Finished:
 
 def write_page(path: Path, comparison: Finished) -> None:
     """Write the page of a comparison; without curves it has no chart of them."""
-    with atomic_write(path, "w") as file:
-        file.write(render(contents(comparison)))
+    write_text(path, render(contents(comparison)))
 
 
 def contents(comparison: Finished) -> dict[str, Any]:

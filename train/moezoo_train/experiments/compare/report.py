@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moezoo.command.tables import print_table
-from moezoo_train.checkpoint.files import atomic_write
 from moezoo_train.experiments.compare import claims
 from moezoo_train.experiments.compare.curves import Curve, curves_csv
 from moezoo_train.experiments.compare.figure import draw
@@ -17,6 +16,7 @@ from moezoo_train.experiments.compare.results import Row, loads
 from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.settings import Experiment, configuration
 from moezoo_train.experiments.compare.table import COLUMNS, cells_of, markdown, table_csv
+from moezoo_train.measure.writing import write_text
 
 PRINTED = COLUMNS[:-1]
 """The terminal's table is wide enough without the memory."""
@@ -65,8 +65,7 @@ def write_report(
     if judged:
         texts["claims.md"] = claims.markdown(title, judged, notes)
     for name, text in texts.items():
-        with atomic_write(output / name, "w") as file:
-            file.write(text)
+        write_text(output / name, text)
     pictures = draw(
         output, rows, curves, loads(rows, results), experiment.baseline, notes[0], judged
     )

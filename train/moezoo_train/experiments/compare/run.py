@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -19,8 +18,7 @@ from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward
 from moezoo.random_routing import RandomRouting
 from moezoo_models.checkpoints.directory import save_checkpoint
-from moezoo_train.checkpoint.files import atomic_write
-from moezoo_train.experiments.common.records import RESULT, fingerprint
+from moezoo_train.experiments.common.records import RESULT, fingerprint, read_record, write_record
 from moezoo_train.experiments.common.short_run import fit, open_text
 from moezoo_train.experiments.compare.memory import PeakMemory
 from moezoo_train.experiments.compare.runs import Run
@@ -87,15 +85,16 @@ class Result:
 
 def finished(output: Path, run: Run, data: dict[str, Any]) -> Result | None:
     """Return the result of a run that was made with the same configuration, if it succeeded."""
-    path = output / run.folder / RESULT
-    try:
-        result = Result(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None  # never run, or not by this version
-    same = result.hash == fingerprint(run.identity(data))
+    record = read_record(output / run.folder / RESULT, run.identity(data))
+    if record is None:
+        return None
     if run.is_followed and not (output / run.folder / MODEL).exists():
         return None  # it was trained when no other run wanted its embeddings
-    return result if same and result.failure is None else None
+    try:
+        result = Result(**record)
+    except TypeError:
+        return None  # not by this version
+    return result if result.failure is None else None
 
 
 def execute(output: Path, run: Run, data: dict[str, Any], console: Console) -> Result:
@@ -120,9 +119,7 @@ def execute(output: Path, run: Run, data: dict[str, Any], console: Console) -> R
             raise
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         result = Result(**common, failure=one_line(f"{kind}{error}"))
-    with atomic_write(folder / RESULT, "w") as file:
-        json.dump(asdict(result), file, indent=2)
-        file.write("\n")
+    write_record(folder / RESULT, **asdict(result))
     return result
 
 

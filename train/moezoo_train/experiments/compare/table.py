@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from moezoo.command.tables import count
+from moezoo.command.tables import count, markdown_lines
 from moezoo_train.experiments.compare.results import Row
 
 NOTHING = "–"
@@ -86,9 +86,7 @@ def keys_of(row: Row, num_layers: int) -> list[str | float | None]:
 
 def markdown(title: str, cells: list[list[str]], notes: list[str]) -> str:
     """Write the table in Markdown."""
-    header = [name.lstrip(">") for name in COLUMNS]
-    rule = ["---:" if name.startswith(">") else "---" for name in COLUMNS]
-    lines = [f"| {' | '.join(line)} |" for line in [header, rule, *cells]]
+    lines = markdown_lines(COLUMNS, cells)
     return "\n".join([f"# {title}", "", *lines, "", *(f"{note}\n" for note in notes)])
 
 
