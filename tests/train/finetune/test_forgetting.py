@@ -17,7 +17,7 @@ from moezoo_train.experiments.forgetting import (
     compare_forgetting,
 )
 from moezoo_train.experiments.forgetting_report import (
-    Outcome,
+    TeachingResult,
     at_level,
     draw,
     forgotten,
@@ -123,8 +123,10 @@ def without_name(row: dict) -> dict:
     return {name: value for name, value in without_time(row).items() if name != "method"}
 
 
-def made(method: str, rate: float, seed: int, new: float, old: float, loss: float) -> Outcome:
-    return Outcome(method, rate, seed, loss, old, new, new)
+def made(
+    method: str, rate: float, seed: int, new: float, old: float, loss: float
+) -> TeachingResult:
+    return TeachingResult(method, rate, seed, loss, old, new, new)
 
 
 OUTCOMES = [

@@ -7,7 +7,7 @@ import pytest
 from moezoo.__main__ import main
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.windows import TrainBatches
-from moezoo_train.experiments.upcycling import Outcome, verdict
+from moezoo_train.experiments.upcycling import ContenderResult, verdict
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -83,7 +83,7 @@ def test_contenders_cost_the_same_and_read_the_same(options, tmp_path, monkeypat
 def test_the_verdict_names_who_is_ahead(losses, said):
     names = ("dense", "upcycled", "drop-upcycled, 0.5")
     outcomes = [
-        Outcome(name, 1, 1, 1.0, 1, 1, 3.0, loss, 1.0, 1.0)
+        ContenderResult(name, 1, 1, 1.0, 1, 1, 3.0, loss, 1.0, 1.0)
         for name, loss in zip(names, losses, strict=True)
     ]
     assert said in verdict(outcomes)

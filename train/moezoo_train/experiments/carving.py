@@ -39,7 +39,7 @@ from moezoo_train.experiments.common.records import Figures, Task, run_all
 from moezoo_train.experiments.common.report import write_report
 from moezoo_train.experiments.common.short_run import fit, open_text, validate
 from moezoo_train.experiments.common.statistics import mean
-from moezoo_train.experiments.common.verdict import Verdict, is_positive, paired, signed
+from moezoo_train.experiments.common.verdict import JudgedDifference, is_positive, paired, signed
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
@@ -86,7 +86,7 @@ def compare_carving(
     text: TextOptions = TextOptions(),  # noqa: B008 - frozen
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
     schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
-) -> list[Verdict]:
+) -> list[JudgedDifference]:
     """Carve a dense model with several groupings of neurons, and fine-tune each a little.
 
     All groupings of a seed see the same calibration text, and train on the same tokens in the same
@@ -288,7 +288,7 @@ class _Study:
         assert found is not None
         return signed(found)
 
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[JudgedDifference]:
         """Judge ours against each of the others."""
         others = [grouping for grouping in self.groupings if grouping != self.ours]
         return [

@@ -28,8 +28,8 @@ from moezoo_train.experiments.common.records import Figures, Task, run_all
 from moezoo_train.experiments.common.report import write_report
 from moezoo_train.experiments.common.short_run import fit, open_text
 from moezoo_train.experiments.common.statistics import Mean, mean
-from moezoo_train.experiments.common.verdict import Verdict, is_positive, paired
-from moezoo_train.experiments.compare.run import build
+from moezoo_train.experiments.common.verdict import JudgedDifference, is_positive, paired
+from moezoo_train.experiments.compare.execution import build
 from moezoo_train.experiments.compare.runs import Run, plan
 from moezoo_train.experiments.compare.settings import Experiment, parse_methods
 from moezoo_train.experiments.made_up_facts import (
@@ -68,7 +68,7 @@ def compare_facts(
     model: ModelOptions = ModelOptions(),  # noqa: B008 - frozen
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
     schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
-) -> list[Verdict]:
+) -> list[JudgedDifference]:
     """Train methods on made-up facts at equal active FLOPs, and ask them for the facts.
 
     A run that is finished is not repeated. Writes table.md, results.json and recall.png.
@@ -251,7 +251,7 @@ class _Study:
             for number, method in itertools.product(self.facts, self.methods)
         ]
 
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[JudgedDifference]:
         """Judge the claims by the share of facts recalled."""
         return [
             is_positive(

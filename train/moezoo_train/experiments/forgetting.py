@@ -30,7 +30,7 @@ from moezoo_train.data.prepare import prepare
 from moezoo_train.experiments.common.options import ModelOptions, TextOptions
 from moezoo_train.experiments.common.records import RESULT, read_record, write_record
 from moezoo_train.experiments.common.short_run import fit, open_text
-from moezoo_train.experiments.forgetting_report import Outcome, report
+from moezoo_train.experiments.forgetting_report import TeachingResult, report
 from moezoo_train.experiments.made_up_facts import (
     NUM_WORDINGS,
     Fact,
@@ -141,7 +141,7 @@ def compare_forgetting(
     text: TextOptions = TextOptions(),  # noqa: B008 - frozen
     facts: FactOptions = FactOptions(),
     schedule: ScheduleConfig = ScheduleConfig("constant", warmup_steps=0),  # noqa: B008 - frozen
-) -> list[Outcome]:
+) -> list[TeachingResult]:
     """Teach a small Memory+ model new facts in several ways, and see what it forgets.
 
     The model is trained once. Each method then begins with it at each learning rate, with each
@@ -314,25 +314,27 @@ class _Study:
         prepare(str(place / "facts.jsonl"), place / "data", tokenizer=start, val_fraction=0.001)
         return TextOptions(data_dir=str(place / "data"), **sizes)
 
-    def measure_base(self, directory: Path, seed: int, new: list[Fact]) -> Outcome:
+    def measure_base(self, directory: Path, seed: int, new: list[Fact]) -> TeachingResult:
         """Ask the model before it is taught."""
         module = LanguageModel(self._vocabulary(), initialize_from=str(directory))
         words = open_text(self.text, 0).tokenizer
-        return Outcome("before", 0.0, seed, **self._measure(module.model, words, new))
+        return TeachingResult("before", 0.0, seed, **self._measure(module.model, words, new))
 
-    def teach(self, run: _Run, text: TextOptions, new: list[Fact]) -> Outcome:
+    def teach(self, run: _Run, text: TextOptions, new: list[Fact]) -> TeachingResult:
         """Teach the model and ask it, unless that has been done."""
         folder = self.folder / "runs" / run.folder
         identity = self.identity | run.identity()
         if found := read_record(folder / RESULT, identity):
-            return Outcome(**found["outcome"])
+            return TeachingResult(**found["outcome"])
         shutil.rmtree(folder, ignore_errors=True)
         pl.seed_everything(run.seed, verbose=False)
         data = open_text(text, run.seed)
         module = self._module(run)
         trained, _ = fit(module, data, folder, run.max_steps, "32-true", self.console)
         measured = self._measure(module.model, data.tokenizer, new)
-        outcome = Outcome(run.method, run.rate, run.seed, **measured, seconds=trained.train_seconds)
+        outcome = TeachingResult(
+            run.method, run.rate, run.seed, **measured, seconds=trained.train_seconds
+        )
         write_record(folder / RESULT, identity, outcome=asdict(outcome))
         self._say(
             f"{run.method}, rate {run.rate:g}, seed {run.seed}: new facts {outcome.new_facts:.0%}, "

@@ -31,7 +31,7 @@ _MARKERS = "osD^vP"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TeachingResult:
     """What one run learned and forgot.
 
     Attributes:
@@ -60,7 +60,7 @@ class Setting:
     """A method at a learning rate, over seeds.
 
     Attributes:
-        method: as in :class:`Outcome`, as are the others.
+        method: as in :class:`TeachingResult`, as are the others.
         rate: as there.
         text_loss: as there.
         old_facts: as there.
@@ -76,9 +76,9 @@ class Setting:
     new_taught: Mean
 
 
-def settings(outcomes: Sequence[Outcome]) -> list[Setting]:
+def settings(outcomes: Sequence[TeachingResult]) -> list[Setting]:
     """Average over seeds, in the order in which methods and rates first come."""
-    groups: dict[tuple[str, float], list[Outcome]] = {}
+    groups: dict[tuple[str, float], list[TeachingResult]] = {}
     for each in outcomes:
         groups.setdefault((each.method, each.rate), []).append(each)
     found = []
@@ -143,7 +143,7 @@ def at_level(chain: Sequence[Setting], level: float) -> tuple[float, float]:
 
 
 def report(
-    folder: Path, outcomes: Sequence[Outcome], taught: Sequence[int], asked: Sequence[int]
+    folder: Path, outcomes: Sequence[TeachingResult], taught: Sequence[int], asked: Sequence[int]
 ) -> None:
     """Print table and verdict, and write table.md, results.json and forgetting.png.
 

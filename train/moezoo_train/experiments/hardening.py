@@ -29,7 +29,7 @@ from moezoo_train.experiments.common.records import Figures, Task, run_all
 from moezoo_train.experiments.common.report import write_report
 from moezoo_train.experiments.common.short_run import fit, open_text, prepare_text, validate
 from moezoo_train.experiments.common.statistics import Mean, mean
-from moezoo_train.experiments.common.verdict import Verdict, is_small, paired, signed
+from moezoo_train.experiments.common.verdict import JudgedDifference, is_small, paired, signed
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim.optimizer import OptimizerConfig
@@ -52,7 +52,7 @@ def compare_hardening(
     text: TextOptions = TextOptions(),  # noqa: B008 - frozen
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
     schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
-) -> list[Verdict]:
+) -> list[JudgedDifference]:
     """Train trees of decisions with several hardening losses, and validate them soft and hard.
 
     A run that is finished is not repeated. Writes table.md, results.json and losses.png.
@@ -221,7 +221,7 @@ class _Study:
             )
         return rows
 
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[JudgedDifference]:
         """Judge every depth and hardening."""
         return [
             is_small(

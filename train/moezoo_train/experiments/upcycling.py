@@ -34,7 +34,7 @@ BACKWARD = 3
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ContenderResult:
     """How one contender did.
 
     Attributes:
@@ -75,7 +75,7 @@ def compare_upcycling(
     text: TextOptions = TextOptions(),  # noqa: B008 - frozen
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
     schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
-) -> list[Outcome]:
+) -> list[ContenderResult]:
     """Train a dense model on, as it is and upcycled, with the same tokens and the same FLOPs.
 
     Beside the dense model at equal FLOPs stands the dense model at the mixture's number of tokens,
@@ -128,7 +128,7 @@ def compare_upcycling(
             assert report.val_loss is not None
             assert report.val_bits_per_byte is not None
             outcomes.append(
-                Outcome(
+                ContenderResult(
                     name,
                     steps,
                     report.tokens,
@@ -188,7 +188,7 @@ COLUMNS = (
 )
 
 
-def _report(folder: Path, outcomes: list[Outcome]) -> None:
+def _report(folder: Path, outcomes: list[ContenderResult]) -> None:
     """Print and write the table, the verdict and the numbers."""
     rows = [
         [
@@ -214,7 +214,7 @@ def _report(folder: Path, outcomes: list[Outcome]) -> None:
     )
 
 
-def verdict(outcomes: list[Outcome]) -> str:
+def verdict(outcomes: list[ContenderResult]) -> str:
     """Return who is ahead at equal FLOPs, and by how much."""
     dense = next(each for each in outcomes if each.name == "dense")
     rivals = [each for each in outcomes if each.name not in ("dense", "dense, same tokens")]

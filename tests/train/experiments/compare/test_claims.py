@@ -10,8 +10,8 @@ import yaml
 from moezoo import InputError
 from moezoo_train.experiments.common.statistics import QUANTILES
 from moezoo_train.experiments.compare.claims import judge, markdown
+from moezoo_train.experiments.compare.execution import RunResult
 from moezoo_train.experiments.compare.forest import forest
-from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.runs import plan
 from moezoo_train.experiments.compare.settings import Claim, parse_claims, parse_methods
 
@@ -20,9 +20,9 @@ from .test_compare import command, experiment, recipe, results  # noqa: F401 - a
 LOSSES = {"low": (2.0, 2.2, 2.1), "middle": (3.5, 3.6, 3.7), "high": (3.6, 3.5, 3.9)}
 
 
-def measured() -> list[Result]:
+def measured() -> list[RunResult]:
     return [
-        Result(f"{row}-{seed}", "", {}, val_loss=loss, busiest=10 - loss if seed else None)
+        RunResult(f"{row}-{seed}", "", {}, val_loss=loss, busiest=10 - loss if seed else None)
         for row, losses in LOSSES.items()
         for seed, loss in enumerate(losses)
     ]
@@ -78,13 +78,13 @@ def test_a_single_seed_a_failed_run_and_random_routing_decide_nothing():
     assert one.verdict == "undecided"
     broken = [
         *measured(),
-        Result("bad-0", "", {}, failure="no", val_loss=1.0),
-        Result("low-random-0", "", {}, val_loss=-9.0),
+        RunResult("bad-0", "", {}, failure="no", val_loss=1.0),
+        RunResult("low-random-0", "", {}, val_loss=-9.0),
     ]
     low, bad = judge({"a": claim("low", "middle"), "b": claim("bad", "low")}, broken)
     assert low.contests[0].gain.value == pytest.approx(1.5)
     assert bad.contests[0].gain is None
-    diverged = [*measured(), *(Result(f"nan-{n}", "", {}) for n in range(3))]
+    diverged = [*measured(), *(RunResult(f"nan-{n}", "", {}) for n in range(3))]
     (one,) = judge({"a": claim("nan", "low")}, diverged)
     assert one.verdict == "undecided"
 

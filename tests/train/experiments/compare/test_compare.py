@@ -16,7 +16,7 @@ from moezoo.__main__ import main
 from moezoo.random_routing import RandomRouting
 from moezoo_train.experiments.common.options import ModelOptions, TextOptions
 from moezoo_train.experiments.common.records import fingerprint
-from moezoo_train.experiments.compare import run as runs
+from moezoo_train.experiments.compare import execution as runs
 from moezoo_train.experiments.compare.command import fits
 from moezoo_train.experiments.compare.runs import plan
 from moezoo_train.experiments.compare.settings import Experiment, parse_methods

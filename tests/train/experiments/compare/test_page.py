@@ -15,10 +15,10 @@ from matplotlib.image import imread
 from moezoo import InputError
 from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.curves import Curve, Point
+from moezoo_train.experiments.compare.execution import RunResult
 from moezoo_train.experiments.compare.page import Finished, contents, read_comparison, render
 from moezoo_train.experiments.compare.redraw import redraw
 from moezoo_train.experiments.compare.results import Row
-from moezoo_train.experiments.compare.run import Result
 
 ROOT = Path(__file__).parents[4]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -139,7 +139,7 @@ def curve(name: str, end: float, random: bool = False) -> Curve:
 @pytest.fixture
 def comparison() -> Finished:
     results = [
-        Result(
+        RunResult(
             f"{each.name}-{seed}",
             hash="",
             identity={"moezoo": "0.1.0"},

@@ -12,15 +12,15 @@ import torch
 from moezoo_train.experiments.common.options import ModelOptions, TextOptions
 from moezoo_train.experiments.common.palette import BLUE, GREY
 from moezoo_train.experiments.common.statistics import mean
-from moezoo_train.experiments.compare import memory
+from moezoo_train.experiments.compare import peak_memory
 from moezoo_train.experiments.compare.curves import Curve, Point, curves_csv, parse_curves
+from moezoo_train.experiments.compare.execution import RunResult
 from moezoo_train.experiments.compare.figure import losses
-from moezoo_train.experiments.compare.memory import PeakMemory
-from moezoo_train.experiments.compare.palette import colors
 from moezoo_train.experiments.compare.panels import compute, load, parameters, spread
+from moezoo_train.experiments.compare.peak_memory import PeakMemory
 from moezoo_train.experiments.compare.report import write_report
 from moezoo_train.experiments.compare.results import Row, aggregate, loads, parse_row
-from moezoo_train.experiments.compare.run import Result
+from moezoo_train.experiments.compare.row_colors import colors
 from moezoo_train.experiments.compare.runs import Run, plan
 from moezoo_train.experiments.compare.settings import Experiment, parse_methods
 from moezoo_train.optim.optimizer import OptimizerConfig
@@ -51,8 +51,8 @@ LOSSES = {
 }  # fmt: skip
 
 
-def result(run: Run) -> Result:
-    common = Result(run=run.folder, hash="", identity={})
+def result(run: Run) -> RunResult:
+    common = RunResult(run=run.folder, hash="", identity={})
     if run.folder not in LOSSES:
         return replace(common, failure="loss nan")
     return replace(
@@ -75,7 +75,7 @@ def result(run: Run) -> Result:
 
 
 @pytest.fixture
-def results() -> list[tuple[Run, Result]]:
+def results() -> list[tuple[Run, RunResult]]:
     return [(run, result(run)) for run in plan(EXPERIMENT)]
 
 
@@ -293,9 +293,9 @@ def test_the_peak_is_that_of_the_block_alone():
 
 def test_where_the_mark_can_not_be_reset_only_a_new_record_counts(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(memory, "_reset_resident_peak", lambda: False)
+    monkeypatch.setattr(peak_memory, "_reset_resident_peak", lambda: False)
     records = iter([100, 100, 100, 250])
-    monkeypatch.setattr(memory, "_largest_ever", lambda: next(records))
+    monkeypatch.setattr(peak_memory, "_largest_ever", lambda: next(records))
     with PeakMemory() as lower:
         pass
     with PeakMemory() as record:

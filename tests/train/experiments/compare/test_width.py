@@ -9,7 +9,7 @@ import moezoo
 from moezoo import InputError
 from moezoo.command.parser import function_parser
 from moezoo_train.experiments.compare import compare
-from moezoo_train.experiments.compare.run import build
+from moezoo_train.experiments.compare.execution import build
 from moezoo_train.experiments.compare.runs import plan
 from moezoo_train.experiments.compare.settings import Experiment, feed_forward_methods, find_method
 from moezoo_train.experiments.compare.settings import parse_methods as parse

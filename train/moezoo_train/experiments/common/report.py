@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.command.tables import markdown_lines, print_table
-from moezoo_train.experiments.common.verdict import Verdict
+from moezoo_train.experiments.common.verdict import JudgedDifference
 from moezoo_train.measure.environment import environment
 from moezoo_train.measure.writing import save_figure, write_json, write_text
 
@@ -24,7 +24,7 @@ def write_report(
     rows: Sequence[Sequence[str]],
     results: Mapping[str, Any],
     *,
-    verdicts: Sequence[Verdict] = (),
+    verdicts: Sequence[JudgedDifference] = (),
     summary: str = "",
     pictures: Mapping[str, Figure] | None = None,
 ) -> None:

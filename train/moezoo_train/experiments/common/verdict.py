@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moezoo_train.experiments.common.statistics import Mean, confidence, mean
-from moezoo_train.experiments.common.statistics import Verdict as Outcome
+from moezoo_train.experiments.common.statistics import Mean, Verdict, confidence, mean
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JudgedDifference:
     """One claim, and what was measured of it.
 
     Attributes:
@@ -22,13 +21,13 @@ class Verdict:
 
     claim: str
     difference: Mean
-    outcome: Outcome
+    outcome: Verdict
 
     def __str__(self) -> str:
         return f"{self.claim}: {self.outcome} ({signed(self.difference)})"
 
 
-def is_positive(claim: str, differences: Sequence[float]) -> Verdict:
+def is_positive(claim: str, differences: Sequence[float]) -> JudgedDifference:
     """Judge the claim that a difference is above zero, by its 95 % interval.
 
     Args:
@@ -37,10 +36,12 @@ def is_positive(claim: str, differences: Sequence[float]) -> Verdict:
     """
     found = _mean(differences)
     low, high = _interval(found)
-    return Verdict(claim, found, "holds" if low > 0 else "fails" if high < 0 else "undecided")
+    return JudgedDifference(
+        claim, found, "holds" if low > 0 else "fails" if high < 0 else "undecided"
+    )
 
 
-def is_small(claim: str, differences: Sequence[float], margin: float) -> Verdict:
+def is_small(claim: str, differences: Sequence[float], margin: float) -> JudgedDifference:
     """Judge the claim that a difference is within a margin of zero, on either side.
 
     That no difference was found does not make two things equal: the claim holds if the 95 %
@@ -54,8 +55,10 @@ def is_small(claim: str, differences: Sequence[float], margin: float) -> Verdict
     found = _mean(differences)
     low, high = _interval(found)
     if -margin < low and high < margin:
-        return Verdict(claim, found, "holds")
-    return Verdict(claim, found, "fails" if low > margin or high < -margin else "undecided")
+        return JudgedDifference(claim, found, "holds")
+    return JudgedDifference(
+        claim, found, "fails" if low > margin or high < -margin else "undecided"
+    )
 
 
 def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> list[float]:

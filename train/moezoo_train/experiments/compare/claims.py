@@ -10,7 +10,7 @@ from typing import Any
 
 from moezoo.command.tables import markdown_lines
 from moezoo_train.experiments.common.statistics import Mean, Verdict, confidence, mean
-from moezoo_train.experiments.compare.run import Result
+from moezoo_train.experiments.compare.execution import RunResult
 from moezoo_train.experiments.compare.settings import MEASURES, Claim
 
 COLUMNS = ("claim", "paper", "verdict", "compared", "measure", ">difference", ">95 % interval")
@@ -73,7 +73,7 @@ def parse_claims(whole: Mapping[str, Any]) -> dict[str, Claim]:
     return {name: Claim(**options) for name, options in claims.items()}
 
 
-def judge(claims: Mapping[str, Claim], results: Iterable[Result]) -> list[Judged]:
+def judge(claims: Mapping[str, Claim], results: Iterable[RunResult]) -> list[Judged]:
     """Measure what each claim says, paired by seed.
 
     Args:

@@ -13,9 +13,9 @@ from moezoo_models.checkpoints.locks import writing
 from moezoo_train.experiments.common.options import ModelOptions, TextOptions
 from moezoo_train.experiments.common.short_run import prepare_text
 from moezoo_train.experiments.compare.curves import flops_per_token, read_curves
+from moezoo_train.experiments.compare.execution import RunResult, execute, finished
 from moezoo_train.experiments.compare.report import write_report
 from moezoo_train.experiments.compare.results import aggregate
-from moezoo_train.experiments.compare.run import Result, execute, finished
 from moezoo_train.experiments.compare.runs import Run, plan
 from moezoo_train.experiments.compare.settings import Experiment, parse_claims, parse_methods
 from moezoo_train.measure.progress import quiet_lightning
@@ -139,7 +139,7 @@ def _run_all(
     data: dict[str, Any],
     console: Console,
     minutes: float | None,
-) -> list[Result | None]:
+) -> list[RunResult | None]:
     """Train what is not finished while there is time, with a line for each run."""
     quiet_lightning()
     results = [finished(output, run, data) for run in runs]
@@ -170,7 +170,7 @@ def fits(taken: list[float], minutes: float | None) -> bool:
     return minutes > 0 and sum(taken) + max(taken, default=0.0) <= 60 * minutes
 
 
-def _outcome(result: Result) -> str:
+def _outcome(result: RunResult) -> str:
     if result.failure is not None:
         return f"failed, {result.failure}"
     speed = result.tokens_per_second / 1000

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from moezoo_train.experiments.common.statistics import mean
-from moezoo_train.experiments.compare.run import Result, build
+from moezoo_train.experiments.compare.execution import RunResult, build
 from moezoo_train.experiments.compare.runs import Run
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.throughput import forward_flops_per_token
@@ -61,7 +61,7 @@ def flops_per_token(run: Run) -> int:
 
 
 def read_curves(
-    output: Path, pairs: Iterable[tuple[Run, Result]], flops: Mapping[str, int]
+    output: Path, pairs: Iterable[tuple[Run, RunResult]], flops: Mapping[str, int]
 ) -> list[Curve]:
     """Read what the runs logged; runs that failed or logged nothing have no part in it.
 

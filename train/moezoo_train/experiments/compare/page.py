@@ -16,9 +16,9 @@ from moezoo.errors import InputError
 from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.claims import judge, parse_claims
 from moezoo_train.experiments.compare.curves import Curve, focus, parse_curves
-from moezoo_train.experiments.compare.palette import FAMILIES, by_family, colors, family
+from moezoo_train.experiments.compare.execution import RunResult
 from moezoo_train.experiments.compare.results import Row, loads, parse_row
-from moezoo_train.experiments.compare.run import Result
+from moezoo_train.experiments.compare.row_colors import FAMILIES, by_family, colors, family
 from moezoo_train.experiments.compare.table import COLUMNS, HELP, NOTHING, cells_of, keys_of
 from moezoo_train.measure.report import finite_or_null
 from moezoo_train.measure.writing import write_text
@@ -42,7 +42,7 @@ class Finished:
 
     whole: Mapping[str, Any]
     rows: list[Row]
-    results: list[Result]
+    results: list[RunResult]
     curves: list[Curve]
     config: str | None
 
@@ -63,7 +63,7 @@ def read_comparison(folder: Path) -> Finished:
         return Finished(
             whole=whole,
             rows=[parse_row(row) for row in whole["rows"]],
-            results=[Result(**run) for run in whole["runs"]],
+            results=[RunResult(**run) for run in whole["runs"]],
             curves=parse_curves(text("curves.csv") or ""),
             config=text("config.yaml"),
         )
@@ -142,7 +142,7 @@ def contents(comparison: Finished) -> dict[str, Any]:
     }
 
 
-def versions(results: Iterable[Result]) -> list[dict[str, Any]]:
+def versions(results: Iterable[RunResult]) -> list[dict[str, Any]]:
     """List the machines and versions that runs were made with, each with its number of runs."""
     found: dict[str, dict[str, Any]] = {}
     for result in results:

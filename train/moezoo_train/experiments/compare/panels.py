@@ -10,8 +10,8 @@ from moezoo.command.tables import count
 from moezoo_train.experiments.common.palette import GREY
 from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.curves import Curve, focus
-from moezoo_train.experiments.compare.palette import colors
 from moezoo_train.experiments.compare.results import Row
+from moezoo_train.experiments.compare.row_colors import colors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

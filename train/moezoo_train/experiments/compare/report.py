@@ -10,10 +10,10 @@ from pathlib import Path
 from moezoo.command.tables import print_table
 from moezoo_train.experiments.compare import claims
 from moezoo_train.experiments.compare.curves import Curve, curves_csv
+from moezoo_train.experiments.compare.execution import RunResult
 from moezoo_train.experiments.compare.figure import draw
 from moezoo_train.experiments.compare.page import Finished, write_page
 from moezoo_train.experiments.compare.results import Row, loads
-from moezoo_train.experiments.compare.run import Result
 from moezoo_train.experiments.compare.settings import Experiment, configuration
 from moezoo_train.experiments.compare.table import COLUMNS, cells_of, markdown, table_csv
 from moezoo_train.measure.writing import write_text
@@ -27,7 +27,7 @@ def write_report(
     title: str,
     experiment: Experiment,
     rows: list[Row],
-    results: list[Result],
+    results: list[RunResult],
     curves: Sequence[Curve] = (),
     missing: Sequence[str] = (),
 ) -> list[str]:
@@ -80,7 +80,7 @@ def write_report(
     return [*texts, *pictures, "index.html"]
 
 
-def conditions(experiment: Experiment, results: list[Result]) -> list[str]:
+def conditions(experiment: Experiment, results: list[RunResult]) -> list[str]:
     """Say in a line or two what the runs have in common."""
     text, model = experiment.text, experiment.model
     tokens = experiment.max_steps * text.batch_size * text.sequence_length

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moezoo_train.experiments.common.statistics import Mean, mean
-from moezoo_train.experiments.compare.run import Result
+from moezoo_train.experiments.compare.execution import RunResult
 from moezoo_train.experiments.compare.runs import Run
 
 
@@ -30,7 +30,8 @@ class Row:
         active_parameters: those that one token touches.
         flops_ratio: the layer's active FLOPs per token over the baseline's.
         tokens_per_second: of training, mean over seeds.
-        evenness: as in :class:`moezoo_train.experiments.compare.run.Result`, mean over seeds.
+        evenness: as in :class:`moezoo_train.experiments.compare.execution.RunResult`, mean over
+            seeds.
         busiest: likewise, the largest.
         usage: likewise, mean over seeds.
         unevenness: likewise, mean over seeds.
@@ -59,16 +60,16 @@ class Row:
     failures: tuple[str, ...]
 
 
-def aggregate(results: Iterable[tuple[Run, Result]]) -> list[Row]:
+def aggregate(results: Iterable[tuple[Run, RunResult]]) -> list[Row]:
     """Average runs into rows, the lowest loss first; rows without a loss come last."""
-    by_row: dict[str, list[tuple[Run, Result]]] = {}
+    by_row: dict[str, list[tuple[Run, RunResult]]] = {}
     for run, result in results:
         by_row.setdefault(run.row, []).append((run, result))
     rows = [_row(members) for members in by_row.values()]
     return sorted(rows, key=lambda row: math.inf if row.loss is None else row.loss.value)
 
 
-def _row(members: list[tuple[Run, Result]]) -> Row:
+def _row(members: list[tuple[Run, RunResult]]) -> Row:
     first = members[0][0]
     good = [(run, result) for run, result in members if result.failure is None]
     learned = {run.seed: result for run, result in good if not run.random}
@@ -108,7 +109,7 @@ LOADS = ("evenness", "usage", "busiest", "unevenness")
 """What runs say of who answered the validation text."""
 
 
-def loads(rows: Iterable[Row], results: Iterable[Result]) -> dict[str, dict[str, Mean]]:
+def loads(rows: Iterable[Row], results: Iterable[RunResult]) -> dict[str, dict[str, Mean]]:
     """Average what the runs say of their load, with errors; by row, then by measure.
 
     Rows that count nothing are left out, and so are their random-routing ablations.

@@ -20,7 +20,7 @@ from moezoo.random_routing import RandomRouting
 from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.experiments.common.records import RESULT, fingerprint, read_record, write_record
 from moezoo_train.experiments.common.short_run import fit, open_text
-from moezoo_train.experiments.compare.memory import PeakMemory
+from moezoo_train.experiments.compare.peak_memory import PeakMemory
 from moezoo_train.experiments.compare.runs import Run
 from moezoo_train.experiments.compare.settings import find_method
 from moezoo_train.measure.expert_load import ExpertLoad
@@ -32,7 +32,7 @@ MODEL = "model"
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """The outcome of one run, as its ``result.json`` holds it.
 
     Attributes:
@@ -53,9 +53,9 @@ class Result:
         busiest: load of the busiest over the mean, the largest among these layers.
         usage: share of the slots that had any weight, mean over batches and layers.
         unevenness: divergence of their weights from uniform in nats, likewise.
-        peak_memory: bytes, as
-            :class:`moezoo_train.experiments.compare.memory.PeakMemory` measures them while the run
-            trains and validates; None if it is not known.
+        peak_memory: bytes while the run trains and validates, as
+            :class:`moezoo_train.experiments.compare.peak_memory.PeakMemory` measures them; None if
+            it is not known.
         environment: machine and versions.
     """
 
@@ -83,7 +83,7 @@ class Result:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def finished(output: Path, run: Run, data: dict[str, Any]) -> Result | None:
+def finished(output: Path, run: Run, data: dict[str, Any]) -> RunResult | None:
     """Return the result of a run that was made with the same configuration, if it succeeded."""
     record = read_record(output / run.folder / RESULT, run.identity(data))
     if record is None:
@@ -91,13 +91,13 @@ def finished(output: Path, run: Run, data: dict[str, Any]) -> Result | None:
     if run.is_followed and not (output / run.folder / MODEL).exists():
         return None  # it was trained when no other run wanted its embeddings
     try:
-        result = Result(**record)
+        result = RunResult(**record)
     except TypeError:
         return None  # not by this version
     return result if result.failure is None else None
 
 
-def execute(output: Path, run: Run, data: dict[str, Any], console: Console) -> Result:
+def execute(output: Path, run: Run, data: dict[str, Any], console: Console) -> RunResult:
     """Train one run and write its ``result.json``, also if it fails.
 
     A bug is a failure of this run only; ``MOEZOO_TRACEBACK=1`` raises it instead.
@@ -113,12 +113,12 @@ def execute(output: Path, run: Run, data: dict[str, Any], console: Console) -> R
     try:
         with PeakMemory() as memory:
             report, loads = train(run, folder, console)
-        result = Result(**common, **_numbers(report, loads), peak_memory=memory.peak)
+        result = RunResult(**common, **_numbers(report, loads), peak_memory=memory.peak)
     except Exception as error:
         if os.environ.get("MOEZOO_TRACEBACK"):
             raise
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        result = Result(**common, failure=one_line(f"{kind}{error}"))
+        result = RunResult(**common, failure=one_line(f"{kind}{error}"))
     write_record(folder / RESULT, **asdict(result))
     return result
 
