@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from transformers import PreTrainedModel
 
-    from moezoo_models.model.initialization import Drawn
+    from moezoo_models.model.initialization import DeferredInit
     from moezoo_models.text.tokenizer import Tokenizer
     from moezoo_train.optim.optimizer import OptimizerConfig
 
@@ -50,8 +50,8 @@ class Parallelized(HasModel, Protocol):
     """What a strategy lays out over processes, or refuses to."""
 
     @property
-    def drawn(self) -> Drawn | None:
-        """How parameters that have no numbers yet are drawn."""
+    def deferred_init(self) -> DeferredInit | None:
+        """The deferred initialization; None if parameters are initialized."""
 
     @property
     def lora(self) -> object | None:

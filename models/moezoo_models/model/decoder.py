@@ -32,7 +32,7 @@ from moezoo_models.model.attention import Attention
 from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.block import DecoderLayer
 from moezoo_models.model.config import MoezooConfig
-from moezoo_models.model.initialization import drop, filled_later, reset_feed_forward
+from moezoo_models.model.initialization import current_deferred_init, drop, reset_feed_forward
 from moezoo_models.model.norm import RMSNorm
 from moezoo_models.model.outputs import MoezooModelOutput
 from moezoo_models.model.rotary import RotaryEmbedding
@@ -82,16 +82,16 @@ class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
         transformers takes modules of other libraries without parameters of their own for
         initialised; here these are the owners that initialise what is inside them.
         """
-        drawn = filled_later()
-        if drawn is None or is_loaded(module):
+        deferred = current_deferred_init()
+        if deferred is None or is_loaded(module):
             initialize_unless_loaded(self, module)
             return
-        with drawn.initializing(self, module, _filled_parts(module)):
+        with deferred.initializing(self, module, _filled_parts(module)):
             initialize_unless_loaded(self, module)
 
     def init_weights(self) -> None:
-        """Initialise and tie the weights, or see that they are filled later."""
-        if filled_later() is not None:
+        """Initialise and tie the weights, or drop them if initialization is deferred."""
+        if current_deferred_init() is not None:
             drop(self)
         super().init_weights()
 
@@ -331,7 +331,7 @@ def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
 
 def _block(config: MoezooConfig, layer: int) -> DecoderLayer:
     block = DecoderLayer(config, layer)
-    if filled_later() is not None:
+    if current_deferred_init() is not None:
         drop(block)
     return block
 

@@ -1,4 +1,4 @@
-"""Initialising layers that a checkpoint has filled in part, and models one part after the other."""
+"""Initialization of partly loaded layers, and deferred initialization of models."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def reset_feed_forward(layer: FeedForward, num_layers: int) -> None:
                 tensor.copy_(value)
 
 
-class Drawn:
-    """A model without numbers, and the random states that they are to be drawn from.
+class DeferredInit:
+    """A model on the meta device, and the random states that its parameters are drawn from.
 
-    What :meth:`fill` draws, part by part and in any order, is to the bit what the model would have
-    been drawn as at once. No part is kept here.
+    :meth:`materialize` initializes part by part, in any order, bit for bit as the whole model would
+    have been at once. No part is kept here.
     """
 
     def __init__(self) -> None:
         self._states: dict[nn.Module, tuple[Any, Tensor]] = {}
 
-    def fill(self, part: nn.Module) -> None:
-        """Give a part its numbers, on the CPU; what has some already keeps them."""
+    def materialize(self, part: nn.Module) -> None:
+        """Allocate and initialize a part on the CPU; tensors off the meta device stay."""
         _replace(part, torch.device("meta"), torch.device("cpu"))
         inside = set(part.modules())
         waiting = [module for module in self._states if module in inside]
@@ -62,12 +62,12 @@ class Drawn:
 
     @contextmanager
     def initializing(self, model: Any, module: nn.Module, parts: list[nn.Module]) -> Iterator[None]:
-        """Remember how a model initialises a module, and drop what it then draws.
+        """Remember how a model initializes a module, and drop what it then draws.
 
         Args:
-            model: whose method initialises it.
-            module: what is initialised.
-            parts: what of it gets numbers.
+            model: whose method initializes it.
+            module: to initialize.
+            parts: its parts that get values.
         """
         self._states[module] = model, torch.get_rng_state()
         for part in parts:
@@ -77,37 +77,37 @@ class Drawn:
             drop(part)
 
 
-_DRAWN: ContextVar[Drawn | None] = ContextVar("moezoo_drawn", default=None)
+_DEFERRED: ContextVar[DeferredInit | None] = ContextVar("moezoo_deferred_init", default=None)
 
 
 @contextmanager
-def drawn_later(wanted: bool = True) -> Iterator[Drawn | None]:
-    """Let models of ours that are built inside keep no numbers until they are filled.
+def deferred_init(wanted: bool = True) -> Iterator[DeferredInit | None]:
+    """Build models of ours on the meta device, to be materialized later.
 
     Everything is drawn once as ever, a block at a time, and dropped: the random state goes on as it
     would have.
 
     Args:
-        wanted: else nothing is different, as where models have no memory anyway.
+        wanted: else models are built as usual, as they are on the meta device anyway.
 
-    Returns:
-        What fills the model; None if not wanted.
+    Yields:
+        The object that materializes the model; None if not wanted.
     """
-    drawn = Drawn() if wanted and torch.get_default_device().type != "meta" else None
-    token = _DRAWN.set(drawn)
+    deferred = DeferredInit() if wanted and torch.get_default_device().type != "meta" else None
+    token = _DEFERRED.set(deferred)
     try:
-        yield drawn
+        yield deferred
     finally:
-        _DRAWN.reset(token)
+        _DEFERRED.reset(token)
 
 
-def filled_later() -> Drawn | None:
-    """Return what will fill the model that is being built, if anything will."""
-    return _DRAWN.get()
+def current_deferred_init() -> DeferredInit | None:
+    """Return the deferred initialization of the model that is being built, if it is deferred."""
+    return _DEFERRED.get()
 
 
 def drop(part: nn.Module) -> None:
-    """Take a part's numbers away."""
+    """Move a part to the meta device."""
     _replace(part, torch.device("cpu"), torch.device("meta"))
 
 

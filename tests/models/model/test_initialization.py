@@ -1,11 +1,11 @@
-"""Models that are filled part by part, against the same models built at once."""
+"""Models that are materialized part by part, against the same models built at once."""
 
 import pytest
 import torch
 
 import moezoo
 from moezoo_models import MoezooConfig, MoezooForCausalLM
-from moezoo_models.model.initialization import drawn_later
+from moezoo_models.model.initialization import deferred_init
 
 METHODS = [pytest.param(method, id=method.name) for method in moezoo.zoo()]
 
@@ -28,14 +28,14 @@ def assert_same(config: MoezooConfig) -> None:
     expected = MoezooForCausalLM(config)
     following = torch.rand(5)
     torch.manual_seed(3)
-    with drawn_later() as drawn:
+    with deferred_init() as deferred:
         model = MoezooForCausalLM(config)
     assert torch.equal(torch.rand(5), following)
     assert all(parameter.is_meta for parameter in model.parameters())
     for block in reversed(model.model.layers):
-        drawn.fill(block)
-    drawn.fill(model)
-    drawn.fill(model)  # there is nothing left to do
+        deferred.materialize(block)
+    deferred.materialize(model)
+    deferred.materialize(model)  # there is nothing left to do
     for kind in ("named_parameters", "named_buffers"):
         found = dict(getattr(model, kind)())
         wanted = dict(getattr(expected, kind)())
@@ -59,7 +59,7 @@ def test_tied_weights_and_shared_values():
     assert_same(config(ffn, tie_word_embeddings=True, attention_bias=True, qk_norm=True))
 
 
-def test_where_there_is_no_memory_anyway_nothing_is_filled():
-    with torch.device("meta"), drawn_later() as drawn:
+def test_where_there_is_no_memory_anyway_nothing_is_deferred():
+    with torch.device("meta"), deferred_init() as deferred:
         MoezooForCausalLM(config({"class_path": "moezoo.DenseFFN"}))
-    assert drawn is None
+    assert deferred is None

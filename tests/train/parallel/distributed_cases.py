@@ -264,7 +264,7 @@ def peak_of_building() -> tuple[float, float]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is to be the present
     before = _resident("VmRSS")
-    lay_out(module.model, Layout(mesh, None, None, torch.device("cpu")), module.drawn)
+    lay_out(module.model, Layout(mesh, None, None, torch.device("cpu")), module.deferred_init)
     size = sum(p.numel() * p.element_size() for p in module.model.parameters()) / 2**20
     return size, _resident("VmHWM") - before
 

@@ -15,7 +15,7 @@ from moezoo_models.text.tokenizer import Tokenizer
 
 
 def pretrained(
-    path: str, vocab_size: int, attention: str, in_parts: bool = False
+    path: str, vocab_size: int, attention: str, deferred: bool = False
 ) -> PreTrainedModel:
     """Load the model to go on from, in fp32: updates are too small for the numbers of bf16.
 
@@ -23,12 +23,12 @@ def pretrained(
         path: the directory.
         vocab_size: tokens of the data; the model may have more, which its tokenizer lacks.
         attention: attention backend.
-        in_parts: refused, as the directory is read whole.
+        deferred: deferred initialization is refused, as the directory is read whole.
 
     Raises:
         InputError: no such checkpoint, a damaged or foreign one, or one with another vocabulary.
     """
-    if in_parts:
+    if deferred:
         raise InputError("build_in_parts: initialize_from reads a whole model; set it to false")
     try:
         model, tokenizer = load_as_it_is(path, attention=attention)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-    from moezoo_models.model.initialization import Drawn
+    from moezoo_models.model.initialization import DeferredInit
 
 # Gloo raises plain RuntimeErrors.
 _LOST = re.compile(
@@ -50,16 +50,18 @@ class Layout:
     device: torch.device
 
 
-def lay_out(model: PreTrainedModel, layout: Layout, drawn: Drawn | None = None) -> None:
+def lay_out(
+    model: PreTrainedModel, layout: Layout, deferred_init: DeferredInit | None = None
+) -> None:
     """Divide a model's parameters, in place: by experts first, then by blocks (FSDP2).
 
     Parameters and buffers become those of the first process. Tables with sparse gradients stay
     whole on every process.
 
     Args:
-        model: whole, or without numbers.
+        model: with parameters, or on the meta device.
         layout: the meshes.
-        drawn: what gives it numbers, if it has none: to a block only when that is to be divided.
+        deferred_init: initializes a model on the meta device, each block just before it is sharded.
 
     Raises:
         InputError: the ranks do not divide what they are to share.
@@ -68,8 +70,8 @@ def lay_out(model: PreTrainedModel, layout: Layout, drawn: Drawn | None = None) 
     done: set[nn.Module] = set()
     decoder: Any = model.base_model
     for unit in (*decoder.layers, model):
-        if drawn is not None:
-            drawn.fill(unit)
+        if deferred_init is not None:
+            deferred_init.materialize(unit)
         fresh = [module for module in unit.modules() if module not in done]
         _divide(unit, fresh, layout, left_alone, experts=unit is not model)
         done.update(fresh)

@@ -63,10 +63,10 @@ def lay_out_for(strategy: Strategy, module: Parallelized) -> None:
     check_strategy(strategy, module, module.trainer.state.fn == TrainerFn.FITTING)
     if isinstance(strategy, FSDP2Strategy):
         assert strategy.layout is not None
-        lay_out(module.model, strategy.layout, module.drawn)
+        lay_out(module.model, strategy.layout, module.deferred_init)
         return
-    if module.drawn is not None:
-        module.drawn.fill(module.model)
+    if module.deferred_init is not None:
+        module.deferred_init.materialize(module.model)
     if isinstance(strategy, ZeROStrategy):
         model = module.model
         take_from_first([*model.parameters(), *model.buffers()], strategy.root_device)

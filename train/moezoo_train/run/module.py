@@ -22,7 +22,7 @@ from moezoo.routing.losses import sum_over_ranks
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints.stock import predict
 from moezoo_models.model.causal_lm import IGNORED
-from moezoo_models.model.initialization import Drawn, drawn_later
+from moezoo_models.model.initialization import DeferredInit, deferred_init
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.checkpoint import finite, identity
 from moezoo_train.finetune.lora import (
@@ -89,8 +89,8 @@ class LanguageModel(EvaluatedModule):
             `moezoo upcycle` or `carve` read or write; what would describe the model otherwise
             (d_model, ffn, …) is then ignored.
         lora: train low-rank adapters of that model instead of all of it.
-        build_in_parts: give a block its numbers only when processes divide it, so that none holds
-            the whole model; it is the same model. For trainer.strategy fsdp2.
+        build_in_parts: defer initialization until processes shard the model, block by block, so
+            that none holds all of it; it is the same model. For trainer.strategy fsdp2.
         sparse_memory: of that model, train the tables of values only, and of those, in each step,
             the rows that its batch reads more than other text.
         hash_embeddings_from: a Hugging Face directory of a trained model with the same tokenizer;
@@ -153,7 +153,7 @@ class LanguageModel(EvaluatedModule):
         self.sparse_memory = sparse_memory
         self._trained_rows = describe_sparse_memory(sparse_memory)
         self.model: PreTrainedModel
-        self.drawn: Drawn | None = None
+        self.deferred_init: DeferredInit | None = None
         if initialize_from is not None:
             self.model = pretrained(initialize_from, vocab_size, attention, build_in_parts)
             if lora is not None:
@@ -178,7 +178,7 @@ class LanguageModel(EvaluatedModule):
                     allow_non_causal=allow_non_causal,
                 )
                 config._attn_implementation = attention
-                with drawn_later(build_in_parts) as self.drawn:
+                with deferred_init(build_in_parts) as self.deferred_init:
                     self.model = MoezooForCausalLM(config)
         if activation_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
