@@ -47,7 +47,7 @@ class HasModel(Protocol):
 
 
 class Parallelized(HasModel, Protocol):
-    """What a strategy lays out over processes, or refuses to."""
+    """What a strategy parallelizes, or refuses to."""
 
     @property
     def deferred_init(self) -> DeferredInit | None:

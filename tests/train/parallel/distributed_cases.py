@@ -21,9 +21,9 @@ from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
-from moezoo_train.parallel.distributed import Layout, lay_out
+from moezoo_train.parallel.distributed import ParallelDims, parallelize
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy
-from moezoo_train.parallel.whole_tensors import whole_state, whole_tensors
+from moezoo_train.parallel.state_dicts import full_state_dict, gather_tensors
 from moezoo_train.run.cli import run
 from moezoo_train.run.module import LanguageModel
 
@@ -153,7 +153,7 @@ class Record(pl.Callback):
         if trainer.global_step == 1:
             found = {name: whole_gradient(p) for name, p in module.model.named_parameters()}
             kept = {n: g for n, g in found.items() if g is not None and not g.is_sparse}
-            whole = whole_tensors(kept)
+            whole = gather_tensors(kept)
             self.gradients = {name: gradient.clone() for name, gradient in whole.items()}
 
 
@@ -240,7 +240,7 @@ def train(
     return found | {
         "losses": torch.stack(record.losses),
         "gradients": record.gradients,
-        "parameters": whole_state(module.model),
+        "parameters": full_state_dict(module.model),
     }
 
 
@@ -264,7 +264,9 @@ def peak_of_building() -> tuple[float, float]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is to be the present
     before = _resident("VmRSS")
-    lay_out(module.model, Layout(mesh, None, None, torch.device("cpu")), module.deferred_init)
+    parallelize(
+        module.model, ParallelDims(mesh, None, None, torch.device("cpu")), module.deferred_init
+    )
     size = sum(p.numel() * p.element_size() for p in module.model.parameters()) / 2**20
     return size, _resident("VmHWM") - before
 

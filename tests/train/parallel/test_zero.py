@@ -18,7 +18,7 @@ from moezoo_train.checkpoint.export import export
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.throughput import count_parameters
 from moezoo_train.optim.optimizer import OptimizerConfig
-from moezoo_train.parallel.fit_strategy import check_sparse_gradients, lay_out_for
+from moezoo_train.parallel.fit_strategy import check_sparse_gradients, parallelize_for
 from moezoo_train.parallel.zero import ZeROStrategy, check_zero
 from moezoo_train.run.guard import SpikeRule, StepGuard
 
@@ -145,7 +145,7 @@ def fitting(strategy: Any, **options: Any) -> SimpleNamespace:
 def test_what_zero_would_compute_otherwise_is_refused(options, message):
     strategy = ZeROStrategy()
     with pytest.raises(InputError, match=message) as error:
-        lay_out_for(strategy, fitting(strategy, **options))
+        parallelize_for(strategy, fitting(strategy, **options))
     assert "\n" not in str(error.value)
 
 
@@ -169,7 +169,7 @@ def test_stages_are_checked():
 def test_lightnings_strategy_which_unpickles_is_refused():
     strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # wants DeepSpeed to be made
     with pytest.raises(InputError, match=r"reads checkpoints by unpickling; give zero1"):
-        lay_out_for(strategy, fitting(strategy))
+        parallelize_for(strategy, fitting(strategy))
 
 
 def test_a_missing_deepspeed_is_one_line(monkeypatch):

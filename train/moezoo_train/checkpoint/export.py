@@ -30,7 +30,7 @@ from moezoo_train.finetune.lora import (
     trained_state,
     weights_hash,
 )
-from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded, load_sharded
+from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded_checkpoint, load_sharded
 
 _PREFIX = "model."
 """What names of the model's tensors begin with in a training checkpoint."""
@@ -101,7 +101,7 @@ def export(
 
 def is_training_checkpoint(path: Path) -> bool:
     """Return whether a path is, or is named as, a checkpoint of a run; there need not be one."""
-    return path.suffix == ".ckpt" or path.is_file() or is_sharded(path)
+    return path.suffix == ".ckpt" or path.is_file() or is_sharded_checkpoint(path)
 
 
 def read_model(path: Path) -> TrainedModel:
@@ -112,7 +112,7 @@ def read_model(path: Path) -> TrainedModel:
     """
     if not path.exists():
         raise InputError(f"checkpoint: there is no {path}; name another")
-    if path.is_dir() and not is_sharded(path):
+    if path.is_dir() and not is_sharded_checkpoint(path):
         raise InputError(f"checkpoint: {path} is incomplete, it has no {REST}; use another")
     with _about("checkpoint"):
         raw = load_sharded(path, model_only=True) if path.is_dir() else _map(path)

@@ -20,7 +20,7 @@ from moezoo_models.checkpoints.atomic import atomic_write, is_there, publish
 from moezoo_models.checkpoints.checksums import check_archive
 from moezoo_models.checkpoints.directory import one_line
 from moezoo_train.checkpoint.restoring import check_layout
-from moezoo_train.parallel.sharded_checkpoints import is_sharded, load_sharded
+from moezoo_train.parallel.sharded_checkpoints import is_sharded_checkpoint, load_sharded
 
 _REQUIRED = {"state_dict", "pytorch-lightning_version"}
 
@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        if not is_sharded(target):
+        if not is_sharded_checkpoint(target):
             _write(checkpoint, target)
             return
         # A directory, of a run whose processes wrote one each, goes when the file is complete.
@@ -63,7 +63,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: there is none, it is damaged, or it is not a Lightning checkpoint.
         """
-        if is_sharded(path):
+        if is_sharded_checkpoint(path):
             return load_sharded(Path(path))
         try:
             if "://" not in str(path):

@@ -11,14 +11,14 @@ from moezoo.errors import InputError
 from moezoo_models.checkpoints.finite import first_not_finite
 from moezoo_train.parallel.distributed import gather_from_ranks
 from moezoo_train.parallel.sharded_checkpoints import checkpoint_tensors
-from moezoo_train.parallel.whole_tensors import own_part
+from moezoo_train.parallel.state_dicts import local_shard
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose model or optimizer is not finite; all processes must call this.
 
     Args:
-        checkpoint: as Lightning makes it; its tensors may be in parts.
+        checkpoint: as Lightning makes it; its tensors may be sharded.
 
     Raises:
         InputError: on all processes alike; names the tensor.
@@ -31,7 +31,7 @@ def check_model(model: nn.Module, step: int) -> None:
     """Refuse a model that is not finite; all processes must call this.
 
     Args:
-        model: whose parameters may be in parts, of which each process looks at its own.
+        model: whose parameters may be sharded; each process looks at its shards.
         step: after which it is what it is.
 
     Raises:
@@ -41,7 +41,7 @@ def check_model(model: nn.Module, step: int) -> None:
 
 
 def _check(tensors: Iterable[tuple[str, Any]], step: int) -> None:
-    own = ((name, own_part(value)) for name, value in tensors if isinstance(value, Tensor))
+    own = ((name, local_shard(value)) for name, value in tensors if isinstance(value, Tensor))
     found = [name for name in gather_from_ranks(first_not_finite(own)) if name is not None]
     if found:
         raise InputError(

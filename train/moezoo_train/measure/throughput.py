@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from moezoo import FeedForward
 from moezoo_models.checkpoints.stock import active_share, flops_of_experts, stacked_experts
-from moezoo_train.parallel.whole_tensors import undivided
+from moezoo_train.parallel.state_dicts import unsharded_model
 
 PROBE_SECONDS = 0.1
 """What measuring a CPU may take; the product that ends it may exceed this by its own time."""
@@ -42,7 +42,7 @@ def forward_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int
 
     Adapters are not counted.
     """
-    model = undivided(model)
+    model = unsharded_model(model)
     layers = ffn_layers(model)
     inside = {id(m) for layer in layers for m in layer.modules()}
     linear = sum(
@@ -59,7 +59,7 @@ def forward_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters there are, and how many of them one token touches."""
-    model = undivided(model)
+    model = unsharded_model(model)
     total = sum(p.numel() for p in model.parameters())
     costs = [layer.cost() for layer in ffn_layers(model)]
     idle = sum(c.total_parameters - c.active_parameters for c in costs)

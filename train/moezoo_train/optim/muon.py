@@ -67,19 +67,19 @@ def _local(tensor: Tensor) -> Tensor:
 def _orthogonalize(
     updates: list[Tensor], parameters: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Orthogonalise this process's parts of the updates."""
+    """Orthogonalise this process's shards of the updates."""
     result: list[Tensor] = list(updates)
-    in_parts: dict[Any, list[int]] = {}
+    sharded: dict[Any, list[int]] = {}
     for number, (update, parameter) in enumerate(zip(updates, parameters, strict=True)):
         group = _row_group(parameter)
         if group is not None:
-            in_parts.setdefault(group, []).append(number)
+            sharded.setdefault(group, []).append(number)
         elif update.ndim == 3:
             matrices = [orthogonalize(matrix, dtype) for matrix in update]
             result[number] = torch.stack(matrices) if matrices else update
         else:
             result[number] = orthogonalize(update, dtype)
-    for group, numbers in in_parts.items():
+    for group, numbers in sharded.items():
         shapes = [parameters[n].shape for n in numbers]
         orthogonal = _exchange([updates[n] for n in numbers], shapes, group, dtype)
         for number, part in zip(numbers, orthogonal, strict=True):

@@ -1,5 +1,6 @@
-"""A model on many processes.
+"""Training on many processes.
 
-``fsdp2`` and ``zero`` are the strategies, ``fit_strategy`` fits a model to one, ``distributed``
-lays it out over ranks, ``whole_tensors`` gathers it, ``sharded_checkpoints`` stores its parts.
+``fsdp2`` and ``zero`` are the strategies, ``fit_strategy`` parallelizes a model for one,
+``distributed`` shards it over ranks, ``state_dicts`` gathers and shards state dicts, and
+``sharded_checkpoints`` stores the shards.
 """

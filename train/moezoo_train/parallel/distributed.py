@@ -1,4 +1,4 @@
-"""What the processes of a run share: a model laid out over them, objects, sparse gradients."""
+"""Sharding a model over ranks, averaging sparse gradients, and gathering objects."""
 
 from __future__ import annotations
 
@@ -32,94 +32,93 @@ _LOST = re.compile(
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a model lies on processes.
+class ParallelDims:
+    """Device meshes of a parallelized model; axes are named as in torchtitan.
 
     Attributes:
-        dense: over which everything but shared experts is divided; two-dimensional if there are
-            replicas, which come first.
-        experts: ranks that share the experts of a layer; None if no layer is shared.
-        beside_experts: over which each share of the experts is divided in turn; None if a share
-            lies on one process.
+        dp: ``("fsdp",)``, or ``("dp_replicate", "fsdp")`` with replicas: shards everything but the
+            experts under expert parallelism.
+        ep: ``("ep",)``: ranks that share the experts of a layer; None without expert parallelism.
+        expert_dp: the axes of ``dp`` beside ``ep``: shards a rank's experts in turn; None if all of
+            them lie on one process.
         device: of this process.
     """
 
-    dense: DeviceMesh
-    experts: DeviceMesh | None
-    beside_experts: DeviceMesh | None
+    dp: DeviceMesh
+    ep: DeviceMesh | None
+    expert_dp: DeviceMesh | None
     device: torch.device
 
 
-def lay_out(
-    model: PreTrainedModel, layout: Layout, deferred_init: DeferredInit | None = None
+def parallelize(
+    model: PreTrainedModel, dims: ParallelDims, deferred_init: DeferredInit | None = None
 ) -> None:
-    """Divide a model's parameters, in place: by experts first, then by blocks (FSDP2).
+    """Shard a model's parameters in place: by expert parallelism first, then by FSDP2 per block.
 
-    Parameters and buffers become those of the first process. Tables with sparse gradients stay
-    whole on every process.
+    Parameters and buffers become rank 0's. Tables with sparse gradients are replicated.
 
     Args:
         model: with parameters, or on the meta device.
-        layout: the meshes.
+        dims: the meshes.
         deferred_init: initializes a model on the meta device, each block just before it is sharded.
 
     Raises:
-        InputError: the ranks do not divide what they are to share.
+        InputError: a number of experts is not a multiple of the ranks that share them.
     """
-    left_alone: set[nn.Parameter] = set()
+    replicated: set[nn.Parameter] = set()
     done: set[nn.Module] = set()
     decoder: Any = model.base_model
     for unit in (*decoder.layers, model):
         if deferred_init is not None:
             deferred_init.materialize(unit)
         fresh = [module for module in unit.modules() if module not in done]
-        _divide(unit, fresh, layout, left_alone, experts=unit is not model)
+        _shard(unit, fresh, dims, replicated, experts=unit is not model)
         done.update(fresh)
 
 
-def _divide(
+def _shard(
     unit: nn.Module,
     fresh: list[nn.Module],
-    layout: Layout,
-    left_alone: set[nn.Parameter],
+    dims: ParallelDims,
+    replicated: set[nn.Parameter],
     experts: bool,
 ) -> None:
-    """Divide a block, or the model around its blocks.
+    """Shard a block, or the model around its blocks.
 
     Args:
-        unit: what is gathered together when it computes.
-        fresh: those of its modules that are not divided yet.
-        layout: the meshes.
-        left_alone: parameters that stay as they are; those of this unit are added.
-        experts: whether it may have some, for ranks to share.
+        unit: module whose parameters are gathered together when it computes.
+        fresh: those of its modules that are not sharded yet.
+        dims: the meshes.
+        replicated: parameters that are not sharded; those of this unit are added.
+        experts: whether it may have experts for ranks to share.
     """
     from torch.distributed.fsdp import fully_shard
 
     from moezoo.parallel import shard_experts
 
     own = [t for m in fresh for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
-    take_from_first(list(dict.fromkeys(own)), layout.device)
-    left_alone.update(p for _, p in sparse_parameters(unit))
+    broadcast_from_rank0(list(dict.fromkeys(own)), dims.device)
+    replicated.update(p for _, p in sparse_parameters(unit))
     shared: list[nn.Module] = []
-    if layout.experts is not None and experts:
-        shared = shard_experts(unit, layout.experts)
+    if dims.ep is not None and experts:
+        shared = shard_experts(unit, dims.ep)
     for store in shared:
-        if layout.beside_experts is None:
-            left_alone.update(store.parameters())
+        if dims.expert_dp is None:
+            replicated.update(store.parameters())
         else:
-            fully_shard(store, mesh=layout.beside_experts)
+            fully_shard(store, mesh=dims.expert_dp)
     # A table may be read by several blocks: it is gathered by itself.
     tables = [m for m in fresh if isinstance(m, ValueTable) and m not in shared and not m.sparse]
     for part in (*tables, unit):
-        fully_shard(part, mesh=layout.dense, ignored_params=left_alone)
+        fully_shard(part, mesh=dims.dp, ignored_params=replicated)
 
 
-def take_from_first(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Overwrite tensors by those of the first process: seeds may differ between processes."""
+def broadcast_from_rank0(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Overwrite tensors with rank 0's: seeds may differ between processes."""
     for tensor in tensors:
-        sent = tensor.detach().to(device)
-        dist.broadcast(sent, 0)
-        tensor.detach().copy_(sent)
+        value = tensor.detach().to(device)
+        dist.broadcast(value, 0)
+        tensor.detach().copy_(value)
 
 
 def sparse_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -133,16 +132,16 @@ def sparse_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def keep_from_ddp(model: nn.Module, device: torch.device) -> None:
-    """Tell DDP, which can not sum them, to leave parameters with sparse gradients alone."""
+    """Exclude parameters with sparse gradients from DDP, which cannot reduce them."""
     sparse = dict(sparse_parameters(model))
     if sparse:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(sparse))
-        take_from_first(list(sparse.values()), device)
+        broadcast_from_rank0(list(sparse.values()), device)
 
 
 @torch.no_grad()
 def average_sparse_gradients(model: nn.Module) -> None:
-    """Average sparse gradients over all processes, which data parallelism leaves alone.
+    """Average sparse gradients over all processes, which DDP and FSDP2 do not.
 
     Each process sends the rows that it has. The mean is coalesced and the same everywhere, to the
     bit: rows are summed in the order of ranks.
@@ -176,7 +175,7 @@ def process_count() -> int:
 
 
 def wait_at_most(timeout: timedelta, mesh: DeviceMesh) -> None:
-    """Let processes of a mesh wait so long for each other: torch would take its own default."""
+    """Set the timeout of all process groups of a mesh, which torch creates with its default."""
     for group in mesh.get_all_groups():
         _set_pg_timeout(timeout, group)
 
@@ -187,7 +186,7 @@ def is_lost_process(error: RuntimeError) -> bool:
 
 
 def gather_from_ranks(own: Any) -> list[Any]:
-    """Collect every rank's object, in the order of ranks; all ranks must call this together."""
+    """All-gather an object, in the order of ranks; all ranks must call this together."""
     if process_count() == 1:
         return [own]
     ranks: list[Any] = [None] * process_count()

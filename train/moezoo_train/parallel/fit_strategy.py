@@ -1,4 +1,4 @@
-"""A model laid out for the strategy that trains it, or a strategy refused."""
+"""Parallelize a model for the strategy that trains it, or refuse the strategy."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import nn
 
 from moezoo.errors import InputError
 from moezoo_train.parallel.distributed import (
+    broadcast_from_rank0,
     keep_from_ddp,
-    lay_out,
-    take_from_first,
+    parallelize,
 )
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy
 from moezoo_train.parallel.zero import ZeROStrategy, check_zero
@@ -54,22 +54,22 @@ def check_strategy(strategy: Strategy, module: Parallelized, fitting: bool) -> N
         )
 
 
-def lay_out_for(strategy: Strategy, module: Parallelized) -> None:
-    """Do what a strategy needs before it takes a model.
+def parallelize_for(strategy: Strategy, module: Parallelized) -> None:
+    """Prepare a model for a strategy: shard it, or synchronize its parameters.
 
     Raises:
         InputError: the strategy is one under which the layers do not work.
     """
     check_strategy(strategy, module, module.trainer.state.fn == TrainerFn.FITTING)
     if isinstance(strategy, FSDP2Strategy):
-        assert strategy.layout is not None
-        lay_out(module.model, strategy.layout, module.deferred_init)
+        assert strategy.parallel_dims is not None
+        parallelize(module.model, strategy.parallel_dims, module.deferred_init)
         return
     if module.deferred_init is not None:
         module.deferred_init.materialize(module.model)
     if isinstance(strategy, ZeROStrategy):
         model = module.model
-        take_from_first([*model.parameters(), *model.buffers()], strategy.root_device)
+        broadcast_from_rank0([*model.parameters(), *model.buffers()], strategy.root_device)
     elif isinstance(strategy, DDPStrategy):
         keep_from_ddp(cast(nn.Module, module), strategy.root_device)
 

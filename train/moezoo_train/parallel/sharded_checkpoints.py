@@ -1,9 +1,9 @@
-"""Checkpoints that every process writes its part of: a directory of safetensors files.
+"""Sharded checkpoints: a directory of safetensors files, of which every process writes its own.
 
-Beside the parts, ``rest.ckpt`` holds everything else, and of each divided tensor its name, shape
+Beside the shards, ``rest.ckpt`` holds everything else, and of each sharded tensor its name, shape
 and dtype. Torch's own format of distributed checkpoints keeps an index that has to be unpickled;
 this one is torch's Hugging Face format, whose index is the files' headers. Any number of processes
-can read what another number wrote. The rest also holds the checksums of the parts.
+can read a checkpoint of any other. The rest also holds the checksums of the shards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moezoo_models.checkpoints.checksums import check_archive, crc_of_file
 from moezoo_models.checkpoints.directory import one_line
 from moezoo_train.checkpoint.restoring import check_layout
 from moezoo_train.parallel.distributed import gather_from_ranks, process_count
-from moezoo_train.parallel.whole_tensors import place_of
+from moezoo_train.parallel.state_dicts import place_of
 
 REST = "rest.ckpt"
 TIED = "moezoo.tied"
@@ -39,8 +39,8 @@ SUMS = "moezoo.checksums"
 """Field of the rest: the checksums of the other files, by name."""
 
 
-def is_sharded(path: str | Path) -> bool:
-    """Return whether a path is such a directory."""
+def is_sharded_checkpoint(path: str | Path) -> bool:
+    """Return whether a path is the directory of a sharded checkpoint."""
     return (Path(path) / REST).is_file()
 
 
@@ -50,7 +50,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     The directory takes its name when it is complete: an interruption leaves the earlier one.
 
     Args:
-        checkpoint: as Lightning makes it; its tensors may be in parts.
+        checkpoint: as Lightning makes it; its tensors may be sharded.
         path: directory to make or replace, on a file system that all processes share.
     """
     first = dist.get_rank() == 0
@@ -78,8 +78,8 @@ def load_sharded(
 
     Args:
         path: the directory.
-        model: a state dictionary; where its tensors are in parts, those read will be in the same.
-            All processes must then call this together.
+        model: a state dict; tensors are read into shards like its own. All processes must then
+            call this together.
         optimizers: the same for their parameters.
         model_only: leave the optimizers' states out.
 
@@ -145,7 +145,7 @@ def _check_rest(file: Path) -> None:
 
 
 def _sums(path: Path, together: bool) -> dict[str, int]:
-    """Return the checksum of each part; ``together``, each process reads some of them."""
+    """Return the checksum of each shard; ``together``, each process reads some of them."""
     step = process_count() if together else 1
     files = sorted(path.glob("*.safetensors"))
     own = {
@@ -172,7 +172,7 @@ def _check_complete(wanted: Mapping[str, Tensor], found: Mapping[str, Any]) -> N
 
 
 def _take_out(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Separate the divided tensors, and leave their shapes in their places."""
+    """Separate the sharded tensors, and leave their shapes in their places."""
     rest = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
     rest["optimizer_states"] = [
         {**state, "state": {n: dict(values) for n, values in state["state"].items()}}

@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 
 from moezoo.errors import InputError, check_int, check_number
 from moezoo_train.optim.clipping import MAIN
-from moezoo_train.parallel.whole_tensors import gathered, whole_state
-from moezoo_train.parallel.zero_states import Piece, load_states, piece_of, whole_states
+from moezoo_train.parallel.state_dicts import full_state_dict, gathered
+from moezoo_train.parallel.zero_states import Piece, gather_states, load_states, piece_of
 
 if TYPE_CHECKING:
     from moezoo_train.trained import Parallelized
@@ -40,13 +40,13 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class ZeROStrategy(DDPStrategy):
-    """Each process keeps a part of the optimizer's states, of the gradients, of the parameters.
+    """Shard the optimizer's states, the gradients and the parameters over processes (ZeRO).
 
-    Parts are of flattened tensors, so nothing that wants whole matrices goes with it. Every process
-    builds the whole model once, at the start. For ``validate`` and ``test`` it stays whole.
+    Flattened tensors are sharded, so nothing that needs whole matrices goes with it. Every process
+    builds the whole model once, at the start. For ``validate`` and ``test`` it is not sharded.
 
     Args:
-        stage: 1 divides the optimizer's states, 2 the gradients too, 3 the parameters too.
+        stage: 1 shards the optimizer's states, 2 the gradients too, 3 the parameters too.
         timeout_minutes: how long a process waits for the others before it gives up.
     """
 
@@ -58,7 +58,7 @@ class ZeROStrategy(DDPStrategy):
         self._groups: list[list[nn.Parameter]] = []
 
     def setup_environment(self) -> None:
-        """Let the processes meet.
+        """Initialize the process group.
 
         Raises:
             InputError: DeepSpeed is missing.
@@ -74,7 +74,7 @@ class ZeROStrategy(DDPStrategy):
         os.environ["LOCAL_RANK"] = str(self.local_rank)
 
     def setup(self, trainer: Trainer) -> None:
-        """Give model and optimizer to DeepSpeed, if this is training."""
+        """Hand model and optimizer to DeepSpeed, if this is training."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -113,7 +113,7 @@ class ZeROStrategy(DDPStrategy):
         self.model = self._engine
 
     def _config(self) -> dict[str, Any]:
-        """Write down what DeepSpeed is to do; clipping and accumulation are done here."""
+        """Return DeepSpeed's configuration; clipping and accumulation are done here."""
         bucket = min(BUCKET, sum(p.numel() for group in self._groups for p in group))
         overlap = self.stage > 1 and self.root_device.type == "cuda"
         config: dict[str, Any] = {
@@ -139,7 +139,7 @@ class ZeROStrategy(DDPStrategy):
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Let DeepSpeed compute the gradient, and share it out after the last micro-batch."""
+        """Compute the gradient by DeepSpeed, which reduces it after the last micro-batch."""
         module = self._module()
         loss: Tensor = self.precision_plugin.pre_backward(closure_loss, module)
         last = not module.trainer.fit_loop._should_accumulate()
@@ -159,14 +159,14 @@ class ZeROStrategy(DDPStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Let DeepSpeed update this process's part, and gather the parameters."""
+        """Update this process's shard by DeepSpeed, which all-gathers the parameters."""
         result = closure()
         self.precision_plugin._after_closure(self._module(), optimizer)
         self._engine.step()
         return result
 
     def gradients(self) -> dict[str, list[Tensor]]:
-        """Return this process's parts of the gradient by clip group, to be changed in place.
+        """Return this process's shards of the gradient by clip group, to be changed in place.
 
         There are some between the last micro-batch's backward pass and the step.
         """
@@ -180,15 +180,15 @@ class ZeROStrategy(DDPStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Let DeepSpeed take the model before a checkpoint is read."""
+        """Return true: DeepSpeed takes the model before a checkpoint is read."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the whole tensors on the first process."""
-        return whole_state(self._module(), keep=self.is_global_zero)
+        """Return the full state dict on rank 0."""
+        return full_state_dict(self._module(), keep=self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Keep this process's parts of the tensors."""
+        """Load this process's shards of the tensors."""
         module, state = self._module(), checkpoint["state_dict"]
         with torch.no_grad():
             for name, tensor in module.state_dict(keep_vars=True).items():
@@ -198,13 +198,13 @@ class ZeROStrategy(DDPStrategy):
             self._engine.optimizer.refresh_fp32_params()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the optimizer's state in the form that one process has, on the first process."""
+        """Return the full optimizer state on rank 0."""
         (inner,) = self.optimizers
         pieces = self._pieces()
-        return whole_states(inner, self._groups, pieces, keep=self.is_global_zero)
+        return gather_states(inner, self._groups, pieces, keep=self.is_global_zero)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Keep this process's parts of the optimizer's state."""
+        """Load this process's shards of the optimizer's state."""
         (inner,), (state,) = self.optimizers, checkpoint["optimizer_states"]
         load_states(inner, self._groups, self._pieces(), state)
 
@@ -225,7 +225,7 @@ for _stage, _what in ((1, "optimizer states"), (2, "and gradients"), (3, "and pa
 
 
 def check_zero(strategy: ZeROStrategy, module: Parallelized) -> None:
-    """Refuse what would compute something else in parts.
+    """Refuse options that would compute something else when sharded.
 
     Raises:
         InputError: names the option to change.

@@ -1,8 +1,8 @@
-"""The optimizer's states as DeepSpeed's ZeRO keeps them: runs of flattened parameters.
+"""Gather and shard the optimizer states of DeepSpeed's ZeRO, which are runs of flat parameters.
 
-Each process updates a few flat tensors, of which each holds the process's numbers of all parameters
-of a group, one after the other. A state of one process, as torch's AdamW has it, is put together
-from these and taken apart into them.
+Each process updates a few flat tensors, each of which holds the process's shards of all parameters
+of a group, one after the other. The full optimizer state, as torch's AdamW has it on one process,
+is gathered from these and sharded into them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class Piece:
-    """Where this process keeps a run of a parameter's numbers, perhaps an empty one.
+    """This process's shard of a parameter, perhaps an empty one, inside a flat tensor.
 
     Attributes:
         flat: the flat tensor, under which the optimizer has its state.
-        inside: the run's place in the flat tensor.
+        inside: the shard's place in the flat tensor.
         run: its place in the flattened parameter.
     """
 
@@ -37,7 +37,7 @@ class Piece:
 
 
 def piece_of(zero: Any, parameter: nn.Parameter, group: int) -> Piece:
-    """Find a parameter's numbers on this process.
+    """Return this process's shard of a parameter.
 
     Args:
         zero: DeepSpeed's optimizer.
@@ -62,19 +62,19 @@ def piece_of(zero: Any, parameter: nn.Parameter, group: int) -> Piece:
     )
 
 
-def whole_states(
+def gather_states(
     optimizer: Optimizer,
     groups: Sequence[Sequence[nn.Parameter]],
     pieces: Mapping[nn.Parameter, Piece],
     keep: bool,
 ) -> dict[str, Any]:
-    """Put the states together; all processes must call this together.
+    """Return the full optimizer state; all processes must call this together.
 
     Args:
-        optimizer: what updates the flat tensors.
+        optimizer: the one that updates the flat tensors.
         groups: the parameters of each of its groups.
-        pieces: where their numbers are.
-        keep: whether this process wants the result; else it only gives its parts.
+        pieces: their shards.
+        keep: whether this process gets the result; else it only sends its shards.
 
     Returns:
         What ``optimizer.state_dict()`` is in one process.
@@ -112,13 +112,13 @@ def load_states(
     pieces: Mapping[nn.Parameter, Piece],
     saved: Mapping[str, Any],
 ) -> None:
-    """Take a state of one process apart, and keep this process's parts.
+    """Load this process's shards of a full optimizer state.
 
     Args:
-        optimizer: as in :func:`whole_states`.
-        groups: as in :func:`whole_states`.
-        pieces: as in :func:`whole_states`.
-        saved: what it returned.
+        optimizer: as in :func:`gather_states`.
+        groups: as in :func:`gather_states`.
+        pieces: as in :func:`gather_states`.
+        saved: its result.
 
     Raises:
         InputError: parameters of one group have been updated unequally often.

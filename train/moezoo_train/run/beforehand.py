@@ -19,7 +19,7 @@ from moezoo_train.finetune.pretrained import check_length, check_tokenizer
 from moezoo_train.optim.optimizer import build_optimizer, is_sparse
 from moezoo_train.optim.schedule import build_schedule
 from moezoo_train.parallel.fit_strategy import check_sparse_gradients, check_strategy
-from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded
+from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded_checkpoint
 from moezoo_train.run.hash_tables import baseline_embeddings
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    file = path / REST if is_sharded(path) else path
+    file = path / REST if is_sharded_checkpoint(path) else path
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # whatever is wrong with it, reading it as a run does says it

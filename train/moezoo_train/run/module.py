@@ -53,8 +53,8 @@ from moezoo_train.optim import clipping
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer, is_sparse
 from moezoo_train.optim.schedule import RunSchedule, ScheduleConfig
 from moezoo_train.parallel.distributed import average_sparse_gradients, process_count
-from moezoo_train.parallel.fit_strategy import check_sparse_gradients, lay_out_for
-from moezoo_train.parallel.whole_tensors import in_parts, undivided_state, whole_state
+from moezoo_train.parallel.fit_strategy import check_sparse_gradients, parallelize_for
+from moezoo_train.parallel.state_dicts import full_shape_state_dict, full_state_dict, is_sharded
 from moezoo_train.parallel.zero import ZeROStrategy
 from moezoo_train.run.callbacks import RandomState
 from moezoo_train.run.evaluated import EvaluatedModule
@@ -217,11 +217,11 @@ class LanguageModel(EvaluatedModule):
         remember_ends(self.model, tokenizer)
 
     def configure_model(self) -> None:
-        """Lay the model out over the processes, and compile it if asked to; once."""
+        """Parallelize the model, and compile it if asked to; once."""
         if self._configured:
             return
         self._configured = True
-        lay_out_for(self.trainer.strategy, self)
+        parallelize_for(self.trainer.strategy, self)
         if self.compile_model:
             self.model.compile()
 
@@ -342,14 +342,14 @@ class LanguageModel(EvaluatedModule):
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
         """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer.
 
-        The first process writes; all must call this, as each may hold parts.
+        Rank 0 writes; all must call this together, as each may hold shards.
 
         Raises:
             InputError: a tensor is not finite.
         """
         finite.check_model(self.model, self.global_step)
         first = self.global_rank == 0
-        whole = whole_state(self.model, first) if in_parts(self.model) else None
+        whole = full_state_dict(self.model, first) if is_sharded(self.model) else None
         save_model(path, self.model, tokenizer, whole, write=first)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -367,7 +367,7 @@ class LanguageModel(EvaluatedModule):
             identity.check_same("model", saved["config"], identity.describe(self.model.config))
         identity.check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))
         identity.check_same("sparse_memory", saved.get("sparse_memory", {}), self._trained_rows)
-        whole, state = undivided_state(self), checkpoint["state_dict"]
+        whole, state = full_shape_state_dict(self), checkpoint["state_dict"]
         identity.check_tensors(state, whole if self.lora is None else trained_state(self))
         checkpoint["state_dict"] = {**whole, **state}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

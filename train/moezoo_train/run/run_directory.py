@@ -12,7 +12,7 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.atomic import is_there, remove_leftovers
-from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded
+from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded_checkpoint
 
 _FILES = ("config.yaml", "metrics.csv", "report.json", "loss.png", "sample.txt")
 _FOLDERS = ("checkpoints", "model", "adapter", "tensorboard", "wandb")
@@ -60,7 +60,7 @@ def find_checkpoint(output: Path, given: str, command: str, overwrite: bool) -> 
 
 def _check_path(given: str) -> None:
     path = Path(given)
-    if "://" in given or is_sharded(path):
+    if "://" in given or is_sharded_checkpoint(path):
         return
     if path.is_dir():
         raise InputError(

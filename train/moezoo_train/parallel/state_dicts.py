@@ -1,4 +1,4 @@
-"""Tensors that processes keep in parts, put together and taken apart."""
+"""Gather and shard state dicts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def in_parts(model: nn.Module) -> bool:
-    """Return whether processes keep parts of a model's parameters."""
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a model's parameters are sharded over processes."""
     return any(isinstance(p, DTensor) or _in_zero(p) for p in model.parameters())
 
 
 def _in_zero(tensor: Any) -> bool:
-    """Return whether DeepSpeed (ZeRO stage 3) keeps a parameter in parts."""
+    """Return whether DeepSpeed (ZeRO stage 3) has sharded a parameter."""
     return hasattr(tensor, "ds_id")
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """Return what this process keeps of a tensor, which may be all of it."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor; a tensor that is not sharded is its own shard."""
     known: Any = tensor
     if _in_zero(tensor):
         part = cast(Tensor, known.ds_tensor)
@@ -36,11 +36,11 @@ def own_part(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(tensor: Tensor, change: bool = False) -> Iterator[None]:
-    """Have a parameter whole that DeepSpeed keeps in parts; all processes must call this together.
+    """All-gather a parameter that DeepSpeed has sharded; all processes must call this together.
 
     Args:
-        tensor: nothing is done about any other.
-        change: whether what the first process changes is to be kept.
+        tensor: any other is left as it is.
+        change: whether rank 0's changes are kept, and sent to the other ranks.
     """
     if not _in_zero(tensor):
         yield
@@ -51,10 +51,10 @@ def gathered(tensor: Tensor, change: bool = False) -> Iterator[None]:
         yield
 
 
-def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Any]:
-    """Return a module's ``state_dict()`` put together; see :func:`whole_tensors`."""
+def full_state_dict(module: nn.Module, keep: bool = True) -> dict[str, Any]:
+    """Return a module's full state dict, on the CPU; see :func:`gather_tensors`."""
     state = module.state_dict(keep_vars=True)
-    together: dict[str, Any] = {}
+    full: dict[str, Any] = {}
     in_zero: dict[Any, Any] = {}
     for name, tensor in state.items():
         if _in_zero(tensor) and tensor not in in_zero:
@@ -62,15 +62,15 @@ def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Any]:
                 # What was gathered goes when the block ends.
                 in_zero[tensor] = tensor.detach().cpu().clone() if keep else None
         if _in_zero(tensor) and keep:
-            together[name] = in_zero[tensor]
-    together |= whole_tensors({n: t for n, t in state.items() if not _in_zero(t)}, keep)
-    return {name: together[name] for name in state if name in together}
+            full[name] = in_zero[tensor]
+    full |= gather_tensors({n: t for n, t in state.items() if not _in_zero(t)}, keep)
+    return {name: full[name] for name in state if name in full}
 
 
-def undivided(model: Model) -> Model:
-    """Return a model whose parameters have their sizes: itself, or else one without numbers.
+def unsharded_model(model: Model) -> Model:
+    """Return a model whose parameters have their full shapes: itself, or one on the meta device.
 
-    DeepSpeed leaves tensors of no size where it keeps parameters in parts.
+    DeepSpeed leaves empty tensors in the place of sharded parameters.
     """
     if not any(_in_zero(parameter) for parameter in model.parameters()):
         return model
@@ -78,8 +78,8 @@ def undivided(model: Model) -> Model:
         return type(model)(model.config)
 
 
-def undivided_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's ``state_dict()``, with whole shapes though perhaps without numbers."""
+def full_shape_state_dict(module: nn.Module) -> dict[str, Any]:
+    """Return a module's ``state_dict()`` with full shapes, sharded by ZeRO on the meta device."""
     return {
         name: torch.empty(tensor.ds_shape, dtype=tensor.dtype, device="meta")
         if _in_zero(tensor)
@@ -88,16 +88,17 @@ def undivided_state(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def whole_tensors(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:
-    """Put tensors together, on the CPU; all processes must call this together.
+def gather_tensors(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:
+    """All-gather tensors to the CPU; all processes must call this together.
 
-    Those that are one, as tied weights are, stay one.
+    Tensors that share storage, as tied weights do, share it in the result.
 
     Args:
         state: values that are not tensors stay as they are.
-        keep: whether this process wants them; else it only gives its parts.
+        keep: whether this process gets the result; else it only sends its shards, and the result
+            is empty.
     """
-    together: dict[str, Any] = {}
+    full: dict[str, Any] = {}
     known: dict[tuple[int, int], Tensor | None] = {}
     for name, value in state.items():
         if isinstance(value, DTensor):
@@ -107,34 +108,34 @@ def whole_tensors(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]
                 known[place] = gathered_value.detach().cpu() if keep else None
             value = known[place]
         if keep:
-            together[name] = value.detach().cpu() if isinstance(value, Tensor) else value
-    return together
+            full[name] = value.detach().cpu() if isinstance(value, Tensor) else value
+    return full
 
 
 def place_of(tensor: DTensor) -> tuple[int, int]:
-    """Return where this process's part lies in memory, which tied weights share."""
+    """Return the place of this process's shard in memory, which tied weights share."""
     own = tensor.to_local()
     return own.untyped_storage()._cdata, int(own.storage_offset())
 
 
-def whole_optimizer_state(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:
-    """Put an optimizer's ``state_dict()`` together; see :func:`whole_tensors`."""
-    together = {number: whole_tensors(values, keep) for number, values in state["state"].items()}
-    return {**state, "state": together if keep else {}}
+def full_optimizer_state_dict(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:
+    """All-gather an optimizer's ``state_dict()``; see :func:`gather_tensors`."""
+    full = {number: gather_tensors(values, keep) for number, values in state["state"].items()}
+    return {**state, "state": full if keep else {}}
 
 
-def split_like(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Take tensors apart.
+def shard_like(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Shard tensors as others are sharded.
 
     Args:
-        state: whole tensors, or such as are in parts already.
-        like: by the same names, tensors that are in parts; a tensor of another shape stays whole,
-            as do those that have nothing to be like.
+        state: full tensors; those that are sharded already stay as they are.
+        like: by the same names, sharded tensors; a tensor that is missing here, or has another
+            shape, stays full.
     """
-    return {name: _part(value, like.get(name)) for name, value in state.items()}
+    return {name: _shard(value, like.get(name)) for name, value in state.items()}
 
 
-def _part(value: Any, like: Any) -> Any:
+def _shard(value: Any, like: Any) -> Any:
     if not isinstance(like, DTensor) or not isinstance(value, Tensor):
         return value
     if isinstance(value, DTensor) or value.shape != like.shape:
