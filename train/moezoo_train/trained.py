@@ -1,4 +1,4 @@
-"""What the parts of a run ask of the module that Lightning trains.
+"""Protocols of the module that Lightning trains, one for each part of a run that reads it.
 
 Each protocol lists what one consumer reads, so that no part of a run imports the module itself.
 :class:`moezoo_train.run.module.LanguageModel` has all of it, which mypy checks there.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class JudgesSteps(Protocol):
-    """What decides which steps update the model.
+    """The guard that decides which steps update the model.
 
     Attributes:
         skipped: number of steps that did not.
@@ -31,7 +31,7 @@ class JudgesSteps(Protocol):
 
     @property
     def on_nan(self) -> str:
-        """What happens at a loss or gradient that is not finite: ``stop`` or ``skip``."""
+        """The action at a loss or gradient that is not finite: ``stop`` or ``skip``."""
 
     @property
     def spikes(self) -> object | None:
@@ -39,7 +39,7 @@ class JudgesSteps(Protocol):
 
 
 class HasModel(Protocol):
-    """Whatever trains a language model."""
+    """A module that trains a language model."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -47,7 +47,7 @@ class HasModel(Protocol):
 
 
 class Parallelized(HasModel, Protocol):
-    """What a strategy parallelizes, or refuses to."""
+    """A module that a strategy parallelizes, or refuses to."""
 
     @property
     def deferred_init(self) -> DeferredInit | None:
@@ -63,7 +63,7 @@ class Parallelized(HasModel, Protocol):
 
     @property
     def guard(self) -> JudgesSteps:
-        """What judges the steps."""
+        """The guard that judges the steps."""
 
     @property
     def compile_model(self) -> bool:
@@ -75,7 +75,7 @@ class Parallelized(HasModel, Protocol):
 
 
 class Measured(HasModel, Protocol):
-    """What metrics and the report read."""
+    """A module as metrics and the report read it."""
 
     @property
     def grad_norm(self) -> float:
@@ -87,11 +87,11 @@ class Measured(HasModel, Protocol):
 
     @property
     def guard(self) -> JudgesSteps:
-        """What counts the skipped steps."""
+        """The guard that counts the skipped steps."""
 
 
 class TakesHashTables(HasModel, Protocol):
-    """Whose hash tables are built when training starts."""
+    """A module whose hash tables are built when training starts."""
 
     @property
     def hash_embeddings_from(self) -> str | None:
@@ -99,7 +99,7 @@ class TakesHashTables(HasModel, Protocol):
 
 
 class Savable(Protocol):
-    """What writes the model directory."""
+    """A module that writes the model directory."""
 
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
         """Write the model and its tokenizer; all processes call this."""

@@ -174,6 +174,6 @@ def test_the_picture_has_a_line_per_method_in_both_panels():
 
 
 @pytest.mark.parametrize("wrong", [{"old": 0}, {"taught": ()}, {"asked": (6,)}])
-def test_facts_that_can_not_be_told_are_refused(wrong):
+def test_facts_that_cannot_be_told_are_refused(wrong):
     with pytest.raises(InputError, match=f"facts.{next(iter(wrong))}"):
         FactOptions(**wrong)

@@ -123,7 +123,7 @@ def test_groups_that_keep_their_rate_are_left_alone():
 
 @pytest.mark.parametrize("saved", [{}, {"end": "x", "start": 0, "floor": 0, "factor": 1}, [1]])
 def test_damage_is_one_line(saved):
-    with pytest.raises(InputError, match="ckpt_path: what the checkpoint says of its schedule"):
+    with pytest.raises(InputError, match="ckpt_path: the schedule in the checkpoint"):
         RunSchedule(COSINE).load_state_dict(saved, 7)
 
 

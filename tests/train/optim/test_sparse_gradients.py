@@ -198,7 +198,7 @@ def test_checkpointing_and_bf16_train_sparse_tables(make, make_trainer, random_t
         ({"optimizer": OptimizerConfig(eps=0.0)}, r"optimizer\.eps: SparseAdam wants more"),
     ],
 )
-def test_what_can_not_work_is_one_line(
+def test_what_cannot_work_is_one_line(
     arguments, message, make, make_trainer, random_tokens, monkeypatch
 ):
     model = make("memory", **arguments)
@@ -216,7 +216,7 @@ def test_only_strategies_that_sum_them_have_sparse_gradients(make_trainer):
 
 
 class Decayed(DenseFFN):
-    """A layer that wants what can not be."""
+    """A layer that wants what cannot be."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("rows", list(self.parameters()), sparse=True)]

@@ -33,15 +33,15 @@ from moezoo_train.finetune.lora import (
 from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded_checkpoint, load_sharded
 
 _PREFIX = "model."
-"""What names of the model's tensors begin with in a training checkpoint."""
+"""Prefix of the names of the model's tensors in a training checkpoint."""
 
 
 class TrainedModel(NamedTuple):
-    """What a training checkpoint says about its model.
+    """The description of the model in a training checkpoint.
 
     Attributes:
         config: fields of the configuration.
-        lora: what adapters are put on, and the hash of the model they are for; empty without.
+        lora: the adapted modules, and the hash of the model they are for; empty without.
         state: the tensors, by their names in the model; those of a file stay on the disk until
             they are used.
     """
@@ -197,7 +197,7 @@ def _tokenizer(path: Path, given: str | None, room: int) -> Tokenizer | None:
 
 @contextmanager
 def _described() -> Iterator[None]:
-    """Say what is wrong with the configuration in a checkpoint in one line."""
+    """Raise errors about a checkpoint's configuration as one line."""
     try:
         yield
     # Transformers checks some fields, and stumbles over others.
@@ -210,7 +210,7 @@ def _described() -> Iterator[None]:
 
 @contextmanager
 def _about(field: str) -> Iterator[None]:
-    """Let a mistake name the field that it is in here."""
+    """Prefix the field that an error names with its place here."""
     try:
         yield
     except InputError as error:

@@ -30,7 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning writes to the system's temporary folder and moves from there, which is a copy, not a
     rename, where that is another disk. This writes beside the target. Reading never unpickles,
-    whatever the trainer says, compares checksums, and what can not be read is one clear line.
+    whatever the trainer says, compares checksums, and what cannot be read is one clear line.
     """
 
     def save_checkpoint(

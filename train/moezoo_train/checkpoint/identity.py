@@ -45,7 +45,7 @@ def _rule_key(number: int) -> str:
 
 @contextmanager
 def own_names() -> Iterator[None]:
-    """Let errors about the model's configuration name the arguments that a user gave."""
+    """Replace the configuration's field names in errors by the arguments that a user gave."""
     try:
         yield
     except InputError as error:
@@ -87,7 +87,7 @@ def check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> Non
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Give every innermost value with its path, as in ``ffn[0].init_args.top_k``."""
+    """Yield every innermost value with its path, as in ``ffn[0].init_args.top_k``."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{key}" if path else str(key))

@@ -28,7 +28,7 @@ _STATES = {
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
     "sparse_adam": {"step", "exp_avg", "exp_avg_sq"},
 }
-"""What each algorithm of an optimizer keeps of a parameter."""
+"""State that each algorithm of an optimizer keeps for a parameter."""
 _WHERE = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -144,7 +144,7 @@ class CheckKinds(Callback):
 
 @contextmanager
 def restoring_errors() -> Iterator[None]:
-    """Say what goes wrong while Lightning restores a checkpoint in one line.
+    """Raise errors of Lightning's restoring of a checkpoint as one line.
 
     Raises:
         InputError: instead of any other error from there.

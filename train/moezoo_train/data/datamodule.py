@@ -31,7 +31,7 @@ NAMED = 8
 
 
 _RENAMED = {"output": "data_dir", "seed": "split_seed"}
-"""What `prepare` calls otherwise than a run."""
+"""Options that `prepare` names otherwise than a run."""
 
 
 class TokenDataModule(LightningDataModule):
@@ -63,7 +63,7 @@ class TokenDataModule(LightningDataModule):
 
     Raises:
         InputError: a setting, the tokenizer or (from ``prepare_data`` and ``setup`` on) the data
-            are no good.
+            are invalid.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ from moezoo_train.data.shards import Shard, batches, encode, write_atomically
 from moezoo_train.data.train_tokenizer import train_tokenizer
 
 SHARD_BYTES = 4_000_000
-"""Text per shard: what a killed run loses at most."""
+"""Text per shard: the most that a killed run loses."""
 _PARTIAL = "partial"
 
 
@@ -79,7 +79,7 @@ def prepare(
         max_bytes: stop behind the document with which the text reaches this many bytes.
 
     Raises:
-        InputError: the source, a setting or the tokenizer is no good, or the output cannot be
+        InputError: the source, a setting or the tokenizer is invalid, or the output cannot be
             written.
     """
     _check_settings(vocab_size, val_fraction, seed, max_bytes)

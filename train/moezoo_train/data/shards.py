@@ -16,7 +16,7 @@ from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.data.prepared import token_dtype
 
 _DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("key", "<u8")])
-"""What is kept of each document: its lengths, and the key by which the split is made."""
+"""Fields kept of each document: its lengths, and the key by which the split is made."""
 
 
 class Shard:

@@ -28,7 +28,7 @@ Batch = dict[str, Tensor]
 
 
 class TokenBatches(Dataset[Batch]):
-    """What training and validation batches have in common.
+    """Base of training and validation batches.
 
     Args:
         tokens: ids, shape (T,), any integer type; usually mapped into memory.
@@ -235,7 +235,7 @@ class BatchNumbers(DistributedSampler[Batch]):
     share already, and Lightning leaves such a sampler alone where it would shuffle any other.
 
     Args:
-        batches: what is numbered.
+        batches: the batches to number.
         first: called at the beginning of each pass; returns the number to start from.
     """
 

@@ -52,7 +52,7 @@ _SET_HERE = ("shared", "active", "experts", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class _Setting:
-    """What all runs have in common; ``sha256`` is that of the dense model."""
+    """Options that all runs share; ``sha256`` is that of the dense model."""
 
     dense: Path
     sha256: str
@@ -112,7 +112,7 @@ def compare_carving(
         Whether ours is better, for each size and other grouping, before and after fine-tuning.
 
     Raises:
-        InputError: the source can not be carved, or an option is no good.
+        InputError: the source cannot be carved, or an option is invalid.
     """
     check_int("max_steps", max_steps)
     check_choice("ours", ours, groupings)
@@ -163,7 +163,7 @@ def compare_carving(
 
 
 def _check(name: str, options: Any, sizes: Sequence[str], width: int) -> None:
-    """Refuse what is no option of a carve, before anything is computed."""
+    """Refuse unknown options of a carve, before anything is computed."""
     known = {f.name for f in dataclasses.fields(CarveOptions)} - set(_SET_HERE)
     if name == DENSE or not isinstance(options, Mapping):
         raise InputError(

@@ -100,7 +100,7 @@ def compare_facts(
         Whether each claim holds, for each number of facts.
 
     Raises:
-        InputError: an option is no good.
+        InputError: an option is invalid.
     """
     rows = parse_methods(methods)
     for pair in claims:

@@ -142,7 +142,7 @@ def compare_forgetting(
     facts: FactOptions = FactOptions(),
     schedule: ScheduleConfig = ScheduleConfig("constant", warmup_steps=0),  # noqa: B008 - frozen
 ) -> list[TeachingResult]:
-    """Teach a small Memory+ model new facts in several ways, and see what it forgets.
+    """Teach a small Memory+ model new facts in several ways, and measure what it forgets.
 
     The model is trained once. Each method then begins with it at each learning rate, with each
     seed's own new facts. Written are table.md, results.json and forgetting.png. A run that is

@@ -32,7 +32,7 @@ _MARKERS = "osD^vP"
 
 @dataclass(frozen=True)
 class TeachingResult:
-    """What one run learned and forgot.
+    """The share of facts that one run learned and forgot.
 
     Attributes:
         method: way of teaching; ``before`` is the model that nothing was taught yet.

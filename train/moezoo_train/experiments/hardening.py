@@ -66,7 +66,7 @@ def compare_hardening(
         max_steps: optimizer steps of every run.
         precision: as the trainer's, e.g. 32-true or bf16-mixed.
         model: the decoder around the layers.
-        text: what is learned from.
+        text: the training text.
         optimizer: how parameters are updated.
         schedule: how the learning rate moves.
 
@@ -74,7 +74,7 @@ def compare_hardening(
         Whether hard and soft losses are the same, for each depth and hardening.
 
     Raises:
-        InputError: an option is no good.
+        InputError: an option is invalid.
     """
     check_int("max_steps", max_steps)
     check_number("margin", margin)
@@ -131,7 +131,7 @@ def _layer(arguments: Mapping[str, Any], d_model: int) -> FeedForward:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all runs have in common."""
+    """Options that all runs share."""
 
     max_steps: int
     precision: str

@@ -76,7 +76,7 @@ class Fact:
     Attributes:
         subject: whom it is about; no other fact is about the same.
         relation: a key of :data:`WORDINGS`.
-        value: what is to be recalled; the facts of a relation share a pool of values.
+        value: the answer to be recalled; the facts of a relation share a pool of values.
     """
 
     subject: str
@@ -171,7 +171,7 @@ def fact_documents(
     """Yield documents of fact sentences, one per line, in random order.
 
     Args:
-        facts: what is told.
+        facts: the facts to tell.
         wordings: each fact is told once in each of these.
         seed: chooses the order.
         repeats: how often that is done, in another order each time.
@@ -207,7 +207,7 @@ def recall(
     Args:
         model: a causal language model, ours or a stock one; left in the mode it was in.
         tokenizer: its tokenizer.
-        facts: what is asked for.
+        facts: the facts to ask for.
         wordings: each fact is asked for once in each of these.
         batch_size: questions computed at once.
 

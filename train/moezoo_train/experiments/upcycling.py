@@ -100,7 +100,7 @@ def compare_upcycling(
         What is printed.
 
     Raises:
-        InputError: the source can not be upcycled, or the output is there already.
+        InputError: the source cannot be upcycled, or the output is there already.
     """
     check_int("max_steps", max_steps)
     folder = Path(output)
@@ -215,7 +215,7 @@ def _report(folder: Path, outcomes: list[ContenderResult]) -> None:
 
 
 def verdict(outcomes: list[ContenderResult]) -> str:
-    """Return who is ahead at equal FLOPs, and by how much."""
+    """Return which contender is ahead at equal FLOPs, and by how much."""
     dense = next(each for each in outcomes if each.name == "dense")
     rivals = [each for each in outcomes if each.name not in ("dense", "dense, same tokens")]
     best = min(rivals, key=lambda each: each.val_loss)

@@ -34,7 +34,7 @@ FORMAT = "moezoo background 1"
 
 @dataclass(frozen=True)
 class Background:
-    """What other text reads in a model's tables.
+    """The rows of a model's tables that other text reads.
 
     Attributes:
         frequency: by table, ``(N,)`` int64: in how many batches each row is read.
@@ -64,7 +64,7 @@ class Background:
 
     @classmethod
     def load(cls, path: Path, model: PreTrainedModel | None = None) -> Background:
-        """Read what :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
         Args:
             path: the file.

@@ -38,7 +38,7 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class LoRAOptions:
-    """What low-rank adapters are put on.
+    """Options of low-rank adapters.
 
     Attributes:
         rank: of each adapter, r.
@@ -67,7 +67,7 @@ class LoRAOptions:
 def check_lora(
     options: LoRAOptions | None, base: str | None, optimizer: OptimizerConfig, compiled: bool
 ) -> None:
-    """Refuse what adapters do not go together with.
+    """Refuse options that do not go with adapters.
 
     Raises:
         InputError: names the option to change.
@@ -91,7 +91,7 @@ def add_adapters(model: PreTrainedModel, options: LoRAOptions, base: str) -> Non
 
     Args:
         model: ours or a stock one.
-        options: what to adapt.
+        options: which modules and parameters to adapt.
         base: the directory it came from, for the adapters' configuration.
 
     Raises:
@@ -252,7 +252,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _see_through(wrapper: nn.Module) -> None:
-    """Let a layer ask its wrapped experts for what PEFT's wrapper lacks: costs, sending, widths."""
+    """Forward what PEFT's wrapper lacks to the wrapped experts: costs, dispatch, widths."""
 
     def ask(self: nn.Module, name: str) -> Any:
         try:

@@ -74,7 +74,7 @@ def check_length(model: PreTrainedModel, length: int) -> None:
 
 
 def remember_ends(model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
-    """Tell a model which tokens begin and end a text, which generation has to know.
+    """Set the model's begin and end tokens, which generation has to know.
 
     Those that a stock model knows stay: they may be several.
     """

@@ -32,7 +32,7 @@ class SlotCounter:
     """Counts how often scored positions read each row; layers that share a table add up.
 
     Args:
-        tables: what to listen to, by name.
+        tables: the tables to count reads of, by name.
 
     Attributes:
         counts: ``(N,)`` int64 by table, since the last :meth:`reset`.

@@ -60,7 +60,7 @@ def check_sparse_memory(
     optimizer: OptimizerConfig,
     compiled: bool,
 ) -> None:
-    """Refuse what sparse memory finetuning does not go together with.
+    """Refuse options that do not go with sparse memory finetuning.
 
     Raises:
         InputError: names the option to change.
@@ -80,7 +80,7 @@ def check_sparse_memory(
 
 
 def describe_sparse_memory(options: SparseMemoryOptions | None) -> dict[str, Any]:
-    """Describe what chooses the rows, for a checkpoint; nothing without.
+    """Describe how rows are chosen, for a checkpoint; nothing without.
 
     Raises:
         InputError: there is no background file.
@@ -100,7 +100,7 @@ def describe_sparse_memory(options: SparseMemoryOptions | None) -> dict[str, Any
 
 
 def freeze_all_but_tables(model: PreTrainedModel, base: str) -> None:
-    """Let gradients reach the tables of values only, as sparse tensors; in place.
+    """Freeze all but the tables of values, whose gradients become sparse; in place.
 
     Raises:
         InputError: the model has none.

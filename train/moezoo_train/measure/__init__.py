@@ -1,1 +1,1 @@
-"""What a run reports: losses, expert load, throughput, progress, and the table at its end."""
+"""A run's measurements: losses, expert load, throughput, progress, and the table at its end."""

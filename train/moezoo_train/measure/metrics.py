@@ -1,4 +1,4 @@
-"""What is logged while training: loss, speed, utilisation, and how evenly experts are used."""
+"""Metrics logged while training: loss, speed, utilisation, and expert load."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrainingMetrics(Callback):
         tokens: trained on so far, on all ranks, over resumed runs too.
         seconds: spent on them, validation not included.
         expert_load: of the layers, since the last logged step.
-        peak: what the device can do, in FLOP/s, and how that is known.
+        peak: the device's peak in FLOP/s, and how it is known.
     """
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class TrainingMetrics(Callback):
             self.seconds += time.perf_counter() - self._clock
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how many tokens the validated model has seen."""
+        """Log how many tokens the validated model has seen."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             pl_module.log_dict({"step": float(self._step), "tokens": float(self.tokens)})
 

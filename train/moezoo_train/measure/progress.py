@@ -1,4 +1,4 @@
-"""What a run says while it trains: one line of progress, and none of the libraries' chatter."""
+"""A run's output while it trains: one line of progress, and none of the libraries' messages."""
 
 from __future__ import annotations
 
@@ -114,11 +114,11 @@ class StepProgress(ProgressBar):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Give the terminal back."""
+        """Restore the terminal."""
         self._stop()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so, or show a bar of its own outside training."""
+        """Show that it validates, or a bar of its own outside training."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._start("evaluate", _batches(trainer.num_val_batches), 0)
         elif self._bar is not None:

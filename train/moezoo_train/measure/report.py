@@ -1,4 +1,4 @@
-"""What is left after a run: a table, ``report.json``, ``loss.png`` and ``sample.txt``."""
+"""The report of a run: a table, ``report.json``, ``loss.png`` and ``sample.txt``."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Report:
         tokens_per_second: over the whole run, validation not included.
         train_seconds: that those took.
         mfu: model FLOPs utilisation over the last logged steps.
-        peak_flops: what the device can do, and how that is known.
+        peak_flops: the device's peak in FLOP/s, and how it is known.
         total_parameters: of the model.
         active_parameters: those that one token touches.
         skipped_steps: steps whose loss or gradient was not finite, or leapt.
-        expert_load: of each layer that chooses who answers, over the last logged steps.
+        expert_load: of each layer that routes, over the last logged steps.
         environment: machine and versions.
     """
 
@@ -83,7 +83,7 @@ def write_report(
     Args:
         output: the run's directory, with ``metrics.csv`` and, for the sample, ``model/``.
         trainer: after ``fit``.
-        module: what it trained.
+        module: the module that it trained.
         prompt: begins the sample.
         sample_tokens: length of the sample in tokens; 0 for none.
         console: where to print; default: standard output.
@@ -242,7 +242,7 @@ def _series(rows: list[dict[str, str]], name: str) -> tuple[list[float], list[fl
 
 
 def sample(checkpoint: Path, prompt: str, tokens: int) -> str:
-    """Let the trained model write, with a fixed seed, as much as it is made for."""
+    """Return text that the trained model continues, with a fixed seed, up to its length."""
     with alone():  # other processes do not write
         model, words = load_any_with_tokenizer(checkpoint, device=pick_device("auto"))
         room = model.config.max_position_embeddings - len(prompt_ids(words, prompt))

@@ -21,7 +21,7 @@ from moezoo_models.checkpoints.stock import active_share, flops_of_experts, stac
 from moezoo_train.parallel.state_dicts import unsharded_model
 
 PROBE_SECONDS = 0.1
-"""What measuring a CPU may take; the product that ends it may exceed this by its own time."""
+"""Seconds for measuring a CPU; the product that ends it may exceed this by its own time."""
 
 # Dense (not 2:4 sparse) tensor-core peaks in FLOP/s from the vendors' data sheets, for bf16.
 PEAK_BF16 = {

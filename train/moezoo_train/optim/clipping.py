@@ -90,7 +90,7 @@ def clip_norms(
 
     Args:
         gradients: by clip group.
-        norms: what :func:`gradient_norms` gave.
+        norms: as :func:`gradient_norms` returns them.
         limit: largest norm of each group.
     """
     for name, members in gradients.items():

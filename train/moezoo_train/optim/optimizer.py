@@ -128,7 +128,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = 
         fused: allow the fused kernel (fp16 gradient scaling cannot use it).
 
     Raises:
-        InputError: the model has no trained parameter, or SparseAdam can not do what is asked.
+        InputError: the model has no trained parameter, or SparseAdam cannot do what is asked.
     """
     hidden = _hidden_matrices(model) if config.name == "muon" else set()
     groups: list[dict[str, Any]] = []
@@ -258,7 +258,7 @@ class CombinedOptimizer(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let AdamW and SparseAdam work on their groups among this optimizer's groups and state."""
+        """Create AdamW and SparseAdam for their groups, on this optimizer's groups and state."""
         self._parts: list[Optimizer] = []
         for algorithm, part in (("adamw", AdamW), ("sparse_adam", SparseAdam)):
             own = [group for group in self.param_groups if group["algorithm"] == algorithm]

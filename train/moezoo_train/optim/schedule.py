@@ -26,7 +26,7 @@ class ScheduleConfig:
         min_lr_ratio: where the decay ends, as a fraction of the peak.
         total_steps: where the run ends; default: the trainer's max_steps, or what max_epochs
             amounts to. Needed when only max_time limits the run.
-        continuation: what a run does whose end is not where it was when its checkpoint was written.
+        continuation: the plan for a run whose end moved after its checkpoint was written.
             ``stretch``: the schedule is laid over the whole run as if that had always been its
             length, so the rate of a decayed run rises. ``hold``: the earlier schedule ends where it
             was to end, and its last rate stays. ``rewarm``: from the checkpoint on, the rate warms
@@ -106,7 +106,7 @@ class RunSchedule:
         self._on: LambdaLR | None = None
 
     def put_on(self, optimizer: Optimizer, run_steps: int | None) -> LambdaLR:
-        """Let an optimizer follow; groups with ``schedule`` false keep their learning rate.
+        """Attach the schedule to an optimizer; groups with ``schedule`` false keep their rate.
 
         Args:
             optimizer: with groups from :mod:`moezoo_train.optim.optimizer`.
@@ -183,9 +183,7 @@ class RunSchedule:
             span = Span(end, int(saved["start"]), float(saved["floor"]))
             self._saved = span, None if last is None else float(last), step
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                "ckpt_path: what the checkpoint says of its schedule is damaged"
-            ) from error
+            raise InputError("ckpt_path: the schedule in the checkpoint is damaged") from error
         self._go_on()
 
     def _go_on(self) -> None:

@@ -75,7 +75,7 @@ def parallelize_for(strategy: Strategy, module: Parallelized) -> None:
 
 
 def check_sparse_gradients(strategy: Strategy, compiled: bool) -> None:
-    """Refuse what has no sparse gradients.
+    """Refuse strategies and options without sparse gradients.
 
     Raises:
         InputError: names the option to change.

@@ -197,7 +197,7 @@ def _take_out(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
 def checkpoint_tensors(
     checkpoint: Mapping[str, Any],
 ) -> Iterator[tuple[str, str, dict[Any, Any], Any]]:
-    """Go through the tensors of model and optimizers: name, owner, what holds it, under which key.
+    """Go through the tensors of model and optimizers: name, owner, holder and key.
 
     The owner is the parameter's name; in an optimizer's state, its number.
     """

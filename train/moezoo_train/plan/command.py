@@ -1,4 +1,4 @@
-"""``moezoo plan``: what a training run would take on many GPUs."""
+"""``moezoo plan``: memory, traffic and time of a training run on many GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a GPU holds, computes and sends to bounds on the time of a step."""
+"""Bounds on the time of a step, from a GPU's memory, arithmetic and traffic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCALE = (*(2**n for n in range(14)), 10_000)
 
 
 class Bounds(NamedTuple):
-    """Seconds below which a step can not be done, were it only for one thing.
+    """Seconds below which a step cannot be done, were it only for one thing.
 
     With everything overlapped perfectly a step takes the largest; with nothing, the sum. Latencies
     are not counted, nor is what reaches less than the data sheet's peak.
@@ -182,7 +182,7 @@ class Planner:
         return max(n for n in range(1, self.machine.gpus_per_node + 1) if most % n == 0)
 
     def refusal(self, layout: str, gpus: int) -> str | None:
-        """Return why a layout can not be had; None if it can."""
+        """Return why a layout cannot be had; None if it can."""
         return refusal(self.setup, layout, gpus, self.expert_parallel(gpus))
 
     def estimate(self, layout: str, gpus: int, share: float = 1.0) -> Estimate:

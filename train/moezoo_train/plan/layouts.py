@@ -1,4 +1,4 @@
-"""How a run is spread over GPUs: what each GPU holds and what it exchanges, in formulas.
+"""How a run is spread over GPUs: each GPU's memory and traffic, in formulas.
 
 Psi is the number of trained parameters, N the number of GPUs. Everything is of one GPU, the first,
 whose share is the largest where parts are uneven, and of one optimizer step.
@@ -93,7 +93,8 @@ class Plan:
 
     Attributes:
         setup: the run.
-        traced: what a micro-batch saves and sums, under autocast or, for DeepSpeed, without.
+        traced: saved activations and collectives of a micro-batch, under autocast or, for
+            DeepSpeed, without.
         layout: a key of :data:`LAYOUTS`.
         gpus: N.
         expert_parallel: GPUs that share one set of experts; 1 but for the layout ep.
@@ -109,7 +110,7 @@ class Plan:
     share: float = 1.0
 
     def memory(self) -> Memory:
-        """Return what a GPU holds."""
+        """Return a GPU's memory."""
         setup = self.setup
         trained = [p for p in setup.parameters if p.requires_grad]
         spread = self.layout in ("fsdp", "zero3")
@@ -129,7 +130,7 @@ class Plan:
         )
 
     def collectives(self) -> list[Collective]:
-        """List what is exchanged in one step; nothing with one GPU."""
+        """List the collectives of one step; none with one GPU."""
         if self.gpus == 1:
             return []
         found = self._parameter_traffic() + self._token_traffic()
@@ -304,7 +305,7 @@ def _count(parameters: Iterable[Parameter]) -> int:
 
 
 def refusal(setup: Setup, layout: str, gpus: int, expert_parallel: int) -> str | None:
-    """Return why a layout can not be had; None if it can."""
+    """Return why a layout cannot be had; None if it can."""
     if layout in DEEPSPEED and setup.optimizer.name == "muon":
         return "DeepSpeed flattens parameters, and Muon needs matrices"
     if layout in DEEPSPEED and setup.optimizer.name == "sgd":

@@ -1,4 +1,4 @@
-"""GPUs and what connects them, after the vendors' data sheets."""
+"""GPUs and their interconnects, after the vendors' data sheets."""
 
 from __future__ import annotations
 

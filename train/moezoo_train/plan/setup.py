@@ -1,4 +1,4 @@
-"""What a training configuration says, with the model built but not filled."""
+"""A training configuration, with its model on the meta device."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Setup:
 
     @cached_property
     def units(self) -> list[list[Parameter]]:
-        """What FSDP gathers at a time: each block, and last what is in none of them."""
+        """The units that FSDP gathers: each block, and last the parameters outside of blocks."""
         seen: set[Parameter] = set()
         units: list[list[Parameter]] = []
         for module in [*self.model.model.blocks(), self.model]:

@@ -35,7 +35,7 @@ COLLECTIVES = ("c10d", "_c10d_functional")
 
 @dataclass
 class Trace:
-    """What one micro-batch of one process needs.
+    """Memory and communication of one micro-batch on one process.
 
     Attributes:
         activations: bytes kept between forward and backward, without the next.
@@ -143,7 +143,7 @@ def _masks(model: MoezooForCausalLM) -> dict[str, None] | None:
 
 @contextmanager
 def _fake_processes() -> Iterator[None]:
-    """Let layers believe that there are two processes; what they send goes nowhere."""
+    """Simulate two processes for the layers; nothing that they send is received."""
     dist.init_process_group("fake", rank=0, world_size=2)
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What can be refused before anything is tokenized, which may take hours."""
+"""Checks that need no tokens, and so run before tokenization, which may take hours."""
 
 from __future__ import annotations
 

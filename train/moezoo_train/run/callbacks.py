@@ -1,4 +1,4 @@
-"""What a run does besides training: repeatable randomness, checkpoints, the model directory."""
+"""Callbacks of every run: repeatable randomness, checkpoints, the model directory."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back; one that came while the final state was saved counts."""
+        """Restore the earlier signal handlers; a signal during the last save still counts."""
         super().teardown(trainer, pl_module, stage)
         self._signals.restore()
         if self._signals.asked == signal.SIGINT:
@@ -194,7 +194,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back."""
+        """Restore the earlier signal handlers."""
         super().on_exception(trainer, pl_module, exception)
         self._signals.restore()
 

@@ -113,7 +113,7 @@ class SaveConfig(SaveConfigCallback):
     """Write the complete configuration of a training run to ``config.yaml``, once it starts.
 
     Args:
-        stale: what an earlier run left, which goes when this one begins, and not before.
+        stale: files of an earlier run, removed when this one begins, and not before.
     """
 
     def __init__(self, *args: Any, stale: list[Path] | None = None, **kwargs: Any) -> None:
@@ -145,7 +145,7 @@ class MoezooCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """List the commands, with the arguments of theirs that a user can not give."""
+        """List the commands, with the arguments of theirs that a user cannot give."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
             "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},

@@ -36,7 +36,7 @@ def demo(
         precision: 32-true, bf16-mixed, or auto: bf16-mixed on a GPU that has bf16, else 32-true.
 
     Raises:
-        InputError: the recipe, the source or an option is no good.
+        InputError: the recipe, the source or an option is invalid.
     """
     console = Console()
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What becomes of an optimizer step whose loss or gradient is not finite, or leaps.
+"""Stopping at or skipping an optimizer step whose loss or gradient is not finite, or leaps.
 
 A skipped step updates nothing, neither by the gradient nor by what the layers observed, and its
 batch is not seen again; schedule, data and random numbers go on.
@@ -115,11 +115,11 @@ class StepGuard:
         return False
 
     def settle(self, trainer: Trainer, layers: Sequence[FeedForward]) -> None:
-        """Let layers take over what they observed, or forget it; after the optimizer's step.
+        """Step the layers' state by what they observed, or discard it; after the optimizer's step.
 
         Args:
             trainer: the trainer.
-            layers: what learns outside the gradient.
+            layers: those that learn outside the gradient.
         """
         for layer in layers:
             if self.taken:

@@ -107,7 +107,7 @@ class LanguageModel(EvaluatedModule):
         model: the model itself.
         grad_norm: norm of the last step's whole gradient before clipping.
         clip_group_norms: of that, the norms of the clip groups that layers have set apart.
-        guard: what judges the steps, and counts those that are skipped.
+        guard: judges the steps, and counts those that are skipped.
 
     Raises:
         InputError: an argument is out of range, or does not fit another.
@@ -254,7 +254,7 @@ class LanguageModel(EvaluatedModule):
         }
 
     def on_after_backward(self) -> None:
-        """Let the layers take note of the micro-batch."""
+        """Pass the micro-batch's statistics to the layers."""
         if layers := self._learning_layers():
             for layer, stats in zip(layers, self._ffn_stats, strict=True):
                 layer.observe(stats)

@@ -1,4 +1,4 @@
-"""What Lightning's trainer refuses, said before it is built: the field, what is wrong, the fix."""
+"""Options that Lightning's trainer rejects, each rejected here first with the field and the fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The directory of a run: what is there already, and what may be replaced."""
+"""The directory of a run: its earlier contents, and whether they may be replaced."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def clean(output: Path) -> None:
 
 
 def say_anew(output: Path) -> None:
-    """Say that a run which was to go on begins anew: the directory may be a mistake."""
+    """Warn that a run which was to go on begins anew: the directory may be a mistake."""
     print(
         f"no checkpoint in {output / 'checkpoints'}: starting at step 0",
         file=sys.stderr,

@@ -57,7 +57,7 @@ class StepLoop(_TrainingEpochLoop):
 
 
 def take_whole_steps(trainer: Trainer) -> None:
-    """Give a trainer the loop; before it reads a checkpoint."""
+    """Set a trainer's loop, before it reads a checkpoint."""
     lightnings = trainer.fit_loop.epoch_loop
     if not isinstance(lightnings, StepLoop):
         loop = StepLoop(trainer)
@@ -78,7 +78,7 @@ def run_steps(trainer: Trainer) -> int | None:
 
 
 def stand_between_batches(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Let a checkpoint say where the run stands, whichever hook saves it, in place.
+    """Set a checkpoint's progress to where the run stands, whichever hook saves it; in place.
 
     An epoch counts when all its batches are done, not when the run ends within it.
     """

@@ -15,7 +15,7 @@ from typing import Any
 from moezoo_models.checkpoints.atomic import is_there
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-"""What a user calls the signals that ask a run to stop."""
+"""Names for users of the signals that ask a run to stop."""
 
 _NOTICE = b"\nstopping when this step is finished and saved; Ctrl-C again stops at once\n"
 _SAME = 1.0
@@ -61,7 +61,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Restore the earlier signal handlers."""
         while self._before:
             number, before = self._before.popitem()
             signal.signal(number, before)
@@ -81,7 +81,7 @@ class StopSignals:
 
 
 def leave_signals_to_parent(_: int) -> None:
-    """Let a worker process live through Ctrl-C, which a terminal sends to it as well."""
+    """Ignore Ctrl-C in a worker process, which a terminal sends to it as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -291,7 +291,7 @@ def test_the_peak_is_that_of_the_block_alone():
     assert large.peak - small.peak > 150e6
 
 
-def test_where_the_mark_can_not_be_reset_only_a_new_record_counts(monkeypatch):
+def test_where_the_mark_cannot_be_reset_only_a_new_record_counts(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(peak_memory, "_reset_resident_peak", lambda: False)
     records = iter([100, 100, 100, 250])

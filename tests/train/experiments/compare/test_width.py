@@ -97,7 +97,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("name", "arguments", "width", "expected"), MISTAKES)
-def test_what_can_not_be_met_is_said(name, arguments, width, expected):
+def test_what_cannot_be_met_is_said(name, arguments, width, expected):
     with pytest.raises(InputError, match=expected):
         match_flops(find_method("", name), 128, TARGET, arguments=arguments, width=width)
 

@@ -35,7 +35,7 @@ class Panel:
 
 
 def means_of(seeds: int) -> str:
-    """Say for a caption what is drawn."""
+    """Return what is drawn, for a caption."""
     return f"Mean of {seeds} seeds ± standard error." if seeds > 1 else "One seed."
 
 

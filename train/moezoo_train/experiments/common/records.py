@@ -37,7 +37,7 @@ class Task:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the figures depend on."""
+        """Inputs and versions that the figures depend on."""
         versions = {"moezoo": moezoo.__version__, "torch": torch.__version__}
         return json.loads(json.dumps({**versions, **self.inputs}, default=str))
 
@@ -81,7 +81,7 @@ RESULT = "result.json"
 
 
 def read_record(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what :func:`write_record` wrote, if it was with the same identity; None otherwise.
+    """Return the record of a run with the same identity; None if there is no such record.
 
     Only the hash is compared, so records without the identity in words count as well.
     """

@@ -1,4 +1,4 @@
-"""What an experiment leaves: table.md, results.json and pictures."""
+"""The files of a finished experiment: table.md, results.json and pictures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_report(
         title: of the table.
         columns: names; one that starts with ``>`` is aligned to the right.
         rows: one text per column.
-        results: for results.json: what was done, and every run's figures.
+        results: for results.json: settings, and every run's figures.
         verdicts: on the parts of a claim.
         summary: in Markdown, where there are no verdicts.
         pictures: by file name without its ending.

@@ -69,8 +69,8 @@ def fit(
     """Train a model, validating at the end; give report and validation load.
 
     Args:
-        module: what to train.
-        text: on what.
+        module: the model to train.
+        text: training and validation data.
         folder: gets ``metrics.csv``.
         max_steps: optimizer steps.
         precision: as the trainer's.

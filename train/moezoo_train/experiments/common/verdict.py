@@ -1,4 +1,4 @@
-"""What differences between paired runs say of a claim: it holds, fails, or is undecided."""
+"""Verdicts on claims by differences between paired runs: holds, fails, or undecided."""
 
 from __future__ import annotations
 

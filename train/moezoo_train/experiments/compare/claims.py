@@ -1,4 +1,4 @@
-"""What papers claim of a comparison's rows, and whether its numbers agree."""
+"""Papers' claims about a comparison's rows, judged by its numbers."""
 
 from __future__ import annotations
 

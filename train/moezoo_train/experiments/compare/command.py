@@ -67,12 +67,12 @@ def compare(
         minutes: begin no run that would likely end later than this; the same command goes on where
             it left off. With 0 nothing is trained, and what is finished is shown.
         model: the decoder around the layers.
-        text: what is learned from.
+        text: the training text.
         optimizer: how parameters are updated; the layers' own learning-rate multipliers hold.
         schedule: how the learning rate moves.
 
     Raises:
-        InputError: the configuration is no good, which shows before anything is trained; or a run
+        InputError: the configuration is invalid, which shows before anything is trained; or a run
             failed, which shows after the others are finished and the table is written.
     """
     rows = parse_methods(methods)

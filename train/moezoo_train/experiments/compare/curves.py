@@ -53,7 +53,7 @@ def flops_per_token(run: Run) -> int:
     """Count a token's active FLOPs in the forward pass of a run's model, which gets no weights.
 
     Raises:
-        InputError: the model can not be built.
+        InputError: the model cannot be built.
     """
     with torch.device("meta"):
         model = build(run, run.experiment.text.vocab_size).model

@@ -162,7 +162,7 @@ def build(run: Run, vocab_size: int) -> LanguageModel:
 
 
 def randomize(model: PreTrainedModel, layers: tuple[int, ...], seed: int) -> None:
-    """Give the chosen blocks random routing, on noise of the scale of what they read."""
+    """Make the routing of chosen blocks random, by noise of their input's scale."""
     blocks: Any = model.model.layers
     for index in layers:
         block = blocks[index]

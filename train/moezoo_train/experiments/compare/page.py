@@ -30,7 +30,7 @@ MOST_POINTS = 160
 
 @dataclass(frozen=True)
 class Finished:
-    """What is on disk of a comparison.
+    """The results of a comparison, read from disk.
 
     Attributes:
         whole: its ``results.json``.
@@ -51,7 +51,7 @@ def read_comparison(folder: Path) -> Finished:
     """Read what ``moezoo compare`` wrote, by an earlier version too.
 
     Raises:
-        InputError: there is no comparison, or it can not be read.
+        InputError: there is no comparison, or it cannot be read.
     """
 
     def text(name: str) -> str | None:

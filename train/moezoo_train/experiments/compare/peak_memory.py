@@ -16,7 +16,7 @@ class PeakMemory:
 
     On CUDA it is what torch's allocator held on the device. On a CPU it is the resident memory of
     the whole process, interpreter, libraries and mapped text included. Linux's high-water mark is
-    reset at the start. Where it can not be reset, it says something of the block only if the block
+    reset at the start. Where it cannot be reset, it says something of the block only if the block
     raised it.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What a comparison leaves: the table, printed and as Markdown, CSV and JSON, pictures, a page."""
+"""The files of a comparison: the table as Markdown, CSV and JSON, pictures, a page."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def write_report(
 
     Args:
         output: the comparison's directory.
-        title: what the table is called.
-        experiment: what was compared.
+        title: of the table.
+        experiment: the options of the comparison.
         rows: one per method, best first.
         results: of all runs.
         curves: how their losses fell.
@@ -81,7 +81,7 @@ def write_report(
 
 
 def conditions(experiment: Experiment, results: list[RunResult]) -> list[str]:
-    """Say in a line or two what the runs have in common."""
+    """Return in a line or two what the runs have in common."""
     text, model = experiment.text, experiment.model
     tokens = experiment.max_steps * text.batch_size * text.sequence_length
     seeds = len(experiment.seeds)

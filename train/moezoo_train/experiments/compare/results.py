@@ -25,7 +25,7 @@ class Row:
         loss: validation loss in nats per token.
         bits_per_byte: the same per byte of text.
         random_loss: validation loss of the random-routing ablation.
-        gain: ablation less method, paired by seed: what routing by content is worth.
+        gain: ablation less method, paired by seed: the value of routing by content.
         total_parameters: of the model.
         active_parameters: those that one token touches.
         flops_ratio: the layer's active FLOPs per token over the baseline's.
@@ -106,7 +106,7 @@ def _average(values: Iterable[float | None]) -> float | None:
 
 
 LOADS = ("evenness", "usage", "busiest", "unevenness")
-"""What runs say of who answered the validation text."""
+"""Fields of a run's result about its load on the validation text."""
 
 
 def loads(rows: Iterable[Row], results: Iterable[RunResult]) -> dict[str, dict[str, Mean]]:
@@ -129,7 +129,7 @@ def loads(rows: Iterable[Row], results: Iterable[RunResult]) -> dict[str, dict[s
 
 
 def parse_row(values: Mapping[str, Any]) -> Row:
-    """Read a row of ``results.json``; what an earlier version did not measure is None.
+    """Read a row of ``results.json``; measures that an earlier version lacked are None.
 
     Raises:
         KeyError: it is no row.

@@ -33,7 +33,7 @@ class Run:
         width: the argument that was solved for.
         flops_ratio: the layer's FLOPs per token over the baseline's.
         causal: whether its loss is that of a causal language model.
-        experiment: what all runs have in common.
+        experiment: options that all runs share.
         follows: the run whose trained embeddings its hash table is built from, if any.
         is_followed: whether it is such a run of another.
     """
@@ -62,7 +62,7 @@ class Run:
         """List what the run's numbers depend on, all JSON-able.
 
         Args:
-            data: what identifies the prepared tokens.
+            data: identity of the prepared tokens.
         """
         experiment = self.experiment
         followed = {"follows": fingerprint(self.follows.identity(data))} if self.follows else {}
@@ -92,7 +92,7 @@ def plan(experiment: Experiment) -> list[Run]:
     The baseline is the first of each seed: hash tables may be built from what it has learned.
 
     Raises:
-        InputError: a row's method, arguments, layers or width are no good; names the row.
+        InputError: a row's method, arguments, layers or width are invalid; names the row.
     """
     rows = {row: _row(experiment, row) for row in experiment.methods}
     following = {row for row, (common, _) in rows.items() if _follows(common["ffn"])}

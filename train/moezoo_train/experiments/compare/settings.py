@@ -1,4 +1,4 @@
-"""What is compared, on what: the options of ``moezoo compare``."""
+"""The options of ``moezoo compare``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
 
 MEASURES = {"loss": "val_loss", "busiest": "busiest", "unevenness": "unevenness"}
-"""What a claim may say is lower, and the number of a run's result that holds it."""
+"""Measures that a claim may compare, and the field of a run's result that holds each."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says of some rows.
+    """A paper's claim about some rows.
 
     Attributes:
         says: the claim in words.
@@ -120,7 +120,7 @@ def configuration(experiment: Experiment, output: str) -> str:
     """Write a comparison as the YAML file that repeats it.
 
     Args:
-        experiment: what is compared.
+        experiment: the options of the comparison.
         output: directory of the comparison.
     """
     # By way of JSON tuples become lists.

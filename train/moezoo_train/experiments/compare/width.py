@@ -25,7 +25,7 @@ WIDTHS: dict[type[FeedForward], str] = {
     moezoo.UltraFastFFF: "num_trees",
     moezoo.TopKFFN: "d_ff",
 }
-"""What is solved for unless a row says otherwise: how much of it answers a token."""
+"""The argument that is solved for unless a row names another: it sets the active width."""
 
 _LARGEST = 1 << 20
 _LARGEST_STEP = 64
