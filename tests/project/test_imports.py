@@ -92,6 +92,40 @@ def test_modules_import_each_other_in_no_circle(component):
     assert circle(imports) == []
 
 
+def rooms_of(imports: dict[str, set[str]], folders: set[str]) -> dict[str, set[str]]:
+    """Return the rooms of a component, and which others each imports.
+
+    A room is a folder of the component, or a file that stands in none.
+    """
+
+    def room(module: str) -> str:
+        parts = module.split(".")
+        return parts[1] if len(parts) > 1 and parts[1] in folders else module
+
+    rooms: dict[str, set[str]] = {room(module): set() for module in imports}
+    for module, others in imports.items():
+        rooms[room(module)] |= {room(other) for other in others} - {room(module)}
+    return rooms
+
+
+def folders_of(component: str) -> set[str]:
+    return {path.parent.name for path in COMPONENTS[component].glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("component", ["moezoo_kernels", "moezoo", "moezoo_train"])
+def test_rooms_import_each_other_in_no_circle(component):
+    folders = folders_of(component)
+    assert folders
+    assert circle(rooms_of(modules_of(component), folders)) == []
+
+
+def test_a_circle_of_rooms_is_noticed():
+    imports = {"m.a.x": {"m.b.y"}, "m.b.y": set(), "m.b.z": {"m.c"}, "m.c": {"m.a.w"}}
+    rooms = rooms_of({**imports, "m.a.w": set()}, {"a", "b"})
+    assert rooms == {"a": {"b"}, "b": {"m.c"}, "m.c": {"a"}}
+    assert circle(rooms) == ["a", "b", "m.c"]
+
+
 def test_a_circle_is_noticed():
     known = ("m.a", "m.b", "m.c")
     typed = "if TYPE_CHECKING:\n    from m.b import B\n"

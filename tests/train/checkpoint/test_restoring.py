@@ -7,7 +7,8 @@ import torch
 
 from moezoo.errors import InputError
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
-from moezoo_train.checkpoint.restoring import CheckKinds, check_layout, restoring_errors
+from moezoo_train.checkpoint.restoring import CheckKinds, restoring_errors
+from moezoo_train.checkpoint_structure import check_structure
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -74,11 +75,11 @@ LAYOUT = [
 
 def test_the_layout_is_checked_when_it_is_read(trained, tmp_path):
     state = trained[1]
-    check_layout(state)
+    check_structure(state)
     for place, value, reason in LAYOUT:
         wrong = changed(state, place, value)
         with pytest.raises(ValueError, match=reason):
-            check_layout(wrong)
+            check_structure(wrong)
     torch.save(wrong, tmp_path / "a.ckpt")
     with pytest.raises(InputError, match=rf"a\.ckpt is damaged or not a checkpoint \(.*{reason}"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")

@@ -21,8 +21,8 @@ from moezoo_models.checkpoints.export import export as export_stock
 from moezoo_models.checkpoints.export import making
 from moezoo_models.checkpoints.stock import load_as_it_is
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
-from moezoo_train.checkpoint.identity import CONFIG_KEY, check_tensors
-from moezoo_train.checkpoint.restoring import check_layout
+from moezoo_train.checkpoint.identity import check_tensors
+from moezoo_train.checkpoint_structure import CONFIG_KEY, check_structure
 from moezoo_train.finetune.lora import (
     LoRAOptions,
     add_adapters,
@@ -130,7 +130,7 @@ def _map(file: Path) -> Any:
         check_archive(file)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if isinstance(checkpoint, dict) and CONFIG_KEY in checkpoint:
-            check_layout(checkpoint)
+            check_structure(checkpoint)
         return checkpoint
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(

@@ -19,7 +19,7 @@ from moezoo.errors import InputError
 from moezoo_models.checkpoints.atomic import atomic_write, is_there, publish
 from moezoo_models.checkpoints.checksums import check_archive
 from moezoo_models.checkpoints.directory import one_line
-from moezoo_train.checkpoint.restoring import check_layout
+from moezoo_train.checkpoint_structure import check_structure
 from moezoo_train.parallel.sharded_checkpoints import is_sharded_checkpoint, load_sharded
 
 _REQUIRED = {"state_dict", "pytorch-lightning_version"}
@@ -70,7 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 check_archive(path)
             checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
             if isinstance(checkpoint, dict) and checkpoint.keys() >= _REQUIRED:
-                check_layout(checkpoint)
+                check_structure(checkpoint)
         except FileNotFoundError:
             raise InputError(f"ckpt_path: there is no checkpoint {path}; name another") from None
         except IsADirectoryError:

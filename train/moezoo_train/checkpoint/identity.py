@@ -13,9 +13,6 @@ from transformers import PreTrainedConfig
 from moezoo.errors import InputError
 from moezoo_models import MoezooConfig
 
-CONFIG_KEY = "moezoo"
-"""Where a training checkpoint says what it is of."""
-
 UNRELATED = {
     "use_cache", "initializer_range", "trained_length",
     "bos_token_id", "eos_token_id", "pad_token_id",

@@ -7,22 +7,19 @@ Lightning, or steps later, or change it without a word.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from moezoo.command.messages import shorten
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.directory import one_line
-from moezoo_train.checkpoint.identity import CONFIG_KEY
+from moezoo_train.checkpoint_structure import check_kind, is_whole
 
-VERSION = "pytorch-lightning_version"
 _STATES = {
     "muon": {"momentum_buffer"},
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
@@ -30,54 +27,6 @@ _STATES = {
 }
 """State that each algorithm of an optimizer keeps for a parameter."""
 _WHERE = "lightning.pytorch.trainer.connectors.checkpoint_connector"
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-def check_layout(checkpoint: Any) -> None:
-    """See that a checkpoint has the parts that its readers go through.
-
-    Raises:
-        ValueError: names the part that is something else.
-    """
-    _expect("it", checkpoint, dict, "a mapping")
-    state = _expect("state_dict", checkpoint.get("state_dict"), Mapping, "a mapping")
-    for name, value in state.items():
-        _expect("state_dict", name, str, "made of names")
-        _expect(name, value, Tensor, "a tensor")
-    version = _expect(VERSION, checkpoint.get(VERSION), str, "a version")
-    try:
-        Version(version)
-    except InvalidVersion:
-        raise ValueError(f"{VERSION} is {shorten(version)}, not a version") from None
-    for name in ("epoch", "global_step"):
-        _check_kind(name, checkpoint.get(name, 0), 0)
-    for name, callback in _mapping(checkpoint, "callbacks").items():
-        _expect(f"callbacks.{name}", callback, dict, "a mapping")
-    for name, loop in _mapping(checkpoint, "loops").items():
-        _expect(f"loops.{name}", loop, dict, "a mapping")
-    for number, schedule in enumerate(_list(checkpoint, "lr_schedulers")):
-        _expect(f"lr_schedulers[{number}]", schedule, dict, "a mapping")
-    for number, optimizer in enumerate(_list(checkpoint, "optimizer_states")):
-        place = f"optimizer_states[{number}]"
-        _expect(place, optimizer, dict, "a mapping")
-        states = _expect(f"{place}.state", optimizer.get("state"), dict, "a mapping")
-        for parameter, values in states.items():
-            _expect(f"{place}.state.{parameter}", values, dict, "a mapping")
-        for group in _list(optimizer, "param_groups", place):
-            _expect(f"{place}.param_groups", group, dict, "a list of mappings")
-    if CONFIG_KEY in checkpoint:
-        _check_description(_mapping(checkpoint, CONFIG_KEY))
-
-
-def _check_description(known: dict[str, Any]) -> None:
-    """See that what :meth:`LanguageModel.on_save_checkpoint` wrote has its parts."""
-    _expect(f"{CONFIG_KEY}.config", known.get("config"), dict, "a mapping")
-    for name in ("unrelated", "optimizer", "guard", "lora", "sparse_memory"):
-        _expect(f"{CONFIG_KEY}.{name}", known.get(name, {}), dict, "a mapping")
-    guard = known.get("guard", {})
-    for name in ("skipped", "in_a_row"):
-        _check_kind(f"{CONFIG_KEY}.guard.{name}", guard.get(name, 0), 0)
-    _check_kind(f"{CONFIG_KEY}.guard.recent", guard.get("recent", ([], [])), ([0.0], [0.0]))
 
 
 class CheckKinds(Callback):
@@ -101,7 +50,7 @@ class CheckKinds(Callback):
                 if callback.state_key in saved:
                     own = callback.state_dict()
                     place = f"callbacks.{type(callback).__name__}"
-                    _check_kind(place, saved[callback.state_key], own)
+                    check_kind(place, saved[callback.state_key], own)
                     if isinstance(callback, ModelCheckpoint):
                         _check_scores(place, saved[callback.state_key])
             loops = {
@@ -112,7 +61,7 @@ class CheckKinds(Callback):
             saved = checkpoint.get("loops", {})
             for name, loop in loops.items():
                 if name in saved:
-                    _check_kind(f"loops.{name}", saved[name], loop.state_dict(), whole=True)
+                    check_kind(f"loops.{name}", saved[name], loop.state_dict(), whole=True)
         except ValueError as error:
             raise _unusable(error) from error
 
@@ -134,10 +83,10 @@ class CheckKinds(Callback):
                 for group, fresh in zip(optimizer.param_groups, groups, strict=True):
                     place = f"optimizer_states[{number}].param_groups"
                     own, fresh = _without(group, "params"), _without(fresh, "params")
-                    _check_kind(place, own, fresh, whole=True)
+                    check_kind(place, own, fresh, whole=True)
                     _check_states(f"optimizer_states[{number}].state", optimizer.state, group)
             for config, fresh in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
-                _check_kind("lr_schedulers", config.scheduler.state_dict(), fresh, whole=True)
+                check_kind("lr_schedulers", config.scheduler.state_dict(), fresh, whole=True)
         except ValueError as error:
             raise _unusable(error) from error
 
@@ -195,71 +144,10 @@ def _check_states(place: str, state: Mapping[Any, Any], group: Mapping[str, Any]
             raise ValueError(f"{place} lacks {', '.join(sorted(wanted - values.keys()))}")
         for name, value in values.items():
             if name == "step":
-                if not (isinstance(value, Tensor) and value.numel() == 1) and not _whole(value):
+                if not (isinstance(value, Tensor) and value.numel() == 1) and not is_whole(value):
                     raise ValueError(f"{place}.{name} is not a number of steps")
             elif not isinstance(value, Tensor) or value.shape != parameter.shape:
                 raise ValueError(f"{place}.{name} is not a tensor of its parameter's shape")
-
-
-def _check_kind(place: str, value: Any, like: Any, whole: bool = False) -> None:
-    """See that a value is of the kind of another; of what is None there is no telling.
-
-    What is missing is for its reader, who may know earlier versions; ``whole``, it is an error.
-
-    Raises:
-        ValueError: names the place, and what is wrong there.
-    """
-    if like is None:
-        return
-    if isinstance(like, Mapping):
-        _expect(place, value, Mapping, "a mapping")
-        for key, inner in like.items():
-            if key in value:
-                _check_kind(f"{place}.{key}", value[key], inner, whole)
-            elif whole:
-                raise ValueError(f"{place}.{key} is missing")
-    elif isinstance(like, list | tuple):
-        _expect(place, value, list | tuple, "a list")
-        mixed = isinstance(like, tuple) or len({type(inner) for inner in like}) > 1
-        if mixed and len(value) != len(like):
-            raise ValueError(f"{place} has {len(value)} members, not {len(like)}")
-        for number, inner in enumerate(value if like else ()):
-            own = like[number if mixed else 0]
-            _check_kind(f"{place}[{number}]", inner, own, whole)
-    elif isinstance(like, Tensor):
-        _expect(place, value, Tensor, "a tensor")
-        if value.dtype != like.dtype or value.shape != like.shape:
-            raise ValueError(f"{place} is not a tensor {tuple(like.shape)} of {like.dtype}")
-    elif isinstance(like, bool | str):
-        _expect(place, value, type(like), _NAMES[type(like)])
-    elif isinstance(like, int):
-        if not _whole(value):
-            raise ValueError(f"{place} is not a whole number ≥ 0")
-    elif isinstance(like, float):
-        number = isinstance(value, float) or _whole(value)
-        if not number or math.isnan(value):
-            raise ValueError(f"{place} is not a number")
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def _expect(place: str, value: Any, kind: Any, name: str) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"{place} is {'missing' if value is None else f'not {name}'}")
-    return value
-
-
-def _mapping(owner: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = _expect(name, owner.get(name, {}), dict, "a mapping")
-    return found
-
-
-def _list(owner: Mapping[str, Any], name: str, place: str = "") -> Iterable[Any]:
-    where = f"{place}.{name}" if place else name
-    found: list[Any] = _expect(where, owner.get(name, []), list, "a list")
-    return found
 
 
 def _without(group: Mapping[str, Any], name: str) -> dict[str, Any]:

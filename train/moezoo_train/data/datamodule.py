@@ -9,6 +9,7 @@ would have had.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,6 @@ from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.prepared import PreparedData
 from moezoo_train.data.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches
-from moezoo_train.run.stopping import leave_signals_to_parent
 
 NAMED = 8
 """Windows of a batch that a message names."""
@@ -273,7 +273,13 @@ def _loader_options(workers: int) -> dict[str, Any]:
     return {
         "batch_size": None,  # an item is a whole batch already
         "num_workers": workers,
-        "worker_init_fn": leave_signals_to_parent,
+        "worker_init_fn": _leave_signals_to_parent,
         "persistent_workers": workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """Ignore Ctrl-C in a worker process, which a terminal sends to it as well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -28,7 +28,7 @@ from moezoo.errors import InputError
 from moezoo_models.checkpoints.atomic import publish
 from moezoo_models.checkpoints.checksums import check_archive, crc_of_file
 from moezoo_models.checkpoints.directory import one_line
-from moezoo_train.checkpoint.restoring import check_layout
+from moezoo_train.checkpoint_structure import check_structure
 from moezoo_train.parallel.distributed import gather_from_ranks, process_count
 from moezoo_train.parallel.state_dicts import place_of
 
@@ -92,7 +92,7 @@ def load_sharded(
     try:
         _check_rest(path / REST)
         rest: dict[str, Any] = torch.load(path / REST, map_location="cpu", weights_only=True)
-        check_layout(rest)
+        check_structure(rest)
         for field in (SUMS, TIED):
             if not isinstance(rest.get(field, {}), dict):
                 raise ValueError(f"{field} is not a mapping")

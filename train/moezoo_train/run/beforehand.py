@@ -14,6 +14,7 @@ from moezoo.errors import InputError
 from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.checkpoint import identity
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
+from moezoo_train.checkpoint_structure import CONFIG_KEY
 from moezoo_train.finetune.lora import describe_adapters
 from moezoo_train.finetune.pretrained import check_length, check_tokenizer
 from moezoo_train.optim.optimizer import build_optimizer, is_sparse
@@ -77,7 +78,7 @@ def check_evaluation(
 
 def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
     """Compare what a checkpoint says it is of; its tensors stay on the disk."""
-    saved = _read(path).get(identity.CONFIG_KEY)
+    saved = _read(path).get(CONFIG_KEY)
     if saved is None:
         raise InputError(f"ckpt_path: {path} was not written by moezoo fit")
     with identity.own_names():

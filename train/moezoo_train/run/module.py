@@ -25,6 +25,7 @@ from moezoo_models.model.causal_lm import IGNORED
 from moezoo_models.model.initialization import DeferredInit, deferred_init
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.checkpoint import finite, identity
+from moezoo_train.checkpoint_structure import CONFIG_KEY
 from moezoo_train.finetune.lora import (
     LoRAOptions,
     add_adapters,
@@ -325,7 +326,7 @@ class LanguageModel(EvaluatedModule):
             InputError: model or optimizer hold numbers that are not finite.
         """
         finite.check_checkpoint(checkpoint)
-        checkpoint[identity.CONFIG_KEY] = {
+        checkpoint[CONFIG_KEY] = {
             "config": identity.describe(self.model.config),
             "unrelated": identity.unrelated(self.model.config),
             "optimizer": asdict(self.optimizer_config.on(self.device)),
@@ -358,7 +359,7 @@ class LanguageModel(EvaluatedModule):
         Raises:
             InputError: names what differs.
         """
-        saved = checkpoint.get(identity.CONFIG_KEY)
+        saved = checkpoint.get(CONFIG_KEY)
         if saved is None:
             raise InputError(
                 "ckpt_path: the checkpoint was not written by moezoo fit; name one of checkpoints/"

@@ -80,12 +80,6 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-def leave_signals_to_parent(_: int) -> None:
-    """Ignore Ctrl-C in a worker process, which a terminal sends to it as well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 @contextmanager
 def raising_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt where Lightning answers Ctrl-C by ending the process with 1."""
