@@ -36,7 +36,7 @@ demo: $(VENV)/.train
 	@$(BIN)/moezoo demo
 
 compare: $(VENV)/.train
-	@$(BIN)/moezoo compare --config configs/compare/small.yaml
+	@$(BIN)/moezoo compare --config configs/experiments/compare/small.yaml
 
 test: $(VENV)/.dev
 	@$(PYTEST) --dist loadfile --no-loadscope-reorder

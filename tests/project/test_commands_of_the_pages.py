@@ -84,7 +84,7 @@ BEFORE = {
         "moezoo fit --config configs/dense_small.yaml --output runs/upcycling_dense "
         "--data.data_dir runs/upcycling_data"
     ],
-    "compare.md": ["moezoo compare --config configs/compare/small.yaml"],
+    "compare.md": ["moezoo compare --config configs/experiments/compare/small.yaml"],
     "finetuning.md": ["moezoo upcycle path/to/llama runs/mixtral --experts 8 --top_k 2"],
 }
 """What the page's readers have done by then."""

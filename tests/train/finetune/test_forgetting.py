@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
 ]
 
-RECIPE = Path(__file__).parents[3] / "configs" / "forgetting" / "small.yaml"
+RECIPE = Path(__file__).parents[3] / "configs" / "experiments" / "forgetting" / "small.yaml"
 CONFIG = """
 seeds: [1]
 max_steps: 2

@@ -13,7 +13,7 @@ from moezoo_train.experiments.compare.runs import plan
 from moezoo_train.experiments.compare.settings import Experiment, parse_methods
 
 ROOT = Path(__file__).parents[4]
-RECIPES = sorted((ROOT / "configs" / "claims").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs" / "experiments" / "claims").glob("*.yaml"))
 
 
 def options_of(path: Path) -> dict:
@@ -26,7 +26,7 @@ def options_of(path: Path) -> dict:
 def test_each_experiment_has_a_recipe():
     experiments = {name for name in COMMANDS if name.startswith("compare ")}
     apart = {"forgetting", "upcycling"}
-    assert all(list((ROOT / "configs" / name).glob("*.yaml")) for name in apart)
+    assert all(list((ROOT / "configs" / "experiments" / name).glob("*.yaml")) for name in apart)
     assert {f"compare {name}" for name in apart | {p.stem for p in RECIPES}} == experiments
 
 

@@ -16,7 +16,7 @@ from moezoo_train.experiments.compare.settings import parse_methods as parse
 from moezoo_train.experiments.compare.width import WIDTHS, match_flops
 from moezoo_train.measure.throughput import forward_flops_per_token
 
-CONFIGS = sorted((Path(__file__).parents[4] / "configs/compare").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[4] / "configs/experiments/compare").glob("*.yaml"))
 TARGET = 4 * 128 * 512
 
 

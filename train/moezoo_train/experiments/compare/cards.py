@@ -78,7 +78,10 @@ def card(
     }
     lines += [f"| {what} | {value} |" for what, value in optional.items() if value]
     lines += ["", *whole["notes"][:2], "", "Made again by:", "", "```sh"]
-    lines += [f'moezoo compare --config configs/compare/zoo.yaml --only "[{method.name}]"', "```"]
+    lines += [
+        f'moezoo compare --config configs/experiments/compare/zoo.yaml --only "[{method.name}]"',
+        "```",
+    ]
     arguments = json.dumps(first["identity"]["ffn"]["init_args"], indent=2)
     lines += ["", "The layer's arguments, its width solved for equal FLOPs:", ""]
     lines += ["```json", arguments, "```"]
