@@ -82,7 +82,7 @@ def test_in_every_command_of_lightning(command, file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MoezooCLI, "before_instantiate_classes", stop)
     monkeypatch.setattr(PlanCLI, "before_instantiate_classes", stop)
-    monkeypatch.setattr(MoezooCLI, "_parse_ckpt_path", lambda cli: None)
+    monkeypatch.setattr(MoezooCLI, "set_ckpt_path", lambda cli: None)
     settings = tmp_path / "run.yaml"
     settings.write_text(FILE.partition("  rules:")[0].replace("steps: 20\n", ""))
     line = ["--model.ffn.num_experts", "64", "--model.ffn", "moezoo.PEER", "--config"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOTS = ["models"]
+ROOTS = ["models", "train"]
 """Folders that keep to this."""
 OURS = ("moezoo", "moezoo_kernels", "moezoo_models", "moezoo_train")
 PUBLISHED = {"_asdict", "_fields", "_make", "_replace"}
@@ -108,3 +108,36 @@ def test_adapters_use_nothing_in_vain():
 )
 def test_foreign_private_names_are_found(source, names):
     assert foreign(source) == names
+
+
+def inherited(sources: list[str]) -> set[str]:
+    """Return private attributes of `self` that no class of the sources defines or assigns."""
+    used, own = set(), set()
+    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+        match node:
+            case ast.FunctionDef(name):
+                own.add(name)
+            case ast.Name(name, ast.Store()):
+                own.add(name)
+            case ast.Attribute(ast.Name("self" | "cls"), attr, context) if is_private(attr):
+                (own if isinstance(context, ast.Store) else used).add(attr)
+    return used - own
+
+
+def test_no_class_of_train_uses_what_it_inherits_privately():
+    files = [p for p in (ROOT / "train").rglob("*.py") if "adapters" not in p.parts]
+    assert inherited([path.read_text(encoding="utf-8") for path in files]) == set()
+
+
+def test_inherited_private_names_are_found():
+    theirs = "class A(B):\n    def f(self):\n        return self._theirs"
+    assert inherited([theirs]) == {"_theirs"}
+    assert inherited([theirs, "self._theirs = 1"]) == set()
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_adapters_are_described(root):
+    for path in (ROOT / root).rglob("adapters/[!_]*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert ast.get_docstring(node), f"{path}: {node.name}"

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim._muon import _adjust_lr
+
+from moezoo_train.adapters.torch_core import adjusted_muon_lr
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 """Coefficients of the quintic iteration, as published by Muon's author and default in torch."""
@@ -57,7 +58,7 @@ def muon_step(
     for parameter, update in zip(parameters, orthogonal, strict=True):
         target = _local(parameter)
         target.mul_(1 - lr * weight_decay)
-        target.add_(update, alpha=-_adjust_lr(lr, adjust_lr_fn, parameter.shape[-2:]))
+        target.add_(update, alpha=-adjusted_muon_lr(lr, adjust_lr_fn, parameter.shape[-2:]))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo_train.adapters.torch_core import set_learning_rates
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,9 @@ class RunSchedule:
         """Set the rates of the step to come, which a checkpoint has by the earlier schedule."""
         if self._on is None:
             return
-        optimizer, step = self._on.optimizer, self._on.last_epoch
-        factors = [follow(step) for follow in self._on.lr_lambdas]
-        self._on._last_lr = [b * f for b, f in zip(self._on.base_lrs, factors, strict=True)]
-        for group, rate in zip(optimizer.param_groups, self._on._last_lr, strict=True):
-            group["lr"] = rate
+        factors = [follow(self._on.last_epoch) for follow in self._on.lr_lambdas]
+        rates = [base * factor for base, factor in zip(self._on.base_lrs, factors, strict=True)]
+        set_learning_rates(self._on, rates)
 
     def state_dict(self, step: int) -> dict[str, Any] | None:
         """Describe it for a checkpoint that is written before an optimizer step."""

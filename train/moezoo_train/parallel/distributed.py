@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.nn.parallel import DistributedDataParallel
 
 from moezoo.experts.rank_one import RankOneExperts
 from moezoo.experts.values import ValueTable
+from moezoo_train.adapters.torch_distributed import exclude_from_ddp, set_timeout
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -135,7 +134,7 @@ def keep_from_ddp(model: nn.Module, device: torch.device) -> None:
     """Exclude parameters with sparse gradients from DDP, which cannot reduce them."""
     sparse = dict(sparse_parameters(model))
     if sparse:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(sparse))
+        exclude_from_ddp(model, list(sparse))
         broadcast_from_rank0(list(sparse.values()), device)
 
 
@@ -177,7 +176,7 @@ def process_count() -> int:
 def wait_at_most(timeout: timedelta, mesh: DeviceMesh) -> None:
     """Set the timeout of all process groups of a mesh, which torch creates with its default."""
     for group in mesh.get_all_groups():
-        _set_pg_timeout(timeout, group)
+        set_timeout(group, timeout)
 
 
 def is_lost_process(error: RuntimeError) -> bool:

@@ -13,8 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     Strategy,
@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from moezoo.errors import InputError, check_int, check_number
+from moezoo_train.adapters.lightning import set_data_parallel
 from moezoo_train.parallel.distributed import ParallelDims, wait_at_most
 from moezoo_train.parallel.sharded_checkpoints import load_sharded, save_sharded
 from moezoo_train.parallel.state_dicts import full_optimizer_state_dict, gather_tensors, shard_like
@@ -47,6 +48,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         timeout_minutes: how long a process waits for the others before it gives up.
 
     Attributes:
+        writes_directories: whether every process writes its shards of a checkpoint.
         parallel_dims: the meshes, once the process group is initialized.
 
     Raises:
@@ -67,6 +69,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         self.expert_parallel = check_int("expert_parallel", expert_parallel)
         self.replicas = check_int("replicas", replicas)
+        self.writes_directories = save_distributed_checkpoint
         self.parallel_dims: ParallelDims | None = None
 
     def setup_environment(self) -> None:
@@ -81,7 +84,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         # Experts that are sharded twice are gathered in two steps when saved; torch warns.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-        self._data_parallel_size, self._tensor_parallel_size = processes, 1
+        set_data_parallel(self, processes)
         super().setup_environment()
         kind = self.root_device.type
         dp = self.device_mesh["data_parallel"]
@@ -112,29 +115,30 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Return the full state dict on rank 0, or on every process its shards."""
         assert self.lightning_module is not None
         state: dict[str, Tensor] = self.lightning_module.state_dict()
-        if self._save_distributed_checkpoint:
+        if self.writes_directories:
             return state
         return gather_tensors(state, keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's full state on rank 0, or on every process its shards."""
-        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        if self._save_distributed_checkpoint:
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = inner.state_dict()
+        if self.writes_directories:
             return state
         return full_optimizer_state_dict(state, keep=self.is_global_zero)
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a file from rank 0, or a directory from all ranks."""
         path = Path(self.broadcast(str(filepath)))
-        if self._save_distributed_checkpoint:
+        if self.writes_directories:
             save_sharded(checkpoint, path)
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(
-        self, checkpoint_path: _PATH, weights_only: bool | None = None
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a file, or this process's shards from a directory."""
         path = Path(self.broadcast(str(checkpoint_path)))
@@ -174,4 +178,4 @@ StrategyRegistry.register(
 
 def writes_directories(strategy: Strategy) -> bool:
     """Return whether every process writes its shards of a checkpoint."""
-    return isinstance(strategy, FSDP2Strategy) and strategy._save_distributed_checkpoint
+    return isinstance(strategy, FSDP2Strategy) and strategy.writes_directories

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moezoo_train.adapters.deepspeed import full_shape, is_sharded_by_zero
+from moezoo_train.adapters.deepspeed import local_shard as local_zero_shard
+from moezoo_train.adapters.torch_core import storage_id
+from moezoo_train.adapters.torch_distributed import shard_bounds
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether a model's parameters are sharded over processes."""
-    return any(isinstance(p, DTensor) or _in_zero(p) for p in model.parameters())
-
-
-def _in_zero(tensor: Any) -> bool:
-    """Return whether DeepSpeed (ZeRO stage 3) has sharded a parameter."""
-    return hasattr(tensor, "ds_id")
+    return any(isinstance(p, DTensor) or is_sharded_by_zero(p) for p in model.parameters())
 
 
 def local_shard(tensor: Tensor) -> Tensor:
     """Return this process's shard of a tensor; a tensor that is not sharded is its own shard."""
-    known: Any = tensor
-    if _in_zero(tensor):
-        part = cast(Tensor, known.ds_tensor)
-        return part[: max(0, known.ds_numel - dist.get_rank() * part.numel())]  # the rest pads
-    return known.to_local() if isinstance(tensor, DTensor) else tensor
+    if is_sharded_by_zero(tensor):
+        return local_zero_shard(tensor)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -42,7 +38,7 @@ def gathered(tensor: Tensor, change: bool = False) -> Iterator[None]:
         tensor: any other is left as it is.
         change: whether rank 0's changes are kept, and sent to the other ranks.
     """
-    if not _in_zero(tensor):
+    if not is_sharded_by_zero(tensor):
         yield
         return
     import deepspeed
@@ -57,13 +53,13 @@ def full_state_dict(module: nn.Module, keep: bool = True) -> dict[str, Any]:
     full: dict[str, Any] = {}
     in_zero: dict[Any, Any] = {}
     for name, tensor in state.items():
-        if _in_zero(tensor) and tensor not in in_zero:
+        if is_sharded_by_zero(tensor) and tensor not in in_zero:
             with gathered(tensor):
                 # What was gathered goes when the block ends.
                 in_zero[tensor] = tensor.detach().cpu().clone() if keep else None
-        if _in_zero(tensor) and keep:
+        if is_sharded_by_zero(tensor) and keep:
             full[name] = in_zero[tensor]
-    full |= gather_tensors({n: t for n, t in state.items() if not _in_zero(t)}, keep)
+    full |= gather_tensors({n: t for n, t in state.items() if not is_sharded_by_zero(t)}, keep)
     return {name: full[name] for name in state if name in full}
 
 
@@ -72,7 +68,7 @@ def unsharded_model(model: Model) -> Model:
 
     DeepSpeed leaves empty tensors in the place of sharded parameters.
     """
-    if not any(_in_zero(parameter) for parameter in model.parameters()):
+    if not any(is_sharded_by_zero(parameter) for parameter in model.parameters()):
         return model
     with torch.device("meta"):
         return type(model)(model.config)
@@ -81,8 +77,8 @@ def unsharded_model(model: Model) -> Model:
 def full_shape_state_dict(module: nn.Module) -> dict[str, Any]:
     """Return a module's ``state_dict()`` with full shapes, sharded by ZeRO on the meta device."""
     return {
-        name: torch.empty(tensor.ds_shape, dtype=tensor.dtype, device="meta")
-        if _in_zero(tensor)
+        name: torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
+        if is_sharded_by_zero(tensor)
         else tensor.detach()
         for name, tensor in module.state_dict(keep_vars=True).items()
     }
@@ -115,7 +111,7 @@ def gather_tensors(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any
 def place_of(tensor: DTensor) -> tuple[int, int]:
     """Return the place of this process's shard in memory, which tied weights share."""
     own = tensor.to_local()
-    return own.untyped_storage()._cdata, int(own.storage_offset())
+    return storage_id(own), int(own.storage_offset())
 
 
 def full_optimizer_state_dict(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:
@@ -140,10 +136,7 @@ def _shard(value: Any, like: Any) -> Any:
         return value
     if isinstance(value, DTensor) or value.shape != like.shape:
         return value
-    shape, offset = compute_local_shape_and_global_offset(
-        like.shape, like.device_mesh, like.placements
-    )
-    for dimension, (start, length) in enumerate(zip(offset, shape, strict=True)):
+    for dimension, (start, length) in enumerate(shard_bounds(like)):
         value = value.narrow(dimension, start, length)
     return DTensor.from_local(
         value.to(like.device, copy=True).contiguous(),

@@ -27,9 +27,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moezoo.errors import InputError, check_int, check_number
+from moezoo_train.adapters.deepspeed import (
+    Fragment,
+    fragment_of,
+    local_gradients,
+    never_compile_shm,
+)
+from moezoo_train.adapters.lightning import accumulates, finish_closure
 from moezoo_train.optim.clipping import MAIN
 from moezoo_train.parallel.state_dicts import full_state_dict, gathered
-from moezoo_train.parallel.zero_states import Piece, gather_states, load_states, piece_of
+from moezoo_train.parallel.zero_states import gather_states, load_states
 
 if TYPE_CHECKING:
     from moezoo_train.trained import Parallelized
@@ -94,9 +101,7 @@ class ZeROStrategy(DDPStrategy):
         module, config = self._module(), self._config()
         # DeepSpeed calls torch's collectives by their earlier names, and each call is a warning.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated")
-        # An all-reduce for inference on CPUs, which training never calls: DeepSpeed would compile
-        # it now, for more than a minute, and fail where there is no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        never_compile_shm()
         if self.stage == 3:
             # One parameter after the other goes to the device: all may be too many for it.
             deepspeed.zero.Init(module, config_dict_or_path=config, dtype=torch.float32)
@@ -142,7 +147,7 @@ class ZeROStrategy(DDPStrategy):
         """Compute the gradient by DeepSpeed, which reduces it after the last micro-batch."""
         module = self._module()
         loss: Tensor = self.precision_plugin.pre_backward(closure_loss, module)
-        last = not module.trainer.fit_loop._should_accumulate()
+        last = not accumulates(module.trainer)
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)  # Lightning has divided the loss
         return self.precision_plugin.post_backward(loss, module)
@@ -161,7 +166,7 @@ class ZeROStrategy(DDPStrategy):
     ) -> Any:
         """Update this process's shard by DeepSpeed, which all-gathers the parameters."""
         result = closure()
-        self.precision_plugin._after_closure(self._module(), optimizer)
+        finish_closure(self.precision_plugin, self._module(), optimizer)
         self._engine.step()
         return result
 
@@ -170,10 +175,8 @@ class ZeROStrategy(DDPStrategy):
 
         There are some between the last micro-batch's backward pass and the step.
         """
-        zero = self._engine.optimizer
         groups: dict[str, list[Tensor]] = {MAIN: []}
-        for number, parts in zero.averaged_gradients.items():
-            group = zero.sub_group_to_group_id[number] if self.stage == 3 else number
+        for group, parts in local_gradients(self._engine.optimizer, self.stage).items():
             name = self.optimizers[0].param_groups[group]["clip_group"]
             groups.setdefault(name, []).extend(parts)
         return {name: parts for name, parts in groups.items() if parts}
@@ -200,17 +203,16 @@ class ZeROStrategy(DDPStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the full optimizer state on rank 0."""
         (inner,) = self.optimizers
-        pieces = self._pieces()
-        return gather_states(inner, self._groups, pieces, keep=self.is_global_zero)
+        return gather_states(inner, self._groups, self._fragments(), keep=self.is_global_zero)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this process's shards of the optimizer's state."""
         (inner,), (state,) = self.optimizers, checkpoint["optimizer_states"]
-        load_states(inner, self._groups, self._pieces(), state)
+        load_states(inner, self._groups, self._fragments(), state)
 
-    def _pieces(self) -> dict[nn.Parameter, Piece]:
+    def _fragments(self) -> dict[nn.Parameter, Fragment]:
         zero = self._engine.optimizer
-        return {p: piece_of(zero, p, i) for i, group in enumerate(self._groups) for p in group}
+        return {p: fragment_of(zero, p, i) for i, group in enumerate(self._groups) for p in group}
 
     def _module(self) -> LightningModule:
         module: Any = self.lightning_module

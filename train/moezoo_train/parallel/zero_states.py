@@ -8,7 +8,6 @@ is gathered from these and sharded into them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,55 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moezoo.errors import InputError
+from moezoo_train.adapters.deepspeed import Fragment, full_shape
 
 STEP = "step"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """This process's shard of a parameter, perhaps an empty one, inside a flat tensor.
-
-    Attributes:
-        flat: the flat tensor, under which the optimizer has its state.
-        inside: the shard's place in the flat tensor.
-        run: its place in the flattened parameter.
-    """
-
-    flat: Tensor
-    inside: slice
-    run: slice
-
-
-def piece_of(zero: Any, parameter: nn.Parameter, group: int) -> Piece:
-    """Return this process's shard of a parameter.
-
-    Args:
-        zero: DeepSpeed's optimizer.
-        parameter: one that is trained.
-        group: the number of its group.
-    """
-    known: Any = parameter  # DeepSpeed's notes on it
-    if hasattr(known, "ds_id"):  # stage 3: each parameter is divided by itself, and padded
-        number, offset, length = zero.grad_position[known.ds_id]
-        start = dist.get_rank() * length
-        count = max(0, min(length, known.ds_numel - start))
-        flat = zero.fp32_partitioned_groups_flat[number]
-        return Piece(flat, slice(offset, offset + count), slice(start, start + count))
-    flat, place = zero.single_partition_of_fp32_groups[group], known._hp_mapping
-    if place is None:
-        return Piece(flat, slice(0, 0), slice(0, 0))
-    inside, run = place.hp_fragment_address, place.lp_fragment_address
-    return Piece(
-        flat,
-        slice(inside.start, inside.start + inside.numel),
-        slice(run.start, run.start + run.numel),
-    )
 
 
 def gather_states(
     optimizer: Optimizer,
     groups: Sequence[Sequence[nn.Parameter]],
-    pieces: Mapping[nn.Parameter, Piece],
+    fragments: Mapping[nn.Parameter, Fragment],
     keep: bool,
 ) -> dict[str, Any]:
     """Return the full optimizer state; all processes must call this together.
@@ -73,7 +32,7 @@ def gather_states(
     Args:
         optimizer: the one that updates the flat tensors.
         groups: the parameters of each of its groups.
-        pieces: their shards.
+        fragments: their shards.
         keep: whether this process gets the result; else it only sends its shards.
 
     Returns:
@@ -82,10 +41,10 @@ def gather_states(
     numbers = {p: n for n, p in enumerate(p for group in groups for p in group)}
     state: dict[int, dict[str, Tensor]] = {}
     for parameter, number in numbers.items():
-        piece = pieces[parameter]
+        fragment = fragments[parameter]
         values = {
-            key: _whole(value, piece, parameter) if key != STEP else value.detach().clone()
-            for key, value in optimizer.state.get(piece.flat, {}).items()
+            key: _whole(value, fragment, parameter) if key != STEP else value.detach().clone()
+            for key, value in optimizer.state.get(fragment.flat, {}).items()
         }
         if keep and values:
             state[number] = {key: value.cpu() for key, value in values.items()}
@@ -98,10 +57,10 @@ def gather_states(
     }
 
 
-def _whole(value: Tensor, piece: Piece, parameter: nn.Parameter) -> Tensor:
-    shape = getattr(parameter, "ds_shape", parameter.shape)
+def _whole(value: Tensor, fragment: Fragment, parameter: nn.Parameter) -> Tensor:
+    shape = full_shape(parameter)
     whole = value.new_zeros(shape.numel())
-    whole[piece.run] = value[piece.inside]
+    whole[fragment.run] = value[fragment.inside]
     dist.all_reduce(whole)
     return whole.reshape(shape)
 
@@ -109,7 +68,7 @@ def _whole(value: Tensor, piece: Piece, parameter: nn.Parameter) -> Tensor:
 def load_states(
     optimizer: Optimizer,
     groups: Sequence[Sequence[nn.Parameter]],
-    pieces: Mapping[nn.Parameter, Piece],
+    fragments: Mapping[nn.Parameter, Fragment],
     saved: Mapping[str, Any],
 ) -> None:
     """Load this process's shards of a full optimizer state.
@@ -117,7 +76,7 @@ def load_states(
     Args:
         optimizer: as in :func:`gather_states`.
         groups: as in :func:`gather_states`.
-        pieces: as in :func:`gather_states`.
+        fragments: as in :func:`gather_states`.
         saved: its result.
 
     Raises:
@@ -130,18 +89,18 @@ def load_states(
     ):
         fields.update(_fields(new))
         for parameter, number in zip(group, states, strict=False):
-            piece = pieces[parameter]
+            fragment = fragments[parameter]
             for key, value in saved["state"].get(number, {}).items():
-                _keep(optimizer.state[piece.flat], key, value, piece, fields)
+                _keep(optimizer.state[fragment.flat], key, value, fragment, fields)
 
 
 def _keep(
-    own: dict[str, Tensor], key: str, value: Tensor, piece: Piece, fields: Mapping[str, Any]
+    own: dict[str, Tensor], key: str, value: Tensor, fragment: Fragment, fields: Mapping[str, Any]
 ) -> None:
     if key != STEP:
         if key not in own:
-            own[key] = torch.zeros_like(piece.flat, requires_grad=False)
-        own[key][piece.inside] = value.flatten()[piece.run].to(piece.flat.device)
+            own[key] = torch.zeros_like(fragment.flat, requires_grad=False)
+        own[key][fragment.inside] = value.flatten()[fragment.run].to(fragment.flat.device)
         return
     if key in own and float(own[key]) != float(value):
         raise InputError(
@@ -149,7 +108,7 @@ def _keep(
             "often, which ZeRO cannot go on with; use trainer.strategy ddp or fsdp2"
         )
     # As torch's own: the fused kernel reads the count where the parameters are.
-    own[key] = value.to(piece.flat.device if fields.get("fused") else "cpu", copy=True)
+    own[key] = value.to(fragment.flat.device if fields.get("fused") else "cpu", copy=True)
 
 
 def _fields(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,11 +86,11 @@ class PlanCLI(MoezooCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse as ``fit`` does, under the name of ``plan``."""
-        own = self._subcommand_parsers["fit"]
+        own = self.subcommand_parser("fit")
         own.prog, own.description = "moezoo plan", _DESCRIPTION
         super().parse_arguments(parser, args)
 
-    def _parse_ckpt_path(self) -> None:
+    def set_ckpt_path(self) -> None:
         """Read no checkpoint."""
 
     def before_instantiate_classes(self) -> None:
@@ -111,10 +111,11 @@ class PlanCLI(MoezooCLI):
         """Build data and model, the model without its weights."""
         with torch.device("meta"):
             self.config_init = self.parser.instantiate(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
+        self.datamodule = self.instantiated("data")
+        self.model = self.instantiated("model")
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
+        """Plan, in place of fitting."""
         options, data = self.config_init["fit"], self.datamodule
         check_length(self.model.model, data.sequence_length)
         setup = Setup.of(

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moezoo.bench.memory import saved_storages, storage_key
 from moezoo_models import MoezooForCausalLM
 from moezoo_models.model.attention_backends import ATTENTION
+from moezoo_train.adapters.torch_core import COPY_TO_DTYPE, FakeTensorMode, TorchDispatchMode
+from moezoo_train.adapters.transformers import attention_backend
 from moezoo_train.plan.setup import Setup
 
 COLLECTIVES = ("c10d", "_c10d_functional")
@@ -136,7 +136,7 @@ def _masks(model: MoezooForCausalLM) -> dict[str, None] | None:
 
     Windows of the training data hold no padding, so that sdpa is causal by a flag.
     """
-    if model.config._attn_implementation != "sdpa" or model.config.sliding_window is not None:
+    if attention_backend(model.config) != "sdpa" or model.config.sliding_window is not None:
         return None
     return dict.fromkeys(model.config.layer_types)
 
@@ -198,7 +198,7 @@ class _Observer(TorchDispatchMode):
             self.collectives[collective_kind(func)] += collective_bytes(args)
         result = func(*args, **(kwargs or {}))
         self._alive.append(result)  # else its address may be used again; fake tensors are small
-        if func is torch.ops.aten._to_copy.default and storage_key(args[0]) in self._parameters:
+        if func is COPY_TO_DTYPE and storage_key(args[0]) in self._parameters:
             self.copies.add(storage_key(result))
         return result
 

@@ -16,6 +16,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from moezoo.errors import check_choice
+from moezoo_train.adapters.lightning import (
+    forget_sigterm,
+    is_validation_due,
+    mark_saved,
+    save_last,
+)
 from moezoo_train.parallel.distributed import gather_from_ranks
 from moezoo_train.run.stopping import StopSignals
 
@@ -109,6 +115,7 @@ class LastCheckpoint(ModelCheckpoint):
         every_n_steps: optimizer steps between checkpoints.
 
     Attributes:
+        every_n_steps: as given.
         stopped_by: the signal that ended the run, the same in all processes; None without.
     """
 
@@ -120,6 +127,7 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_steps,
             enable_version_counter=False,
         )
+        self.every_n_steps = every_n_steps
         self.stopped_by: signal.Signals | None = None
         self._signals = StopSignals()
         self._waiting = False
@@ -129,10 +137,11 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where a resumed run stands, so that no half-accumulated step is saved."""
         super().on_train_start(trainer, pl_module)
-        self._finished_step = self._last_global_step_saved = trainer.global_step
+        self._finished_step = trainer.global_step
+        mark_saved(self, trainer.global_step)
         if trainer.received_sigterm:
             self._signals.asked = signal.SIGTERM
-        trainer._signal_connector.received_sigterm = False
+        forget_sigterm(trainer)
         # Lightning's own handler would leave several processes in the middle of a step, without a
         # checkpoint, after a broadcast that meets whatever the others are exchanging.
         self._signals.install(launched=trainer.world_size > 1, first=trainer.is_global_zero)
@@ -150,15 +159,13 @@ class LastCheckpoint(ModelCheckpoint):
         self._finished_step = trainer.global_step
         if not self._between_steps:
             return
-        loop = trainer.fit_loop
-        assert loop._data_fetcher is not None
-        validating = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        validating = is_validation_due(trainer)
         if self._stops(trainer) and not validating:
             trainer.limit_val_batches = 0  # Lightning validates what is stopped early
-        if self.stopped_by or trainer.global_step % self._every_n_train_steps == 0:
+        if self.stopped_by or trainer.global_step % self.every_n_steps == 0:
             self._waiting = validating
             if not validating:
-                self._save(trainer)
+                save_last(self, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what had to wait, or if the run was asked to stop meanwhile."""
@@ -168,7 +175,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._waiting = True
         if self._waiting:
             self._waiting = False
-            self._save(trainer)
+            save_last(self, trainer)
 
     def _stops(self, trainer: Trainer) -> bool:
         """Agree whether a process was asked to stop; all processes must call this together."""
@@ -182,7 +189,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state."""
-        self._save(trainer)
+        save_last(self, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the earlier signal handlers; a signal during the last save still counts."""
@@ -197,10 +204,6 @@ class LastCheckpoint(ModelCheckpoint):
         """Restore the earlier signal handlers."""
         super().on_exception(trainer, pl_module, exception)
         self._signals.restore()
-
-    def _save(self, trainer: Trainer) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -29,6 +29,7 @@ from moezoo.errors import InputError, check_int, check_text, going_on
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.directory import one_line
 from moezoo_models.checkpoints.locks import writing
+from moezoo_train.adapters.lightning import HookedCLI
 from moezoo_train.checkpoint.files import AtomicCheckpointIO, BackgroundCheckpointIO
 from moezoo_train.checkpoint.restoring import CheckKinds, restoring_errors
 from moezoo_train.data.datamodule import TokenDataModule
@@ -132,7 +133,7 @@ class SaveConfig(SaveConfigCallback):
                 file.write(self.parser.dump(self.config, skip_unset=False))
 
 
-class MoezooCLI(LightningCLI):
+class MoezooCLI(HookedCLI):
     """LightningCLI with a run directory.
 
     Args:
@@ -194,7 +195,7 @@ class MoezooCLI(LightningCLI):
         """Parse, without Lightning's warning that arguments were also on the command line."""
         self.config = parser.parse_args(args)
 
-    def _parse_ckpt_path(self) -> None:
+    def set_ckpt_path(self) -> None:
         """Find the checkpoint; it does not override the configuration."""
         command = self.config.subcommand
         config = self.config[command]
@@ -233,14 +234,14 @@ class MoezooCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; Lightning's version calls what jsonargparse deprecates."""
         self.config_init = self.parser.instantiate(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
+        self.datamodule = self.instantiated("data")
+        self.model = self.instantiated("model")
         self.trainer = self.instantiate_trainer()
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
         """Run it; mistakes in the data, which show only now, name their full key too."""
         with full_keys(self.config[subcommand]):
-            super()._run_subcommand(subcommand)
+            super().run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what belongs to the run directory to what the configuration says."""

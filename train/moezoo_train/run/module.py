@@ -24,6 +24,8 @@ from moezoo_models.checkpoints.stock import predict
 from moezoo_models.model.causal_lm import IGNORED
 from moezoo_models.model.initialization import DeferredInit, deferred_init
 from moezoo_models.text.tokenizer import Tokenizer
+from moezoo_train.adapters.lightning import attached_trainer
+from moezoo_train.adapters.transformers import set_attention_backend
 from moezoo_train.checkpoint import finite, identity
 from moezoo_train.checkpoint_structure import CONFIG_KEY
 from moezoo_train.finetune.lora import (
@@ -178,7 +180,7 @@ class LanguageModel(EvaluatedModule):
                     ffn=[rule.config(width) for rule in rules],
                     allow_non_causal=allow_non_causal,
                 )
-                config._attn_implementation = attention
+                set_attention_backend(config, attention)
                 with deferred_init(build_in_parts) as self.deferred_init:
                     self.model = MoezooForCausalLM(config)
         if activation_checkpointing:
@@ -337,8 +339,8 @@ class LanguageModel(EvaluatedModule):
         }
         if self.lora is not None:
             checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])
-        if self._trainer is not None:
-            stand_between_batches(checkpoint, self.trainer)
+        if (trainer := attached_trainer(self)) is not None:
+            stand_between_batches(checkpoint, trainer)
 
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
         """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer.
@@ -371,7 +373,8 @@ class LanguageModel(EvaluatedModule):
         whole, state = full_shape_state_dict(self), checkpoint["state_dict"]
         identity.check_tensors(state, whole if self.lora is None else trained_state(self))
         checkpoint["state_dict"] = {**whole, **state}
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        trainer = attached_trainer(self)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             if self.optimizer_config.muon_dtype == "auto":
                 began_with = saved["optimizer"].get("muon_dtype", "bfloat16")
                 self.optimizer_config = replace(self.optimizer_config, muon_dtype=began_with)

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning.fabric.utilities.rank_zero import _get_rank
-
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.atomic import is_there, remove_leftovers
+from moezoo_train.adapters.lightning import rank_of_launcher
 from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded_checkpoint
 
 _FILES = ("config.yaml", "metrics.csv", "report.json", "loss.png", "sample.txt")
@@ -22,7 +21,7 @@ _LOGS = ("tensorboard", "wandb")
 
 def is_first() -> bool:
     """Return whether this is the process that writes, before processes have met."""
-    return not _get_rank()
+    return not rank_of_launcher()
 
 
 def find_checkpoint(output: Path, given: str, command: str, overwrite: bool) -> str | None:

@@ -12,43 +12,39 @@ import math
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops import _TrainingEpochLoop
-from lightning.pytorch.loops.fetchers import _DataFetcher
+
+from moezoo_train.adapters.lightning import DataFetcher, EpochLoop, estimated_steps
 
 _TRACKED = ("ready", "started", "processed", "completed")
 
 
-class StepLoop(_TrainingEpochLoop):
+class StepLoop(EpochLoop):
     """Lightning's loop over the batches of an epoch, by whole optimizer steps."""
 
     @property
     def done(self) -> bool:
         """Return whether to leave the loop: never within a step, whoever asks to stop."""
-        return super().done and not self._should_accumulate()
+        return super().done and not self.accumulates()
 
     def reset(self) -> None:
         """Begin an epoch, or go on in it."""
         super().reset()
-        self._count_steps()
+        self.count_logged_steps()  # Lightning's own count is off by one in some resumed runs
 
-    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+    def on_advance_end(self, data_fetcher: DataFetcher) -> None:
         """Validate if that is due."""
         super().on_advance_end(data_fetcher)
-        self._count_steps()
+        self.count_logged_steps()  # Lightning's own count is off by one in some resumed runs
 
-    def _count_steps(self) -> None:
-        # Lightning's own count of the same, by which it logs, is off by one in some resumed runs.
-        self._batches_that_stepped = self.global_step
-
-    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+    def validation_is_due(self, data_fetcher: DataFetcher) -> bool:
         """Return whether a validation is due: one that falls within a step waits for its end."""
-        if self._should_accumulate():
+        if self.accumulates():
             return False
-        return super()._should_check_val_fx(data_fetcher) or self._validation_waits()
+        return super().validation_is_due(data_fetcher) or self._validation_waits()
 
     def _validation_waits(self) -> bool:
         every = self.trainer.val_check_batch
-        if not isinstance(every, int) or not self._should_check_val_epoch():
+        if not isinstance(every, int) or not self.validates_in_epoch():
             return False  # by time, or at the end of data of unknown length
         across_epochs = self.trainer.check_val_every_n_epoch is None
         last = (self.total_batch_idx if across_epochs else self.batch_idx) + 1
@@ -67,13 +63,7 @@ def take_whole_steps(trainer: Trainer) -> None:
 
 def run_steps(trainer: Trainer) -> int | None:
     """Return the optimizer steps that a run makes at most; None if nothing bounds them."""
-    loop = trainer.fit_loop
-    opened = loop._combined_loader is not None
-    steps = trainer.estimated_stepping_batches
-    if not opened:
-        # Lightning may have opened the data to count its batches, and a worker have begun with the
-        # first: where a resumed run begins is not known yet.
-        loop._combined_loader = loop._data_fetcher = None
+    steps = estimated_steps(trainer)
     return int(steps) if math.isfinite(steps) and steps > 0 else None
 
 
