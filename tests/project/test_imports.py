@@ -142,6 +142,17 @@ def test_a_wrong_import_is_noticed():
     assert violations("moezoo_train", "import moezoo, moezoo_kernels.backends") == set()
 
 
+@pytest.mark.parametrize("component", ["moezoo_models", "moezoo_train"])
+def test_files_are_replaced_by_one_function(component):
+    door, name = "models/moezoo_models/checkpoints/atomic.py", "moezoo.atomic.atomic_write"
+    found = {
+        str(path.relative_to(ROOT))
+        for path in COMPONENTS[component].rglob("*.py")
+        if imported(path.read_text(encoding="utf-8"), [name])
+    }
+    assert found <= {door}
+
+
 def test_component_folders_are_not_packages():
     # An importable folder named `kernels` would break transformers, which probes for that name.
     for folder in ("kernels", "models", "train", "tests"):

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moezoo.errors import InputError, check_int, check_number, going_on
+from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.checksums import crc_of_file
 from moezoo_models.checkpoints.locks import writing
 from moezoo_models.text.corpus import Corpus, open_corpus
@@ -45,7 +46,7 @@ from moezoo_train.data.prepared import (
     hash_folder,
     token_dtype,
 )
-from moezoo_train.data.shards import Shard, batches, encode, write_atomically
+from moezoo_train.data.shards import Shard, batches, encode
 from moezoo_train.data.train_tokenizer import train_tokenizer
 
 SHARD_BYTES = 4_000_000
@@ -172,7 +173,8 @@ class _Preparation:
             return
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        write_atomically(record, wanted.encode())
+        with atomic_write(record) as file:
+            file.write(wanted.encode())
 
     def _tokenizer(self) -> Tokenizer:
         """Make ``partial/tokenizer`` and load it: what encodes is what will be saved."""

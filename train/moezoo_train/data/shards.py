@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
+from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.text.encoding import encode_texts
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.data.prepared import token_dtype
@@ -56,8 +56,12 @@ class Shard:
             [(len(ids), size, key) for ids, (size, key) in zip(encoded, described, strict=True)],
             dtype=_DOCUMENT,
         )
-        write_atomically(self._token_file, np.concatenate(encoded).tobytes())
-        write_atomically(self._index_file, index.tobytes())
+        for path, content in (
+            (self._token_file, np.concatenate(encoded)),
+            (self._index_file, index),
+        ):
+            with atomic_write(path) as file:
+                file.write(content.tobytes())
 
 
 def batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:
@@ -91,10 +95,3 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[Any]]:
             )
         arrays.append(ids.astype(token_dtype(tokenizer.vocab_size)))
     return arrays
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = file.with_name(file.name + ".unfinished")
-    temporary.write_bytes(data)
-    os.replace(temporary, file)

@@ -36,7 +36,11 @@ Verdict = Literal["holds", "fails", "undecided"]
 
 
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Of Student's t at 97.5 %, by degrees of freedom from one; more than ten are taken for ten."""
+"""Student's t at 97.5 %, by degrees of freedom from one; more than ten are taken for ten.
+
+That widens intervals of many seeds by 14 % at most, and so decides nothing too early. Scipy, which
+has the exact function, is no dependency, and torch has no inverse of it.
+"""
 
 
 def confidence(value: Mean) -> tuple[float, float] | None:
