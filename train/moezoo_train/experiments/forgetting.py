@@ -238,7 +238,7 @@ class _Study:
         self.held_out = ""
 
     def train_base(self) -> Path:
-        """Train the model that is taught, unless that has been done; give its directory."""
+        """Train the model that is taught, unless that has been done; return its directory."""
         documents, self.held_out = self._documents()
         source = self.folder / "text.jsonl"
         write_documents(source, self._with_old_facts(documents))

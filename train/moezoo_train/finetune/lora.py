@@ -203,7 +203,7 @@ def merged_state(
 
 @contextmanager
 def _whole_factors(wrapper: Any) -> Iterator[None]:
-    """Have an adapter's factors whole that processes keep in parts."""
+    """All-gather an adapter's sharded factors."""
     maps = [*wrapper.lora_A.values(), *wrapper.lora_B.values()]
     own = [linear.weight for linear in maps]
     try:

@@ -22,7 +22,7 @@ MAIN = "main"
 
 
 def grouped_gradients(optimizer: Optimizer) -> dict[str, list[Tensor]]:
-    """Sort the gradients by clip group, the main group first; of sparse ones, give the rows.
+    """Sort the gradients by clip group, the main group first; sparse ones are their rows.
 
     A sparse gradient may list a row several times, once for each use; these are summed here.
     """
@@ -59,7 +59,7 @@ def gradient_norms(
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """Take the norm of tensors, of which some may lie in parts on several processes."""
+    """Return the norm of tensors, some of which may be sharded over processes."""
     by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None

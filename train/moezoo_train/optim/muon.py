@@ -1,4 +1,4 @@
-"""Muon's update for matrices that may lie in parts on several processes.
+"""Muon's update for matrices that may be sharded over processes.
 
 The update is the momentum's nearest orthogonal matrix (Jordan 2024; Liu et al. 2025,
 arXiv:2502.16982), which only the whole matrix has. Processes that share matrices by rows (FSDP2)

@@ -222,7 +222,7 @@ class ZeROStrategy(DDPStrategy):
 
 for _stage, _what in ((1, "optimizer states"), (2, "and gradients"), (3, "and parameters")):
     StrategyRegistry.register(
-        f"zero{_stage}", ZeROStrategy, description=f"DeepSpeed: {_what} in parts", stage=_stage
+        f"zero{_stage}", ZeROStrategy, description=f"DeepSpeed: {_what} in shards", stage=_stage
     )
 
 

@@ -182,7 +182,7 @@ class Planner:
         return max(n for n in range(1, self.machine.gpus_per_node + 1) if most % n == 0)
 
     def refusal(self, layout: str, gpus: int) -> str | None:
-        """Return why a layout cannot be had; None if it can."""
+        """Return why a layout is impossible; None if it is not."""
         return refusal(self.setup, layout, gpus, self.expert_parallel(gpus))
 
     def estimate(self, layout: str, gpus: int, share: float = 1.0) -> Estimate:
@@ -194,7 +194,7 @@ class Planner:
     def scale(
         self, layout: str, global_batch_of: int | None = None, counts: Iterable[int] = SCALE
     ) -> list[Estimate]:
-        """Plan a layout on more and more GPUs, where it can be had.
+        """Plan a layout on more and more GPUs, where it is possible.
 
         Args:
             layout: the layout.

@@ -37,7 +37,7 @@ _STYLE: Any = {
 
 
 def draw(folder: Path, planner: Planner, layouts: Sequence[str], gpus: int) -> list[Path]:
-    """Write ``plan.png`` and ``plan.svg``, each whole or not at all; give their paths."""
+    """Write ``plan.png`` and ``plan.svg``, each whole or not at all; return their paths."""
     with matplotlib.rc_context(_STYLE):
         figure = costs(planner, layouts, gpus)
         paths = [folder / "plan.png", folder / "plan.svg"]

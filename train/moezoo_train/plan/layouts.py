@@ -305,7 +305,7 @@ def _count(parameters: Iterable[Parameter]) -> int:
 
 
 def refusal(setup: Setup, layout: str, gpus: int, expert_parallel: int) -> str | None:
-    """Return why a layout cannot be had; None if it can."""
+    """Return why a layout is impossible; None if it is not."""
     if layout in DEEPSPEED and setup.optimizer.name == "muon":
         return "DeepSpeed flattens parameters, and Muon needs matrices"
     if layout in DEEPSPEED and setup.optimizer.name == "sgd":

@@ -43,7 +43,7 @@ class Task:
 
 
 def run_all(folder: Path, tasks: list[Task], said: str, console: Console) -> dict[str, Figures]:
-    """Make the runs that are not finished, with a line for each; give all figures by name.
+    """Make the runs that are not finished, with a line for each; return all figures by name.
 
     Args:
         folder: gets a folder for each run, with ``result.json``.

@@ -23,7 +23,7 @@ from moezoo_train.run.stopping import raising_interrupts
 
 
 class ValidationLoad(pl.Callback):
-    """Count who answers while validating, where random choices repeat and decisions are hard.
+    """Count the load of experts and slots in validation, without random choices or soft decisions.
 
     Attributes:
         loads: of the layers that count, at the last validation.
@@ -66,7 +66,7 @@ def fit(
     precision: str,
     console: Console,
 ) -> tuple[Report, list[ExpertLoad]]:
-    """Train a model, validating at the end; give report and validation load.
+    """Train a model, validating at the end; return report and validation load.
 
     Args:
         module: the model to train.
@@ -99,7 +99,7 @@ def fit(
 def validate(
     module: LanguageModel, text: TextOptions, precision: str
 ) -> tuple[float, list[ExpertLoad]]:
-    """Return a model's validation loss in nats per token, and who answered; it stays as it is."""
+    """Return validation loss in nats per token, and load; the model stays as it is."""
     load = ValidationLoad()
     trainer = pl.Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
@@ -118,7 +118,7 @@ def validate(
 
 
 def prepare_text(text: TextOptions) -> dict[str, Any]:
-    """Prepare the tokens of a comparison's text, and give what identifies them."""
+    """Prepare the tokens of a comparison's text, and return what identifies them."""
     return prepare(
         source=text.source,
         output=text.data_dir,

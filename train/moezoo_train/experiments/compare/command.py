@@ -45,7 +45,7 @@ def compare(
 
     Every method learns from the same text, the same tokens in the same order and the same seeds.
     Its width is solved so that a token costs what it costs in the baseline. Beside each method
-    stands its ablation, in which who answers does not depend on the token. A run that is finished
+    stands its ablation, in which routing does not depend on the token. A run that is finished
     is not repeated: interrupt it, add methods or seeds, and run the same command again.
 
     Args:

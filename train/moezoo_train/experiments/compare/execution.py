@@ -124,7 +124,7 @@ def execute(output: Path, run: Run, data: dict[str, Any], console: Console) -> R
 
 
 def train(run: Run, folder: Path, console: Console) -> tuple[Report, list[ExpertLoad]]:
-    """Train one run, logging to ``metrics.csv`` in its folder; give report and validation load."""
+    """Train one run, logging to its ``metrics.csv``; return report and validation load."""
     experiment = run.experiment
     text = open_text(experiment.text, run.seed)
     module = build(run, text.vocab_size)

@@ -29,13 +29,13 @@ def draw(
     caption: str,
     judged: Sequence[Judged] = (),
 ) -> list[str]:
-    """Write every picture that there are numbers for, and give the files' names.
+    """Write every picture that there are numbers for, and return the files' names.
 
     Args:
         folder: where they go.
         rows: best first.
         curves: how their losses fell.
-        measures: of who answered, by row, as
+        measures: of the load, by row, as
             :func:`moezoo_train.experiments.compare.results.loads` returns them.
         baseline: name of the row that the others are compared with.
         caption: under each picture.

@@ -17,7 +17,7 @@ from moezoo_train.experiments.compare.results import loads
 
 
 def redraw(folder: Path) -> list[str]:
-    """Draw all pictures and the page, and give the files' names.
+    """Draw all pictures and the page, and return the files' names.
 
     Raises:
         InputError: the folder holds no comparison that can be read.

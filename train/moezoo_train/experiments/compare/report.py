@@ -31,7 +31,7 @@ def write_report(
     curves: Sequence[Curve] = (),
     missing: Sequence[str] = (),
 ) -> list[str]:
-    """Write all files of a comparison, print its table, and give the files' names.
+    """Write all files of a comparison, print its table, and return the files' names.
 
     Args:
         output: the comparison's directory.

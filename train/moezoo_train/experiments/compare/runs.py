@@ -127,7 +127,7 @@ def _follows(ffn: dict[str, Any]) -> bool:
 
 
 def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]:
-    """Solve a row's width; give what its runs share, and its layer without weights."""
+    """Solve a row's width; return what its runs share, and its layer without weights."""
     options, d_model = experiment.methods[row], experiment.model.d_model
     baseline = find_method("baseline", experiment.baseline)
     method = find_method(
