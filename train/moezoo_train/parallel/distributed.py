@@ -35,11 +35,11 @@ class ParallelDims:
     """Device meshes of a parallelized model; axes are named as in torchtitan.
 
     Attributes:
-        dp: ``("fsdp",)``, or ``("dp_replicate", "fsdp")`` with replicas: shards everything but the
-            experts under expert parallelism.
+        dp: shards everything but the experts under expert parallelism: Lightning's
+            ``data_parallel`` axis, or ``("dp_replicate", "fsdp")`` with replicas.
         ep: ``("ep",)``: ranks that share the experts of a layer; None without expert parallelism.
-        expert_dp: the axes of ``dp`` beside ``ep``: shards a rank's experts in turn; None if all of
-            them lie on one process.
+        expert_dp: shards a rank's experts in turn: ``("fsdp",)`` or ``("dp_replicate", "fsdp")`` of
+            the processes that have the same ones; None if one process does.
         device: of this process.
     """
 
