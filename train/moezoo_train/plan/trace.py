@@ -24,9 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moezoo.bench.memory import saved_storages, storage_key
 from moezoo_models import MoezooForCausalLM
+from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention_backends import ATTENTION
 from moezoo_train.adapters.torch_core import COPY_TO_DTYPE, FakeTensorMode, TorchDispatchMode
-from moezoo_train.adapters.transformers import attention_backend
 from moezoo_train.plan.setup import Setup
 
 COLLECTIVES = ("c10d", "_c10d_functional")

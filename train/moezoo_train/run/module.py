@@ -20,12 +20,12 @@ from moezoo import DenseFFN, FeedForward
 from moezoo.errors import InputError, check_int
 from moezoo.routing.losses import sum_over_ranks
 from moezoo_models import MoezooConfig, MoezooForCausalLM
+from moezoo_models.adapters.transformers import set_attention_backend
 from moezoo_models.checkpoints.stock import predict
 from moezoo_models.model.causal_lm import IGNORED
 from moezoo_models.model.initialization import DeferredInit, deferred_init
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.adapters.lightning import attached_trainer
-from moezoo_train.adapters.transformers import set_attention_backend
 from moezoo_train.checkpoint import finite, identity
 from moezoo_train.checkpoint_structure import CONFIG_KEY
 from moezoo_train.finetune.lora import (
