@@ -59,8 +59,3 @@ def colors(rows: Sequence[Row], baseline: str) -> dict[str, Color]:
         found = dict(zip(others, _OWN, strict=False))
         return {row.name: found.get(row.name, GREY) for row in rows}
     return {row.name: GREY if row.name == baseline else FAMILIES[family(row)] for row in rows}
-
-
-def by_family(rows: Sequence[Row], baseline: str) -> bool:
-    """Return whether :func:`colors` gives each family a colour."""
-    return len([row for row in rows if row.name != baseline]) > len(_OWN)
