@@ -13,7 +13,6 @@ from moezoo_train.experiments.common.palette import (
     PINK,
     RED,
     SKY,
-    Color,
 )
 from moezoo_train.experiments.compare.results import Row
 
@@ -47,7 +46,7 @@ def family(row: Row) -> str:
     return _FAMILY_OF.get(row.layer, "other")
 
 
-def colors(rows: Sequence[Row], baseline: str) -> dict[str, Color]:
+def colors(rows: Sequence[Row], baseline: str) -> dict[str, str]:
     """Return a colour for every row: its own while there are enough of them, else its family's.
 
     Args:
