@@ -53,9 +53,12 @@ def joined_name(words: list[str]) -> list[str]:
     return [two, *words[2:]] if two in command.COMMANDS else words
 
 
-def tree_of_readme() -> set[str]:
-    """The paths of README's annotated tree; two spaces of indent are one folder."""
-    (tree,) = (block for block in blocks(ROOT / "README.md", "text") if "README.md" in block)
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def tree_of_the_page() -> set[str]:
+    """The paths of the annotated tree; two spaces of indent are one folder."""
+    (tree,) = (block for block in blocks(ARCHITECTURE, "text") if "README.md" in block)
     paths, stack = set(), []
     for line in tree.splitlines():
         entry, _, note = line.strip().partition(" ")
@@ -82,7 +85,18 @@ def tree_of_files() -> set[str]:
 
 
 def test_the_tree_is_the_tree():
-    assert tree_of_readme() == tree_of_files()
+    assert tree_of_the_page() == tree_of_files()
+
+
+def test_files_and_folders_that_the_architecture_names_are_there():
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    named = re.findall(r"`([\w./]+(?:\.py|/))`", text)
+    assert len(named) > 60
+    assert [name for name in named if "/" in name and not (ROOT / name).exists()] == [
+        "model/"  # of a run
+    ]
+    folders = re.findall(r"^\| `([\w/]+/)` \|", text, re.MULTILINE)
+    assert len(folders) == len(set(folders)) > 15
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
