@@ -6,12 +6,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from moezoo import __main__ as command
+from moezoo.analysis.usage import Evenness
 from moezoo.command.parser import function_parser, option_names
+from moezoo_train.measure.expert_load import ExpertLoad
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -104,6 +107,12 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_the_glossary_has_every_figure_of_the_load():
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    names = {field.name for of in (ExpertLoad, Evenness) for field in fields(of)} - {"layer"}
+    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
 def test_make_targets_exist():
