@@ -84,7 +84,7 @@ def card(
     lines += ["", "The layer's arguments, its width solved for equal FLOPs:", ""]
     lines += ["```json", arguments, "```"]
     if not row["causal"]:
-        lines += ["", "Not causal: its loss compares with no other, and it can not generate."]
+        lines += ["", "Not causal: its loss compares with no other, and it cannot generate."]
     if row["gain"] is not None and row["gain"]["value"] <= 0:
         lines += ["", "At this size it was not better than its own random routing."]
     lines += ["", "One small model after a short training: no more than a first impression."]
