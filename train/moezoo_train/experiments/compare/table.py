@@ -16,19 +16,19 @@ HELP = {
     "width": "what was solved for, so that the FLOPs are equal",
     ">val loss": "loss of the held-out documents, in nats per token",
     ">bits/byte": "the same per byte of text",
-    ">random routing": "validation loss of the same model when who answers ignores the token",
-    ">random − own": "what choosing by content is worth: that loss less the method's own",
+    ">random routing": "validation loss of the same model when routing ignores the token",
+    ">random − own": "that loss less the method's own: the worth of routing by content",
     ">parameters": "of the model",
-    ">active": "parameters that one token touches",
+    ">active": "parameters that one token uses",
     ">FLOPs ÷ baseline": "active FLOPs of the layer over the baseline's",
     ">tokens/s": "speed of training, backward pass and optimizer included",
-    ">evenness": "entropy of the load over its maximum, on the held-out text; 1 is even",
-    ">busiest ÷ mean": "load of the busiest expert, slot or neuron",
-    ">used": "share of them that answered anything in a batch",
-    ">unevenness": "divergence of their summed weights from even, in nats",
+    ">evenness": "normalized load entropy on the held-out text; 1 is even",
+    ">busiest ÷ mean": "largest load of an expert, slot or neuron over the mean: 1 + MaxVio",
+    ">used": "share of them that any token of a batch was routed to",
+    ">unevenness": "KL divergence of their total gate weights to uniform, in nats",
     ">peak memory": "on a GPU what torch held on it; on a CPU the process, Python included",
 }
-"""What each column says; a name that starts with ``>`` is aligned to the right."""
+"""What each column means; a name that starts with ``>`` is aligned to the right."""
 COLUMNS = tuple(HELP)
 
 
