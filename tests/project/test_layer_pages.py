@@ -83,7 +83,6 @@ def test_the_result_in_the_readme_is_the_best_causal_row_of_each_layer():
             f"{row['loss']['value']:.3f}",
             f"{row['random_loss']['value']:.3f}" if row["random_loss"] else "–",
             count(row["total_parameters"]),
-            count(row["active_parameters"]),
         )
         for layer, row in best.items()
     ]

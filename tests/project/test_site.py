@@ -124,6 +124,7 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path):
     # References to objects became links, and none is left as it stands in the source.
     assert 'href="#moezoo.FeedForwardOutput"' in layers
     assert not re.search(r":(?:class|func|meth|mod):`", layers)
+    assert "::</p>" not in layers
     # The page of the comparison is there, is linked to, and compare.md is not written over it.
     comparison = (tmp_path / "compare/index.html").read_text(encoding="utf-8")
     assert comparison.count("<img") == 3
