@@ -186,7 +186,7 @@ def _key(key: str | float | None) -> str:
 
 
 def _claims(judged: Sequence[claims.Judged]) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in claims.COLUMNS)
+    head = "".join(f'<th scope="col">{name.lstrip(">")}</th>' for name in claims.COLUMNS)
     lines = []
     for one in judged:
         for contest, cells in zip(one.contests, claims.cells_of(one), strict=True):
