@@ -28,7 +28,7 @@ HELP = {
     ">unevenness": "KL divergence of their total gate weights to uniform, in nats",
     ">peak memory": "on a GPU what torch held on it; on a CPU the process, Python included",
 }
-"""What each column means; a name that starts with ``>`` is aligned to the right."""
+"""The meaning of each column; a name that starts with ``>`` is aligned to the right."""
 COLUMNS = tuple(HELP)
 
 
