@@ -65,7 +65,7 @@ clean:
 	rm -f kernels/moezoo_kernels/_native_*
 	find kernels moezoo models train tests -name __pycache__ -prune -exec rm -rf {} +
 
-# A stamp per set of extras; dev includes bench, which includes train.
+# A stamp per set of extras; dev includes bench, which includes train, as docs does.
 $(VENV)/.train: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 	@echo "Installing moezoo[train] into $(VENV) ..."
 	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[train]"
@@ -84,7 +84,7 @@ $(VENV)/.dev: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 $(VENV)/.docs: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 	@echo "Installing moezoo[docs] into $(VENV) ..."
 	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[docs]"
-	@touch $@
+	@touch $(VENV)/.train $@
 
 $(VENV)/.torch: constraints.txt | $(BIN)/pip
 ifneq ($(TORCH_INDEX),)

@@ -3,13 +3,16 @@
 In the repository, links are relative to the file that they are in, so that they work wherever it is
 browsed. On the site, docs/ is the top. Pages are named in mkdocs.yml by their path in the
 repository; files that pages link to come along.
+
+Some files are on the site only, and made when it is built (``BUILT``). In the repository there is
+nothing to link to, so pages name them in code, of which the site makes links.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,21 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:)[^)#\s]+")
+CODE = re.compile(r"(?<!\[)`([\w./-]+)`")
+
+
+def comparison_page() -> str:
+    """Return the page of the committed comparison: its table, to be sorted, and its pictures."""
+    from moezoo_train.experiments.compare.page import PICTURES, read_comparison, render
+
+    folder = ROOT / "docs" / "compare"
+    there = {stem: folder / f"{stem}.png" for stem in PICTURES}
+    pictures = {stem: path.read_bytes() for stem, path in there.items() if path.exists()}
+    return render(read_comparison(folder), pictures)
+
+
+BUILT: dict[str, Callable[[], str]] = {"docs/compare/index.html": comparison_page}
+"""Files of the site that the repository does not have, and what writes them."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -45,6 +63,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if files.get_file_from_path(uri_of(source)) is None:
             path = str(ROOT / source)
             files.append(File.generated(config, uri_of(source), abs_src_path=path))
+    for source, build in BUILT.items():
+        files.append(File.generated(config, uri_of(source), content=build()))
     return files
 
 
@@ -93,10 +113,17 @@ def links(markdown: str, source: str) -> Iterator[tuple[re.Match[str], str]]:
 
 
 def rewritten(markdown: str, source: str) -> str:
-    """Make a page's links to files relative to where it is on the site."""
-    here = posixpath.dirname(uri_of(source)) or "."
+    """Make a page's links to files relative to where it is on the site; link to what is built."""
+    folder, here = posixpath.dirname(source), posixpath.dirname(uri_of(source)) or "."
+
+    def link(code: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, code[1]))
+        if target not in BUILT:
+            return code[0]
+        return f"[{code[0]}]({posixpath.relpath(uri_of(target), here)})"
+
     pieces, end = [], 0
     for match, target in links(markdown, source):
         pieces += [markdown[end : match.start()], posixpath.relpath(uri_of(target), here)]
         end = match.end()
-    return "".join(pieces) + markdown[end:]
+    return CODE.sub(link, "".join(pieces) + markdown[end:])

@@ -1,7 +1,8 @@
 """Turn references to Python objects in docstrings into links of the site.
 
 Docstrings name objects as Sphinx does (a role, then the name in backquotes), which IDEs show well;
-the site is Markdown, where such a reference is a link to the object's anchor.
+the site is Markdown, where such a reference is a link to the object's anchor. The two colons before
+an indented block, which Sphinx asks for, become one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import griffe
 
+LITERAL = re.compile(r"::(?=\n\n[ \t])")
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`(~?)([\w.]+)`")
 
 
@@ -35,4 +37,4 @@ def rewritten(text: str, obj: griffe.Object) -> str:
         shown = name.rpartition(".")[2] if short else name
         return f'<autoref identifier="{path}" optional><code>{shown}</code></autoref>'
 
-    return ROLE.sub(link, text)
+    return ROLE.sub(link, LITERAL.sub(":", text))

@@ -1,6 +1,6 @@
 """The figures of the layers' pages: ``python docs/figures/draw.py`` writes them all as SVG.
 
-Blue is what answers a token, grey what does not. Everything flows from left to right.
+Blue are the parts that a token uses, grey the others. All flows from left to right.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Canvas:
     def box(
         self, x: float, y: float, text: str = "", w: float = 14, h: float = 6, on: bool = True
     ) -> None:
-        """Draw a box around a centre; ``on`` if it answers."""
+        """Draw a box around a centre; ``on`` if the token uses it."""
         patch = FancyBboxPatch(
             (x - w / 2, y - h / 2), w, h, boxstyle="round,pad=0,rounding_size=0.9",
             facecolor=PALE if on else GREY, edgecolor=BLUE if on else LINE, linewidth=1,
@@ -91,7 +91,7 @@ def experts(canvas: Canvas, names: Sequence[str], chosen: Sequence[int], x: floa
 
 
 def mixture(chooser: str, below: str, scores: Sequence[float], chosen: Sequence[int]) -> Canvas:
-    """Draw experts and who chooses among them."""
+    """Draw experts and the choice among them."""
     canvas = Canvas()
     canvas.ends(20)
     names = [f"expert {n + 1}" for n in range(len(scores))]
@@ -180,14 +180,14 @@ def product_keys(canvas: Canvas, grid_x: float) -> None:
             )
 
 
-def product_key_table(rows: str, answer: str) -> Canvas:
-    """Draw rows in a grid of product keys, and what is added up of those that are found."""
+def product_key_table(rows: str, output: str) -> Canvas:
+    """Draw rows in a grid of product keys, and the output of those that are found."""
     canvas = Canvas()
     canvas.ends(20)
     product_keys(canvas, 55)
     canvas.text(63, 32, rows, 7.5)
     canvas.text(63, 8, "top_k per head,\nh heads", 7)
-    canvas.arrow((71.5, 20), (84.6, 20), label=answer)
+    canvas.arrow((71.5, 20), (84.6, 20), label=output)
     return canvas
 
 
@@ -259,14 +259,14 @@ def fast_feed_forward() -> Canvas:
 
 
 def ultra_fast_fff() -> Canvas:
-    """Draw a tree whose nodes are the neurons that answer."""
+    """Draw a tree whose nodes are neurons, of which those on a path are used."""
     canvas = Canvas()
     canvas.ends(20)
     canvas.arrow((8, 20), (17.6, 20))
     last = tree(canvas, (0, 1, 2))
     for point in ((20, 20), (35, 11), last[2]):
         canvas.arrow((point[0] + 2.2, point[1] + 1), (84.8, 20), label="")
-    canvas.text(70, 30, "each node is a neuron;\nthose on the path answer:\nΣ act(w·x + b) v", 7.5)
+    canvas.text(70, 30, "each node is a neuron;\nthose on the path count:\nΣ act(w·x + b) v", 7.5)
     canvas.text(20, 26, "sign of w · x + b", 7)
     return canvas
 

@@ -31,7 +31,7 @@ OPTIONAL = {
     "triton": "pip install 'moezoo[gpu]'",
     "xformers": "pip install 'moezoo[xformers]'",
     "deepspeed": "pip install 'moezoo[deepspeed]'",
-    "megablocks": "see 'megablocks' in README.md: built from source, --no-deps",
+    "megablocks": "see 'megablocks' in docs/quickstart.md: built from source, --no-deps",
     "scattermoe": "build it from its source with --no-deps",
 }
 

@@ -6,12 +6,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from moezoo import __main__ as command
+from moezoo.analysis.usage import Evenness
 from moezoo.command.parser import function_parser, option_names
+from moezoo_train.measure.expert_load import ExpertLoad
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,9 +56,12 @@ def joined_name(words: list[str]) -> list[str]:
     return [two, *words[2:]] if two in command.COMMANDS else words
 
 
-def tree_of_readme() -> set[str]:
-    """The paths of README's annotated tree; two spaces of indent are one folder."""
-    (tree,) = (block for block in blocks(ROOT / "README.md", "text") if "README.md" in block)
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def tree_of_the_page() -> set[str]:
+    """The paths of the annotated tree; two spaces of indent are one folder."""
+    (tree,) = (block for block in blocks(ARCHITECTURE, "text") if "README.md" in block)
     paths, stack = set(), []
     for line in tree.splitlines():
         entry, _, note = line.strip().partition(" ")
@@ -82,7 +88,18 @@ def tree_of_files() -> set[str]:
 
 
 def test_the_tree_is_the_tree():
-    assert tree_of_readme() == tree_of_files()
+    assert tree_of_the_page() == tree_of_files()
+
+
+def test_files_and_folders_that_the_architecture_names_are_there():
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    named = re.findall(r"`([\w./]+(?:\.py|/))`", text)
+    assert len(named) > 60
+    assert [name for name in named if "/" in name and not (ROOT / name).exists()] == [
+        "model/"  # of a run
+    ]
+    folders = re.findall(r"^\| `([\w/]+/)` \|", text, re.MULTILINE)
+    assert len(folders) == len(set(folders)) > 15
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -90,6 +107,12 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_the_glossary_has_every_figure_of_the_load():
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    names = {field.name for of in (ExpertLoad, Evenness) for field in fields(of)} - {"layer"}
+    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
 def test_make_targets_exist():

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import moezoo
+from moezoo.command.tables import count
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 PAGES = {
     "CarvedMoE": "carving",
     "FastFeedForward": "fast_feed_forward",
@@ -58,6 +60,48 @@ def test_measured_figures_are_those_of_the_comparison():
                 assert random == (f"{ablation['value']:.3f}" if ablation else "–"), (page, line)
                 shown.add(line[0])
     assert set(measured) - {"dense_glu", "cmoe"} <= shown
+
+
+def test_the_result_in_the_readme_is_the_best_causal_row_of_each_layer():
+    rows = json.loads((DOCS / "compare" / "results.json").read_text(encoding="utf-8"))["rows"]
+    best: dict[str, dict] = {}
+    for row in rows:  # best first
+        if row["causal"]:
+            best.setdefault(row["layer"], row)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, section = readme.partition("\n## Result\n")
+    table = re.findall(r"^\| (\w+) \| (\w+) \|(.*)\|$", section.partition("\n## ")[0], re.MULTILINE)
+    shown = [
+        (name, layer, *(cell.strip(" *") for cell in cells.split("|")))
+        for name, layer, cells in table
+        if name != "method"
+    ]
+    assert shown == [
+        (
+            row["name"],
+            layer,
+            f"{row['loss']['value']:.3f}",
+            f"{row['random_loss']['value']:.3f}" if row["random_loss"] else "–",
+            count(row["total_parameters"]),
+        )
+        for layer, row in best.items()
+    ]
+    routed = [row for row in rows if row["gain"]]
+    ahead = [row for row in routed if row["gain"]["value"] > 0]
+    assert f"{len(ahead)} of the {len(routed)} methods that route beat their own random" in readme
+    assert f"all {len(rows)} rows" in readme
+
+
+def test_the_verdicts_in_the_readme_are_those_of_the_claims():
+    table = (
+        (DOCS / "claims.md").read_text(encoding="utf-8").partition("## At equal active FLOPs")[2]
+    )
+    verdicts = re.findall(r"\*\*(holds|fails|undecided)\*\* \|$", table, re.MULTILINE)
+    words = {3: "three", 5: "five", 7: "seven", 15: "fifteen"}
+    held, failed, open_ = (words[verdicts.count(v)] for v in ("holds", "fails", "undecided"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{words[len(verdicts)]} [claims of the literature]" in readme
+    assert f"{held} hold, {failed} fail and {open_} are undecided" in readme
 
 
 def test_every_figure_is_drawn_by_the_script():

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -53,12 +54,34 @@ def test_pages_below_docs_that_the_navigation_leaves_out_are_linked_to(site):
         ("docs/compare/table.md", "[x](../../README.md)", "[x](../README.md)"),
         ("models/cards/README.md", "[x](../../docs/compare.md)", "[x](../../compare.md)"),
         ("kernels/README.md", "[x](../docs/peer.md) [y](#z)", "[x](../peer.md) [y](#z)"),
+        ("docs/compare.md", "`compare/index.html`", "[`compare/index.html`](compare/index.html)"),
+        (
+            "README.md",
+            "`docs/compare/index.html`",
+            "[`docs/compare/index.html`](compare/index.html)",
+        ),
+        ("docs/compare.md", "`index.html` and `compare/table.md`", None),
         ("docs/peer.md", "[x](https://a.b/c.md) [y](gone.md)", None),
         ("docs/peer.md", "layers[0](hidden) and ![x](../../outside.png)", None),
     ],
 )
 def test_links_are_those_of_the_site(site, source, markdown, expected):
     assert site.rewritten(markdown, source) == (expected or markdown)
+
+
+def test_files_that_only_the_site_has_are_built_and_named_by_a_page(site):
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    for source in site.BUILT:
+        assert not (ROOT / source).exists()
+        assert any(f"`{site.uri_of(source)}`" in page for page in pages)
+
+
+def test_the_page_of_the_comparison_has_all_its_rows_and_pictures(site):
+    page = site.comparison_page()
+    rows = json.loads((ROOT / "docs/compare/results.json").read_text(encoding="utf-8"))["rows"]
+    assert page.count("<tr data-place=") == len(rows)
+    assert all(f">{row['name']}" in page for row in rows)
+    assert page.count("data:image/png;base64,") == 3
 
 
 def entry(plugin):
@@ -115,12 +138,14 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path):
     # References to objects became links, and none is left as it stands in the source.
     assert 'href="#moezoo.FeedForwardOutput"' in layers
     assert not re.search(r":(?:class|func|meth|mod):`", layers)
-    # Whole pages among the documents are not written over by pages made of Markdown.
-    for page in (ROOT / "docs").rglob("*.html"):
-        copy = tmp_path / page.relative_to(ROOT / "docs")
-        assert copy.read_bytes() == page.read_bytes(), page
+    assert "::</p>" not in layers
+    # The page of the comparison is there, is linked to, and compare.md is not written over it.
+    comparison = (tmp_path / "compare/index.html").read_text(encoding="utf-8")
+    assert comparison.count("<img") == 3
+    assert 'href="compare/index.html"' in (tmp_path / "compare.html").read_text(encoding="utf-8")
     for page in pages:
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|iframe)[^>]*\bsrc=\"([^\"]+)", text)
         loaded += re.findall(r"<link[^>]*rel=\"(?:stylesheet|preconnect|icon)\"[^>]*>", text)
-        assert not [where for where in loaded if "//" in where], page
+        elsewhere = [where for where in loaded if "//" in where.partition("data:")[0]]
+        assert elsewhere == [], page

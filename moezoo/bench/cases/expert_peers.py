@@ -16,7 +16,7 @@ TRANSFORMERS = Package("transformers")
 SCATTERMOE = Package(
     "scattermoe", "pip install --no-deps git+https://github.com/shawntan/scattermoe"
 )
-MEGABLOCKS = Package("megablocks", "see 'megablocks' in README.md")
+MEGABLOCKS = Package("megablocks", "see 'megablocks' in docs/quickstart.md")
 TORCHTITAN = Package("torchtitan", "pip install --no-deps torchtitan spmd_types torchdata tyro")
 
 

@@ -232,7 +232,7 @@ def draw(found: Sequence[Setting]) -> Figure:
 def _draw_chain(
     axes: Any, chain: Sequence[Setting], measure: str, factor: float, number: int, method: str
 ) -> None:
-    color = _COLORS[number % len(_COLORS)].light
+    color = _COLORS[number % len(_COLORS)]
     kept = [getattr(each, measure) for each in chain]
     learned = [each.new_facts for each in chain]
     axes.errorbar(

@@ -74,7 +74,7 @@ def draw_lines(
                 yerr=[value.error or 0.0 for _, value in known],
                 fmt="x" if line.name == grey else _MARKS[number % len(_MARKS)],
                 linestyle=(0, (4, 3)) if line.name == grey else "-",
-                color=color.light,
+                color=color,
                 markersize=5,
                 linewidth=1.2,
                 capsize=2.5,

@@ -14,6 +14,12 @@ from moezoo_train.experiments.compare.execution import RunResult
 from moezoo_train.experiments.compare.settings import MEASURES, Claim
 
 COLUMNS = ("claim", "paper", "verdict", "compared", "measure", ">difference", ">95 % interval")
+HOW = (
+    "A difference is the mean over seeds of the right row's measure less the left one's; a "
+    "claim holds if the 95 % interval of each (Student's t, paired by seed) lies above zero, "
+    "fails if one lies below, and is undecided else."
+)
+"""How claims are judged, for readers of their table."""
 
 
 @dataclass(frozen=True)
@@ -106,28 +112,29 @@ def judge(claims: Mapping[str, Claim], results: Iterable[RunResult]) -> list[Jud
     ]
 
 
+def cells_of(one: Judged) -> list[list[str]]:
+    """Return a line of text per contest, below :data:`COLUMNS`; the claim is in the first only."""
+    first = [one.claim.says, one.claim.paper, one.verdict]
+    return [
+        [
+            *(first if number == 0 else [""] * 3),
+            f"{contest.lower} < {contest.higher}",
+            one.claim.measure,
+            _difference(contest),
+            _interval(contest),
+        ]
+        for number, contest in enumerate(one.contests)
+    ]
+
+
 def markdown(title: str, judged: Sequence[Judged], notes: Iterable[str]) -> str:
     """Write what became of the claims in Markdown."""
     lines = []
     for one in judged:
-        for number, contest in enumerate(one.contests):
-            first = [one.claim.says, one.claim.paper, f"**{one.verdict}**"]
-            lines.append(
-                [
-                    *(first if number == 0 else [""] * 3),
-                    f"{contest.lower} < {contest.higher}",
-                    one.claim.measure,
-                    _difference(contest),
-                    _interval(contest),
-                ]
-            )
+        for says, paper, verdict, *rest in cells_of(one):
+            lines.append([says, paper, f"**{verdict}**" if verdict else "", *rest])
     table = "\n".join(markdown_lines(COLUMNS, lines))
-    how = (
-        "A difference is the mean over seeds of the right row's measure less the left one's; a "
-        "claim holds if the 95 % interval of each (Student's t, paired by seed) lies above zero, "
-        "fails if one lies below, and is undecided else.\n"
-    )
-    return "\n\n".join([f"# {title}", table, how, *notes])
+    return "\n\n".join([f"# {title}", table, f"{HOW}\n", *notes])
 
 
 def _difference(contest: Contest) -> str:

@@ -12,7 +12,7 @@ from moezoo_train.experiments.compare.claims import Judged
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {"holds": GREEN.light, "fails": RED.light, "undecided": GREY.light}
+COLORS = {"holds": GREEN, "fails": RED, "undecided": GREY}
 AXES = {
     "loss": "validation loss saved (nats per token)",
     "busiest": "busiest ÷ mean, less by",

@@ -1,31 +1,54 @@
-"""One HTML page of a comparison that needs nothing else: no network, no other file."""
+"""One HTML page of a comparison that needs nothing else: no network, no other file.
+
+It has the table, to be sorted by any column, and the pictures as they are; what draws them is
+:mod:`moezoo_train.experiments.compare.figure` alone.
+"""
 
 from __future__ import annotations
 
+import base64
 import html
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from moezoo.errors import InputError
-from moezoo_train.experiments.common.statistics import Mean
-from moezoo_train.experiments.compare.claims import judge, parse_claims
-from moezoo_train.experiments.compare.curves import Curve, focus, parse_curves
+from moezoo_train.experiments.compare import claims
+from moezoo_train.experiments.compare.curves import Curve, parse_curves
 from moezoo_train.experiments.compare.execution import RunResult
-from moezoo_train.experiments.compare.results import Row, loads, parse_row
-from moezoo_train.experiments.compare.row_colors import FAMILIES, by_family, colors, family
-from moezoo_train.experiments.compare.table import COLUMNS, HELP, NOTHING, cells_of, keys_of
-from moezoo_train.measure.report import finite_or_null
+from moezoo_train.experiments.compare.results import Row, parse_row
+from moezoo_train.experiments.compare.table import COLUMNS, HELP, cells_of, keys_of
 from moezoo_train.measure.writing import write_text
 
-SCRIPTS = ("drawing.js", "charts.js", "table.js", "page.js")
-MOST_POINTS = 160
-"""Points of a curve on the page; more of them are averaged in groups."""
+PICTURES = {
+    "loss": (
+        "Validation loss",
+        "A dot is the method, the ring joined to it the same model with random routing, where the "
+        "choice of experts, slots or neurons ignores the token. The line is the baseline. Further "
+        "left is better.",
+    ),
+    "compute": (
+        "Training loss against training compute",
+        "Compute counts three times the active FLOPs of the forward pass; trees and top-k layers "
+        "compute more than that while training, which tokens/s in the table shows. The first "
+        "quarter of a run is cut off above.",
+    ),
+    "parameters": (
+        "Validation loss against active parameters",
+        "Active parameters are those that one token uses; a memory or a mixture holds more.",
+    ),
+    "load": (
+        "Load and usage",
+        "Which experts, slots or neurons the held-out text was routed to. Evenness is the entropy "
+        "of the load over its maximum; used is the share of them that any token of a batch was "
+        "routed to; unevenness is the KL divergence of their total gate weights from uniform.",
+    ),
+}
+"""Title and caption of the pictures that a page shows, by file stem, in order."""
 
 
 @dataclass(frozen=True)
@@ -71,75 +94,50 @@ def read_comparison(folder: Path) -> Finished:
         raise InputError(f"comparison: {folder} holds none that can be read: {error}") from error
 
 
-def write_page(path: Path, comparison: Finished) -> None:
-    """Write the page of a comparison; without curves it has no chart of them."""
-    write_text(path, render(contents(comparison)))
+def write_page(folder: Path, comparison: Finished, pictures: Iterable[str]) -> None:
+    """Write ``index.html`` beside the pictures of a comparison.
+
+    Args:
+        folder: where the pictures are.
+        comparison: what the page is about.
+        pictures: names of the pictures' files; a page shows the PNG ones that it knows.
+    """
+    shown = {Path(name).stem for name in pictures} & PICTURES.keys()
+    found = {stem: (folder / f"{stem}.png").read_bytes() for stem in shown}
+    write_text(folder / "index.html", render(comparison, found))
 
 
-def contents(comparison: Finished) -> dict[str, Any]:
-    """Gather what the page shows."""
-    whole, rows, results = comparison.whole, comparison.rows, comparison.results
-    experiment = whole["experiment"]
-    baseline, num_layers = experiment["baseline"], experiment["model"]["num_layers"]
-    palette, measures = colors(rows, baseline), loads(rows, results)
-    title, _, subtitle = str(whole["title"]).partition(": ")
-    grouped = by_family(rows, baseline)
-    return {
-        "title": title,
-        "subtitle": subtitle,
-        "notes": whole["notes"],
-        "command": whole.get("command"),
-        "config": comparison.config,
-        "versions": versions(results),
-        "runs": len(results),
-        "baseline": baseline,
-        "families": [name for name in FAMILIES if any(family(row) == name for row in rows)]
-        if grouped
-        else [],
-        "columns": [
-            {"name": name.lstrip(">"), "numeric": name.startswith(">"), "help": HELP[name]}
-            for name in COLUMNS
-        ],
-        "rows": [
-            {
-                "name": row.name,
-                "layer": row.layer,
-                "family": family(row),
-                "color": [palette[row.name].light, palette[row.name].dark],
-                "causal": row.causal,
-                "cells": cells_of(row, num_layers),
-                "keys": keys_of(row, num_layers),
-                "loss": _mean(row.loss),
-                "random": _mean(row.random_loss),
-                "gain": _mean(row.gain),
-                "active": row.active_parameters,
-                "load": {name: _mean(value) for name, value in measures.get(row.name, {}).items()},
-            }
-            for row in rows
-        ],
-        "curves": [_curve(curve) for curve in comparison.curves],
-        "claims": [
-            {
-                "says": one.claim.says,
-                "paper": one.claim.paper,
-                "measure": one.claim.measure,
-                "verdict": one.verdict,
-                "contests": [
-                    {
-                        "lower": contest.lower,
-                        "higher": contest.higher,
-                        "gain": _mean(contest.gain),
-                        "interval": contest.interval,
-                        "verdict": contest.verdict,
-                    }
-                    for contest in one.contests
-                ],
-            }
-            for one in judge(parse_claims(whole), results)
-        ],
-        "focus": focus(comparison.curves),
-        "nothing": NOTHING,
+def render(comparison: Finished, pictures: Mapping[str, bytes]) -> str:
+    """Return the page; no text of a comparison is taken for markup.
+
+    Args:
+        comparison: what it is about.
+        pictures: PNG files, by the names in :data:`PICTURES`.
+    """
+    template = files("moezoo_train.experiments.compare") / "template"
+
+    def read(name: str) -> str:
+        return (template / name).read_text(encoding="utf-8")
+
+    heading, _, subtitle = str(comparison.whole["title"]).partition(": ")
+    notes = comparison.whole["notes"]
+    judged = claims.judge(claims.parse_claims(comparison.whole), comparison.results)
+    parts = {
+        "title": html.escape(f"{heading} · {subtitle or 'moezoo'}"),
+        "heading": html.escape(heading),
+        "subtitle": html.escape(subtitle),
+        "lead": html.escape(notes[0] if notes else ""),
+        "table": _table(comparison),
+        "columns": _terms((name.lstrip(">"), text) for name, text in HELP.items()),
+        "claims": _claims(judged) if judged else "",
+        "pictures": "\n".join(
+            _picture(stem, pictures[stem]) for stem in PICTURES if stem in pictures
+        ),
+        "conditions": _conditions(comparison),
+        "style": read("style.css"),
+        "script": read("sort.js"),
     }
+    return re.sub(r"\{\{(\w+)\}\}", lambda marker: parts[marker[1]], read("index.html"))
 
 
 def versions(results: Iterable[RunResult]) -> list[dict[str, Any]]:
@@ -153,45 +151,83 @@ def versions(results: Iterable[RunResult]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _mean(mean: Mean | None) -> list[float | None] | None:
-    return None if mean is None else [mean.value, mean.error]
+def _table(comparison: Finished) -> str:
+    num_layers = comparison.whole["experiment"]["model"]["num_layers"]
+    head = [
+        f'<th{_class(name)} scope="col"{_sorted(name)}>'
+        f'<button type="button" title="{html.escape(HELP[name])}">{name.lstrip(">")}</button></th>'
+        for name in COLUMNS
+    ]
+    lines = []
+    for place, row in enumerate(comparison.rows):
+        cells = zip(COLUMNS, cells_of(row, num_layers), keys_of(row, num_layers), strict=True)
+        line = "".join(
+            f"<td{_class(name)}{_key(key)}>{html.escape(text)}</td>" for name, text, key in cells
+        )
+        lines.append(f'<tr data-place="{place}">{line}</tr>')
+    return (
+        f'<table class="sortable"><thead><tr>{"".join(head)}</tr></thead>\n'
+        + "<tbody>\n{}\n</tbody></table>".format("\n".join(lines))
+    )
 
 
-def _curve(curve: Curve) -> dict[str, Any]:
-    size = math.ceil(len(curve.points) / MOST_POINTS)
-    groups = [curve.points[n : n + size] for n in range(0, len(curve.points), size)]
-    losses = [sum(point.loss for point in group) / len(group) for group in groups]
-    errors = [[point.error for point in group if point.error is not None] for group in groups]
-    return {
-        "row": curve.row,
-        "random": curve.random,
-        "tokens": [group[-1].tokens for group in groups],
-        "flops": [_short(group[-1].flops) for group in groups],
-        "seconds": [_short(group[-1].seconds) for group in groups],
-        "loss": [_short(loss) for loss in losses],
-        "error": [_short(max(group)) if group else None for group in errors],
-    }
+def _class(name: str) -> str:
+    return ' class="number"' if name.startswith(">") else ""
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+def _sorted(name: str) -> str:
+    return ' aria-sort="ascending"' if name == ">val loss" else ""  # rows are best first
 
 
-def render(data: Mapping[str, Any]) -> str:
-    """Put contents into the template, so that no text of theirs is taken for markup."""
-    template = files("moezoo_train.experiments.compare") / "template"
+def _key(key: str | float | None) -> str:
+    missing = key is None or key != key  # a loss that is not a number is last, too
+    return "" if missing else f' data-key="{html.escape(str(key))}"'
 
-    def read(name: str) -> str:
-        return (template / name).read_text(encoding="utf-8")
 
-    # Inside a script element only "<" could end it; "&" and ">" are escaped for good measure.
-    text = json.dumps(finite_or_null(data), allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    parts = {
-        "title": html.escape(f"{data['title']} · {data['subtitle'] or 'moezoo'}"),
-        "style": read("style.css"),
-        "script": "\n".join(read(name) for name in SCRIPTS),
-        "data": text,
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda marker: parts[marker[1]], read("index.html"))
+def _claims(judged: Sequence[claims.Judged]) -> str:
+    head = "".join(f'<th scope="col">{name.lstrip(">")}</th>' for name in claims.COLUMNS)
+    lines = []
+    for one in judged:
+        for contest, cells in zip(one.contests, claims.cells_of(one), strict=True):
+            says, paper, verdict, *rest = map(html.escape, cells)
+            line = f'<td class="says">{says}</td><td>{paper}</td>'
+            line += f'<td class="{one.verdict}">{verdict}</td>'
+            line += "".join(f'<td class="{contest.verdict}">{cell}</td>' for cell in rest)
+            lines.append(f"<tr>{line}</tr>")
+    body = "\n".join(lines)
+    return (
+        f'<section class="card"><h2>Claims</h2><p>{claims.HOW}</p><div class="scroll">'
+        f'<table id="claims"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
+        "</div></section>"
+    )
+
+
+def _picture(stem: str, content: bytes) -> str:
+    title, caption = PICTURES[stem]
+    data = base64.b64encode(content).decode("ascii")
+    return (
+        f'<section class="card" id="{stem}"><h2>{title}</h2><p>{caption}</p>'
+        f'<img src="data:image/png;base64,{data}" alt="{title}; the numbers are in the table">'
+        "</section>"
+    )
+
+
+def _conditions(comparison: Finished) -> str:
+    notes = [*comparison.whole["notes"]]
+    for version in versions(comparison.results):
+        runs = version.pop("runs")
+        notes.append(f"{runs} runs: {', '.join(f'{k} {v}' for k, v in version.items())}.")
+    parts = ["<ul>{}</ul>".format("".join(f"<li>{html.escape(note)}</li>" for note in notes))]
+    if command := comparison.whole.get("command"):
+        parts.append(f"<p>Made by</p><pre><code>{html.escape(command)}</code></pre>")
+    if comparison.config:
+        parts.append(
+            "<details><summary>config.yaml, in full</summary>"
+            f"<pre><code>{html.escape(comparison.config)}</code></pre></details>"
+        )
+    return "\n".join(parts)
+
+
+def _terms(pairs: Iterable[tuple[str, str]]) -> str:
+    lines = (f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in pairs)
+    return f"<dl>{''.join(lines)}</dl>"

@@ -57,9 +57,9 @@ def compute(rows: Sequence[Row], curves: Sequence[Curve], baseline: str, caption
             continue
         name = shown[place]
         if name != baseline:
-            _curve(axes, by_run.get((baseline, False)), power, GREY.light, "-", 1.0)
-        _curve(axes, by_run.get((name, True)), power, palette[name].light, (0, (3, 1.5)), 1.2)
-        _curve(axes, by_run[name, False], power, palette[name].light, "-", 1.6)
+            _curve(axes, by_run.get((baseline, False)), power, GREY, "-", 1.0)
+        _curve(axes, by_run.get((name, True)), power, palette[name], (0, (3, 1.5)), 1.2)
+        _curve(axes, by_run[name, False], power, palette[name], "-", 1.6)
         axes.set_title(name, fontsize=7.5, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -101,7 +101,7 @@ def _key(figure: Figure, baseline: str) -> None:
     handles = [
         Line2D([], [], color="black", linewidth=1.6, label="method"),
         Line2D([], [], color="black", ls=(0, (3, 1.5)), linewidth=1.2, label="random routing"),
-        Line2D([], [], color=GREY.light, linewidth=1.0, label=f"{baseline}, the baseline"),
+        Line2D([], [], color=GREY, linewidth=1.0, label=f"{baseline}, the baseline"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=7.5)
 
@@ -128,7 +128,7 @@ def parameters(rows: Sequence[Row], baseline: str, caption: str) -> Figure:
             loss.value,
             yerr=loss.error,
             fmt="o",
-            color=palette[row.name].light,
+            color=palette[row.name],
             markersize=4.5,
             capsize=2,
             linewidth=1,
@@ -174,7 +174,7 @@ def _names(
             textcoords="axes fraction",
             va="center",
             fontsize=7,
-            color=palette[row.name].light,
+            color=palette[row.name],
             arrowprops=leader,
             annotation_clip=False,
         )
@@ -237,7 +237,7 @@ def load(
                     place,
                     xerr=value.error,
                     fmt="o",
-                    color=palette[row.name].light,
+                    color=palette[row.name],
                     markersize=4.5,
                     capsize=2,
                     linewidth=1,

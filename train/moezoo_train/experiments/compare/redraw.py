@@ -32,7 +32,7 @@ def redraw(folder: Path) -> list[str]:
         found.whole["notes"][0],
         judge(parse_claims(found.whole), found.results),
     )
-    write_page(folder / "index.html", found)
+    write_page(folder, found, pictures)
     return [*pictures, "index.html"]
 
 

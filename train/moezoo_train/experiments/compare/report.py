@@ -69,9 +69,8 @@ def write_report(
     pictures = draw(
         output, rows, curves, loads(rows, results), experiment.baseline, notes[0], judged
     )
-    write_page(
-        output / "index.html", Finished(whole, rows, results, list(curves), texts["config.yaml"])
-    )
+    finished = Finished(whole, rows, results, list(curves), texts["config.yaml"])
+    write_page(output, finished, pictures)
     print_table(title, PRINTED, [line[: len(PRINTED)] for line in cells])
     for note in notes:
         print(note)

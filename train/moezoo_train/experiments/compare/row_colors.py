@@ -13,7 +13,6 @@ from moezoo_train.experiments.common.palette import (
     PINK,
     RED,
     SKY,
-    Color,
 )
 from moezoo_train.experiments.compare.results import Row
 
@@ -47,7 +46,7 @@ def family(row: Row) -> str:
     return _FAMILY_OF.get(row.layer, "other")
 
 
-def colors(rows: Sequence[Row], baseline: str) -> dict[str, Color]:
+def colors(rows: Sequence[Row], baseline: str) -> dict[str, str]:
     """Return a colour for every row: its own while there are enough of them, else its family's.
 
     Args:
@@ -59,8 +58,3 @@ def colors(rows: Sequence[Row], baseline: str) -> dict[str, Color]:
         found = dict(zip(others, _OWN, strict=False))
         return {row.name: found.get(row.name, GREY) for row in rows}
     return {row.name: GREY if row.name == baseline else FAMILIES[family(row)] for row in rows}
-
-
-def by_family(rows: Sequence[Row], baseline: str) -> bool:
-    """Return whether :func:`colors` gives each family a colour."""
-    return len([row for row in rows if row.name != baseline]) > len(_OWN)
