@@ -11,8 +11,14 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 import moezoo
 from moezoo import InputError, ParameterGroup
+from moezoo_kernels import native as kernels
 from moezoo_models import MoezooConfig, MoezooForCausalLM
-from moezoo_train.optim.muon import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, orthogonalize
+from moezoo_train.optim.muon import (
+    NEWTON_SCHULZ,
+    NEWTON_SCHULZ_STEPS,
+    iterate,
+    orthogonalize,
+)
 from moezoo_train.optim.optimizer import (
     CombinedOptimizer,
     OptimizerConfig,
@@ -175,7 +181,7 @@ def test_muon_computes_in_fp32_on_a_cpu_and_in_bf16_elsewhere(model, monkeypatch
     muon = OptimizerConfig("muon")
     seen = []
     monkeypatch.setattr(
-        "moezoo_train.optim.muon.orthogonalize", lambda matrix, dtype: seen.append(dtype) or matrix
+        "moezoo_train.optim.muon.orthogonalize", lambda stack, dtype: seen.append(dtype) or stack
     )
     fill_gradients(model, 0)
     on_cpu = build_optimizer(model, muon)
@@ -310,11 +316,27 @@ def test_bad_schedule_options():
         ScheduleConfig(warmup_steps=-1)
 
 
+@pytest.mark.parametrize("native", ["", "off"])
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
-def test_orthogonalization_is_torchs(shape):
+def test_orthogonalization_is_torchs(shape, native, monkeypatch):
+    monkeypatch.setattr(kernels, "load", kernels.load if native == "" else lambda: "off")
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = _zeropower_via_newtonschulz(matrix, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, 1e-7)
-    assert torch.equal(orthogonalize(matrix, torch.bfloat16), expected)
-    precise = orthogonalize(matrix, torch.float32)
+    [rounded] = orthogonalize([matrix], torch.bfloat16)
+    assert torch.equal(rounded, expected)
+    stack = torch.stack([matrix, -matrix, 3 * matrix])
+    [precise, stacked] = orthogonalize([matrix.clone(), stack], torch.float32)
     torch.testing.assert_close(precise, expected.float(), rtol=0, atol=3e-2)
-    torch.testing.assert_close(orthogonalize(matrix.double(), torch.float64).float(), precise)
+    [doubled] = orthogonalize([matrix.double()], torch.float64)
+    torch.testing.assert_close(doubled.float(), precise, rtol=0, atol=1e-5)
+    signs = torch.tensor([1.0, -1.0, 1.0]).reshape(3, 1, 1)
+    torch.testing.assert_close(
+        stacked * signs, doubled.float().expand(3, -1, -1), rtol=0, atol=1e-5
+    )
+
+
+def test_transposed_and_empty_matrices_are_orthogonalized():
+    transposed = torch.randn(9, 4).T
+    [result, none] = orthogonalize([transposed.clone(), torch.zeros(0, 3, 4)], torch.float32)
+    torch.testing.assert_close(result, iterate(transposed), rtol=0, atol=1e-5)
+    assert none.shape == (0, 3, 4)
