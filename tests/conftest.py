@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from moezoo import dtype_speed
+
 # Without it cuBLAS refuses to run under torch.use_deterministic_algorithms (`poison_empty`).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# Commands that tests start measure the machine's dtypes once for all of them, not for its user.
+os.environ["MOEZOO_CACHE"] = os.path.join(tempfile.gettempdir(), "moezoo-tests")
+SPEEDS = dtype_speed.speeds
 
 RANKS = (
     "MASTER_ADDR",
@@ -50,6 +57,20 @@ def forget_ranks() -> Iterator[None]:
     yield
     for name in RANKS:
         os.environ.pop(name, None)
+
+
+@pytest.fixture
+def real_dtype_speed():
+    """Return what measures the dtypes of this machine, which no other test does."""
+    return SPEEDS
+
+
+@pytest.fixture(autouse=True)
+def same_dtype_speed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tests decide as on a CPU where bf16 is slower, whatever this machine is."""
+    products = {torch.float32: 100.0, torch.bfloat16: 50.0, torch.float16: 50.0}
+    figures = dtype_speed.Speeds(products, training=0.5)
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: figures)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import moezoo
+from moezoo.dtype_speed import cpu_name
 from moezoo_kernels import native
 
 _PACKAGES = (
@@ -54,16 +55,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "variables": {name: os.environ.get(name, "unset") for name in _VARIABLES},
     }
-
-
-def cpu_name() -> str:
-    """Name the processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
-            return next(names, platform.machine())
-    except OSError:
-        return platform.processor() or platform.machine()
 
 
 def _version(distribution: str) -> str | None:

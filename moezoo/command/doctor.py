@@ -11,8 +11,9 @@ import sys
 import torch
 
 import moezoo
-from moezoo.bench.environment import cpu_name
+from moezoo import dtype_speed
 from moezoo.command.tables import print_table
+from moezoo.dtype_speed import cpu_name
 
 PACKAGES = (
     "numpy",
@@ -40,6 +41,7 @@ def doctor() -> None:
     """Show versions, devices, and which backends are usable or why not."""
     print_table("versions", ["package", "version"], _versions())
     print_table("devices", ["device", "what"], _devices())
+    print_table("dtypes on the CPU", ["what", ">fp32", ">bf16", ">fp16", "chosen"], _dtypes())
     print_table("backends", ["op", "backend", "device", "usable", "why not"], _backends())
     print_table("optional packages", ["package", "version", "usable", "why not"], _optional())
 
@@ -67,6 +69,23 @@ def _devices() -> list[list[str]]:
     if torch.backends.mps.is_available():
         rows.append(["mps", "Apple GPU"])
     return rows
+
+
+def _dtypes() -> list[list[str]]:
+    """Show what was measured, and what ``auto`` makes of it."""
+    figures = dtype_speed.speeds()
+    products = [f"{figures.products[dtype]:.3g}" for dtype in dtype_speed.DTYPES]
+    fast = [
+        name
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+        if not dtype_speed.is_slow(dtype)
+    ]
+    as_saved = f"{' and '.join(fast)} checkpoints as saved" if fast else "all checkpoints in fp32"
+    step = [f"{1:.2f}×", f"{figures.training:.2f}×", "-"]
+    return [
+        ["products, GFLOP/s", *products, f"muon_dtype {dtype_speed.muon_dtype('cpu')}; {as_saved}"],
+        ["a training step", *step, f"precision {dtype_speed.training_precision('cpu')}"],
+    ]
 
 
 def _backends() -> list[list[str]]:

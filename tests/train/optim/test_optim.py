@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 import moezoo
-from moezoo import InputError, ParameterGroup
+from moezoo import InputError, ParameterGroup, dtype_speed
 from moezoo_kernels import native as kernels
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_train.optim.muon import (
@@ -192,6 +192,14 @@ def test_muon_computes_in_fp32_on_a_cpu_and_in_bf16_elsewhere(model, monkeypatch
     elsewhere = copy.deepcopy(model).to("meta")  # no CPU, and there on every machine
     assert _muon_dtypes(build_optimizer(elsewhere, muon)) == {"bfloat16"}
     assert muon.on("cuda:1").muon_dtype == "bfloat16"
+
+
+def test_muon_computes_in_bf16_on_a_cpu_that_is_quick_at_it(model, monkeypatch):
+    products = {torch.float32: 100.0, torch.bfloat16: 900.0, torch.float16: 50.0}
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: dtype_speed.Speeds(products, 1.0))
+    optimizer = build_optimizer(model, OptimizerConfig("muon"))
+    assert _muon_dtypes(optimizer) == {"bfloat16"}
+    assert OptimizerConfig("muon").on("cpu").muon_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

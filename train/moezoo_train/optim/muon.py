@@ -23,9 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from moezoo_train.adapters.torch_core import adjusted_muon_lr
-
 from moezoo_kernels import newton_schulz
+from moezoo_train.adapters.torch_core import adjusted_muon_lr
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 """Coefficients of the quintic iteration, as published by Muon's author and default in torch."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 
-from moezoo import FeedForward, ParameterGroup
+from moezoo import FeedForward, ParameterGroup, dtype_speed
 from moezoo.errors import InputError, check_choice, check_number
 from moezoo.experts import MLPExperts
 from moezoo_models.checkpoints.stock import stacked_experts
@@ -43,8 +43,9 @@ class OptimizerConfig:
             gives it AdamW's size, so that muon_lr can equal lr.
         muon_dtype: arithmetic of Muon's orthogonalisation: ``bfloat16``, as its author's;
             ``float32``, in which the number of processes does not show in the result; or ``auto``:
-            float32 on a CPU, few of which multiply bf16 quickly, and bfloat16 on accelerators. A
-            resumed run keeps what it began with.
+            bfloat16 on accelerators, and on a CPU float32, unless its products in bf16 are
+            measured to be so much faster that it pays (:mod:`moezoo.dtype_speed`). A resumed run
+            keeps what it began with.
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
@@ -78,8 +79,9 @@ class OptimizerConfig:
             return self
         # Without Muon it says nothing, and stays what it was before there was a choice: results
         # that were kept since then are still those of the same configuration.
-        slow = self.name == "muon" and torch.device(device).type == "cpu"
-        return replace(self, muon_dtype="float32" if slow else "bfloat16")
+        kind = torch.device(device).type
+        chosen = dtype_speed.muon_dtype(kind) if self.name == "muon" else "bfloat16"
+        return replace(self, muon_dtype=cast(Literal["bfloat16", "float32"], chosen))
 
     def here(self) -> OptimizerConfig:
         """Return what :meth:`on` does for the device that comparisons train on."""

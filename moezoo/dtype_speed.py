@@ -1,0 +1,251 @@
+"""What a dtype is worth on this CPU: measured once per machine, and remembered.
+
+Flags do not tell. Without instructions for bf16, a CPU multiplies it 15 to 50 times slower than
+fp32; with them, products are quicker, but casts can make training in ``bf16-mixed`` slower than in
+fp32. So both are timed: products of matrices, and a small training step. It takes a fraction of a
+second. The figures are kept in ``dtype_speed.json`` in ``$MOEZOO_CACHE`` (default:
+``~/.cache/moezoo``) under the CPU's name, torch's version, the number of threads and the variables
+that choose instructions. Accelerators are not measured: they compute in bf16.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from moezoo.atomic import atomic_write
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CLEARLY_FASTER = 1.1
+"""How many times as fast bf16-mixed training has to be before it is chosen on a CPU."""
+FASTER_FOR_MUON = 4.0
+"""The same of bf16 products for Muon, which in fp32 needs half of them."""
+
+SLOW = 1.5
+"""How many times as long as in fp32 products take in a dtype in which nothing is loaded unasked."""
+
+_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+_REPETITIONS = 5
+_ENOUGH = 0.03
+"""Seconds after which a measurement is not repeated."""
+
+
+class Speeds(NamedTuple):
+    """What was measured on the CPU.
+
+    Attributes:
+        products: GFLOP/s of matrix products, by dtype.
+        training: how many times as fast as in fp32 a training step is in ``bf16-mixed``.
+    """
+
+    products: dict[torch.dtype, float]
+    training: float
+
+    def slowdown(self, dtype: torch.dtype) -> float:
+        """Return how many times longer than in fp32 products take; 1 if no longer, or unknown."""
+        own = self.products.get(dtype)
+        return max(1.0, self.products[torch.float32] / own) if own else 1.0
+
+
+def training_precision(device: str) -> str:
+    """Return what ``trainer.precision: auto`` stands for on ``cpu``, ``cuda`` or ``mps``.
+
+    Several processes on CPUs train in fp32, since what each would measure may differ.
+    """
+    if device == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    if device != "cpu" or _many_processes():
+        return "32-true"
+    return "bf16-mixed" if speeds().training >= CLEARLY_FASTER else "32-true"
+
+
+def muon_dtype(device: str) -> str:
+    """Return what ``muon_dtype: auto`` stands for on a kind of device."""
+    if device != "cpu":
+        return "bfloat16"
+    if _many_processes():
+        return "float32"
+    products = speeds().products
+    fast = products[torch.bfloat16] >= FASTER_FOR_MUON * products[torch.float32]
+    return "bfloat16" if fast else "float32"
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Return whether products on this CPU take clearly longer in a dtype than in fp32."""
+    return speeds().slowdown(dtype) >= SLOW
+
+
+def cost_of_training(precision: str, device: str) -> str | None:
+    """Return a line on what a precision costs on a CPU against fp32; None if it costs nothing."""
+    if device != "cpu":
+        return None
+    figures = speeds()
+    if precision == "bf16-mixed":
+        times = 1 / figures.training
+    elif precision == "bf16-true":
+        times = figures.slowdown(torch.bfloat16)
+    else:
+        return None
+    if times < CLEARLY_FASTER:
+        return None
+    return f"{precision} is about {ratio(times)} slower than 32-true on this CPU"
+
+
+def ratio(times: float) -> str:
+    """Write a ratio as it is known: 1.3×, 4×, 30×."""
+    if times < 1.95:
+        return f"{times:.1f}×"
+    return f"{round(times, -1 if times >= 20 else 0):.0f}×"
+
+
+@cache
+def speeds() -> Speeds:
+    """Return the CPU's figures: those on the disk, or measured now, and then kept there."""
+    path, key = _path(), _key()
+    known = _read(path)
+    if (found := _parse(known.get(key))) is not None:
+        return found
+    measured = measure()
+    figures = {
+        "gflops": {_name(dtype): value for dtype, value in measured.products.items()},
+        "bf16_mixed_training": measured.training,
+    }
+    try:
+        with atomic_write(path, "w") as file:
+            json.dump(known | {key: figures}, file, indent=2)
+    except OSError:
+        pass  # measured again by the next process
+    return measured
+
+
+def measure() -> Speeds:
+    """Time products of matrices in each dtype, and a training step in two precisions."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(False):
+        products = _measure_products()
+        share = products[torch.bfloat16] / products[torch.float32]
+        # Slow products alone decide, and a step would take seconds.
+        return Speeds(products, share if share < 1 else _measure_training())
+
+
+def _measure_products() -> dict[torch.dtype, float]:
+    rows, width = 64, 256
+    x, weight = torch.randn(rows, width), torch.randn(width, width)
+    seconds = {}
+    for dtype in DTYPES:
+        a, b = x.to(dtype), weight.to(dtype)
+        a[:2] @ b.T  # what the first product sets up
+        seconds[dtype] = _seconds(lambda a=a, b=b: a @ b.T)  # type: ignore[misc]
+    flops = 2 * rows * width * width
+    return {dtype: flops / taken / 1e9 for dtype, taken in seconds.items()}
+
+
+def _measure_training() -> float:
+    """Step two linear maps and a gated MLP of the recipes' size in both precisions, by turns."""
+    tokens, width, hidden = 256, 256, 352
+    x = torch.randn(tokens, width)
+    first, last, gate_up, down = (
+        (torch.randn(shape) * width**-0.5).requires_grad_()
+        for shape in ((width, width), (width, width), (2 * hidden, width), (width, hidden))
+    )
+
+    def step(mixed: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            y = F.rms_norm(F.linear(x, first), (width,))
+            gate, up = F.linear(y, gate_up).chunk(2, dim=-1)
+            y = F.rms_norm(y + F.linear(F.silu(gate) * up, down), (width,))
+            loss = F.linear(y, last).float().square().mean()
+        torch.autograd.grad(loss, (first, last, gate_up, down))
+
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    for mixed in (False, True):
+        step(mixed)
+    for _ in range(_REPETITIONS):
+        for mixed, times in taken.items():
+            times.append(_seconds(lambda mixed=mixed: step(mixed), 1))  # type: ignore[misc]
+        if sum(map(sum, taken.values())) > 2 * _ENOUGH:
+            break
+    return statistics.median(taken[False]) / statistics.median(taken[True])
+
+
+def _seconds(work: Callable[[], Any], repetitions: int = _REPETITIONS) -> float:
+    """Return the median duration, of one repetition if that is long."""
+    times: list[float] = []
+    while len(times) < repetitions and sum(times) < _ENOUGH:
+        start = time.perf_counter()
+        work()
+        times.append(max(time.perf_counter() - start, 1e-9))
+    return statistics.median(times)
+
+
+def _many_processes() -> bool:
+    """Return whether this process is one of several that train together."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _path() -> Path:
+    folder = os.environ.get("MOEZOO_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "moezoo"
+    )
+    return Path(folder) / "dtype_speed.json"
+
+
+def _key() -> str:
+    parts = [
+        cpu_name(),
+        f"torch {torch.__version__}",
+        f"{torch.get_num_threads()} threads",
+        torch.backends.cpu.get_cpu_capability(),
+        *(f"{name}={os.environ[name]}" for name in _VARIABLES if os.environ.get(name)),
+    ]
+    return ", ".join(parts)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _parse(figures: Any) -> Speeds | None:
+    """Read one machine's figures; None if anything is missing or no sensible number."""
+    try:
+        products = {dtype: float(figures["gflops"][_name(dtype)]) for dtype in DTYPES}
+        training = float(figures["bf16_mixed_training"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    numbers = [training, *products.values()]
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        return None
+    return Speeds(products, training)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cpu_name() -> str:
+    """Name the processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
+            return next(names, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()

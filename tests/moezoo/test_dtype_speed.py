@@ -1,0 +1,192 @@
+"""What a dtype is worth: measured once, kept on the disk, and read again."""
+
+import json
+
+import pytest
+import torch
+
+from moezoo import dtype_speed
+from moezoo.dtype_speed import Speeds
+
+
+def figures(bf16: float, training: float, fp16: float = 50.0) -> Speeds:
+    products = {torch.float32: 100.0, torch.bfloat16: bf16, torch.float16: fp16}
+    return Speeds(products, training)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path, real_dtype_speed):
+    """Count measurements, and keep their figures in a folder of the test."""
+    monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))
+    calls = []
+    monkeypatch.setattr(
+        dtype_speed, "measure", lambda: calls.append(1) or figures(200.0, 1.5 + len(calls))
+    )
+
+    def ask() -> Speeds:
+        real_dtype_speed.cache_clear()  # as in another process
+        return real_dtype_speed()
+
+    yield ask, calls, tmp_path / "cache" / "dtype_speed.json"
+    real_dtype_speed.cache_clear()
+
+
+def test_measured_once_per_machine(measured):
+    ask, calls, file = measured
+    first = ask()
+    assert first == ask() == figures(200.0, 2.5)
+    assert len(calls) == 1
+    (figure,) = json.loads(file.read_text()).values()
+    assert figure["gflops"] == {"float32": 100.0, "bfloat16": 200.0, "float16": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("ATEN_CPU_CAPABILITY", "default")],
+)
+def test_other_instructions_are_measured_apart(measured, monkeypatch, variable, value):
+    ask, calls, file = measured
+    monkeypatch.delenv(variable, raising=False)
+    ask()
+    monkeypatch.setenv(variable, value)
+    ask()
+    assert len(calls) == 2
+    monkeypatch.delenv(variable)
+    assert ask().training == 2.5
+    assert len(calls) == 2
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_other_threads_are_measured_apart(measured):
+    ask, calls, _ = measured
+    threads = torch.get_num_threads()
+    ask()
+    try:
+        torch.set_num_threads(threads + 1)
+        ask()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "\udcff", "null", '{"a": 1}'])
+def test_a_damaged_file_is_replaced(measured, content):
+    ask, calls, file = measured
+    file.parent.mkdir()
+    file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert ask() == ask() == figures(200.0, 2.5)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        {},
+        {"gflops": {}, "bf16_mixed_training": 1.0},
+        {"gflops": [1, 2, 3], "bf16_mixed_training": 1.0},
+        {
+            "gflops": {"float32": 0, "bfloat16": 1, "float16": 1},
+            "bf16_mixed_training": 1.0,
+        },
+        {
+            "gflops": {"float32": 1, "bfloat16": 1, "float16": 1},
+            "bf16_mixed_training": float("nan"),
+        },
+        {
+            "gflops": {"float32": "x", "bfloat16": 1, "float16": 1},
+            "bf16_mixed_training": 1.0,
+        },
+    ],
+)
+def test_a_damaged_entry_is_replaced_and_others_stay(measured, entry):
+    ask, calls, file = measured
+    ask()
+    (key,) = json.loads(file.read_text())
+    file.write_text(json.dumps({key: entry, "another machine": 7}))
+    assert ask() == ask() == figures(200.0, 3.5)
+    assert len(calls) == 2
+    assert json.loads(file.read_text())["another machine"] == 7
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(measured, monkeypatch, tmp_path):
+    ask, calls, _ = measured
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "file"))
+    assert ask() == figures(200.0, 2.5)
+    assert ask() == figures(200.0, 3.5)
+    assert len(calls) == 2
+
+
+def test_measuring_is_harmless():
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with torch.inference_mode():
+        found = dtype_speed.measure()
+    assert set(found.products) == set(dtype_speed.DTYPES)
+    assert all(0 < value < 1e6 for value in [found.training, *found.products.values()])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert torch.is_grad_enabled()
+
+
+def test_slow_products_are_not_trained_with(monkeypatch):
+    slow = {torch.float32: 50.0, torch.bfloat16: 2.0, torch.float16: 3.0}
+    monkeypatch.setattr(dtype_speed, "_measure_products", lambda: slow)
+    monkeypatch.setattr(dtype_speed, "_measure_training", lambda: pytest.fail("took seconds"))
+    assert dtype_speed.measure() == Speeds(slow, 0.04)
+
+
+@pytest.mark.parametrize(
+    ("training", "chosen"), [(0.1, "32-true"), (1.05, "32-true"), (1.2, "bf16-mixed")]
+)
+def test_precision_follows_the_measured_step(monkeypatch, training, chosen):
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: figures(300.0, training))
+    assert dtype_speed.training_precision("cpu") == chosen
+
+
+@pytest.mark.parametrize(
+    ("bf16", "chosen"), [(3.0, "float32"), (300.0, "float32"), (500.0, "bfloat16")]
+)
+def test_muon_follows_the_measured_products(monkeypatch, bf16, chosen):
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: figures(bf16, 9.0))
+    assert dtype_speed.muon_dtype("cpu") == chosen
+    assert dtype_speed.muon_dtype("cuda") == "bfloat16"
+
+
+def test_processes_that_could_measure_differently_take_fp32(monkeypatch):
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: pytest.fail("measured"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert dtype_speed.training_precision("cpu") == "32-true"
+    assert dtype_speed.muon_dtype("cpu") == "float32"
+
+
+@pytest.mark.parametrize(("supported", "chosen"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_gpus_compute_in_bf16_if_they_have_it(monkeypatch, supported, chosen):
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    assert dtype_speed.training_precision("cuda") == chosen
+    assert dtype_speed.training_precision("mps") == "32-true"
+    assert dtype_speed.cost_of_training("bf16-mixed", "cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "speeds", "line"),
+    [
+        ("bf16-mixed", figures(3.0, 0.25), "bf16-mixed is about 4× slower than 32-true on this"),
+        ("bf16-mixed", figures(300.0, 0.7), "bf16-mixed is about 1.4× slower than 32-true on this"),
+        ("bf16-mixed", figures(300.0, 0.98), None),
+        ("bf16-true", figures(3.0, 2.0), "bf16-true is about 30× slower than 32-true on this CPU"),
+        ("bf16-true", figures(300.0, 0.5), None),
+        ("32-true", figures(3.0, 0.1), None),
+    ],
+)
+def test_what_a_precision_costs_is_one_line(monkeypatch, precision, speeds, line):
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: speeds)
+    found = dtype_speed.cost_of_training(precision, "cpu")
+    assert found is None if line is None else found.startswith(line)
+
+
+def test_slowdown_is_of_products_against_fp32():
+    assert figures(25.0, 1.0).slowdown(torch.bfloat16) == 4.0
+    assert figures(400.0, 1.0).slowdown(torch.bfloat16) == 1.0
+    assert figures(25.0, 1.0).slowdown(torch.float64) == 1.0
