@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from moezoo.atomic import atomic_write
@@ -63,14 +64,18 @@ class Speeds(NamedTuple):
         return max(1.0, self.products[torch.float32] / own) if own else 1.0
 
 
-def training_precision(device: str) -> str:
+def training_precision(device: str, processes: int = 1) -> str:
     """Return what ``trainer.precision: auto`` stands for on ``cpu``, ``cuda`` or ``mps``.
 
     Several processes on CPUs train in fp32, since what each would measure may differ.
+
+    Args:
+        device: kind of the device.
+        processes: how many train together.
     """
     if device == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    if device != "cpu" or _many_processes():
+    if device != "cpu" or processes > 1 or _many_processes():
         return "32-true"
     return "bf16-mixed" if speeds().training >= CLEARLY_FASTER else "32-true"
 
@@ -195,6 +200,8 @@ def _seconds(work: Callable[[], Any], repetitions: int = _REPETITIONS) -> float:
 
 def _many_processes() -> bool:
     """Return whether this process is one of several that train together."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
     return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 

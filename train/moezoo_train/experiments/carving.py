@@ -44,6 +44,7 @@ from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.run.module import LanguageModel
+from moezoo_train.run.precision import precision_here
 
 STAGES = {"before": "carved, untrained", "after": "fine-tuned"}
 DENSE = "dense"
@@ -103,7 +104,7 @@ def compare_carving(
         seeds: of calibration passages and draws, and of the order of the text; others than the
             dense model's training had.
         max_steps: optimizer steps of the fine-tuning.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
         text: data_dir as the dense model's run left it, sequence_length, batch_size.
         optimizer: how parameters are updated.
         schedule: how the learning rate moves.
@@ -132,7 +133,7 @@ def compare_carving(
         calibration,
         calibration_tokens,
         max_steps,
-        precision,
+        precision_here(precision),
         text,
         optimizer.here(),
         schedule,

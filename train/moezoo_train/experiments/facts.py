@@ -43,6 +43,7 @@ from moezoo_train.experiments.made_up_facts import (
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.precision import precision_here
 
 SENTENCE_TOKENS = 8
 """Fewer than any sentence has with a vocabulary of words' parts: the text must last for a run."""
@@ -91,7 +92,7 @@ def compare_facts(
         seeds: of initial weights and the order of the text; the facts are the same.
         max_steps: optimizer steps of every run.
         tolerance: largest relative difference of a layer's FLOPs from the baseline's.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
         model: the decoder around the layers.
         optimizer: how parameters are updated; the layers' own learning-rate multipliers hold.
         schedule: how the learning rate moves.
@@ -134,7 +135,7 @@ def compare_facts(
         ),
         optimizer=optimizer,
         schedule=schedule,
-        precision=precision,
+        precision=precision_here(precision),
     )
     plan(experiment)
     quiet_lightning()

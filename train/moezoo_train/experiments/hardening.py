@@ -35,6 +35,7 @@ from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.run.module import LanguageModel
+from moezoo_train.run.precision import precision_here
 
 MODES = ("soft", "hard")
 DENSE = "dense"
@@ -64,7 +65,7 @@ def compare_hardening(
         output: directory of the experiment.
         seeds: of initial weights and the order of the text.
         max_steps: optimizer steps of every run.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
         model: the decoder around the layers.
         text: the training text.
         optimizer: how parameters are updated.
@@ -86,7 +87,9 @@ def compare_hardening(
         _check(name, arguments, model.d_model, depths)
     data = prepare_text(text)
     quiet_lightning()
-    setting = _Setting(max_steps, precision, model, text, optimizer.here(), schedule)
+    setting = _Setting(
+        max_steps, precision_here(precision), model, text, optimizer.here(), schedule
+    )
     tasks = []
     for seed in seeds:
         contenders = {DENSE: {"depth": 0, "hardening": 0.0}} | {

@@ -28,6 +28,7 @@ from moezoo_train.measure.throughput import count_parameters, forward_flops_per_
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
 from moezoo_train.run.module import LanguageModel
+from moezoo_train.run.precision import precision_here
 
 BACKWARD = 3
 """FLOPs of a training step over those of its forward pass."""
@@ -91,7 +92,7 @@ def compare_upcycling(
         max_steps: optimizer steps of the dense model; the mixtures' follow from their FLOPs.
         seed: of upcycling, and of the order of the text; another than the dense model's training
             had.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
         text: data_dir as the dense model's run left it, sequence_length, batch_size.
         optimizer: how parameters are updated.
         schedule: how the learning rate moves.
@@ -103,6 +104,7 @@ def compare_upcycling(
         InputError: the source cannot be upcycled, or the output is there already.
     """
     check_int("max_steps", max_steps)
+    precision = precision_here(precision)
     folder = Path(output)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"output: {folder} is there already; name a new directory")

@@ -55,11 +55,10 @@ def muon_step(
         adjust_lr_fn: see :class:`torch.optim.Muon`.
         dtype: of the products that orthogonalise.
     """
-    if not parameters:
-        return
-    own, means = list(map(_local, gradients)), list(map(_local, momenta))
-    torch._foreach_lerp_(means, own, 1 - momentum)
-    updates = list(torch._foreach_lerp(own, means, momentum))
+    updates = []
+    for gradient, mean in zip(map(_local, gradients), map(_local, momenta), strict=True):
+        mean.lerp_(gradient, 1 - momentum)
+        updates.append(gradient.lerp(mean, momentum))
     orthogonal = _orthogonalize(updates, parameters, dtype)
     for parameter, update in zip(parameters, orthogonal, strict=True):
         target = _local(parameter)

@@ -24,6 +24,7 @@ from moezoo_train.plan.machine import MACHINES, machine
 from moezoo_train.plan.setup import Setup, precision
 from moezoo_train.run.cli import TRAINER_DEFAULTS, MoezooCLI, Parser
 from moezoo_train.run.module import LanguageModel
+from moezoo_train.run.precision import RunTrainer
 
 _DESCRIPTION = "Plan a training run: memory, traffic and bounds on time, by formula."
 _OPTIONS: dict[str, tuple[Any, Any, str]] = {
@@ -60,6 +61,7 @@ def run(argv: list[str]) -> None:
         LanguageModel,
         TokenDataModule,
         save_config_callback=None,
+        trainer_class=RunTrainer,
         trainer_defaults=dict(TRAINER_DEFAULTS),
         seed_everything_default=0,
         parser_class=Parser,

@@ -53,6 +53,7 @@ def precision(name: str | int | None) -> Precision:
         InputError: a precision without formulas here.
     """
     short = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+    short["auto"] = "bf16-mixed"  # as on the GPUs that are planned for
     text = short.get(str(name), str(name))
     if text in AUTOCAST:
         return Precision(text, torch.float32, AUTOCAST[text])

@@ -78,7 +78,7 @@ def check_evaluation(
 
 def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
     """Compare what a checkpoint says it is of; its tensors stay on the disk."""
-    saved = _read(path).get(CONFIG_KEY)
+    saved = read_description(path)
     if saved is None:
         raise InputError(f"ckpt_path: {path} was not written by moezoo fit")
     with identity.own_names():
@@ -89,6 +89,12 @@ def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
         # Without what depends on the device, which is not known yet.
         now = {**asdict(module.optimizer_config), "muon_dtype": None}
         identity.check_same("optimizer", {**saved["optimizer"], "muon_dtype": None}, now)
+
+
+def read_description(path: Path) -> dict[str, Any] | None:
+    """Return what a checkpoint says it is of; None if it was not written by ``moezoo fit``."""
+    description: dict[str, Any] | None = _read(path).get(CONFIG_KEY)
+    return description
 
 
 def _read(path: Path) -> dict[str, Any]:

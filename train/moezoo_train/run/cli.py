@@ -42,6 +42,7 @@ from moezoo_train.parallel.fsdp2 import writes_directories
 from moezoo_train.run.beforehand import check_evaluation, check_run
 from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.run.module import LanguageModel
+from moezoo_train.run.precision import RunTrainer, resolve
 from moezoo_train.run.refusals import batch_counts, check_trainer, is_refusal, reword
 from moezoo_train.run.run_directory import (
     check_directory,
@@ -85,6 +86,7 @@ def run(argv: list[str]) -> None:
                 LanguageModel,
                 TokenDataModule,
                 save_config_callback=SaveConfig,
+                trainer_class=RunTrainer,
                 trainer_defaults=dict(TRAINER_DEFAULTS),
                 seed_everything_default=0,
                 parser_class=Parser,
@@ -219,6 +221,9 @@ class MoezooCLI(HookedCLI):
         for name, number in batch_counts(config["trainer"]).items():
             config["trainer"][name] = number
         check_trainer(config["trainer"])
+        config["trainer"]["precision"], self._on_precision = resolve(
+            config["trainer"], config["ckpt_path"]
+        )
         check_text("sample_prompt", config["sample_prompt"])
         _check_validation_interval(config["trainer"])
         data = config["data"]
@@ -292,11 +297,18 @@ class MoezooCLI(HookedCLI):
     def before_fit(self) -> None:
         """Refuse what preparing the text would not make right."""
         check_run(self.trainer, self.model, self.datamodule, self.config["fit"]["ckpt_path"])
+        self._say_precision()
 
     def before_validate(self) -> None:
         """As before training."""
         checkpoint = self.config[self.subcommand]["ckpt_path"]
         check_evaluation(self.trainer, self.model, self.datamodule, checkpoint)
+        self._say_precision()
+
+    def _say_precision(self) -> None:
+        """Say what was chosen, or costs time; after what is refused, which is one line."""
+        if self._on_precision is not None and is_first():
+            print(self._on_precision, file=sys.stderr)
 
     def before_test(self) -> None:
         """As before training."""

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moezoo.errors import InputError
 from moezoo_train.run.cli import run
+from moezoo_train.run.precision import precision_here
 
 RECIPE = Path(__file__).parents[3] / "configs" / "demo.yaml"
 
@@ -33,7 +34,8 @@ def demo(
         output: directory of the run; an earlier demo there is replaced.
         recipe: configuration of the run; default: configs/demo.yaml of the checkout.
         max_steps: train for that many optimizer steps instead of the recipe's.
-        precision: 32-true, bf16-mixed, or auto: bf16-mixed on a GPU that has bf16, else 32-true.
+        precision: 32-true, bf16-mixed, or auto: bf16-mixed on a GPU that has bf16, and on a CPU
+            that is measured to be faster with it; else 32-true.
 
     Raises:
         InputError: the recipe, the source or an option is invalid.
@@ -43,8 +45,7 @@ def demo(
     path = Path(recipe) if recipe is not None else RECIPE
     if not path.is_file():
         raise InputError(f"recipe: there is no {path}; run in a checkout of moezoo, or give one")
-    if precision == "auto":
-        precision = safe_precision()
+    precision = precision_here(precision)
     console.print(
         f"A sparse mixture of experts learns from {_name(source)}, in {precision} on {_machine()}.",
         highlight=False,
@@ -64,17 +65,6 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def safe_precision() -> str:
-    """Return bf16 mixed precision where the device is sure to gain by it, else fp32.
-
-    On CPUs it is not, whatever their instructions: on one with tiles (AMX) the demo took three
-    times as long in bf16 as in fp32.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        return "bf16-mixed"
-    return "32-true"
 
 
 def _name(source: str) -> str:

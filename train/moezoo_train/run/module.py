@@ -340,6 +340,7 @@ class LanguageModel(EvaluatedModule):
         if self.lora is not None:
             checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])
         if (trainer := attached_trainer(self)) is not None:
+            checkpoint[CONFIG_KEY]["precision"] = str(trainer.precision)
             stand_between_batches(checkpoint, trainer)
 
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:

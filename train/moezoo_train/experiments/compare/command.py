@@ -21,6 +21,7 @@ from moezoo_train.experiments.compare.settings import Experiment, parse_claims, 
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.precision import precision_here
 
 
 def compare(
@@ -62,7 +63,7 @@ def compare(
         seeds: each method is trained once with each.
         max_steps: optimizer steps of every run.
         tolerance: largest relative difference of a layer's FLOPs from the baseline's.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
         only: train and show these rows only.
         minutes: begin no run that would likely end later than this; the same command goes on where
             it left off. With 0 nothing is trained, and what is finished is shown.
@@ -91,7 +92,7 @@ def compare(
         text=text,
         optimizer=optimizer,
         schedule=schedule,
-        precision=precision,
+        precision=precision_here(precision),
         claims={
             name: claim
             for name, claim in parse_claims(claims, rows).items()

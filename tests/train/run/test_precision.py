@@ -1,0 +1,178 @@
+"""``trainer.precision: auto``: chosen by measurement, saved as chosen, and kept on resuming."""
+
+import random
+
+import pytest
+import torch
+import yaml
+
+from moezoo import dtype_speed
+from moezoo_train.checkpoint_structure import CONFIG_KEY
+from moezoo_train.experiments.compare.command import compare
+from moezoo_train.plan.setup import precision
+from moezoo_train.run.cli import run
+from moezoo_train.run.demo import demo
+from moezoo_train.run.precision import began_with, precision_here, resolve
+
+CPU = {"accelerator": "cpu", "devices": "auto", "num_nodes": 1, "precision": "auto"}
+
+
+def set_speeds(monkeypatch, training, bf16=50.0):
+    products = {torch.float32: 100.0, torch.bfloat16: bf16, torch.float16: 50.0}
+    figures = dtype_speed.Speeds(products, training)
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: figures)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Return a YAML file whose precision is open."""
+    folder = tmp_path_factory.mktemp("precision")
+    generator = random.Random(0)
+    words = " ".join(f"w{generator.randint(0, 99)} = {n}\n" for n in range(2000))
+    (folder / "text.txt").write_text(words)
+    options = {
+        "model": {"d_model": 16, "num_layers": 1, "num_heads": 2, "schedule": {"warmup_steps": 1}},
+        "data": {
+            "source": str(folder / "text.txt"),
+            "data_dir": str(folder / "data"),
+            "vocab_size": 300,
+            "sequence_length": 16,
+            "batch_size": 2,
+        },
+        "trainer": {**CPU, "max_steps": 2, "limit_val_batches": 0},
+        "sample_tokens": 0,
+        "loggers": "csv",
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+def fit(recipe, output, *options):
+    run(["fit", "--config", str(recipe), "--output", str(output), *options])
+    checkpoint = torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)
+    config = yaml.safe_load((output / "config.yaml").read_text())
+    return checkpoint[CONFIG_KEY]["precision"], config["trainer"]["precision"]
+
+
+def lines(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("trainer")]
+
+
+@pytest.mark.parametrize(
+    ("training", "chosen", "other", "reason"),
+    [
+        (0.25, "32-true", 3.0, "bf16-mixed is about 4× slower on this CPU"),
+        (1.5, "bf16-mixed", 0.5, "bf16-mixed is about 1.5× faster on this CPU"),
+    ],
+)
+def test_a_run_saves_what_it_chose_and_keeps_it(
+    training, chosen, other, reason, recipe, tmp_path, monkeypatch, capsys
+):
+    set_speeds(monkeypatch, training)
+    assert fit(recipe, tmp_path / "run") == (chosen, chosen)
+    assert lines(capsys) == [f"trainer.precision: auto is {chosen} here: {reason}"]
+    set_speeds(monkeypatch, other)  # the run moves to another machine
+    resumed = ["--ckpt_path", "last", "--trainer.max_steps", "3"]
+    assert fit(recipe, tmp_path / "run", *resumed) == (chosen, chosen)
+    assert lines(capsys) == [f"trainer.precision: auto is {chosen}, in which the run began"]
+
+
+def test_older_checkpoints_keep_what_their_configuration_says(recipe, tmp_path, monkeypatch):
+    set_speeds(monkeypatch, 2.0)
+    fit(recipe, tmp_path / "run", "--trainer.precision", "32")
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert began_with(str(path)) == "32-true"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint[CONFIG_KEY]["precision"]
+    torch.save(checkpoint, path)
+    config = tmp_path / "run" / "config.yaml"
+    assert began_with(str(path)) == "32-true"
+    config.write_text("trainer: {precision: null}")
+    assert began_with(str(path)) == "32-true"
+    config.write_text("trainer: {precision: bf16}")
+    assert began_with(str(path)) == "bf16-mixed"
+    for unknown in ("trainer: {precision: auto}", "trainer: 3", ":", ""):
+        config.write_text(unknown)
+        assert began_with(str(path)) is None
+    config.unlink()
+    assert began_with(str(path)) is None
+    assert resolve(CPU, str(path))[0] == "bf16-mixed"
+    assert began_with("s3://bucket/last.ckpt") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "training", "line"),
+    [
+        ("bf16-mixed", 0.25, "bf16-mixed is about 4× slower than 32-true on this CPU"),
+        ("bf16", 0.12, "bf16-mixed is about 8× slower than 32-true on this CPU"),
+        ("bf16-true", 1.5, "bf16-true is about 2× slower than 32-true on this CPU"),
+        ("bf16-mixed", 1.5, None),
+        ("32-true", 0.25, None),
+        (None, 0.25, None),
+    ],
+)
+def test_a_chosen_precision_stays_and_its_cost_is_said(given, training, line, monkeypatch):
+    set_speeds(monkeypatch, training)
+    assert resolve({**CPU, "precision": given}, None) == (
+        given,
+        line and f"trainer.precision: {line}",
+    )
+
+
+def test_the_line_is_said_and_the_run_runs(recipe, tmp_path, monkeypatch, capsys):
+    set_speeds(monkeypatch, 0.25)
+    found = fit(recipe, tmp_path / "run", "--trainer.precision", "bf16-mixed")
+    assert found == ("bf16-mixed", "bf16-mixed")
+    assert lines(capsys) == [
+        "trainer.precision: bf16-mixed is about 4× slower than 32-true on this CPU"
+    ]
+
+
+def test_neither_faster_nor_slower_is_fp32(monkeypatch):
+    set_speeds(monkeypatch, 1.02)
+    line = "trainer.precision: auto is 32-true here: bf16-mixed is about as fast on this CPU"
+    assert resolve(CPU, None) == ("32-true", line)
+
+
+@pytest.mark.parametrize("more", [{"devices": 2}, {"devices": "3"}, {"num_nodes": 2}])
+def test_several_processes_on_cpus_take_fp32(more, monkeypatch):
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: pytest.fail("measured"))
+    chosen, line = resolve({**CPU, **more}, None)
+    assert chosen == "32-true"
+    assert line is not None
+    assert line.endswith("as several processes on CPUs would measure differently")
+
+
+def test_gpus_take_bf16_without_measuring(monkeypatch):
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    line = "trainer.precision: auto is bf16-mixed here"
+    for accelerator in ("auto", "gpu", "cuda"):
+        assert resolve({**CPU, "accelerator": accelerator}, None) == ("bf16-mixed", line)
+    assert precision_here("auto") == "bf16-mixed"
+    assert resolve({**CPU, "accelerator": "auto", "precision": "bf16-mixed"}, None)[1] is None
+    assert precision("auto").name == "bf16-mixed"  # `moezoo plan` is of GPUs
+
+
+@pytest.mark.parametrize(("training", "chosen"), [(0.3, "32-true"), (1.6, "bf16-mixed")])
+def test_demo_and_comparisons_choose_alike(training, chosen, monkeypatch, tmp_path, capsys):
+    set_speeds(monkeypatch, training)
+    assert precision_here("auto") == chosen
+    assert precision_here("bf16-true") == "bf16-true"
+    ran = []
+    monkeypatch.setattr("moezoo_train.run.demo.run", ran.append)
+    demo("text.txt", str(tmp_path))
+    assert f"--trainer.precision={chosen}" in ran[0]
+    assert f", in {chosen} on " in capsys.readouterr().out
+
+    class Planned(Exception):
+        pass
+
+    def plan(experiment):
+        raise Planned(experiment.precision)
+
+    monkeypatch.setattr("moezoo_train.experiments.compare.command.plan", plan)
+    with pytest.raises(Planned, match=chosen):
+        compare({"dense": {"method": "dense_mlp"}}, str(tmp_path / "compared"), precision="auto")
