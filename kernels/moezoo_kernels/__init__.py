@@ -8,6 +8,7 @@ imported, and ``from moezoo_kernels.grouped_mlp import …`` reaches into the pa
 from moezoo_kernels import backends
 from moezoo_kernels.backends import use
 from moezoo_kernels.grouped_mlp import grouped_mlp
+from moezoo_kernels.linear_cross_entropy import linear_cross_entropy
 from moezoo_kernels.product_key_top_k import product_key_top_k
 from moezoo_kernels.rank_one_experts import rank_one_experts
 from moezoo_kernels.tree_descent import leaf_mlp, path_neurons, tree_descent
@@ -17,6 +18,7 @@ __all__ = [
     "backends",
     "grouped_mlp",
     "leaf_mlp",
+    "linear_cross_entropy",
     "path_neurons",
     "product_key_top_k",
     "rank_one_experts",
