@@ -37,8 +37,9 @@ from moezoo_models.checkpoints.directory import (
 )
 from moezoo_models.checkpoints.gate import admit, check_model, keep_generation, told
 from moezoo_models.model.attention_backends import check_backend
-from moezoo_models.model.causal_lm import MoezooForCausalLM, next_token_loss
+from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.config import MoezooConfig
+from moezoo_models.model.head import next_token_loss
 from moezoo_models.model.outputs import MoezooOutput
 from moezoo_models.text.tokenizer import Tokenizer
 
@@ -163,7 +164,7 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def predict(model: nn.Module, input_ids: Tensor, next_tokens: Tensor) -> MoezooOutput:
-    """Compute the loss of a model, ours or transformers', as ours does.
+    """Compute the loss of a model, ours or transformers', as ours does; return no logits.
 
     A stock mixture's load-balancing loss is transformers' own, weighted by the
     ``router_aux_loss_coef`` of its configuration. It is taken over the choices of all layers
@@ -175,9 +176,8 @@ def predict(model: nn.Module, input_ids: Tensor, next_tokens: Tensor) -> MoezooO
         next_tokens: ``(batch, sequence)`` int64; -100 is left out.
     """
     if isinstance(model, MoezooForCausalLM):
-        return cast(
-            MoezooOutput, model(input_ids=input_ids, shift_labels=next_tokens, use_cache=False)
-        )
+        wanted: dict[str, Any] = {"shift_labels": next_tokens, "return_logits": False}
+        return cast(MoezooOutput, model(input_ids=input_ids, use_cache=False, **wanted))
     config: Any = model.config
     mixture = config.model_type in MIXTURES
     asked = {"output_router_logits": True} if mixture else {}
@@ -191,7 +191,6 @@ def predict(model: nn.Module, input_ids: Tensor, next_tokens: Tensor) -> MoezooO
     return MoezooOutput(
         loss=sum(losses.values(), lm_loss),
         lm_loss=lm_loss,
-        logits=output.logits,
         aux_losses=losses,
         ffn_stats=_statistics(model, output.router_logits) if mixture else (),
     )

@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from moezoo.errors import InputError
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.decoder import MoezooModel, MoezooPreTrainedModel
+from moezoo_models.model.head import IGNORED, Head, next_token_loss
 from moezoo_models.model.outputs import MoezooOutput
-
-IGNORED = -100
-"""The label of positions that the loss leaves out."""
 
 
 class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
@@ -38,7 +36,7 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoezooModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def forward(
@@ -52,6 +50,7 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> MoezooOutput:
         """Run the model; with labels, compute its loss.
@@ -68,6 +67,8 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             use_cache: as there; off by default where there are labels.
             logits_to_keep: compute logits for that many last positions only, or for those
                 positions; 0 for all. Not together with labels.
+            return_logits: false, with labels, for the loss alone: no more than a chunk of the
+                logits is made at a time (:func:`moezoo_kernels.linear_cross_entropy`).
             kwargs: ``token_mask``, ``output_hidden_states``, ``output_attentions``, and what the
                 attention backend takes.
 
@@ -76,12 +77,15 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             of what is there if ``return_dict`` is false.
 
         Raises:
-            InputError: as for :meth:`MoezooModel.forward`; labels given twice.
+            InputError: as for :meth:`MoezooModel.forward`; labels given twice; neither labels nor
+                ``return_logits``.
         """
         if labels is not None:
             if shift_labels is not None:
                 raise InputError("labels: give labels or shift_labels, not both")
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if shift_labels is None and not return_logits:
+            raise InputError("return_logits: false goes with labels only; give labels, or true")
         if use_cache is None and shift_labels is not None:
             use_cache = False
         return_dict = kwargs.pop("return_dict", None)  # PEFT passes None on
@@ -101,16 +105,19 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
-        logits = self.lm_head(hidden)
-
-        loss = lm_loss = None
+        logits = loss = lm_loss = None
+        if return_logits or not isinstance(self.lm_head, Head):  # an adapted one makes logits only
+            logits = self.lm_head(hidden)
         if shift_labels is not None:
-            lm_loss = next_token_loss(logits, shift_labels)
+            if logits is None:
+                lm_loss = self.lm_head(hidden, shift_labels)
+            else:
+                lm_loss = next_token_loss(logits, shift_labels)
             loss = sum(decoded.aux_losses.values(), lm_loss)
         output = MoezooOutput(
             loss=loss,
             lm_loss=lm_loss,
-            logits=logits,
+            logits=logits if return_logits else None,
             past_key_values=decoded.past_key_values,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
@@ -137,16 +144,3 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
         if self.model.looks_back():
             inputs["context_ids"], inputs["context_mask"] = input_ids, attention_mask
         return inputs
-
-
-def next_token_loss(logits: Tensor, next_tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy in fp32; 0 where every label is ignored.
-
-    Args:
-        logits: ``(batch, sequence, vocab_size)``.
-        next_tokens: ``(batch, sequence)`` int64, -100 where ignored.
-    """
-    total = F.cross_entropy(
-        logits.float().flatten(0, 1), next_tokens.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return total / (next_tokens != IGNORED).sum().clamp(min=1)

@@ -40,7 +40,7 @@ class MoezooOutput(ModelOutput):
     Attributes:
         loss: ``lm_loss`` plus all auxiliary losses, if there are labels; fp32.
         lm_loss: mean cross-entropy in nats per predicted token, if there are labels; fp32.
-        logits: ``(batch, sequence, vocab_size)``.
+        logits: ``(batch, sequence, vocab_size)``, unless only the loss is asked for.
         past_key_values: the key-value cache, if one is used.
         hidden_states: the input of each layer and the last state, ``(batch, sequence,
             hidden_size)`` each, if asked for.

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.checkpoints.atomic import atomic_write
-from moezoo_models.model.causal_lm import IGNORED
+from moezoo_models.model.head import IGNORED
 from moezoo_models.text.tokenizer import Tokenizer
 
 WORDINGS: dict[str, tuple[str, ...]] = {

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
 from moezoo.routing.product_key import QueryNetwork
-from moezoo_models.model.causal_lm import IGNORED
+from moezoo_models.model.head import IGNORED
 from moezoo_train.finetune.background import Background
 from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.finetune.slot_counts import SlotCounter, memory_tables

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch.nn import Parameter
 
 from moezoo.errors import InputError, check_choice
+from moezoo_kernels.linear_cross_entropy.chunked import scratch_bytes
 from moezoo_train.plan.setup import Setup
 from moezoo_train.plan.trace import Trace
 
@@ -39,7 +40,7 @@ class Memory(NamedTuple):
         activations: saved for the backward pass, in one micro-batch.
         weight_copies: parameters in the compute dtype, which autocast keeps for the backward pass.
         communication: buckets, gathered parameters, tokens of other GPUs.
-        working: gradients of the logits, or a block that is run again.
+        working: a chunk of the logits and their gradients, or a block that is run again.
     """
 
     parameters: float
@@ -117,7 +118,8 @@ class Plan:
         parameters = self._numbers(setup.parameters, spread) * self._width
         buffers = sum(b.numel() * b.element_size() for b in setup.buffers)
         gradients = self._numbers(trained, spread or self.layout == "zero2") * self._width
-        logits = 2 * 4 * setup.tokens * setup.model.config.vocab_size
+        vocabulary, width = setup.model.lm_head.weight.shape
+        logits = scratch_bytes(setup.tokens, width, vocabulary)
         return Memory(
             parameters=parameters + buffers,
             gradients=gradients,
@@ -126,7 +128,7 @@ class Plan:
             weight_copies=self.traced.weight_copies - self._copies_elsewhere(),
             communication=self._buffers() if self.gpus > 1 else 0.0,
             # At the loss all activations are there; while a block is run again, fewer.
-            working=max(logits, self.traced.block) * self.share,
+            working=max(logits, self.traced.block * self.share),
         )
 
     def collectives(self) -> list[Collective]:

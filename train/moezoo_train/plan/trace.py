@@ -123,6 +123,7 @@ def _run(setup: Setup, layers: list[int], cpu: bool, autocast: bool, checkpointi
                     attention_mask=_masks(model),
                     inputs_embeds=model.model.embed_tokens(ids),
                     shift_labels=labels,
+                    return_logits=False,
                     use_cache=False,
                 )
             if observer.collectives:  # there may be more of them on the way back

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from moezoo_models.model.causal_lm import IGNORED
+from moezoo_models.model.head import IGNORED
 from moezoo_train.measure.expert_load import precise
 
 

@@ -22,7 +22,7 @@ from moezoo.routing.losses import sum_over_ranks
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.adapters.transformers import set_attention_backend
 from moezoo_models.checkpoints.stock import predict
-from moezoo_models.model.causal_lm import IGNORED
+from moezoo_models.model.head import IGNORED
 from moezoo_models.model.initialization import DeferredInit, deferred_init
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.adapters.lightning import attached_trainer
