@@ -2,8 +2,9 @@
 
 Each stand-in computes in plain torch what its original computes, as read in its source: ScatterMoE
 0.3 (`mlp.py`), MegaBlocks 0.10 (`layers/glu.py`, `layers/mlp.py`), torchtitan 0.3
-(`models/common/moe.py`). They cannot show that the originals run, only that weights and gradients
-are carried over rightly.
+(`models/common/moe.py`), Liger-Kernel (`transformers/fused_linear_cross_entropy.py`), Apple's
+ml-cross-entropy (`cut_cross_entropy/linear_cross_entropy.py`). They cannot show that the originals
+run, only that weights and gradients are carried over rightly.
 """
 
 import dataclasses
@@ -100,12 +101,23 @@ def titan_config(*, inner_experts, token_dispatcher):
     return types.SimpleNamespace(build=lambda: Titan(inner_experts, token_dispatcher))
 
 
+class FusedLoss(nn.Module):
+    def forward(self, lin_weight, _input, target):
+        return F.cross_entropy(_input @ lin_weight.T, target)
+
+
+def cut_loss(e, c, targets):
+    return F.cross_entropy(e @ c.T, targets)
+
+
 @pytest.fixture
 def stand_ins(install_module):
     space = types.SimpleNamespace
     install_module("scattermoe.mlp", MLP=ScatterMLP, GLUMLP=ScatterGLUMLP)
     install_module("megablocks.layers.arguments", Arguments=space)
     install_module("megablocks.layers.dmoe", ParallelDroplessMLP=Dropless)
+    install_module("liger_kernel.transformers", LigerFusedLinearCrossEntropyLoss=FusedLoss)
+    install_module("cut_cross_entropy", linear_cross_entropy=cut_loss)
     install_module(
         "torchtitan.models.common.moe",
         GroupedExperts=space(Config=space),
@@ -122,6 +134,7 @@ def stand_ins(install_module):
     [
         ("qwen3-30b", {"scattermoe", "megablocks", "torchtitan", "transformers"}),
         ("scatter-k2", {"scattermoe", "megablocks"}),
+        ("head-128256", {"liger", "cut-cross-entropy"}),
     ],
 )
 def test_weights_and_gradients_are_carried_over(stand_ins, name, peers):
