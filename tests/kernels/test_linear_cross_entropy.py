@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moezoo_kernels
 from moezoo.bench.memory import saved_storages, temporary_bytes
 from moezoo_kernels import linear_cross_entropy
-from moezoo_kernels.linear_cross_entropy import chunked
+from moezoo_kernels.linear_cross_entropy import chunked, cpu
 from moezoo_kernels.linear_cross_entropy.reference import linear_cross_entropy as reference
 
 DIGITS = {torch.float64: 1e-13, torch.float32: 1e-6}
@@ -66,6 +66,24 @@ def chunks(request, monkeypatch):
     monkeypatch.setattr(chunked, "chunk_size", lambda tokens, width: tokens_per_chunk)
 
 
+@pytest.fixture(params=[torch.float64, torch.float32])
+def on_torch(request):
+    with moezoo_kernels.use("torch"):
+        yield request.param
+
+
+@pytest.fixture
+def on_cpp(native_library):
+    with moezoo_kernels.use("cpu"):
+        yield torch.float32
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def backend(request):
+    with moezoo_kernels.use(request.param):
+        yield request.param
+
+
 SIZES = [
     {},
     {"ignored": "none"},
@@ -75,17 +93,28 @@ SIZES = [
     {"vocabulary": 1},
     {"width": 1},
     {"vocabulary": 3, "tokens": 200, "width": 64},
+    {"vocabulary": 64, "tokens": 5},
+    {"vocabulary": 4097, "tokens": 5},
 ]
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize("dtype", DIGITS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_equals_the_reference(chunks, poison_empty, sizes, dtype, z_loss):
+def _equals_the_reference(dtype, sizes, z_loss):
     given = problem(**sizes).to(dtype)
     actual = given.outputs(z_loss=z_loss)
     assert [t.dtype for t in actual] == [dtype, dtype, torch.int64, dtype, dtype]
     assert_close(actual, given.to(torch.float64).outputs(reference, z_loss=z_loss), DIGITS[dtype])
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_torch_equals_the_reference(on_torch, chunks, poison_empty, sizes, z_loss):
+    _equals_the_reference(on_torch, sizes, z_loss)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_cpp_equals_the_reference(on_cpp, poison_empty, sizes, z_loss):
+    _equals_the_reference(on_cpp, sizes, z_loss)
 
 
 def test_the_reference_is_the_formula():
@@ -115,14 +144,14 @@ def test_equals_torchs_cross_entropy(chunks, dtype):
     assert_close(given.outputs(), given.outputs(plain), DIGITS[dtype])
 
 
-def test_bf16_is_as_near_to_the_truth_as_plain_torch(chunks):
+def test_bf16_is_as_near_to_the_truth_as_plain_torch(backend, chunks):
     given = problem(tokens=300).to(torch.bfloat16)
     exact = given.to(torch.float64).outputs(reference)
     plain = given.outputs(reference)
     assert_as_near(given.outputs(), plain, exact)
 
 
-def test_autocast_multiplies_in_bf16_and_sums_in_fp32(chunks):
+def test_autocast_multiplies_in_bf16_and_sums_in_fp32(backend, chunks):
     given = problem(tokens=300).to(torch.float32)
     exact = given.to(torch.float64).outputs(reference)
     with torch.autocast("cpu", torch.bfloat16):
@@ -141,16 +170,40 @@ def test_fp16_products_do_not_lose_small_gradients():
     assert_close(actual[-2:], exact[-2:], 4e-3)
 
 
-def test_large_logits_do_not_overflow():
+def test_large_logits_do_not_overflow(backend):
     given = problem(ignored="none").to(torch.float32)
     given.hidden.data.mul_(1e4)
     assert_close(given.outputs(), given.to(torch.float64).outputs(reference), 1e-6)
 
 
-def test_reruns_change_no_bit(chunks):
+def test_threads_and_reruns_change_no_bit_of_a_softmax(on_cpp):
+    logits, labels = torch.randn(40, 1001), torch.randint(1001, (40,))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 2, 5):
+        torch.set_num_threads(threads)
+        losses, partitions, slopes = torch.empty(40), torch.empty(40), logits.clone()
+        cpu.Softmax(slopes)(slopes, labels, losses, partitions, 0.1, True)
+        results.append([losses, partitions, slopes])
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_reruns_change_no_bit(backend, chunks):
     given = problem(tokens=200).to(torch.float32)
     results = [given.outputs(z_loss=0.1) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_hidden(backend, value):
+    given = problem(ignored="none").to(torch.float32)
+    with torch.no_grad():
+        given.hidden[3, 0] = value
+    loss, _, _, of_hidden, of_weight = given.outputs()
+    assert loss.isnan()
+    assert of_hidden[3].isnan().all()
+    assert of_weight.isnan().any()
 
 
 def test_batches_and_strides_do_not_matter():
@@ -173,7 +226,7 @@ def test_other_labels_can_be_left_out():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_what_no_label_asks_for_may_be_nan():
+def test_what_no_label_asks_for_may_be_nan(backend):
     given = problem().to(torch.float32)
     with torch.no_grad():
         given.hidden[given.labels == -100] = torch.nan
@@ -226,7 +279,7 @@ def test_only_what_is_asked_for_is_computed(frozen):
     assert getattr(given, frozen).grad is None
 
 
-def test_without_gradients_there_is_no_work_for_them():
+def test_without_gradients_there_is_no_work_for_them(backend):
     given = problem().to(torch.float32)
     expected = given.outputs()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -306,11 +359,11 @@ def test_second_derivatives_are_refused():
 
 
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (False, False)])
-def test_opcheck(needs):
+def test_opcheck(backend, needs):
     given = problem(tokens=5, vocabulary=7, width=3).to(torch.float32)
     hidden = given.hidden.detach().requires_grad_(needs[0])
     weight = given.weight.detach().requires_grad_(needs[1])
-    arguments = (hidden, weight, given.labels, -100, 0.1, *needs, torch.float32)
+    arguments = (hidden, weight, given.labels, -100, 0.1, *needs, torch.float32, backend)
     torch.library.opcheck(torch.ops.moezoo.linear_cross_entropy, arguments)
 
 

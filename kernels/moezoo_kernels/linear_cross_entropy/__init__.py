@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moezoo_kernels import backends
+from moezoo_kernels import backends, native
 from moezoo_kernels.linear_cross_entropy import op, reference
 
 
@@ -72,12 +73,21 @@ def linear_cross_entropy(
 
 
 def _chunked(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int, z_loss: float
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    z_loss: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "torch" and not torch.compiler.is_compiling() and _has_kernel(hidden):
+        native.warn_once()
     on = torch.is_grad_enabled()
     needs = (on and hidden.requires_grad, on and weight.requires_grad)
     dtype = _product_dtype(hidden, weight)
-    return op.forward(hidden, weight, labels, ignore_index, z_loss, *needs, dtype)[:3]
+    options = (ignore_index, z_loss, *needs, dtype, backend)
+    return op.forward(hidden, weight, labels, *options)[:3]
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -111,13 +121,18 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float) -> Non
         raise ValueError(f"z_loss: {z_loss} is out of range; give a number ≥ 0")
 
 
+def _has_kernel(hidden: Tensor) -> bool:
+    return hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.bfloat16)
+
+
 def _anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
 backends.register(
     "linear_cross_entropy",
-    backends.Backend("torch", _chunked, _anywhere),
+    backends.Backend("cpu", partial(_chunked, backend="cpu"), native.unusable),
+    backends.Backend("torch", partial(_chunked, backend="torch"), _anywhere),
     backends.Backend("reference", reference.linear_cross_entropy, _anywhere),
 )
 

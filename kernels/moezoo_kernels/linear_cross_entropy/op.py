@@ -28,6 +28,7 @@ def forward(
     needs_hidden: bool,
     needs_weight: bool,
     dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, z-loss, count, and the gradients of ``count * loss`` (T, D) and (V, D).
 
@@ -36,9 +37,8 @@ def forward(
     """
     check_range(labels, weight.shape[0], ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
-        sums = chunked.forward(
-            hidden, weight, labels, ignore_index, z_loss, needs_hidden, needs_weight, dtype
-        )
+        needs = (needs_hidden, needs_weight)
+        sums = chunked.forward(hidden, weight, labels, ignore_index, z_loss, *needs, dtype, backend)
         count = (labels != ignore_index).sum()
         scored = count.clamp(min=1)
         z = z_loss * sums.z / scored
@@ -58,6 +58,7 @@ def _(
     needs_hidden: bool,
     needs_weight: bool,
     dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
     of_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
@@ -103,7 +104,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
                 computed, ctx.dtypes, ctx.needs_input_grad[:2], strict=True
             )
         ]
-    return (*gradients, *(None,) * 6)
+    return (*gradients, *(None,) * 7)
 
 
 forward.register_autograd(_differentiate, setup_context=_save)
