@@ -26,7 +26,14 @@ PACKAGES = {
     "moezoo_train": ROOT / "train" / "moezoo_train",
 }
 # Built from source against the torch that is there; probed for, never required.
-PROBED = {"megablocks", "scattermoe", "grouped_gemm", "torchtitan"}
+PROBED = {
+    "megablocks",
+    "scattermoe",
+    "grouped_gemm",
+    "torchtitan",
+    "liger_kernel",
+    "cut_cross_entropy",
+}
 MODULE_OF = {"pyyaml": "yaml", "peer-pytorch": "PEER_pytorch"}
 
 

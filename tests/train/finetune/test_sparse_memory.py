@@ -128,7 +128,9 @@ def test_what_is_computed_is_the_same_with_and_without(start, make_trainer, rand
     for sparse in (SparseMemoryOptions(1), None):
         model = tune(directory, sparse_memory=sparse)
         first: list[torch.Tensor] = []
-        model.register_forward_hook(lambda m, a, output, to=first: to.append(output.logits))
+        model.model.model.register_forward_hook(
+            lambda m, a, output, to=first: to.append(output.last_hidden_state)
+        )
         make_trainer(max_steps=1).fit(model, random_tokens)
         seen.append(first[0])
     assert torch.equal(*seen)
