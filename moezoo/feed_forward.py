@@ -134,6 +134,16 @@ class FeedForward(TrainingState):
         """
         return self._compute(hidden, TokenContext(token_ids, router_input, mask), False)
 
+    def infer(
+        self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the ``hidden`` of a call alone, as decoding wants it.
+
+        Layers whose losses, statistics or checks take time beside the computation of one token
+        leave them out here. Arguments as for a call; they are not checked.
+        """
+        return self(hidden, token_ids=token_ids, mask=mask).hidden
+
     @checked
     def reference(
         self,

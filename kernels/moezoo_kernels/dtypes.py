@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,13 @@ def autocast(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """Return a context without autocast; nothing is done where there is none.
+
+    Entering one takes longer than the product of a token with a small matrix.
+    """
+    if torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -15,6 +15,7 @@ from moezoo.init import output_std
 from moezoo_kernels import grouped_mlp
 from moezoo_kernels.activations import activate
 from moezoo_kernels.dtypes import autocast
+from moezoo_kernels.grouped_mlp.direct import grouped_mlp_directly, is_direct
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -114,6 +115,29 @@ class MLPExperts(nn.Module):
             return self._run(x_TD, indices_TK, weights_TK, max_assignments, output_bias)
         outputs = self._run(sent.x, sent.indices, sent.weights, sent.assignments, output_bias)
         return sent.combine(outputs)
+
+    def infer(
+        self,
+        x_TD: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        max_assignments: int,
+        output_bias: bool = True,
+    ) -> Tensor:
+        """Return what a call returns; the indices are a router's and not checked."""
+        if self.mesh is not None or not is_direct(x_TD, indices_TK, self.num_experts):
+            return self(x_TD, indices_TK, weights_TK, max_assignments, output_bias)
+        return grouped_mlp_directly(
+            x_TD,
+            self.gate_up_proj,
+            self.down_proj,
+            indices_TK,
+            weights_TK,
+            activation=self.activation,
+            gated=self.gated,
+            bias_in=self.gate_up_bias,
+            bias_out=self.down_bias if output_bias else None,
+        )
 
     def _run(
         self,

@@ -150,7 +150,7 @@ class CarvedMoE(FeedForward):
         """Run the shared part and each token's experts; by brute force, all on all tokens."""
         tokens, router_TD, flat_mask = self._flatten(hidden, context)
         routing = self.gate(router_TD, flat_mask)
-        chosen = (tokens, routing.indices, self._gates(routing))
+        chosen = (tokens, routing.indices, self._gates(routing.indices, routing.weights))
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared part runs while tokens travel to experts on other ranks.
         always = self._always(tokens, brute_force)
@@ -158,18 +158,26 @@ class CarvedMoE(FeedForward):
             output = self.experts.reference(*chosen)
         else:
             output = self.experts(*chosen, routing.max_assignments, dispatched=dispatched)
-        if always is not None:
-            if flat_mask is not None:
-                always = always.masked_fill(~flat_mask.unsqueeze(-1), 0.0)
-            output = output + always.to(output.dtype)
+        output = _added(output, always, flat_mask)
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
 
-    def _gates(self, routing: Routing) -> Tensor:
+    def infer(
+        self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Sum the shared part and each token's experts, and no more."""
+        tokens = hidden.reshape(-1, self.d_model)
+        flat_mask = None if mask is None else mask.flatten()
+        indices, scores, bound = self.gate.select(tokens, flat_mask)
+        output = self.experts.infer(tokens, indices, self._gates(indices, scores), bound)
+        output = _added(output, self._always(tokens, brute_force=False), flat_mask)
+        return output.reshape(hidden.shape)
+
+    def _gates(self, indices_TK: Tensor, scores_TK: Tensor) -> Tensor:
         """Return ``g = 1 + s' u`` of the chosen experts, 0 where there is none."""
         # An embedding's gradient is summed in a fixed order, that of indexing is not.
-        u_TK = F.embedding(routing.indices.clamp(min=0), self.u.unsqueeze(-1)).squeeze(-1)
-        gates_TK = 1.0 + routing.weights * u_TK.to(routing.weights.dtype)
-        return gates_TK.masked_fill(routing.indices < 0, 0.0)
+        u_TK = F.embedding(indices_TK.clamp(min=0), self.u.unsqueeze(-1)).squeeze(-1)
+        gates_TK = 1.0 + scores_TK * u_TK.to(scores_TK.dtype)
+        return gates_TK.masked_fill(indices_TK < 0, 0.0)
 
     def _always(self, tokens: Tensor, brute_force: bool) -> Tensor | None:
         """Compute what every token gets: the shared part, the output bias."""
@@ -217,6 +225,15 @@ class CarvedMoE(FeedForward):
             flops_per_token=flops,
             bytes_per_token=active * self.experts.down_proj.element_size(),
         )
+
+
+def _added(output: Tensor, always: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return the output of the routed experts plus the shared part's at real tokens, if any."""
+    if always is None:
+        return output
+    if mask is not None:
+        always = always.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return output + always.to(output.dtype)
 
 
 register(

@@ -78,13 +78,20 @@ class DenseFFN(FeedForward):
         if brute_force:
             output = self._neuron_by_neuron(tokens).reshape(hidden.shape)
             return FeedForwardOutput(output, {}, {})
+        return FeedForwardOutput(self.infer(hidden), {}, {})
+
+    def infer(
+        self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Apply the block to every token, without checks."""
         act = ACTIVATIONS[self.activation]
         inner = (
             act(self.gate_proj(hidden)) * self.up_proj(hidden)
             if self.gated
             else act(self.up_proj(hidden))
         )
-        return FeedForwardOutput(self.down_proj(inner), {}, {})
+        output: Tensor = self.down_proj(inner)
+        return output
 
     def _neuron_by_neuron(self, tokens: Tensor) -> Tensor:
         """Sum over hidden neurons one by one: ``y = Σ_j act_j(x) W_down[:, j]``."""

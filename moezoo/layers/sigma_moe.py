@@ -107,6 +107,15 @@ class SigmaMoE(FeedForward):
             output = self.experts(tokens, routing.indices, routing.weights, routing.max_assignments)
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
 
+    def infer(
+        self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Route each token to its K best experts and sum their weighted outputs, and no more."""
+        tokens = hidden.reshape(-1, self.d_model)
+        flat_mask = None if mask is None else mask.flatten()
+        output = self.experts.infer(tokens, *self.gate.select(tokens, flat_mask))
+        return output.reshape(hidden.shape)
+
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and scores."""
         _, router_TD, flat_mask = self._flatten(hidden, context)

@@ -171,6 +171,17 @@ class SparseMoE(FeedForward):
             output = output + shared
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
 
+    def infer(
+        self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Route each token to its experts and sum their weighted outputs, and no more."""
+        tokens = hidden.reshape(-1, self.d_model)
+        flat_mask = None if mask is None else mask.flatten()
+        output = self.experts.infer(tokens, *self.gate.select(tokens, flat_mask))
+        if self.d_shared:
+            output = output + self._shared(tokens, flat_mask, brute_force=False)
+        return output.reshape(hidden.shape)
+
     def _shared(self, tokens: Tensor, mask: Tensor | None, brute_force: bool) -> Tensor:
         expert = self.shared_expert
         answer = (expert.reference if brute_force else expert)(tokens).hidden

@@ -19,7 +19,7 @@ from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOption
 from moezoo.routing.stats import count_tokens, expert_counts, mean_entropy, slot_stats
 from moezoo.routing.wide_linear import wide_linear
 from moezoo.training_state import TrainingState
-from moezoo_kernels.dtypes import at_least_fp32
+from moezoo_kernels.dtypes import at_least_fp32, without_autocast
 
 
 class Routing(NamedTuple):
@@ -137,6 +137,26 @@ class Router(TrainingState):
             sequences = sequences or (1, len(hidden_TD))
             return self._tokens_choose(hidden_TD, mask_T, sequences, limited)
 
+    def select(self, hidden_TD: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+        """Return indices, weights and bound of a call, without losses and statistics.
+
+        Decoding one token, those take longer than the choice.
+        """
+        if self.training or self.options.choice == "expert":
+            routing = self(hidden_TD, mask_T)
+            return routing.indices, routing.weights, routing.max_assignments
+        with without_autocast(hidden_TD.device.type):
+            logits_TE = self._logits(hidden_TD, self.weight)
+            indices_TK, weights_TK = self._weighted(self._scores(logits_TE), logits_TE)
+            bound = indices_TK.numel()
+            if mask_T is not None:
+                indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
+            if self.capacity is not None:
+                indices_TK, _, bound = self._limit(indices_TK, weights_TK, mask_T, self.capacity)
+            if mask_T is not None or self.capacity is not None:
+                weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
+            return indices_TK, weights_TK, bound
+
     def _logits(self, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return wide_linear(hidden_TD, weight_ED)
 
@@ -157,20 +177,12 @@ class Router(TrainingState):
         hidden_TD = self._jittered(hidden_TD)
         clean_TE = self._logits(hidden_TD, self.weight)
         noisy_TE, std_TE = self._noisy(clean_TE, hidden_TD)
-        softmax = self.options.score == "softmax"
-        scores_TE = noisy_TE.softmax(dim=-1) if softmax else noisy_TE.sigmoid()
-        probabilities_TE = scores_TE
-        if not softmax:
+        scores_TE = probabilities_TE = self._scores(noisy_TE)
+        if self.options.score != "softmax":
             probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
         if self.training and self.options.expert_dropout:
             scores_TE = scores_TE * (torch.rand_like(scores_TE) >= self.options.expert_dropout)
-        indices_TK = self._choose(scores_TE, noisy_TE)
-        weights_TK = scores_TE.gather(1, indices_TK)
-        if self.options.normalize:
-            total = weights_TK.sum(dim=-1, keepdim=True)
-            # Sigmoids may all underflow; the constant is DeepSeek-V3's.
-            weights_TK = weights_TK / (total if softmax else total + 1e-20)
-        weights_TK = weights_TK * self.options.scale
+        indices_TK, weights_TK = self._weighted(scores_TE, noisy_TE)
         if mask_T is not None:
             indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
 
@@ -190,6 +202,21 @@ class Router(TrainingState):
         stats = statistics(self, self._stats, *asked, dropped)
         weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
         return Routing(indices_TK, weights_TK, aux, stats, bound)
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        softmax = self.options.score == "softmax"
+        return logits_TE.softmax(dim=-1) if softmax else logits_TE.sigmoid()
+
+    def _weighted(self, scores_TE: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose experts and weight them by their scores, normalised and scaled as asked."""
+        indices_TK = self._choose(scores_TE, logits_TE)
+        weights_TK = scores_TE.gather(1, indices_TK)
+        if self.options.normalize:
+            total = weights_TK.sum(dim=-1, keepdim=True)
+            # Sigmoids may all underflow; the constant is DeepSeek-V3's.
+            softmax = self.options.score == "softmax"
+            weights_TK = weights_TK / (total if softmax else total + 1e-20)
+        return indices_TK, weights_TK * self.options.scale
 
     def _noisy(self, clean_TE: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Add ``N(0, 1) * softplus(x W_noise)`` while training (arXiv:1701.06538, eq. 4)."""

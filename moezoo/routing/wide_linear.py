@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo_kernels.dtypes import at_least_fp32
+from moezoo_kernels.dtypes import at_least_fp32, without_autocast
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,7 +25,7 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         ``(T, B)``, in fp32 or fp64.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         # The compiler decides by itself what it keeps and what it casts again.
         if torch.compiler.is_compiling() or x.dtype in (torch.float32, torch.float64):
             x = at_least_fp32(x)

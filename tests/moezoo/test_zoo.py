@@ -89,6 +89,20 @@ def test_fast_path_equals_reference_with_all_gradients(method, shape, training, 
     assert_same(fast, slow, 1e-10)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (2, 31)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_infer_returns_the_hidden_states_of_a_call(method, dtype, shape):
+    layer = make(method, dtype).eval()
+    hidden = torch.randn(*shape, D).to(dtype)
+    ids = token_ids(hidden)
+    for mask in (None, torch.arange(hidden[..., 0].numel()).reshape(shape) % 3 > 0):
+        with torch.no_grad():
+            expected = layer(hidden, token_ids=ids, mask=mask).hidden
+            actual = layer.infer(hidden, token_ids=ids, mask=mask)
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_router_input_decides_in_place_of_hidden_on_both_paths(method, training):

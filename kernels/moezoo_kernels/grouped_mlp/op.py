@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moezoo_kernels import native
 from moezoo_kernels.flops import count_active, has_data
 from moezoo_kernels.grouped_mlp import cpu, grouped_mm
-from moezoo_kernels.grouped_mlp.assignments import Assignments, sort_by_expert
+from moezoo_kernels.grouped_mlp.assignments import Assignments, check, sort_by_expert
 from moezoo_kernels.grouped_mlp.operands import Experts, Needs
 
 
@@ -56,7 +56,8 @@ def forward(
     with torch.autocast(x.device.type, enabled=False):
         decode = cpu.is_decode(indices.numel(), w_in.shape[0], x.dtype) and not keep
         if decode and backend == "cpu" and native.unusable(x.device, x.dtype) is None:
-            output = cpu.decode(x, experts, indices, weights, rows)
+            check(indices, w_in.shape[0], rows)
+            output = cpu.decode(x, experts, indices, weights)
         else:
             assignments = sort_by_expert(indices, w_in.shape[0], rows)
             run = _implementation(backend).forward

@@ -1,0 +1,55 @@
+"""``grouped_mlp`` for a handful of tokens in inference, straight to the C++ kernel.
+
+A custom op is what autograd, compilers and FLOP counters need, and costs more than the experts of
+one token of a small model. Where none of them looks on, as in a decoding loop, this leaves out
+the op, the choice of a backend, and the checks of operands.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moezoo_kernels import backends, native
+from moezoo_kernels.grouped_mlp import cpu
+from moezoo_kernels.grouped_mlp.operands import Experts
+
+
+def is_direct(x: Tensor, indices: Tensor, num_experts: int) -> bool:
+    """Return whether :func:`grouped_mlp_directly` can and should run.
+
+    Args:
+        x: ``(T, D)`` tokens.
+        indices: ``(T, K)`` expert numbers.
+        num_experts: E.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and cpu.is_decode(indices.numel(), num_experts, x.dtype)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and backends.forced() in (None, "cpu")
+        and native.unusable(x.device, x.dtype) is None
+    )
+
+
+def grouped_mlp_directly(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    activation: str,
+    gated: bool,
+    bias_in: Tensor | None = None,
+    bias_out: Tensor | None = None,
+) -> Tensor:
+    """Return what :func:`moezoo_kernels.grouped_mlp` returns, where :func:`is_direct` holds.
+
+    Arguments as there. Indices must be of -1 … E - 1: nothing checks them, and memory beyond the
+    weights would be read.
+    """
+    experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
+    return cpu.decode(x, experts, indices, weights)
