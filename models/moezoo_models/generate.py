@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import InputError, check_int, check_number, check_text
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
+from moezoo_models.decoding.loop import continue_ids
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.mode import evaluating
 from moezoo_models.model.decoder import check_token_ids
@@ -145,11 +146,12 @@ def continue_text(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), evaluating(model), own_settings(model):
         torch.manual_seed(seed)
-        cast(Any, model).generate(
+        continue_ids(
+            model,
             ids.to(model.device),
-            attention_mask=torch.ones_like(ids, device=model.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([FiniteLogits()]),
+            torch.ones_like(ids, device=model.device),
+            config,
+            processors=LogitsProcessorList([FiniteLogits()]),
             streamer=WholeCharacterStreamer(tokenizer, collect),
         )
     return "".join(pieces)

@@ -35,6 +35,7 @@ from transformers import (
 
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
+from moezoo_models.decoding.loop import continue_ids
 from moezoo_models.evaluation.perplexity import check_loss
 from moezoo_models.evaluation.scoring import logits_of, window_length
 from moezoo_models.generate import FiniteLogits, generation_config, own_settings
@@ -215,14 +216,14 @@ class HarnessModel(TemplateLM):
             decoding.top_p,
         )
         read = partial(self._read, prompts, cast("list[int]", config.eos_token_id), ids.shape[1])
-        network: Any = self.network
         with own_settings(self.network):
-            written = network.generate(
+            written = continue_ids(
+                self.network,
                 ids,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([FiniteLogits()]),
-                stopping_criteria=StoppingCriteriaList([_Stops(read, decoding.until)]),
+                mask,
+                config,
+                processors=LogitsProcessorList([FiniteLogits()]),
+                criteria=StoppingCriteriaList([_Stops(read, decoding.until)]),
             )
         return [decoding.cut(text) for text in read(written)]
 

@@ -1,0 +1,1 @@
+"""Decoding without what only training and analysis want."""

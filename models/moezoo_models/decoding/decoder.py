@@ -1,0 +1,163 @@
+"""One token after the other with a model's weights, without what only training wants.
+
+A step of ``model(...)`` builds masks, grows a cache, enters contexts and collects losses; with a
+small model that takes longer than reading the weights. Here a step is the arithmetic alone, on the
+same weights: the queries', keys' and values' projections are one matrix, the cache has its final
+size, and the layers return hidden states only (:meth:`moezoo.feed_forward.FeedForward.infer`).
+
+Shapes: B sequences, S tokens of a prompt, L positions, D hidden_size, V vocab_size, C head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from moezoo.feed_forward import FeedForward
+from moezoo_models.decoding.attending import Attending, signed
+from moezoo_models.model.block import DecoderLayer
+from moezoo_models.model.causal_lm import MoezooForCausalLM
+from moezoo_models.model.norm import RMSNorm
+from moezoo_models.model.persistent import JoinedSlots
+
+_MOST_FUSED_BYTES = 1 << 28
+"""Copies of projections up to this size: in larger models three products cost no more than one."""
+
+_CHANGING_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on the length so far."""
+
+
+class Decoder:
+    """The steps of a model's decoding, for one batch of prompts.
+
+    It is made for one call and holds the weights as they were when it was made. Use it under
+    ``torch.no_grad()``, with a model for which
+    :func:`moezoo_models.decoding.eligible.ineligible` returns None.
+
+    Args:
+        model: the model, in evaluation mode.
+        ids: ``(B, S)`` int64, the prompts.
+        mask: ``(B, S)``, nonzero at real tokens.
+        new_tokens: how many tokens follow at most; the cache has room for all but the last.
+    """
+
+    def __init__(
+        self, model: MoezooForCausalLM, ids: Tensor, mask: Tensor, new_tokens: int
+    ) -> None:
+        self._model = model
+        batch, length = ids.shape
+        positions = length + new_tokens - 1
+        self._at, self._prompt = length, (ids, mask)
+        places = _positions(mask)
+        self._next = places[:, -1:] + 1  # (B, 1)
+        self._prompt_places = places
+        self._mask = self._context = None
+        if not bool(mask.all()):
+            self._mask = torch.ones(batch, 1, 1, positions, dtype=torch.bool, device=ids.device)
+            self._mask[:, 0, 0, :length] = mask.to(torch.bool)
+        if model.model.looks_back():
+            self._context = ids.new_empty(batch, positions)
+            self._context[:, :length] = ids
+        blocks = list(model.model.blocks())
+        fused = sum(
+            part.weight.nbytes
+            for block in blocks
+            for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        )
+        self._blocks = [
+            _Block(block, batch, positions, fuse=fused <= _MOST_FUSED_BYTES) for block in blocks
+        ]
+        self._norm = norm_of(model.model.norm)
+        self._tables: tuple[Tensor, Tensor] | None = None
+        if model.model.rotary_emb.rope_type not in _CHANGING_ROPE and new_tokens > 1:
+            last = int(self._next.max()) + new_tokens - 1
+            every = torch.arange(last, device=ids.device)[None]
+            cos, sin = model.model.rotary_emb(model.model.embed_tokens.weight, every)
+            self._tables = cos[0], signed(sin[0])
+
+    def prefill(self) -> Tensor:
+        """Read the prompts by the model's own forward pass; return the next logits ``(B, V)``."""
+        ids, mask = self._prompt
+        cache = DynamicCache(config=self._model.config)
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=self._prompt_places,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for block in self._blocks:
+            layer: Any = cache.layers.pop(0)  # and with it its memory
+            block.attending.remember(layer.keys, layer.values, self._at)
+        return output.logits[:, -1]
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Append one token to each sequence, ``(B,)`` int64; return the next logits ``(B, V)``."""
+        model, at = self._model.model, self._at
+        hidden = F.embedding(token_ids, model.embed_tokens.weight)
+        rotary = self._rotary(hidden)
+        token_ids = token_ids[:, None]
+        context, context_mask = token_ids, None
+        if self._context is not None:
+            self._context[:, at : at + 1] = token_ids
+            context = self._context[:, : at + 1]
+            if self._mask is not None:
+                context_mask = self._mask[:, 0, 0, : at + 1]
+        for block in self._blocks:
+            hidden = block.attending.step(hidden, block.first_norm(hidden), at, rotary, self._mask)
+            if block.second_norm is not None:
+                looks_back = block.looks_back
+                answer = block.mlp.infer(
+                    block.second_norm(hidden)[:, None],
+                    token_ids=context if looks_back else token_ids,
+                    mask=context_mask if looks_back else None,
+                )
+                hidden = hidden + answer[:, 0]
+        self._at += 1
+        self._next += 1
+        head = self._model.lm_head
+        return F.linear(self._norm(hidden), head.weight, head.bias)
+
+    def _rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines of this step's positions, ``(B, 1, C)``."""
+        if self._tables is not None:
+            cos, sin = self._tables
+            places = self._next[:, 0]
+            return cos.index_select(0, places)[:, None], sin.index_select(0, places)[:, None]
+        cos, sin = self._model.model.rotary_emb(hidden, self._next)
+        return cos, signed(sin)
+
+
+class _Block:
+    """One block's parts, looked up once."""
+
+    def __init__(self, block: DecoderLayer, batch: int, positions: int, fuse: bool) -> None:
+        slots = block.mlp if isinstance(block.mlp, JoinedSlots) else None
+        self.attending = Attending(block.self_attn, slots, batch, positions, fuse)
+        self.mlp: FeedForward = block.mlp
+        self.looks_back = block.mlp.needs_earlier_tokens
+        self.first_norm = norm_of(block.input_layernorm)
+        second = block.post_attention_layernorm
+        self.second_norm = None if second is None else norm_of(second)
+
+
+def norm_of(norm: RMSNorm) -> Callable[[Tensor], Tensor]:
+    """Return the function that a norm computes, as one operator where that rounds no otherwise."""
+    weight, shape, eps = norm.weight, norm.weight.shape, norm.eps
+    if weight.dtype == torch.float64:  # its statistics are taken in fp32
+        return norm
+    if weight.dtype == torch.float32:
+        return lambda x: F.rms_norm(x, shape, weight, eps)
+    return lambda x: weight * F.rms_norm(x, shape, None, eps)  # rounded before the weight
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Count real tokens from 0, as transformers does; padding stands at 0."""
+    places = mask.long().cumsum(-1) - 1
+    return places.masked_fill(mask == 0, 0)

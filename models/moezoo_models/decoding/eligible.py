@@ -1,0 +1,80 @@
+"""Which models the decoder steps, and why it leaves others to transformers' ``generate``."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moezoo_models.adapters.transformers import attention_backend
+from moezoo_models.model.attention import Attention
+from moezoo_models.model.block import DecoderLayer
+from moezoo_models.model.causal_lm import MoezooForCausalLM
+from moezoo_models.model.decoder import MoezooModel
+from moezoo_models.model.norm import RMSNorm
+from moezoo_models.model.rotary import RotaryEmbedding
+
+_ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def ineligible(model: PreTrainedModel) -> str | None:
+    """Return why a model is not decoded by :class:`Decoder`; None if it is.
+
+    | what | why not |
+    | --- | --- |
+    | a stock model of transformers | its own ``generate`` knows it |
+    | a subclass, or a part that was replaced (LoRA) or given another ``forward`` | its weights alone do not say what it computes |
+    | forward hooks | somebody watches the calls, which the decoder does not make |
+    | an attention backend other than ``sdpa`` | it was asked for |
+    | training mode | dropout and noise |
+    | autocast | its casts would be repeated at each step |
+    | weights in parts over processes, or on several devices | the parts are gathered by hooks |
+    | projections of different dtypes | they are multiplied as one |
+    """  # noqa: E501
+    if type(model) is not MoezooForCausalLM:
+        return f"{type(model).__name__} is not this library's model"
+    if model.training:
+        return "the model is in training mode"
+    if (backend := attention_backend(model.config)) != "sdpa":
+        return f"its attention backend is {backend}"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    return _replaced(model) or _spread(model)
+
+
+def _replaced(model: MoezooForCausalLM) -> str | None:
+    """Name the first part that does not compute what its weights say."""
+    expected: dict[str, type[nn.Module]] = {
+        "model": MoezooModel,
+        "lm_head": nn.Linear,
+        "model.embed_tokens": nn.Embedding,
+        "model.norm": RMSNorm,
+        "model.rotary_emb": RotaryEmbedding,
+    }
+    norm = RMSNorm if model.config.qk_norm else nn.Identity
+    for number, block in enumerate(model.model.blocks()):
+        here = f"model.layers.{number}"
+        expected |= {here: DecoderLayer, f"{here}.self_attn": Attention}
+        expected |= {f"{here}.input_layernorm": RMSNorm}
+        expected |= {f"{here}.self_attn.{part}": nn.Linear for part in _ATTENTION_PARTS}
+        expected |= {f"{here}.self_attn.{part}": norm for part in ("q_norm", "k_norm")}
+        if block.post_attention_layernorm is not None:
+            expected[f"{here}.post_attention_layernorm"] = RMSNorm
+    for name, module in model.named_modules():
+        if type(module) is not expected.get(name, type(module)):
+            return f"{name} is a {type(module).__name__}"
+        if "forward" in vars(module):
+            return f"{name} has another forward"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'it'} has forward hooks"
+    return None
+
+
+def _spread(model: MoezooForCausalLM) -> str | None:
+    """Say whether the weights are in parts, in several places or of several dtypes."""
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.device != model.device:
+            return f"{name} is not whole on {model.device}"
+        if ".self_attn." in name and parameter.dtype != model.dtype:
+            return f"{name} is not in {model.dtype}"
+    return None

@@ -1,0 +1,250 @@
+"""The decoder's steps against the model's own forward pass, and its texts against `generate`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+import moezoo
+from moezoo_models.decoding.decoder import Decoder
+from moezoo_models.decoding.eligible import ineligible
+from moezoo_models.decoding.loop import continue_ids
+from moezoo_models.generate import own_settings
+
+METHODS = [pytest.param(method, id=method.name) for method in moezoo.zoo()]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+ROPES = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.5] * 4,
+        "factor": 8.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+SHORT = StoppingCriteriaList([MaxLengthCriteria(11)])
+CHANGING = ("dynamic", "longrope")  # one pass turns keys by other angles than steps do
+FIELDS = {
+    "plain": {},
+    "one_group": {"num_key_value_heads": 1},
+    "all_heads": {"num_key_value_heads": 4},
+    "qk_norm": {"qk_norm": True},
+    "biases": {"attention_bias": True, "attention_output_bias": True},
+    "wide_heads": {"head_dim": 16},
+    "window": {"sliding_window": 5},
+    "some_windows": {
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "tied": {"tie_word_embeddings": True},
+    **{
+        name: {"rope_parameters": {"rope_type": name, "rope_theta": 100.0, **more}}
+        for name, more in ROPES.items()
+    },
+}
+FIELDS["dynamic"]["max_position_embeddings"] = 12  # fewer than are written
+
+
+@pytest.fixture
+def build(make):
+    """Build a model whose weights are all away from zero, and whose next tokens differ enough."""
+
+    def built(dtype=torch.float32, **fields):
+        model = make(**fields).to(dtype).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not parameter.any() or "norm" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+            model.lm_head.weight.mul_(20)
+        return model
+
+    return built
+
+
+def method_rules(method):
+    return [{"layers": "all", "class_path": method.layer.__name__, "init_args": method.arguments}]
+
+
+def left_padded(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of lengths 8, 3, 6, 1, …, padded on the left."""
+    lengths = [8, 3, 6, 1, 8, 2, 7, 5][:batch]
+    ids = torch.randint(61, (batch, max(lengths)), generator=torch.Generator().manual_seed(2))
+    mask = torch.stack([F.pad(torch.ones(n).long(), (max(lengths) - n, 0)) for n in lengths])
+    return ids, mask
+
+
+@torch.no_grad()
+def assert_steps_are_the_forward_pass(model, ids, mask, steps=14):
+    """Feed the same tokens to the decoder and to one forward pass over the whole."""
+    following = torch.randint(61, (len(ids), steps), generator=torch.Generator().manual_seed(3))
+    decoder = Decoder(model, ids, mask, steps + 1)
+    logits = [decoder.prefill(), *(decoder.step(tokens) for tokens in following.t())]
+    everything = torch.cat([ids, following], dim=1)
+    seen = torch.cat([mask, torch.ones_like(following)], dim=1)
+    places = (seen.cumsum(-1) - 1).clamp(min=0)
+    whole = model(everything, attention_mask=seen, position_ids=places, use_cache=False).logits
+    expected, actual = whole[:, ids.shape[1] - 1 :], torch.stack(logits, dim=1)
+    tolerance = TOLERANCE[model.dtype] * expected.abs().max()
+    assert actual.dtype == expected.dtype
+    assert (actual - expected).abs().max() <= tolerance
+
+
+def mixes_tokens(model) -> bool:
+    """Whether who is routed where depends on the other tokens of a call."""
+    layers = [block.mlp for block in model.model.layers]
+    return any(not layer.causal or getattr(layer, "capacity", None) for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_of_every_method(build, method, dtype):
+    model = build(dtype, ffn=method_rules(method), allow_non_causal=True)
+    if mixes_tokens(model):
+        pytest.skip("one pass over all tokens routes otherwise than steps do")
+    for batch in (1, 3):
+        assert_steps_are_the_forward_pass(model, *left_padded(batch))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in CHANGING])
+def test_steps_of_every_kind_of_attention(build, rules, name, dtype):
+    model = build(dtype, ffn=rules["moe"], **FIELDS[name])
+    if dtype == torch.bfloat16:  # a router that is rounded once more chooses others
+        model = build(dtype, **FIELDS[name])
+    for batch in (1, 3):
+        assert_steps_are_the_forward_pass(model, *left_padded(batch))
+
+
+def test_steps_with_persistent_slots(build, rules):
+    for fields in ({}, {"sliding_window": 5}):
+        model = build(torch.float64, ffn=rules["persistent"], **fields)
+        assert_steps_are_the_forward_pass(model, *left_padded(3))
+
+
+def settings(model, new_tokens=16, **options):
+    """Return settings as the command makes them; three ids end texts."""
+    options = {"do_sample": False, "eos_token_id": [7, 8, 60], "pad_token_id": 60} | options
+    return GenerationConfig(max_new_tokens=new_tokens, **options)
+
+
+def both_ways(model, ids, mask, config, criteria=None):
+    """Continue by the decoder and by transformers, from the same random state."""
+    assert ineligible(model) is None
+    torch.manual_seed(5)
+    none = LogitsProcessorList()
+    ours = continue_ids(model, ids, mask, config, processors=none, criteria=criteria)
+    torch.manual_seed(5)
+    with own_settings(model):
+        theirs = model.generate(
+            ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
+        )
+    return ours, theirs
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_texts_of_every_method(build, method, batch):
+    model = build(ffn=method_rules(method), allow_non_causal=True)
+    ours, theirs = both_ways(model, *left_padded(batch), settings(model))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_texts_of_every_kind_of_attention(build, name, dtype):
+    model = build(dtype, **FIELDS[name])
+    for batch in (1, 8):
+        ours, theirs = both_ways(model, *left_padded(batch), settings(model))
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        {"temperature": 0.3, "top_k": 50, "top_p": 1.0},
+        {"temperature": 7.0, "top_k": 5, "top_p": 1.0},
+        {"temperature": 20.0, "top_k": 0, "top_p": 0.6},
+        {"temperature": 20.0, "top_k": 30, "top_p": 0.9},
+    ],
+)
+def test_a_seed_draws_the_same_tokens(build, rules, batch, options):
+    model = build(ffn=rules["moe"])
+    config = settings(model, do_sample=True, **options)
+    ours, theirs = both_ways(model, *left_padded(batch), config)
+    assert torch.equal(ours, theirs)
+
+
+def test_texts_end_by_their_tokens_and_by_criteria(build):
+    model = build()
+    prompts = left_padded(8)
+    free, _ = both_ways(model, *prompts, settings(model, eos_token_id=[60]))
+    ends = free[:4, 10].tolist()
+    ours, theirs = both_ways(model, *prompts, settings(model, eos_token_id=ends))
+    assert torch.equal(ours, theirs)
+    assert (ours[:4, 11:] == 60).all()
+    ours, theirs = both_ways(model, *prompts, settings(model), SHORT)
+    assert torch.equal(ours, theirs)
+    assert ours.shape[1] == 11
+    one_more, _ = both_ways(model, *prompts, settings(model, new_tokens=1))
+    assert torch.equal(one_more, ours[:, :9])
+
+
+def test_unfused_projections_give_the_same(build, monkeypatch):
+    model = build(attention_bias=True, qk_norm=True)
+    fused = both_ways(model, *left_padded(3), settings(model))[0]
+    monkeypatch.setattr("moezoo_models.decoding.decoder._MOST_FUSED_BYTES", 0)
+    assert torch.equal(both_ways(model, *left_padded(3), settings(model))[0], fused)
+
+
+def test_weights_are_read_anew_by_each_call(build):
+    model = build()
+    before = both_ways(model, *left_padded(1), settings(model))[0]
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.v_proj.weight.mul_(-1)
+    ours, theirs = both_ways(model, *left_padded(1), settings(model))
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, before)
+
+
+def test_what_is_left_to_generate(build, rules):
+    model = build(ffn=rules["moe"])
+    assert ineligible(model) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ineligible(model) == "autocast is on"
+    assert ineligible(model.train()) == "the model is in training mode"
+    model.eval()
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert ineligible(model) == "model.layers.1.mlp has forward hooks"
+    handle.remove()
+    mlp = model.model.layers[2].mlp
+    mlp.forward = mlp.forward
+    assert ineligible(model) == "model.layers.2.mlp has another forward"
+    del mlp.forward
+    projection = model.model.layers[0].self_attn.q_proj
+    model.model.layers[0].self_attn.q_proj = torch.nn.Sequential(projection)
+    assert ineligible(model) == "model.layers.0.self_attn.q_proj is a Sequential"
+    model.model.layers[0].self_attn.q_proj = projection
+    model.set_attn_implementation("eager")
+    assert ineligible(model) == "its attention backend is eager"
+    ids, mask = left_padded(3)
+    written = continue_ids(model, ids, mask, settings(model), processors=LogitsProcessorList())
+    assert written.shape[0] == 3
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(written, both_ways(model, ids, mask, settings(model))[0])
+    assert ineligible(torch.nn.Linear(2, 2)) == "Linear is not this library's model"
