@@ -4,6 +4,7 @@
 // Shapes: T tokens, K choices, D width, E experts, F hidden width, I = 2 F if gated else F. A slot
 // is token * K + choice.
 
+#include "few_products.h"
 #include "grouped_mlp.h"
 
 namespace moezoo {
@@ -37,31 +38,45 @@ std::vector<Group> group_by_expert(const int64_t* indices, int64_t slots) {
   return groups;
 }
 
+// One expert's matrix out of a stack.
+template <class T>
+Matrix<T> matrix_of(const T* stack, const T* biases, int64_t expert, int64_t rows, int64_t width) {
+  const T* bias = biases ? biases + expert * rows : nullptr;
+  return {stack + expert * rows * width, bias, rows, width};
+}
+
+// Pointers to the rows of a table that belong to the slots of a group.
+template <class P>
+std::vector<P*> rows_of_group(const Group& group, P* table, int64_t slots_per_row, int64_t width) {
+  std::vector<P*> rows;
+  for (int64_t s : group.slots) rows.push_back(table + s / slots_per_row * width);
+  return rows;
+}
+
 // inner (T K, I) of the slots in groups, for rows i of w_in that lie in the range.
 template <class T>
-void first_product(const FewRows<T>& p, const Group& group, int64_t first, int64_t last,
-                   float* inner) {
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t at = group.expert * p.inner_width + i;
-    const T* row = p.w_in + at * p.width;
-    const float bias = p.bias_in ? load(p.bias_in + at) : 0.0f;
-    for (int64_t s : group.slots)
-      inner[s * p.inner_width + i] = bias + dot(row, p.x + s / p.choices * p.width, p.width);
-  }
+void first_product(const FewRows<T>& p, const float* x, const Group& group, int64_t first,
+                   int64_t last, float* inner) {
+  const auto from = rows_of_group(group, x, p.choices, p.width);
+  const auto to = rows_of_group(group, inner, 1, p.inner_width);
+  const auto matrix = matrix_of(p.w_in, p.bias_in, group.expert, p.inner_width, p.width);
+  multiply<float>(matrix, from.data(), static_cast<int64_t>(from.size()), first, last, to.data());
 }
 
 // Adds the answers' columns d that lie in the range to output (T, D).
 template <class T>
 void second_product(const FewRows<T>& p, const Group& group, const float* hidden, int64_t first,
                     int64_t last, float* output) {
-  for (int64_t d = first; d < last; ++d) {
-    const int64_t at = group.expert * p.width + d;
-    const T* row = p.w_out + at * p.hidden_width;
-    const float bias = p.bias_out ? load(p.bias_out + at) : 0.0f;
-    for (int64_t s : group.slots) {
-      const float answer = bias + dot(row, hidden + s * p.hidden_width, p.hidden_width);
-      output[s / p.choices * p.width + d] += p.weights[s] * answer;
-    }
+  const auto from = rows_of_group(group, hidden, 1, p.hidden_width);
+  const int64_t slots = static_cast<int64_t>(from.size()), columns = last - first;
+  std::vector<float> answers(slots * columns);
+  const auto to = rows_of(answers.data() - first, slots, columns);
+  const auto matrix = matrix_of(p.w_out, p.bias_out, group.expert, p.width, p.hidden_width);
+  multiply<float>(matrix, from.data(), slots, first, last, to.data());
+  for (int64_t i = 0; i < slots; ++i) {
+    const int64_t s = group.slots[i];
+    float* sums = output + s / p.choices * p.width;
+    for (int64_t d = first; d < last; ++d) sums[d] += p.weights[s] * to[i][d];
   }
 }
 
@@ -73,8 +88,10 @@ void few(const FewRows<T>& p, const int64_t* indices, int64_t tokens, int64_t ac
   const auto each_group = [&](const auto& body) {
     for (const Group& group : groups) body(group);
   };
+  std::vector<float> x(tokens * p.width);
+  convert_row(p.x, x.data(), tokens * p.width);
   parallel_ranges(p.inner_width, 64, threads, [&](int64_t first, int64_t last) {
-    each_group([&](const Group& group) { first_product(p, group, first, last, inner); });
+    each_group([&](const Group& group) { first_product(p, x.data(), group, first, last, inner); });
   });
   each_group([&](const Group& group) {
     for (int64_t s : group.slots)

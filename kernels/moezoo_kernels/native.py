@@ -105,6 +105,27 @@ def call(name: str, *arguments: Tensor | int | float | bool | None) -> None:
     function(name)(*converted, ctypes.c_int32(torch.get_num_threads()))
 
 
+class Prepared:
+    """A call that is made again and again with the same tensors: its arguments converted once.
+
+    Args:
+        name: of the function.
+        arguments: its arguments but those given with each call, which come first, and the last;
+            as for :func:`call`. The tensors are kept, and must keep their memory.
+    """
+
+    def __init__(self, name: str, *arguments: Tensor | int | float | bool | None) -> None:
+        self._function = function(name)
+        self._kept = arguments
+        self._converted = [_convert(argument) for argument in arguments]
+
+    def __call__(self, *first: Tensor | int) -> None:
+        """Call the function with these arguments before the prepared ones."""
+        converted = [_convert(argument) for argument in first]
+        threads = ctypes.c_int32(torch.get_num_threads())
+        self._function(*converted, *self._converted, threads)
+
+
 def _convert(
     argument: Tensor | int | float | bool | None,
 ) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:

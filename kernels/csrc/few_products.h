@@ -1,0 +1,135 @@
+// Products of a matrix's rows with a few vectors: each row is read once, several at a time, and
+// multiplied with all vectors while it is in the nearest cache.
+//
+// Shapes: N rows, K width of a row, T vectors.
+
+#pragma once
+
+#include <type_traits>
+
+#include "lane_sums.h"
+
+namespace moezoo {
+namespace {
+
+// Rounds to the precision of T.
+template <class T>
+inline Floats rounded(Floats values) {
+  if constexpr (sizeof(T) == 2) return widen(narrow(values));
+  else return values;
+}
+
+template <class T>
+inline float rounded(float value) {
+  T stored;
+  store(&stored, value);
+  return load(&stored);
+}
+
+// A linear map; the bias may be null.
+template <class T>
+struct Matrix {
+  const T* weight;  // (N, K)
+  const T* bias;    // (N,)
+  int64_t rows, width;
+};
+
+// Sums of products whose lanes are still to be added up, and where the totals go.
+template <class Round>
+class Totals {
+ public:
+  void add(Floats sum, float bias, float* target) {
+    sums_[count_] = sum;
+    biases_[count_] = bias;
+    targets_[count_] = target;
+    if (++count_ == kLanes) flush();
+  }
+
+  void flush() {
+    if (!count_) return;
+    const Floats totals = sums_of_lanes(sums_);
+    float lanes[kLanes];
+    std::memcpy(lanes, &totals, sizeof lanes);
+    for (int64_t i = 0; i < count_; ++i) *targets_[i] = rounded<Round>(lanes[i] + biases_[i]);
+    count_ = 0;
+  }
+
+ private:
+  Floats sums_[kLanes] = {};
+  float biases_[kLanes];
+  float* targets_[kLanes];
+  int64_t count_ = 0;
+};
+
+// Rows that stay in the nearest cache while all vectors pass, and vectors of one pass: as many sums
+// as registers are left for.
+constexpr int kBlock = 4;
+constexpr int kPass = kLanes >= 16 ? 4 : 2;
+
+// A pass: kRows rows and kVectors vectors. Meanwhile the rows ahead are asked for: hardware that
+// fetches in advance stops at the end of a page, which comes every few rows.
+template <int kRows, int kVectors, class T, class Round>
+inline void multiply_rows(const Matrix<T>& m, int64_t row, const float* const* x,
+                          float* const* out, const T* ahead, int64_t rows_ahead,
+                          Totals<Round>& totals) {
+  const T* rows = m.weight + row * m.width;
+  Floats sums[kRows][kVectors] = {};
+  const auto column = [&](int64_t c, auto lanes) {
+    Floats weights[kRows];
+    for (int r = 0; r < kRows; ++r) weights[r] = load(rows + r * m.width + c, lanes);
+    for (int64_t a = 0; a < rows_ahead; ++a) __builtin_prefetch(ahead + a * m.width + c);
+    for (int t = 0; t < kVectors; ++t) {
+      const Floats values = load(x[t] + c, lanes);
+      for (int r = 0; r < kRows; ++r) sums[r][t] += weights[r] * values;
+    }
+  };
+  by_registers(m.width, column);
+  for (int r = 0; r < kRows; ++r) {
+    const float bias = m.bias ? load(m.bias + row + r) : 0.0f;
+    for (int t = 0; t < kVectors; ++t) totals.add(sums[r][t], bias, out[t] + row + r);
+  }
+}
+
+// out[t][n] for first <= n < last: the products of those rows with x[t] (K,), with their biases,
+// rounded to Round.
+template <class Round, class T>
+inline void multiply(const Matrix<T>& m, const float* const* x, int64_t vectors, int64_t first,
+                     int64_t last, float* const* out) {
+  const int64_t passes = (vectors + kPass - 1) / kPass;
+  Totals<Round> totals;
+  for (int64_t row = first; row < last; row += kBlock) {
+    const int64_t rows = std::min<int64_t>(kBlock, last - row);
+    const int64_t next = std::min<int64_t>(kBlock, last - row - rows);
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t begin = next * pass / passes, ahead = next * (pass + 1) / passes - begin;
+      const T* from = m.weight + (row + kBlock + begin) * m.width;
+      int64_t t = pass * kPass;
+      const int64_t end = std::min<int64_t>(t + kPass, vectors);
+      const auto run = [&](auto count) {
+        constexpr int kVectors = count();
+        if (rows == kBlock)
+          multiply_rows<kBlock, kVectors>(m, row, x + t, out + t, from, ahead, totals);
+        else
+          for (int64_t r = row; r < row + rows; ++r)
+            multiply_rows<1, kVectors>(m, r, x + t, out + t, from, ahead, totals);
+        t += kVectors;
+      };
+      if constexpr (kPass == 4)
+        if (end - t == 4) run(std::integral_constant<int, 4>{});
+      if (end - t >= 2) run(std::integral_constant<int, 2>{});
+      if (end > t) run(std::integral_constant<int, 1>{});
+    }
+  }
+  totals.flush();
+}
+
+// Pointers to rows that lie a stride apart.
+template <class P>
+inline std::vector<P*> rows_of(P* first, int64_t rows, int64_t stride) {
+  std::vector<P*> pointers(rows);
+  for (int64_t i = 0; i < rows; ++i) pointers[i] = first + i * stride;
+  return pointers;
+}
+
+}  // namespace
+}  // namespace moezoo

@@ -1,0 +1,270 @@
+"""A transformer block's parts on one new token of each of a few sequences, each one C++ call.
+
+In decoding the weights of a small model are read in less time than it takes to call operators. So
+norm, projections, attention over a cache, feed-forward block and residual sum are done in one call,
+whose arguments are prepared once: each function here takes the tensors that stay, and returns what
+is called for each token. Everything happens in place, on a residual stream ``hidden``.
+
+They exist on CPUs in fp32 and bf16, where :func:`usable` says so, and have no gradients. The
+arithmetic is fp32; results are rounded to the dtype where torch's operators round them.
+
+Shapes: B sequences, D width of the residual stream, H query heads, G key-value heads, C width of a
+head, L positions in the cache, P positions with angles, F hidden width, I = 2 F if gated else F,
+E experts, V rows of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moezoo_kernels import backends, native
+from moezoo_kernels.activations import ACTIVATION_CODES
+
+MOST_SEQUENCES = 16
+"""With more, products of matrices are faster elsewhere."""
+
+
+class Linear(NamedTuple):
+    """A linear map: weight ``(out, in)`` and bias ``(out,)`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Norm(NamedTuple):
+    """An RMSNorm before a part of the block: weight ``(D,)``, and what is added to mean squares."""
+
+    weight: Tensor
+    eps: float
+
+
+class Angles(NamedTuple):
+    """Rotary positions: cos and sin ``(P, C)``, the first half of sin negated; places ``(B,)``.
+
+    ``places`` are the positions of the new tokens, int64, and change in place from call to call.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    places: Tensor
+
+
+class Cache(NamedTuple):
+    """Keys and values ``(B, G, L, C)``, written in place; mask ``(B, L)`` bool or None."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
+def usable(hidden: Tensor, *tensors: Tensor | None) -> bool:
+    """Return whether the steps can run on these tensors.
+
+    Args:
+        hidden: ``(B, D)``, the residual stream.
+        tensors: the weights.
+    """
+    return (
+        native.unusable(hidden.device, hidden.dtype) is None
+        and backends.forced() in (None, "cpu")
+        and 0 < hidden.shape[0] <= MOST_SEQUENCES
+        and all(
+            tensor is None
+            or (tensor.is_contiguous() and (tensor.dtype, tensor.device) == _kind(hidden))
+            for tensor in (hidden, *tensors)
+        )
+    )
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
+def attention_step(
+    hidden: Tensor,
+    norm: Norm,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    out: Linear,
+    angles: Angles,
+    cache: Cache,
+    *,
+    scale: float,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    window: int | None = None,
+) -> Callable[[int], None]:
+    """Prepare ``hidden += out(attend(norm(hidden)))``.
+
+    Args:
+        hidden: ``(B, D)``.
+        norm: before the projections.
+        query: ``(H C, D)``.
+        key: ``(G C, D)``.
+        value: ``(G C, D)``.
+        out: ``(D, H C)``.
+        angles: of rotary positions.
+        cache: keys and values so far.
+        scale: factor on the scores.
+        query_norm: ``(C,)``, an RMSNorm of each query head, with the eps of ``norm``.
+        key_norm: ``(C,)``, likewise.
+        window: positions that are seen, the new one included; None for all.
+
+    Returns:
+        A function of the new token's place in the cache.
+    """
+    batch, width = hidden.shape
+    _, kv_heads, room, head_width = cache.keys.shape
+    queries, pairs = query.weight.shape[0], kv_heads * head_width
+    scratch = torch.empty(batch * (width + 2 * queries + 2 * pairs))
+    parts = (query, key, value, out)
+    return native.Prepared(
+        "moezoo_attention_step",
+        hidden,
+        norm.weight,
+        *(part.weight for part in parts),
+        *(part.bias for part in parts),
+        query_norm,
+        key_norm,
+        *angles,
+        *cache,
+        scratch,
+        native.dtype_code(hidden.dtype),
+        batch,
+        width,
+        queries // head_width,
+        kv_heads,
+        head_width,
+        room,
+        window or 0,
+        norm.eps,
+        scale,
+    )
+
+
+def dense_step(
+    hidden: Tensor, norm: Norm, gate: Linear | None, up: Linear, down: Linear, activation: str
+) -> Callable[[], None]:
+    """Prepare ``hidden += down(act(gate(x)) * up(x))``, or ``act(up(x))``, of ``x = norm(hidden)``.
+
+    Args:
+        hidden: ``(B, D)``.
+        norm: before the block.
+        gate: ``(F, D)``, or None if the block is not gated.
+        up: ``(F, D)``.
+        down: ``(D, F)``.
+        activation: a key of :data:`moezoo_kernels.activations.ACTIVATIONS`.
+    """
+    batch, width = hidden.shape
+    hidden_width = up.weight.shape[0]
+    parts = (gate or Linear(None, None), up, down)  # type: ignore[arg-type]
+    return native.Prepared(
+        "moezoo_dense_step",
+        hidden,
+        norm.weight,
+        *(part.weight for part in parts),
+        *(part.bias for part in parts),
+        torch.empty(batch * (width + 3 * hidden_width)),
+        native.dtype_code(hidden.dtype),
+        batch,
+        width,
+        hidden_width,
+        ACTIVATION_CODES[activation],
+        norm.eps,
+    )
+
+
+def moe_step(
+    hidden: Tensor,
+    norm: Norm,
+    router: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    *,
+    top_k: int,
+    activation: str,
+    gated: bool,
+    bias_in: Tensor | None = None,
+    bias_out: Tensor | None = None,
+    softmax: bool = True,
+    normalize: bool = True,
+    factor: float = 1.0,
+    selection_bias: Tensor | None = None,
+) -> Callable[[], None]:
+    """Prepare ``hidden += Σ g_e expert_e(x)`` over each token's best experts, ``x = norm(hidden)``.
+
+    Args:
+        hidden: ``(B, D)``.
+        norm: before the block.
+        router: ``(E, D)``, whose products are taken in fp32.
+        w_in: ``(E, I, D)``, the gate's rows first.
+        w_out: ``(E, D, F)``.
+        top_k: experts per token; among equals the lower number.
+        activation: a key of :data:`moezoo_kernels.activations.ACTIVATIONS`.
+        gated: whether the experts are gated linear units.
+        bias_in: ``(E, I)`` or None.
+        bias_out: ``(E, D)`` or None.
+        softmax: scores are a softmax of the logits, otherwise sigmoids.
+        normalize: divide the chosen scores by their sum.
+        factor: multiplies the weights.
+        selection_bias: ``(E,)`` fp32, added to the scores for the choice alone.
+    """
+    batch, width = hidden.shape
+    num_experts, _, hidden_width = w_out.shape
+    slots = batch * top_k
+    floats = batch * (2 * width + num_experts) + slots * (1 + hidden_width + w_in.shape[1])
+    return native.Prepared(
+        "moezoo_moe_step",
+        hidden,
+        norm.weight,
+        router,
+        selection_bias,
+        w_in,
+        w_out,
+        bias_in,
+        bias_out,
+        torch.empty(floats),
+        torch.empty_like(hidden),
+        torch.empty(slots, dtype=torch.int64),
+        native.dtype_code(hidden.dtype),
+        batch,
+        width,
+        hidden_width,
+        num_experts,
+        top_k,
+        ACTIVATION_CODES[activation],
+        gated,
+        softmax,
+        normalize,
+        float(factor),
+        norm.eps,
+    )
+
+
+def head_step(hidden: Tensor, norm: Norm, head: Linear) -> Callable[[], Tensor]:
+    """Prepare ``head(norm(hidden))``, ``(B, V)``; each call returns a new tensor."""
+    (batch, width), rows = hidden.shape, head.weight.shape[0]
+    call = native.Prepared(
+        "moezoo_head_step",
+        hidden,
+        norm.weight,
+        *head,
+        torch.empty(batch * (width + rows)),
+        native.dtype_code(hidden.dtype),
+        batch,
+        width,
+        rows,
+        norm.eps,
+    )
+
+    def logits() -> Tensor:
+        found = hidden.new_empty(batch, rows)
+        call(found)
+        return found
+
+    return logits

@@ -1,0 +1,220 @@
+"""A block's parts on one token, in C++, against plain torch in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moezoo_kernels import token_step
+from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
+
+DIGITS = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}  # of the largest number
+EPS = 1e-5
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def draw(request, native_library, poison_empty):
+    """Draw tensors of one dtype, from one seed, about as large as in a model."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape, scale=None):
+        std = shape[-1] ** -0.5 if scale is None else scale
+        return (torch.randn(shape, generator=generator) * std).to(request.param)
+
+    drawn.dtype = request.param
+    return drawn
+
+
+def normed(hidden, norm):
+    wide = hidden.double()
+    return wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * norm.double()
+
+
+def linear(x, part):
+    return F.linear(x, part.weight.double(), None if part.bias is None else part.bias.double())
+
+
+def assert_added(hidden, before, expected):
+    """Compare what was added to the residual stream."""
+    wanted = before.double() + expected
+    largest = max(before.abs().max().item(), expected.abs().max().item(), 1.0)
+    assert (hidden.double() - wanted).abs().max() <= DIGITS[before.dtype] * largest
+
+
+def attended(hidden, norm, maps, norms, angles, cache, at, window, scale):
+    """Attend to keys and values of one sequence after the other, head by head."""
+    query, key, value, out = maps
+    x, (batch, kv_heads, _, width) = normed(hidden, norm), cache.keys.shape
+    heads = query.weight.shape[0] // width
+    keys, values = cache.keys.double(), cache.values.double()
+
+    def turned(head, place):
+        cos, sin = angles.cos[place].double(), angles.sin[place].double()
+        return head * cos + head.roll(width // 2, -1) * sin
+
+    answers = torch.zeros(batch, heads, width, dtype=torch.float64)
+    for b in range(batch):
+        place = int(angles.places[b])
+        for h in range(heads):
+            g = h // (heads // kv_heads)
+            q, k, v = (
+                linear(x[b], part).view(-1, width)[number]
+                for part, number in ((query, h), (key, g), (value, g))
+            )
+            if norms[0] is not None:
+                q, k = normed(q, norms[0]), normed(k, norms[1])
+            keys[b, g, at], values[b, g, at] = turned(k, place), v
+            first = 0 if window is None else max(0, at + 1 - window)
+            seen = torch.arange(first, at + 1)
+            if cache.mask is not None:
+                seen = seen[cache.mask[b, seen]]
+            weights = (keys[b, g, seen] @ turned(q, place) * scale).softmax(0)
+            answers[b, h] = weights @ values[b, g, seen]
+    return linear(answers.flatten(1), out), keys, values
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("extras", [True, False], ids=["norms_biases_mask", "plain"])
+@pytest.mark.parametrize(
+    ("batch", "width", "heads", "kv_heads", "head_width", "length"),
+    [(1, 37, 3, 1, 10, 1), (1, 64, 4, 4, 16, 70), (3, 48, 4, 2, 34, 9), (16, 40, 2, 2, 128, 19)],
+)
+def test_attention(draw, batch, width, heads, kv_heads, head_width, length, extras, window):
+    room, at, scale = length + 3, length - 1, head_width**-0.5
+    sizes = (heads * head_width, kv_heads * head_width, kv_heads * head_width)
+    maps = [Linear(draw(n, width), draw(n, scale=0.3) if extras else None) for n in sizes]
+    maps.append(Linear(draw(width, sizes[0]), draw(width, scale=0.3) if extras else None))
+    norms = [draw(head_width, scale=1.0) if extras else None for _ in range(2)]
+    norm, hidden = draw(width, scale=1.0), draw(batch, width, scale=1.0)
+    turns = torch.rand(batch + length, head_width, generator=torch.Generator().manual_seed(1))
+    places = torch.arange(batch) + length - 1
+    angles = Angles(turns.cos().to(draw.dtype), turns.sin().to(draw.dtype), places)
+    mask = torch.arange(room) >= torch.arange(batch)[:, None].clamp(max=at) if extras else None
+    shape = (batch, kv_heads, room, head_width)
+    cache = Cache(draw(*shape, scale=1.0), draw(*shape, scale=1.0), mask)
+    untouched = [each.clone() for each in cache[:2]]
+    expected, keys, values = attended(hidden, norm, maps, norms, angles, cache, at, window, scale)
+    before = hidden.clone()
+    step = token_step.attention_step(
+        hidden,
+        Norm(norm, EPS),
+        *maps,
+        angles,
+        cache,
+        scale=scale,
+        query_norm=norms[0],
+        key_norm=norms[1],
+        window=window,
+    )
+    step(at)
+    assert_added(hidden, before, expected)
+    for actual, wanted, old in zip(cache[:2], (keys, values), untouched, strict=True):
+        tolerance = 3 * DIGITS[draw.dtype]
+        torch.testing.assert_close(actual.double(), wanted, rtol=tolerance, atol=tolerance)
+        for others in (slice(at), slice(at + 1, None)):
+            assert torch.equal(actual[:, :, others], old[:, :, others])
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("batch", "width", "inner"), [(1, 37, 19), (2, 16, 5), (7, 64, 130), (16, 5, 33)]
+)
+def test_dense_blocks(draw, batch, width, inner, gated, bias, activation):
+    hidden, norm = draw(batch, width, scale=1.0), draw(width, scale=1.0)
+    gate, up = (Linear(draw(inner, width), draw(inner) if bias else None) for _ in range(2))
+    down = Linear(draw(width, inner), draw(width) if bias else None)
+    before, x, act = hidden.clone(), normed(hidden, norm), ACTIVATIONS[activation]
+    middle = act(linear(x, gate)) * linear(x, up) if gated else act(linear(x, up))
+    step = token_step.dense_step(
+        hidden, Norm(norm, EPS), gate if gated else None, up, down, activation
+    )
+    step()
+    assert_added(hidden, before, linear(middle, down))
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "experts", "top_k"), [(1, 5, 1), (1, 4, 4), (3, 6, 2), (8, 16, 3)]
+)
+def test_mixtures(draw, batch, experts, top_k, biased, normalize, softmax):
+    width, inner = 29, 21
+    hidden, norm = draw(batch, width, scale=1.0), draw(width, scale=1.0)
+    router = draw(experts, width)
+    w_in, w_out = draw(experts, 2 * inner, width), draw(experts, width, inner)
+    b_in, b_out = (draw(experts, n) if biased else None for n in (2 * inner, width))
+    selection = torch.linspace(-1, 1, experts).flip(0) if biased else None
+    before, x = hidden.clone(), normed(hidden, norm).to(draw.dtype).double()
+    logits = x @ router.double().T
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    ranks = scores if selection is None else scores + selection
+    expected = torch.zeros_like(x)
+    for b in range(batch):
+        chosen = ranks[b].topk(top_k).indices.tolist()
+        total = sum(scores[b, e] for e in chosen) if normalize else 1.0
+        for e in chosen:
+            up = linear(x[b], Linear(w_in[e], b_in[e] if biased else None))
+            middle = F.silu(up[:inner]) * up[inner:]
+            answer = linear(middle, Linear(w_out[e], b_out[e] if biased else None))
+            expected[b] += 1.5 * scores[b, e] / total * answer
+    step = token_step.moe_step(
+        hidden,
+        Norm(norm, EPS),
+        router,
+        w_in,
+        w_out,
+        top_k=top_k,
+        activation="silu",
+        gated=True,
+        bias_in=b_in,
+        bias_out=b_out,
+        softmax=softmax,
+        normalize=normalize,
+        factor=1.5,
+        selection_bias=selection,
+    )
+    step()
+    assert_added(hidden, before, expected)
+
+
+@pytest.mark.parametrize("batch", range(1, 17))
+def test_heads(draw, batch):
+    hidden, norm = draw(batch, 45, scale=1.0), draw(45, scale=1.0)
+    head = Linear(draw(50 + batch, 45), draw(50 + batch) if batch % 2 else None)
+    before = hidden.clone()
+    logits = token_step.head_step(hidden, Norm(norm, EPS), head)()
+    assert torch.equal(hidden, before)
+    assert logits.dtype == hidden.dtype
+    tolerance = DIGITS[draw.dtype]
+    expected = linear(normed(hidden, norm), head)
+    torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_threads_change_no_bit(draw):
+    norm = Norm(draw(96, scale=1.0), EPS)
+    parts = [Linear(draw(160, 96), None), Linear(draw(160, 96), None), Linear(draw(96, 160), None)]
+    hidden, before, results = draw(3, 96, scale=1.0), torch.get_num_threads(), []
+    start = hidden.clone()
+    step = token_step.dense_step(hidden, norm, *parts, "silu")
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            hidden.copy_(start)
+            step()
+            results.append(hidden.clone())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_where_they_can_not_run(native_library):
+    weight = torch.randn(8, 4)
+    assert token_step.usable(torch.randn(16, 4), weight, None)
+    assert not token_step.usable(torch.randn(17, 4), weight)
+    assert not token_step.usable(torch.randn(2, 4).double(), weight.double())
+    assert not token_step.usable(torch.randn(2, 4), weight.bfloat16())
+    assert not token_step.usable(torch.randn(2, 4), torch.randn(4, 8).T)
+    with token_step.backends.use("reference"):
+        assert not token_step.usable(torch.randn(2, 4), weight)
