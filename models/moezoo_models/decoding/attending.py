@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moezoo_kernels.token_step import Cache
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.joint_attention import joint_attention
 from moezoo_models.model.norm import RMSNorm
@@ -24,8 +25,7 @@ class Attending:
         attention: the block's attention; its weights are read, and q, k and v copied into one
             matrix if ``fuse``.
         slots: what takes the place of the block's feed-forward layer, if that is persistent slots.
-        batch: B.
-        positions: L, room in the cache.
+        cache: keys and values ``(B, G, L, C)``, and which positions are real.
         fuse: whether the three projections are one product.
     """
 
@@ -33,8 +33,7 @@ class Attending:
         self,
         attention: Attention,
         slots: JoinedSlots | None,
-        batch: int,
-        positions: int,
+        cache: Cache,
         fuse: bool,
     ) -> None:
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -51,8 +50,7 @@ class Attending:
         self._out_transposed = weight.t()
         self._slots = None if slots is None else slots.slots
         self._window, self._scale = attention.sliding_window, attention.scaling
-        width = attention.head_dim
-        kv_heads = attention.k_proj.out_features // width
+        batch, kv_heads, _, width = cache.keys.shape
         self._heads = attention.q_proj.out_features // width
         self._split = (batch, self._heads + 2 * kv_heads, width)
         self._grouped = (batch, kv_heads, self._heads // kv_heads, width)
@@ -62,10 +60,7 @@ class Attending:
             of_q, of_k = attention.q_norm.weight, attention.k_norm.weight
             self._norm_weight = torch.cat((of_q.expand(self._heads, -1), of_k.expand(kv_heads, -1)))
             self._eps = attention.q_norm.eps
-        self.keys, self.values = (
-            torch.empty(batch, kv_heads, positions, width, dtype=weight.dtype, device=weight.device)
-            for _ in range(2)
-        )
+        self.keys, self.values, _ = cache
 
     def remember(self, keys: Tensor, values: Tensor, length: int) -> None:
         """Fill the cache with the prompt's keys and values, ``(B, G, at most length, C)``.
@@ -91,7 +86,7 @@ class Attending:
             normed: ``(B, D)``, what attention reads.
             at: where in the cache the position is.
             rotary: cosines, and sines with the sign of :func:`half_turned`, ``(B or 1, 1, C)``.
-            mask: ``(B, 1, 1, L)`` bool, true at real tokens; None if all are.
+            mask: ``(B, L)`` bool, true at real tokens; None if all are.
         """
         projected = [F.linear(normed, *part) for part in self._projections]
         states = (projected[0] if len(projected) == 1 else torch.cat(projected, -1)).view(
@@ -109,7 +104,7 @@ class Attending:
         keys = self.keys.narrow(2, first, at + 1 - first)
         values = self.values.narrow(2, first, at + 1 - first)
         if mask is not None:
-            mask = mask.narrow(3, first, at + 1 - first)
+            mask = mask[:, None, None, first : at + 1]
         if self._slots is None:
             # Queries that share keys stand where several queries of one head would.
             attended = F.scaled_dot_product_attention(

@@ -2,8 +2,10 @@
 
 A step of ``model(...)`` builds masks, grows a cache, enters contexts and collects losses; with a
 small model that takes longer than reading the weights. Here a step is the arithmetic alone, on the
-same weights: the queries', keys' and values' projections are one matrix, the cache has its final
-size, and the layers return hidden states only (:meth:`moezoo.feed_forward.FeedForward.infer`).
+same weights: on CPUs attention, dense blocks and mixtures are one C++ call each
+(:mod:`moezoo_kernels.token_step`). Elsewhere the queries', keys' and values' projections are one
+matrix, and layers return hidden states only (:meth:`moezoo.feed_forward.FeedForward.infer`). The
+cache has its final size from the beginning.
 
 Shapes: B sequences, S tokens of a prompt, L positions, D hidden_size, V vocab_size, C head_dim.
 """
@@ -19,7 +21,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from moezoo.feed_forward import FeedForward
+from moezoo_kernels.token_step import Angles, Cache
 from moezoo_models.decoding.attending import Attending, signed
+from moezoo_models.decoding.native_steps import (
+    native_attention,
+    native_feed_forward,
+    native_head,
+)
 from moezoo_models.model.block import DecoderLayer
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.norm import RMSNorm
@@ -53,32 +61,37 @@ class Decoder:
         batch, length = ids.shape
         positions = length + new_tokens - 1
         self._at, self._prompt = length, (ids, mask)
-        places = _positions(mask)
-        self._next = places[:, -1:] + 1  # (B, 1)
-        self._prompt_places = places
-        self._mask = self._context = None
+        self._prompt_places = _positions(mask)
+        self._next = self._prompt_places[:, -1] + 1  # (B,)
+        self._mask = self._context = None  # (B, L)
         if not bool(mask.all()):
-            self._mask = torch.ones(batch, 1, 1, positions, dtype=torch.bool, device=ids.device)
-            self._mask[:, 0, 0, :length] = mask.to(torch.bool)
+            self._mask = torch.ones(batch, positions, dtype=torch.bool, device=ids.device)
+            self._mask[:, :length] = mask.to(torch.bool)
         if model.model.looks_back():
             self._context = ids.new_empty(batch, positions)
             self._context[:, :length] = ids
-        blocks = list(model.model.blocks())
-        fused = sum(
+        embedding = model.model.embed_tokens.weight
+        self._hidden = embedding.new_empty(batch, embedding.shape[1])
+        self._angles: Angles | None = None
+        if model.model.rotary_emb.rope_type not in _CHANGING_ROPE and new_tokens > 1:
+            last = int(self._next.max()) + new_tokens - 1
+            every = torch.arange(last, device=ids.device)[None]
+            cos, sin = model.model.rotary_emb(embedding, every)
+            self._angles = Angles(cos[0].contiguous(), signed(sin[0]), self._next)
+        self._blocks = self._build(positions)
+        self._norm = norm_of(model.model.norm)
+        self._head = native_head(model.lm_head, model.model.norm, self._hidden)
+
+    def _build(self, positions: int) -> list[_Block]:
+        blocks = list(self._model.model.blocks())
+        projections = sum(
             part.weight.nbytes
             for block in blocks
             for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
         )
-        self._blocks = [
-            _Block(block, batch, positions, fuse=fused <= _MOST_FUSED_BYTES) for block in blocks
-        ]
-        self._norm = norm_of(model.model.norm)
-        self._tables: tuple[Tensor, Tensor] | None = None
-        if model.model.rotary_emb.rope_type not in _CHANGING_ROPE and new_tokens > 1:
-            last = int(self._next.max()) + new_tokens - 1
-            every = torch.arange(last, device=ids.device)[None]
-            cos, sin = model.model.rotary_emb(model.model.embed_tokens.weight, every)
-            self._tables = cos[0], signed(sin[0])
+        fuse = projections <= _MOST_FUSED_BYTES
+        shared = (self._hidden, self._angles, self._mask, positions, fuse)
+        return [_Block(block, *shared) for block in blocks]
 
     def prefill(self) -> Tensor:
         """Read the prompts by the model's own forward pass; return the next logits ``(B, V)``."""
@@ -99,52 +112,82 @@ class Decoder:
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Append one token to each sequence, ``(B,)`` int64; return the next logits ``(B, V)``."""
-        model, at = self._model.model, self._at
-        hidden = F.embedding(token_ids, model.embed_tokens.weight)
-        rotary = self._rotary(hidden)
+        model, at, hidden = self._model.model, self._at, self._hidden
+        torch.index_select(model.embed_tokens.weight, 0, token_ids, out=hidden)
+        rotary: tuple[Tensor, Tensor] | None = None
         token_ids = token_ids[:, None]
         context, context_mask = token_ids, None
         if self._context is not None:
             self._context[:, at : at + 1] = token_ids
             context = self._context[:, : at + 1]
             if self._mask is not None:
-                context_mask = self._mask[:, 0, 0, : at + 1]
+                context_mask = self._mask[:, : at + 1]
         for block in self._blocks:
-            hidden = block.attending.step(hidden, block.first_norm(hidden), at, rotary, self._mask)
-            if block.second_norm is not None:
+            if block.attend is not None:
+                block.attend(at)
+            else:
+                rotary = rotary or self._rotary()
+                normed = block.first_norm(hidden)
+                hidden.copy_(block.attending.step(hidden, normed, at, rotary, self._mask))
+            if block.feed is not None:
+                block.feed()
+            elif block.second_norm is not None:
                 looks_back = block.looks_back
                 answer = block.mlp.infer(
                     block.second_norm(hidden)[:, None],
                     token_ids=context if looks_back else token_ids,
                     mask=context_mask if looks_back else None,
                 )
-                hidden = hidden + answer[:, 0]
+                hidden += answer[:, 0]
         self._at += 1
         self._next += 1
+        if self._head is not None:
+            return self._head()
         head = self._model.lm_head
         return F.linear(self._norm(hidden), head.weight, head.bias)
 
-    def _rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines of this step's positions, ``(B, 1, C)``."""
-        if self._tables is not None:
-            cos, sin = self._tables
-            places = self._next[:, 0]
+        if self._angles is not None:
+            cos, sin, places = self._angles
             return cos.index_select(0, places)[:, None], sin.index_select(0, places)[:, None]
-        cos, sin = self._model.model.rotary_emb(hidden, self._next)
+        cos, sin = self._model.model.rotary_emb(self._hidden, self._next[:, None])
         return cos, signed(sin)
 
 
 class _Block:
-    """One block's parts, looked up once."""
+    """One block's parts, looked up once, and their steps by the C++ kernels where there are some.
 
-    def __init__(self, block: DecoderLayer, batch: int, positions: int, fuse: bool) -> None:
-        slots = block.mlp if isinstance(block.mlp, JoinedSlots) else None
-        self.attending = Attending(block.self_attn, slots, batch, positions, fuse)
+    Attributes:
+        attend: attention's step, in place, for the place in the cache; None if ``attending`` does.
+        feed: the feed-forward block's, in place; None if ``mlp.infer`` does.
+    """
+
+    def __init__(
+        self,
+        block: DecoderLayer,
+        hidden: Tensor,
+        angles: Angles | None,
+        mask: Tensor | None,
+        positions: int,
+        fuse: bool,
+    ) -> None:
         self.mlp: FeedForward = block.mlp
         self.looks_back = block.mlp.needs_earlier_tokens
         self.first_norm = norm_of(block.input_layernorm)
-        second = block.post_attention_layernorm
-        self.second_norm = None if second is None else norm_of(second)
+        attention, batch = block.self_attn, len(hidden)
+        width, kv_heads = attention.head_dim, attention.k_proj.out_features // attention.head_dim
+        keys, values = (hidden.new_empty(batch, kv_heads, positions, width) for _ in range(2))
+        cache = Cache(keys, values, mask)
+        slots = block.mlp if isinstance(block.mlp, JoinedSlots) else None
+        self.attend: Callable[[int], None] | None = None
+        if slots is None and angles is not None:
+            self.attend = native_attention(attention, block.input_layernorm, hidden, angles, cache)
+        self.attending = Attending(attention, slots, cache, fuse and self.attend is None)
+        self.second_norm = self.feed = None
+        if (second := block.post_attention_layernorm) is not None:
+            self.second_norm = norm_of(second)
+            self.feed = native_feed_forward(block.mlp, second, hidden)
 
 
 def norm_of(norm: RMSNorm) -> Callable[[Tensor], Tensor]:

@@ -11,6 +11,7 @@ from transformers import (
 )
 
 import moezoo
+from moezoo_kernels import native, token_step
 from moezoo_models.decoding.decoder import Decoder
 from moezoo_models.decoding.eligible import ineligible
 from moezoo_models.decoding.loop import continue_ids
@@ -74,6 +75,19 @@ def build(make):
     return built
 
 
+@pytest.fixture
+def torch_steps(monkeypatch):
+    """Compute by torch's operators alone, as on devices without kernels of ours."""
+    monkeypatch.setattr(token_step, "MOST_SEQUENCES", 0)
+
+
+@pytest.fixture
+def native_steps():
+    """Skip the test where there are no kernels."""
+    if reason := native.unusable(torch.device("cpu"), torch.float32):
+        pytest.skip(f"C++ kernels: {reason}")
+
+
 def method_rules(method):
     return [{"layers": "all", "class_path": method.layer.__name__, "init_args": method.arguments}]
 
@@ -119,8 +133,11 @@ def test_steps_of_every_method(build, method, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in CHANGING])
-def test_steps_of_every_kind_of_attention(build, rules, name, dtype):
+def test_steps_of_every_kind_of_attention(build, rules, name, dtype, kernels, request):
+    if kernels == "torch" or dtype != torch.float64:  # which is computed by torch anyway
+        request.getfixturevalue(f"{kernels}_steps")
     model = build(dtype, ffn=rules["moe"], **FIELDS[name])
     if dtype == torch.bfloat16:  # a router that is rounded once more chooses others
         model = build(dtype, **FIELDS[name])
@@ -162,13 +179,42 @@ def test_the_texts_of_every_method(build, method, batch):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("name", FIELDS)
-def test_the_texts_of_every_kind_of_attention(build, name, dtype):
-    model = build(dtype, **FIELDS[name])
+def test_the_texts_of_every_kind_of_attention(build, name, kernels, request):
+    request.getfixturevalue(f"{kernels}_steps")
+    model = build(**FIELDS[name])
     for batch in (1, 8):
         ours, theirs = both_ways(model, *left_padded(batch), settings(model))
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_texts_in_bf16_differ_where_two_tokens_tie_only(build, name, kernels, request):
+    """Logits have three digits there, and the order of a sum decides between equals."""
+    request.getfixturevalue(f"{kernels}_steps")
+    model = build(torch.bfloat16, **FIELDS[name])
+    for batch in (1, 8):
+        ids, mask = left_padded(batch)
+        rows = both_ways(model, ids, mask, settings(model))
+        for row, (ours, theirs) in enumerate(zip(*rows, strict=False)):
+            assert_equal_up_to_a_tie(model, ours, theirs, ids.shape[1], mask[row])
+
+
+@torch.no_grad()
+def assert_equal_up_to_a_tie(model, ours, theirs, length, mask):
+    """Compare one text with another until their tokens part, where both must be as likely."""
+    short = min(len(ours), len(theirs))
+    parted = (ours[:short] != theirs[:short]).nonzero()
+    if not len(parted):
+        return
+    at = int(parted[0])
+    assert at >= length
+    text = ours[None, length - int(mask.sum()) : at]
+    logits = model(text).logits[0, -1].float()
+    gap = abs(logits[ours[at]] - logits[theirs[at]])
+    assert gap <= TOLERANCE[model.dtype] * logits.abs().max()
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -204,11 +250,23 @@ def test_texts_end_by_their_tokens_and_by_criteria(build):
     assert torch.equal(one_more, ours[:, :9])
 
 
-def test_unfused_projections_give_the_same(build, monkeypatch):
+def test_unfused_projections_give_the_same(build, torch_steps, monkeypatch):
     model = build(attention_bias=True, qk_norm=True)
     fused = both_ways(model, *left_padded(3), settings(model))[0]
     monkeypatch.setattr("moezoo_models.decoding.decoder._MOST_FUSED_BYTES", 0)
     assert torch.equal(both_ways(model, *left_padded(3), settings(model))[0], fused)
+
+
+def test_the_kernels_step_what_they_know(build, rules, native_steps):
+    """Otherwise the tests above would compare torch with torch."""
+    rule = rules["rule"]
+    known = [rule("DenseFFN"), rule("SparseMoE", 1), rule("SigmaMoE", 2)]
+    blocks = Decoder(build(ffn=known), *left_padded(2), 4)._blocks
+    assert all(block.attend and block.feed for block in blocks)
+    others = [rule("PEER"), rule("PersistentMemoryAttention", 1)]
+    blocks = Decoder(build(ffn=others), *left_padded(2), 4)._blocks
+    assert [block.attend is None for block in blocks] == [False, True, False]
+    assert not any(block.feed for block in blocks)
 
 
 def test_weights_are_read_anew_by_each_call(build):

@@ -1,0 +1,117 @@
+"""The steps of a block's parts by the C++ kernels, for the layers that these know.
+
+Each function returns None where there is no such step; torch's operators then do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from moezoo.feed_forward import FeedForward
+from moezoo.layers.dense import DenseFFN
+from moezoo.layers.sigma_moe import SigmaMoE
+from moezoo.layers.sparse_moe import SparseMoE
+from moezoo.routing import Router
+from moezoo_kernels import token_step
+from moezoo_kernels.grouped_mlp import cpu
+from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
+from moezoo_models.model.attention import Attention
+from moezoo_models.model.norm import RMSNorm
+
+
+def native_attention(
+    attention: Attention, norm: RMSNorm, hidden: Tensor, angles: Angles, cache: Cache
+) -> Callable[[int], None] | None:
+    """Return the step of a block's attention, in place on ``hidden``, ``(batch, hidden_size)``."""
+    query, key, value, out = (
+        Linear(part.weight, part.bias)
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    )
+    norms = [n for n in (attention.q_norm, attention.k_norm) if isinstance(n, RMSNorm)]
+    query_norm, key_norm = (n.weight for n in norms) if norms else (None, None)
+    tensors = (*query, *key, *value, *out, query_norm, key_norm, norm.weight)
+    same_eps = all(n.eps == norm.eps for n in norms)
+    if not same_eps or not token_step.usable(hidden, *tensors, *angles[:2], *cache[:2]):
+        return None
+    return token_step.attention_step(
+        hidden,
+        Norm(norm.weight, norm.eps),
+        query,
+        key,
+        value,
+        out,
+        angles,
+        cache,
+        scale=attention.scaling,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        window=attention.sliding_window,
+    )
+
+
+def native_feed_forward(
+    layer: FeedForward, norm: RMSNorm, hidden: Tensor
+) -> Callable[[], None] | None:
+    """Return the step of a feed-forward block, in place on ``hidden``."""
+    before = Norm(norm.weight, norm.eps)
+    if type(layer) is DenseFFN:
+        return _dense(layer, before, hidden)
+    if type(layer) is SparseMoE and not layer.d_shared and layer.capacity is None:
+        return _mixture(layer, before, hidden)
+    if type(layer) is SigmaMoE:
+        return _mixture(layer, before, hidden)
+    return None
+
+
+def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
+    parts = [layer.gate_proj] if layer.gated else []
+    parts += [layer.up_proj, layer.down_proj]
+    if any(type(part) is not nn.Linear for part in parts):
+        return None
+    maps = [Linear(part.weight, part.bias) for part in parts]
+    if not token_step.usable(hidden, norm.weight, *(tensor for each in maps for tensor in each)):
+        return None
+    gate = maps[0] if layer.gated else None
+    up, down = maps[-2:]
+    return token_step.dense_step(hidden, norm, gate, up, down, layer.activation)
+
+
+def _mixture(layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
+    gate, experts = layer.gate, layer.experts
+    options = gate.options
+    if type(gate) is not Router or options.choice != "token" or options.num_groups > 1:
+        return None
+    weights = (experts.gate_up_proj, experts.down_proj, experts.gate_up_bias, experts.down_bias)
+    slots = hidden.shape[0] * gate.top_k
+    if (
+        experts.mesh is not None
+        or not cpu.is_few(slots, gate.num_experts, hidden.dtype)
+        or not token_step.usable(hidden, norm.weight, gate.weight, *weights)
+    ):
+        return None
+    w_in, w_out, bias_in, bias_out = weights
+    return token_step.moe_step(
+        hidden,
+        norm,
+        gate.weight,
+        w_in,
+        w_out,
+        top_k=gate.top_k,
+        activation=experts.activation,
+        gated=experts.gated,
+        bias_in=bias_in,
+        bias_out=bias_out,
+        softmax=options.score == "softmax",
+        normalize=options.normalize,
+        factor=options.scale,
+        selection_bias=gate.selection_bias if options.selection_bias else None,
+    )
+
+
+def native_head(head: nn.Linear, norm: RMSNorm, hidden: Tensor) -> Callable[[], Tensor] | None:
+    """Return the last norm and the output projection: a function that returns the logits."""
+    if not token_step.usable(hidden, norm.weight, head.weight, head.bias):
+        return None
+    return token_step.head_step(hidden, Norm(norm.weight, norm.eps), Linear(head.weight, head.bias))
