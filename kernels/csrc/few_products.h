@@ -123,6 +123,13 @@ inline void multiply(const Matrix<T>& m, const float* const* x, int64_t vectors,
   totals.flush();
 }
 
+// How many rows of a matrix make a thread worth its waking, which takes as long as reading some
+// hundred kilobytes: rows of so many weights, each multiplied with so many vectors.
+inline int64_t least_rows(int64_t weights_per_row, int64_t vectors) {
+  constexpr int64_t kLeastWeights = 1 << 17;
+  return 1 + kLeastWeights / (weights_per_row * (1 + vectors / kPass));
+}
+
 // Pointers to rows that lie a stride apart.
 template <class P>
 inline std::vector<P*> rows_of(P* first, int64_t rows, int64_t stride) {

@@ -90,7 +90,10 @@ void few(const FewRows<T>& p, const int64_t* indices, int64_t tokens, int64_t ac
   };
   std::vector<float> x(tokens * p.width);
   convert_row(p.x, x.data(), tokens * p.width);
-  parallel_ranges(p.inner_width, 64, threads, [&](int64_t first, int64_t last) {
+  const int64_t experts = std::max<int64_t>(1, static_cast<int64_t>(groups.size()));
+  const int64_t each = tokens * p.choices / experts;
+  const int64_t rows_in = least_rows(experts * p.width, each);
+  parallel_ranges(p.inner_width, rows_in, threads, [&](int64_t first, int64_t last) {
     each_group([&](const Group& group) { first_product(p, x.data(), group, first, last, inner); });
   });
   each_group([&](const Group& group) {
@@ -101,7 +104,8 @@ void few(const FewRows<T>& p, const int64_t* indices, int64_t tokens, int64_t ac
       });
   });
   std::fill(output, output + tokens * p.width, 0.0f);
-  parallel_ranges(p.width, 64, threads, [&](int64_t first, int64_t last) {
+  const int64_t rows_out = least_rows(experts * p.hidden_width, each);
+  parallel_ranges(p.width, rows_out, threads, [&](int64_t first, int64_t last) {
     each_group([&](const Group& group) { second_product(p, group, hidden, first, last, output); });
   });
 }

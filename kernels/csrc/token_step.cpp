@@ -26,8 +26,6 @@ extern "C" void moezoo_grouped_mlp_few(const void* x, const void* w_in, const vo
 namespace moezoo {
 namespace {
 
-constexpr int64_t kLeastRows = 32;  // of a matrix, for a thread to be worth its waking
-
 // out (K,) = x / rms(x), rounded, times the weight.
 template <class T, class From>
 void normalize(const From* x, const T* weight, float eps, int64_t width, float* out) {
@@ -65,7 +63,8 @@ void multiply_parts(const Matrix<T> (&parts)[kParts], const float* x, int64_t ve
   int64_t total = 0;
   for (const auto& part : parts) total += part.rows;
   const auto rows_x = rows_of(x, vectors, parts[0].width);
-  parallel_ranges(total, kLeastRows, threads, [&](int64_t first, int64_t last) {
+  const int64_t grain = least_rows(parts[0].width, vectors);
+  parallel_ranges(total, grain, threads, [&](int64_t first, int64_t last) {
     int64_t before = 0;
     for (const auto& part : parts) {
       const int64_t begin = std::max<int64_t>(first - before, 0);
@@ -201,7 +200,7 @@ struct Attention {
     for (int64_t t = 0; t < tokens; ++t) place(states + t * inner, t, at);
     const int64_t first = window ? std::max<int64_t>(0, at + 1 - window) : 0;
     const int64_t length = at + 1 - first;
-    const int64_t grain = 1 + 16384 / (heads / kv_heads * length * head_width);
+    const int64_t grain = least_rows(2 * length * head_width, heads / kv_heads);
     parallel_ranges(tokens * kv_heads, grain, threads, [&](int64_t begin, int64_t end) {
       std::vector<float> scores(length);
       for (int64_t i = begin; i < end; ++i) {

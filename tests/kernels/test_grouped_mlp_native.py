@@ -56,7 +56,7 @@ def test_a_handful_of_tokens(
 
 @pytest.mark.parametrize("tokens", [4, 300])
 def test_threads_change_no_bit(dtype, make_problem, tokens):
-    problem = _small(make_problem, dtype, tokens=tokens, width=160, hidden=136, routing="repeated")
+    problem = _small(make_problem, dtype, tokens=tokens, width=400, hidden=336, routing="repeated")
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

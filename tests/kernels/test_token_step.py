@@ -193,10 +193,11 @@ def test_heads(draw, batch):
 
 
 def test_threads_change_no_bit(draw):
-    norm = Norm(draw(96, scale=1.0), EPS)
-    parts = [Linear(draw(160, 96), None), Linear(draw(160, 96), None), Linear(draw(96, 160), None)]
-    hidden, before, results = draw(3, 96, scale=1.0), torch.get_num_threads(), []
+    width, inner = 200, 1500  # enough for several threads
+    parts = [Linear(draw(*shape), None) for shape in 2 * [(inner, width)] + [(width, inner)]]
+    hidden, before, results = draw(3, width, scale=1.0), torch.get_num_threads(), []
     start = hidden.clone()
+    norm = Norm(draw(width, scale=1.0), EPS)
     step = token_step.dense_step(hidden, norm, *parts, "silu")
     try:
         for threads in (1, 2, 3):
