@@ -45,6 +45,7 @@ def generate(
     device: str = "auto",
     attention: str | None = None,
     tokenizer: str | Path | None = None,
+    dtype: str = "auto",
 ) -> str:
     """Continue a prompt with a checkpoint's model.
 
@@ -64,6 +65,8 @@ def generate(
         device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
         attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
         tokenizer: directory of the tokenizer; default: the checkpoint's own.
+        dtype: of the weights: float32, bfloat16, float16, or auto: as saved, but float32 on a CPU
+            that is slow in that.
 
     Returns:
         The prompt and its continuation.
@@ -76,7 +79,7 @@ def generate(
         check_int("max_new_tokens", max_new_tokens)
     check_text("prompt", prompt)
     place = pick_device(device)
-    model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention)
+    model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention, dtype)
     # Options that do not fit this model are refused before the prompt is printed.
     _start(model, words, prompt, max_new_tokens)
 

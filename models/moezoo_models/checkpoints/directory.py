@@ -23,6 +23,7 @@ from moezoo_models.adapters.transformers import set_attention_backend
 from moezoo_models.checkpoints.atomic import replacing_directory
 from moezoo_models.checkpoints.checksums import seal
 from moezoo_models.checkpoints.dense import dense_config
+from moezoo_models.checkpoints.dtypes import choose_dtype
 from moezoo_models.checkpoints.finite import check_finite
 from moezoo_models.checkpoints.gate import EMBEDDINGS, HEAD, admit
 from moezoo_models.checkpoints.model_files import (
@@ -162,6 +163,7 @@ def load_checkpoint(
     path: str | Path,
     device: str | torch.device = "cpu",
     attention: str | None = None,
+    dtype: str | None = None,
 ) -> tuple[MoezooForCausalLM, Tokenizer | None]:
     """Load a checkpoint of ours, or a dense Llama, Mistral, Qwen2 or Qwen3 directory as ours.
 
@@ -170,10 +172,11 @@ def load_checkpoint(
         device: where to put the model.
         attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers;
             default sdpa.
+        dtype: of the weights, as for :func:`moezoo_models.checkpoints.dtypes.choose_dtype`;
+            default: the one they were saved in.
 
     Returns:
-        The model in evaluation mode, in the dtype it was saved in, and the tokenizer, or None if
-        the directory holds none.
+        The model in evaluation mode, and the tokenizer, or None if the directory holds none.
 
     Raises:
         InputError: no checkpoint there, a damaged or foreign one, or one whose weights do not fit
@@ -187,7 +190,9 @@ def load_checkpoint(
 
     admitted = admit(path, configure, MoezooForCausalLM)
     with quiet():
-        model = MoezooForCausalLM.from_admitted(admitted)
+        model = MoezooForCausalLM.from_admitted(
+            admitted, dtype=choose_dtype(admitted, dtype, device)
+        )
     return model.to(device), read_tokenizer(admitted.directory)
 
 
@@ -196,6 +201,7 @@ def load_with_tokenizer(
     tokenizer: str | Path | None = None,
     device: str | torch.device = "cpu",
     attention: str | None = None,
+    dtype: str | None = None,
 ) -> tuple[MoezooForCausalLM, Tokenizer]:
     """Load a checkpoint for text: with its own tokenizer, or one from elsewhere.
 
@@ -211,7 +217,7 @@ def load_with_tokenizer(
     Raises:
         InputError: as :func:`load_checkpoint`; or there is no tokenizer.
     """
-    model, own = load_checkpoint(path, device, attention)
+    model, own = load_checkpoint(path, device, attention, dtype)
     return model, choose_tokenizer(path, tokenizer, own)
 
 

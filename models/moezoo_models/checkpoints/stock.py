@@ -35,6 +35,7 @@ from moezoo_models.checkpoints.directory import (
     read_json,
     read_tokenizer,
 )
+from moezoo_models.checkpoints.dtypes import choose_dtype
 from moezoo_models.checkpoints.gate import admit, check_model, keep_generation, told
 from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.causal_lm import MoezooForCausalLM
@@ -48,7 +49,10 @@ DENSE = (*DENSE_CONFIGS, "olmo2")
 
 
 def load_as_it_is(
-    path: str | Path, device: str | torch.device = "cpu", attention: str | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+    dtype: str | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer | None]:
     """Load a checkpoint of ours as ours, and a stock one as transformers has it.
 
@@ -56,10 +60,11 @@ def load_as_it_is(
         path: the directory.
         device: where to put the model.
         attention: attention backend; default sdpa.
+        dtype: of the weights, as for :func:`moezoo_models.checkpoints.dtypes.choose_dtype`;
+            default: the one they were saved in.
 
     Returns:
-        The model in evaluation mode, in the dtype it was saved in, and the tokenizer, or None if
-        the directory holds none.
+        The model in evaluation mode, and the tokenizer, or None if the directory holds none.
 
     Raises:
         InputError: no checkpoint there, a damaged or quantised one, one of another architecture, or
@@ -67,9 +72,9 @@ def load_as_it_is(
     """
     directory = existing(Path(path))
     if read_json(directory / CONFIG).get("model_type") == MoezooConfig.model_type:
-        return load_checkpoint(directory, device, attention)
+        return load_checkpoint(directory, device, attention, dtype)
     check_backend(attention)
-    model = load_stock(directory, attention)
+    model = load_stock(directory, attention, dtype=dtype, device=device)
     return model.to(device), read_tokenizer(directory)  # type: ignore[arg-type]
 
 
@@ -78,6 +83,7 @@ def load_any_with_tokenizer(
     tokenizer: str | Path | None = None,
     device: str | torch.device = "cpu",
     attention: str | None = None,
+    dtype: str | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a model for text: as ours where that is possible, else as transformers has it.
 
@@ -95,13 +101,17 @@ def load_any_with_tokenizer(
     """
     kind = read_json(existing(Path(path)) / CONFIG).get("model_type")
     if kind in [MoezooConfig.model_type, *DENSE_CONFIGS]:
-        return load_with_tokenizer(path, tokenizer, device, attention)
-    model, own = load_as_it_is(path, device, attention)
+        return load_with_tokenizer(path, tokenizer, device, attention, dtype)
+    model, own = load_as_it_is(path, device, attention, dtype)
     return model, choose_tokenizer(path, tokenizer, own)
 
 
 def load_stock(
-    directory: Path, attention: str | None = None, pickled: bool = False
+    directory: Path,
+    attention: str | None = None,
+    pickled: bool = False,
+    dtype: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """Load a directory with transformers, for evaluation.
 
@@ -109,6 +119,8 @@ def load_stock(
         directory: the checkpoint.
         attention: attention backend; default sdpa.
         pickled: where there are no safetensors, let transformers unpickle tensors and nothing else.
+        dtype: of the weights, as for :func:`load_as_it_is`.
+        device: where the model will be put.
 
     Raises:
         InputError: weights are missing, unexpected or of another shape, or transformers refuses
@@ -125,7 +137,7 @@ def load_stock(
                 None,
                 config=config,
                 state_dict=tensors,
-                dtype=admitted.dtype,
+                dtype=choose_dtype(admitted, dtype, device),
                 generation_config=admitted.generation,
                 attn_implementation=attention,
                 output_loading_info=True,

@@ -83,11 +83,12 @@ def _logits(directory: Path) -> Tensor:
 def load_any(directory: Path) -> Any:
     """Load a checkpoint of ours with our code and any other with transformers', for evaluation.
 
-    Where there are no safetensors, transformers unpickles tensors and nothing else, as we do.
+    Where there are no safetensors, transformers unpickles tensors and nothing else, as we do. Where
+    this CPU is slow in the dtype it was saved in, it is loaded in fp32.
 
     Raises:
         InputError: weights are missing, unexpected or of another shape.
     """
     if read_json(directory / CONFIG).get("model_type") == MoezooConfig.model_type:
-        return load_checkpoint(directory)[0].eval()
-    return load_stock(directory, pickled=True)
+        return load_checkpoint(directory, dtype="auto")[0].eval()
+    return load_stock(directory, pickled=True, dtype="auto")

@@ -32,6 +32,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     output: str | Path | None = None,
+    dtype: str = "auto",
 ) -> Evaluation | TaskEvaluation:
     """Print how well a checkpoint's model predicts a text file, or answers lm-eval's tasks.
 
@@ -61,6 +62,8 @@ def evaluate(
         num_fewshot: of tasks, solved examples before each question; default: as each task says.
         output: JSON file that the figures are written to; default: runs/evaluate/tasks.json for
             tasks, and none for a text.
+        dtype: of the weights: float32, bfloat16, float16, or auto: as saved, but float32 on a CPU
+            that is slow in that.
 
     Returns:
         The figures that are printed.
@@ -82,7 +85,7 @@ def evaluate(
         _refuse("tasks", task_path=task_path, limit=limit, num_fewshot=num_fewshot)
         content = read_text(Path(text))
         model, words = load_any_with_tokenizer(
-            checkpoint, tokenizer, pick_device(device), attention
+            checkpoint, tokenizer, pick_device(device), attention, dtype
         )
         result = evaluate_text(
             model,
@@ -101,7 +104,9 @@ def evaluate(
     _refuse("text", stride=stride)
     # Before the weights are read, as that takes long and tasks are where users err.
     questions = Questions.find(str(tasks).split(","), task_path, limit, num_fewshot)
-    model, words = load_any_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
+    model, words = load_any_with_tokenizer(
+        checkpoint, tokenizer, pick_device(device), attention, dtype
+    )
     answered = evaluate_questions(
         model, words, questions, sequence_length=sequence_length, batch_size=batch_size
     )

@@ -117,6 +117,7 @@ def open_inspection(
     device: str = "auto",
     attention: str | None = None,
     tokenizer: str | Path | None = None,
+    dtype: str = "auto",
 ) -> Inspection:
     """Load a model and a text, and make the output directory before anything is computed.
 
@@ -131,13 +132,15 @@ def open_inspection(
         device: cpu, cuda, cuda:1, ..., or auto for an accelerator if there is one.
         attention: attention backend: eager, sdpa, flex_attention, flash_attention_2 or xformers.
         tokenizer: directory of the tokenizer; default: the checkpoint's own.
+        dtype: of the weights: float32, bfloat16, float16, or auto: as saved, but float32 on a CPU
+            that is slow in that.
 
     Raises:
         InputError: the file is missing, empty or binary; the checkpoint cannot be loaded, or does
             not pass the check; the output cannot be written.
     """
     content = read_text(Path(text))
-    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention)
+    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention, dtype)
     check(model)
     directory = Path(output)
     with _writing(directory):
