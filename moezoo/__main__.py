@@ -17,7 +17,8 @@ class Command(NamedTuple):
     """One word of the command line: where its function is, and what it does.
 
     Arguments without a default are named options, or, if ``positional``, given by position. A
-    first word without dashes is the value of the option ``first``, which has a default.
+    first word without dashes is the value of the option ``first``, which has a default. ``more`` is
+    where a function is whose text ends the help.
     """
 
     function: str
@@ -25,6 +26,7 @@ class Command(NamedTuple):
     lightning: bool = False
     positional: bool = False
     first: str | None = None
+    more: str | None = None
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -119,7 +121,10 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "zoo": Command("moezoo.command.zoo:zoo", "every method: paper, parameters, cost"),
         "bench": Command(
-            "moezoo.command.bench:bench", "speed and memory against public peers", first="cases"
+            "moezoo.command.bench:bench",
+            "speed and memory against public peers",
+            first="cases",
+            more="moezoo.command.bench:list_cases",
         ),
         "doctor": Command("moezoo.command.doctor:doctor", "versions, devices, usable backends"),
     },
@@ -226,7 +231,9 @@ def _run(name: str, arguments: list[str]) -> None:
     if command.lightning:
         function([name, *arguments])
     else:
-        run_function(function, f"moezoo {name}", arguments, command.positional)
+        asked = command.more if {"-h", "--help"} & set(arguments) else None
+        more = _load(asked)() if asked else ""
+        run_function(function, f"moezoo {name}", arguments, command.positional, more)
 
 
 def _load(path: str) -> Callable[..., Any]:

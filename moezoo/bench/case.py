@@ -209,6 +209,7 @@ class Case:
         threads: for this case, whatever the command says: one token alone is no work for two.
         series: cases of one series are drawn as one line, against ``size``.
         size: name of the number on the horizontal axis.
+        ops: the ops of :mod:`moezoo_kernels` that ours runs, by which the case can be chosen.
     """
 
     name: str
@@ -225,6 +226,7 @@ class Case:
     threads: int | None = None
     series: str = ""
     size: str = ""
+    ops: tuple[str, ...] = ()
 
     def setting(self, quick: bool, dtype: torch.dtype | None) -> Setting:
         """Return the sizes and dtype of a run."""

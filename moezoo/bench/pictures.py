@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from moezoo.atomic import atomic_write
 from moezoo.bench.case import PLAIN
 from moezoo.bench.limits import Limits
-from moezoo.bench.results import Row
+from moezoo.bench.results import QUICK, Row
 
 # Wong's colours, which the colour-blind can tell apart.
 _BLUE, _SKY, _ORANGE, _GREEN, _PINK, _RED, _YELLOW = (
@@ -48,6 +48,7 @@ _STYLE: Any = {
     "svg.fonttype": "path",
 }
 _BAR = 0.36
+_NUMBER = 0.1  # the width of a number beside its bar, as a share of the axis, at most
 
 
 def draw(
@@ -80,6 +81,12 @@ def _save(folder: Path, name: str, figure: Figure, environment: Mapping[str, Any
         f"{environment['device']}, {threads}, torch {environment['torch']}, "
         f"moezoo {environment['moezoo']}, {str(environment['date'])[:10]}"
     )
+    if environment.get("quick"):
+        look: Any = {"fontsize": 8, "color": _RED, "weight": "bold"}
+        if figure.legends:  # it stands where the figure's title would
+            figure.axes[0].set_title(QUICK, loc="left", **look)
+        else:
+            figure.suptitle(QUICK, x=0.01, ha="left", **look)
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=_GREY)
     paths = []
     for kind in ("svg", "png"):
@@ -98,6 +105,12 @@ def ratios(rows: Sequence[Row]) -> Figure:
     """Draw how many times as fast ours is, a bar per peer and direction, and the targets."""
     figure = Figure(figsize=(7.5, 1.4 + 0.34 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
+    found = [ratio for row in rows for ratio in (row.forward_ratio, row.step_ratio) if ratio]
+    targets = [wish for row in rows for wish in (row.target_forward, row.target_step) if wish]
+    least, most = min([*found, *targets, 0.8]), max([*found, *targets, 1.25])
+    margin = max(1.7, (most / least) ** 0.2)  # for the numbers at the ends of the bars
+    axes.set_xscale("log")
+    axes.set_xlim(least / margin, most * margin)
     for place, row in enumerate(rows):
         bars = [(row.forward_ratio, row.target_forward, _BLUE)]
         if row.step_ratio is not None:
@@ -108,10 +121,6 @@ def ratios(rows: Sequence[Row]) -> Figure:
     for place in _every_second(rows):
         axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.045, lw=0, zorder=0)
     axes.axvline(1, color="black", lw=0.8)
-    found = [ratio for row in rows for ratio in (row.forward_ratio, row.step_ratio) if ratio]
-    targets = [wish for row in rows for wish in (row.target_forward, row.target_step) if wish]
-    axes.set_xscale("log")
-    axes.set_xlim(min([*found, 0.8]) / 1.7, max([*found, *targets, 1.25]) * 1.7)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _times(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -141,12 +150,15 @@ def _bar(axes: Axes, middle: float, ratio: float, target: float | None, color: s
     """Draw a bar that begins at 1: to the right ours is faster, to the left the other is."""
     axes.barh(middle, ratio - 1, _BAR, left=1, color=color)
     ahead, end = ratio >= 1, ratio
+    low, high = axes.get_xlim()
+    width = (high / low) ** _NUMBER
     if target is not None:
         ends = [middle - _BAR / 2, middle + _BAR / 2]
         axes.plot([target] * 2, ends, color="white", lw=3.6, zorder=3, solid_capstyle="butt")
         axes.plot([target] * 2, ends, color=_RED, lw=2, zorder=4, solid_capstyle="butt")
-        if ratio <= target <= 1.5 * ratio:
-            end = target  # the number goes beyond the mark, which it would hide
+        # The number goes beyond a mark that it would hide, to either side.
+        if ratio <= target <= width * ratio if ahead else ratio / width <= target <= ratio:
+            end = target
     axes.annotate(
         _times(ratio),
         (end, middle),

@@ -93,6 +93,7 @@ class Row:
     note: str = ""
 
 
+QUICK = "A quick run with tiny sizes: it shows that all agree; times and ratios mean nothing."
 _ENOUGH = 10  # samples of a median that needs no remark
 
 # Which field a target is about, how it is called, and whether more is better.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ from moezoo.bench.cases import CASES
 from moezoo.bench.environment import environment
 from moezoo.bench.limits import Limits, measure
 from moezoo.bench.pictures import draw
-from moezoo.bench.results import COLUMNS, Row, cells, row, write
+from moezoo.bench.results import COLUMNS, QUICK, Row, cells, row, write
 from moezoo.bench.runner import Options, Result, run_case, skipped, thread_count
 from moezoo.command.tables import print_table
 from moezoo.errors import InputError, check_int, check_number, nearest
 
+_HELP_WIDTH = 80
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,8 +42,8 @@ def bench(
     and writes it as CSV and JSON, with pictures, to the output directory.
 
     Args:
-        cases: op, layer, all, or names of cases, separated by commas; may come first, without
-            --cases.
+        cases: op, layer, all, names of cases, or ops as moezoo doctor names them, for the cases
+            that run them, separated by commas; may come first, without --cases.
         device: cpu or cuda.
         dtype: of tokens and tables: float32, bfloat16, or auto for each case's own.
         threads: torch's threads on the CPU; default: as torch has it.
@@ -73,7 +75,7 @@ def bench(
     rows = [row(result, limits, judged=not quick) for result in results]
     folder = Path(output) if output is not None else Path("runs") / "bench" / device
     with thread_count(threads):
-        where = environment(torch.device(device))
+        where = {**environment(torch.device(device)), "quick": quick}
     write(folder, rows, limits, where)
     draw(folder, rows, limits, where)
     report(rows, limits, where)
@@ -81,22 +83,40 @@ def bench(
 
 
 def select(cases: str, device: str) -> list[Case]:
-    """Return the cases of a device that are meant.
+    """Return the cases of a device that are meant: by their names, kinds, or ops that they run.
 
     Raises:
         InputError: there is no such case on this device.
     """
-    there = {case.name: case for case in CASES if case.device == device}
-    if cases == "all":
-        return list(there.values())
-    if cases in ("op", "layer"):
-        return [case for case in there.values() if case.kind == cases]
-    names = [name.strip() for name in cases.split(",")]
-    for name in names:
-        if name not in there:
-            known = ["all", "op", "layer", *there]
-            raise InputError(f"cases: there is no '{name}' on {device}{nearest(name, known)}")
-    return [there[name] for name in there if name in names]
+    there = [case for case in CASES if case.device == device]
+    known = ["all", *dict.fromkeys(name for case in there for name in _names(case))]
+    names = {name.strip() for name in cases.split(",")}
+    for name in sorted(names.difference(known)):
+        raise InputError(f"cases: there is no '{name}' on {device}{nearest(name, known)}")
+    return [case for case in there if names & {"all", *_names(case)}]
+
+
+def _names(case: Case) -> tuple[str, ...]:
+    return (case.name, case.kind, *case.ops)
+
+
+def list_cases() -> str:
+    """Return the names of cases for the help, by device and kind, and the ops with cases."""
+    found: dict[str, list[str]] = {}
+    for case in CASES:
+        found.setdefault(f"{case.kind}s, {case.device}", []).append(case.name)
+    found["by op"] = sorted({op for case in CASES for op in case.ops})
+    lines = ["", "cases:"]
+    for title, names in found.items():
+        text = ", ".join(names)
+        lines += textwrap.wrap(
+            f"{title}: {text}",
+            _HELP_WIDTH,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines) + "\n"
 
 
 def select_peers(peers: str, cases: Sequence[Case]) -> frozenset[str] | None:
@@ -136,13 +156,16 @@ def run_cases(
 
 def report(rows: Sequence[Row], limits: Limits, where: dict[str, object]) -> None:
     """Print the table, and where it was measured."""
+    if where.get("quick"):
+        print(f"{QUICK}\n")
     written = [cells(row) for row in rows]
     filled = [i for i in range(len(COLUMNS)) if any(line[i] for line in written)]
     for kind in ("op", "layer"):
         lines = [line for row, line in zip(rows, written, strict=True) if row.kind == kind]
         if lines:
             columns = [COLUMNS[i] for i in filled]
-            print_table(f"{kind}s", columns, [[line[i] for i in filled] for line in lines])
+            title = f"{kind}s (quick)" if where.get("quick") else f"{kind}s"
+            print_table(title, columns, [[line[i] for i in filled] for line in lines])
     print("Ratios are the other's time over ours; saved and memory are our bytes over the other's.")
     print("In parentheses: computes another function, and is there for its cost.")
     matmul = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in limits.matmul.items())
@@ -154,3 +177,5 @@ def report(rows: Sequence[Row], limits: Limits, where: dict[str, object]) -> Non
         f"{where['device']}, threads: {where['threads']}, torch {where['torch']}, "
         f"moezoo {where['moezoo']} ({where['commit'] or 'no checkout'}), {where['date']}."
     )
+    if where.get("quick"):
+        print(QUICK)

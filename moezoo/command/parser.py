@@ -33,6 +33,9 @@ class ClearErrors:
     Put it before the parser class: ``class Parser(ClearErrors, LightningArgumentParser)``.
     """
 
+    more = ""
+    """Text behind the options in the help, line by line as it is."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # An abbreviated option is a typo that happens to work, until another option is added.
         super().__init__(*args, **{"allow_abbrev": False, "prog": "moezoo", **kwargs})
@@ -43,7 +46,7 @@ class ClearErrors:
         parser.prog = parser.prog.replace(" [options]", "")
         if parser.usage is None and len(parser._actions) > MANY_OPTIONS:
             parser.usage = " ".join(["%(prog)s [options]", *_places(parser)])
-        return super().format_help(*args, **kwargs)  # type: ignore[misc]
+        return str(super().format_help(*args, **kwargs)) + self.more  # type: ignore[misc]
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse as the parser class does, but options win over files wherever they stand.
@@ -163,10 +166,18 @@ def option_names(parser: Any) -> Iterator[str]:
 
 
 def run_function(
-    function: Callable[..., Any], prog: str, arguments: Sequence[str], positional: bool = False
+    function: Callable[..., Any],
+    prog: str,
+    arguments: Sequence[str],
+    positional: bool = False,
+    more: str = "",
 ) -> None:
-    """Call ``function`` with options parsed after its signature and docstring."""
+    """Call ``function`` with options parsed after its signature and docstring.
+
+    ``more`` ends the help.
+    """
     parser = function_parser(function, prog, positional)
+    parser.more = more
     options = parser.parse_args(_expand_flags(parser, arguments))
     options.pop("config", None)
     function(**parser.instantiate(options))

@@ -91,12 +91,15 @@ def _work(parts: Experts, item: int) -> tuple[Work, Work]:
 
 _QUICK = {"T": 24, "d": 16, "E": 4, "k": 2, "h": 8}
 _SAVED = 0.4
+_OPS = ("grouped_mlp",)
 
 
 def _case(
     name: str, title: str, sizes: Mapping[str, int], peers: Mapping[str, Peer], **changes: Any
 ) -> Case:
-    return Case(name, "op", title, sizes, _QUICK, partial(_build_op, gated=True), peers, **changes)
+    return Case(
+        name, "op", title, sizes, _QUICK, partial(_build_op, gated=True), peers, ops=_OPS, **changes
+    )
 
 
 def _sizes_of(tokens: int, width: int, hidden: int, experts: int, choices: int) -> dict[str, int]:
@@ -134,6 +137,7 @@ def _cpu_cases() -> list[Case]:
                 _QUICK,
                 _build_layer,
                 {"transformers": whole},
+                ops=_OPS,
             ),
             _case(f"experts-{name}", "experts of an MoE", sizes, peers),
             _case(f"experts-{name}-bf16", "experts of an MoE", sizes, peers, dtype=torch.bfloat16),

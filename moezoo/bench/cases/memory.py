@@ -178,6 +178,7 @@ def _values_case(
         _QUICK,
         partial(_build_values, sparse=sparse),
         peers,
+        ops=("weighted_bag",),
         **changes,
     )
 
@@ -201,6 +202,7 @@ CASES = [
             ),
             PLAIN: Peer(_plain_layer),
         },
+        ops=("weighted_bag", "product_key_top_k"),
     ),
     _values_case(
         "memory-values-cuda",

@@ -174,6 +174,9 @@ _QUICK = {"T": 12, "d": 16, "h": 2, "k": 3, "n": 8}
 _LESS_MEMORY = 0.3
 
 
+_OPS = ("rank_one_experts", "product_key_top_k")
+
+
 def _sizes(tokens: int, width: int, n: int) -> dict[str, int]:
     return {"T": tokens, "d": width, "h": 8, "k": 16, "n": n}
 
@@ -197,6 +200,7 @@ def _layer_case(n: int, forward: float | None, step: float | None, **changes: An
         peers,
         series="PEER layer: half-keys n of n² experts",
         size="n",
+        ops=_OPS,
         **changes,
     )
 
@@ -214,6 +218,7 @@ CASES = [
         _build_core,
         {"gather": Peer(_gather), PLAIN: Peer(_plain)},
         limit=Target(of_limit=0.6, step_of_limit=0.6),
+        ops=("rank_one_experts",),
     ),
     Case(
         "peer-1024-cuda",
@@ -229,5 +234,6 @@ CASES = [
             PLAIN: Peer(_plain),
         },
         device="cuda",
+        ops=_OPS,
     ),
 ]

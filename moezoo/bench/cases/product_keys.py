@@ -82,6 +82,7 @@ def _case(device: Literal["cpu", "cuda"], n: int, k: int, suffix: str = "") -> C
         step=False,
         series=f"product-key top-{k}: half-keys n",
         size="n",
+        ops=("product_key_top_k",),
     )
 
 

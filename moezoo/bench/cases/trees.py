@@ -214,6 +214,7 @@ def _path_case(
         threads=1 if tokens == 1 else None,
         series=series,
         size="depth" if series else "",
+        ops=("path_neurons",),
     )
 
 
@@ -232,6 +233,7 @@ def _leaves_case(training: bool, target: Target) -> Case:
             PLAIN: Peer(_plain),
         },
         step=training,
+        ops=() if training else ("tree_descent", "leaf_mlp"),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from moezoo import __main__ as main
 from moezoo.bench.cases import CASES
 from moezoo.command import bench
+from moezoo_kernels import backends
 
 FILES = {
     "results.csv",
@@ -72,7 +73,43 @@ def test_selections():
     assert {case.kind for case in ops} == {"op"}
     assert len(ops) + len(layers) == len(bench.select("all", "cpu"))
     assert len(bench.select("all", "cpu")) + len(bench.select("all", "cuda")) == len(CASES)
+    assert bench.select("op,layer", "cpu") == bench.select("all", "cpu")
     two = bench.select("peer-512, peer-128", "cpu")
     assert [case.name for case in two] == ["peer-128", "peer-512"]
     assert bench.select_peers("all", two) is None
     assert bench.select_peers("PEER-pytorch", two) == {"PEER-pytorch"}
+
+
+def test_ops_that_doctor_prints_are_names_of_cases():
+    for op in sorted({row.op for row in backends.table()}):
+        chosen = bench.select(op, "cpu")
+        assert chosen, f"no case has {op} in its ops"
+        assert all(op in case.ops for case in chosen)
+
+
+@pytest.mark.parametrize(
+    "ops", sorted({case.ops for case in CASES if case.device == "cpu"}), ids=str
+)
+def test_cases_run_the_ops_that_they_name(ops, monkeypatch):
+    case = next(case for case in CASES if case.device == "cpu" and case.ops == ops)
+    asked = set()
+    choose = backends._choose
+
+    def noting(op, *rest):
+        asked.add(op)
+        return choose(op, *rest)
+
+    monkeypatch.setattr(backends, "_choose", noting)
+    problem = case.build(case.setting(True, None))
+    asked.clear()
+    with torch.set_grad_enabled(case.step):
+        problem.ours.forward()
+    assert asked == set(ops)
+
+
+def test_the_help_lists_the_cases_and_ops(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["bench", "--help"])
+    words = set(capsys.readouterr().out.replace(",", " ").split())
+    assert {case.name for case in CASES} <= words
+    assert {row.op for row in backends.table()} <= words

@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from moezoo.bench import environment, pictures
@@ -152,6 +153,55 @@ def test_bars_end_at_the_ratios_and_show_the_targets(limits, results):
     marks = {line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1}
     assert {row.target_forward for row in rows if row.target_forward} <= marks
     assert {row.target_step for row in rows if row.target_step} <= marks
+
+
+@pytest.mark.parametrize("target", [0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 1.0, 1.1, 1.25, 1.5, 2.0])
+def test_numbers_stand_beside_bars_and_marks(limits, target):
+    """However near a mark is to its bar's end, on either side of 1."""
+    base = R.row(result(), limits)
+    rows = [
+        dataclasses.replace(
+            base,
+            case=f"case-{number}",
+            forward_ratio=ratio,
+            step_ratio=0.986 * ratio,
+            target_forward=target * ratio,
+            target_step=target * 0.986 * ratio,
+        )
+        for number, ratio in enumerate((0.0123, 0.086, 0.2, 0.858, 0.986, 1.0, 1.02, 3.6, 45.9))
+    ]
+    figure = pictures.ratios(rows)
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    numbers = [text.get_window_extent() for text in axes.texts]
+    assert len(numbers) == 2 * len(rows)
+    marks = [line.get_window_extent() for line in axes.lines if line.get_color() == pictures._RED]
+    bars = [bar.get_window_extent() for bar in axes.patches if 0 < bar.get_height() < 0.9]
+    for number in numbers:
+        assert axes.bbox.x0 < number.x0
+        assert number.x1 < axes.bbox.x1
+        for other in (*marks, *bars):
+            if number.y0 < (other.y0 + other.y1) / 2 < number.y1:
+                assert number.x1 < other.x0 or other.x1 < number.x0
+
+
+def test_a_quick_run_says_so_on_table_and_pictures(limits, results, where, tmp_path, capsys):
+    rows = [R.row(one, limits) for one in results]
+    for name, quick in (("quick", True), ("whole", False)):
+        here = {**where, "quick": quick}
+        (tmp_path / name).mkdir()
+        pictures.draw(tmp_path / name, rows, limits, here)
+        command.report(rows, limits, here)
+        text = capsys.readouterr().out
+        assert text.startswith(f"{R.QUICK}\n") is quick
+        assert text.endswith(f"{R.QUICK}\n") is quick
+        assert ("ops (quick)" in text) is quick
+    for picture in ("ratios", "roofline", "sizes"):
+        one, other = (imread(tmp_path / name / f"{picture}.png") for name in ("quick", "whole"))
+        red = [
+            ((p[..., 0] > 0.7) & (p[..., 1] < 0.5) & (p[..., 2] < 0.2)).sum() for p in (one, other)
+        ]
+        assert red[0] > red[1] + 1000
 
 
 def test_the_roofline_shows_achieved_over_intensity(limits):
