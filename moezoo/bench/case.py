@@ -149,14 +149,15 @@ class Peer:
     """A baseline implementation of the same computation.
 
     Attributes:
-        build: makes the contender from the problem's parts, with the same weights.
+        build: makes the :class:`Contender` from the problem's parts, with the same weights; in a
+            case of kind end-to-end, the :class:`~moezoo.bench.end_to_end.Job` from its task's.
         package: what must be installed, if anything.
         same: whether it computes the same function. If not, its output is not compared: it is there
             for its cost (a dense block of equal FLOPs or width).
         target: what ours is to reach against it.
     """
 
-    build: Callable[[Any], Contender]
+    build: Callable[[Any], Any]
     package: Package | None = None
     same: bool = True
     target: Target | None = None
@@ -196,11 +197,12 @@ class Case:
 
     Attributes:
         name: unique, as the command line takes it.
-        kind: op or layer.
+        kind: op, layer or end-to-end.
         title: as the table shows it.
         sizes: numbers by name, in the order in which they are shown.
         quick: the sizes that a quick run replaces.
-        build: makes the problem.
+        build: makes the :class:`Problem` of a setting; in a case of kind end-to-end, the
+            :class:`~moezoo.bench.end_to_end.Task` of a setting and an empty folder.
         peers: by name.
         limit: what ours is to reach of the machine's limit.
         dtype: of tokens and tables, unless the command says another.
@@ -210,14 +212,15 @@ class Case:
         series: cases of one series are drawn as one line, against ``size``.
         size: name of the number on the horizontal axis.
         ops: the ops of :mod:`moezoo_kernels` that ours runs, by which the case can be chosen.
+        unit: end-to-end, what times are shown in: ms, ms/token, MB/s or CPU-s.
     """
 
     name: str
-    kind: Literal["op", "layer"]
+    kind: Literal["op", "layer", "end-to-end"]
     title: str
     sizes: Mapping[str, int]
     quick: Mapping[str, int]
-    build: Callable[[Setting], Problem]
+    build: Callable[..., Any]
     peers: Mapping[str, Peer]
     limit: Target | None = None
     dtype: torch.dtype = torch.float32
@@ -227,6 +230,7 @@ class Case:
     series: str = ""
     size: str = ""
     ops: tuple[str, ...] = ()
+    unit: str = ""
 
     def setting(self, quick: bool, dtype: torch.dtype | None) -> Setting:
         """Return the sizes and dtype of a run."""

@@ -25,6 +25,10 @@ _PACKAGES = (
     "scattermoe",
     "megablocks",
     "torchtitan",
+    "tokenizers",
+    "sentencepiece",
+    "mergekit",
+    "xllamacpp",
 )
 _VARIABLES = (
     "THP_MEM_ALLOC_ENABLE",  # huge pages for torch's tensors: fresh memory is much cheaper

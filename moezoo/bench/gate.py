@@ -59,23 +59,24 @@ def difference(ours: Answer, theirs: Answer) -> Difference:
     """Find the largest relative error in the Euclidean norm, over output and gradients."""
     if ours.output.shape != theirs.output.shape:
         return Difference(f"{_OUTPUT}'s shape", float("inf"))
-    worst = Difference(_OUTPUT, _relative_error(theirs.output, ours.output))
+    worst = Difference(_OUTPUT, relative_error(theirs.output, ours.output))
     for name, gradient in ours.gradients.items():
         where = f"the gradient of {name}"
         if name not in theirs.gradients:
             return Difference(f"{where}, which is missing", float("inf"))
-        error = _relative_error(theirs.gradients[name], gradient)
+        error = relative_error(theirs.gradients[name], gradient)
         if not error <= worst.error:
             worst = Difference(where, error)
     return worst
 
 
-def agrees(found: Difference, dtype: torch.dtype) -> bool:
-    """Return whether rounding in ``dtype`` explains a difference."""
-    return found.error <= _TOLERANCE[dtype]
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the largest difference that rounding in ``dtype`` explains."""
+    return _TOLERANCE[dtype]
 
 
-def _relative_error(found: Tensor, wanted: Tensor) -> float:
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Return the error in the Euclidean norm, as a multiple of the wanted tensor's."""
     if found.shape != wanted.shape:
         return float("inf")
     precise = torch.promote_types(wanted.dtype, torch.float32)

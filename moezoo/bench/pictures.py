@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from moezoo.atomic import atomic_write
 from moezoo.bench.case import PLAIN
 from moezoo.bench.limits import Limits
-from moezoo.bench.results import QUICK, Row
+from moezoo.bench.results import QUICK, WHOLE, Row
 
 # Wong's colours, which the colour-blind can tell apart.
 _BLUE, _SKY, _ORANGE, _GREEN, _PINK, _RED, _YELLOW = (
@@ -105,7 +105,12 @@ def ratios(rows: Sequence[Row]) -> Figure:
     """Draw how many times as fast ours is, a bar per peer and direction, and the targets."""
     figure = Figure(figsize=(7.5, 1.4 + 0.34 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    found = [ratio for row in rows for ratio in (row.forward_ratio, row.step_ratio) if ratio]
+    found = [
+        ratio
+        for row in rows
+        for ratio in (row.forward_ratio, row.step_ratio, row.ratio_low, row.ratio_high)
+        if ratio
+    ]
     targets = [wish for row in rows for wish in (row.target_forward, row.target_step) if wish]
     least, most = min([*found, *targets, 0.8]), max([*found, *targets, 1.25])
     margin = max(1.7, (most / least) ** 0.2)  # for the numbers at the ends of the bars
@@ -117,7 +122,8 @@ def ratios(rows: Sequence[Row]) -> Figure:
             bars.append((row.step_ratio, row.target_step, _SKY))
         for position, (ratio, target, color) in enumerate(bars):
             middle = place + _BAR * (position - (len(bars) - 1) / 2)
-            _bar(axes, middle, ratio or 1.0, target, color)
+            quartiles = (row.ratio_low, row.ratio_high) if row.ratio_low else None
+            _bar(axes, middle, ratio or 1.0, target, color, quartiles)
     for place in _every_second(rows):
         axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.045, lw=0, zorder=0)
     axes.axvline(1, color="black", lw=0.8)
@@ -128,14 +134,16 @@ def ratios(rows: Sequence[Row]) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel(
-        "the other's time over moezoo's\nin parentheses: another function, of equal FLOPs or width"
-    )
-    handles: list[Any] = [
-        Patch(color=_BLUE, label="forward"),
-        Patch(color=_SKY, label="forward and backward"),
-        Line2D([], [], color=_RED, lw=2, label="target"),
-    ]
+    whole = all(row.kind == WHOLE for row in rows)
+    other = "something else, for its cost" if whole else "another function, of equal FLOPs or width"
+    axes.set_xlabel(f"the other's time over moezoo's\nin parentheses: {other}")
+    handles: list[Any] = [Line2D([], [], color=_RED, lw=2, label="target")]
+    if whole:
+        middle = Line2D([], [], color="black", lw=1, label="quartiles of the rounds")
+        handles = [Patch(color=_BLUE, label="median"), middle, *handles]
+    else:
+        both = Patch(color=_SKY, label="forward and backward")
+        handles = [Patch(color=_BLUE, label="forward"), both, *handles]
     figure.legend(handles=handles, loc="outside upper right", ncols=3)
     return figure
 
@@ -146,10 +154,20 @@ def _every_second(rows: Sequence[Row]) -> list[int]:
     return [place for place, row in enumerate(rows) if order.index(row.case) % 2]
 
 
-def _bar(axes: Axes, middle: float, ratio: float, target: float | None, color: str) -> None:
+def _bar(
+    axes: Axes,
+    middle: float,
+    ratio: float,
+    target: float | None,
+    color: str,
+    quartiles: tuple[float | None, float | None] | None = None,
+) -> None:
     """Draw a bar that begins at 1: to the right ours is faster, to the left the other is."""
     axes.barh(middle, ratio - 1, _BAR, left=1, color=color)
     ahead, end = ratio >= 1, ratio
+    if quartiles is not None:
+        axes.plot(quartiles, [middle] * 2, color="black", lw=1, zorder=5)
+        end = (max if ahead else min)(ratio, *(each for each in quartiles if each))
     low, high = axes.get_xlim()
     width = (high / low) ** _NUMBER
     if target is not None:
@@ -157,8 +175,8 @@ def _bar(axes: Axes, middle: float, ratio: float, target: float | None, color: s
         axes.plot([target] * 2, ends, color="white", lw=3.6, zorder=3, solid_capstyle="butt")
         axes.plot([target] * 2, ends, color=_RED, lw=2, zorder=4, solid_capstyle="butt")
         # The number goes beyond a mark that it would hide, to either side.
-        if ratio <= target <= width * ratio if ahead else ratio / width <= target <= ratio:
-            end = target
+        if ratio <= target <= width * end if ahead else end / width <= target <= ratio:
+            end = max(end, target) if ahead else min(end, target)
     axes.annotate(
         _times(ratio),
         (end, middle),

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from moezoo.atomic import atomic_write
@@ -32,7 +33,8 @@ class Row:
         forward_ms, step_ms: our medians, forward alone and forward with backward.
         peer_forward_ms, peer_step_ms: the peer's.
         forward_ratio, step_ratio, backward_ratio: the peer's time over ours. The backward is the
-            difference of the two medians.
+            difference of the two medians. End-to-end, ``forward_…`` is the whole run, and the ratio
+            the median over rounds.
         forward_spread, step_spread: half the distance between the quartiles of our samples, as a
             fraction of the median; ``peer_…`` the peer's.
         forward_runs, step_runs: samples of ours; ``peer_…`` the peer's.
@@ -41,6 +43,8 @@ class Row:
         peer_saved_bytes, peer_memory_bytes: the peer's.
         saved_ratio, memory_ratio: ours over the peer's.
         flops, bytes: of the forward pass, the least work.
+        unit, value, peer_value: end-to-end, the medians in what users count: ms, ms/token, MB/s.
+        ratio_low, ratio_high: end-to-end, the quartiles of the ratio.
         series, size: the line in the pictures on which this lies, and where.
         size_name: what the size is.
         target, verdict: what was to be reached, and whether it was.
@@ -83,6 +87,11 @@ class Row:
     memory_ratio: float | None = None
     flops: float | None = None
     bytes: float | None = None
+    unit: str = ""
+    value: float | None = None
+    peer_value: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
     series: str = ""
     size: int | None = None
     size_name: str = ""
@@ -106,6 +115,7 @@ _MEASURES = {
     "of_limit": ("of_limit", "of limit", True),
     "step_of_limit": ("step_of_limit", "fwd+bwd of limit", True),
 }
+WHOLE = "end-to-end"
 
 
 def row(result: Result, limits: Limits, judged: bool = True) -> Row:
@@ -135,12 +145,15 @@ def row(result: Result, limits: Limits, judged: bool = True) -> Row:
         series=case.series,
         size=setting.sizes.get(case.size),
         size_name=case.size,
-        target=_describe(target),
+        target=_describe(target, case.kind),
+        unit=case.unit,
         target_forward=target.forward if target else None,
         target_step=target.step if target else None,
         note=result.note,
     )
-    if result.ours is not None and result.work is not None:
+    if case.kind == WHOLE and result.ours is not None and result.theirs is not None:
+        made = dataclasses.replace(made, **_whole(result, result.ours, result.theirs))
+    elif result.ours is not None and result.work is not None:
         made = dataclasses.replace(made, **_ours(result, limits, dtype))
         if result.theirs is not None:
             made = dataclasses.replace(made, **_theirs(result.ours, result.theirs))
@@ -162,6 +175,32 @@ def _ours(result: Result, limits: Limits, dtype: str) -> dict[str, Any]:
     if ours.step is not None:
         found["step_of_limit"] = limits.seconds(step_work, dtype) / ours.step.median
     return found
+
+
+def _whole(result: Result, ours: Measured, theirs: Measured) -> dict[str, Any]:
+    """Return the figures of a case of kind end-to-end: its rounds give one ratio each."""
+    rounds = result.ratios if len(result.ratios) > 1 else 2 * result.ratios
+    low, middle, high = quantiles(rounds, n=4, method="inclusive")
+    unit, amount = result.case.unit, result.amount
+    return {
+        **_times("", ours),
+        **_times("peer_", theirs),
+        "value": _in_unit(unit, ours.forward.median, amount),
+        "peer_value": _in_unit(unit, theirs.forward.median, amount),
+        "forward_ratio": middle,
+        "ratio_low": low,
+        "ratio_high": high,
+        "memory_bytes": ours.memory,
+        "peer_memory_bytes": theirs.memory,
+        "memory_ratio": _ratio(ours.memory, theirs.memory),
+    }
+
+
+def _in_unit(unit: str, seconds: float, amount: float) -> float:
+    """Return a run's time in a unit, as ``ms/token``, or its speed, as ``MB/s``."""
+    if unit.endswith("/s"):
+        return amount / max(seconds, 1e-9)
+    return (1e3 if unit.startswith("ms") else 1.0) * seconds / amount
 
 
 def _theirs(ours: Measured, theirs: Measured) -> dict[str, Any]:
@@ -201,7 +240,11 @@ def _ratio(one: float | None, other: float | None) -> float | None:
     return one / other
 
 
-def _describe(target: Target | None) -> str:
+def _label(name: str, label: str, kind: str) -> str:
+    return "ratio" if kind == WHOLE and name == "forward" else label
+
+
+def _describe(target: Target | None, kind: str = "") -> str:
     """Return a target as text: ``forward ≥ 3.5×, memory ≤ 0.3×``."""
     if target is None:
         return ""
@@ -210,7 +253,7 @@ def _describe(target: Target | None) -> str:
         wanted = getattr(target, name)
         if wanted is not None:
             number = f"{wanted:.0%}" if "limit" in name else f"{wanted:.3g}×"
-            parts.append(f"{label} {'≥' if more else '≤'} {number}")
+            parts.append(f"{_label(name, label, kind)} {'≥' if more else '≤'} {number}")
     return ", ".join(parts)
 
 
@@ -223,6 +266,7 @@ def verdict(row: Row, target: Target | None) -> str:
     misses = []
     for name, (attribute, label, more) in _MEASURES.items():
         wanted, found = getattr(target, name), getattr(row, attribute)
+        label = _label(name, label, row.kind)
         if wanted is None:
             continue
         if found is None:
@@ -251,6 +295,37 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def whole_cells(row: Row) -> list[str]:
+    """Return a row of the printed table of end-to-end cases."""
+    memory = row.peer_memory_bytes
+    return [
+        row.title,
+        row.shape,
+        row.peer if row.same_function else f"({row.peer})",
+        _number(row.value, ""),
+        _number(row.peer_value, ""),
+        row.unit,
+        _number(row.forward_ratio, "×"),
+        "" if row.ratio_low is None else f"{row.ratio_low:.3g}–{row.ratio_high:.3g}",
+        _number(row.memory_ratio, "×") if memory else "",
+        row.target,
+        row.verdict + _few_samples(row),
+    ]
+
+
+WHOLE_COLUMNS = [
+    "end to end",
+    "size",
+    "against",
+    ">ours",
+    ">theirs",
+    "unit",
+    ">ratio",
+    ">quartiles",
+    ">memory",
+    "target",
+    "verdict",
+]
 COLUMNS = [
     "op or layer",
     "shape",

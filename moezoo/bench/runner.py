@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from moezoo.bench.memory import saved_bytes, temporary_bytes
 from moezoo.bench.timing import Timing, interleave
 
 Outcome = Literal["measured", "differs", "missing", "failed", "skipped"]
-_OURS = "ours"
+OURS = "ours"
 LIMIT = "limit"
 
 
@@ -53,6 +53,8 @@ class Result:
         error: the largest relative error against ours, of peers that compute the same.
         ours: our measurements.
         theirs: the peer's.
+        ratios: end-to-end, the peer's time over ours, round by round.
+        amount: end-to-end, of the case's unit in one run, as tokens or MB.
     """
 
     case: Case
@@ -64,6 +66,8 @@ class Result:
     error: float | None = None
     ours: Measured | None = None
     theirs: Measured | None = None
+    ratios: tuple[float, ...] = ()
+    amount: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -98,25 +102,27 @@ def run_case(case: Case, options: Options) -> list[Result]:
         One result per peer. A peer that fails has the reason in its own; where ours fails, all do.
     """
     setting = case.setting(options.quick, options.dtype)
-    with thread_count(case.threads or options.threads), _cleaned(setting.device):
+    with thread_count(case.threads or options.threads), cleaned(setting.device):
         try:
-            return _run(case, setting, _wanted(case, options), options)
+            return _run(case, setting, wanted(case, options), options)
         except Exception as error:
-            return _unmeasured(case, options, "failed", f"ours: {_say(error)}")
+            return unmeasured(case, options, "failed", f"ours: {say(error)}")
 
 
 def skipped(case: Case, options: Options, reason: str) -> list[Result]:
     """Return the results of a case that was not run."""
-    return _unmeasured(case, options, "skipped", reason)
+    return unmeasured(case, options, "skipped", reason)
 
 
-def _unmeasured(case: Case, options: Options, outcome: Outcome, note: str) -> list[Result]:
+def unmeasured(case: Case, options: Options, outcome: Outcome, note: str) -> list[Result]:
+    """Return the results of a case of which nothing was measured, and why."""
     setting = case.setting(options.quick, options.dtype)
-    names = [*_wanted(case, options), *([LIMIT] if case.limit else [])]
+    names = [*wanted(case, options), *([LIMIT] if case.limit else [])]
     return [Result(case, setting, None, name, outcome, note) for name in names]
 
 
-def _wanted(case: Case, options: Options) -> dict[str, Peer]:
+def wanted(case: Case, options: Options) -> dict[str, Peer]:
+    """Return the peers of a case that are meant."""
     return {
         name: peer
         for name, peer in case.peers.items()
@@ -126,8 +132,17 @@ def _wanted(case: Case, options: Options) -> dict[str, Peer]:
 
 def _run(case: Case, setting: Setting, peers: Mapping[str, Peer], options: Options) -> list[Result]:
     torch.manual_seed(0)
-    problem = case.build(setting)
-    contenders, rejected, errors = _admit(case, setting, problem, peers)
+    problem: Problem = case.build(setting)
+    direction = _direction(case, problem)
+    ours = gate.answer(problem.ours, direction)
+    admitted = admit(
+        peers,
+        problem.parts,
+        lambda contender: gate.difference(ours, gate.answer(contender, direction)),
+        gate.tolerance(setting.dtype),
+    )
+    contenders: dict[str, Contender] = {OURS: problem.ours, **admitted.contenders}
+    rejected, errors = admitted.rejected, admitted.errors
     measured = _measure(case, setting, contenders, options)
     work = (problem.work, problem.step_work)
     results = []
@@ -145,43 +160,57 @@ def _run(case: Case, setting: Setting, peers: Mapping[str, Peer], options: Optio
                     "measured",
                     contenders[name].note,
                     errors.get(name),
-                    measured[_OURS],
+                    measured[OURS],
                     measured[name],
                 )
             )
     if case.limit is not None:
         results.append(
-            Result(case, setting, work, LIMIT, "measured", "", None, measured[_OURS], None)
+            Result(case, setting, work, LIMIT, "measured", "", None, measured[OURS], None)
         )
     return results
 
 
-def _admit(
-    case: Case, setting: Setting, problem: Problem, peers: Mapping[str, Peer]
-) -> tuple[dict[str, Contender], dict[str, tuple[Outcome, str]], dict[str, float]]:
-    """Build the peers and let in those that are there, run, and agree with ours."""
-    direction = _direction(case, problem)
-    ours = gate.answer(problem.ours, direction)
-    contenders: dict[str, Contender] = {_OURS: problem.ours}
-    rejected: dict[str, tuple[Outcome, str]] = {}
-    errors: dict[str, float] = {}
+class Admitted(NamedTuple):
+    """The peers that may be measured, why others may not, and how far all are from ours."""
+
+    contenders: dict[str, Any]
+    rejected: dict[str, tuple[Outcome, str]]
+    errors: dict[str, float]
+
+
+def admit(
+    peers: Mapping[str, Peer],
+    parts: Any,
+    compare: Callable[[Any], gate.Difference],
+    tolerance: float,
+) -> Admitted:
+    """Build the peers and let in those that are there, run, and agree with ours.
+
+    Args:
+        peers: by name.
+        parts: what they are built from.
+        compare: finds how far one that computes the same is from ours.
+        tolerance: the largest difference that rounding explains.
+    """
+    admitted = Admitted({}, {}, {})
     for name, peer in peers.items():
         try:
             if peer.package is not None:
                 peer.package.check()
-            contender = peer.build(problem.parts)
+            contender = peer.build(parts)
             if peer.same:
-                found = gate.difference(ours, gate.answer(contender, direction))
-                errors[name] = found.error
-                if not gate.agrees(found, setting.dtype):
-                    rejected[name] = ("differs", str(found))
+                found = compare(contender)
+                admitted.errors[name] = found.error
+                if not found.error <= tolerance:
+                    admitted.rejected[name] = ("differs", str(found))
                     continue
-            contenders[name] = contender
+            admitted.contenders[name] = contender
         except Unavailable as error:
-            rejected[name] = ("missing", str(error))
+            admitted.rejected[name] = ("missing", str(error))
         except Exception as error:
-            rejected[name] = ("failed", _say(error))
-    return contenders, rejected, errors
+            admitted.rejected[name] = ("failed", say(error))
+    return admitted
 
 
 def _direction(case: Case, problem: Problem) -> Tensor | None:
@@ -212,8 +241,8 @@ def _measure(
             steps[name] = step
             saved[name] = saved_bytes(contender)
             memory[name] = temporary_bytes(step, device)
-    forward_times = interleave(forwards, device, options.runs, options.budget, always=_OURS)
-    step_times = interleave(steps, device, options.runs, options.budget, always=_OURS)
+    forward_times = interleave(forwards, device, options.runs, options.budget, always=OURS)
+    step_times = interleave(steps, device, options.runs, options.budget, always=OURS)
     return {
         name: Measured(forward_times[name], step_times.get(name), saved.get(name), memory.get(name))
         for name in contenders
@@ -231,7 +260,8 @@ def _step(contender: Contender, direction: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, list(contender.operands.values()), direction)
 
 
-def _say(error: Exception) -> str:
+def say(error: Exception) -> str:
+    """Return an error as one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
 
@@ -249,7 +279,7 @@ def thread_count(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _cleaned(device: torch.device) -> Iterator[None]:
+def cleaned(device: torch.device) -> Iterator[None]:
     """Free memory after a case: the next one may need all of it."""
     try:
         yield

@@ -12,11 +12,22 @@ from typing import Literal
 import torch
 
 from moezoo.bench.case import Case
-from moezoo.bench.cases import CASES
+from moezoo.bench.end_to_end import run_whole
 from moezoo.bench.environment import environment
 from moezoo.bench.limits import Limits, measure
 from moezoo.bench.pictures import draw
-from moezoo.bench.results import COLUMNS, QUICK, Row, cells, row, write
+from moezoo.bench.registry import every_case
+from moezoo.bench.results import (
+    COLUMNS,
+    QUICK,
+    WHOLE,
+    WHOLE_COLUMNS,
+    Row,
+    cells,
+    row,
+    whole_cells,
+    write,
+)
 from moezoo.bench.runner import Options, Result, run_case, skipped, thread_count
 from moezoo.command.tables import print_table
 from moezoo.errors import InputError, check_int, check_number, nearest
@@ -42,8 +53,9 @@ def bench(
     and writes it as CSV and JSON, with pictures, to the output directory.
 
     Args:
-        cases: op, layer, all, names of cases, or ops as moezoo doctor names them, for the cases
-            that run them, separated by commas; may come first, without --cases.
+        cases: op, layer, all (both), end-to-end (whole steps, replies and commands), names of
+            cases, or ops as moezoo doctor names them, for the cases that run them, separated by
+            commas; may come first, without --cases.
         device: cpu or cuda.
         dtype: of tokens and tables: float32, bfloat16, or auto for each case's own.
         threads: torch's threads on the CPU; default: as torch has it.
@@ -51,7 +63,7 @@ def bench(
         peers: all, or names of peers, separated by commas.
         runs: samples of each time. Slow contenders get fewer, which the results say.
         minutes: begin no further case after that many minutes.
-        output: directory of the results; default: runs/bench/ and the device.
+        output: directory of the results; default: runs/bench/ and the device, or end-to-end.
 
     Raises:
         InputError: an option is no good, or there is no such device.
@@ -73,7 +85,8 @@ def bench(
     )
     results, limits = run_cases(chosen, options, torch.device(device), minutes)
     rows = [row(result, limits, judged=not quick) for result in results]
-    folder = Path(output) if output is not None else Path("runs") / "bench" / device
+    kind = WHOLE if all(case.kind == WHOLE for case in chosen) else device
+    folder = Path(output) if output is not None else Path("runs") / "bench" / kind
     with thread_count(threads):
         where = {**environment(torch.device(device)), "quick": quick}
     write(folder, rows, limits, where)
@@ -88,24 +101,27 @@ def select(cases: str, device: str) -> list[Case]:
     Raises:
         InputError: there is no such case on this device.
     """
-    there = [case for case in CASES if case.device == device]
-    known = ["all", *dict.fromkeys(name for case in there for name in _names(case))]
+    there = [case for case in every_case() if case.device == device]
+    known = [*dict.fromkeys(name for case in there for name in _names(case))]
     names = {name.strip() for name in cases.split(",")}
     for name in sorted(names.difference(known)):
         raise InputError(f"cases: there is no '{name}' on {device}{nearest(name, known)}")
-    return [case for case in there if names & {"all", *_names(case)}]
+    return [case for case in there if names.intersection(_names(case))]
 
 
 def _names(case: Case) -> tuple[str, ...]:
-    return (case.name, case.kind, *case.ops)
+    parts = () if case.kind == WHOLE else ("all",)
+    return (case.name, case.kind, *parts, *case.ops)
 
 
 def list_cases() -> str:
     """Return the names of cases for the help, by device and kind, and the ops with cases."""
     found: dict[str, list[str]] = {}
-    for case in CASES:
-        found.setdefault(f"{case.kind}s, {case.device}", []).append(case.name)
-    found["by op"] = sorted({op for case in CASES for op in case.ops})
+    cases = every_case()
+    for case in cases:
+        kind = WHOLE if case.kind == WHOLE else f"{case.kind}s, {case.device}"
+        found.setdefault(kind, []).append(case.name)
+    found["by op"] = sorted({op for case in cases for op in case.ops})
     lines = ["", "cases:"]
     for title, names in found.items():
         text = ", ".join(names)
@@ -148,7 +164,7 @@ def run_cases(
             results += skipped(case, options, f"not begun within {minutes:g} minutes")
             continue
         print(f"[{number}/{len(cases)}] {case.name} ...", end="", file=sys.stderr, flush=True)
-        results += run_case(case, options)
+        results += (run_whole if case.kind == WHOLE else run_case)(case, options)
         print(f" {time.monotonic() - before:.0f} s", file=sys.stderr)
     with thread_count(options.threads):
         return results, limits.best(measure(device, small=options.quick))
@@ -158,16 +174,19 @@ def report(rows: Sequence[Row], limits: Limits, where: dict[str, object]) -> Non
     """Print the table, and where it was measured."""
     if where.get("quick"):
         print(f"{QUICK}\n")
-    written = [cells(row) for row in rows]
+    parts = [row for row in rows if row.kind != WHOLE]
+    written = [cells(row) for row in parts]
     filled = [i for i in range(len(COLUMNS)) if any(line[i] for line in written)]
+    columns = [COLUMNS[i] for i in filled]
+    mark = " (quick)" if where.get("quick") else ""
     for kind in ("op", "layer"):
-        lines = [line for row, line in zip(rows, written, strict=True) if row.kind == kind]
+        lines = [line for row, line in zip(parts, written, strict=True) if row.kind == kind]
         if lines:
-            columns = [COLUMNS[i] for i in filled]
-            title = f"{kind}s (quick)" if where.get("quick") else f"{kind}s"
-            print_table(title, columns, [[line[i] for i in filled] for line in lines])
+            print_table(f"{kind}s{mark}", columns, [[line[i] for i in filled] for line in lines])
+    if whole := [whole_cells(row) for row in rows if row.kind == WHOLE]:
+        print_table(f"{WHOLE}{mark}", WHOLE_COLUMNS, whole)
     print("Ratios are the other's time over ours; saved and memory are our bytes over the other's.")
-    print("In parentheses: computes another function, and is there for its cost.")
+    print("In parentheses: does something else, and is there for its cost.")
     matmul = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in limits.matmul.items())
     print(
         f"Limits: {limits.read / 1e9:.1f} GB/s read, {limits.write / 1e9:.1f} GB/s fresh memory, "

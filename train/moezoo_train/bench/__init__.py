@@ -1,0 +1,15 @@
+"""Cases of `moezoo bench end-to-end`: steps, replies and commands against others that do the same.
+
+:data:`moezoo.bench.registry.FURTHER` names this module. Listing the cases imports nothing heavy.
+"""
+
+from moezoo.bench.case import Case
+from moezoo_train.bench import commands, decoding, muon, preparing, training
+
+CASES: list[Case] = [
+    *training.CASES,
+    *muon.CASES,
+    *decoding.CASES,
+    *preparing.CASES,
+    *commands.CASES,
+]
