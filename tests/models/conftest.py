@@ -9,8 +9,8 @@ from torch import nn
 import moezoo.feed_forward
 from moezoo import FeedForward, FeedForwardOutput
 from moezoo_models import MoezooConfig, MoezooForCausalLM
-from moezoo_models.checkpoints.checksums import seal
 from moezoo_models.checkpoints.directory import quiet, save_checkpoint
+from moezoo_models.files.checksums import seal
 from moezoo_models.text.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 

@@ -112,7 +112,7 @@ def folders_of(component: str) -> set[str]:
     return {path.parent.name for path in COMPONENTS[component].glob("*/__init__.py")}
 
 
-@pytest.mark.parametrize("component", ["moezoo_kernels", "moezoo", "moezoo_train"])
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_rooms_import_each_other_in_no_circle(component):
     folders = folders_of(component)
     assert folders

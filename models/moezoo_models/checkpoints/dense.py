@@ -9,8 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from moezoo.errors import InputError, check_choice, nearest
+from moezoo_models.files.fields import check_fields
 from moezoo_models.model.config import MoezooConfig
-from moezoo_models.model.fields import check_fields
 
 DENSE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config for config in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)

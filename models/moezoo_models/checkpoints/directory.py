@@ -1,6 +1,6 @@
 """Checkpoints: Hugging Face directories with config.json, safetensors and a tokenizer.
 
-Saving is atomic. Every directory that is loaded has passed :mod:`moezoo_models.checkpoints.gate`.
+Saving is atomic. Every directory that is loaded has passed :mod:`moezoo_models.files.gate`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from moezoo.atomic import named_errors
 from moezoo.errors import InputError
 from moezoo_models.adapters.transformers import set_attention_backend
 from moezoo_models.checkpoints.atomic import replacing_directory
-from moezoo_models.checkpoints.checksums import seal
 from moezoo_models.checkpoints.dense import dense_config
 from moezoo_models.checkpoints.dtypes import choose_dtype
 from moezoo_models.checkpoints.finite import check_finite
-from moezoo_models.checkpoints.gate import EMBEDDINGS, HEAD, admit
-from moezoo_models.checkpoints.model_files import (
+from moezoo_models.files.checksums import seal
+from moezoo_models.files.gate import EMBEDDINGS, HEAD, admit
+from moezoo_models.files.model_files import (
     CONFIG,
     INDEX,
     WEIGHTS,

@@ -36,7 +36,7 @@ from moezoo_models.checkpoints.directory import (
     read_tokenizer,
 )
 from moezoo_models.checkpoints.dtypes import choose_dtype
-from moezoo_models.checkpoints.gate import admit, check_model, keep_generation, told
+from moezoo_models.files.gate import admit, check_model, keep_generation, told
 from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.config import MoezooConfig

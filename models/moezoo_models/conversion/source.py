@@ -33,15 +33,15 @@ from moezoo.errors import InputError, nearest
 from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints.dense import MIXTURES
 from moezoo_models.checkpoints.directory import quiet
-from moezoo_models.checkpoints.gate import admit, is_pickled
-from moezoo_models.checkpoints.model_files import (
+from moezoo_models.files.gate import admit, is_pickled
+from moezoo_models.files.model_files import (
     CONFIG,
     TensorInfo,
     check_finite,
     check_weights,
     reading,
 )
-from moezoo_models.conversion.pickled import read_pickled
+from moezoo_models.files.pickled import read_pickled
 from moezoo_models.model.config import MoezooConfig
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {

@@ -25,12 +25,12 @@ from moezoo.atomic import named_errors
 from moezoo.command.messages import size
 from moezoo.errors import InputError, going_on
 from moezoo_models.checkpoints.atomic import publish, remove_leftovers
-from moezoo_models.checkpoints.checksums import sealed_header, sum_of_header
 from moezoo_models.checkpoints.directory import CONFIG, INDEX, WEIGHTS
 from moezoo_models.checkpoints.finite import check_finite
 from moezoo_models.checkpoints.locks import writing
 from moezoo_models.conversion.source import layer_of
 from moezoo_models.conversion.targets import Output
+from moezoo_models.files.checksums import sealed_header, sum_of_header
 
 MANIFEST = "manifest.json"
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moezoo.errors import InputError, check_choice, check_int, nearest
 from moezoo.feed_forward import registered, select_layers
-from moezoo_models.model.fields import check_fields, check_heads
+from moezoo_models.files.fields import check_fields, check_heads
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 

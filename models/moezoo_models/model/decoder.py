@@ -27,7 +27,7 @@ from moezoo_models.adapters.transformers import (
     initialize_unless_loaded,
     is_loaded,
 )
-from moezoo_models.checkpoints.loading import GatedLoading
+from moezoo_models.files.loading import GatedLoading
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.block import DecoderLayer

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.errors import InputError
-from moezoo_models.checkpoints.model_files import check_inside, read_json
+from moezoo_models.files.model_files import check_inside, read_json
 
 HUB_PREFIX = "hf:"
 SENTENCEPIECE_FILE = "tokenizer.model"

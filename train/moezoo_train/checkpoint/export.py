@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moezoo.errors import InputError
 from moezoo_models import MoezooConfig, MoezooForCausalLM
-from moezoo_models.checkpoints.checksums import check_archive
 from moezoo_models.checkpoints.directory import one_line, read_tokenizer, save_checkpoint
 from moezoo_models.checkpoints.export import export as export_stock
 from moezoo_models.checkpoints.export import making
 from moezoo_models.checkpoints.stock import load_as_it_is
+from moezoo_models.files.checksums import check_archive
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.checkpoint.identity import check_tensors
 from moezoo_train.checkpoint_structure import CONFIG_KEY, check_structure

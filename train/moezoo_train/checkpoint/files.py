@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.atomic import atomic_write, is_there, publish
-from moezoo_models.checkpoints.checksums import check_archive
 from moezoo_models.checkpoints.directory import one_line
+from moezoo_models.files.checksums import check_archive
 from moezoo_train.checkpoint_structure import check_structure
 from moezoo_train.parallel.sharded_checkpoints import is_sharded_checkpoint, load_sharded
 

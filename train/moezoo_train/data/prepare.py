@@ -31,8 +31,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from moezoo.errors import InputError, check_int, check_number, going_on
 from moezoo_models.checkpoints.atomic import atomic_write
-from moezoo_models.checkpoints.checksums import crc_of_file
 from moezoo_models.checkpoints.locks import writing
+from moezoo_models.files.checksums import crc_of_file
 from moezoo_models.text.corpus import Corpus, open_corpus
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.data.prepared import (

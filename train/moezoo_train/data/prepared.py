@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
-from moezoo_models.checkpoints.checksums import crc_of_file
 from moezoo_models.checkpoints.directory import one_line
+from moezoo_models.files.checksums import crc_of_file
 
 SplitName = Literal["train", "val"]
 FORMAT = 2

@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.atomic import publish
-from moezoo_models.checkpoints.checksums import check_archive, crc_of_file
 from moezoo_models.checkpoints.directory import one_line
+from moezoo_models.files.checksums import check_archive, crc_of_file
 from moezoo_train.checkpoint_structure import check_structure
 from moezoo_train.parallel.distributed import gather_from_ranks, process_count
 from moezoo_train.parallel.state_dicts import place_of

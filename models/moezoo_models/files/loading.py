@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from moezoo.errors import InputError
-from moezoo_models.checkpoints.gate import Admitted, admit, check_model, keep_generation
-from moezoo_models.checkpoints.model_files import WEIGHTS
+from moezoo_models.files.gate import Admitted, admit, check_model, keep_generation
+from moezoo_models.files.model_files import WEIGHTS
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _UNUSED = ("code_revision", "proxies", "use_safetensors", "weights_only", "adapter_kwargs")
@@ -48,7 +48,7 @@ class GatedLoading:
 
         Raises:
             InputError: the directory is damaged, or weights and configuration do not fit, as for
-                :func:`moezoo_models.checkpoints.gate.admit`.
+                :func:`moezoo_models.files.gate.admit`.
         """
         if pretrained_model_name_or_path is None:
             return cls._filled(*args, **kwargs)

@@ -10,10 +10,10 @@ import torch
 
 from moezoo import InputError
 from moezoo_models import MoezooForCausalLM
-from moezoo_models.checkpoints import gate, model_files
 from moezoo_models.checkpoints.directory import load_checkpoint, read_tensor, save_checkpoint
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.evaluation.evaluate import evaluate
+from moezoo_models.files import gate, model_files
 from moezoo_models.generate import generate
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,7 +1,7 @@
 """The files of a model directory, found and read without trusting them.
 
 Names are plain, links stay inside, JSON is bounded, and of weights only headers are read. Whether
-they fit together is the business of :mod:`moezoo_models.checkpoints.gate`.
+they fit together is the business of :mod:`moezoo_models.files.gate`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moezoo.errors import InputError
-from moezoo_models.checkpoints.checksums import check_seal
+from moezoo_models.files.checksums import check_seal
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

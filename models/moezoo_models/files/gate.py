@@ -26,7 +26,8 @@ from transformers import GenerationConfig
 from moezoo.errors import InputError, check_int
 from moezoo.layers.hash import HashLayer
 from moezoo_models.adapters.transformers import keep_contradictions
-from moezoo_models.checkpoints.model_files import (
+from moezoo_models.files.fields import LARGEST_SIZE, STEERING, check_fields, check_heads
+from moezoo_models.files.model_files import (
     ADAPTERS,
     CONFIG,
     DTYPES,
@@ -43,8 +44,7 @@ from moezoo_models.checkpoints.model_files import (
     reading,
     weight_files,
 )
-from moezoo_models.conversion.pickled import read_pickled
-from moezoo_models.model.fields import LARGEST_SIZE, STEERING, check_fields, check_heads
+from moezoo_models.files.pickled import read_pickled
 
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
