@@ -82,7 +82,7 @@ def _choose(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices
     )
 
 
-def _router_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:
+def router_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tensor:
     """Return what the router reads, ``(T, d_model)``."""
     router_input = context.get("router_input")
     return flatten_tokens(layer, hidden if router_input is None else router_input, None)[0]
@@ -94,7 +94,7 @@ def _experts(routing: Routing, num_experts: int) -> SlotChoices:
 
 @_choose.register
 def _(layer: SparseMoE, hidden: Tensor, context: Context) -> SlotChoices:
-    router_TD = _router_tokens(layer, hidden, context)
+    router_TD = router_tokens(layer, hidden, context)
     mask = context.get("mask")
     flat_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
     return _experts(layer.gate(router_TD, flat_mask, limited=False), layer.num_experts)
@@ -102,7 +102,7 @@ def _(layer: SparseMoE, hidden: Tensor, context: Context) -> SlotChoices:
 
 @_choose.register
 def _(layer: SigmaMoE, hidden: Tensor, context: Context) -> SlotChoices:
-    return _experts(layer.gate(_router_tokens(layer, hidden, context)), layer.num_experts)
+    return _experts(layer.gate(router_tokens(layer, hidden, context)), layer.num_experts)
 
 
 @_choose.register
@@ -127,20 +127,20 @@ def _(layer: PEER, hidden: Tensor, context: Context) -> SlotChoices:
 @_choose.register
 def _(layer: MemoryLayer, hidden: Tensor, context: Context) -> SlotChoices:
     memory: KeyValueMemory = layer.memory
-    scores_THK, slots_THK = memory.keys(memory.query(_router_tokens(layer, hidden, context), None))
+    scores_THK, slots_THK = memory.keys(memory.query(router_tokens(layer, hidden, context), None))
     weights_THK = scores_THK.softmax(dim=-1)
     return SlotChoices(slots_THK.flatten(1), weights_THK.flatten(1), layer.num_experts, "values")
 
 
 @_choose.register
 def _(layer: FastFeedForward, hidden: Tensor, context: Context) -> SlotChoices:
-    leaf_T1 = layer.tree.descend(_router_tokens(layer, hidden, context)).unsqueeze(-1)
+    leaf_T1 = layer.tree.descend(router_tokens(layer, hidden, context)).unsqueeze(-1)
     return SlotChoices(leaf_T1, torch.ones(leaf_T1.shape), layer.num_experts, "leaves")
 
 
 @_choose.register
 def _(layer: UltraFastFFF, hidden: Tensor, context: Context) -> SlotChoices:
-    router_TD = _router_tokens(layer, hidden, context)
+    router_TD = router_tokens(layer, hidden, context)
     _, bottom_TP = path_neurons(
         router_TD, layer.in_weight, layer.in_bias, layer.out_weight, activation=layer.activation
     )

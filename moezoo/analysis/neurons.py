@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo.analysis.choices import SlotChoices, slot_choices
+from moezoo.analysis.choices import SlotChoices, router_tokens, slot_choices
 from moezoo.analysis.watching import Context, input_of, token_mask
 from moezoo.errors import InputError
 from moezoo.experts import MLPExperts
@@ -30,9 +30,8 @@ from moezoo.layers.carved_moe import CarvedMoE
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.hash import HashLayer
-from moezoo.layers.memory_plus import MemoryPlus
+from moezoo.layers.memory_layer import MemoryLayer
 from moezoo.layers.peer import PEER
-from moezoo.layers.product_key_memory import ProductKeyMemory
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.layers.top_k_ffn import TopKFFN
@@ -63,6 +62,20 @@ class NeuronBlock(NamedTuple):
     before: Tensor | None = None
 
 
+class Values(Protocol):
+    """The vectors that neurons write."""
+
+    def __call__(self, neurons_M: Tensor, hidden_MD: Tensor | None = None, /) -> Tensor:
+        """Return the vectors ``(M, D)`` of neurons ``(M,)``.
+
+        Args:
+            neurons_M: which neurons.
+            hidden_MD: the token of each, ``(M, D)``, where a gate of the token scales what is
+                written, as in :class:`moezoo.MemoryPlus`; without it the gate counts as one. Other
+                layers write the same vectors for every token.
+        """
+
+
 @dataclass(frozen=True)
 class Neurons:
     """One set of neurons of a layer.
@@ -72,8 +85,9 @@ class Neurons:
         number: how many, N.
         width: how many make one expert, leaf or tree; N where nothing is chosen.
         unit: what such a group is, or None where a layer has no groups.
-        read: gives the activations of the real tokens of a pass, block by block.
-        values: gives the vectors ``(M, D)`` that the neurons ``(M,)`` write.
+        read: returns the activations of the real tokens of a pass, block by block.
+        values: returns the vectors ``(M, D)`` that the neurons ``(M,)`` write; see :class:`Values`.
+            A layer's output is the sum of activations times weights times values, and biases.
     """
 
     name: str
@@ -81,7 +95,7 @@ class Neurons:
     width: int
     unit: str | None
     read: Callable[[Tensor, Context], Iterator[NeuronBlock]]
-    values: Callable[[Tensor], Tensor]
+    values: Values
 
     def label(self, neuron: int) -> str:
         """Name a neuron: ``17``, or ``expert 3, 17``."""
@@ -123,7 +137,7 @@ def _dense(layer: DenseFFN | TopKFFN, name: str = "", scale: Callable | None = N
             weights = x_RD.new_ones(len(rows), 1) if scale is None else scale(x_RD)
             yield NeuronBlock(rows, neurons_F, inner_RF, weights, _before(layer, x_RD))
 
-    def values(neurons: Tensor) -> Tensor:
+    def values(neurons: Tensor, _: Tensor | None = None, /) -> Tensor:
         return layer.down_proj.weight.t()[neurons]
 
     return Neurons(name, layer.d_ff, layer.d_ff, None, read, values)
@@ -160,7 +174,7 @@ def _stacked(
                 before_RF = up[:, :width]  # the gate's rows come first
                 yield NeuronBlock(rows[part], neurons_F, inner_RF, weights[part], before_RF)
 
-    def values(neurons: Tensor) -> Tensor:
+    def values(neurons: Tensor, _: Tensor | None = None, /) -> Tensor:
         expert = neurons.div(width, rounding_mode="floor")
         return experts.down_proj[expert, :, neurons % width]
 
@@ -188,7 +202,7 @@ def _table(
     unit: str,
     read_rows: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     choose: Callable[[Tensor, Context], SlotChoices],
-    values: Callable[[Tensor], Tensor],
+    values: Values,
     width: int = 1,
 ) -> Neurons:
     """Describe neurons of which each token reads its own few."""
@@ -261,8 +275,7 @@ def _(layer: FastFeedForward) -> list[Neurons]:
     def choose(hidden: Tensor, context: Context) -> SlotChoices:
         choices = slot_choices(layer, hidden, context)
         if layer.hard is False:
-            tokens = flatten_tokens(layer, hidden, None)[0]
-            logits_TN = layer.tree.logits(tokens)
+            logits_TN = layer.tree.logits(router_tokens(layer, hidden, context))
             p_TE = tree.leaf_probabilities((-logits_TN).sigmoid(), logits_TN.sigmoid())
             every_TE = torch.arange(layer.num_experts, device=p_TE.device).expand_as(p_TE)
             every_TE = every_TE.masked_fill(choices.indices < 0, -1)
@@ -289,21 +302,23 @@ def _(layer: PEER) -> list[Neurons]:
     def choose(hidden: Tensor, context: Context) -> SlotChoices:
         return slot_choices(layer, hidden, context)
 
-    return [_table(layer.num_experts, "expert", read_rows, choose, lambda ids: experts.v[ids])]
+    return [
+        _table(
+            layer.num_experts, "expert", read_rows, choose, lambda ids, _=None, /: experts.v[ids]
+        )
+    ]
 
 
-@neurons_of.register(ProductKeyMemory)
-@neurons_of.register(MemoryPlus)
-def _(layer: ProductKeyMemory | MemoryPlus) -> list[Neurons]:
+@neurons_of.register
+def _(layer: MemoryLayer) -> list[Neurons]:
     def read_rows(x_RD: Tensor, indices: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         return chosen, torch.ones_like(chosen)
 
     def choose(hidden: Tensor, context: Context) -> SlotChoices:
         return slot_choices(layer, hidden, context)
 
-    def values(neurons: Tensor) -> Tensor:
-        read = layer.memory.table.weight[neurons]
-        return read if layer.out_proj is None else layer.out_proj(read)
+    def values(neurons: Tensor, hidden: Tensor | None = None, /) -> Tensor:
+        return layer.project(layer.memory.table.weight[neurons], hidden)
 
     return [_table(layer.num_experts, "value", read_rows, choose, values)]
 
@@ -335,6 +350,11 @@ def _(layer: UltraFastFFF) -> list[Neurons]:
 
     return [
         _table(
-            len(out_ND), "tree", read_rows, choose, lambda ids: out_ND[ids], width=layer.num_nodes
+            len(out_ND),
+            "tree",
+            read_rows,
+            choose,
+            lambda ids, _=None, /: out_ND[ids],
+            width=layer.num_nodes,
         )
     ]

@@ -23,7 +23,7 @@ from moezoo.routing.stats import SlotLoad
 class MemoryLayer(FeedForward):
     """A layer around one :class:`moezoo.experts.memory.KeyValueMemory`.
 
-    A subclass sets its paper's defaults, makes its projections, and returns in ``_project`` what
+    A subclass sets its paper's defaults, makes its projections, and returns in ``project`` what
     becomes of the values that were read. Its docstring describes the arguments.
     """
 
@@ -91,11 +91,16 @@ class MemoryLayer(FeedForward):
         """Read each token's slots; by brute force, score all n² keys and weight all values."""
         x_TD, router_TD, mask_T = self._flatten(hidden, context)
         read_TV, stats = self.memory(router_TD, mask_T, brute_force)
-        output = self._project(read_TV, x_TD)
+        output = self.project(read_TV, x_TD)
         return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
 
-    def _project(self, read_TV: Tensor, x_TD: Tensor) -> Tensor:
-        """Return the output ``(T, D)`` for what was read."""
+    def project(self, read_TV: Tensor, x_TD: Tensor | None = None) -> Tensor:
+        """Return the output ``(T, D)`` for what was read; linear in it.
+
+        Args:
+            read_TV: sums of values ``(T, V)``, V the width of a value.
+            x_TD: the tokens that read them, ``(T, D)``; None leaves out a gate of theirs.
+        """
         raise NotImplementedError
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:

@@ -93,9 +93,10 @@ class MemoryPlus(MemoryLayer):
         for projection in (self.gate_proj, self.out_proj):
             init_linear(projection, self.d_model**-0.5)
 
-    def _project(self, read_TV: Tensor, x_TD: Tensor) -> Tensor:
-        """Gate what was read, and project it."""
-        return self.out_proj(read_TV * F.silu(self.gate_proj(x_TD)))
+    def project(self, read_TV: Tensor, x_TD: Tensor | None = None) -> Tensor:
+        """Gate what was read, and project it; without tokens there is no gate."""
+        gated_TV = read_TV if x_TD is None else read_TV * F.silu(self.gate_proj(x_TD))
+        return self.out_proj(gated_TV)
 
 
 register(

@@ -92,7 +92,8 @@ class ProductKeyMemory(MemoryLayer):
         if self.out_proj is not None:
             init_linear(self.out_proj, self.v_dim**-0.5)
 
-    def _project(self, read_TV: Tensor, x_TD: Tensor) -> Tensor:
+    def project(self, read_TV: Tensor, x_TD: Tensor | None = None) -> Tensor:
+        """Project what was read where its width is not that of the residual stream."""
         return read_TV if self.out_proj is None else self.out_proj(read_TV)
 
 

@@ -12,7 +12,7 @@ D = 32
 VARIANTS = {
     method.name: method.build
     for method in moezoo.zoo()
-    if method.layer not in (moezoo.MemoryPlus, moezoo.PersistentMemoryAttention)
+    if method.layer is not moezoo.PersistentMemoryAttention
 } | {
     "biased": lambda d: moezoo.DenseFFN(d, d_ff=7, bias=True),
     "statistical": lambda d: moezoo.TopKFFN(d, d_ff=40, top_k=5, selection="statistical"),
@@ -26,6 +26,12 @@ VARIANTS = {
     ),
     "narrow values": lambda d: moezoo.ProductKeyMemory(
         d, num_keys=6, num_heads=2, top_k=3, v_dim=5
+    ),
+    "narrow gated values": lambda d: moezoo.MemoryPlus(
+        d, num_keys=6, num_heads=2, top_k=3, v_dim=5
+    ),
+    "norm after the sum": lambda d: moezoo.HashLayer(
+        d, num_experts=3, d_expert=5, activation="relu", gated=False, compat="parlai"
     ),
     "trees": lambda d: moezoo.UltraFastFFF(d, num_trees=3, depth=2),
 }
@@ -48,8 +54,9 @@ def output_biases(layer, hidden, context):
     return total
 
 
+@pytest.mark.parametrize("routed_apart", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_coefficients_times_values_are_the_layers_output(name):
+def test_coefficients_times_values_are_the_layers_output(name, routed_apart):
     torch.manual_seed(0)
     layer = VARIANTS[name](D).double().eval()
     with torch.no_grad():
@@ -59,6 +66,8 @@ def test_coefficients_times_values_are_the_layers_output(name):
     hidden = torch.randn(2, 9, D, dtype=torch.float64)
     context = {"token_ids": torch.randint(100, (2, 9)), "mask": torch.ones(2, 9, dtype=torch.bool)}
     context["mask"][1, 6:] = False
+    if routed_apart:
+        context["router_input"] = torch.randn_like(hidden)
     if isinstance(layer, moezoo.SparseMoE) and layer.capacity is not None:
         layer.capacity = layer.gate.capacity = None  # coefficients are those before any limit
     with torch.no_grad():
@@ -76,15 +85,19 @@ def test_coefficients_times_values_are_the_layers_output(name):
                         len(row[row >= 0].unique()) == (row >= 0).sum() for row in block.neurons
                     )
                     coefficients = coefficients.masked_fill(~real, 0.0)
-                    values = neurons.values(block.neurons.clamp(min=0).flatten())
+                    tokens = hidden.flatten(0, 1)[block.rows]
+                    tokens = tokens.repeat_interleave(block.neurons.shape[1], dim=0)
+                    values = neurons.values(block.neurons.clamp(min=0).flatten(), tokens)
                     values = values.unflatten(0, block.neurons.shape)
                     found[block.rows] += torch.einsum("rj,rjd->rd", coefficients, values)
+    if isinstance(layer, moezoo.HashLayer) and layer.norm is not None:  # follows the sum
+        found = layer.norm(hidden.flatten(0, 1) + found) * context["mask"].reshape(-1, 1)
     real = context["mask"].flatten()
     torch.testing.assert_close(found[real], wanted.reshape(18, D)[real], rtol=1e-6, atol=1e-8)
     assert (found[~real] == 0).all()
 
 
-def test_memory_plus_gives_its_values_through_its_projection():
+def test_without_tokens_values_of_memory_plus_are_only_projected():
     layer = moezoo.MemoryPlus(D, num_keys=4, num_heads=1, top_k=2, v_dim=6).eval()
     (neurons,) = neurons_of(layer)
     (block,) = neurons.read(torch.randn(5, D), {})
