@@ -97,10 +97,11 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "inspect experts": Command(
             "moezoo_models.inspect.specialization:inspect_experts",
-            "which tokens the experts answer, and the paths between layers",
+            "which tokens each expert gets, and the paths between layers",
         ),
         "inspect sparsity": Command(
-            "moezoo_models.inspect.sparsity:inspect_sparsity", "how few neurons answer a token"
+            "moezoo_models.inspect.sparsity:inspect_sparsity",
+            "how few neurons are active on a token",
         ),
         "inspect triggers": Command(
             "moezoo_models.inspect.triggers:inspect_triggers",

@@ -80,11 +80,15 @@ class FeedForward(TrainingState):
 
     Args:
         d_model: width of the residual stream.
+
+    Attributes:
+        needs_token_ids: whether a call without ``token_ids`` raises; true where routing reads them.
+        reads_router_input: whether ``router_input`` decides which experts a token is routed to.
     """
 
     kind: ClassVar[str] = "feed_forward"
     needs_token_ids: ClassVar[bool] = False
-    reads_router_input: ClassVar[bool] = False  # whether router_input chooses the experts
+    reads_router_input: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -153,7 +157,20 @@ class FeedForward(TrainingState):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> FeedForwardOutput:
-        """Compute the same numbers by brute force, in plain differentiable torch, any dtype."""
+        """Compute the same numbers by brute force, in plain differentiable torch, any dtype.
+
+        Args:
+            hidden: as for :meth:`forward`, and likewise the others.
+            token_ids: ``(...)`` int64.
+            router_input: ``(..., d_model)``.
+            mask: ``(...)`` bool.
+
+        Returns:
+            Output, losses and statistics of :meth:`forward`, equal but for rounding.
+
+        Raises:
+            InputError: as :meth:`forward`.
+        """
         return self._compute(hidden, TokenContext(token_ids, router_input, mask), True)
 
     @checked
@@ -166,9 +183,22 @@ class FeedForward(TrainingState):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> SlotLoad | None:
-        """Return what each expert, value or neuron would be given, however many there are.
+        """Return the load of each expert, value or neuron in a pass, however many there are.
 
-        For analysis, and in evaluation mode. Arguments as for a call; None where nothing is chosen.
+        For analysis, without gradients, in evaluation mode; before any limit on capacity.
+
+        Args:
+            hidden: as for :meth:`forward`, and likewise the others.
+            token_ids: ``(...)`` int64.
+            router_input: ``(..., d_model)``.
+            mask: ``(...)`` bool.
+
+        Returns:
+            How many tokens are routed to each of N slots, and with what total weight; None where
+            nothing is chosen.
+
+        Raises:
+            InputError: as :meth:`forward`.
         """
         return self._slot_load(hidden, TokenContext(token_ids, router_input, mask))
 
@@ -263,7 +293,14 @@ class Paper(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the zoo: a layer class, the arguments that make it this method, its paper."""
+    """One entry of the zoo: a layer class, the arguments that make it this method, its paper.
+
+    Attributes:
+        name: as in ``moezoo zoo`` and in recipes, unique.
+        layer: the class.
+        paper: where the method was published.
+        arguments: of the class, beside its defaults.
+    """
 
     name: str
     layer: type[FeedForward]
@@ -271,7 +308,15 @@ class Method:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self, d_model: int, **overrides: Any) -> FeedForward:
-        """Build the method at a width, with its paper's defaults."""
+        """Build the method at a width, with its paper's defaults.
+
+        Args:
+            d_model: width of the residual stream.
+            overrides: arguments of the layer that replace the method's.
+
+        Raises:
+            InputError: an argument is unknown or out of range; the message names it.
+        """
         return build(self.layer, {"d_model": d_model, **self.arguments, **overrides})
 
 
@@ -281,6 +326,11 @@ _METHODS: dict[str, Method] = {}
 
 def register(*methods: Method) -> None:
     """Add methods to the zoo, and their layers to what configurations may name.
+
+    Registering the same method again changes nothing.
+
+    Args:
+        methods: entries, whose layers are subclasses of :class:`FeedForward`.
 
     Raises:
         ValueError: a name is taken by another method.
@@ -292,7 +342,11 @@ def register(*methods: Method) -> None:
 
 
 def zoo() -> tuple[Method, ...]:
-    """List every method, ordered by its paper's year and arXiv number, then by name."""
+    """List the zoo.
+
+    Returns:
+        Every method, ordered by its paper's year and arXiv number, then by name.
+    """
     methods = _METHODS.values()
     return tuple(sorted(methods, key=lambda m: (m.paper.year, m.paper.arxiv, m.name)))
 
@@ -301,6 +355,9 @@ def registered(class_path: str) -> type[FeedForward]:
     """Return the registered layer of that class path (``moezoo.SparseMoE`` or ``SparseMoE``).
 
     Only registered names are looked up: a checkpoint's configuration cannot import code.
+
+    Raises:
+        InputError: no layer has that name; the nearest is proposed.
     """
     name = str(class_path).rpartition(".")[2]
     if name not in _LAYERS:
@@ -310,7 +367,11 @@ def registered(class_path: str) -> type[FeedForward]:
 
 
 def build(cls: Callable[..., T], arguments: Mapping[str, Any]) -> T:
-    """Call ``cls`` with ``arguments``, naming a misspelt one; mappings become options classes."""
+    """Call ``cls`` with ``arguments``, naming a misspelt one; mappings become options classes.
+
+    Raises:
+        InputError: an argument is unknown, missing, or refused by the constructor.
+    """
     parameters = _signature(cls)
     name = getattr(cls, "__name__", str(cls))
     for key in arguments:
@@ -357,6 +418,13 @@ def select_layers(layers: str | int | list[int], num_layers: int) -> list[int]:
 
     ``"every n"`` takes layers n-1, 2n-1, …, so the first layers stay as they are. Negative
     numbers count from the end.
+
+    Args:
+        layers: the rule.
+        num_layers: blocks of the model.
+
+    Returns:
+        Indices in ascending order, each once, from 0.
 
     Raises:
         InputError: the rule is not of that form, or names a layer that does not exist.

@@ -2,7 +2,7 @@
 
 The method stays as it is, its parameters, initial weights, losses and cost included, but the choice
 of experts does not depend on the token's content. Where a vector chooses, fresh Gaussian noise
-is the ``router_input``; where the token's id chooses, a fresh id is drawn uniformly. Those who are
+is the ``router_input``; where the token's id chooses, a fresh id is drawn uniformly. Those that are
 chosen still read the hidden state. A method whose routing has learned something is better than its
 own ablation.
 """

@@ -55,7 +55,14 @@ class UpcycleOptions:
     seed: int = 0
 
     def check(self, width: int) -> None:
-        """Raise :class:`InputError` where options contradict each other or the block's width."""
+        """Check the options against each other and a block.
+
+        Args:
+            width: hidden width F of the dense block.
+
+        Raises:
+            InputError: an option is out of range, or contradicts another or the width.
+        """
         check_int("experts", self.experts, minimum=2)
         check_int("granularity", self.granularity)
         check_int("top_k", self.top_k, maximum=self.experts * self.granularity)
@@ -94,6 +101,9 @@ def plan_upcycle(options: UpcycleOptions, layer: int, d_model: int, width: int) 
         layer: number of the block in the model; every layer has draws of its own.
         d_model: width of the model.
         width: hidden width F of the dense block.
+
+    Returns:
+        Which neurons each expert copies, their scales and redrawn ones, and the router.
 
     Raises:
         InputError: the options do not fit the block.

@@ -122,6 +122,9 @@ def shared_values() -> Iterator[None]:
 
     The decoder and :func:`moezoo.swap` do this for their blocks. A layer built outside has a table
     of its own, whatever pool it names.
+
+    Returns:
+        A context manager that yields nothing.
     """
     token = _POOLS.set({})
     try:

@@ -178,7 +178,11 @@ class HashLayer(FeedForward):
         self._is_built = self.hash_function == "random"
 
     def check_table(self) -> None:
-        """Raise :class:`InputError` if a table that was read names experts that do not exist."""
+        """Check a table that was read from a file.
+
+        Raises:
+            InputError: it names experts that do not exist.
+        """
         if self.table.is_meta or not self.table.numel():
             return
         low, high = (int(bound) for bound in self.table.aminmax())
@@ -272,7 +276,17 @@ class HashLayer(FeedForward):
     def route(
         self, hidden: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Routing:
-        """Return the routing: segment r of expert e is number e R + r. Arguments as for a call."""
+        """Return the routing: segment r of expert e is number e R + r.
+
+        Args:
+            hidden: ``(..., d_model)``; only its shape is read, and its dtype.
+            token_ids: ``(...)`` int64, of all tokens so far if ``needs_earlier_tokens``.
+            mask: ``(...)`` bool, true at real tokens; padding is routed to -1.
+
+        Raises:
+            InputError: token ids are missing or outside the vocabulary, or the key is ``future``
+                in training without ``allow_future``.
+        """
         if self.key == "future" and self.training and not self.allow_future:
             raise InputError(
                 "key: 'future' reads the token that is to be predicted; for the paper's bound "

@@ -9,7 +9,11 @@ from moezoo.errors import InputError, check_choice, check_int, check_number
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:
-    """Return ``top_k`` if a token can choose so many experts, else raise :class:`InputError`."""
+    """Return ``top_k`` if a token can choose so many experts.
+
+    Raises:
+        InputError: it is not a whole number from 1 to ``num_experts``.
+    """
     check_int("top_k", top_k)
     if top_k > num_experts:
         raise InputError(
@@ -58,7 +62,15 @@ class RouterOptions:
     expert_dropout: float = 0.0
 
     def check(self, num_experts: int, top_k: int) -> None:
-        """Raise :class:`InputError` where the options contradict each other or the sizes."""
+        """Check the options against each other and the layer's sizes.
+
+        Args:
+            num_experts: experts N of the layer.
+            top_k: experts that a token is routed to.
+
+        Raises:
+            InputError: an option is out of range, or contradicts another or the sizes.
+        """
         check_choice("router.choice", self.choice, ("token", "expert"))
         check_choice("router.score", self.score, ("softmax", "sigmoid"))
         check_number("router.scale", self.scale)
@@ -128,7 +140,11 @@ class BalanceOptions:
     count: Literal["selected", "first_choice"] = "selected"
 
     def check(self) -> None:
-        """Raise :class:`InputError` for a value out of range."""
+        """Check the options.
+
+        Raises:
+            InputError: a value is out of range.
+        """
         for name in ("load_balancing", "z_loss", "importance", "load", "sequence", "entropy"):
             check_number(f"balance.{name}", getattr(self, name))
         check_choice("balance.scope", self.scope, ("global", "local"))
@@ -157,7 +173,11 @@ class CapacityOptions:
     second_choice_threshold: float = 0.0
 
     def check(self) -> None:
-        """Raise :class:`InputError` for a value out of range."""
+        """Check the options.
+
+        Raises:
+            InputError: a value is out of range.
+        """
         check_number("capacity.factor", self.factor)
         check_number("capacity.eval_factor", self.eval_factor)
         check_int("capacity.minimum", self.minimum, minimum=0)

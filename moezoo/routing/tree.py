@@ -2,7 +2,7 @@
 
 Node i asks ``w_i · x + b_i >= 0`` and sends a token to its right child 2i + 2 on yes, else to its
 left child 2i + 1; behind the last level are the leaves, numbered from the left (Belcak and
-Wattenhofer 2023, arXiv:2308.14711). A soft answer is ``c_i = sigmoid(w_i · x + b_i)``, the
+Wattenhofer 2023, arXiv:2308.14711). A soft decision is ``c_i = sigmoid(w_i · x + b_i)``, the
 probability of going right, and a leaf's probability is the product along its path.
 
 Shapes: T tokens, D d_model, N = 2^depth - 1 nodes, E = 2^depth leaves, P nodes of one token.

@@ -146,7 +146,7 @@ def _candidates(
     config: MoezooConfig, width: int, activation: str, bias: bool
 ) -> Iterator[PreTrainedConfig]:
     same = {name: getattr(config, name) for name in _SAME}
-    # No field of theirs: it stands in config.json for those who know it.
+    # No field of theirs: it stands in config.json for readers that know it.
     more = {} if config.trained_length is None else {"trained_length": config.trained_length}
     own: dict[str, dict[str, Any]] = {
         "llama": {"mlp_bias": bias},

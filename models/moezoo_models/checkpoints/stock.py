@@ -220,7 +220,7 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def active_share(model: nn.Module) -> float:
-    """Return the share of a stock mixture's routed experts that answer a token."""
+    """Return the share of a stock mixture's routed experts that a token is routed to."""
     config: Any = model.config
     return float(config.num_experts_per_tok / next(iter(stacked_experts(model).values())).shape[0])
 

@@ -88,7 +88,7 @@ def carve(
 ) -> Conversion:
     """Cut a dense Hugging Face checkpoint's blocks into shared and routed experts, untrained.
 
-    Each block's neurons are dealt out to equal parts: some answer every token, a router picks some
+    Each block's neurons are dealt out to equal parts: some run on every token, a router picks some
     of the others. Neurons are assigned on calibration text, layer by layer through the layers
     already carved, in the memory of about one layer. Perplexity on held-out text is printed
     beside that of the dense model and of plain pruning to as many neurons.
@@ -96,8 +96,8 @@ def carve(
     Args:
         source: directory of a Llama, Mistral, Qwen2 or Qwen3.
         target: directory to make.
-        shared: parts that answer every token.
-        active: further parts that answer a token, chosen by the router.
+        shared: parts that run on every token.
+        active: further parts that a token is routed to.
         experts: parts in all; they divide the block's neurons.
         calibration: text files, folders or globs, or "stdlib", the Python standard library's own
             source. Text like that which the model will see serves best.
@@ -114,7 +114,7 @@ def carve(
             (arXiv:2502.04416), which only moezoo holds.
         refit: fit the output projection anew to the dense block's output, by least squares.
         bias: let the refit add an output bias, which only moezoo holds.
-        output_scale: factor on routed experts' answers (LLaMA-MoE: routed over active).
+        output_scale: factor on routed experts' outputs (LLaMA-MoE: routed over active).
         top_activations: neurons per token that count as active for cmoe (10) and coactivation.
         cmoe: options that only cmoe's split and router read.
         to: glm4_moe, which unmodified transformers loads, or moezoo; default: the first that can
@@ -352,7 +352,7 @@ def carve_layer(layer: int, x: Tensor, block: Block, options: CarveOptions) -> C
 
 
 def answer_of(plan: LayerPlan, block: Block) -> Answer:
-    """Return a plan's answer in the place of a block's."""
+    """Return the function that computes a plan's output in the place of a block's."""
     return lambda x: plan.run(x, block.gate, block.up, block.down, block.act)
 
 

@@ -91,8 +91,8 @@ def _scalars(file: Any) -> dict[str, Any]:
 def writable(plan: LayerPlan, x: Tensor, dtype: torch.dtype, flat: bool) -> LayerPlan:
     """Make of a plan with unit weights what a checkpoint of this dtype holds exactly.
 
-    All tensors are rounded as they will be in the file. Where all experts answer there is nothing
-    to route.
+    All tensors are rounded as they will be in the file. Where all experts are active there is
+    nothing to route.
 
     Args:
         plan: the plan.

@@ -1,6 +1,6 @@
 """Variants of a dense model, computed beside each other, one layer at a time.
 
-Every variant answers each layer with a feed-forward block of its own, found on what its own earlier
+Every variant has in each layer a feed-forward block of its own, found on what its own earlier
 layers put out. Hidden states between two layers are in a memory-mapped file; it appears when a
 layer is complete, and a run that was killed goes on from it.
 """

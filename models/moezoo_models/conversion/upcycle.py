@@ -43,7 +43,7 @@ def upcycle(
         top_k: routed experts per token; a multiple of granularity.
         granularity: cut each copy into that many experts (arXiv:2410.07524).
         drop: fraction of each expert's neurons to draw anew (drop-upcycling, arXiv:2502.19261).
-        shared: let one copy answer every token, with half of the output.
+        shared: run one copy on every token, with half of the output.
         to: mixtral, qwen2_moe, qwen3_moe, glm4_moe, granitemoe, flex_olmo or moezoo; default: the
             source's closest relative.
         scale: where the factor that granularity asks for goes: down (exact), or cbrt on all three

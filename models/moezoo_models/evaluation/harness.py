@@ -52,7 +52,7 @@ class HarnessModel(TemplateLM):
 
     Texts of different lengths share a batch. Padding of the shorter ones is masked, for
     attention and for the feed-forward blocks alike, so that it reaches no statistic, takes no
-    expert's place and is nobody's earlier token. Layers whose answer to a token depends on the
+    expert's place and is nobody's earlier token. Layers whose output for a token depends on the
     other texts of a batch all the same, those with a limit on capacity or that are not causal, get
     one text at a time.
 
@@ -333,6 +333,6 @@ class _Stops(StoppingCriteria):
 
 
 def _mixes_texts(model: PreTrainedModel) -> bool:
-    """Return whether a layer's answer to a token depends on the other texts of a batch."""
+    """Return whether a layer's output for a token depends on the other texts of a batch."""
     layers = [layer for layer in model.modules() if isinstance(layer, FeedForward)]
     return any(not layer.causal or getattr(layer, "capacity", None) for layer in layers)

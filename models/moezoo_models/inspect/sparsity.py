@@ -1,4 +1,4 @@
-"""Looking at a checkpoint: how few of its neurons answer a token."""
+"""Looking at a checkpoint: how few of its neurons are active on a token."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def inspect_sparsity(
     threshold: float = 0.01,
     **reading: Any,
 ) -> ModelSparsity:
-    """Print and draw how few of a checkpoint's neurons answer a token, layer by layer.
+    """Print and draw how few of a checkpoint's neurons are active on a token, layer by layer.
 
     Every token of the text passes the model once. Written to the output directory: sparsity.json
     and sparsity.csv with the figures of the table, sparsity.png, and sparsity.safetensors with

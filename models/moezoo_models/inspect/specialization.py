@@ -76,7 +76,7 @@ def inspect_experts(
     slots: int = 64,
     **reading: Any,
 ) -> ModelSpecialization:
-    """Print and draw which tokens a checkpoint's experts answer, and the paths between layers.
+    """Print and draw which tokens are routed to which experts, and the paths between layers.
 
     Every token of the text passes the model once, and it is counted which token chose which expert,
     value, leaf or neuron (slot). Written to the output directory: experts.json and experts.csv with

@@ -1,4 +1,4 @@
-"""One softmax over the context and persistent slots, which answer apart and are merged.
+"""One softmax over the context and persistent slots, which are attended apart and merged.
 
 ``eager`` and ``sdpa`` both do it; the latter by torch's fused operator on a CPU, elsewhere by the
 same formulas as the former. Fused, no matrix of scores with the context exists.

@@ -32,11 +32,12 @@ class Carved:
         plan: how the block becomes a mixture.
         figures: on the held-out tokens: ``overlap`` and ``exact``, the router's agreement with the
             contribution oracle, what chance gives of both (``chance_overlap``, ``chance_exact``),
-            ``busiest``, the load of the busiest expert over the mean; ``error``, the length of
-            what the outputs are off by over that of the dense outputs, ``error_unfitted`` before
-            the refit, and ``error_static`` of static pruning to the neurons that a token uses; of
-            the ``cmoe`` router also ``representative_rate`` and ``median_rate``, how often such
-            neurons are marked. Then ``held_out_tokens`` (0: all were fitted to), and seconds.
+            ``busiest``, the largest load of an expert over the mean (1 + MaxVio); ``error``, the
+            length of what the outputs are off by over that of the dense outputs,
+            ``error_unfitted`` before the refit, and ``error_static`` of static pruning to the
+            neurons that a token uses; of the ``cmoe`` router also ``representative_rate`` and
+            ``median_rate``, how often such neurons are marked. Then
+            ``held_out_tokens`` (0: all were fitted to), and seconds.
     """
 
     plan: LayerPlan
@@ -70,6 +71,9 @@ def carve_block(
         act: the activation.
         bias_in: ``(F,)``, of a plain MLP.
         bias_out: ``(D,)``.
+
+    Returns:
+        The plan, and figures that were measured of it.
 
     Raises:
         InputError: options or shapes do not fit, or the inputs are not finite.

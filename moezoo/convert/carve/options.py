@@ -94,7 +94,14 @@ class CarveOptions:
         return self.experts - self.shared
 
     def check(self, width: int) -> None:
-        """Raise :class:`InputError` where options contradict each other or the block's width F."""
+        """Check the options against each other and a block.
+
+        Args:
+            width: neurons F of the dense block.
+
+        Raises:
+            InputError: an option is out of range, or contradicts another or the width.
+        """
         check_int("experts", self.experts, minimum=2)
         check_int("shared", self.shared, minimum=0, maximum=self.experts - 1)
         check_int("active", self.active, maximum=self.routed)

@@ -39,7 +39,7 @@ def agreement(logits_TN: Tensor, contribution_TN: Tensor, active: int) -> dict[s
     Returns:
         ``overlap``, the share of the oracle's experts that the router chooses too; ``exact``, the
         share of tokens where it chooses the same ones; what a random router would get of both
-        (``chance_…``); and ``busiest``, the most tokens that one expert gets, over the mean.
+        (``chance_…``); and ``busiest``, the largest load of an expert over the mean (1 + MaxVio).
     """
     experts = logits_TN.shape[1]
     chosen = top_mask(logits_TN, active)

@@ -1,8 +1,8 @@
-"""``moezoo compare hardening``: is a hardened tree's hard answer as good as its soft one?
+"""``moezoo compare hardening``: is a hardened tree's hard output as good as its soft one?
 
 A fast feedforward layer (Belcak and Wattenhofer 2023, arXiv:2308.14711) learns as a soft mixture of
-its leaves and answers by a single one. A loss on the entropy of its decisions is to make the two
-the same. Here trees are trained with that loss at several strengths, and the same weights are
+its leaves and is evaluated by a single one. A loss on the entropy of its decisions is to make the
+two the same. Here trees are trained with that loss at several strengths, and the same weights are
 validated soft and hard. Trees of all depths are as wide as the dense block while training, and
 depth 0 is that block.
 """

@@ -214,7 +214,7 @@ class Plan:
         FSDP2 holds what is in no block gathered, and of the largest block: its parameters, those of
         the next being gathered, its gradients and the copy that is being scattered. DeepSpeed has
         two buckets of gradients, which overlap, and one of parameters. Expert parallelism holds, of
-        each layer, the tokens it was sent and the answers it got back.
+        each layer, the tokens dispatched to it and the outputs combined.
         """
         setup = self.setup
         trained = sum(p.numel() for p in setup.parameters if p.requires_grad)
@@ -280,7 +280,7 @@ class Plan:
     def _token_traffic(self) -> list[Collective]:
         """List the exchanges of tokens between experts.
 
-        Every token's vector goes to the GPUs of its ``top_k`` experts and an answer comes back, in
+        Every token's vector goes to the GPUs of its ``top_k`` experts and an output comes back, in
         the forward pass and, as gradients, in the backward pass: four exchanges (Lepikhin et al.
         2020, arXiv:2006.16668, section 3.3). Activation checkpointing repeats the first two.
         :func:`moezoo.parallel.dispatch_tokens` sends a token once to a GPU that holds several of

@@ -71,10 +71,10 @@ def card(
     optional = {
         "the same with random routing": row["random_loss"] and _value(row["random_loss"]),
         f"{experiment['baseline']}, same tokens": baseline and _value(baseline["loss"]),
-        "evenness of the load (1 is even)": _number(first["evenness"]),
-        "busiest slot ÷ mean": _number(first["busiest"]),
+        "normalized load entropy (1 is uniform)": _number(first["evenness"]),
+        "largest load ÷ mean (1 + MaxVio)": _number(first["busiest"]),
         "slots used in a batch": _number(first["usage"]),
-        "unevenness (nats)": _number(first["unevenness"]),
+        "KL to uniform (nats)": _number(first["unevenness"]),
     }
     lines += [f"| {what} | {value} |" for what, value in optional.items() if value]
     lines += ["", *whole["notes"][:2], "", "Made again by:", "", "```sh"]

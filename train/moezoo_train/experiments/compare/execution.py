@@ -47,7 +47,7 @@ class RunResult:
         seconds: that took, validation not included.
         total_parameters: of the model.
         active_parameters: those that one token touches.
-        evenness: entropy of the shares of experts, slots or neurons in the answers to the
+        evenness: entropy of the shares of experts, slots or neurons in the assignments of the
             validation text, over its maximum, mean over the layers that count them; 1 is even.
             None if none does.
         busiest: load of the busiest over the mean, the largest among these layers.
