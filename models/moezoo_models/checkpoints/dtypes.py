@@ -16,7 +16,7 @@ from moezoo.errors import check_choice
 from moezoo_models.devices import free_memory
 
 if TYPE_CHECKING:
-    from moezoo_models.checkpoints.gate import Admitted
+    from moezoo_models.files.gate import Admitted
 
 AUTO = "auto"
 CHOICES = {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}

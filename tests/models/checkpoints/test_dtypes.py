@@ -6,11 +6,11 @@ import transformers
 
 from moezoo import InputError, dtype_speed
 from moezoo_models.checkpoints import dtypes
-from moezoo_models.checkpoints.checksums import seal
 from moezoo_models.checkpoints.directory import load_checkpoint, quiet, save_checkpoint
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer, load_as_it_is
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.evaluation.evaluate import evaluate
+from moezoo_models.files.checksums import seal
 from moezoo_models.generate import generate
 from moezoo_models.inspect.usage import inspect_usage
 
