@@ -1,33 +1,97 @@
-"""moezoo: feed-forward replacements for transformers behind one layer API."""
+"""moezoo: feed-forward replacements for transformers behind one layer API.
 
-from moezoo.errors import InputError
-from moezoo.experts.values import shared_values
-from moezoo.feed_forward import (
-    Cost,
-    FeedForward,
-    FeedForwardOutput,
-    Method,
-    Paper,
-    ParameterGroup,
-    register,
-    select_layers,
-    zoo,
-)
-from moezoo.layers import mixtures as _mixtures  # noqa: F401 - it registers methods
-from moezoo.layers.carved_moe import CarvedMoE
-from moezoo.layers.dense import DenseFFN
-from moezoo.layers.fast_feed_forward import FastFeedForward
-from moezoo.layers.hash import HashLayer
-from moezoo.layers.memory_plus import MemoryPlus
-from moezoo.layers.peer import PEER
-from moezoo.layers.persistent_memory import PersistentMemoryAttention
-from moezoo.layers.product_key_memory import ProductKeyMemory
-from moezoo.layers.sigma_moe import SigmaMoE
-from moezoo.layers.sparse_moe import SparseMoE
-from moezoo.layers.top_k_ffn import TopKFFN
-from moezoo.layers.ultra_fast_fff import UltraFastFFF
-from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
-from moezoo.swap import swap
+Torch takes seconds to import, so the names below are loaded when one of them is first asked for,
+all at once: whoever has one layer has every method registered.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moezoo.errors import InputError
+    from moezoo.experts.values import shared_values
+    from moezoo.feed_forward import (
+        Cost,
+        FeedForward,
+        FeedForwardOutput,
+        Method,
+        Paper,
+        ParameterGroup,
+        register,
+        select_layers,
+        zoo,
+    )
+    from moezoo.layers.carved_moe import CarvedMoE
+    from moezoo.layers.dense import DenseFFN
+    from moezoo.layers.fast_feed_forward import FastFeedForward
+    from moezoo.layers.hash import HashLayer
+    from moezoo.layers.memory_plus import MemoryPlus
+    from moezoo.layers.peer import PEER
+    from moezoo.layers.persistent_memory import PersistentMemoryAttention
+    from moezoo.layers.product_key_memory import ProductKeyMemory
+    from moezoo.layers.sigma_moe import SigmaMoE
+    from moezoo.layers.sparse_moe import SparseMoE
+    from moezoo.layers.top_k_ffn import TopKFFN
+    from moezoo.layers.ultra_fast_fff import UltraFastFFF
+    from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
+    from moezoo.swap_layers import swap
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "errors": ("InputError",),
+    "experts.values": ("shared_values",),
+    "feed_forward": (
+        "Cost",
+        "FeedForward",
+        "FeedForwardOutput",
+        "Method",
+        "Paper",
+        "ParameterGroup",
+        "register",
+        "select_layers",
+        "zoo",
+    ),
+    "layers.mixtures": (),
+    "layers.carved_moe": ("CarvedMoE",),
+    "layers.dense": ("DenseFFN",),
+    "layers.fast_feed_forward": ("FastFeedForward",),
+    "layers.hash": ("HashLayer",),
+    "layers.memory_plus": ("MemoryPlus",),
+    "layers.peer": ("PEER",),
+    "layers.persistent_memory": ("PersistentMemoryAttention",),
+    "layers.product_key_memory": ("ProductKeyMemory",),
+    "layers.sigma_moe": ("SigmaMoE",),
+    "layers.sparse_moe": ("SparseMoE",),
+    "layers.top_k_ffn": ("TopKFFN",),
+    "layers.ultra_fast_fff": ("UltraFastFFF",),
+    "routing": ("BalanceOptions", "CapacityOptions", "RouterOptions"),
+    "swap_layers": ("swap",),
+}
+"""Modules, and the public names that each has."""
+
+
+def load() -> None:
+    """Import every public name, which registers the methods of the zoo."""
+    for module, names in _NAMES.items():
+        members = vars(importlib.import_module(f"{__name__}.{module}"))
+        for name in names:
+            globals().setdefault(name, members[name])
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Load a public name, or a module that has some (PEP 562)."""
+        if name in __all__ or any(module.partition(".")[0] == name for module in _NAMES):
+            load()
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """List what is there and what can be loaded."""
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

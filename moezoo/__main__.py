@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from moezoo.errors import InputError, nearest
@@ -120,7 +121,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "what carving and pruning cost a dense model, method by method",
             positional=True,
         ),
-        "zoo": Command("moezoo.command.zoo:zoo", "every method: paper, parameters, cost"),
+        "zoo": Command("moezoo.command.zoo:list_zoo", "every method: paper, parameters, cost"),
         "bench": Command(
             "moezoo.command.bench:bench",
             "speed and memory against public peers",
@@ -228,13 +229,26 @@ def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     if command.first and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{command.first}", *arguments]
-    function = _load(command.function)
     if command.lightning:
-        function([name, *arguments])
-    else:
-        asked = command.more if {"-h", "--help"} & set(arguments) else None
-        more = _load(asked)() if asked else ""
-        run_function(function, f"moezoo {name}", arguments, command.positional, more)
+        _load(command.function)([name, *arguments])
+        return
+    prog = f"moezoo {name}"
+    if {"-h", "--help"} & set(arguments):
+        _show_help(command, prog, arguments)
+    run_function(_load(command.function), prog, arguments, command.positional)
+
+
+def _show_help(command: Command, prog: str, arguments: list[str]) -> None:
+    """Print the help page and exit, without importing what the command needs to run.
+
+    Return where ``--help`` turns out not to ask for help, as behind ``--``.
+    """
+    from moezoo.command.parser import parse
+    from moezoo.command.signature import signature_of
+
+    more = _load(command.more)() if command.more else ""
+    with suppress(FileNotFoundError):  # installed without sources
+        parse(signature_of(command.function), prog, arguments, command.positional, more)
 
 
 def _load(path: str) -> Callable[..., Any]:

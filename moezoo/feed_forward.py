@@ -9,6 +9,7 @@ activation checkpointing, compiled, or used twice in one process without double 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import types
 import typing
@@ -341,12 +342,18 @@ def register(*methods: Method) -> None:
         _LAYERS[method.layer.__name__] = method.layer
 
 
+def _load_layers() -> None:
+    """Let the zoo's own layers register; they import this module, so it names none of them."""
+    importlib.import_module("moezoo").load()
+
+
 def zoo() -> tuple[Method, ...]:
     """List the zoo.
 
     Returns:
         Every method, ordered by its paper's year and arXiv number, then by name.
     """
+    _load_layers()
     methods = _METHODS.values()
     return tuple(sorted(methods, key=lambda m: (m.paper.year, m.paper.arxiv, m.name)))
 
@@ -359,6 +366,7 @@ def registered(class_path: str) -> type[FeedForward]:
     Raises:
         InputError: no layer has that name; the nearest is proposed.
     """
+    _load_layers()
     name = str(class_path).rpartition(".")[2]
     if name not in _LAYERS:
         known = (f"moezoo.{layer}" for layer in _LAYERS)

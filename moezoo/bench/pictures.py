@@ -122,7 +122,8 @@ def ratios(rows: Sequence[Row]) -> Figure:
             bars.append((row.step_ratio, row.target_step, _SKY))
         for position, (ratio, target, color) in enumerate(bars):
             middle = place + _BAR * (position - (len(bars) - 1) / 2)
-            quartiles = (row.ratio_low, row.ratio_high) if row.ratio_low else None
+            low, high = row.ratio_low, row.ratio_high
+            quartiles = (low, high) if low and high else None
             _bar(axes, middle, ratio or 1.0, target, color, quartiles)
     for place in _every_second(rows):
         axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.045, lw=0, zorder=0)
@@ -139,8 +140,8 @@ def ratios(rows: Sequence[Row]) -> Figure:
     axes.set_xlabel(f"the other's time over moezoo's\nin parentheses: {other}")
     handles: list[Any] = [Line2D([], [], color=_RED, lw=2, label="target")]
     if whole:
-        middle = Line2D([], [], color="black", lw=1, label="quartiles of the rounds")
-        handles = [Patch(color=_BLUE, label="median"), middle, *handles]
+        spread = Line2D([], [], color="black", lw=1, label="quartiles of the rounds")
+        handles = [Patch(color=_BLUE, label="median"), spread, *handles]
     else:
         both = Patch(color=_SKY, label="forward and backward")
         handles = [Patch(color=_BLUE, label="forward"), both, *handles]
@@ -160,14 +161,14 @@ def _bar(
     ratio: float,
     target: float | None,
     color: str,
-    quartiles: tuple[float | None, float | None] | None = None,
+    quartiles: tuple[float, float] | None = None,
 ) -> None:
     """Draw a bar that begins at 1: to the right ours is faster, to the left the other is."""
     axes.barh(middle, ratio - 1, _BAR, left=1, color=color)
     ahead, end = ratio >= 1, ratio
     if quartiles is not None:
         axes.plot(quartiles, [middle] * 2, color="black", lw=1, zorder=5)
-        end = (max if ahead else min)(ratio, *(each for each in quartiles if each))
+        end = (max if ahead else min)(ratio, *quartiles)
     low, high = axes.get_xlim()
     width = (high / low) ** _NUMBER
     if target is not None:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from moezoo.errors import closest
-from moezoo.feed_forward import FeedForward
 
 _NESTED = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)', re.DOTALL)
 _CALLABLE = re.compile(
@@ -110,6 +109,8 @@ def _problem(key: str, rest: str) -> str:
     if match := _NO_CLASS.search(rest):
         return _no_class(key, match["module"], match["name"])
     if match := _NO_PATH.fullmatch(rest):
+        from moezoo import FeedForward  # not above: it imports torch
+
         return _no_path(key, match["name"], FeedForward)
     if match := _NO_CONFIG.fullmatch(rest):
         return f"{key}: {shorten(match['value'])} is neither options nor a YAML file of them"

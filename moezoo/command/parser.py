@@ -20,7 +20,6 @@ from moezoo.command.messages import render
 from moezoo.command.precedence import ordered, unmixed
 from moezoo.command.settings import load_yaml, read_settings
 from moezoo.errors import InputError
-from moezoo.feed_forward import as_argument, registered
 
 MANY_OPTIONS = 30
 
@@ -133,6 +132,8 @@ def _check_argument(options: Any, name: str, value: Any) -> None:
     """
     owner, found, key = name.rpartition(".init_args.")
     if found and "." not in key:
+        from moezoo.feed_forward import as_argument, registered  # not above: it imports torch
+
         try:
             layer = registered(options[f"{owner}.class_path"])
         except InputError:
@@ -166,21 +167,31 @@ def option_names(parser: Any) -> Iterator[str]:
 
 
 def run_function(
+    function: Callable[..., Any], prog: str, arguments: Sequence[str], positional: bool = False
+) -> None:
+    """Call ``function`` with options parsed after its signature and docstring."""
+    parser, options = parse(function, prog, arguments, positional)
+    options.pop("config", None)
+    function(**parser.instantiate(options))
+
+
+def parse(
     function: Callable[..., Any],
     prog: str,
     arguments: Sequence[str],
     positional: bool = False,
     more: str = "",
-) -> None:
-    """Call ``function`` with options parsed after its signature and docstring.
+) -> tuple[CommandParser, Any]:
+    """Parse options after a function's signature and docstring; ``--help`` prints and exits.
 
     ``more`` ends the help.
+
+    Returns:
+        The parser, and the options.
     """
     parser = function_parser(function, prog, positional)
     parser.more = more
-    options = parser.parse_args(_expand_flags(parser, arguments))
-    options.pop("config", None)
-    function(**parser.instantiate(options))
+    return parser, parser.parse_args(_expand_flags(parser, arguments))
 
 
 def function_parser(

@@ -1,19 +1,25 @@
-"""`moezoo zoo`: every method with its paper, size and cost."""
+"""`moezoo zoo`: every method with its paper, size and cost.
+
+Layers must be built to be counted, and torch takes seconds to import; the answer at the default
+width is therefore kept in ``zoo.json``, which a test compares with the layers.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
-import torch
-
-import moezoo
 from moezoo.command.tables import count, print_table
 from moezoo.errors import check_int
 
+WIDTH = 512
+"""The width that ``TABLE`` is for."""
+TABLE = Path(__file__).with_name("zoo.json")
 
-def zoo(d_model: int = 512, json: bool = False) -> None:
+
+def list_zoo(d_model: int = WIDTH, json: bool = False) -> None:
     """List every method: its paper, parameters and cost at one width.
 
     Sizes are those of one layer with the method's own defaults. FLOPs are forward, of one
@@ -24,7 +30,7 @@ def zoo(d_model: int = 512, json: bool = False) -> None:
         json: Print JSON instead of a table.
     """
     check_int("d_model", d_model)
-    entries = [describe(method, d_model) for method in moezoo.zoo()]
+    entries = _kept() if d_model == WIDTH else _counted(d_model)
     if json:
         _print_json(entries)
         return
@@ -44,25 +50,21 @@ def zoo(d_model: int = 512, json: bool = False) -> None:
     print_table(f"{len(rows)} methods at d_model={d_model}", columns, rows)
 
 
-def describe(method: moezoo.Method, d_model: int) -> dict[str, Any]:
-    """Return a method's paper and its cost at a width, without allocating its weights."""
-    with torch.device("meta"):
-        layer = method.build(d_model)
-    cost = layer.cost()
-    return {
-        "name": method.name,
-        "class_path": layer.config()["class_path"],
-        "authors": method.paper.authors,
-        "year": method.paper.year,
-        "title": method.paper.title,
-        "arxiv": method.paper.arxiv,
-        "experts": getattr(layer, "num_experts", None),
-        "causal": layer.causal,
-        "total_parameters": cost.total_parameters,
-        "active_parameters": cost.active_parameters,
-        "flops_per_token": cost.flops_per_token,
-        "bytes_per_token": cost.bytes_per_token,
-    }
+def _counted(d_model: int) -> list[dict[str, Any]]:
+    from moezoo.command.counted import counted  # not above: it imports torch
+
+    return counted(d_model)
+
+
+def write_table() -> None:
+    """Write ``zoo.json`` anew, one method a line, after a method or its default size changed."""
+    rows = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in _counted(WIDTH))
+    TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+
+
+def _kept() -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return entries
 
 
 def _print_json(entries: list[dict[str, Any]]) -> None:

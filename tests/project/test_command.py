@@ -15,7 +15,9 @@ import moezoo
 import moezoo_kernels
 from moezoo import __main__ as command
 from moezoo import dtype_speed
-from moezoo.command import doctor, tables
+from moezoo.command import counted, doctor, tables, zoo
+from moezoo.command.parser import function_parser
+from moezoo.command.signature import signature_of
 from moezoo.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +61,26 @@ def test_every_command_exists():
         assert callable(command._load(entry.function))
 
 
+@pytest.mark.parametrize("name", [n for n, c in command.COMMANDS.items() if not c.lightning])
+def test_help_read_from_the_source_is_that_of_the_function(name):
+    entry = command.COMMANDS[name]
+    pages = [
+        function_parser(function, f"moezoo {name}", entry.positional).format_help()
+        for function in (signature_of(entry.function), command._load(entry.function))
+    ]
+    assert pages[0] == pages[1]
+
+
+def test_a_signature_without_its_source_is_a_missing_file():
+    with pytest.raises(FileNotFoundError):
+        signature_of("moezoo_models.nowhere:nothing")
+
+
+def test_help_behind_two_dashes_is_an_argument(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--help does not exist" in fail(capsys, "upcycle", "--", "--help", "new")
+
+
 TRAINING = ("fit", "validate", "test", "plan")  # they take what a training configuration holds
 
 
@@ -87,8 +109,6 @@ def test_help_of_training_is_readable(name, capsys, monkeypatch):
 
 
 def command_parser(name: str):
-    from moezoo.command.parser import function_parser
-
     return function_parser(command._load(command.COMMANDS[name].function), name)
 
 
@@ -339,6 +359,14 @@ def test_zoo_numbers_are_the_layers(capsys):
         assert entry["active_parameters"] <= entry["total_parameters"]
         assert entry["flops_per_token"] == layer.cost().flops_per_token
         assert entry["causal"] == layer.causal
+
+
+def test_zoo_keeps_what_the_layers_say_at_the_default_width(capsys):
+    assert command.main(["zoo", "--json"]) == 0
+    kept = json.loads(capsys.readouterr().out)
+    again = "python -c 'from moezoo.command.zoo import write_table; write_table()'"
+    assert kept == counted.counted(zoo.WIDTH), f"write the table again: {again}"
+    assert zoo.TABLE.read_text(encoding="utf-8").count("\n") == len(kept) + 2
 
 
 def test_doctor_reports_versions_devices_and_backends(capsys, monkeypatch):

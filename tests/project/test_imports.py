@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import moezoo
+from moezoo.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 # Each component may import itself and those before it.
 COMPONENTS = {
@@ -165,7 +168,44 @@ def test_import_moezoo_loads_nothing_heavy():
     loaded = f"print([name for name in {heavy} if name in sys.modules])"
     # torch's FLOP counter loads triton on its own.
     bare = "import sys, torch.utils.flop_counter;"
-    assert run("import sys, moezoo;" + loaded) == run(bare + loaded)
+    assert run("import sys, moezoo; moezoo.zoo();" + loaded) == run(bare + loaded)
+
+
+def test_import_moezoo_loads_no_torch_until_a_name_is_asked_for():
+    said = run("import sys, moezoo; print('torch' in sys.modules, dir(moezoo) != [])")
+    assert said == "False True\n"
+    loaded = "\nimport sys; print('torch' in sys.modules)"
+    assert run("from moezoo import InputError" + loaded) == "True\n"
+    assert run("import moezoo; moezoo.layers.peer.PEER is moezoo.PEER" + loaded) == "True\n"
+
+
+def test_public_names_are_those_that_editors_see():
+    tree = ast.parse((ROOT / "moezoo" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and not node.orelse and isinstance(node.test, ast.Name)
+    )
+    seen = {node.module: {alias.name for alias in node.names} for node in block.body}
+    known = {f"moezoo.{module}": set(names) for module, names in moezoo._NAMES.items() if names}
+    assert seen == known
+    assert sorted(moezoo.__all__) == sorted(name for names in known.values() for name in names)
+    assert all(getattr(moezoo, name).__name__ == name for name in moezoo.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'PEAR'"):
+        moezoo.PEAR  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from moezoo.feed_forward import zoo; print(len(zoo()))",
+        "from moezoo.swap_layers import swap; import moezoo; print(len(moezoo.zoo()))",
+        "from moezoo.feed_forward import registered, zoo; registered('moezoo.PEER');"
+        "print(len(zoo()))",
+    ],
+)
+def test_every_method_is_registered_whatever_is_imported_first(first):
+    assert run(first) == f"{len(moezoo.zoo())}\n"
 
 
 def test_overview_needs_no_optional_package():
@@ -173,6 +213,22 @@ def test_overview_needs_no_optional_package():
     blocked = f"sys.modules.update(dict.fromkeys({optional}))\n"
     output = run(blocked + "from moezoo.__main__ import main; main(['--help'])")
     assert "moezoo COMMAND" in output
+
+
+TORCHLESS = ["--help", "--version", "zoo", "zoo --json"]
+TORCHLESS += [f"{name} --help" for name, each in COMMANDS.items() if not each.lightning]
+
+
+@pytest.mark.parametrize("line", TORCHLESS)
+def test_what_only_says_something_imports_no_torch(line):
+    heavy = ("torch", "numpy", "transformers", "lightning", "moezoo.feed_forward", "rich")
+    code = f"""
+import atexit, sys
+from moezoo.__main__ import main
+atexit.register(lambda: print([name for name in {heavy} if name in sys.modules]))
+main({line.split()})
+"""
+    assert run(code).splitlines()[-1] == "[]"
 
 
 def run(code: str) -> str:

@@ -1,0 +1,35 @@
+"""What `moezoo zoo` says of the methods, counted on the layers themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import moezoo
+
+
+def counted(d_model: int) -> list[dict[str, Any]]:
+    """Describe every method at a width."""
+    return [describe(method, d_model) for method in moezoo.zoo()]
+
+
+def describe(method: moezoo.Method, d_model: int) -> dict[str, Any]:
+    """Return a method's paper and its cost at a width, without allocating its weights."""
+    with torch.device("meta"):
+        layer = method.build(d_model)
+    cost = layer.cost()
+    return {
+        "name": method.name,
+        "class_path": layer.config()["class_path"],
+        "authors": method.paper.authors,
+        "year": method.paper.year,
+        "title": method.paper.title,
+        "arxiv": method.paper.arxiv,
+        "experts": getattr(layer, "num_experts", None),
+        "causal": layer.causal,
+        "total_parameters": cost.total_parameters,
+        "active_parameters": cost.active_parameters,
+        "flops_per_token": cost.flops_per_token,
+        "bytes_per_token": cost.bytes_per_token,
+    }
