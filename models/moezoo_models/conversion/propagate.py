@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -65,9 +65,10 @@ class Propagation:
     @property
     def bytes(self) -> int:
         """Room for hidden states: those that come into a layer and those that come out."""
-        windows = sum(len(tokens) for _, tokens in self._parts())
+        windows = 2 * sum(len(tokens) for _, tokens in self._parts())
+        windows += len(self.calibration.fitted)  # between attention and the block to be found
         length, width = self.calibration.fitted.shape[1], self.source.config.hidden_size
-        return 2 * windows * length * width * torch.float32.itemsize
+        return windows * length * width * torch.float32.itemsize
 
     def run(self, progress: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
         """Pass all variants through all layers.
@@ -101,17 +102,22 @@ class Propagation:
 
     def _advance(self, layer: int) -> None:
         stage = Stage(self.source, layer, self.device)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        attended = _Attended(self.directory / ".attended")
         with self._states(layer) as states:
 
             @lru_cache(maxsize=1)
             def answer(variant: Variant) -> Answer:
                 if variant.convert is None or layer not in self.layers:
                     return stage.block.run
-                inputs = stage.inputs(states[f"{variant.name}.fitted"])
+                inputs = attended.fill(stage, states[f"{variant.name}.fitted"])
                 return variant.convert(layer, inputs, stage.block)
 
-            def pieces(variant: Variant, part: str) -> Callable[[], Iterator[Tensor]]:
-                return lambda: stage.outputs(states[part], answer(variant))
+            def pieces(variant: Variant, part: str) -> Iterator[Tensor]:
+                block = answer(variant)
+                if variant.convert is None or layer not in self.layers or "fitted" not in part:
+                    return stage.outputs(states[part], block)
+                return (stage.answered(each, block) for each in attended.read())
 
             by_name = {variant.name: variant for variant in self.variants}
             outputs = [
@@ -119,15 +125,15 @@ class Propagation:
                     part,
                     (*tokens.shape, self.source.config.hidden_size),
                     torch.float32,
-                    pieces(by_name[part.rpartition(".")[0]], part),
+                    partial(pieces, by_name[part.rpartition(".")[0]], part),
                 )
                 for part, tokens in self._parts()
             ]
-            self.directory.mkdir(parents=True, exist_ok=True)
             temporary = self.directory / ".states.new"
             write_safetensors(temporary, outputs)
             temporary.rename(self._file(layer + 1))
         self._file(layer).unlink(missing_ok=True)
+        attended.file.unlink(missing_ok=True)
 
     @contextmanager
     def _states(self, layer: int) -> Iterator[States]:
@@ -148,3 +154,36 @@ class Propagation:
         return max(
             (n for n in range(self.source.num_layers + 1) if self._file(n).is_file()), default=0
         )
+
+
+class _Attended:
+    """Hidden states of one variant between attention and its block, in a file.
+
+    They would else be computed twice: for the inputs on which the block is found, and for its
+    outputs. In memory they would be needed beside the activations that it is found on.
+
+    Args:
+        file: where; what is there is replaced.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._shapes: list[torch.Size] = []
+
+    def fill(self, stage: Stage, states: Tensor) -> Tensor:
+        """Pass states ``(W, L, D)`` through attention; return the block's inputs, ``(T, D)``."""
+        inputs: list[Tensor] = []
+        self._shapes = []
+        with self.file.open("wb") as file:
+            for attended in stage.attended(states):
+                file.write(attended.numpy().data)
+                self._shapes.append(attended.shape)
+                inputs.append(stage.inputs(attended))
+        return torch.cat(inputs)
+
+    def read(self) -> Iterator[Tensor]:
+        """Yield the states after attention, ``(w, L, D)``, as they were computed."""
+        with self.file.open("rb") as file:
+            for shape in self._shapes:
+                content = bytearray(file.read(shape.numel() * torch.float32.itemsize))
+                yield torch.frombuffer(content, dtype=torch.float32).view(shape)

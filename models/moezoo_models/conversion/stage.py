@@ -60,21 +60,37 @@ class Stage:
         self.block = Block(weights["gate"], weights["up"], weights["down"])
 
     @torch.no_grad()
-    def inputs(self, states: Tensor) -> Tensor:
-        """Return what the feed-forward block sees, ``(T, D)``.
+    def attended(self, states: Tensor) -> Iterator[Tensor]:
+        """Yield what the feed-forward block's output is added to, ``(w, L, D)``, windows in order.
+
+        Attention is most of a layer's time where windows are long; what depends on it goes on from
+        here, by :meth:`inputs` and :meth:`answered`, however often.
 
         Args:
             states: ``(W, L, D)``, what comes into the layer.
         """
-        seen: list[Tensor] = []
+        return self.outputs(states, torch.zeros_like)
 
-        def record(x: Tensor) -> Tensor:
-            seen.append(x)
-            return torch.zeros_like(x)
+    @torch.no_grad()
+    def inputs(self, attended: Tensor) -> Tensor:
+        """Return what the feed-forward block sees, ``(T, D)``.
 
-        for _ in self.outputs(states, record):
-            pass
-        return torch.cat(seen)
+        Args:
+            attended: ``(w, L, D)``, of :meth:`attended`.
+        """
+        layer = self.model.layers[0]
+        return layer.post_attention_layernorm(attended.to(self.block.up.device)).flatten(0, 1)
+
+    @torch.no_grad()
+    def answered(self, attended: Tensor, answer: Answer) -> Tensor:
+        """Return what comes out of the layer, ``(w, L, D)`` on the CPU.
+
+        Args:
+            attended: ``(w, L, D)``, of :meth:`attended`.
+            answer: the feed-forward block.
+        """
+        output = answer(self.inputs(attended)).view_as(attended)
+        return (attended.to(output.device) + output).cpu()
 
     @torch.no_grad()
     def outputs(self, states: Tensor, answer: Answer) -> Iterator[Tensor]:
