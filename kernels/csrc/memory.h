@@ -1,4 +1,5 @@
-// Scratch memory that registers are aligned in, and the writing of results larger than any cache.
+// Scratch memory that registers are aligned in, zeros that cost nothing until they are read, and the
+// writing of results larger than any cache.
 
 #pragma once
 
@@ -8,6 +9,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <cstdlib>
@@ -22,6 +24,66 @@ struct Free {
   void operator()(float* p) const { std::free(p); }
 };
 using Scratch = std::unique_ptr<float[], Free>;
+
+// Asks at once for the pages behind a buffer that is about to be written; its contents stay.
+inline void populate(void* data, int64_t bytes) {
+#if defined(MADV_POPULATE_WRITE)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Gives whole pages back, to be zeros when next touched; false where the system refuses.
+inline bool drop_pages(void* begin, int64_t bytes) {
+#if defined(__linux__)
+  return madvise(begin, bytes, MADV_DONTNEED) == 0;
+#else
+  return (void)begin, (void)bytes, false;
+#endif
+}
+
+// Whether dropped pages do come back as zeros. Linux promises it of memory that no other process
+// shares; emulators of Linux have ignored the call, and an allocator may hand out something else.
+inline bool dropped_pages_are_zero() {
+#if defined(__linux__)
+  static const bool found = [] {
+    const int64_t page = sysconf(_SC_PAGESIZE), bytes = int64_t{2} << 20;
+    char* const tried = static_cast<char*>(std::aligned_alloc(page, bytes));
+    if (!tried) return false;
+    for (int64_t at = 0; at < bytes; at += bytes / 2) tried[at] = 1;
+    bool zeros = drop_pages(tried, bytes);
+    for (int64_t at = 0; at < bytes; at += bytes / 2) zeros = zeros && tried[at] == 0;
+    std::free(tried);
+    return zeros;
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
+// Fills a buffer of malloc's with zeros: a large one by dropping its pages, which costs nothing
+// until they are read.
+inline void zero(void* data, int64_t bytes) {
+  constexpr int64_t kLarge = int64_t{1} << 20;
+  if (bytes >= kLarge && dropped_pages_are_zero()) {
+#if defined(__linux__)
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
+    const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+    if (drop_pages(reinterpret_cast<void*>(first), last - first)) {
+      std::memset(data, 0, first - begin);
+      std::memset(reinterpret_cast<void*>(last), 0, end - last);
+      return;
+    }
+#endif
+  }
+  std::memset(data, 0, bytes);
+}
 
 // Room for numbers, uninitialised, from the start of a cache line on: a register that lies across
 // two lines costs two accesses.

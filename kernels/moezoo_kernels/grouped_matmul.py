@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moezoo_kernels import fresh
+
 _ALIGNMENT = 16  # bytes
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,13 +53,17 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
         ``(E, A, B)``, contiguous; zeros for an empty group.
     """
     width = right.shape[-1]
+    if left.device.type == "cpu":  # grouped_mm is this loop there, and zeroes empty groups by hand
+        product = fresh.stacked((ends.numel(), left.shape[1], width), right.dtype, ends)
+        for e, start, end in groups(ends):
+            product_AB = fresh.about_to_write(product[e])
+            torch.mm(left[start:end].t(), right[start:end], out=product_AB)
+        return product
     if _fusable(left.t(), right) and width * right.element_size() % _ALIGNMENT == 0:
         product = F.grouped_mm(left.t(), right, offs=ends.to(torch.int32)).contiguous()
-        if product.device.type != "cpu":
-            # Zeros for an empty group are what the CPU kernel gives; torch promises nothing.
-            empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
-            product.masked_fill_(empty[:, None, None], 0)
-        return product
+        # An empty group: torch promises nothing.
+        empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+        return product.masked_fill_(empty[:, None, None], 0)
     product = right.new_zeros(ends.numel(), left.shape[1], width)
     for e, start, end in groups(ends):
         torch.mm(left[start:end].t(), right[start:end], out=product[e])

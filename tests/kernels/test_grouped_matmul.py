@@ -69,10 +69,10 @@ def test_aligned_operands_take_the_fused_product(monkeypatch):
     matrices = torch.randn(3, 24, 16).transpose(1, 2)
     grouped_matmul(torch.randn(10, 16), matrices, ENDS)
     grouped_outer(torch.randn(10, 24), torch.randn(10, 16), ENDS)
-    assert calls == [(10, 16), (24, 10)]
+    assert calls == [(10, 16)]  # on a CPU, outer products are a loop with cheaper memory
     grouped_matmul(torch.randn(10, 15), torch.randn(3, 15, 8), ENDS)
     grouped_matmul(torch.randn(10, 16).double(), matrices.double(), ENDS)
-    assert len(calls) == 2
+    assert len(calls) == 1
 
 
 def test_rows_nobody_owns_are_uninitialised_in_grouped_mm(poison_empty):

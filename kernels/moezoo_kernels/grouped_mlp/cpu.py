@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo_kernels import native
+from moezoo_kernels import fresh, native
 from moezoo_kernels.activations import ACTIVATION_CODES
 from moezoo_kernels.grouped_matmul import groups
 from moezoo_kernels.grouped_mlp.assignments import Assignments
@@ -47,7 +47,8 @@ def forward(
         bias_I = None if bias_in is None else bias_in[e]
         bias_D = None if bias_out is None else bias_out[e]
         if keep:
-            inner_nI = _linear(x_nD, w_in[e], bias_I, out=inner[start:end])
+            inner_nI = fresh.about_to_write(inner[start:end])
+            inner_nI = _linear(x_nD, w_in[e], bias_I, out=inner_nI)
         else:
             inner_nI = F.linear(x_nD, w_in[e], bias_I)
         answer_nD = F.linear(passes.activate(inner_nI), w_out[e], bias_D)
@@ -103,12 +104,11 @@ def backward(
     passes = RowPasses(x.dtype, activation, gated)
     accumulation = passes.accumulation
     grad_x = torch.zeros(x.shape, dtype=accumulation) if needs.x else None
-    counts = torch.diff(assignments.ends, prepend=torch.tensor([0]))
-    unused = (counts == 0).nonzero().squeeze(-1)
-    grad_w_in = _gradient(w_in, needs.w_in, unused)
-    grad_w_out = _gradient(w_out, needs.w_out, unused)
-    grad_bias_in = _gradient(bias_in, needs.bias_in, unused)
-    grad_bias_out = _gradient(bias_out, needs.bias_out, unused)
+    ends = assignments.ends
+    grad_w_in = _gradient(w_in, needs.w_in, ends)
+    grad_w_out = _gradient(w_out, needs.w_out, ends)
+    grad_bias_in = _gradient(bias_in, needs.bias_in, ends)
+    grad_bias_out = _gradient(bias_out, needs.bias_out, ends)
     tokens = assignments.tokens
     row_weights = weights.reshape(-1)[assignments.order].to(accumulation)
     grad_N = row_weights.new_empty(row_weights.shape)
@@ -122,11 +122,12 @@ def backward(
             grad_n += (grad_nD.to(accumulation) * bias_out[e]).sum(-1)
         grad_N[start:end] = grad_n
         if grad_w_out is not None:
-            torch.mm(grad_nD.t(), hidden_nF, out=grad_w_out[e])
+            torch.mm(grad_nD.t(), hidden_nF, out=fresh.about_to_write(grad_w_out[e]))
         if grad_bias_out is not None:
             grad_bias_out[e] = (grad_nD * weights_n[:, None]).sum(0, dtype=accumulation)
         if grad_w_in is not None:
-            torch.mm(grad_inner_nI.t(), x.index_select(0, tokens_n), out=grad_w_in[e])
+            x_nD = x.index_select(0, tokens_n)
+            torch.mm(grad_inner_nI.t(), x_nD, out=fresh.about_to_write(grad_w_in[e]))
         if grad_bias_in is not None:
             grad_bias_in[e] = grad_inner_nI.sum(0, dtype=accumulation)
         if grad_x is not None:
@@ -152,9 +153,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> T
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _gradient(parameter: Tensor | None, needed: bool, unused: Tensor) -> Tensor | None:
-    """Return a buffer for a stacked gradient, written only where the expert is unused: zeros."""
+def _gradient(parameter: Tensor | None, needed: bool, ends: Tensor) -> Tensor | None:
+    """Return a buffer for a stacked gradient, written only where an expert is unused: zeros."""
     if parameter is None or not needed:
         return None
-    gradient = torch.empty(parameter.shape, dtype=parameter.dtype)
-    return gradient.index_fill_(0, unused, 0)
+    return fresh.stacked(parameter.shape, parameter.dtype, ends)

@@ -1,0 +1,44 @@
+"""Stacked results in fresh memory on a CPU, whose first touch costs more than what is written.
+
+The zeros of groups without rows take no page before they are read, and the pages of a group are
+asked for in one call, instead of a fault for each. Without the C++ library these are plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moezoo_kernels import native
+
+_LARGE = 1 << 18  # bytes; below, there is nothing to gain
+
+
+def stacked(shape: Sequence[int], dtype: torch.dtype, ends: Tensor) -> Tensor:
+    """Return ``(E, …)``, zeros where a group has no rows and uninitialised elsewhere.
+
+    Args:
+        shape: of the result, E first.
+        dtype: of the result.
+        ends: ``(E,)`` int64, non-decreasing: where each group's rows end.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= _LARGE and _has_library():
+        part, groups = tensor.nbytes // ends.numel(), ends.numel()
+        native.call("moezoo_zero_empty_groups", tensor, part, ends.contiguous(), groups)
+        return tensor
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    return tensor.index_fill_(0, (counts == 0).nonzero().squeeze(-1), 0)
+
+
+def about_to_write(part: Tensor) -> Tensor:
+    """Return ``part``, contiguous, after asking for the pages behind it; its contents stay."""
+    if part.nbytes >= _LARGE and _has_library():
+        native.call("moezoo_about_to_write", part, part.nbytes)
+    return part
+
+
+def _has_library() -> bool:
+    return native.unusable(torch.device("cpu"), torch.float32) is None
