@@ -132,7 +132,8 @@ def _check_argument(options: Any, name: str, value: Any) -> None:
     """
     owner, found, key = name.rpartition(".init_args.")
     if found and "." not in key:
-        from moezoo.feed_forward import as_argument, registered  # not above: it imports torch
+        from moezoo.arguments import as_argument  # not above: it imports torch
+        from moezoo.feed_forward import registered
 
         try:
             layer = registered(options[f"{owner}.class_path"])

@@ -29,6 +29,15 @@ class MovedModule(nn.Module):
         return self
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return whether calls of a module also run hooks that someone has registered on it.
+
+    torch 2.13: hooks are registered in public and kept in private. Without it decoding, which calls
+    no modules, would pass by them.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def flash_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:

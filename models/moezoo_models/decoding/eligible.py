@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moezoo_models.adapters.torch import has_forward_hooks
 from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.block import DecoderLayer
@@ -65,7 +66,7 @@ def _replaced(model: MoezooForCausalLM) -> str | None:
             return f"{name} is a {type(module).__name__}"
         if "forward" in vars(module):
             return f"{name} has another forward"
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_forward_hooks(module):
             return f"{name or 'it'} has forward hooks"
     return None
 

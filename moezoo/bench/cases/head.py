@@ -123,6 +123,7 @@ def _case(name: str, tokens: int, width: int, vocabulary: int, **changes: Any) -
         _QUICK,
         _build,
         {**others, PLAIN: Peer(_plain)},
+        ops=("linear_cross_entropy",),
         **changes,
     )
 

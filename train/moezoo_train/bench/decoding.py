@@ -91,11 +91,17 @@ def _told(model: MoezooForCausalLM, parts: Reply) -> Tensor:
 
 def _batch(model: MoezooForCausalLM, parts: Reply) -> Tensor:
     """Continue several prompts as `moezoo evaluate --tasks` does."""
+    from transformers import LogitsProcessorList
+
+    from moezoo_models.decoding.loop import continue_ids
     from moezoo_models.generate import generation_config
 
-    words = Numerals(parts.architecture.vocabulary)
+    words, ids = Numerals(parts.architecture.vocabulary), parts.prompts
     config = generation_config(model, words, parts.new, 0.0, 0, 1.0)
-    return _generated(model, parts, config)
+    written = continue_ids(
+        model, ids, torch.ones_like(ids), config, processors=LogitsProcessorList()
+    )
+    return written[:, ids.shape[1] :]
 
 
 def _generated(model: Any, parts: Reply, config: Any) -> Tensor:
