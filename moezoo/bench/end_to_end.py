@@ -94,6 +94,17 @@ def timed(call: Callable[[], object]) -> Callable[[], Spent]:
     return run
 
 
+_WITNESS = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w", encoding="utf-8") as file:
+    file.write(f"{code} {used.ru_utime + used.ru_stime} {used.ru_maxrss}")
+"""
+"""A small process between this one and a command: Linux counts a new process's memory from that of
+the one that started it, which has torch and models."""
+
+
 class Finished(NamedTuple):
     """A command that has ended well: what it took, and what it has printed."""
 
@@ -110,18 +121,23 @@ def run_command(words: Sequence[str]) -> Finished:
         RuntimeError: it fails; with the end of what it has printed.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(
-            list(words), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
+        report = Path(folder) / "spent"
+        subprocess.run(
+            [sys.executable, "-S", "-c", _WITNESS, report, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            check=False,
         )
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         printed = output.read().decode(errors="replace")
-    if child.returncode:
-        raise RuntimeError(f"{words[0]} fails with {child.returncode}: {printed.strip()[-150:]}")
+        taken = report.read_text(encoding="utf-8").split() if report.exists() else ["lost"] * 3
+    if taken[0] != "0":
+        raise RuntimeError(f"{words[0]} fails with {taken[0]}: {printed.strip()[-150:]}")
     scale = 1 if sys.platform == "darwin" else 1024
-    return Finished(Spent(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale), printed)
+    return Finished(Spent(float(taken[1]), int(taken[2]) * scale), printed)
 
 
 def run_whole(case: Case, options: Options) -> list[Result]:
