@@ -74,8 +74,9 @@ def training_precision(device: str, processes: int = 1) -> str:
         processes: how many train together.
     """
     if device == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    if device != "cpu" or processes > 1 or _many_processes():
+        own = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if own else "32-true"
+    if device != "cpu" or processes > 1 or many_processes():
         return "32-true"
     return "bf16-mixed" if speeds().training >= CLEARLY_FASTER else "32-true"
 
@@ -84,7 +85,7 @@ def muon_dtype(device: str) -> str:
     """Return what ``muon_dtype: auto`` stands for on a kind of device."""
     if device != "cpu":
         return "bfloat16"
-    if _many_processes():
+    if many_processes():
         return "float32"
     products = speeds().products
     fast = products[torch.bfloat16] >= FASTER_FOR_MUON * products[torch.float32]
@@ -100,11 +101,10 @@ def cost_of_training(precision: str, device: str) -> str | None:
     """Return a line on what a precision costs on a CPU against fp32; None if it costs nothing."""
     if device != "cpu":
         return None
-    figures = speeds()
     if precision == "bf16-mixed":
-        times = 1 / figures.training
+        times = 1 / speeds().training
     elif precision == "bf16-true":
-        times = figures.slowdown(torch.bfloat16)
+        times = speeds().slowdown(torch.bfloat16)
     else:
         return None
     if times < CLEARLY_FASTER:
@@ -141,7 +141,13 @@ def speeds() -> Speeds:
 
 def measure() -> Speeds:
     """Time products of matrices in each dtype, and a training step in two precisions."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(False):
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
         products = _measure_products()
         share = products[torch.bfloat16] / products[torch.float32]
         # Slow products alone decide, and a step would take seconds.
@@ -150,7 +156,8 @@ def measure() -> Speeds:
 
 def _measure_products() -> dict[torch.dtype, float]:
     rows, width = 64, 256
-    x, weight = torch.randn(rows, width), torch.randn(width, width)
+    x = torch.randn(rows, width, dtype=torch.float32)
+    weight = torch.randn(width, width, dtype=torch.float32)
     seconds = {}
     for dtype in DTYPES:
         a, b = x.to(dtype), weight.to(dtype)
@@ -163,9 +170,9 @@ def _measure_products() -> dict[torch.dtype, float]:
 def _measure_training() -> float:
     """Step two linear maps and a gated MLP of the recipes' size in both precisions, by turns."""
     tokens, width, hidden = 256, 256, 352
-    x = torch.randn(tokens, width)
+    x = torch.randn(tokens, width, dtype=torch.float32)
     first, last, gate_up, down = (
-        (torch.randn(shape) * width**-0.5).requires_grad_()
+        (torch.randn(shape, dtype=torch.float32) * width**-0.5).requires_grad_()
         for shape in ((width, width), (width, width), (2 * hidden, width), (width, hidden))
     )
 
@@ -198,7 +205,7 @@ def _seconds(work: Callable[[], Any], repetitions: int = _REPETITIONS) -> float:
     return statistics.median(times)
 
 
-def _many_processes() -> bool:
+def many_processes() -> bool:
     """Return whether this process is one of several that train together."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size() > 1
@@ -218,6 +225,7 @@ def _key() -> str:
         f"torch {torch.__version__}",
         f"{torch.get_num_threads()} threads",
         torch.backends.cpu.get_cpu_capability(),
+        *([] if torch.backends.mkldnn.enabled else ["mkldnn off"]),
         *(f"{name}={os.environ[name]}" for name in _VARIABLES if os.environ.get(name)),
     ]
     return ", ".join(parts)

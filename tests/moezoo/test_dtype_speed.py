@@ -163,7 +163,7 @@ def test_processes_that_could_measure_differently_take_fp32(monkeypatch):
 @pytest.mark.parametrize(("supported", "chosen"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_gpus_compute_in_bf16_if_they_have_it(monkeypatch, supported, chosen):
     monkeypatch.setattr(dtype_speed, "speeds", lambda: pytest.fail("measured"))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
     assert dtype_speed.training_precision("cuda") == chosen
     assert dtype_speed.training_precision("mps") == "32-true"
     assert dtype_speed.cost_of_training("bf16-mixed", "cuda") is None
@@ -190,3 +190,31 @@ def test_slowdown_is_of_products_against_fp32():
     assert figures(25.0, 1.0).slowdown(torch.bfloat16) == 4.0
     assert figures(400.0, 1.0).slowdown(torch.bfloat16) == 1.0
     assert figures(25.0, 1.0).slowdown(torch.float64) == 1.0
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_a_measurement_reads_no_default_of_the_caller(monkeypatch, default):
+    seen = []
+    monkeypatch.setattr(
+        dtype_speed, "_seconds", lambda work, *_: seen.append(torch.is_autocast_enabled("cpu")) or 1
+    )
+    made = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: made.append(randn(*a, **k)) or made[-1])
+    torch.set_default_dtype(default)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            found = dtype_speed.measure()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == Speeds(dict.fromkeys(dtype_speed.DTYPES, found.products[torch.float32]), 1.0)
+    assert not any(seen)
+    assert {(tensor.dtype, tensor.device.type) for tensor in made} == {(torch.float32, "cpu")}
+
+
+def test_a_precision_that_costs_nothing_is_not_measured(monkeypatch):
+    def never() -> Speeds:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(dtype_speed, "speeds", never)
+    assert dtype_speed.cost_of_training("32-true", "cpu") is None

@@ -101,7 +101,7 @@ def began_with(checkpoint: str) -> str | None:
 def _reason(device: str, trainer: Mapping[str, Any]) -> str:
     if device != "cpu":
         return ""
-    if _processes(trainer) > 1:
+    if _processes(trainer) > 1 or dtype_speed.many_processes():
         return ", as several processes on CPUs would measure differently"
     times = dtype_speed.speeds().training
     if times >= dtype_speed.CLEARLY_FASTER:
