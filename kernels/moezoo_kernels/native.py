@@ -139,6 +139,14 @@ def _convert(
     return ctypes.c_int64(argument)
 
 
+def floats(*shape: int) -> Tensor:
+    """Return fp32 memory of a shape for a kernel to write, whatever torch's default dtype is.
+
+    Lightning's ``bf16-true`` changes that default: half the memory, of which C++ would write all.
+    """
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     """Return the number by which the C++ kernels know a dtype."""
     return _DTYPES[dtype]

@@ -17,13 +17,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moezoo_kernels import native
+from moezoo_kernels import backends, native
 
 
 def unusable(matrix: Tensor) -> str | None:
     """Return why :func:`newton_schulz_` should not or cannot run on ``(..., R, C)``, or None."""
     if matrix.dtype != torch.float32:
         return "computes in fp32"
+    if backends.forced() not in (None, "cpu"):
+        return f"{backends.forced()} is asked for"
     short, long = sorted(matrix.shape[-2:])
     if short > 512 and long < 2 * short:
         return "is slower than whole products for large, nearly square matrices"
@@ -56,11 +58,11 @@ def newton_schulz_(
     for (rows, columns), addresses in by_shape.items():
         native.call(
             "moezoo_newton_schulz",
-            torch.tensor(addresses, dtype=torch.int64),
+            torch.tensor(addresses, dtype=torch.int64, device="cpu"),
             len(addresses),
             rows,
             columns,
-            torch.tensor(coefficients),
+            torch.tensor(coefficients, dtype=torch.float32, device="cpu"),
             steps,
             floor,
         )

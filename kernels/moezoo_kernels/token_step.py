@@ -121,7 +121,7 @@ def attention_step(
     batch, width = hidden.shape
     _, kv_heads, room, head_width = cache.keys.shape
     queries, pairs = query.weight.shape[0], kv_heads * head_width
-    scratch = torch.empty(batch * (width + 2 * queries + 2 * pairs))
+    scratch = native.floats(batch * (width + 2 * queries + 2 * pairs))
     parts = (query, key, value, out)
     return native.Prepared(
         "moezoo_attention_step",
@@ -142,8 +142,8 @@ def attention_step(
         head_width,
         room,
         window or 0,
-        norm.eps,
-        scale,
+        float(norm.eps),
+        float(scale),
     )
 
 
@@ -169,13 +169,13 @@ def dense_step(
         norm.weight,
         *(part.weight for part in parts),
         *(part.bias for part in parts),
-        torch.empty(batch * (width + 3 * hidden_width)),
+        native.floats(batch * (width + 3 * hidden_width)),
         native.dtype_code(hidden.dtype),
         batch,
         width,
         hidden_width,
         ACTIVATION_CODES[activation],
-        norm.eps,
+        float(norm.eps),
     )
 
 
@@ -228,7 +228,7 @@ def moe_step(
         w_out,
         bias_in,
         bias_out,
-        torch.empty(floats),
+        native.floats(floats),
         torch.empty_like(hidden),
         torch.empty(slots, dtype=torch.int64),
         native.dtype_code(hidden.dtype),
@@ -242,7 +242,7 @@ def moe_step(
         softmax,
         normalize,
         float(factor),
-        norm.eps,
+        float(norm.eps),
     )
 
 
@@ -254,12 +254,12 @@ def head_step(hidden: Tensor, norm: Norm, head: Linear) -> Callable[[], Tensor]:
         hidden,
         norm.weight,
         *head,
-        torch.empty(batch * (width + rows)),
+        native.floats(batch * (width + rows)),
         native.dtype_code(hidden.dtype),
         batch,
         width,
         rows,
-        norm.eps,
+        float(norm.eps),
     )
 
     def logits() -> Tensor:

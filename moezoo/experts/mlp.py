@@ -125,7 +125,7 @@ class MLPExperts(nn.Module):
         output_bias: bool = True,
     ) -> Tensor:
         """Return what a call returns; the indices are a router's and not checked."""
-        if self.mesh is not None or not is_direct(x_TD, indices_TK, self.num_experts):
+        if self.mesh is not None or not is_direct(x_TD, indices_TK, self.gate_up_proj):
             return self(x_TD, indices_TK, weights_TK, max_assignments, output_bias)
         return grouped_mlp_directly(
             x_TD,

@@ -103,6 +103,33 @@ def test_infer_returns_the_hidden_states_of_a_call(method, dtype, shape):
         assert torch.equal(actual, expected)
 
 
+@pytest.fixture
+def default_dtype():
+    """Set torch's default dtype, as Lightning does for `bf16-true`, and put it back."""
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_torchs_default_dtype_changes_nothing(method, default, tokens, default_dtype):
+    layer = make(method, torch.float32).eval()
+    hidden = torch.randn(1, tokens, D)
+    ids = token_ids(hidden)
+
+    def computed() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            inferred = layer.infer(hidden, token_ids=ids)
+        return {"infer": inferred, **gradients(layer, hidden, "forward")}
+
+    expected = computed()
+    default_dtype(default)
+    actual = computed()
+    default_dtype(torch.float32)
+    assert_same(actual, expected, 1e-6)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_router_input_decides_in_place_of_hidden_on_both_paths(method, training):

@@ -68,9 +68,9 @@ def decode(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> Ten
     """
     w_in, w_out, bias_in, bias_out, activation, gated = experts
     _, width, hidden_width = w_out.shape
-    inner = torch.empty(indices.numel(), w_in.shape[1])
-    hidden = torch.empty(indices.numel(), hidden_width)
-    output = torch.empty(x.shape)
+    inner = native.floats(indices.numel(), w_in.shape[1])
+    hidden = native.floats(indices.numel(), hidden_width)
+    output = native.floats(*x.shape)
     operands = (x, w_in, w_out, bias_in, bias_out)
     native.call(
         "moezoo_grouped_mlp_few",

@@ -15,18 +15,19 @@ from moezoo_kernels.grouped_mlp import cpu
 from moezoo_kernels.grouped_mlp.operands import Experts
 
 
-def is_direct(x: Tensor, indices: Tensor, num_experts: int) -> bool:
+def is_direct(x: Tensor, indices: Tensor, w_in: Tensor) -> bool:
     """Return whether :func:`grouped_mlp_directly` can and should run.
 
     Args:
         x: ``(T, D)`` tokens.
         indices: ``(T, K)`` expert numbers.
-        num_experts: E.
+        w_in: ``(E, I, D)``, as other weights of the experts are.
     """
     return (
         not torch.is_grad_enabled()
         and x.device.type == "cpu"
-        and cpu.is_decode(indices.numel(), num_experts, x.dtype)
+        and (w_in.dtype, w_in.device) == (x.dtype, x.device)
+        and cpu.is_decode(indices.numel(), len(w_in), x.dtype)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and backends.forced() in (None, "cpu")

@@ -15,7 +15,7 @@ def forward(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Return scores (T, H, K) and slots (T, H, K) int64, best first."""
     halves = with_dense_rows(halves)
     _, tokens, heads, n = halves.shape
-    scores = torch.empty(tokens, heads, top_k)
+    scores = native.floats(tokens, heads, top_k)
     slots = torch.empty(tokens, heads, top_k, dtype=torch.int64)
     memory, strides = in_memory_order(halves), halves.stride()[:3]
     native.call(

@@ -64,7 +64,7 @@ def backward(
     tokens, choices, width = *indices.shape, x.shape[1]
     num_experts = experts.u.shape[0]
     grad_x = torch.empty(tokens, width, dtype=torch.float32) if needs.x else None
-    grad_weights = torch.empty(tokens, choices) if needs.weights else None
+    grad_weights = native.floats(tokens, choices) if needs.weights else None
     grad_u = grad_v = grad_gate = rows = None
     given, sizes = (_fp32(grad), inner), (tokens, choices, width)
     weights = _fp32(weights)

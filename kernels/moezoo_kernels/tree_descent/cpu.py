@@ -39,7 +39,7 @@ def leaf_mlp(
     x = x.float()
     tokens, width = x.shape
     _check_range(leaves, len(w_in))
-    output = torch.empty(tokens, width)
+    output = native.floats(tokens, width)
     operands = _contiguous(x, leaves, w_in, w_out, bias_in, bias_out)
     code = _ACTIVATION_CODES[activation]
     sizes = (tokens, width, w_out.shape[-1], code, gated, native.dtype_code(w_in.dtype))
@@ -58,7 +58,7 @@ def path_neurons(
     """Return the sum of the outputs on each token's paths, (T, D) fp32, and the ends, (T, P)."""
     tokens, width = x.shape
     trees, num_nodes, _ = in_weight.shape
-    output = torch.empty(tokens, width)
+    output = native.floats(tokens, width)
     bottoms = torch.empty(tokens, trees, dtype=torch.int64)
     asking = None if asking is None else asking.float()
     operands = _contiguous(x.float(), asking, in_weight, in_bias, out_weight)
