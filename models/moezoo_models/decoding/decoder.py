@@ -196,7 +196,7 @@ def norm_of(norm: RMSNorm) -> Callable[[Tensor], Tensor]:
     if weight.dtype == torch.float64:  # its statistics are taken in fp32
         return norm
     if weight.dtype == torch.float32:
-        return lambda x: F.rms_norm(x, shape, weight, eps)
+        return lambda x: F.rms_norm(x, shape, weight, eps) if x.dtype == weight.dtype else norm(x)
     return lambda x: weight * F.rms_norm(x, shape, None, eps)  # rounded before the weight
 
 

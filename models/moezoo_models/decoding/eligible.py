@@ -12,6 +12,7 @@ from moezoo_models.model.attention import Attention
 from moezoo_models.model.block import DecoderLayer
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.decoder import MoezooModel
+from moezoo_models.model.head import Head
 from moezoo_models.model.norm import RMSNorm
 from moezoo_models.model.rotary import RotaryEmbedding
 
@@ -47,7 +48,7 @@ def _replaced(model: MoezooForCausalLM) -> str | None:
     """Name the first part that does not compute what its weights say."""
     expected: dict[str, type[nn.Module]] = {
         "model": MoezooModel,
-        "lm_head": nn.Linear,
+        "lm_head": Head,
         "model.embed_tokens": nn.Embedding,
         "model.norm": RMSNorm,
         "model.rotary_emb": RotaryEmbedding,
@@ -64,6 +65,8 @@ def _replaced(model: MoezooForCausalLM) -> str | None:
     for name, module in model.named_modules():
         if type(module) is not expected.get(name, type(module)):
             return f"{name} is a {type(module).__name__}"
+        if hasattr(module, "base_layer"):
+            return f"{name} is adapted"
         if "forward" in vars(module):
             return f"{name} has another forward"
         if has_forward_hooks(module):

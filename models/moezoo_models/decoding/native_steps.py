@@ -58,7 +58,7 @@ def native_feed_forward(
     before = Norm(norm.weight, norm.eps)
     if type(layer) is DenseFFN:
         return _dense(layer, before, hidden)
-    if type(layer) is SparseMoE and not layer.d_shared and layer.capacity is None:
+    if type(layer) is SparseMoE and not layer.d_shared and layer.gate.capacity is None:
         return _mixture(layer, before, hidden)
     if type(layer) is SigmaMoE:
         return _mixture(layer, before, hidden)

@@ -280,6 +280,50 @@ def test_weights_are_read_anew_by_each_call(build):
     assert not torch.equal(ours, before)
 
 
+def stepped(model, ids):
+    """Return the logits of the last token by a step, and by the forward pass."""
+    with torch.no_grad():
+        steps = Decoder(model, ids[:, :-1], torch.ones_like(ids[:, :-1]), 4)
+        steps.prefill()
+        return steps.step(ids[:, -1]), model(ids).logits[:, -1]
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_steps_write_fp32_whatever_torchs_default_dtype_is(build, rules, mixture):
+    model = build(ffn=rules["moe"]) if mixture else build()
+    ids = torch.randint(61, (2, 9))
+    expected = stepped(model, ids)[1]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = stepped(model, ids)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("eps", [0, 1])
+def test_a_norms_eps_may_be_a_whole_number(build, rules, eps):
+    model = build(ffn=rules["moe"], rms_norm_eps=eps)
+    found, expected = stepped(model, torch.randint(61, (2, 9)))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_last_norm_and_head_may_stay_fp32(build, rules):
+    model = build(torch.bfloat16, ffn=rules["moe"])
+    model.model.norm.float()
+    model.lm_head.float()
+    assert ineligible(model) is None
+    found, expected = stepped(model, torch.randint(61, (2, 9)))
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.3, rtol=3e-2)
+
+
+def test_adapted_experts_are_left_to_generate(build, rules):
+    model = build(ffn=rules["moe"])
+    model.model.layers[1].mlp.experts.base_layer = torch.nn.Identity()
+    assert ineligible(model) == "model.layers.1.mlp.experts is adapted"
+
+
 def test_what_is_left_to_generate(build, rules):
     model = build(ffn=rules["moe"])
     assert ineligible(model) is None

@@ -260,8 +260,11 @@ def _see_through(wrapper: nn.Module) -> None:
         except AttributeError:
             return getattr(nn.Module.__getattr__(self, "base_layer"), name)
 
+    def infer(self: nn.Module, *args: Any) -> Any:
+        return self(*args)  # the base layer's own would leave the adapters out
+
     kind = type(wrapper)
-    wrapper.__class__ = type(kind.__name__, (kind,), {"__getattr__": ask})
+    wrapper.__class__ = type(kind.__name__, (kind,), {"__getattr__": ask, "infer": infer})
 
 
 def _modules(model: nn.Module, options: LoRAOptions) -> list[str]:
