@@ -147,7 +147,7 @@ def test_several_processes_on_cpus_take_fp32(more, monkeypatch):
 def test_gpus_take_bf16_without_measuring(monkeypatch):
     monkeypatch.setattr(dtype_speed, "speeds", lambda: pytest.fail("measured"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     line = "trainer.precision: auto is bf16-mixed here"
     for accelerator in ("auto", "gpu", "cuda"):
         assert resolve({**CPU, "accelerator": accelerator}, None) == ("bf16-mixed", line)
