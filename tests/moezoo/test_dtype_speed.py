@@ -136,12 +136,9 @@ def test_slow_products_are_not_trained_with(monkeypatch):
     assert dtype_speed.measure() == Speeds(slow, 0.04)
 
 
-@pytest.mark.parametrize(
-    ("training", "chosen"), [(0.1, "32-true"), (1.05, "32-true"), (1.2, "bf16-mixed")]
-)
-def test_precision_follows_the_measured_step(monkeypatch, training, chosen):
-    monkeypatch.setattr(dtype_speed, "speeds", lambda: figures(300.0, training))
-    assert dtype_speed.training_precision("cpu") == chosen
+def test_cpus_train_in_fp32_whatever_a_small_step_says(monkeypatch):
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: figures(300.0, 9.0))
+    assert dtype_speed.training_precision("cpu") == "32-true"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +171,7 @@ def test_gpus_compute_in_bf16_if_they_have_it(monkeypatch, supported, chosen):
     [
         ("bf16-mixed", figures(3.0, 0.25), "bf16-mixed is about 4× slower than 32-true on this"),
         ("bf16-mixed", figures(300.0, 0.7), "bf16-mixed is about 1.4× slower than 32-true on this"),
-        ("bf16-mixed", figures(300.0, 0.98), None),
+        ("bf16-mixed", figures(300.0, 0.98), "bf16-mixed is not slower than 32-true"),
         ("bf16-true", figures(3.0, 2.0), "bf16-true is about 30× slower than 32-true on this CPU"),
         ("bf16-true", figures(300.0, 0.5), None),
         ("32-true", figures(3.0, 0.1), None),

@@ -397,7 +397,7 @@ def test_doctor_reports_versions_devices_and_backends(capsys, monkeypatch):
         (
             900.0,
             1.61,
-            ["900 12.5 muon_dtype bfloat16; bf16 checkpoints as saved", "precision bf16-mixed"],
+            ["900 12.5 muon_dtype bfloat16; bf16 checkpoints as saved", "precision 32-true"],
         ),
     ],
 )

@@ -34,8 +34,7 @@ def demo(
         output: directory of the run; an earlier demo there is replaced.
         recipe: configuration of the run; default: configs/demo.yaml of the checkout.
         max_steps: train for that many optimizer steps instead of the recipe's.
-        precision: 32-true, bf16-mixed, or auto: bf16-mixed on a GPU that has bf16, and on a CPU
-            that is measured to be faster with it; else 32-true.
+        precision: 32-true, bf16-mixed, or auto: bf16-mixed on a GPU that has bf16, else 32-true.
 
     Raises:
         InputError: the recipe, the source or an option is invalid.

@@ -6,7 +6,6 @@ hold the one that it computes in, so ``auto`` is replaced before anything is bui
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -44,7 +43,7 @@ class RunTrainer(Trainer):
 
     Args:
         args: of the trainer.
-        precision: of parameters and products; auto is bf16-mixed where that is faster, else
+        precision: of parameters and products; auto is bf16-mixed on GPUs that have it, else
             32-true, and has to be replaced before.
         kwargs: of the trainer.
     """
@@ -75,8 +74,8 @@ def resolve(trainer: Mapping[str, Any], checkpoint: str | None) -> tuple[Any, st
         return given, cost and f"trainer.precision: {cost}"
     if checkpoint is not None and (began := began_with(checkpoint)) is not None:
         return began, f"trainer.precision: auto is {began}, in which the run began"
-    chosen = dtype_speed.training_precision(device, _processes(trainer))
-    return chosen, f"trainer.precision: auto is {chosen} here{_reason(device, trainer)}"
+    chosen = dtype_speed.training_precision(device)
+    return chosen, f"trainer.precision: auto is {chosen} here"
 
 
 def began_with(checkpoint: str) -> str | None:
@@ -98,19 +97,6 @@ def began_with(checkpoint: str) -> str | None:
     return None if written == AUTO else _long_name(written)
 
 
-def _reason(device: str, trainer: Mapping[str, Any]) -> str:
-    if device != "cpu":
-        return ""
-    if _processes(trainer) > 1 or dtype_speed.many_processes():
-        return ", as several processes on CPUs would measure differently"
-    times = dtype_speed.speeds().training
-    if times >= dtype_speed.CLEARLY_FASTER:
-        return f": bf16-mixed is about {dtype_speed.ratio(times)} faster on this CPU"
-    if 1 / times >= dtype_speed.CLEARLY_FASTER:
-        return f": bf16-mixed is about {dtype_speed.ratio(1 / times)} slower on this CPU"
-    return ": bf16-mixed is about as fast on this CPU"
-
-
 def _device(accelerator: Any) -> str:
     """Name the kind of device that an accelerator's name stands for."""
     if accelerator in ("cpu", "tpu"):
@@ -118,13 +104,6 @@ def _device(accelerator: Any) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _processes(trainer: Mapping[str, Any]) -> int:
-    """Return how many processes are asked for on CPUs."""
-    devices = str(trainer.get("devices") or 1)
-    count = int(devices) if re.fullmatch(r"\d+", devices) else 1
-    return count * int(trainer.get("num_nodes") or 1)
 
 
 def _long_name(precision: Any) -> str:
