@@ -339,7 +339,7 @@ def register(*methods: Method) -> None:
 
 
 def _load_layers() -> None:
-    """Let the zoo's own layers register; they import this module, so it names none of them."""
+    """Register the zoo's own layers, which import this module, so that it names none of them."""
     importlib.import_module("moezoo").load()
 
 

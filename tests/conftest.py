@@ -67,7 +67,7 @@ def real_dtype_speed():
 
 @pytest.fixture(autouse=True)
 def same_dtype_speed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tests decide as on a CPU where bf16 is slower, whatever this machine is."""
+    """Decide in tests as on a CPU where bf16 is slower, whatever this machine is."""
     products = {torch.float32: 100.0, torch.bfloat16: 80.0, torch.float16: 80.0}
     figures = dtype_speed.Speeds(products, training=0.5)
     monkeypatch.setattr(dtype_speed, "speeds", lambda: figures)

@@ -221,7 +221,7 @@ def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> gate
 
 
 def take_turns(jobs: Mapping[str, Job], runs: int, budget: float) -> dict[str, list[Spent]]:
-    """Let all jobs run in turn, each as often as the others.
+    """Run all jobs in turn, each as often as the others.
 
     Every second round goes backwards, so that none always follows the same other. The first is a
     warm-up and does not count, unless all are commands, which begin anew each time.

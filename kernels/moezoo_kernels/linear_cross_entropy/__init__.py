@@ -60,7 +60,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes or dtypes do not fit, a label is out of range, a sharded weight, or a
-            forced backend that can not run.
+            forced backend that cannot run.
         RuntimeError: a second derivative is asked of a backend other than ``reference``.
     """
     _check(hidden, weight, labels, z_loss)

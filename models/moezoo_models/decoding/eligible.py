@@ -75,7 +75,7 @@ def _replaced(model: MoezooForCausalLM) -> str | None:
 
 
 def _spread(model: MoezooForCausalLM) -> str | None:
-    """Say whether the weights are in parts, in several places or of several dtypes."""
+    """Return which weight is sharded, on another device or of another dtype; None if none is."""
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or parameter.device != model.device:
             return f"{name} is not whole on {model.device}"

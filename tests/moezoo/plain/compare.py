@@ -34,7 +34,7 @@ PLAIN: dict[str, Callable[[Weights, Options, Tensor, Call], Answer]] = {
 
 @torch.no_grad()
 def randomize(layer: FeedForward) -> FeedForward:
-    """Give every parameter and buffer a value that no initialisation gives: none is zero or one.
+    """Set every parameter and buffer to values that no initialization has: none is zero or one.
 
     Fixed input features then skew the choice: routers' columns of the first feature, which
     :func:`inputs` keeps away from zero, favour the first experts over the last.

@@ -104,7 +104,8 @@ def compare_carving(
         seeds: of calibration passages and draws, and of the order of the text; others than the
             dense model's training had.
         max_steps: optimizer steps of the fine-tuning.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto is bf16-mixed on a GPU that
+            has bf16, else 32-true.
         text: data_dir as the dense model's run left it, sequence_length, batch_size.
         optimizer: how parameters are updated.
         schedule: how the learning rate moves.

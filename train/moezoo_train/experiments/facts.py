@@ -92,7 +92,8 @@ def compare_facts(
         seeds: of initial weights and the order of the text; the facts are the same.
         max_steps: optimizer steps of every run.
         tolerance: largest relative difference of a layer's FLOPs from the baseline's.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto is bf16-mixed on a GPU that
+            has bf16, else 32-true.
         model: the decoder around the layers.
         optimizer: how parameters are updated; the layers' own learning-rate multipliers hold.
         schedule: how the learning rate moves.

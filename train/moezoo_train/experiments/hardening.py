@@ -65,7 +65,8 @@ def compare_hardening(
         output: directory of the experiment.
         seeds: of initial weights and the order of the text.
         max_steps: optimizer steps of every run.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto is bf16-mixed on a GPU that
+            has bf16, else 32-true.
         model: the decoder around the layers.
         text: the training text.
         optimizer: how parameters are updated.

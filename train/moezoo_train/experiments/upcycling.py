@@ -92,7 +92,8 @@ def compare_upcycling(
         max_steps: optimizer steps of the dense model; the mixtures' follow from their FLOPs.
         seed: of upcycling, and of the order of the text; another than the dense model's training
             had.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto is bf16-mixed on a GPU that
+            has bf16, else 32-true.
         text: data_dir as the dense model's run left it, sequence_length, batch_size.
         optimizer: how parameters are updated.
         schedule: how the learning rate moves.

@@ -63,7 +63,8 @@ def compare(
         seeds: each method is trained once with each.
         max_steps: optimizer steps of every run.
         tolerance: largest relative difference of a layer's FLOPs from the baseline's.
-        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto takes the faster here.
+        precision: as the trainer's, e.g. 32-true or bf16-mixed; auto is bf16-mixed on a GPU that
+            has bf16, else 32-true.
         only: train and show these rows only.
         minutes: begin no run that would likely end later than this; the same command goes on where
             it left off. With 0 nothing is trained, and what is finished is shown.
