@@ -67,6 +67,10 @@ class Corpus(ABC):
             InputError: a file is not readable as text, or a row lacks the text field.
         """
 
+    def place(self, number: int) -> str:
+        """Return where a document is, counted from 0, for messages; it may be read for that."""
+        return f"document {number + 1:,} of {self.source}"
+
     @abstractmethod
     def manifest(self) -> str:
         """Return a hash of the content: equal hashes mean equal documents."""
@@ -163,11 +167,24 @@ class FileCorpus(Corpus):
     def documents(self) -> Iterator[str]:
         """Yield the non-empty documents, file after file."""
         for file in self.files:
-            try:
-                yield from filter(None, self._read(file))
-            except InputError:
-                if not self.skip_unreadable:
-                    raise
+            yield from self._of_file(file)
+
+    def place(self, number: int) -> str:
+        """Return the file that holds a document, counted from 0, and which it is there."""
+        left = number
+        for file in self.files:
+            found = sum(1 for _ in self._of_file(file))
+            if left < found:
+                return str(file) if found == 1 else f"document {left + 1:,} of {file}"
+            left -= found
+        return super().place(number)  # the files have changed
+
+    def _of_file(self, file: Path) -> Iterator[str]:
+        try:
+            yield from filter(None, self._read(file))
+        except InputError:
+            if not self.skip_unreadable:
+                raise
 
     def _read(self, file: Path) -> Iterator[str]:
         try:

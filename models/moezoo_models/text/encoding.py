@@ -33,11 +33,19 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     text around the cut has the same ids as its two halves. A tokenizer that puts a space before
     each text, or drops line ends, gets it whole.
     """
-    long = any(len(text) > PIECE_CHARACTERS for text in texts)
-    cut = long and _is_seamless(tokenizer)
-    pieces = [list(_pieces(tokenizer, text)) if cut else [text] for text in texts]
+    pieces = [pieces_of(tokenizer, text) for text in texts]
     encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(pieces))))
     return [list(chain.from_iterable(islice(encoded, len(each)))) for each in pieces]
+
+
+def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Cut a text where its ids do not show it; a short one is one piece.
+
+    The ids of the pieces, one behind the other, are those of the text, as of :func:`encode_texts`.
+    """
+    if len(text) <= PIECE_CHARACTERS or not _is_seamless(tokenizer):
+        return [text]
+    return list(_pieces(tokenizer, text))
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:

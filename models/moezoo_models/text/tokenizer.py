@@ -17,11 +17,13 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, cast
 
 from moezoo.errors import InputError
+from moezoo_models.cores import available_cores
 from moezoo_models.files.model_files import check_inside, read_json
 
 HUB_PREFIX = "hf:"
@@ -29,7 +31,8 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _SETTINGS = ("special_tokens_map.json", "added_tokens.json", "config.json")
 _PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
-_ENCODE_THREADS = min(8, os.cpu_count() or 1)
+_RAYON = "TOKENIZERS_PARALLELISM"
+_ENCODE_THREADS = min(8, available_cores())
 
 
 class Tokenizer(ABC):
@@ -39,11 +42,13 @@ class Tokenizer(ABC):
         vocab_size: largest id + 1, added tokens included.
         bos_id: id that opens a document, or None if the tokenizer knows none.
         eos_id: id that closes a document.
+        threads: whether several threads may call :meth:`encode_here` at once, and gain by it.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int
+    threads: bool = False
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -52,6 +57,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ``[encode(text) for text in texts]``, computed on several threads."""
+
+    def encode_here(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ``[encode(text) for text in texts]``, computed on the calling thread."""
+        return [self.encode(text) for text in texts]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -85,6 +94,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = tokenizer.bos_token_id
         self.eos_id = _required_eos(tokenizer.eos_token_id)
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.threads = self._backend is not None
         if self._backend is not None:
             self._backend.encode_special_tokens = True
             # Either would change texts without a word, and padding to a given length has no bound.
@@ -106,9 +116,17 @@ class HuggingFaceTokenizer(Tokenizer):
             return [self.encode(text) for text in texts]
         # The fast call, which skips the character offsets, exists for batches only.
         encode_fast = self._backend.encode_batch_fast
-        with _without_rayon(), ThreadPoolExecutor(_ENCODE_THREADS) as pool:
+        with without_rayon(), ThreadPoolExecutor(_ENCODE_THREADS) as pool:
             encodings = pool.map(lambda text: encode_fast([text], add_special_tokens=False), texts)
             return [encoding.ids for (encoding,) in encodings]
+
+    def encode_here(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ``[encode(text) for text in texts]``, computed on the calling thread."""
+        if self._backend is None:
+            return super().encode_here(texts)
+        with without_rayon():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens."""
@@ -149,6 +167,8 @@ class SentencePieceTokenizer(Tokenizer):
     Raises:
         InputError: the bytes are no sentencepiece model, or it has no end-of-text token.
     """
+
+    threads = True
 
     def __init__(self, model: bytes) -> None:
         try:
@@ -319,18 +339,41 @@ def _required_eos(eos_id: int | None) -> int:
     return eos_id
 
 
-@contextmanager
-def _without_rayon() -> Iterator[None]:
-    """Keep the tokenizers library off its thread pool, of which every later fork would complain."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+class _RayonSwitch:
+    """Turns the tokenizers library's thread pool off while anyone wants it off."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._users = 0
+        self._before: str | None = None
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        with self._lock:
+            if not self._users:
+                self._before = os.environ.get(_RAYON)
+                os.environ[_RAYON] = "false"
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users and self._before is None:
+                    del os.environ[_RAYON]
+                elif not self._users:
+                    os.environ[_RAYON] = cast(str, self._before)
+
+
+_rayon = _RayonSwitch()
+
+
+def without_rayon() -> AbstractContextManager[None]:
+    """Keep the tokenizers library off its thread pool, of which every later fork would complain.
+
+    Any number of threads may be inside; the environment is as it was when the last has left.
+    """
+    return _rayon.off()
 
 
 def _sha256(data: bytes) -> str:

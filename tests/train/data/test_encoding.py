@@ -22,8 +22,8 @@ from moezoo_models.text.tokenizer import (
     SentencePieceTokenizer,
     load_tokenizer,
 )
+from moezoo_train.data.encoders import Encoders
 from moezoo_train.data.prepare import prepare
-from moezoo_train.data.shards import encode
 from moezoo_train.data.train_tokenizer import train_tokenizer
 
 SOURCE = inspect.getsource(argparse)[:12_000]
@@ -119,7 +119,9 @@ def test_everyone_gets_the_same_ids(tokenizer, short_pieces):
     whole = tokenizer.encode(SOURCE)
     opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     assert encode_texts(tokenizer, ["a", SOURCE, ""])[1] == whole
-    assert encode(tokenizer, [SOURCE])[0].tolist() == [*opening, *whole, tokenizer.eos_id]
+    with Encoders(tokenizer, 2) as encoders:
+        ((_, prepared),) = encoders.run([[SOURCE]], 0)
+    assert prepared.tokens.tolist() == [*opening, *whole, tokenizer.eos_id]
     assert calibrate(tokenizer, [SOURCE], 1)[0] == [*whole, tokenizer.eos_id]
     assert prompt_ids(tokenizer, SOURCE) == [*opening, *whole]
 

@@ -3,12 +3,13 @@
 The work is done in ``OUTPUT/partial`` and moved into place when it is complete:
 
 1. train the tokenizer, or load the one that is given;
-2. tokenize the documents, in order, in shards of about 4 MB of text;
+2. tokenize the documents on all cores, and write them in order, in shards of about 4 MB of text;
 3. choose the validation documents and copy the shards together.
 
 A run that was killed goes on behind its last finished shard, and ends in the same bytes as one that
 was not. Everything depends only on the content of the source, the settings and the tokenizer; their
-hashes are kept beside the tokens, which are used again only while all of them are the same.
+hashes are kept beside the tokens, which are used again only while all of them are the same. The
+number of threads changes nothing.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from moezoo.errors import InputError, check_int, check_number, going_on
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import writing
+from moezoo_models.cores import available_cores
 from moezoo_models.files.checksums import crc_of_file
 from moezoo_models.text.corpus import Corpus, open_corpus
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
+from moezoo_train.data.encoders import Encoders, EncodingError
 from moezoo_train.data.prepared import (
     FORMAT,
     META_FILE,
@@ -46,11 +49,13 @@ from moezoo_train.data.prepared import (
     hash_folder,
     token_dtype,
 )
-from moezoo_train.data.shards import Shard, batches, encode
+from moezoo_train.data.shards import Shard, batches
 from moezoo_train.data.train_tokenizer import train_tokenizer
 
 SHARD_BYTES = 4_000_000
-"""Text per shard: the most that a killed run loses."""
+"""Text per shard."""
+_AHEAD = 2
+"""Shards that are encoded while another is written: what a killed run loses."""
 _PARTIAL = "partial"
 
 
@@ -63,6 +68,7 @@ def prepare(
     text_field: str = "text",
     seed: int = 0,
     max_bytes: int | None = None,
+    workers: int | None = None,
 ) -> PreparedData:
     """Tokenize a corpus for training; do nothing if that has been done already.
 
@@ -78,12 +84,15 @@ def prepare(
         text_field: field of a .jsonl row, or column of a .parquet file, that holds the text.
         seed: chooses the documents held out.
         max_bytes: stop behind the document with which the text reaches this many bytes.
+        workers: threads that encode; default: the cores that this process may use. The tokens are
+            the same with any number. A tokenizer written in Python encodes on one.
 
     Raises:
         InputError: the source, a setting or the tokenizer is invalid, or the output cannot be
             written.
     """
     _check_settings(vocab_size, val_fraction, seed, max_bytes)
+    threads = available_cores() if workers is None else check_int("workers", workers, maximum=1024)
     corpus = open_corpus(source, text_field)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     inputs = {
@@ -109,7 +118,7 @@ def prepare(
             return ready
         output.mkdir(exist_ok=True)
         _explain_renewal(output, inputs)
-        return _Preparation(corpus, output, inputs, given).run()
+        return _Preparation(corpus, output, inputs, given, threads).run()
 
 
 def split_threshold(keys: NDArray[np.uint64], val_fraction: float) -> np.uint64:
@@ -140,12 +149,18 @@ class _Preparation:
     """One run of ``prepare`` that has something to do."""
 
     def __init__(
-        self, corpus: Corpus, output: Path, inputs: dict[str, Any], tokenizer: Tokenizer | None
+        self,
+        corpus: Corpus,
+        output: Path,
+        inputs: dict[str, Any],
+        tokenizer: Tokenizer | None,
+        workers: int,
     ) -> None:
         self.corpus = corpus
         self.output = output
         self.inputs = inputs
         self.given = tokenizer
+        self.workers = workers
         self.work = output / _PARTIAL
 
     def run(self) -> PreparedData:
@@ -212,19 +227,37 @@ class _Preparation:
         if skip:
             _say(f"going on behind document {skip:,}")
         total = self.inputs["max_bytes"] or self.corpus.total_bytes
-        with _progress_bar() as bar:
+        texts = batches(islice(self._documents(), skip, None), SHARD_BYTES)
+        with (
+            _progress_bar() as bar,
+            self._naming(skip),
+            Encoders(tokenizer, self.workers) as encoders,
+        ):
             task = bar.add_task("tokenizing", total=total)
             bar.advance(task, float(sum(documents["bytes"].sum() for documents in done)))
-            for batch in batches(islice(self._documents(), skip, None), SHARD_BYTES):
+            for batch, encoded in encoders.run(texts, _AHEAD):
                 shard = Shard(self.work, len(shards), dtype)
-                shard.write(encode(tokenizer, batch), self._describe(batch))
+                described = self._describe(batch)
+                shard.write(encoded, described)
                 shards.append(shard)
-                bar.advance(task, sum(len(text.encode()) for text in batch))
+                bar.advance(task, sum(size for size, _ in described))
         if not shards:
             raise InputError(f"source: {self.corpus.source} holds no text; name another")
         return shards
 
-    def _describe(self, batch: list[str]) -> list[tuple[int, int]]:
+    @contextmanager
+    def _naming(self, skipped: int) -> Iterator[None]:
+        """Turn an error about a document into a line that names its file."""
+        try:
+            yield
+        except EncodingError as error:
+            place = self.corpus.place(skipped + error.document)
+            raise InputError(
+                f"tokenizer: it cannot encode {place}: {error.reason}; leave that text out, or "
+                "give another tokenizer"
+            ) from error
+
+    def _describe(self, batch: Sequence[str]) -> list[tuple[int, int]]:
         """Return each document's length in bytes and key for the split."""
         seed = int(self.inputs["seed"]).to_bytes(8, "little")
         described = []

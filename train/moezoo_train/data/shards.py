@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.errors import InputError
 from moezoo_models.checkpoints.atomic import atomic_write
-from moezoo_models.text.encoding import encode_texts
-from moezoo_models.text.tokenizer import Tokenizer
-from moezoo_train.data.prepared import token_dtype
+from moezoo_train.data.encoders import Encoded
 
 _DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("key", "<u8")])
 """Fields kept of each document: its lengths, and the key by which the split is made."""
@@ -50,16 +47,13 @@ class Shard:
         """Return the ids of all documents, shape (tokens,)."""
         return np.frombuffer(self._token_file.read_bytes(), dtype=self._dtype)
 
-    def write(self, encoded: list[NDArray[Any]], described: list[tuple[int, int]]) -> None:
+    def write(self, encoded: Encoded, described: list[tuple[int, int]]) -> None:
         """Write encoded documents, with the length in bytes and the key of each."""
-        index = np.array(
-            [(len(ids), size, key) for ids, (size, key) in zip(encoded, described, strict=True)],
-            dtype=_DOCUMENT,
-        )
-        for path, content in (
-            (self._token_file, np.concatenate(encoded)),
-            (self._index_file, index),
-        ):
+        index = np.zeros(len(described), _DOCUMENT)
+        index["tokens"] = encoded.lengths
+        index["bytes"] = [size for size, _ in described]
+        index["key"] = np.array([key for _, key in described], np.uint64)
+        for path, content in ((self._token_file, encoded.tokens), (self._index_file, index)):
             with atomic_write(path) as file:
                 file.write(content.tobytes())
 
@@ -76,22 +70,3 @@ def batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:
             batch, held = [], 0
     if batch:
         yield batch
-
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[Any]]:
-    """Encode each document, with its boundary tokens.
-
-    Raises:
-        InputError: an id is outside the tokenizer's vocabulary.
-    """
-    opening = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
-    arrays = []
-    for inner in encode_texts(tokenizer, texts):
-        ids = np.array([*opening, *inner, tokenizer.eos_id])
-        if ids.max() >= tokenizer.vocab_size:
-            raise InputError(
-                f"tokenizer: it gave token id {ids.max()}, outside its vocabulary of "
-                f"{tokenizer.vocab_size}; its files do not belong together"
-            )
-        arrays.append(ids.astype(token_dtype(tokenizer.vocab_size)))
-    return arrays

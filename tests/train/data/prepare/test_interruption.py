@@ -67,28 +67,31 @@ class TestInterruption:
 
     @pytest.mark.usefixtures("small_shards")
     def test_finished_shards_are_kept(self, corpus, tmp_path, whole, monkeypatch, capfd, contents):
-        texts_encoded = []
-        encode = module.encode
+        written = []
+        write = module.Shard.write
 
-        def crash_at_third(tokenizer, texts):
-            if len(texts_encoded) == 2:
+        def crash_at_third(shard, encoded, described):
+            if len(written) == 2:
                 raise Crash
-            texts_encoded.append(texts)
-            return encode(tokenizer, texts)
+            written.append(described)
+            write(shard, encoded, described)
 
-        monkeypatch.setattr(module, "encode", crash_at_third)
-        with pytest.raises(Crash):
-            prepare(str(corpus), tmp_path, vocab_size=300)
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Shard, "write", crash_at_third)
+            with pytest.raises(Crash):
+                prepare(str(corpus), tmp_path, vocab_size=300)
         rest = []
         monkeypatch.setattr(
-            module,
-            "encode",
-            lambda tokenizer, texts: rest.append(texts) or encode(tokenizer, texts),
+            module.Shard,
+            "write",
+            lambda shard, encoded, described: (
+                rest.append(described) or write(shard, encoded, described)
+            ),
         )
         monkeypatch.setattr(module, "train_tokenizer", None)
         prepare(str(corpus), tmp_path, vocab_size=300)
         assert contents(tmp_path) == whole
-        kept = sum(map(len, texts_encoded))
+        kept = sum(map(len, written))
         assert f"going on behind document {kept}" in capfd.readouterr().err
         assert kept + sum(map(len, rest)) == 40
 
@@ -137,13 +140,13 @@ class TestInterruption:
         self, tmp_path, own_tokenizer, monkeypatch, contents, write_corpus
     ):
         folder = write_corpus(tmp_path / "in", count=5)
-        encode = module.encode
+        write = module.Shard.write
 
-        def edit_and_encode(tokenizer, texts):
+        def edit_and_write(shard, encoded, described):
             (folder / "000.txt").write_text("changed")
-            return encode(tokenizer, texts)
+            write(shard, encoded, described)
 
-        monkeypatch.setattr(module, "encode", edit_and_encode)
+        monkeypatch.setattr(module.Shard, "write", edit_and_write)
         with pytest.raises(InputError, match="changed while it was being read"):
             prepare(str(folder), tmp_path / "out", tokenizer=own_tokenizer)
         assert contents(tmp_path / "out") == {}

@@ -11,14 +11,41 @@ from hypothesis import strategies as st
 
 from moezoo.errors import InputError
 from moezoo_models.text import encoding
-from moezoo_models.text.tokenizer import load_tokenizer
+from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.data import prepare as module
-from moezoo_train.data import shards
+from moezoo_train.data.encoders import Encoders
 from moezoo_train.data.prepare import prepare, split_threshold
 from moezoo_train.data.prepared import PreparedData, token_dtype
 from moezoo_train.data.train_tokenizer import train_tokenizer
 
 FILES = ["meta.json", "train.bin", "val.bin"]
+
+
+class Bytes(Tokenizer):
+    """A token is a byte."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids):
+        return bytes(ids).decode()
+
+    def save(self, directory):
+        raise NotImplementedError
+
+    def fingerprint(self):
+        raise NotImplementedError
+
+
+def encode(tokenizer, texts):
+    """Return the ids of each text, as they are prepared."""
+    with Encoders(tokenizer, 2) as encoders:
+        ((batch, encoded),) = encoders.run([texts], 2)
+    assert batch == texts
+    return [ids.tolist() for ids in np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])]
 
 
 def split_documents(prepared, name):
@@ -78,46 +105,31 @@ class TestContent:
             assert saved == Path(own_tokenizer, name).read_bytes()
 
     def test_beginning_of_text_token(self, tmp_path):
-        class Letters:
+        class Letters(Bytes):
             """Adds nothing by itself, but has tokens for both ends of a document."""
 
             vocab_size, bos_id, eos_id = 128, 1, 2
 
-            def encode(self, text):
-                return list(text.encode())
-
-            def encode_batch(self, texts):
-                return [self.encode(text) for text in texts]
-
-            def decode(self, ids):
-                return bytes(ids).decode()
-
         letters = Letters()
-        assert [ids.tolist() for ids in shards.encode(letters, ["ab", "c"])] == [
-            [1, 97, 98, 2],
-            [1, 99, 2],
-        ]
+        assert encode(letters, ["ab", "c"]) == [[1, 97, 98, 2], [1, 99, 2]]
         letters.bos_id = letters.eos_id
-        assert shards.encode(letters, ["ab"])[0].tolist() == [97, 98, 2]
+        assert encode(letters, ["ab"]) == [[97, 98, 2]]
         with pytest.raises(InputError, match="token id 195, outside its vocabulary of 128"):
-            shards.encode(letters, ["é"])
+            encode(letters, ["é"])
 
     def test_tokenizer_that_begins_every_text_with_a_space_gets_whole_documents(self):
-        class Prefixing:
+        class Prefixing(Bytes):
             vocab_size, bos_id, eos_id = 256, None, 0
 
             def encode(self, text):
                 return list(b" " + text.encode())
 
-            def encode_batch(self, texts):
-                return [self.encode(text) for text in texts]
-
             def decode(self, ids):
                 return bytes(ids).decode().removeprefix(" ")
 
         text = "x\n" * encoding.PIECE_CHARACTERS
-        (ids,) = shards.encode(Prefixing(), [text])
-        assert bytes(ids[:-1].tolist()).decode() == " " + text
+        (ids,) = encode(Prefixing(), [text])
+        assert bytes(ids[:-1]).decode() == " " + text
 
     def test_token_type(self):
         assert token_dtype(1 << 16) == np.uint16
@@ -189,7 +201,7 @@ class TestReuse:
         def never(*args, **options):
             raise AssertionError("tokenized again")
 
-        monkeypatch.setattr(module, "encode", never)
+        monkeypatch.setattr(module, "Encoders", never)
         monkeypatch.setattr(module, "train_tokenizer", never)
         assert prepare(str(corpus), tmp_path, vocab_size=300) == first
         out, err = capfd.readouterr()
