@@ -36,7 +36,15 @@ from moezoo_models.checkpoints.directory import (
     read_tokenizer,
 )
 from moezoo_models.checkpoints.dtypes import choose_dtype
-from moezoo_models.files.gate import admit, check_model, keep_generation, told
+from moezoo_models.checkpoints.mapped import opened_as_views
+from moezoo_models.files.gate import (
+    Admitted,
+    admit,
+    check_model,
+    is_pickled,
+    keep_generation,
+    told,
+)
 from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.config import MoezooConfig
@@ -112,6 +120,7 @@ def load_stock(
     pickled: bool = False,
     dtype: str | None = None,
     device: str | torch.device = "cpu",
+    sound: bool = False,
 ) -> PreTrainedModel:
     """Load a directory with transformers, for evaluation.
 
@@ -121,6 +130,8 @@ def load_stock(
         pickled: where there are no safetensors, let transformers unpickle tensors and nothing else.
         dtype: of the weights, as for :func:`load_as_it_is`.
         device: where the model will be put.
+        sound: this process has looked at the checksums and the numbers of its files: not again.
+            Safetensors are then mapped, not copied, for a model that is only read.
 
     Raises:
         InputError: weights are missing, unexpected or of another shape, or transformers refuses
@@ -129,10 +140,14 @@ def load_stock(
     with warnings.catch_warnings():
         # An absent shared expert is, in stock architectures, one without neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        admitted = admit(directory, stock_config, _build, renamed=True, pickled=pickled)
+        admitted = admit(
+            directory, stock_config, _build, renamed=True, pickled=pickled, sealed=not sound
+        )
         config = admitted.config
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        with quiet(), told(directory), admitted.opened() as tensors:
+        mapped = sound and not is_pickled(admitted.files[0])
+        opened = opened_as_views if mapped else Admitted.opened
+        with quiet(), told(directory), opened(admitted) as tensors:
             model, problems = kind.from_pretrained(
                 None,
                 config=config,
@@ -148,7 +163,8 @@ def load_stock(
             raise InputError(f"checkpoint: {problem.replace('_', ' ')} in {directory}: {names[0]}")
     model.name_or_path = model.config.name_or_path = str(directory)
     keep_generation(model, admitted)
-    check_model(model, directory)
+    if not sound:
+        check_model(model, directory)
     # Its default for experts, grouped matrix products, wants rows of multiples of 16 bytes.
     if any(p.ndim == 3 and p.shape[-1] * p.element_size() % 16 for p in model.parameters()):
         model.set_experts_implementation("eager")

@@ -294,12 +294,13 @@ class Carving:
         """Return the measurements.
 
         Args:
-            written: the checkpoint.
+            written: the checkpoint, which this process has written.
             loads: whether it fits into memory.
         """
         perplexity = {name: math.exp(nats.mean()) for name, nats in self._nats.items()}
         if loads:
-            perplexity["loaded"] = math.exp(model_nats(load_any(written), self._calibration).mean())
+            model = load_any(written, sound=True)
+            perplexity["loaded"] = math.exp(model_nats(model, self._calibration).mean())
         rival = "static_refit" if self._options.refit else "static"
         return {
             "calibration": self._calibration.describe(),

@@ -24,6 +24,7 @@ from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.drift import Drift, layer_drift, logits_drift
 from moezoo_models.conversion.source import Source, layer_of
 from moezoo_models.conversion.targets import Mixture, Output, Target
+from moezoo_models.conversion.targets.base import planned_router
 from moezoo_models.conversion.writer import (
     check_space,
     check_target,
@@ -138,7 +139,7 @@ def convert(
         _copy_files(source.directory, work.directory)
         if check == "auto":
             check = "logits" if 2 * total < free_memory() else "layers"
-        drift = _measure(source, work.directory, mixture, remember, check)
+        drift = _measure(source, work.directory, kind, mixture, remember, check)
         if exact and drift.relative > _tolerance(mixture.dtype):
             raise RuntimeError(
                 f"the mixture is off by {drift.relative:.1e} of the dense model's output where it "
@@ -255,13 +256,16 @@ def _copy_files(source: Path, target: Path) -> None:
 def _measure(
     source: Source,
     written: Path,
+    kind: Target,
     mixture: Mixture,
     plan: Callable[[int], LayerPlan],
     check: str,
 ) -> Drift:
-    if check == "logits":
-        return logits_drift(source.directory, written)
-    return layer_drift(source, mixture.layers, plan)
+    if check != "logits":
+        return layer_drift(source, mixture.layers, plan)
+    flat = kind.flat and mixture.weighting == "unit"
+    routers = {each: planned_router(plan(each), mixture.dtype, flat) for each in mixture.layers}
+    return logits_drift(source, written, routers)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

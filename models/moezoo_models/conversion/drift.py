@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from torch import Tensor
 from moezoo.convert import LayerPlan
 from moezoo_models.checkpoints.directory import CONFIG, load_checkpoint, read_json
 from moezoo_models.checkpoints.stock import load_stock
-from moezoo_models.conversion.source import Source
+from moezoo_models.conversion.source import Source, layer_of
 from moezoo_models.model.config import MoezooConfig
 
 _TOKENS = 64
+_ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.router.weight")
+"""How the names of routers' weights end in the models that conversions write."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,43 @@ class Drift:
 
 
 @torch.no_grad()
-def logits_drift(dense: Path, mixture: Path) -> Drift:
-    """Compare the logits of two checkpoints, each loaded as its users would, one after the other.
+def logits_drift(source: Source, mixture: Path, routers: Mapping[int, Tensor]) -> Drift:
+    """Compare the logits of a dense model and of the mixture that was written.
+
+    Each is loaded from its files by the code that its users have, with all layers and experts, one
+    after the other. Where experts are alike, logits do not show a wrong router: those are compared
+    with what was planned.
+
+    Args:
+        source: the dense model.
+        mixture: directory that this process has written, and compared with its checksums.
+        routers: weights ``(N, D)`` of each converted layer's router, as planned.
 
     Raises:
         InputError: weights of the mixture are missing, unexpected or of another shape.
+        RuntimeError: a router is not the planned one.
     """
-    expected = _logits(dense)
-    found = _logits(mixture)
+    for name in source.tensors:
+        source.read(name)  # of which checksum and numbers are looked at, where they were not
+    expected = _logits(load_any(source.directory, sound=True))
+    model = load_any(mixture, sound=True)
+    _check_routers(model, routers)
+    found = _logits(model)
     same = expected.argmax(-1) == found.argmax(-1)
     return _drift("logits", found, expected, float(same.float().mean()))
+
+
+def _check_routers(model: Any, planned: Mapping[int, Tensor]) -> None:
+    named = ((layer_of(name), name, p) for name, p in model.named_parameters())
+    found = {layer: (name, p) for layer, name, p in named if name.endswith(_ROUTERS)}
+    for layer, wanted in planned.items():
+        name, weight = found[layer]
+        wrong = (weight.to(wanted.dtype) != wanted).any(dim=1).nonzero().flatten().tolist()
+        if wrong:
+            raise RuntimeError(
+                f"'{name}' is not the planned router: row {wrong[0]} differs; please report this "
+                "with the config.json of the source"
+            )
 
 
 @torch.no_grad()
@@ -71,8 +100,7 @@ def _drift(of: str, found: Tensor, expected: Tensor, agreement: float | None) ->
     return Drift(of, absolute, absolute / max(largest, 1e-30), agreement)
 
 
-def _logits(directory: Path) -> Tensor:
-    model = load_any(directory)
+def _logits(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     length = min(_TOKENS, model.config.max_position_embeddings)
@@ -80,15 +108,19 @@ def _logits(directory: Path) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits
 
 
-def load_any(directory: Path) -> Any:
+def load_any(directory: Path, sound: bool = False) -> Any:
     """Load a checkpoint of ours with our code and any other with transformers', for evaluation.
 
     Where there are no safetensors, transformers unpickles tensors and nothing else, as we do. Where
     this CPU is slow in the dtype it was saved in, it is loaded in fp32.
+
+    Args:
+        directory: the checkpoint.
+        sound: as of :func:`moezoo_models.checkpoints.stock.load_stock`.
 
     Raises:
         InputError: weights are missing, unexpected or of another shape.
     """
     if read_json(directory / CONFIG).get("model_type") == MoezooConfig.model_type:
         return load_checkpoint(directory, dtype="auto")[0].eval()
-    return load_stock(directory, pickled=True, dtype="auto")
+    return load_stock(directory, pickled=True, dtype="auto", sound=sound)

@@ -13,6 +13,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from moezoo_models.checkpoints.finite import check_finite
 from moezoo_models.checkpoints.locks import writing
 from moezoo_models.conversion.source import layer_of
 from moezoo_models.conversion.targets import Output
-from moezoo_models.files.checksums import sealed_header, sum_of_header
+from moezoo_models.files.checksums import check_seal, sealed_header, sum_of_header
 
 MANIFEST = "manifest.json"
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -132,7 +133,7 @@ class Workspace:
             progress: told the number of bytes after each piece.
         """
         path = self.directory / shard.name
-        if shard.name in self.done and path.is_file():
+        if shard.name in self.done and _sound(path):
             progress(shard.bytes)
             return
         temporary = path.with_name(f".{path.name}.new")
@@ -224,6 +225,15 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
+def _sound(path: Path) -> bool:
+    """Return whether an earlier run's file is there, and is what was written."""
+    try:
+        check_seal(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _resumable(directory: Path, identity: str) -> dict[str, str] | None:
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -269,9 +279,42 @@ def write_safetensors(
         file.seek(0)
         file.write(sealed_header(header, total))
         file.flush()
-        os.fsync(file.fileno())
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        with ThreadPoolExecutor(1) as pool:  # the disk has time meanwhile
+            flushed = pool.submit(os.fsync, file.fileno())
+            digest = _read_again(path, called, len(sealed_header(header, total)), total, header)
+            flushed.result()
+    return digest
+
+
+def _read_again(path: Path, called: Path, start: int, total: int, header: dict[str, Any]) -> str:
+    """Hash a file, and see that it holds what was written.
+
+    Args:
+        path: the file.
+        called: its name, for the message.
+        start: where its tensors begin.
+        total: its checksum.
+        header: what it says of its tensors.
+
+    Returns:
+        Its SHA-256.
+
+    Raises:
+        InputError: it does not.
+    """
+    digest, found = hashlib.sha256(), sum_of_header(header)
+    part = memoryview(bytearray(_PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        digest.update(file.read(start))
+        while size := file.readinto(part):
+            digest.update(part[:size])
+            found = zlib.crc32(part[:size], found)
+    if found != total:
+        raise InputError(
+            f"target: {called} does not hold what was written to it; look after the disk and the "
+            "memory, or name a directory elsewhere"
+        )
+    return digest.hexdigest()
 
 
 def _header(outputs: Sequence[Output]) -> dict[str, Any]:

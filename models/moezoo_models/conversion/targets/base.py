@@ -216,9 +216,14 @@ def router_output(name: str, plan: Plan, mixture: Mixture, flat: bool = False) -
     """
 
     def pieces() -> Iterator[Tensor]:
-        yield (plan().router * (plan().flatness if flat else 1.0)).to(mixture.dtype)
+        yield planned_router(plan(), mixture.dtype, flat)
 
     return Output(name, (mixture.num_experts, mixture.d_model), mixture.dtype, pieces)
+
+
+def planned_router(plan: LayerPlan, dtype: torch.dtype, flat: bool) -> Tensor:
+    """Return a plan's router as a file has it, ``(N, D)``; arguments as :func:`router_output`."""
+    return (plan.router * (plan.flatness if flat else 1.0)).to(dtype)
 
 
 def selection_bias_output(name: str, plan: Plan, mixture: Mixture) -> Output:
