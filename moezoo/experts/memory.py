@@ -18,7 +18,8 @@ from moezoo.errors import InputError, check_int, check_number
 from moezoo.experts.values import ValueTable, value_table
 from moezoo.feed_forward import ParameterGroup
 from moezoo.routing.deferred import statistics
-from moezoo.routing.product_key import KeyInit, ProductKeys, QueryNetwork, QueryNorm
+from moezoo.routing.product_key import KeyInit, ProductKeys
+from moezoo.routing.query_network import QueryNetwork, QueryNorm
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats, slot_weight, usage
 
 

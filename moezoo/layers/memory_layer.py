@@ -16,7 +16,8 @@ from moezoo.feed_forward import (
     TokenContext,
     set_apart,
 )
-from moezoo.routing.product_key import KeyInit, QueryNorm
+from moezoo.routing.product_key import KeyInit
+from moezoo.routing.query_network import QueryNorm
 from moezoo.routing.stats import SlotLoad
 
 

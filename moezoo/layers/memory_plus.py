@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from moezoo.feed_forward import Method, Paper, register
 from moezoo.init import init_linear
 from moezoo.layers.memory_layer import MemoryLayer
-from moezoo.routing.product_key import KeyInit, QueryNorm
+from moezoo.routing.product_key import KeyInit
+from moezoo.routing.query_network import QueryNorm
 
 
 class MemoryPlus(MemoryLayer):

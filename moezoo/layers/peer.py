@@ -36,7 +36,8 @@ from moezoo.feed_forward import (
 )
 from moezoo.layers.dense import Activation
 from moezoo.routing.deferred import statistics
-from moezoo.routing.product_key import QUERY_NORMS, ProductKeys, QueryNetwork, QueryNorm
+from moezoo.routing.product_key import ProductKeys
+from moezoo.routing.query_network import QUERY_NORMS, QueryNetwork, QueryNorm
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.activations import ACTIVATIONS
 

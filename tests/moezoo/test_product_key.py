@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import moezoo
 from moezoo import InputError
 from moezoo.random_routing import RandomRouting
-from moezoo.routing.product_key import QUERY_NORMS, ProductKeys, QueryNetwork
+from moezoo.routing.product_key import ProductKeys
+from moezoo.routing.query_network import QUERY_NORMS, QueryNetwork
 from moezoo.routing.stats import gini, kl_to_uniform, slot_usage, slot_weight, slots_holding, usage
 
 REAL = (5, 11)  # real tokens per rank, of 12
@@ -119,6 +120,34 @@ def test_batch_norm_equals_torchs_module_over_a_run():
     torch.testing.assert_close(query.running_var, module.running_var)
     expected = module.eval()(query.proj(x)).reshape(10, 2, 4)
     torch.testing.assert_close(query.eval()(x), expected)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("tokens", [2, 63])
+def test_the_norm_in_one_pass_equals_the_one_that_looks_at_the_mask(tokens, deferred):
+    torch.manual_seed(4)
+    x = torch.randn(tokens, 6, dtype=torch.float64) * 3 + 1
+    direction = torch.randn(tokens, 2, 4, dtype=torch.float64)
+    found = []
+    for mask in (None, torch.ones(tokens, dtype=torch.bool)):
+        torch.manual_seed(5)
+        query = QueryNetwork(6, 2, 4, norm="batch").double()
+        for parameter in query.parameters():
+            torch.nn.init.normal_(parameter)
+        if deferred:
+            query.defer_state()
+        stats = {}
+        hidden = x.clone().requires_grad_()
+        queries = query(hidden, mask, stats)
+        grads = torch.autograd.grad(queries, [hidden, *query.parameters()], direction)
+        if deferred:
+            assert len(stats) == 3
+            query.observe(stats)
+            query.step()
+        assert not torch.equal(query.running_mean, torch.zeros(8, dtype=torch.float64))
+        found.append([queries, *grads, query.running_mean, query.running_var])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_one_token_leaves_the_running_averages_alone():

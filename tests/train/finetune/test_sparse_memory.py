@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from moezoo import PEER, DenseFFN, InputError, MemoryPlus, ProductKeyMemory
-from moezoo.routing.product_key import QueryNetwork
+from moezoo.routing.query_network import QueryNetwork
 from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
 from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.data.prepare import prepare

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
-from moezoo.routing.product_key import QueryNetwork
+from moezoo.routing.query_network import QueryNetwork
 from moezoo_models.model.head import IGNORED
 from moezoo_train.finetune.background import Background
 from moezoo_train.finetune.lora import LoRAOptions
