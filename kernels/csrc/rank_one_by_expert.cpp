@@ -138,11 +138,12 @@ void forward(const Experts<T>& experts, const float* x, const float* weights, co
 }
 
 // Gradients of the tables, (R, D), in the order of the experts' inner() and outer(); null if not
-// wanted.
+// wanted. They begin with those of tokens before these, which are there already, or from zero.
 template <class T>
 struct TableGradients {
   T* inner[2];
   T* outer;
+  bool begun;
 };
 
 // The gradients of some experts' assignments, and of their rows.
@@ -212,7 +213,11 @@ class ExpertBackward {
   }
 
   void sum_runs(Sum& sum, int64_t first, int64_t last) {
-    if (sum.large) {
+    if (gradients_.begun) {
+      const int64_t* starts = sorted_.runs.starts;
+      for (int64_t r = first; r < last; ++r)
+        if (starts[r] < starts[r + 1]) sum_run<Cached>(sum, r);
+    } else if (sum.large) {
       sum.pages.before_writing(sum.output + last * experts_.width);
       for (int64_t r = first; r < last; ++r) sum_run<Streamed>(sum, r);
     } else {
@@ -225,7 +230,7 @@ class ExpertBackward {
   void sum_run(const Sum& sum, int64_t r) {
     constexpr int64_t kRows = 8;
     const int64_t width = experts_.width, end = sorted_.runs.starts[r + 1];
-    const float *rows[kRows], *start = nullptr;
+    const float *rows[kRows], *start = begun(sum.output + r * width);
     for (int64_t p = sorted_.runs.starts[r];; p += kRows) {
       const int64_t count = std::min(kRows, end - p);
       for (int64_t i = 0; i < count; ++i) rows[i] = sum.source + sorted_.token[p + i] * width;
@@ -235,6 +240,10 @@ class ExpertBackward {
       start = partial_.data();
     }
   }
+
+  // The sum so far of a row of a table's gradient; one in bf16 has been rounded, and is not begun.
+  const float* begun(const float* row) const { return gradients_.begun ? row : nullptr; }
+  const float* begun(const bfloat16*) const { return nullptr; }
 
   const Experts<T>& experts_;
   const float *grad_, *inner_, *x_, *weights_;
@@ -289,19 +298,20 @@ MOEZOO_API void moezoo_rank_one_experts_by_expert(
 
 // All gradients, each null if not wanted: grad_x (T, D), grad_weights (T, J), and of the tables
 // (R, D), of which rows (R,) says which rows they hold; null for all N. Sums are taken in fp32.
+// `begun` says that the tables' gradients, in fp32, hold those of other tokens, to be added to.
 MOEZOO_API void moezoo_rank_one_experts_backward_by_expert(
     const float* grad, const float* inner, const float* x, const void* u, const void* v,
     const void* gate, int64_t dtype, int64_t activation, const float* weights,
     const int64_t* order, const int64_t* starts, const int64_t* rows, int64_t num_rows,
-    int64_t tokens, int64_t choices, int64_t width, float* grad_x, void* grad_u, void* grad_v,
-    void* grad_gate, float* grad_weights, int32_t threads) {
+    int64_t tokens, int64_t choices, int64_t width, int64_t begun, float* grad_x, void* grad_u,
+    void* grad_v, void* grad_gate, float* grad_weights, int32_t threads) {
   const Sorted sorted({order, starts, rows, num_rows}, tokens, choices, gate);
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const Experts<T> experts(u, v, gate, width, activation);
     T *of_u = static_cast<T*>(grad_u), *of_gate = static_cast<T*>(grad_gate);
     const TableGradients<T> gradients{{gate ? of_gate : of_u, gate ? of_u : nullptr},
-                                      static_cast<T*>(grad_v)};
+                                      static_cast<T*>(grad_v), begun != 0};
     backward(experts, grad, inner, x, weights, sorted, gradients, grad_x, grad_weights, threads);
   });
 }

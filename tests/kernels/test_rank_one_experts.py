@@ -115,6 +115,47 @@ def test_any_number_of_threads_gives_the_same_bits(
             assert torch.equal(value, other[name]), name
 
 
+@pytest.mark.parametrize("routing", ["some_none", "all_none", "one_expert", "repeated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_tokens_give_the_bits_of_one_pass(
+    make_rank_one, assert_near, native_library, monkeypatch, poison_empty, routing, dtype
+):
+    """Experts without a token in the first block, or in any, among them."""
+    monkeypatch.setattr(cpu, "_ASSIGNMENTS_PER_EXPERT", 0)
+    problem = make_rank_one(63, 165, routing=routing, gated=True, dtype=dtype)
+    found, calls, call = [], [], native.call
+    for tokens in (1 << 40, 10):
+        monkeypatch.setattr(cpu, "_BLOCK_TOKENS", tokens)
+        monkeypatch.setattr(cpu, "_BLOCK_ASSIGNMENTS_PER_EXPERT", 0)
+        monkeypatch.setattr(native, "call", lambda *a: (calls.append(a[0]), call(*a)))
+        calls.clear()
+        with moezoo_kernels.use("cpu"):
+            found.append(every_gradient(problem))
+    assert calls.count("moezoo_rank_one_experts_by_expert") == 2 * 6  # and again, frozen
+    backward = calls.count("moezoo_rank_one_experts_backward_by_expert")
+    assert backward == (6 if dtype == torch.float32 else 1) + 6
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+    exact = problem.to(torch.float64).outputs(reference)
+    exact |= {"x alone": exact["x"], "weights alone": exact["weights"]}
+    assert_near(found[1], exact, 2e-2 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_sparse_gradients_are_of_the_rows_of_all_blocks(make_rank_one, monkeypatch):
+    monkeypatch.setattr(cpu, "_ASSIGNMENTS_PER_EXPERT", 0)
+    monkeypatch.setattr(cpu, "_BLOCK_ASSIGNMENTS_PER_EXPERT", 0)
+    problem = make_rank_one(63, dtype=torch.float32)
+    found = []
+    for tokens in (1 << 40, 10):
+        monkeypatch.setattr(cpu, "_BLOCK_TOKENS", tokens)
+        problem.u.requires_grad_(), problem.v.requires_grad_()
+        with moezoo_kernels.use("cpu"):
+            output = problem.run(rank_one_experts, sparse=True)
+            found.append(torch.autograd.grad(output, [problem.u, problem.v], problem.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.to_dense(), other.to_dense())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_larger_than_a_cache_are_streamed_right(make_rank_one, native_library, dtype):
     """From 8 MiB on: rows without assignments too, and rows with more than are summed at once."""
