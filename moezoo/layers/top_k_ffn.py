@@ -35,7 +35,11 @@ from moezoo.layers.dense import Activation, default_width
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, usage
+from moezoo_kernels import statistical_top_k
 from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.statistical_top_k.plain import excess
+
+_STATISTICS_BLOCK = 1024  # tokens
 
 
 class TopKFFN(FeedForward):
@@ -134,11 +138,16 @@ class TopKFFN(FeedForward):
         """Count how often each neuron is not zero, and sum up its magnitude."""
         _, _, mask_T = self._flatten(hidden, context)
         inner_TF = self._kept(hidden, context.router_input).reshape(-1, self.d_ff)
-        return _neuron_load(inner_TF, mask_T)
+        return _neuron_load(inner_TF, mask_T)[0]
 
     def _kept(self, hidden: Tensor, router_input: Tensor | None) -> Tensor:
         """Compute the hidden layer ``(..., F)``, zero where it is not kept."""
         gate, up = self._branches(hidden)
+        if self.selection == "statistical" and router_input is None:
+            pre, linear = (up, None) if gate is None else (gate, up)
+            return statistical_top_k(
+                pre, linear, quantile=self.quantile, activation=self.activation
+            )
         inner = asked = self._inner(gate, up)
         if router_input is not None:
             with torch.no_grad():
@@ -159,7 +168,7 @@ class TopKFFN(FeedForward):
     def _inner(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """Return every activation, or every pre-activation less the threshold."""
         if self.selection == "statistical":
-            return self._excess(up if gate is None else gate)
+            return excess(up if gate is None else gate, self.quantile)
         act = ACTIVATIONS[self.activation]
         return act(up) if gate is None else act(gate) * up
 
@@ -172,20 +181,12 @@ class TopKFFN(FeedForward):
         kept = strength.topk(self.top_k, dim=-1).indices
         return torch.zeros_like(inner).scatter(-1, kept, inner.gather(-1, kept))
 
-    def _excess(self, u: Tensor) -> Tensor:
-        """Compute ``u - θ``; the gradient goes through mean and deviation too."""
-        wide = u.to(torch.promote_types(u.dtype, torch.float32))
-        if not u.numel():
-            return wide
-        deviation = wide.std(dim=-1, keepdim=True, unbiased=False)
-        return wide - (wide.mean(dim=-1, keepdim=True) + deviation * self.quantile)
-
     def _stats(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
-        load = _neuron_load(inner_TF, mask_T)
+        load, active_T = _neuron_load(inner_TF, mask_T)
         tokens = load.counts.new_tensor(len(inner_TF)) if mask_T is None else mask_T.sum()
         stats = {
             "tokens": tokens,
-            "density": masked_mean((inner_TF != 0).sum(dim=-1) / self.d_ff, mask_T),
+            "density": masked_mean(active_T / self.d_ff, mask_T),
             "usage": usage(load.counts),
             "unevenness": kl_to_uniform(load.mass),
         }
@@ -248,12 +249,24 @@ class TopKFFN(FeedForward):
         )
 
 
-def _neuron_load(inner_TF: Tensor, mask_T: Tensor | None) -> SlotLoad:
-    if mask_T is not None:
-        inner_TF = inner_TF.masked_fill(~mask_T.unsqueeze(-1), 0.0)
+def _neuron_load(inner_TF: Tensor, mask_T: Tensor | None) -> tuple[SlotLoad, Tensor]:
+    """Return the neurons' load, and how many each token has that are not zero, ``(T,)``.
+
+    A block of tokens at a time, as what is compared and counted would not fit into a cache.
+    """
     wide = torch.promote_types(inner_TF.dtype, torch.float32)
-    mass_F = inner_TF.abs().sum(dim=0, dtype=wide)
-    return SlotLoad((inner_TF != 0).sum(dim=0), mass_F, None, "neurons", (inner_TF.shape[-1],))
+    mass_F = inner_TF.new_zeros(inner_TF.shape[-1], dtype=wide)
+    counts_F = inner_TF.new_zeros(inner_TF.shape[-1], dtype=torch.int64)
+    active = []
+    for i, block_TF in enumerate(inner_TF.split(_STATISTICS_BLOCK)):
+        if mask_T is not None:
+            mask = mask_T[i * _STATISTICS_BLOCK :][: len(block_TF)]
+            block_TF = block_TF.masked_fill(~mask.unsqueeze(-1), 0.0)
+        mass_F += block_TF.abs().sum(dim=0, dtype=wide)
+        is_active_TF = block_TF != 0
+        counts_F += is_active_TF.sum(dim=0)
+        active.append(is_active_TF.sum(dim=-1))
+    return SlotLoad(counts_F, mass_F, None, "neurons", (inner_TF.shape[-1],)), torch.cat(active)
 
 
 register(

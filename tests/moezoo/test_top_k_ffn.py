@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moezoo import DenseFFN, InputError, TopKFFN
+from moezoo_kernels.statistical_top_k.plain import excess
 
 D = 16
 
@@ -84,7 +85,7 @@ def test_the_threshold_passes_about_k_gaussians(d_ff, density):
     top_k = round(density * d_ff)
     layer = TopKFFN(D, d_ff=d_ff, top_k=top_k, selection="statistical")
     u = torch.randn(300, d_ff, generator=torch.Generator().manual_seed(2)) * 3 + 1
-    counts = (layer._excess(u) > 0).sum(dim=-1)
+    counts = (excess(u, layer.quantile) > 0).sum(dim=-1)
     sigma = (d_ff * density * (1 - density)) ** 0.5
     assert ((counts - top_k).abs() < 4 * sigma).all()
     assert (counts.double().mean() - top_k).abs() < 4 * sigma / 300**0.5
@@ -94,7 +95,7 @@ def test_the_threshold_passes_about_k_gaussians(d_ff, density):
 def test_gradients_flow_through_mean_and_deviation():
     layer = make(selection="statistical")
     u = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
-    above = layer._excess(u).relu()
+    above = excess(u, layer.quantile).relu()
     above.sum().backward()
     active = above > 0
     centred = (u - u.mean(-1, keepdim=True)).detach()
@@ -103,13 +104,13 @@ def test_gradients_flow_through_mean_and_deviation():
     expected = active.double() - active.sum(-1, keepdim=True) * of_threshold
     torch.testing.assert_close(u.grad, expected, rtol=1e-10, atol=1e-12)
     assert (u.grad[~active] != 0).all()  # a threshold without a gradient would leave zeros
-    assert torch.autograd.gradcheck(lambda u: layer._excess(u).relu(), (u,))
+    assert torch.autograd.gradcheck(lambda u: excess(u, layer.quantile).relu(), (u,))
 
 
 def test_a_constant_row_is_all_below_its_threshold():
     layer = make(selection="statistical")
     u = torch.full((2, 64), 0.3, dtype=torch.float64, requires_grad=True)
-    above = layer._excess(u).relu()
+    above = excess(u, layer.quantile).relu()
     above.sum().backward()
     assert not above.any()
     assert u.grad.isfinite().all()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moezoo_kernels import native
+from moezoo_kernels import fresh, native
 
 
 def forward(halves: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def backward(grad: Tensor, slots: Tensor, n: int, by_head: bool) -> Tensor:
     halves = empty_halves(grad, n, by_head)
     tokens, heads, top_k = slots.shape
     sizes = (tokens, heads, n, top_k)
-    memory, strides = in_memory_order(halves), halves.stride()[:3]
+    memory, strides = fresh.about_to_write(in_memory_order(halves)), halves.stride()[:3]
     name = "moezoo_product_key_top_k_backward"
     native.call(name, grad.contiguous(), slots.contiguous(), memory, *strides, *sizes)
     return halves
