@@ -1,4 +1,4 @@
-// Experts on a handful of rows, as when decoding: matrices are read once, straight from where they
+// Experts on a few rows, as when decoding: matrices are read once, straight from where they
 // are, and each of their rows is multiplied with the few tokens that chose the expert.
 //
 // Shapes: T tokens, K choices, D width, E experts, F hidden width, I = 2 F if gated else F. A slot
@@ -9,6 +9,8 @@
 
 namespace moezoo {
 namespace {
+
+constexpr int64_t kLeastActivated = 1 << 15;  // numbers that are worth a thread
 
 template <class T>
 struct FewRows {
@@ -96,12 +98,14 @@ void few(const FewRows<T>& p, const int64_t* indices, int64_t tokens, int64_t ac
   parallel_ranges(p.inner_width, rows_in, threads, [&](int64_t first, int64_t last) {
     each_group([&](const Group& group) { first_product(p, x.data(), group, first, last, inner); });
   });
-  each_group([&](const Group& group) {
-    for (int64_t s : group.slots)
-      with_activation(activation, [&](auto act) {
-        activate_row(act, gated, inner + s * p.inner_width, p.hidden_width,
-                     hidden + s * p.hidden_width);
-      });
+  const int64_t rows_activated = 1 + kLeastActivated / p.hidden_width;
+  parallel_ranges(tokens * p.choices, rows_activated, threads, [&](int64_t first, int64_t last) {
+    with_activation(activation, [&](auto act) {
+      for (int64_t s = first; s < last; ++s)
+        if (indices[s] >= 0)
+          activate_row(act, gated, inner + s * p.inner_width, p.hidden_width,
+                       hidden + s * p.hidden_width);
+    });
   });
   std::fill(output, output + tokens * p.width, 0.0f);
   const int64_t rows_out = least_rows(experts * p.hidden_width, each);

@@ -208,6 +208,11 @@ def test_few_rows_prefer_stages_and_many_a_loop(make_problem, monkeypatch):
     make_problem(tokens=10, experts=2, choices=1).run(moezoo_kernels.grouped_mlp)
     make_problem(tokens=128, experts=2, choices=1).run(moezoo_kernels.grouped_mlp)
     assert asked == ["grouped_mm", None]
+    few = make_problem(tokens=10, experts=2, choices=1).to(torch.float32)
+    few.run(moezoo_kernels.grouped_mlp)
+    with torch.no_grad():
+        few.run(moezoo_kernels.grouped_mlp)
+    assert asked[2:] == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,19 @@ def _small(make_problem, dtype, **sizes):
     return problem
 
 
+@pytest.fixture(params=["few", "loop"])
+def path(request, monkeypatch):
+    """How the forward pass runs: rows times tokens, or products expert by expert."""
+    most = 1 << 20 if request.param == "few" else 0
+    per_expert = {torch.float32: most, torch.bfloat16: most}
+    monkeypatch.setattr(cpu, "_FEW_PER_EXPERT", per_expert)
+    return request.param
+
+
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("gated", [True, False])
 def test_all_gradients_equal_the_reference(
-    dtype, poison_empty, make_problem, assert_close, activation, gated
+    dtype, path, poison_empty, make_problem, assert_close, activation, gated
 ):
     problem = _small(make_problem, dtype, activation=activation, gated=gated)
     expected = problem.to(torch.float64).outputs(reference)
@@ -35,11 +44,37 @@ def test_all_gradients_equal_the_reference(
 
 def _few(problem, **options):
     with torch.no_grad():
-        assert cpu.is_decode(problem.indices.numel(), len(problem.w_in), problem.x.dtype)
+        assert cpu.is_few(problem.indices.numel(), len(problem.w_in), problem.x.dtype)
         return problem.run(moezoo_kernels.grouped_mlp, **options)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 4])
+@pytest.mark.parametrize("tokens", [1, 63])
+@pytest.mark.parametrize("routing", ["random", "some_none", "all_none", "one_expert", "repeated"])
+def test_what_a_few_tokens_keep_is_what_a_loop_keeps(
+    dtype, poison_empty, make_problem, assert_close, monkeypatch, tokens, routing
+):
+    """Pre-activations by expert, of no more rows than there may be, and the same gradients."""
+    problem = _small(make_problem, dtype, tokens=tokens, routing=routing)
+    rows = int(problem.indices.ge(0).sum())
+    kept = []
+    for most in (1 << 20, 0):
+        monkeypatch.setattr(cpu, "_FEW_PER_EXPERT", {dtype: most})
+        operands = [t.detach() for t in (problem.x, problem.w_in, problem.w_out)]
+        chosen = (problem.indices, problem.weights.detach())
+        biases = [None if t is None else t.detach() for t in (problem.bias_in, problem.bias_out)]
+        options = (problem.activation, problem.gated, rows, True, "cpu")
+        kept.append(op.forward(*operands, *chosen, *biases, *options))
+        assert kept[-1][1].shape == (rows, problem.w_in.shape[1])
+        assert kept[-1][1].dtype == dtype
+    assert_close(kept[0][:2], kept[1][:2], DIGITS[dtype])
+    assert all(map(torch.equal, kept[0][2:], kept[1][2:]))
+    monkeypatch.setattr(cpu, "_FEW_PER_EXPERT", {dtype: 1 << 20})
+    expected = problem.to(torch.float64).outputs(reference)
+    found = problem.outputs(moezoo_kernels.grouped_mlp, max_assignments=rows)
+    assert_close(found, expected, DIGITS[dtype])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 4, 16])
 @pytest.mark.parametrize("routing", ["random", "some_none", "all_none", "one_expert", "repeated"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_handful_of_tokens(
@@ -60,7 +95,10 @@ def test_threads_change_no_bit(dtype, make_problem, tokens):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append([_few(problem)] if tokens == 4 else _without_products(problem))
+        if tokens == 4:
+            results.append([_few(problem), problem.run(moezoo_kernels.grouped_mlp)])
+        else:
+            results.append(_without_products(problem))
     torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))

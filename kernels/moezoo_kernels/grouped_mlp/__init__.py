@@ -111,7 +111,7 @@ def _preferred(
     indices: Tensor, num_experts: int, dtype: torch.dtype, max_assignments: int | None
 ) -> str | None:
     """Name the backend that the size of a batch speaks for."""
-    if not torch.is_grad_enabled() and cpu.is_decode(indices.numel(), num_experts, dtype):
+    if cpu.is_few(indices.numel(), num_experts, dtype):
         return "cpu"
     few = _rows(indices, max_assignments) < _FEW_ROWS_PER_EXPERT * num_experts
     return "grouped_mm" if few else None

@@ -21,10 +21,11 @@ from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import Experts, Gradients, Needs
 from moezoo_kernels.grouped_mlp.rowwise import RowPasses
 
-# At most so many slots, in all and per expert, are multiplied one by one. A product of matrices
-# catches up as slots share an expert; in bf16 sooner, where processors have instructions for it.
-_DECODE_SLOTS = 256
-_DECODE_PER_EXPERT = {torch.float32: 4, torch.bfloat16: 2}
+# At most so many slots, in all and per expert, are multiplied one by one as the weights are read.
+# A product of matrices catches up as slots share an expert; in bf16 sooner, where processors have
+# instructions for it.
+_FEW_SLOTS = 1024
+_FEW_PER_EXPERT = {torch.float32: 16, torch.bfloat16: 8}
 
 
 def forward(
@@ -56,15 +57,16 @@ def forward(
     return output.to(x.dtype), inner
 
 
-def is_decode(slots: int, num_experts: int, dtype: torch.dtype) -> bool:
-    """Return whether so many slots take the decode path: no batch, and few per expert."""
-    return slots <= min(_DECODE_SLOTS, _DECODE_PER_EXPERT.get(dtype, 0) * num_experts)
+def is_few(slots: int, num_experts: int, dtype: torch.dtype) -> bool:
+    """Return whether so many slots are run by :func:`few`: no batch, and few per expert."""
+    return slots <= min(_FEW_SLOTS, _FEW_PER_EXPERT.get(dtype, 0) * num_experts)
 
 
-def decode(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> Tensor:
-    """Return the output (T, D) of a handful of tokens: no sort, no copy, no product of matrices.
+def few(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the output (T, D) of a few tokens, and their pre-activations (T K, I) in fp32.
 
-    The caller has checked the indices.
+    No sort, no copy, no product of matrices. The caller has checked the indices; the
+    pre-activations of a slot of -1 are uninitialised.
     """
     w_in, w_out, bias_in, bias_out, activation, gated = experts
     _, width, hidden_width = w_out.shape
@@ -87,7 +89,7 @@ def decode(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> Ten
         hidden,
         output,
     )
-    return output.to(x.dtype)
+    return output.to(x.dtype), inner
 
 
 def backward(

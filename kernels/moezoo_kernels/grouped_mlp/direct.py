@@ -1,4 +1,4 @@
-"""``grouped_mlp`` for a handful of tokens in inference, straight to the C++ kernel.
+"""``grouped_mlp`` for a few tokens in inference, straight to the C++ kernel.
 
 A custom op is what autograd, compilers and FLOP counters need, and costs more than the experts of
 one token of a small model. Where none of them looks on, as in a decoding loop, this leaves out
@@ -27,7 +27,7 @@ def is_direct(x: Tensor, indices: Tensor, w_in: Tensor) -> bool:
         not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and (w_in.dtype, w_in.device) == (x.dtype, x.device)
-        and cpu.is_decode(indices.numel(), len(w_in), x.dtype)
+        and cpu.is_few(indices.numel(), len(w_in), x.dtype)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and backends.forced() in (None, "cpu")
@@ -53,4 +53,4 @@ def grouped_mlp_directly(
     weights would be read.
     """
     experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
-    return cpu.decode(x, experts, indices, weights)
+    return cpu.few(x, experts, indices, weights)[0]

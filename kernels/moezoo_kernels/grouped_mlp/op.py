@@ -54,14 +54,19 @@ def forward(
     """
     experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
     with torch.autocast(x.device.type, enabled=False):
-        decode = cpu.is_decode(indices.numel(), w_in.shape[0], x.dtype) and not keep
-        if decode and backend == "cpu" and native.unusable(x.device, x.dtype) is None:
+        few = backend == "cpu" and native.unusable(x.device, x.dtype) is None
+        few = few and cpu.is_few(indices.numel(), w_in.shape[0], x.dtype)
+        if few and not keep:
             check(indices, w_in.shape[0], rows)
-            output = cpu.decode(x, experts, indices, weights)
+            output, _ = cpu.few(x, experts, indices, weights)
         else:
             assignments = sort_by_expert(indices, w_in.shape[0], rows)
-            run = _implementation(backend).forward
-            output, inner = run(x, experts, weights, assignments, keep)
+            if few:
+                output, by_slot = cpu.few(x, experts, indices, weights)
+                inner = by_slot.index_select(0, assignments.order).to(x.dtype)
+            else:
+                run = _implementation(backend).forward
+                output, inner = run(x, experts, weights, assignments, keep)
     if keep:
         return output, inner, assignments.order, assignments.ends
     return output, x.new_empty(0, w_in.shape[1]), indices.new_empty(0), indices.new_empty(0)

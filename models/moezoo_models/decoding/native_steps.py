@@ -87,7 +87,7 @@ def _mixture(layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor) -> Callabl
     slots = hidden.shape[0] * gate.top_k
     if (
         experts.mesh is not None
-        or not cpu.is_decode(slots, gate.num_experts, hidden.dtype)
+        or not cpu.is_few(slots, gate.num_experts, hidden.dtype)
         or not token_step.usable(hidden, norm.weight, gate.weight, *weights)
     ):
         return None
