@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from moezoo.routing.options import CapacityOptions
+from moezoo.routing.stats import count_tokens
 
 _MOST_TOKENS = 1 << 31
 """Counts of tokens below it are exact: numerator and denominator leave room for them in int64."""
@@ -81,3 +85,39 @@ def within_capacity(indices_TK: Tensor, num_experts: int, capacity: Tensor | int
     served = torch.zeros_like(experts, dtype=torch.bool)
     served[order] = (place < capacity) & (arranged >= 0)
     return served.reshape(indices_TK.shape[1], indices_TK.shape[0]).t()
+
+
+def limit(
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    mask_T: Tensor | None,
+    num_experts: int,
+    share: tuple[int, int],
+    options: CapacityOptions,
+    second_choice_threshold: float,
+) -> tuple[Tensor, Tensor, int]:
+    """Drop the assignments that experts have no room for.
+
+    Args:
+        indices_TK: chosen experts, best first; -1 for none.
+        weights_TK: their weights.
+        mask_T: true at real tokens.
+        num_experts: number of experts E.
+        share: of the tokens, what :func:`exact_share` returned.
+        options: of the layer.
+        second_choice_threshold: that of the options, 0 outside training.
+
+    Returns:
+        The indices, -1 where dropped; how many were dropped; and an upper bound on those left.
+    """
+    tokens, top_k = indices_TK.shape
+    if second_choice_threshold:
+        keep = weights_TK.detach() / second_choice_threshold
+        keep[:, 0] = 1.0
+        indices_TK = indices_TK.masked_fill(torch.rand_like(keep) >= keep, -1)
+    capacity = capacity_of(count_tokens(indices_TK, mask_T), share, options.minimum)
+    served = within_capacity(indices_TK, num_experts, capacity)
+    dropped = ((indices_TK >= 0) & ~served).sum()
+    # Exact numbers grow with the count of tokens, padding included: this one is never too low.
+    bound = num_experts * cast("int", capacity_of(tokens, share, options.minimum))
+    return indices_TK.masked_fill(~served, -1), dropped, min(tokens * top_k, bound)

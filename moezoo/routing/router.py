@@ -6,17 +6,19 @@ Shapes: T tokens, D d_model, E experts, K choices per token, C tokens per expert
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.routing import losses as L
-from moezoo.routing.capacity import capacity_of, exact_share, within_capacity
+from moezoo.routing.balance import Choice, Logits, balance_losses
+from moezoo.routing.capacity import exact_share, limit
+from moezoo.routing.choose import within_groups
 from moezoo.routing.deferred import statistics
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
-from moezoo.routing.stats import count_tokens, expert_counts, mean_entropy, slot_stats
+from moezoo.routing.stats import mean_entropy, slot_stats
 from moezoo.routing.wide_linear import wide_linear
 from moezoo.training_state import TrainingState
 from moezoo_kernels.dtypes import at_least_fp32, without_autocast
@@ -152,7 +154,7 @@ class Router(TrainingState):
             if mask_T is not None:
                 indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
             if self.capacity is not None:
-                indices_TK, _, bound = self._limit(indices_TK, weights_TK, mask_T, self.capacity)
+                indices_TK, _, bound = self._limit(indices_TK, weights_TK, mask_T)
             if mask_T is not None or self.capacity is not None:
                 weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
             return indices_TK, weights_TK, bound
@@ -186,19 +188,13 @@ class Router(TrainingState):
         if mask_T is not None:
             indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
 
-        aux = self._losses(clean_TE, probabilities_TE, indices_TK, mask_T, sequences)
-        if self.balance.importance:
-            kept = weights_TK.masked_fill(indices_TK < 0, 0.0)
-            gates_TE = torch.zeros_like(scores_TE).scatter(1, indices_TK.clamp(min=0), kept)
-            aux["importance"] = self.balance.importance * L.cv_squared(gates_TE.sum(dim=0))
-        if self.balance.load:
-            aux["load"] = self.balance.load * L.cv_squared(
-                self._load(clean_TE, noisy_TE, std_TE, indices_TK, mask_T)
-            )
+        logits = Logits(clean_TE, noisy_TE, std_TE)
+        choice = Choice(probabilities_TE, indices_TK, weights_TK)
+        aux = balance_losses(self.balance, logits, choice, mask_T, sequences, self._step_counts)
         asked, dropped = (probabilities_TE, indices_TK, weights_TK, mask_T), None
         bound = indices_TK.numel()
-        if limited and self.capacity is not None:
-            indices_TK, dropped, bound = self._limit(indices_TK, weights_TK, mask_T, self.capacity)
+        if limited:
+            indices_TK, dropped, bound = self._limit(indices_TK, weights_TK, mask_T)
         stats = statistics(self, self._stats, *asked, dropped)
         weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
         return Routing(indices_TK, weights_TK, aux, stats, bound)
@@ -228,78 +224,10 @@ class Router(TrainingState):
 
     def _choose(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:
         """Choose by the scores; a subclass may break their ties by the logits."""
-        options = self.options
         selection_TE = scores_TE.detach()
-        if options.selection_bias:
+        if self.options.selection_bias:
             selection_TE = selection_TE + self.selection_bias
-        if options.num_groups > 1:
-            groups_TGN = selection_TE.unflatten(1, (options.num_groups, -1))
-            default = "sum_of_two" if options.selection_bias else "max"
-            of = 2 if (options.group_score or default) == "sum_of_two" else 1
-            best = groups_TGN.topk(min(of, groups_TGN.shape[-1]), dim=-1).values.sum(dim=-1)
-            chosen = best.topk(options.top_groups, dim=-1).indices
-            closed = torch.ones_like(best, dtype=torch.bool).scatter(1, chosen, False)
-            selection_TE = groups_TGN.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
-        return selection_TE.topk(self.top_k, dim=-1).indices
-
-    def _losses(
-        self,
-        logits_TE: Tensor,
-        probabilities_TE: Tensor,
-        indices_TK: Tensor,
-        mask_T: Tensor | None,
-        sequences: tuple[int, int],
-    ) -> dict[str, Tensor]:
-        balance = self.balance
-        aux = {}
-        if balance.load_balancing:
-            counts_E = self._assigned(indices_TK)
-            p_E = self._mean_probability(probabilities_TE, mask_T)
-            aux["load_balancing"] = balance.load_balancing * L.load_balancing_loss(counts_E, p_E)
-        if balance.z_loss:
-            aux["router_z"] = balance.z_loss * L.z_loss(logits_TE, mask_T)
-        if balance.sequence:
-            aux["sequence_balance"] = balance.sequence * L.sequence_balance_loss(
-                indices_TK.reshape(*sequences, self.top_k),
-                probabilities_TE.reshape(*sequences, self.num_experts),
-                None if mask_T is None else mask_T.reshape(sequences),
-            )
-        if balance.entropy:
-            aux["entropy"] = balance.entropy * L.negative_entropy(
-                logits_TE, mask_T, over_ranks=balance.scope == "global"
-            )
-        return aux
-
-    def _assigned(self, indices_TK: Tensor) -> Tensor:
-        first_only = self.balance.count == "first_choice"
-        counts_E = expert_counts(indices_TK[:, :1] if first_only else indices_TK, self.num_experts)
-        if self.balance.scope == "global":
-            # The counts of earlier micro-batches of this optimizer step count every choice; with
-            # first choices only, each micro-batch stands for itself.
-            if self._step_counts is not None and not first_only:
-                counts_E = counts_E + self._step_counts
-            counts_E = L.sum_over_ranks(counts_E)
-        return counts_E
-
-    def _mean_probability(self, probabilities_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-        if self.balance.scope == "local" or mask_T is None:
-            return L.masked_mean(probabilities_TE, mask_T)
-        # Ranks may hold different numbers of real tokens; data parallelism averages gradients over
-        # ranks, so each divides by the mean number to arrive at the mean over the global batch.
-        tokens = L.sum_over_ranks(mask_T.sum()) / L.world_size()
-        return (probabilities_TE * mask_T.unsqueeze(-1)).sum(dim=0) / tokens.clamp(min=1)
-
-    def _load(
-        self,
-        clean_TE: Tensor,
-        noisy_TE: Tensor,
-        std_TE: Tensor | None,
-        indices_TK: Tensor,
-        mask_T: Tensor | None,
-    ) -> Tensor:
-        if std_TE is None or self.top_k == self.num_experts:
-            return expert_counts(indices_TK, self.num_experts).to(clean_TE.dtype)
-        return L.expected_load(clean_TE, noisy_TE, std_TE, self.top_k, mask_T)
+        return within_groups(selection_TE, self.options).topk(self.top_k, dim=-1).indices
 
     def _stats(
         self,
@@ -316,25 +244,16 @@ class Router(TrainingState):
         return stats
 
     def _limit(
-        self,
-        indices_TK: Tensor,
-        weights_TK: Tensor,
-        mask_T: Tensor | None,
-        options: CapacityOptions,
-    ) -> tuple[Tensor, Tensor, int]:
-        """Apply the capacity limit: give indices, how many were dropped, how many may be left."""
-        tokens, top_k = indices_TK.shape
-        if self.training and options.second_choice_threshold:
-            keep = weights_TK.detach() / options.second_choice_threshold
-            keep[:, 0] = 1.0
-            indices_TK = indices_TK.masked_fill(torch.rand_like(keep) >= keep, -1)
+        self, indices_TK: Tensor, weights_TK: Tensor, mask_T: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Return the indices with room, how many were dropped, how many may be left."""
+        if self.capacity is None:
+            return indices_TK, None, indices_TK.numel()
         share = self._shares[0 if self.training else 1]
-        capacity = capacity_of(count_tokens(indices_TK, mask_T), share, options.minimum)
-        served = within_capacity(indices_TK, self.num_experts, capacity)
-        dropped = ((indices_TK >= 0) & ~served).sum()
-        # Exact numbers grow with the count of tokens, padding included: this one is never too low.
-        bound = self.num_experts * cast("int", capacity_of(tokens, share, options.minimum))
-        return indices_TK.masked_fill(~served, -1), dropped, min(tokens * top_k, bound)
+        threshold = self.capacity.second_choice_threshold if self.training else 0.0
+        return limit(
+            indices_TK, weights_TK, mask_T, self.num_experts, share, self.capacity, threshold
+        )
 
     def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
         """Route to each expert its C best tokens (arXiv:2202.09368, section 3.2)."""

@@ -17,7 +17,7 @@ from moezoo.experts.rank_one import RankOneExperts
 from moezoo.experts.slots import PersistentSlots
 from moezoo.experts.values import ValueTable
 from moezoo.feed_forward import FeedForward
-from moezoo.routing import Router, Routing, router, tree
+from moezoo.routing import Router, Routing, capacity, tree
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -166,17 +166,17 @@ def close_groups_with_a_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def serve_tokens_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve = router.within_capacity
+    serve = capacity.within_capacity
 
-    def in_turn(indices_TK: Tensor, experts: int, capacity: Tensor) -> Tensor:
-        return serve(indices_TK.reshape(-1, 1), experts, capacity).reshape(indices_TK.shape)
+    def in_turn(indices_TK: Tensor, experts: int, room: Tensor) -> Tensor:
+        return serve(indices_TK.reshape(-1, 1), experts, room).reshape(indices_TK.shape)
 
-    monkeypatch.setattr(router, "within_capacity", in_turn)
+    monkeypatch.setattr(capacity, "within_capacity", in_turn)
 
 
 def give_padding_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    count = router.count_tokens
-    monkeypatch.setattr(router, "count_tokens", lambda indices, mask: count(indices, None))
+    count = capacity.count_tokens
+    monkeypatch.setattr(capacity, "count_tokens", lambda indices, mask: count(indices, None))
 
 
 @pytest.mark.parametrize(
