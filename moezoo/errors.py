@@ -57,6 +57,13 @@ def check_choice(field: str, value: Any, choices: Iterable[str]) -> str:
     return str(value)
 
 
+def check_flag(field: str, value: Any) -> bool:
+    """Return ``value`` if it is true or false, else raise :class:`InputError`."""
+    if not isinstance(value, bool):
+        raise InputError(f"{field}: {value!r} is neither true nor false; give one of them")
+    return value
+
+
 def check_int(field: str, value: Any, *, minimum: int = 1, maximum: int | None = None) -> int:
     """Return ``value`` if it is a whole number in range, else raise :class:`InputError`."""
     wanted = f"a whole number ≥ {minimum}" + (f" and ≤ {maximum}" if maximum is not None else "")

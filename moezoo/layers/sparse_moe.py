@@ -192,7 +192,7 @@ class SparseMoE(FeedForward):
     def cost(self) -> Cost:
         """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on."""
         routing = sum(p.numel() for p in self.gate.parameters())
-        always_parameters, always_flops = routing, 2 * self.d_model * self.num_experts
+        always_parameters, always_flops = routing, self.gate.flops_per_token()
         if self.d_shared:
             shared = self.shared_expert.cost()
             always_parameters += shared.total_parameters

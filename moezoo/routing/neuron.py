@@ -72,8 +72,8 @@ class NeuronRouter(Router):
         if (bias := self._parameters.get("bias")) is not None:
             nn.init.zeros_(bias)
 
-    def _logits(self, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        logits_TE = wide_linear(hidden_TD, weight_ED, self.bias)
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
+        logits_TE = wide_linear(hidden_TD, self.weight, self.bias)
         if self.score == "linear":
             return logits_TE
         logits_TE = ACTIVATIONS[self.activation](logits_TE)

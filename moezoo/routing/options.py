@@ -1,11 +1,11 @@
-"""The options of a learned router, in three groups that a configuration may leave out."""
+"""The options of a learned router, in groups that a configuration may leave out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo.errors import InputError, check_choice, check_flag, check_int, check_number
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:
@@ -21,6 +21,39 @@ def check_top_k(top_k: int, num_experts: int) -> int:
             "lower top_k or raise num_experts"
         )
     return top_k
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """From what the router reads to a logit per expert: ``cap(scale * (W x + b))``.
+
+    Attributes:
+        bias: add a learned bias to the logits (GPT-OSS).
+        norm: normalise the router's input first, ``x / rms(x) * g / sqrt(d)`` with a learned g
+            (Gemma 4).
+        norm_eps: added to the mean square there.
+        scale: factor on the logits (Muse Spark's output multiplier).
+        softcap: cap c of the logits, ``c tanh(l / c)`` (Laguna); 0 for none.
+    """
+
+    bias: bool = False
+    norm: bool = False
+    norm_eps: float = 1e-6
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def check(self) -> None:
+        """Check the options.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        for name in ("bias", "norm"):
+            check_flag(f"router.logits.{name}", getattr(self, name))
+        for name in ("norm_eps", "scale", "softcap"):
+            check_number(f"router.logits.{name}", getattr(self, name))
+        if not self.scale:
+            raise InputError("router.logits.scale: 0 makes all experts equal; give 1 for no factor")
 
 
 @dataclass(frozen=True)
@@ -46,6 +79,7 @@ class RouterOptions:
         expert_dropout: while training, zero a token's score of an expert with this probability,
             without rescaling; it may be chosen all the same (arXiv:2310.10837, section 5). Sigmoid
             scores only.
+        logits: bias, normalization, factor and cap of the logits.
     """
 
     choice: Literal["token", "expert"] = "token"
@@ -60,6 +94,7 @@ class RouterOptions:
     selection_bias: bool = False
     bias_update_rate: float = 1e-3
     expert_dropout: float = 0.0
+    logits: LogitOptions = LogitOptions()
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Check the options against each other and the layer's sizes.
@@ -73,6 +108,7 @@ class RouterOptions:
         """
         check_choice("router.choice", self.choice, ("token", "expert"))
         check_choice("router.score", self.score, ("softmax", "sigmoid"))
+        self.logits.check()
         check_number("router.scale", self.scale)
         check_number("router.jitter", self.jitter, maximum=1.0)
         check_number("router.bias_update_rate", self.bias_update_rate)

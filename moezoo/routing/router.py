@@ -17,6 +17,7 @@ from moezoo.routing.balance import Choice, Logits, balance_losses
 from moezoo.routing.capacity import exact_share, limit
 from moezoo.routing.choose import within_groups
 from moezoo.routing.deferred import statistics
+from moezoo.routing.logits import normed_input, scaled_logits
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.stats import mean_entropy, slot_stats
 from moezoo.routing.wide_linear import wide_linear
@@ -79,6 +80,10 @@ class Router(TrainingState):
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         if options.noise:
             self.noise_weight = nn.Parameter(torch.empty(num_experts, d_model))
+        if options.logits.bias:
+            self.bias = nn.Parameter(torch.empty(num_experts))
+        if options.logits.norm:
+            self.input_scale = nn.Parameter(torch.empty(d_model))
         if options.selection_bias:
             self.register_buffer("selection_bias", torch.empty(num_experts, dtype=torch.float32))
         self._step_counts: Tensor | None = None
@@ -105,6 +110,10 @@ class Router(TrainingState):
             # Switch: truncated normal at two standard deviations, std sqrt(0.1 / fan_in).
             std = (0.1 / self.d_model) ** 0.5
             nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        if self.options.logits.bias:
+            nn.init.zeros_(self.bias)
+        if self.options.logits.norm:
+            nn.init.ones_(self.input_scale)
         if self.options.selection_bias:
             nn.init.zeros_(self.selection_bias)
         self._step_counts = None
@@ -148,7 +157,7 @@ class Router(TrainingState):
             routing = self(hidden_TD, mask_T)
             return routing.indices, routing.weights, routing.max_assignments
         with without_autocast(hidden_TD.device.type):
-            logits_TE = self._logits(hidden_TD, self.weight)
+            logits_TE = self._logits(self._normed(hidden_TD))
             indices_TK, weights_TK = self._weighted(self._scores(logits_TE), logits_TE)
             bound = indices_TK.numel()
             if mask_T is not None:
@@ -159,8 +168,16 @@ class Router(TrainingState):
                 weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
             return indices_TK, weights_TK, bound
 
-    def _logits(self, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        return wide_linear(hidden_TD, weight_ED)
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
+        options = self.options.logits
+        logits_TE = wide_linear(hidden_TD, self.weight, self.bias if options.bias else None)
+        return scaled_logits(logits_TE, options)
+
+    def _normed(self, hidden_TD: Tensor) -> Tensor:
+        options = self.options.logits
+        if not options.norm:
+            return hidden_TD
+        return normed_input(hidden_TD, self.input_scale, options.norm_eps)
 
     def _jittered(self, hidden_TD: Tensor) -> Tensor:
         jitter = self.options.jitter
@@ -176,8 +193,8 @@ class Router(TrainingState):
         sequences: tuple[int, int],
         limited: bool,
     ) -> Routing:
-        hidden_TD = self._jittered(hidden_TD)
-        clean_TE = self._logits(hidden_TD, self.weight)
+        hidden_TD = self._normed(self._jittered(hidden_TD))
+        clean_TE = self._logits(hidden_TD)
         noisy_TE, std_TE = self._noisy(clean_TE, hidden_TD)
         scores_TE = probabilities_TE = self._scores(noisy_TE)
         if self.options.score != "softmax":
@@ -219,7 +236,7 @@ class Router(TrainingState):
         if not (self.options.noise and self.training):
             return clean_TE, None
         # Without a floor the noise can vanish, and with it the gradient of the load loss.
-        std_TE = F.softplus(self._logits(hidden_TD, self.noise_weight)) + 1e-2
+        std_TE = F.softplus(wide_linear(hidden_TD, self.noise_weight)) + 1e-2
         return clean_TE + torch.randn_like(clean_TE) * std_TE, std_TE
 
     def _choose(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:
@@ -257,7 +274,7 @@ class Router(TrainingState):
 
     def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
         """Route to each expert its C best tokens (arXiv:2202.09368, section 3.2)."""
-        logits_TE = self._logits(self._jittered(hidden_TD), self.weight)
+        logits_TE = self._logits(self._normed(self._jittered(hidden_TD)))
         scores_TE = logits_TE.softmax(dim=-1)
         tokens = scores_TE.shape[0]
         real = tokens if mask_T is None else mask_T.sum()
@@ -303,3 +320,7 @@ class Router(TrainingState):
 
     def defer_state(self) -> None:
         """Do nothing: the bias is moved by :meth:`step` alone, whoever trains."""
+
+    def flops_per_token(self) -> int:
+        """Return the forward FLOPs of one token: 2 d E."""
+        return 2 * self.weight.numel()

@@ -262,8 +262,10 @@ def altered(layer: FeedForward, path: str, value: Any) -> FeedForward | None:
         RuntimeError: its weights do not fit.
     """
     config = layer.config()
-    group, _, key = path.rpartition(".")
-    arguments = config["init_args"][group] if group else config["init_args"]
+    *groups, key = path.split(".")
+    arguments = config["init_args"]
+    for group in groups:
+        arguments = arguments[group]
     arguments[key] = value
     try:
         other = FeedForward.from_config(config).double()

@@ -13,7 +13,7 @@ from moezoo.feed_forward import FeedForward
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
-from moezoo.routing import Router
+from moezoo.routing import LogitOptions, Router, RouterOptions
 from moezoo_kernels import token_step
 from moezoo_kernels.grouped_mlp import cpu
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
@@ -81,7 +81,7 @@ def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | 
 def _mixture(layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
     gate, experts = layer.gate, layer.experts
     options = gate.options
-    if type(gate) is not Router or options.choice != "token" or options.num_groups > 1:
+    if type(gate) is not Router or not _is_known(options):
         return None
     weights = (experts.gate_up_proj, experts.down_proj, experts.gate_up_bias, experts.down_bias)
     slots = hidden.shape[0] * gate.top_k
@@ -107,6 +107,16 @@ def _mixture(layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor) -> Callabl
         normalize=options.normalize,
         factor=options.scale,
         selection_bias=gate.selection_bias if options.selection_bias else None,
+    )
+
+
+def _is_known(options: RouterOptions) -> bool:
+    """Return whether the kernel routes by these options, in evaluation."""
+    return (
+        options.choice == "token"
+        and options.score in ("softmax", "sigmoid")
+        and options.num_groups == 1
+        and options.logits == LogitOptions()
     )
 
 

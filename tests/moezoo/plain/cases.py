@@ -9,7 +9,7 @@ from plain.compare import VOCABULARY, randomize
 
 import moezoo
 from moezoo.feed_forward import FeedForward
-from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
+from moezoo.routing import BalanceOptions, CapacityOptions, LogitOptions, RouterOptions
 
 D = 21
 NO_BALANCE = BalanceOptions(load_balancing=0.0)
@@ -105,6 +105,25 @@ CONVENTIONS = {
         top_k=3,
         router=RouterOptions(choice="expert", normalize=False, scale=1.7, jitter=0.1),
         balance=BalanceOptions(0.0, z_loss=0.3),
+    ),
+    "logits_bias_scale_cap": _moe(
+        top_k=3,
+        router=RouterOptions(
+            score="sigmoid",
+            selection_bias=True,
+            logits=LogitOptions(bias=True, scale=0.6, softcap=1.5),
+        ),
+        balance=BalanceOptions(0.1, z_loss=0.2),
+    ),
+    "logits_norm": _moe(
+        top_k=3,
+        router=RouterOptions(noise=True, jitter=0.2, logits=LogitOptions(norm=True, norm_eps=0.3)),
+    ),
+    "expert_choice_logits": _moe(
+        top_k=3,
+        router=RouterOptions(
+            choice="expert", normalize=False, logits=LogitOptions(True, True, 0.3, 0.8, 0.9)
+        ),
     ),
     "sigma_dropout": _layer("SigmaMoE", expert_dropout=0.4, entropy=0.3, activation="gelu"),
     "cmoe_linear": _layer("CarvedMoE", router="linear", output_bias=False),

@@ -47,7 +47,7 @@ def randomize(layer: FeedForward) -> FeedForward:
         last = name.rpartition(".")[2]
         if last == "running_var":
             drawn = 0.5 + drawn.square()
-        elif last in ("gain", "weight") and tensor.ndim == 1:
+        elif last in ("gain", "weight", "input_scale") and tensor.ndim == 1:
             drawn = 1 + 0.3 * drawn
         elif last == "selection_bias":
             drawn *= 0.2 if _scores(layer) == "sigmoid" else 0.5 / tensor.numel()

@@ -69,7 +69,8 @@ def _tokens_choose(
 
     clean, logits, spread, shares, chosen, gates = [], [], [], [], [], []
     for t, x_D in enumerate(asking):
-        clean_E = logits_E = weights["gate.weight"] @ x_D
+        x_D = _router_input(weights, router["logits"], x_D)
+        clean_E = logits_E = _logits(weights, router["logits"], x_D)
         if noise is not None:  # arXiv:1701.06538, eq. 4, with a floor of 0.01
             spread_E = torch.log(1 + torch.exp(weights["gate.noise_weight"] @ x_D)) + 0.01
             logits_E = clean_E + noise[t] * spread_E
@@ -104,6 +105,25 @@ def _tokens_choose(
     if capacity is not None:
         gates = _within_capacity(gates, chosen, sum(real), options, call.training)
     return gates, losses, counts
+
+
+def _router_input(weights: Weights, options: Options, x_D: Tensor) -> Tensor:
+    """Normalise what a router reads as Gemma 4 does, ``x / rms(x) * g / sqrt(d)``."""
+    if not options["norm"]:
+        return x_D
+    rms = ((x_D * x_D).sum() / len(x_D) + options["norm_eps"]) ** 0.5
+    return x_D / rms * weights["gate.input_scale"] / math.sqrt(len(x_D))
+
+
+def _logits(weights: Weights, options: Options, x_D: Tensor) -> Tensor:
+    logits_E = weights["gate.weight"] @ x_D
+    if options["bias"]:
+        logits_E = logits_E + weights["gate.bias"]
+    logits_E = logits_E * options["scale"]
+    if cap := options["softcap"]:
+        powers_E = torch.exp(2 * logits_E / cap)
+        logits_E = cap * (powers_E - 1) / (powers_E + 1)
+    return logits_E
 
 
 def _jittered(asking: Sequence[Tensor], router: Options, call: Call) -> Sequence[Tensor]:
@@ -255,7 +275,9 @@ def _experts_choose(
 ) -> tuple[list[dict[int, Tensor]], dict[str, Tensor], list[int]]:
     """Let each expert take its ``T k / E`` best tokens (arXiv:2202.09368, section 3.2)."""
     asking = _jittered(asking, options["router"], call)
-    logits = [weights["gate.weight"] @ x_D for x_D in asking]
+    linear = options["router"]["logits"]
+    asking = [_router_input(weights, linear, x_D) for x_D in asking]
+    logits = [_logits(weights, linear, x_D) for x_D in asking]
     scores = [softmax(logits_E) for logits_E in logits]
     everyone = [t for t in range(len(asking)) if real[t]]
     experts = options["num_experts"]

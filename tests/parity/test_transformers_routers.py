@@ -1,0 +1,185 @@
+"""SparseMoE against transformers' routers, one per convention: outputs and every gradient.
+
+Each of theirs gets skewed logits and biases that are not zero: with zeros most faults do not show.
+Where their experts compute what ours do not, their router stands before the experts of Laguna,
+which are gated linear units as ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moezoo import BalanceOptions, LogitOptions, RouterOptions, SparseMoE
+
+pytest.importorskip("transformers")
+
+D, F, E, K = 32, 48, 8, 3
+Tensors = Mapping[str, Tensor]
+
+
+def their(model: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)
+
+
+def config(**fields: Any) -> SimpleNamespace:
+    """Return what their classes read of a configuration."""
+    common = {
+        "hidden_size": D,
+        "moe_intermediate_size": F,
+        "intermediate_size": F,
+        "shared_expert_intermediate_size": F,
+        "num_experts": E,
+        "num_local_experts": E,
+        "n_routed_experts": E,
+        "num_experts_per_tok": K,
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "_experts_implementation": "eager",
+    }
+    return SimpleNamespace(**{**common, **fields})
+
+
+class Their(nn.Module):
+    """A router before experts that it does not come with."""
+
+    def __init__(self, gate: nn.Module, pick: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.gate, self.pick = gate, pick
+        self.experts = their("laguna", "LagunaExperts")(config())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, D)
+        weights, indices = self.pick(self.gate(flat))
+        return self.experts(flat, indices, weights).reshape(hidden.shape)
+
+
+def last_two(result: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    return result[-2], result[-1]
+
+
+@dataclass
+class Case:
+    """One convention.
+
+    ``names`` are parts of their names and what ours have instead; ``exact`` is false where theirs
+    rounds to fp32 whatever the dtype.
+    """
+
+    build: Callable[[], nn.Module]
+    router: RouterOptions
+    arguments: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    exact: bool = True
+    convert: Callable[[dict[str, Tensor]], Tensors] = lambda tensors: tensors
+    call: Callable[[nn.Module, Tensor], Tensor] = lambda module, hidden: module(hidden)
+
+
+SHARED = {"shared_experts.": "shared_expert."}
+BIAS = {"e_score_correction_bias": "selection_bias"}
+
+CASES = {
+    "gpt_oss": Case(
+        lambda: Their(their("gpt_oss", "GptOssTopKRouter")(config()), last_two),
+        RouterOptions(logits=LogitOptions(bias=True)),
+    ),
+    "openai_privacy_filter": Case(
+        lambda: Their(
+            their("openai_privacy_filter", "OpenAIPrivacyFilterTopKRouter")(config()), last_two
+        ),
+        RouterOptions(logits=LogitOptions(bias=True), scale=1 / K),
+        exact=False,
+    ),
+    "laguna": Case(
+        lambda: their("laguna", "LagunaSparseMoeBlock")(
+            config(moe_router_logit_softcapping=0.7, moe_routed_scaling_factor=2.5)
+        ),
+        RouterOptions(
+            score="sigmoid", selection_bias=True, scale=2.5, logits=LogitOptions(softcap=0.7)
+        ),
+        {"num_shared_experts": 1},
+        SHARED | BIAS,
+        exact=False,
+    ),
+    "muse_spark": Case(
+        lambda: Their(
+            their("muse_spark", "MuseSparkTopkRouter")(
+                config(output_multiplier=0.1768, routed_scaling_factor=2.0)
+            ),
+            last_two,
+        ),
+        RouterOptions(
+            score="sigmoid", selection_bias=True, scale=2.0, logits=LogitOptions(scale=0.1768)
+        ),
+        names=BIAS,
+        exact=False,
+    ),
+}
+
+
+def pair(case: Case) -> tuple[SparseMoE, nn.Module]:
+    theirs = case.build().eval()
+    torch.manual_seed(0)
+    for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
+        nn.init.normal_(tensor, std=D**-0.5 if tensor.ndim > 1 else 0.3)
+        if tensor.ndim == 2 and len(tensor) >= E and len(tensor) < F:
+            tensor.data[:, 0] += torch.linspace(1, -1, len(tensor))
+        if name.endswith("scale"):
+            tensor.data += 1.0
+    ours = SparseMoE(
+        D,
+        **{"num_experts": E, "top_k": K, "d_expert": F, **case.arguments},
+        router=case.router,
+        balance=BalanceOptions(load_balancing=0.0),
+    ).eval()
+    ours.load_state_dict(converted(case, theirs.state_dict()))
+    return ours, theirs
+
+
+def converted(case: Case, tensors: Tensors) -> Tensors:
+    """Return their weights, or the gradients of these, as ours name and shape them."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for part, other in case.names.items():
+            name = name.replace(part, other)
+        renamed[name] = tensor
+    return case.convert(renamed)
+
+
+def outcome(case: Case, module: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+    hidden = hidden.clone().requires_grad_()
+    ours = isinstance(module, SparseMoE)
+    output = module(hidden).hidden if ours else case.call(module, hidden)
+    (output * direction.to(hidden.dtype)).sum().backward()
+    assert hidden.grad is not None
+    found = {"hidden": output.detach(), "d hidden": hidden.grad}
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return found | dict(gradients if ours else converted(case, gradients))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_agree(name, dtype):
+    case = CASES[name]
+    ours, theirs = (module.to(dtype) for module in pair(case))
+    hidden = torch.randn(3, 43, D, generator=torch.Generator().manual_seed(2)).to(dtype)
+    hidden[..., 0] = 1.0 + 0.1 * hidden[..., 0]
+    found, expected = (outcome(case, module, hidden) for module in (ours, theirs))
+    assert found.keys() == expected.keys()
+    tolerance = 1e-12 if case.exact and dtype == torch.float64 else 1e-6
+    for key, right in expected.items():
+        scale = right.abs().max()
+        assert scale > 0, key
+        error = (found[key] - right).abs().max() / scale
+        assert error <= tolerance, f"{key}: off by {error:.1e} of its largest"
+    counts = ours(hidden).stats["expert_counts"]
+    assert counts.max() > 2 * counts.min()
