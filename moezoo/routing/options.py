@@ -23,6 +23,9 @@ def check_top_k(top_k: int, num_experts: int) -> int:
     return top_k
 
 
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+
+
 @dataclass(frozen=True)
 class LogitOptions:
     """From what the router reads to a logit per expert: ``cap(scale * (W x + b))``.
@@ -63,7 +66,8 @@ class RouterOptions:
     Attributes:
         choice: ``token``: each token takes its top_k experts. ``expert``: each expert takes its
             best tokens, top_k per token on average (arXiv:2202.09368); not causal.
-        score: turn logits into scores by ``softmax`` over all experts or by ``sigmoid`` each.
+        score: turn logits into scores by ``softmax`` over all experts, by ``sigmoid`` each or by
+            ``sqrt_softplus`` each, the root of log(1 + e^l) (DeepSeek-V4).
         normalize: divide the selected scores by their sum (Mixtral, GShard, DeepSeek-V3).
         scale: factor on the weights after that (DeepSeek's routed_scaling_factor).
         noise: add Gaussian noise of learned size to the logits while training (arXiv:1701.06538).
@@ -73,8 +77,10 @@ class RouterOptions:
         group_score: a group is as good as its best expert, ``max`` (DeepSeek-V2), or as the
             ``sum_of_two`` best (DeepSeek-V3), by the scores that choose. None: ``sum_of_two``
             with a selection bias, else ``max``.
-        selection_bias: add a bias to the scores that choose, not to the weights; it follows the
+        selection_bias: add a bias to the numbers that choose, not to the weights; it follows the
             load instead of a loss (arXiv:2408.15664).
+        select_on: choose by the ``score`` or by the ``logit`` (Kolibri), with the bias on either;
+            scores saturate, and a bias counts less where a sigmoid is steep.
         bias_update_rate: how far the bias moves per optimizer step.
         expert_dropout: while training, zero a token's score of an expert with this probability,
             without rescaling; it may be chosen all the same (arXiv:2310.10837, section 5). Sigmoid
@@ -83,7 +89,7 @@ class RouterOptions:
     """
 
     choice: Literal["token", "expert"] = "token"
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
     normalize: bool = True
     scale: float = 1.0
     noise: bool = False
@@ -94,6 +100,7 @@ class RouterOptions:
     selection_bias: bool = False
     bias_update_rate: float = 1e-3
     expert_dropout: float = 0.0
+    select_on: Literal["score", "logit"] = "score"
     logits: LogitOptions = LogitOptions()
 
     def check(self, num_experts: int, top_k: int) -> None:
@@ -107,7 +114,8 @@ class RouterOptions:
             InputError: an option is out of range, or contradicts another or the sizes.
         """
         check_choice("router.choice", self.choice, ("token", "expert"))
-        check_choice("router.score", self.score, ("softmax", "sigmoid"))
+        check_choice("router.score", self.score, SCORES)
+        check_choice("router.select_on", self.select_on, ("score", "logit"))
         self.logits.check()
         check_number("router.scale", self.scale)
         check_number("router.jitter", self.jitter, maximum=1.0)
@@ -115,6 +123,10 @@ class RouterOptions:
         check_number("router.expert_dropout", self.expert_dropout, maximum=1.0)
         if self.expert_dropout and self.score != "sigmoid":
             raise InputError("router.expert_dropout: is defined for sigmoid scores; use sigmoid")
+        if self.expert_dropout and self.select_on == "logit":
+            raise InputError(
+                "router.expert_dropout: acts on scores that choose; set select_on to score"
+            )
         check_int("router.num_groups", self.num_groups, maximum=num_experts)
         check_int("router.top_groups", self.top_groups, maximum=self.num_groups)
         if self.group_score is not None:
@@ -144,6 +156,10 @@ class RouterOptions:
         for name in ("normalize", "noise", "selection_bias"):
             if getattr(self, name):
                 raise InputError(f"router.{name}: has no meaning in expert choice; set it to false")
+        if self.select_on == "logit":
+            raise InputError(
+                "router.select_on: experts compare their tokens by the score; use score"
+            )
         if self.num_groups > 1:
             raise InputError("router.num_groups: has no meaning in expert choice; set it to 1")
 

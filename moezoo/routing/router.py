@@ -19,6 +19,7 @@ from moezoo.routing.choose import within_groups
 from moezoo.routing.deferred import statistics
 from moezoo.routing.logits import normed_input, scaled_logits
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
+from moezoo.routing.scores import scores_of, shares_of
 from moezoo.routing.stats import mean_entropy, slot_stats
 from moezoo.routing.wide_linear import wide_linear
 from moezoo.training_state import TrainingState
@@ -158,7 +159,9 @@ class Router(TrainingState):
             return routing.indices, routing.weights, routing.max_assignments
         with without_autocast(hidden_TD.device.type):
             logits_TE = self._logits(self._normed(hidden_TD))
-            indices_TK, weights_TK = self._weighted(self._scores(logits_TE), logits_TE)
+            indices_TK, weights_TK = self._weighted(
+                scores_of(logits_TE, self.options.score), logits_TE
+            )
             bound = indices_TK.numel()
             if mask_T is not None:
                 indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
@@ -196,9 +199,8 @@ class Router(TrainingState):
         hidden_TD = self._normed(self._jittered(hidden_TD))
         clean_TE = self._logits(hidden_TD)
         noisy_TE, std_TE = self._noisy(clean_TE, hidden_TD)
-        scores_TE = probabilities_TE = self._scores(noisy_TE)
-        if self.options.score != "softmax":
-            probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+        scores_TE = scores_of(noisy_TE, self.options.score)
+        probabilities_TE = shares_of(scores_TE, self.options.score)
         if self.training and self.options.expert_dropout:
             scores_TE = scores_TE * (torch.rand_like(scores_TE) >= self.options.expert_dropout)
         indices_TK, weights_TK = self._weighted(scores_TE, noisy_TE)
@@ -215,10 +217,6 @@ class Router(TrainingState):
         stats = statistics(self, self._stats, *asked, dropped)
         weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
         return Routing(indices_TK, weights_TK, aux, stats, bound)
-
-    def _scores(self, logits_TE: Tensor) -> Tensor:
-        softmax = self.options.score == "softmax"
-        return logits_TE.softmax(dim=-1) if softmax else logits_TE.sigmoid()
 
     def _weighted(self, scores_TE: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts and weight them by their scores, normalised and scaled as asked."""
@@ -240,8 +238,9 @@ class Router(TrainingState):
         return clean_TE + torch.randn_like(clean_TE) * std_TE, std_TE
 
     def _choose(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:
-        """Choose by the scores; a subclass may break their ties by the logits."""
-        selection_TE = scores_TE.detach()
+        """Choose by scores or logits; a subclass may break ties of the ones by the others."""
+        by_score = self.options.select_on == "score"
+        selection_TE = (scores_TE if by_score else logits_TE).detach()
         if self.options.selection_bias:
             selection_TE = selection_TE + self.selection_bias
         return within_groups(selection_TE, self.options).topk(self.top_k, dim=-1).indices

@@ -420,6 +420,33 @@ def test_sigmoid_scores_do_not_compete():
     assert output("softmax") > 1e-9
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_scores_that_underflow_have_finite_gradients(score):
+    layer = moe(router=RouterOptions(score=score)).float()
+    with torch.no_grad():
+        layer.gate.weight.fill_(-1e3)
+    hidden = tokens().abs().float().requires_grad_()
+    layer(hidden).hidden.sum().backward()
+    assert hidden.grad.isfinite().all()
+    assert layer.gate.weight.grad.isfinite().all()
+
+
+def test_a_bias_on_the_logit_chooses_others_than_one_on_the_score():
+    layers = [
+        moe(router=RouterOptions(score="sigmoid", selection_bias=True, select_on=on))
+        for on in ("score", "logit")
+    ]
+    for layer in layers:
+        with torch.no_grad():
+            layer.gate.weight.mul_(20.0)
+            layer.gate.selection_bias.copy_(torch.linspace(-0.5, 0.5, 8))
+    by_score, by_logit = (layer.route(tokens()).indices for layer in layers)
+    logits = tokens() @ layers[1].gate.weight.t()
+    expected = (logits + layers[1].gate.selection_bias).topk(2).indices
+    assert torch.equal(by_logit, expected)
+    assert not torch.equal(by_score, by_logit)
+
+
 def test_router_reads_what_it_is_told_to():
     layer = moe()
     other = tokens().flip(0)

@@ -121,6 +121,38 @@ CASES = {
         names=BIAS,
         exact=False,
     ),
+    "deepseek_v4": Case(
+        lambda: Their(
+            their("deepseek_v4", "DeepseekV4TopKRouter")(
+                config(scoring_func="sqrtsoftplus", routed_scaling_factor=1.5)
+            ),
+            last_two,
+        ),
+        RouterOptions(score="sqrt_softplus", selection_bias=True, scale=1.5),
+        names=BIAS,
+    ),
+    "kolibri1": Case(
+        lambda: their("kolibri1", "Kolibri1SparseMoeBlock")(config(norm_topk_prob=True)),
+        RouterOptions(score="sigmoid", select_on="logit", selection_bias=True),
+        {"num_shared_experts": 1},
+        SHARED | BIAS,
+        exact=False,
+    ),
+    "cohere2_moe": Case(
+        lambda: Their(
+            their("cohere2_moe", "Cohere2MoeTopKRouter")(
+                config(expert_selection_fn="sigmoid", norm_topk_prob=False)
+            ),
+            last_two,
+        ),
+        RouterOptions(score="sigmoid", select_on="logit", normalize=False),
+    ),
+    "flint": Case(
+        lambda: their("flint", "FlintSparseMoeBlock")(config(norm_topk_prob=True)),
+        RouterOptions(score="sigmoid"),
+        {"num_shared_experts": 1},
+        exact=False,
+    ),
 }
 
 

@@ -115,6 +115,7 @@ def _is_known(options: RouterOptions) -> bool:
     return (
         options.choice == "token"
         and options.score in ("softmax", "sigmoid")
+        and options.select_on == "score"
         and options.num_groups == 1
         and options.logits == LogitOptions()
     )

@@ -106,6 +106,18 @@ CONVENTIONS = {
         router=RouterOptions(choice="expert", normalize=False, scale=1.7, jitter=0.1),
         balance=BalanceOptions(0.0, z_loss=0.3),
     ),
+    "sqrt_softplus": _moe(
+        top_k=3,
+        router=RouterOptions(score="sqrt_softplus", selection_bias=True, scale=1.5),
+        balance=BalanceOptions(0.1, sequence=0.2),
+    ),
+    "chosen_by_logit": _moe(
+        num_experts=12,
+        top_k=3,
+        router=RouterOptions(
+            score="sigmoid", select_on="logit", selection_bias=True, num_groups=4, top_groups=2
+        ),
+    ),
     "logits_bias_scale_cap": _moe(
         top_k=3,
         router=RouterOptions(

@@ -50,7 +50,7 @@ def randomize(layer: FeedForward) -> FeedForward:
         elif last in ("gain", "weight", "input_scale") and tensor.ndim == 1:
             drawn = 1 + 0.3 * drawn
         elif last == "selection_bias":
-            drawn *= 0.2 if _scores(layer) == "sigmoid" else 0.5 / tensor.numel()
+            drawn *= 0.2 if _scores(layer) != "softmax" else 0.5 / tensor.numel()
         elif tensor.ndim < 2 or last.endswith("bias"):
             drawn *= 0.4
         else:

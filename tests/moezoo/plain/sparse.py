@@ -79,15 +79,17 @@ def _tokens_choose(
             scores_E = share_E = softmax(logits_E)
         else:
             scores_E = sigmoid(logits_E)
+            if router["score"] == "sqrt_softplus":
+                scores_E = torch.log(1 + torch.exp(logits_E)) ** 0.5
             share_E = scores_E / (scores_E.sum() + 1e-20)
         if drawn is not None:
             scores_E = torch.where(drawn[t] < drop, 0.0, scores_E)
-        wanted_E = scores_E.detach()
+        wanted_E = (scores_E if router["select_on"] == "score" else logits_E).detach()
         if router["selection_bias"]:  # arXiv:2408.15664, eq. 3: it chooses, and weighs nothing
             wanted_E = wanted_E + weights["gate.selection_bias"].to(wanted_E.dtype)
         mine = best(_within_groups(wanted_E, router), top_k)
         total = sum(scores_E[e] for e in mine) if router["normalize"] else 1.0
-        if router["normalize"] and router["score"] == "sigmoid":
+        if router["normalize"] and router["score"] != "softmax":
             total = total + 1e-20
         gates.append({e: scores_E[e] / total * router["scale"] for e in mine if real[t]})
         chosen.append(mine if real[t] else [])
