@@ -19,7 +19,7 @@ def within_groups(selection_TE: Tensor, options: RouterOptions) -> Tensor:
         options: of the router.
 
     Returns:
-        The same numbers, -inf in closed groups.
+        The same numbers, -inf in closed groups, or 0 where the options say so.
     """
     if options.num_groups == 1:
         return selection_TE
@@ -29,4 +29,5 @@ def within_groups(selection_TE: Tensor, options: RouterOptions) -> Tensor:
     best_TG = groups_TGN.topk(min(of, groups_TGN.shape[-1]), dim=-1).values.sum(dim=-1)
     chosen = best_TG.topk(options.top_groups, dim=-1).indices
     closed_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(1, chosen, False)
-    return groups_TGN.masked_fill(closed_TG.unsqueeze(-1), -torch.inf).flatten(1)
+    closed_value = 0.0 if options.closed_groups == "zero" else -torch.inf
+    return groups_TGN.masked_fill(closed_TG.unsqueeze(-1), closed_value).flatten(1)

@@ -77,6 +77,10 @@ class RouterOptions:
         group_score: a group is as good as its best expert, ``max`` (DeepSeek-V2), or as the
             ``sum_of_two`` best (DeepSeek-V3), by the scores that choose. None: ``sum_of_two``
             with a selection bias, else ``max``.
+        closed_groups: what experts of other groups choose with: ``exclude``, none is chosen; or
+            ``zero``, the number 0, which wins over negative ones: with a selection bias below
+            zero experts are chosen that no best group holds, as in A.X K2, which of them is up to
+            ``torch.topk``.
         selection_bias: add a bias to the numbers that choose, not to the weights; it follows the
             load instead of a loss (arXiv:2408.15664).
         select_on: choose by the ``score`` or by the ``logit`` (Kolibri), with the bias on either;
@@ -97,6 +101,7 @@ class RouterOptions:
     num_groups: int = 1
     top_groups: int = 1
     group_score: Literal["max", "sum_of_two"] | None = None
+    closed_groups: Literal["exclude", "zero"] = "exclude"
     selection_bias: bool = False
     bias_update_rate: float = 1e-3
     expert_dropout: float = 0.0
@@ -131,6 +136,9 @@ class RouterOptions:
         check_int("router.top_groups", self.top_groups, maximum=self.num_groups)
         if self.group_score is not None:
             check_choice("router.group_score", self.group_score, ("max", "sum_of_two"))
+        check_choice("router.closed_groups", self.closed_groups, ("exclude", "zero"))
+        if self.closed_groups == "zero" and self.num_groups == 1:
+            raise InputError("router.closed_groups: there is one group only; set num_groups")
         group = num_experts // self.num_groups
         if num_experts % self.num_groups:
             raise InputError(

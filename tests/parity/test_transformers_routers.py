@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Case:
     """One convention.
 
     ``names`` are parts of their names and what ours have instead; ``exact`` is false where theirs
-    rounds to fp32 whatever the dtype.
+    rounds to fp32 whatever the dtype; ``bias_mean`` is added to the biases that choose.
     """
 
     build: Callable[[], nn.Module]
@@ -79,11 +79,23 @@ class Case:
     names: dict[str, str] = field(default_factory=dict)
     exact: bool = True
     convert: Callable[[dict[str, Tensor]], Tensors] = lambda tensors: tensors
+    bias_mean: float = 0.0
     call: Callable[[nn.Module, Tensor], Tensor] = lambda module, hidden: module(hidden)
 
 
 SHARED = {"shared_experts.": "shared_expert."}
 BIAS = {"e_score_correction_bias": "selection_bias"}
+GROUPED = config(
+    n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5, n_shared_experts=1
+)
+GROUPED_OPTIONS = RouterOptions(
+    score="sigmoid",
+    scale=2.5,
+    num_groups=4,
+    top_groups=2,
+    closed_groups="zero",
+    selection_bias=True,
+)
 
 CASES = {
     "gpt_oss": Case(
@@ -147,6 +159,28 @@ CASES = {
         ),
         RouterOptions(score="sigmoid", select_on="logit", normalize=False),
     ),
+    "axk2": Case(
+        lambda: their("axk2", "AXK2MoE")(GROUPED),
+        GROUPED_OPTIONS,
+        {"num_shared_experts": 1},
+        SHARED | BIAS,
+        exact=False,
+        bias_mean=-0.8,
+    ),
+    "deepseek_v3": Case(
+        lambda: their("deepseek_v3", "DeepseekV3MoE")(GROUPED),
+        replace(GROUPED_OPTIONS, closed_groups="exclude"),
+        {"num_shared_experts": 1},
+        SHARED | BIAS,
+        exact=False,
+        bias_mean=-0.8,
+    ),
+    "mistral4": Case(
+        lambda: their("mistral4", "Mistral4MoE")(GROUPED),
+        replace(GROUPED_OPTIONS, score="softmax", selection_bias=False, group_score="sum_of_two"),
+        {"num_shared_experts": 1},
+        SHARED,
+    ),
     "flint": Case(
         lambda: their("flint", "FlintSparseMoeBlock")(config(norm_topk_prob=True)),
         RouterOptions(score="sigmoid"),
@@ -163,6 +197,8 @@ def pair(case: Case) -> tuple[SparseMoE, nn.Module]:
         nn.init.normal_(tensor, std=D**-0.5 if tensor.ndim > 1 else 0.3)
         if tensor.ndim == 2 and len(tensor) >= E and len(tensor) < F:
             tensor.data[:, 0] += torch.linspace(1, -1, len(tensor))
+        if "correction_bias" in name:
+            tensor.data += case.bias_mean
         if name.endswith("scale"):
             tensor.data += 1.0
     ours = SparseMoE(
@@ -215,3 +251,16 @@ def test_outputs_and_gradients_agree(name, dtype):
         assert error <= tolerance, f"{key}: off by {error:.1e} of its largest"
     counts = ours(hidden).stats["expert_counts"]
     assert counts.max() > 2 * counts.min()
+
+
+def test_experts_of_closed_groups_are_chosen_where_zero_wins():
+    case = CASES["axk2"]
+    ours, theirs = pair(case)
+    hidden = torch.randn(1, 257, D)
+    routing = ours.route(hidden)
+    _, weights, indices = theirs.gate(hidden)
+    order, their_order = routing.indices.argsort(-1), indices.argsort(-1)
+    assert torch.equal(routing.indices.gather(1, order), indices.gather(1, their_order))
+    assert torch.equal(routing.weights.gather(1, order), weights.gather(1, their_order))
+    groups = torch.nn.functional.one_hot(indices // 2, 4).amax(1).sum(-1)
+    assert (groups > case.router.top_groups).any()

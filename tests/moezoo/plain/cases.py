@@ -71,6 +71,19 @@ CONVENTIONS = {
         router=RouterOptions(num_groups=2, top_groups=1, group_score="sum_of_two"),
         balance=BalanceOptions(sequence=0.1, z_loss=0.2, entropy=0.3),
     ),
+    # One closed expert: which of several zeros wins is up to torch.topk.
+    "groups_closed_with_zero": _moe(
+        num_experts=6,
+        top_k=3,
+        router=RouterOptions(
+            score="sigmoid",
+            select_on="logit",
+            num_groups=6,
+            top_groups=5,
+            closed_groups="zero",
+            selection_bias=True,
+        ),
+    ),
     "every_choice": _moe(top_k=8),
     "noise_jitter": _moe(
         top_k=3,

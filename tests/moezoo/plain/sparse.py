@@ -149,7 +149,7 @@ def _within_groups(wanted_E: Tensor, router: Options) -> Tensor:
         values.append(sum(members[:counted]))
     open_groups = best(torch.tensor(values, dtype=wanted_E.dtype), router["top_groups"])
     closed = torch.tensor([e // size not in open_groups for e in range(len(wanted_E))])
-    return wanted_E.masked_fill(closed, -math.inf)
+    return torch.where(closed, 0.0 if router["closed_groups"] == "zero" else -math.inf, wanted_E)
 
 
 def _within_capacity(
