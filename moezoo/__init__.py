@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     from moezoo.layers.sparse_moe import SparseMoE
     from moezoo.layers.top_k_ffn import TopKFFN
     from moezoo.layers.ultra_fast_fff import UltraFastFFF
-    from moezoo.routing import BalanceOptions, CapacityOptions, LogitOptions, RouterOptions
+    from moezoo.routing import (
+        BalanceOptions,
+        CapacityOptions,
+        LogitOptions,
+        RouterOptions,
+        WeightOptions,
+    )
     from moezoo.swap_layers import swap
 
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -65,7 +71,13 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "layers.sparse_moe": ("SparseMoE",),
     "layers.top_k_ffn": ("TopKFFN",),
     "layers.ultra_fast_fff": ("UltraFastFFF",),
-    "routing": ("BalanceOptions", "CapacityOptions", "LogitOptions", "RouterOptions"),
+    "routing": (
+        "BalanceOptions",
+        "CapacityOptions",
+        "LogitOptions",
+        "RouterOptions",
+        "WeightOptions",
+    ),
     "swap_layers": ("swap",),
 }
 """Modules, and the public names that each has."""
@@ -119,6 +131,7 @@ __all__ = [
     "SparseMoE",
     "TopKFFN",
     "UltraFastFFF",
+    "WeightOptions",
     "register",
     "select_layers",
     "shared_values",

@@ -167,8 +167,9 @@ class CarvedMoE(FeedForward):
         """Sum the shared part and each token's experts, and no more."""
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
-        indices, scores, bound = self.gate.select(tokens, flat_mask)
-        output = self.experts.infer(tokens, indices, self._gates(indices, scores), bound)
+        routing = self.gate.select(tokens, flat_mask)
+        gates = self._gates(routing.indices, routing.weights)
+        output = self.experts.infer(tokens, routing.indices, gates, routing.max_assignments)
         output = _added(output, self._always(tokens, brute_force=False), flat_mask)
         return output.reshape(hidden.shape)
 

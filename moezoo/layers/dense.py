@@ -84,14 +84,18 @@ class DenseFFN(FeedForward):
         self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Apply the block to every token, without checks."""
+        output: Tensor = self.down_proj(self.inner(hidden))
+        return output
+
+    def inner(self, hidden: Tensor) -> Tensor:
+        """Return the values of the hidden neurons, ``(..., d_ff)``."""
         act = ACTIVATIONS[self.activation]
-        inner = (
+        values: Tensor = (
             act(self.gate_proj(hidden)) * self.up_proj(hidden)
             if self.gated
             else act(self.up_proj(hidden))
         )
-        output: Tensor = self.down_proj(inner)
-        return output
+        return values
 
     def _neuron_by_neuron(self, tokens: Tensor) -> Tensor:
         """Sum over hidden neurons one by one: ``y = Σ_j act_j(x) W_down[:, j]``."""

@@ -113,7 +113,10 @@ class SigmaMoE(FeedForward):
         """Route each token to its K best experts and sum their weighted outputs, and no more."""
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
-        output = self.experts.infer(tokens, *self.gate.select(tokens, flat_mask))
+        routing = self.gate.select(tokens, flat_mask)
+        output = self.experts.infer(
+            tokens, routing.indices, routing.weights, routing.max_assignments
+        )
         return output.reshape(hidden.shape)
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
@@ -21,6 +22,38 @@ from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOption
 from moezoo.routing.options import check_top_k
 from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels.activations import ACTIVATIONS
+
+
+def _check_weighed_shared(layer: SparseMoE) -> None:
+    """Raise :class:`InputError` unless each shared expert can have a weight of its own."""
+    if not layer.num_shared_experts:
+        raise InputError(
+            "router.weights.with_shared: there is no shared expert; set num_shared_experts"
+        )
+    if layer.shared_gate:
+        raise InputError("shared_gate: the router weighs the shared experts; set it to false")
+    if layer.bias:
+        raise InputError(
+            "bias: shared experts have one output bias, which no weight of theirs belongs to; set "
+            "it to false, or router.weights.with_shared"
+        )
+    if layer.d_shared % layer.num_shared_experts:
+        raise InputError(
+            f"d_shared: {layer.d_shared} neurons are not {layer.num_shared_experts} experts of one "
+            "width; give a multiple"
+        )
+
+
+def _weighed_shared(block: DenseFFN, tokens: Tensor, weights: Tensor, brute_force: bool) -> Tensor:
+    """Sum the outputs of the shared experts in a block, each times its weight ``(T, S)``."""
+    width = block.d_ff // weights.shape[-1]
+    inner, weights = block.inner(tokens), weights.to(tokens.dtype)
+    if not brute_force:
+        output: Tensor = block.down_proj(inner * weights.repeat_interleave(width, dim=-1))
+        return output
+    parts = zip(inner.split(width, -1), block.down_proj.weight.split(width, -1), strict=True)
+    outputs = [part @ down.t() for part, down in parts]
+    return (torch.stack(outputs, dim=-1) * weights.unsqueeze(-2)).sum(dim=-1)
 
 
 class SparseMoE(FeedForward):
@@ -90,6 +123,8 @@ class SparseMoE(FeedForward):
                 "shared_gate: there is no shared expert to gate; set num_shared_experts"
             )
         router.check(num_experts, top_k)
+        if router.weights.with_shared:
+            _check_weighed_shared(self)
         balance.check()
         if capacity is not None:
             capacity.check()
@@ -102,7 +137,13 @@ class SparseMoE(FeedForward):
         self.router = router
 
         self.gate = Router(
-            d_model, num_experts, top_k, options=router, balance=balance, capacity=capacity
+            d_model,
+            num_experts,
+            top_k,
+            options=router,
+            balance=balance,
+            capacity=capacity,
+            num_shared=num_shared_experts,
         )
         self.experts = MLPExperts(
             d_model, self.d_expert, num_experts, activation=activation, gated=gated, bias=bias
@@ -151,7 +192,7 @@ class SparseMoE(FeedForward):
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights, before capacity."""
         routing = self._route(hidden, context, limited=False)
-        return slot_load(routing.indices, routing.weights, self.num_experts)
+        return slot_load(routing.indices, routing.weights.abs(), self.num_experts)
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool
@@ -162,7 +203,9 @@ class SparseMoE(FeedForward):
         chosen = (tokens, routing.indices, routing.weights)
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared expert runs while tokens travel to experts on other ranks.
-        shared = self._shared(tokens, flat_mask, brute_force) if self.d_shared else None
+        shared = None
+        if self.d_shared:
+            shared = self._shared(tokens, flat_mask, routing.shared_weights, brute_force)
         if brute_force:
             output = self.experts.reference(*chosen)
         else:
@@ -177,14 +220,23 @@ class SparseMoE(FeedForward):
         """Route each token to its experts and sum their weighted outputs, and no more."""
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
-        output = self.experts.infer(tokens, *self.gate.select(tokens, flat_mask))
+        routing = self.gate.select(tokens, flat_mask)
+        output = self.experts.infer(
+            tokens, routing.indices, routing.weights, routing.max_assignments
+        )
         if self.d_shared:
-            output = output + self._shared(tokens, flat_mask, brute_force=False)
+            shared = self._shared(tokens, flat_mask, routing.shared_weights, brute_force=False)
+            output = output + shared
         return output.reshape(hidden.shape)
 
-    def _shared(self, tokens: Tensor, mask: Tensor | None, brute_force: bool) -> Tensor:
+    def _shared(
+        self, tokens: Tensor, mask: Tensor | None, weights: Tensor | None, brute_force: bool
+    ) -> Tensor:
         expert = self.shared_expert
-        answer = (expert.reference if brute_force else expert)(tokens).hidden
+        if weights is not None:
+            answer = _weighed_shared(expert, tokens, weights, brute_force)
+        else:
+            answer = (expert.reference if brute_force else expert)(tokens).hidden
         if self.shared_gate:
             answer = self.shared_expert_gate(tokens).sigmoid() * answer
         return answer if mask is None else answer.masked_fill(~mask.unsqueeze(-1), 0.0)

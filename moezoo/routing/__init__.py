@@ -1,6 +1,12 @@
 """Routing of tokens to experts: learned routers, their options, losses and statistics."""
 
-from moezoo.routing.options import BalanceOptions, CapacityOptions, LogitOptions, RouterOptions
+from moezoo.routing.options import (
+    BalanceOptions,
+    CapacityOptions,
+    LogitOptions,
+    RouterOptions,
+    WeightOptions,
+)
 from moezoo.routing.router import Router, Routing
 
 __all__ = [
@@ -10,4 +16,5 @@ __all__ = [
     "Router",
     "RouterOptions",
     "Routing",
+    "WeightOptions",
 ]

@@ -57,7 +57,7 @@ class NeuronRouter(Router):
         self.up_weight: nn.Parameter | None = None
         if gated and score == "neuron":
             self.up_weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.bias: nn.Parameter | None = None
+        self.bias = None
         if bias or score == "linear":
             self.bias = nn.Parameter(torch.empty(num_experts))
         self.reset_parameters()
@@ -69,8 +69,6 @@ class NeuronRouter(Router):
         for name in ("weight", "up_weight"):
             if (rows := self._parameters.get(name)) is not None:
                 nn.init.normal_(rows, std=self.d_model**-0.5)
-        if (bias := self._parameters.get("bias")) is not None:
-            nn.init.zeros_(bias)
 
     def _logits(self, hidden_TD: Tensor) -> Tensor:
         logits_TE = wide_linear(hidden_TD, self.weight, self.bias)

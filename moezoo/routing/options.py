@@ -60,6 +60,49 @@ class LogitOptions:
 
 
 @dataclass(frozen=True)
+class WeightOptions:
+    """From the scores s of the chosen experts to weights, ``w = scale * s / (max(Σ s, m) + eps)``.
+
+    Attributes:
+        eps: added to the sum. None: 1e-20, as DeepSeek-V3 has it, or 0 with softmax.
+        minimum: the sum is never taken to be less, m (Ernie 4.5).
+        p: divide by the p-norm ``(Σ s^p)^(1/p)`` in place of the sum (DBRX).
+        with_shared: the sum is over the shared experts too; each has a score from a row of its own
+            in the router, and a weight (Inkling).
+        learned_scale: a learned factor on all weights (Inkling).
+        expert_scale: a learned factor on the weights of each expert (Gemma 4).
+    """
+
+    eps: float | None = None
+    minimum: float = 0.0
+    p: float = 1.0
+    with_shared: bool = False
+    learned_scale: bool = False
+    expert_scale: bool = False
+
+    def check(self, normalize: bool) -> None:
+        """Check the options.
+
+        Args:
+            normalize: whether weights are divided by anything.
+
+        Raises:
+            InputError: a value is out of range, or has no meaning without ``normalize``.
+        """
+        for name in ("with_shared", "learned_scale", "expert_scale"):
+            check_flag(f"router.weights.{name}", getattr(self, name))
+        if self.eps is not None:
+            check_number("router.weights.eps", self.eps)
+        check_number("router.weights.minimum", self.minimum)
+        check_number("router.weights.p", self.p, minimum=1.0)
+        for name in ("eps", "minimum", "p", "with_shared"):
+            if not normalize and getattr(self, name) != getattr(WeightOptions, name):
+                raise InputError(
+                    f"router.weights.{name}: says how weights are normalized; set normalize to true"
+                )
+
+
+@dataclass(frozen=True)
 class RouterOptions:
     """How tokens and experts find each other.
 
@@ -90,6 +133,7 @@ class RouterOptions:
             without rescaling; it may be chosen all the same (arXiv:2310.10837, section 5). Sigmoid
             scores only.
         logits: bias, normalization, factor and cap of the logits.
+        weights: how weights are normalized, and learned factors on them.
     """
 
     choice: Literal["token", "expert"] = "token"
@@ -107,6 +151,7 @@ class RouterOptions:
     expert_dropout: float = 0.0
     select_on: Literal["score", "logit"] = "score"
     logits: LogitOptions = LogitOptions()
+    weights: WeightOptions = WeightOptions()
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Check the options against each other and the layer's sizes.
@@ -122,6 +167,7 @@ class RouterOptions:
         check_choice("router.score", self.score, SCORES)
         check_choice("router.select_on", self.select_on, ("score", "logit"))
         self.logits.check()
+        self.weights.check(self.normalize)
         check_number("router.scale", self.scale)
         check_number("router.jitter", self.jitter, maximum=1.0)
         check_number("router.bias_update_rate", self.bias_update_rate)
@@ -150,9 +196,18 @@ class RouterOptions:
                 f"router.top_groups: {self.top_groups} groups of {group} experts "
                 f"hold fewer than top_k={top_k}; raise top_groups or lower top_k"
             )
+        if self.weights.with_shared and self.score == "softmax":
+            raise InputError(
+                "router.weights.with_shared: a softmax is over routed experts only; set score to "
+                "sigmoid or sqrt_softplus"
+            )
+        if self.weights.with_shared and self.logits.bias:
+            raise InputError(
+                "router.logits.bias: logits of shared experts have none; set it to false"
+            )
         if self.choice == "expert":
             self._check_expert_choice()
-        elif top_k == 1 and self.normalize:
+        elif top_k == 1 and self.normalize and not self.weights.with_shared:
             raise InputError(
                 "router.normalize: with top_k=1 a normalized weight is always 1 and the router "
                 "never learns; set normalize to false"
@@ -164,6 +219,10 @@ class RouterOptions:
         for name in ("normalize", "noise", "selection_bias"):
             if getattr(self, name):
                 raise InputError(f"router.{name}: has no meaning in expert choice; set it to false")
+        if self.weights != WeightOptions():
+            raise InputError(
+                "router.weights: expert choice weighs by the scores as they are; leave it out"
+            )
         if self.select_on == "logit":
             raise InputError(
                 "router.select_on: experts compare their tokens by the score; use score"

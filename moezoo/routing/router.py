@@ -21,6 +21,7 @@ from moezoo.routing.logits import normed_input, scaled_logits
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.scores import scores_of, shares_of
 from moezoo.routing.stats import mean_entropy, slot_stats
+from moezoo.routing.weights import total_of
 from moezoo.routing.wide_linear import wide_linear
 from moezoo.training_state import TrainingState
 from moezoo_kernels.dtypes import at_least_fp32, without_autocast
@@ -35,6 +36,7 @@ class Routing(NamedTuple):
         losses: weighted scalars.
         stats: detached statistics.
         max_assignments: an upper bound on the number of indices that are not -1.
+        shared_weights: ``(T, S)`` of the shared experts, where the router weighs these too.
     """
 
     indices: Tensor
@@ -42,6 +44,7 @@ class Routing(NamedTuple):
     losses: dict[str, Tensor]
     stats: Mapping[str, Tensor]
     max_assignments: int
+    shared_weights: Tensor | None = None
 
 
 class Router(TrainingState):
@@ -57,9 +60,11 @@ class Router(TrainingState):
         options: scores, choice, noise, groups, bias.
         balance: coefficients of the auxiliary losses.
         capacity: a limit on the tokens per expert; none by default (dropless).
+        num_shared: shared experts S, read where the options weigh these too.
     """
 
     selection_bias: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class Router(TrainingState):
         options: RouterOptions,
         balance: BalanceOptions,
         capacity: CapacityOptions | None = None,
+        num_shared: int = 0,
     ) -> None:
         super().__init__()
         self.d_model = d_model
@@ -85,6 +91,12 @@ class Router(TrainingState):
             self.bias = nn.Parameter(torch.empty(num_experts))
         if options.logits.norm:
             self.input_scale = nn.Parameter(torch.empty(d_model))
+        if options.weights.with_shared:
+            self.shared_weight = nn.Parameter(torch.empty(num_shared, d_model))
+        if options.weights.learned_scale:
+            self.learned_scale = nn.Parameter(torch.empty(1))
+        if options.weights.expert_scale:
+            self.expert_scale = nn.Parameter(torch.empty(num_experts))
         if options.selection_bias:
             self.register_buffer("selection_bias", torch.empty(num_experts, dtype=torch.float32))
         self._step_counts: Tensor | None = None
@@ -108,16 +120,22 @@ class Router(TrainingState):
             nn.init.zeros_(self.weight)
             nn.init.zeros_(self.noise_weight)
         else:
-            # Switch: truncated normal at two standard deviations, std sqrt(0.1 / fan_in).
-            std = (0.1 / self.d_model) ** 0.5
-            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-        if self.options.logits.bias:
-            nn.init.zeros_(self.bias)
-        if self.options.logits.norm:
-            nn.init.ones_(self.input_scale)
+            self._draw(self.weight)
+        if self.options.weights.with_shared:
+            self._draw(self.shared_weight)
+        for name in ("input_scale", "learned_scale", "expert_scale"):
+            if (scale := self._parameters.get(name)) is not None:
+                nn.init.ones_(scale)
+        if (bias := self._parameters.get("bias")) is not None:
+            nn.init.zeros_(bias)
         if self.options.selection_bias:
             nn.init.zeros_(self.selection_bias)
         self._step_counts = None
+
+    def _draw(self, weight: Tensor) -> None:
+        # Switch: truncated normal at two standard deviations, std sqrt(0.1 / fan_in).
+        std = (0.1 / self.d_model) ** 0.5
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # The bias moves by 1e-3 at a time, which bf16 rounds away: let it change device, not dtype.
@@ -149,19 +167,19 @@ class Router(TrainingState):
             sequences = sequences or (1, len(hidden_TD))
             return self._tokens_choose(hidden_TD, mask_T, sequences, limited)
 
-    def select(self, hidden_TD: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
-        """Return indices, weights and bound of a call, without losses and statistics.
+    def select(self, hidden_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
+        """Return the routing of a call, without losses and statistics.
 
         Decoding one token, those take longer than the choice.
         """
         if self.training or self.options.choice == "expert":
-            routing = self(hidden_TD, mask_T)
-            return routing.indices, routing.weights, routing.max_assignments
+            return self(hidden_TD, mask_T)._replace(losses={}, stats={})
         with without_autocast(hidden_TD.device.type):
-            logits_TE = self._logits(self._normed(hidden_TD))
-            indices_TK, weights_TK = self._weighted(
-                scores_of(logits_TE, self.options.score), logits_TE
-            )
+            hidden_TD = self._normed(hidden_TD)
+            logits_TE = self._logits(hidden_TD)
+            scores_TE = scores_of(logits_TE, self.options.score)
+            indices_TK = self._choose(scores_TE, logits_TE)
+            weights_TK, shared_TS = self._weigh(scores_TE, indices_TK, hidden_TD)
             bound = indices_TK.numel()
             if mask_T is not None:
                 indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
@@ -169,7 +187,7 @@ class Router(TrainingState):
                 indices_TK, _, bound = self._limit(indices_TK, weights_TK, mask_T)
             if mask_T is not None or self.capacity is not None:
                 weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
-            return indices_TK, weights_TK, bound
+            return Routing(indices_TK, weights_TK, {}, {}, bound, shared_TS)
 
     def _logits(self, hidden_TD: Tensor) -> Tensor:
         options = self.options.logits
@@ -203,7 +221,8 @@ class Router(TrainingState):
         probabilities_TE = shares_of(scores_TE, self.options.score)
         if self.training and self.options.expert_dropout:
             scores_TE = scores_TE * (torch.rand_like(scores_TE) >= self.options.expert_dropout)
-        indices_TK, weights_TK = self._weighted(scores_TE, noisy_TE)
+        indices_TK = self._choose(scores_TE, noisy_TE)
+        weights_TK, shared_TS = self._weigh(scores_TE, indices_TK, hidden_TD)
         if mask_T is not None:
             indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
 
@@ -216,18 +235,31 @@ class Router(TrainingState):
             indices_TK, dropped, bound = self._limit(indices_TK, weights_TK, mask_T)
         stats = statistics(self, self._stats, *asked, dropped)
         weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
-        return Routing(indices_TK, weights_TK, aux, stats, bound)
+        return Routing(indices_TK, weights_TK, aux, stats, bound, shared_TS)
 
-    def _weighted(self, scores_TE: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts and weight them by their scores, normalised and scaled as asked."""
-        indices_TK = self._choose(scores_TE, logits_TE)
-        weights_TK = scores_TE.gather(1, indices_TK)
-        if self.options.normalize:
-            total = weights_TK.sum(dim=-1, keepdim=True)
-            # Sigmoids may all underflow; the constant is DeepSeek-V3's.
-            softmax = self.options.score == "softmax"
-            weights_TK = weights_TK / (total if softmax else total + 1e-20)
-        return indices_TK, weights_TK * self.options.scale
+    def _weigh(
+        self, scores_TE: Tensor, indices_TK: Tensor, hidden_TD: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weigh the chosen experts by their scores, normalised and scaled, and shared ones too."""
+        options, weights_TK, shared_TS = self.options, scores_TE.gather(1, indices_TK), None
+        if options.weights.with_shared:
+            logits_TS = scaled_logits(wide_linear(hidden_TD, self.shared_weight), options.logits)
+            shared_TS = scores_of(logits_TS, options.score)
+        factors: list[Tensor | float] = [options.scale]
+        if options.weights.learned_scale:
+            factors.append(self.learned_scale.to(weights_TK.dtype))
+        if options.normalize:
+            total_T1 = total_of(weights_TK, shared_TS, options)
+            weights_TK = weights_TK / total_T1
+            shared_TS = None if shared_TS is None else shared_TS / total_T1
+        for factor in factors:
+            weights_TK = weights_TK * factor
+            shared_TS = None if shared_TS is None else shared_TS * factor
+        if options.weights.expert_scale:
+            # An embedding's gradient is summed in a fixed order, that of indexing is not.
+            scale_TK = F.embedding(indices_TK, self.expert_scale.unsqueeze(-1)).squeeze(-1)
+            weights_TK = weights_TK * scale_TK.to(weights_TK.dtype)
+        return weights_TK, shared_TS
 
     def _noisy(self, clean_TE: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Add ``N(0, 1) * softplus(x W_noise)`` while training (arXiv:1701.06538, eq. 4)."""
@@ -254,7 +286,7 @@ class Router(TrainingState):
         dropped: Tensor | None,
     ) -> dict[str, Tensor]:
         experts = self.num_experts
-        stats = slot_stats(indices_TK, weights_TK, experts, mask_T, most_counts=experts)
+        stats = slot_stats(indices_TK, weights_TK.abs(), experts, mask_T, most_counts=experts)
         stats["router_entropy"] = mean_entropy(probabilities_TE, mask_T)
         stats["dropped"] = torch.zeros_like(stats["tokens"]) if dropped is None else dropped
         return stats
@@ -321,5 +353,8 @@ class Router(TrainingState):
         """Do nothing: the bias is moved by :meth:`step` alone, whoever trains."""
 
     def flops_per_token(self) -> int:
-        """Return the forward FLOPs of one token: 2 d E."""
-        return 2 * self.weight.numel()
+        """Return the forward FLOPs of one token: 2 d E, 2 d (E + S) with shared experts."""
+        rows = len(self.weight) + (
+            len(self.shared_weight) if self.options.weights.with_shared else 0
+        )
+        return 2 * self.d_model * rows

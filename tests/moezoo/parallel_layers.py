@@ -22,7 +22,7 @@ from moezoo import (
     SparseMoE,
 )
 from moezoo.parallel import shard_experts, whole
-from moezoo.routing import RouterOptions
+from moezoo.routing import LogitOptions, RouterOptions, WeightOptions
 
 WIDTH, VOCABULARY = 12, 30
 LAYERS = {
@@ -30,6 +30,17 @@ LAYERS = {
     "biases": partial(SparseMoE, num_experts=6, top_k=3, d_expert=5, gated=False, bias=True),
     "expert choice": partial(
         SparseMoE, num_experts=4, d_expert=8, router=RouterOptions(choice="expert", normalize=False)
+    ),
+    "weighed shared": partial(
+        SparseMoE,
+        num_experts=4,
+        top_k=2,
+        num_shared_experts=2,
+        router=RouterOptions(
+            score="sigmoid",
+            logits=LogitOptions(norm=True),
+            weights=WeightOptions(with_shared=True, learned_scale=True, expert_scale=True),
+        ),
     ),
     "sigma": partial(SigmaMoE, num_experts=4),
     "hash": partial(HashLayer, num_experts=4, vocab_size=VOCABULARY),

@@ -30,6 +30,20 @@ def test_convention_equals_its_plain_reference(name, situation, poison_empty):
     assert_same(by_layer(layer, hidden, call), by_plain(layer, hidden, call))
 
 
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_other_paths_of_a_convention_equal_its_forward_pass(name):
+    """By brute force with every gradient, and as decoding runs it."""
+    layer = CONVENTIONS[name]()
+    hidden, call = inputs(layer, SITUATIONS["eval_asked_padded"])
+    forward = by_layer(layer, hidden, call)
+    assert_same(by_layer(layer, hidden, call, brute_force=True), forward)
+    call = call._replace(router_input=None)
+    forward = by_layer(layer, hidden, call)
+    with torch.no_grad():
+        found = layer.infer(hidden, token_ids=call.token_ids, mask=call.mask)
+    torch.testing.assert_close(found, forward["hidden"], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", [*ZOO, *CONVENTIONS])
 def test_one_or_two_tokens(name, count, poison_empty):

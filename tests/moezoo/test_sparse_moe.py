@@ -16,6 +16,10 @@ from moezoo.routing.stats import expert_counts, load_entropy, max_violation
 
 D = 16
 NO_LOSS = BalanceOptions(load_balancing=0.0)
+WITH_SHARED = {
+    "num_shared_experts": 2,
+    "router": {"score": "sigmoid", "weights": {"with_shared": True}},
+}
 
 
 def moe(**arguments) -> SparseMoE:
@@ -513,6 +517,45 @@ def test_load_statistics():
         ({"router": {"jitter": 2.0}}, "router.jitter: 2 is out of range"),
         ({"router": {"normalise": True}}, "RouterOptions: unknown argument 'normalise'; did you"),
         ({"router": {"choice": "expert"}}, "router.normalize: has no meaning in expert choice"),
+        ({"router": {"logits": {"softcap": -1.0}}}, "router.logits.softcap: -1 is out of range"),
+        ({"router": {"logits": {"scale": 0.0}}}, "router.logits.scale: 0 makes all experts equal"),
+        ({"router": {"logits": {"bias": "no"}}}, "router.logits.bias: 'no' is neither true nor"),
+        ({"router": {"logits": {"cap": 3.0}}}, "LogitOptions: unknown argument 'cap'; did you"),
+        ({"router": {"logits": 3}}, "logits: 3 is not a mapping of options"),
+        ({"router": {"select_on": "logits"}}, "router.select_on: 'logits' is not known; did you"),
+        (
+            {"router": {"score": "sigmoid", "select_on": "logit", "expert_dropout": 0.1}},
+            "router.expert_dropout: acts on scores that choose; set select_on to score",
+        ),
+        (
+            {"router": {"choice": "expert", "normalize": False, "select_on": "logit"}},
+            "router.select_on: experts compare their tokens by the score",
+        ),
+        ({"router": {"closed_groups": "zero"}}, "router.closed_groups: there is one group only"),
+        ({"router": {"weights": {"p": 0.5}}}, "router.weights.p: 0.5 is out of range"),
+        ({"router": {"weights": {"eps": -1.0}}}, "router.weights.eps: -1 is out of range"),
+        (
+            {"router": {"normalize": False, "weights": {"minimum": 0.1}}},
+            "router.weights.minimum: says how weights are normalized; set normalize to true",
+        ),
+        (
+            {"router": {"weights": {"with_shared": True}}},
+            "router.weights.with_shared: a softmax is over routed experts only; set score to",
+        ),
+        (
+            {"router": {"score": "sigmoid", "weights": {"with_shared": True}}},
+            "router.weights.with_shared: there is no shared expert; set num_shared_experts",
+        ),
+        (
+            {**WITH_SHARED, "bias": True},
+            "bias: shared experts have one output bias, which no weight of theirs belongs to",
+        ),
+        ({**WITH_SHARED, "shared_gate": True}, "shared_gate: the router weighs the shared"),
+        ({**WITH_SHARED, "d_shared": 7}, "d_shared: 7 neurons are not 2 experts of one width"),
+        (
+            {"router": {"choice": "expert", "normalize": False, "weights": {"expert_scale": True}}},
+            "router.weights: expert choice weighs by the scores as they are; leave it out",
+        ),
         ({"balance": {"z_loss": -1.0}}, "balance.z_loss: -1 is out of range"),
         ({"balance": {"load": float("nan")}}, "balance.load: nan is out of range"),
         ({"capacity": {"factor": "big"}}, "capacity.factor: 'big' is not a number"),

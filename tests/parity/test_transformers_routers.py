@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moezoo import BalanceOptions, LogitOptions, RouterOptions, SparseMoE
+from moezoo import BalanceOptions, LogitOptions, RouterOptions, SparseMoE, WeightOptions
 
 pytest.importorskip("transformers")
 
@@ -85,6 +85,40 @@ class Case:
 
 SHARED = {"shared_experts.": "shared_expert."}
 BIAS = {"e_score_correction_bias": "selection_bias"}
+DBRX = config(
+    ffn_config=config(
+        ffn_hidden_size=F,
+        ffn_act_fn={"name": "silu"},
+        moe_num_experts=E,
+        moe_top_k=K,
+        moe_jitter_eps=None,
+        moe_normalize_expert_weights=2,
+    )
+)
+
+
+def ernie_tensors(tensors: dict[str, Tensor]) -> Tensors:
+    return {n: t.flatten() if n.endswith("selection_bias") else t for n, t in tensors.items()}
+
+
+def dbrx_tensors(tensors: dict[str, Tensor]) -> Tensors:
+    w1, v1, w2 = (
+        tensors.pop(f"experts.mlp.{name}").unflatten(0, (E, F)) for name in ("w1", "v1", "w2")
+    )
+    stacks = {"gate_up_proj": torch.cat([w1, v1], dim=1), "down_proj": w2.mT}
+    return tensors | {f"experts.{name}": stack for name, stack in stacks.items()}
+
+
+def inkling_tensors(tensors: dict[str, Tensor]) -> Tensors:
+    rows = tensors.pop("gate.weight")
+    tensors |= {"gate.weight": rows[:E], "gate.shared_weight": rows[E:]}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        stack = tensors.pop(f"shared_expert.{name}")
+        matrix = stack.mT.flatten(0, 1).mT if name == "down_proj" else stack.flatten(0, 1)
+        tensors[f"shared_expert.{name}.weight"] = matrix
+    return tensors
+
+
 GROUPED = config(
     n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5, n_shared_experts=1
 )
@@ -180,6 +214,59 @@ CASES = {
         replace(GROUPED_OPTIONS, score="softmax", selection_bias=False, group_score="sum_of_two"),
         {"num_shared_experts": 1},
         SHARED,
+    ),
+    "ernie4_5_moe": Case(
+        lambda: their("ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock")(
+            config(moe_num_shared_experts=1, moe_norm_min=0.6, use_bias=False)
+        ),
+        RouterOptions(selection_bias=True, weights=WeightOptions(minimum=0.6)),
+        {"num_shared_experts": 1},
+        SHARED | {"moe_statics.": ""} | BIAS,
+        exact=False,
+        convert=ernie_tensors,
+    ),
+    "lfm2_moe": Case(
+        lambda: their("lfm2_moe", "Lfm2MoeSparseMoeBlock")(
+            config(use_expert_bias=True, norm_topk_prob=True, routed_scaling_factor=1.5)
+        ),
+        RouterOptions(
+            score="sigmoid", selection_bias=True, scale=1.5, weights=WeightOptions(eps=1e-6)
+        ),
+        names={"expert_bias": "gate.selection_bias"},
+    ),
+    "dbrx": Case(
+        lambda: their("dbrx", "DbrxFFN")(DBRX),
+        RouterOptions(weights=WeightOptions(p=2.0)),
+        names={"router.layer.": "gate."},
+        convert=dbrx_tensors,
+    ),
+    "gemma4": Case(
+        lambda: Their(
+            their("gemma4", "Gemma4TextRouter")(config(rms_norm_eps=0.3, top_k_experts=K)),
+            last_two,
+        ),
+        RouterOptions(
+            logits=LogitOptions(norm=True, norm_eps=0.3), weights=WeightOptions(expert_scale=True)
+        ),
+        names={
+            "gate.proj.": "gate.",
+            "gate.scale": "gate.input_scale",
+            "gate.per_expert_scale": "gate.expert_scale",
+        },
+        exact=False,
+    ),
+    "inkling": Case(
+        lambda: their("inkling", "InklingMoE")(config(n_shared_experts=2, route_scale=2.5)),
+        RouterOptions(
+            score="sigmoid",
+            selection_bias=True,
+            scale=2.5,
+            weights=WeightOptions(with_shared=True, learned_scale=True),
+        ),
+        {"num_shared_experts": 2},
+        SHARED | BIAS | {"global_scale": "learned_scale"},
+        exact=False,
+        convert=inkling_tensors,
     ),
     "flint": Case(
         lambda: their("flint", "FlintSparseMoeBlock")(config(norm_topk_prob=True)),

@@ -13,7 +13,7 @@ from moezoo.feed_forward import FeedForward
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
-from moezoo.routing import LogitOptions, Router, RouterOptions
+from moezoo.routing import LogitOptions, Router, RouterOptions, WeightOptions
 from moezoo_kernels import token_step
 from moezoo_kernels.grouped_mlp import cpu
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
@@ -118,6 +118,7 @@ def _is_known(options: RouterOptions) -> bool:
         and options.select_on == "score"
         and options.num_groups == 1
         and options.logits == LogitOptions()
+        and options.weights == WeightOptions()
     )
 
 

@@ -269,6 +269,34 @@ def test_the_kernels_step_what_they_know(build, rules, native_steps):
     assert not any(block.feed for block in blocks)
 
 
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"logits": {"bias": True}},
+        {"logits": {"norm": True}},
+        {"logits": {"softcap": 0.5}},
+        {"logits": {"scale": 3.0}},
+        {"score": "sqrt_softplus", "selection_bias": True},
+        {"score": "sigmoid", "select_on": "logit", "selection_bias": True},
+        {"num_groups": 2, "closed_groups": "zero"},
+        {"weights": {"minimum": 0.9}},
+        {"weights": {"p": 2.0, "expert_scale": True}},
+        {"weights": {"eps": 0.2, "learned_scale": True}},
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_know_is_left_to_torch(build, rules, native_steps, router):
+    layer = rules["rule"]("SparseMoE", num_experts=4, top_k=2, d_expert=16, router=router)
+    model = build(ffn=[layer])
+    for block in model.model.layers:
+        for tensor in [*block.mlp.gate.parameters(), *block.mlp.gate.buffers()]:
+            torch.nn.init.normal_(tensor)
+    ids = torch.randint(61, (2, 9))
+    assert not any(block.feed for block in Decoder(model, ids, torch.ones_like(ids), 4)._blocks)
+    found, expected = stepped(model, ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_weights_are_read_anew_by_each_call(build):
     model = build()
     before = both_ways(model, *left_padded(1), settings(model))[0]

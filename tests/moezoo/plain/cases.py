@@ -9,7 +9,13 @@ from plain.compare import VOCABULARY, randomize
 
 import moezoo
 from moezoo.feed_forward import FeedForward
-from moezoo.routing import BalanceOptions, CapacityOptions, LogitOptions, RouterOptions
+from moezoo.routing import (
+    BalanceOptions,
+    CapacityOptions,
+    LogitOptions,
+    RouterOptions,
+    WeightOptions,
+)
 
 D = 21
 NO_BALANCE = BalanceOptions(load_balancing=0.0)
@@ -139,6 +145,38 @@ CONVENTIONS = {
             logits=LogitOptions(bias=True, scale=0.6, softcap=1.5),
         ),
         balance=BalanceOptions(0.1, z_loss=0.2),
+    ),
+    "weights_eps_minimum": _moe(
+        top_k=3,
+        router=RouterOptions(
+            score="sigmoid", weights=WeightOptions(eps=0.3, minimum=2.0, learned_scale=True)
+        ),
+    ),
+    "weights_p_norm": _moe(
+        top_k=3, router=RouterOptions(scale=1.5, weights=WeightOptions(p=2.0, expert_scale=True))
+    ),
+    "weights_with_shared": _moe(
+        top_k=3,
+        bias=False,
+        num_shared_experts=2,
+        balance=BalanceOptions(0.1, importance=0.2),
+        capacity=CapacityOptions(factor=0.8, eval_factor=0.9),
+        router=RouterOptions(
+            score="sigmoid",
+            scale=2.5,
+            selection_bias=True,
+            logits=LogitOptions(scale=1.4, softcap=0.9),
+            weights=WeightOptions(with_shared=True, learned_scale=True, expert_scale=True),
+        ),
+    ),
+    "weights_with_shared_ungated": _moe(
+        top_k=1,
+        bias=False,
+        gated=False,
+        num_shared_experts=1,
+        router=RouterOptions(
+            score="sqrt_softplus", noise=True, weights=WeightOptions(p=3.0, with_shared=True)
+        ),
     ),
     "logits_norm": _moe(
         top_k=3,

@@ -47,7 +47,7 @@ def randomize(layer: FeedForward) -> FeedForward:
         last = name.rpartition(".")[2]
         if last == "running_var":
             drawn = 0.5 + drawn.square()
-        elif last in ("gain", "weight", "input_scale") and tensor.ndim == 1:
+        elif (last in ("gain", "weight") or last.endswith("_scale")) and tensor.ndim == 1:
             drawn = 1 + 0.3 * drawn
         elif last == "selection_bias":
             drawn *= 0.2 if _scores(layer) != "softmax" else 0.5 / tensor.numel()
@@ -119,13 +119,15 @@ def by_plain(layer: FeedForward, hidden: Tensor, call: Call) -> dict[str, Any]:
     return found
 
 
-def by_layer(layer: FeedForward, hidden: Tensor, call: Call) -> dict[str, Any]:
-    """Return what its fast path computes."""
+def by_layer(
+    layer: FeedForward, hidden: Tensor, call: Call, brute_force: bool = False
+) -> dict[str, Any]:
+    """Return what its fast path computes, or its own reference."""
     layer.train(call.training)
     hidden, call = _leaves(hidden, call)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     torch.manual_seed(7)
-    outcome = layer(
+    outcome = (layer.reference if brute_force else layer)(
         hidden, token_ids=call.token_ids, router_input=call.router_input, mask=call.mask
     )
     found: dict[str, Any] = gradients(outcome, hidden, call, dict(layer.named_parameters()))

@@ -34,13 +34,19 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
     tokens, asking, real = tokens_of(hidden, call)
     route = _experts_choose if options["router"]["choice"] == "expert" else _tokens_choose
     gates, losses, counts = route(weights, options, hidden, asking, real, call)
+    weighed = options["router"]["weights"]["with_shared"]
     answer = Experts(weights, "experts.", options)
     rows = []
     for t, x_D in enumerate(tokens):
         y_D = torch.zeros_like(x_D)
         for e, gate in gates[t].items():
-            y_D = y_D + gate * answer(e, x_D)
-        if options["num_shared_experts"] and real[t]:
+            if e >= 0:
+                y_D = y_D + gate * answer(e, x_D)
+        if weighed and real[t]:
+            for number in range(options["num_shared_experts"]):
+                shared_D = _shared_expert(weights, options, number, x_D)
+                y_D = y_D + gates[t][-1 - number] * shared_D
+        elif options["num_shared_experts"] and real[t]:
             shared_D = dense_block(weights, "shared_expert.", options, x_D)
             if options["shared_gate"]:
                 shared_D = sigmoid(weights["shared_expert_gate.weight"] @ x_D) * shared_D
@@ -78,9 +84,7 @@ def _tokens_choose(
         if router["score"] == "softmax":
             scores_E = share_E = softmax(logits_E)
         else:
-            scores_E = sigmoid(logits_E)
-            if router["score"] == "sqrt_softplus":
-                scores_E = torch.log(1 + torch.exp(logits_E)) ** 0.5
+            scores_E = _score(logits_E, router)
             share_E = scores_E / (scores_E.sum() + 1e-20)
         if drawn is not None:
             scores_E = torch.where(drawn[t] < drop, 0.0, scores_E)
@@ -88,10 +92,12 @@ def _tokens_choose(
         if router["selection_bias"]:  # arXiv:2408.15664, eq. 3: it chooses, and weighs nothing
             wanted_E = wanted_E + weights["gate.selection_bias"].to(wanted_E.dtype)
         mine = best(_within_groups(wanted_E, router), top_k)
-        total = sum(scores_E[e] for e in mine) if router["normalize"] else 1.0
-        if router["normalize"] and router["score"] != "softmax":
-            total = total + 1e-20
-        gates.append({e: scores_E[e] / total * router["scale"] for e in mine if real[t]})
+        raw = {e: scores_E[e] for e in mine}
+        if router["weights"]["with_shared"]:  # shared experts are -1, -2 and so on
+            for number in range(options["num_shared_experts"]):
+                logit = weights["gate.shared_weight"][number] @ x_D
+                raw[-1 - number] = _score(_scaled(logit, router["logits"]), router)
+        gates.append(_weighed(weights, router, raw) if real[t] else {})
         chosen.append(mine if real[t] else [])
         clean.append(clean_E)
         logits.append(logits_E)
@@ -121,11 +127,52 @@ def _logits(weights: Weights, options: Options, x_D: Tensor) -> Tensor:
     logits_E = weights["gate.weight"] @ x_D
     if options["bias"]:
         logits_E = logits_E + weights["gate.bias"]
-    logits_E = logits_E * options["scale"]
+    return _scaled(logits_E, options)
+
+
+def _scaled(logits: Tensor, options: Options) -> Tensor:
+    logits = logits * options["scale"]
     if cap := options["softcap"]:
-        powers_E = torch.exp(2 * logits_E / cap)
-        logits_E = cap * (powers_E - 1) / (powers_E + 1)
-    return logits_E
+        powers = torch.exp(2 * logits / cap)
+        logits = cap * (powers - 1) / (powers + 1)
+    return logits
+
+
+def _score(logits: Tensor, router: Options) -> Tensor:
+    if router["score"] == "sigmoid":
+        return sigmoid(logits)
+    return torch.log(1 + torch.exp(logits)) ** 0.5
+
+
+def _weighed(weights: Weights, router: Options, raw: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the weights of a token's experts; shared ones, if any, have numbers below zero."""
+    how, total = router["weights"], 1.0
+    if router["normalize"]:
+        total = sum(score ** how["p"] for score in raw.values()) ** (1 / how["p"])
+        if total < how["minimum"]:
+            total = how["minimum"]
+        eps = 0.0 if router["score"] == "softmax" else 1e-20
+        total = total + (eps if how["eps"] is None else how["eps"])
+    gates = {e: score / total * router["scale"] for e, score in raw.items()}
+    if how["learned_scale"]:
+        gates = {e: gate * weights["gate.learned_scale"][0] for e, gate in gates.items()}
+    if how["expert_scale"]:
+        scales = weights["gate.expert_scale"]
+        gates = {e: gate * scales[e] if e >= 0 else gate for e, gate in gates.items()}
+    return gates
+
+
+def _shared_expert(weights: Weights, options: Options, number: int, x_D: Tensor) -> Tensor:
+    """Apply one of the shared experts, whose neurons lie side by side in one block."""
+    width = options["d_shared"] // options["num_shared_experts"]
+    own = slice(number * width, (number + 1) * width)
+    inner_F = weights["shared_expert.up_proj.weight"][own] @ x_D
+    if options["gated"]:
+        gate_F = weights["shared_expert.gate_proj.weight"][own] @ x_D
+        inner_F = activation(options["activation"], gate_F) * inner_F
+    else:
+        inner_F = activation(options["activation"], inner_F)
+    return weights["shared_expert.down_proj.weight"][:, own] @ inner_F
 
 
 def _jittered(asking: Sequence[Tensor], router: Options, call: Call) -> Sequence[Tensor]:
@@ -166,7 +213,7 @@ def _within_capacity(
     threshold = capacity["second_choice_threshold"] if training else 0.0
     drawn = torch.rand(len(chosen), top_k, dtype=torch.float64) if threshold else None
     taken = [0] * options["num_experts"]
-    kept: list[dict[int, Tensor]] = [{} for _ in chosen]
+    kept = [{e: gate for e, gate in mine.items() if e < 0} for mine in gates]
     for place in range(top_k):  # all first choices before any second
         for t, mine in enumerate(chosen):
             if place >= len(mine):
@@ -215,7 +262,8 @@ def _losses(
     if weight := balance["importance"]:  # arXiv:1701.06538, eq. 6 and 7
         importance = [torch.zeros_like(clean[0][0]) for _ in range(experts)]
         for t in everyone:
-            for e, gate in gates[t].items():
+            for e in chosen[t]:
+                gate = gates[t][e]
                 importance[e] = importance[e] + gate
         losses["importance"] = weight * _squared_variation(torch.stack(importance))
     return losses
