@@ -88,16 +88,25 @@ def router_tokens(layer: FeedForward, hidden: Tensor, context: Context) -> Tenso
     return flatten_tokens(layer, hidden if router_input is None else router_input, None)[0]
 
 
+def unlimited(layer: SparseMoE, hidden: Tensor, context: Context) -> Routing:
+    """Return the routing of a mixture before any limit on capacity."""
+    mask = context.get("mask")
+    return layer.route(
+        hidden,
+        context.get("router_input"),
+        None if mask is None else mask.to(torch.bool),
+        context.get("token_ids"),
+        limited=False,
+    )
+
+
 def _experts(routing: Routing, num_experts: int) -> SlotChoices:
     return SlotChoices(routing.indices, routing.weights, num_experts, "experts")
 
 
 @_choose.register
 def _(layer: SparseMoE, hidden: Tensor, context: Context) -> SlotChoices:
-    router_TD = router_tokens(layer, hidden, context)
-    mask = context.get("mask")
-    flat_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
-    return _experts(layer.gate(router_TD, flat_mask, limited=False), layer.num_experts)
+    return _experts(unlimited(layer, hidden, context), layer.num_experts)
 
 
 @_choose.register

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo.analysis.choices import SlotChoices, router_tokens, slot_choices
+from moezoo.analysis.choices import SlotChoices, router_tokens, slot_choices, unlimited
 from moezoo.analysis.watching import Context, input_of, token_mask
 from moezoo.errors import InputError
 from moezoo.experts import MLPExperts
@@ -122,20 +122,26 @@ def _real_rows(hidden: Tensor, context: Context) -> Tensor:
     return token_mask(hidden, context).nonzero().squeeze(-1).to(hidden.device)
 
 
-def _dense(layer: DenseFFN | TopKFFN, name: str = "", scale: Callable | None = None) -> Neurons:
-    """Describe a block in which all neurons run, each token's output perhaps scaled."""
+def _dense(
+    layer: DenseFFN | TopKFFN,
+    name: str = "",
+    scale: Callable[[Tensor, Context], Tensor] | None = None,
+) -> Neurons:
+    """Describe a block in which all neurons run, each token's output or neurons perhaps scaled."""
 
     def read(hidden: Tensor, context: Context) -> Iterator[NeuronBlock]:
         tokens_TD = flatten_tokens(layer, hidden, None)[0]
         neurons_F = torch.arange(layer.d_ff, device=hidden.device)
         asked = context.get("router_input") if isinstance(layer, TopKFFN) else None
         asked_TD = None if asked is None else flatten_tokens(layer, asked, None)[0]
+        scale_TF = tokens_TD.new_ones(len(tokens_TD), 1)
+        if scale is not None:
+            scale_TF = scale(hidden, context)
         for rows in _real_rows(hidden, context).split(_DENSE_ROWS):
             x_RD = tokens_TD[rows]
             router_input = None if asked_TD is None else asked_TD[rows]
             inner_RF = _inner(layer, x_RD, router_input)
-            weights = x_RD.new_ones(len(rows), 1) if scale is None else scale(x_RD)
-            yield NeuronBlock(rows, neurons_F, inner_RF, weights, _before(layer, x_RD))
+            yield NeuronBlock(rows, neurons_F, inner_RF, scale_TF[rows], _before(layer, x_RD))
 
     def values(neurons: Tensor, _: Tensor | None = None, /) -> Tensor:
         return layer.down_proj.weight.t()[neurons]
@@ -154,9 +160,12 @@ def _before(layer: DenseFFN | TopKFFN, x_RD: Tensor) -> Tensor:
 
 
 def _stacked(
-    experts: MLPExperts, choose: Callable[[Tensor, Context], SlotChoices], unit: str
+    experts: MLPExperts,
+    choose: Callable[[Tensor, Context], SlotChoices],
+    unit: str,
+    weigh_inputs: bool = False,
 ) -> Neurons:
-    """Describe stacked MLPs of which each token has some."""
+    """Describe stacked MLPs of which each token has some, weighed by their outputs or inputs."""
     width = experts.d_expert
 
     def read(hidden: Tensor, context: Context) -> Iterator[NeuronBlock]:
@@ -169,10 +178,14 @@ def _stacked(
             rows, places = (choices.indices == e).nonzero(as_tuple=True)
             weights = choices.weights[rows, places].unsqueeze(-1)
             for part in torch.arange(len(rows), device=rows.device).split(_DENSE_ROWS):
-                up = _expert_up(experts, e, tokens_TD[rows[part]])
+                x_RD, weights_R1 = tokens_TD[rows[part]], weights[part]
+                if weigh_inputs:
+                    x_RD = x_RD * weights_R1.to(x_RD.dtype)
+                    weights_R1 = torch.ones_like(weights_R1)
+                up = _expert_up(experts, e, x_RD)
                 inner_RF = activate(up, experts.activation, experts.gated)
                 before_RF = up[:, :width]  # the gate's rows come first
-                yield NeuronBlock(rows[part], neurons_F, inner_RF, weights[part], before_RF)
+                yield NeuronBlock(rows[part], neurons_F, inner_RF, weights_R1, before_RF)
 
     def values(neurons: Tensor, _: Tensor | None = None, /) -> Tensor:
         expert = neurons.div(width, rounding_mode="floor")
@@ -229,13 +242,18 @@ def _(layer: SparseMoE) -> list[Neurons]:
     def choose(hidden: Tensor, context: Context) -> SlotChoices:
         return slot_choices(layer, hidden, context)
 
-    def gate(x_RD: Tensor) -> Tensor:
-        return layer.shared_expert_gate(x_RD).sigmoid()
+    def scale(hidden: Tensor, context: Context) -> Tensor:
+        if layer.shared_gate:
+            return layer.shared_expert_gate(flatten_tokens(layer, hidden, None)[0]).sigmoid()
+        weights_TS = unlimited(layer, hidden, context).shared_weights
+        assert weights_TS is not None
+        return weights_TS.repeat_interleave(layer.d_shared // weights_TS.shape[-1], dim=-1)
 
-    found = [_stacked(layer.experts, choose, "expert")]
+    how = layer.router.weights
+    found = [_stacked(layer.experts, choose, "expert", how.apply_to == "input")]
     if layer.d_shared:
-        shared_gate = gate if layer.shared_gate else None
-        found.append(_dense(layer.shared_expert, "shared expert", shared_gate))
+        scaled = scale if layer.shared_gate or how.with_shared else None
+        found.append(_dense(layer.shared_expert, "shared expert", scaled))
     return found
 
 
@@ -284,7 +302,11 @@ def _(layer: FastFeedForward) -> list[Neurons]:
 
     found = [_stacked(layer.leaves, choose, "leaf")]
     if layer.d_master:
-        found.append(_dense(layer.master, "master leaf", lambda x: (1 - mix).expand(len(x), 1)))
+
+        def scale(hidden: Tensor, _: Context) -> Tensor:
+            return (1 - mix).expand(hidden[..., 0].numel(), 1)
+
+        found.append(_dense(layer.master, "master leaf", scale))
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
@@ -18,6 +17,7 @@ from moezoo.experts import MLPExperts
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, TokenContext
 from moezoo.init import init_linear
 from moezoo.layers.dense import Activation, DenseFFN, default_width
+from moezoo.layers.weighed import operands_of, outputs_of, weighed_shared
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
 from moezoo.routing.options import check_top_k
 from moezoo.routing.stats import SlotLoad, slot_load
@@ -42,18 +42,6 @@ def _check_weighed_shared(layer: SparseMoE) -> None:
             f"d_shared: {layer.d_shared} neurons are not {layer.num_shared_experts} experts of one "
             "width; give a multiple"
         )
-
-
-def _weighed_shared(block: DenseFFN, tokens: Tensor, weights: Tensor, brute_force: bool) -> Tensor:
-    """Sum the outputs of the shared experts in a block, each times its weight ``(T, S)``."""
-    width = block.d_ff // weights.shape[-1]
-    inner, weights = block.inner(tokens), weights.to(tokens.dtype)
-    if not brute_force:
-        output: Tensor = block.down_proj(inner * weights.repeat_interleave(width, dim=-1))
-        return output
-    parts = zip(inner.split(width, -1), block.down_proj.weight.split(width, -1), strict=True)
-    outputs = [part @ down.t() for part, down in parts]
-    return (torch.stack(outputs, dim=-1) * weights.unsqueeze(-2)).sum(dim=-1)
 
 
 class SparseMoE(FeedForward):
@@ -178,16 +166,49 @@ class SparseMoE(FeedForward):
     def _reset_shared_gate(self) -> None:
         init_linear(self.shared_expert_gate, self.d_model**-0.5)
 
+    def adjust(self, routing: Routing, hidden: Tensor, context: TokenContext) -> Routing:
+        """Return the routing by which the experts run; here, that of the router as it is.
+
+        For subclasses that change which experts a token is routed to, or with what weights, to
+        override; nothing else needs to be. Every path calls it between router and experts:
+        :meth:`forward`, :meth:`reference`, :meth:`infer`, :meth:`route` and :meth:`slot_load`,
+        and with expert parallelism each rank does so before tokens are dispatched. Gradients flow
+        through the weights. Losses and statistics are the router's; put others in their place if
+        they are to follow.
+
+        Args:
+            routing: of T tokens: indices, -1 for none, and weights, both ``(T, K)``, K free to
+                change; ``max_assignments`` must stay an upper bound on the indices that are not
+                -1. Without losses and statistics in :meth:`infer`.
+            hidden: ``(T, d_model)``, what the experts read.
+            context: what else the call was given, in its shape: ``token_ids``, ``router_input``
+                and ``mask``. Padding has the index -1 already.
+        """
+        return routing
+
     def route(
-        self, hidden: Tensor, router_input: Tensor | None = None, mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        limited: bool = True,
     ) -> Routing:
-        """Return the routing without running the experts: indices, weights, losses, statistics."""
-        return self._route(hidden, TokenContext(None, router_input, mask), limited=True)
+        """Return the routing without running the experts: indices, weights, losses, statistics.
+
+        Args:
+            hidden: ``(..., d_model)``.
+            router_input: ``(..., d_model)``, read in place of ``hidden``.
+            mask: ``(...)`` bool, true at real tokens.
+            token_ids: ``(...)`` int64, for :meth:`adjust`.
+            limited: whether the limit on capacity applies, if there is one.
+        """
+        return self._route(hidden, TokenContext(token_ids, router_input, mask), limited)
 
     def _route(self, hidden: Tensor, context: TokenContext, limited: bool) -> Routing:
-        _, router_TD, flat_mask = self._flatten(hidden, context)
+        tokens, router_TD, flat_mask = self._flatten(hidden, context)
         sequences = (hidden.shape[0], hidden.shape[1]) if hidden.ndim == 3 else None
-        return self.gate(router_TD, flat_mask, sequences, limited)
+        return self.adjust(self.gate(router_TD, flat_mask, sequences, limited), tokens, context)
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights, before capacity."""
@@ -200,7 +221,8 @@ class SparseMoE(FeedForward):
         """Sum up each token's weighted experts; by brute force, run all of them on all tokens."""
         tokens, _, flat_mask = self._flatten(hidden, context)
         routing = self._route(hidden, context, limited=True)
-        chosen = (tokens, routing.indices, routing.weights)
+        weigh_inputs = self.router.weights.apply_to == "input"
+        chosen = operands_of(tokens, routing, weigh_inputs)
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared expert runs while tokens travel to experts on other ranks.
         shared = None
@@ -210,6 +232,7 @@ class SparseMoE(FeedForward):
             output = self.experts.reference(*chosen)
         else:
             output = self.experts(*chosen, routing.max_assignments, dispatched=dispatched)
+        output = outputs_of(output, routing, weigh_inputs)
         if shared is not None:
             output = output + shared
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
@@ -220,10 +243,12 @@ class SparseMoE(FeedForward):
         """Route each token to its experts and sum their weighted outputs, and no more."""
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
-        routing = self.gate.select(tokens, flat_mask)
-        output = self.experts.infer(
-            tokens, routing.indices, routing.weights, routing.max_assignments
-        )
+        context = TokenContext(token_ids, None, mask)
+        routing = self.adjust(self.gate.select(tokens, flat_mask), tokens, context)
+        weigh_inputs = self.router.weights.apply_to == "input"
+        chosen = operands_of(tokens, routing, weigh_inputs)
+        output = self.experts.infer(*chosen, routing.max_assignments)
+        output = outputs_of(output, routing, weigh_inputs)
         if self.d_shared:
             shared = self._shared(tokens, flat_mask, routing.shared_weights, brute_force=False)
             output = output + shared
@@ -234,7 +259,7 @@ class SparseMoE(FeedForward):
     ) -> Tensor:
         expert = self.shared_expert
         if weights is not None:
-            answer = _weighed_shared(expert, tokens, weights, brute_force)
+            answer = weighed_shared(expert, tokens, weights, brute_force)
         else:
             answer = (expert.reference if brute_force else expert)(tokens).hidden
         if self.shared_gate:

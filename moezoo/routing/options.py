@@ -71,6 +71,8 @@ class WeightOptions:
             in the router, and a weight (Inkling).
         learned_scale: a learned factor on all weights (Inkling).
         expert_scale: a learned factor on the weights of each expert (Gemma 4).
+        apply_to: whether a weight multiplies the expert's ``output``, or its ``input`` (Llama 4),
+            where ``E(w x)`` is not ``w E(x)``.
     """
 
     eps: float | None = None
@@ -79,6 +81,7 @@ class WeightOptions:
     with_shared: bool = False
     learned_scale: bool = False
     expert_scale: bool = False
+    apply_to: Literal["output", "input"] = "output"
 
     def check(self, normalize: bool) -> None:
         """Check the options.
@@ -95,6 +98,7 @@ class WeightOptions:
             check_number("router.weights.eps", self.eps)
         check_number("router.weights.minimum", self.minimum)
         check_number("router.weights.p", self.p, minimum=1.0)
+        check_choice("router.weights.apply_to", self.apply_to, ("output", "input"))
         for name in ("eps", "minimum", "p", "with_shared"):
             if not normalize and getattr(self, name) != getattr(WeightOptions, name):
                 raise InputError(
@@ -204,6 +208,11 @@ class RouterOptions:
         if self.weights.with_shared and self.logits.bias:
             raise InputError(
                 "router.logits.bias: logits of shared experts have none; set it to false"
+            )
+        if self.weights.with_shared and self.weights.apply_to == "input":
+            raise InputError(
+                "router.weights.apply_to: weights of shared experts multiply their output; use "
+                "output, or set with_shared to false"
             )
         if self.choice == "expert":
             self._check_expert_choice()

@@ -31,6 +31,14 @@ LAYERS = {
     "expert choice": partial(
         SparseMoE, num_experts=4, d_expert=8, router=RouterOptions(choice="expert", normalize=False)
     ),
+    "weighed inputs": partial(
+        SparseMoE,
+        num_experts=4,
+        top_k=2,
+        router=RouterOptions(
+            score="sigmoid", normalize=False, weights=WeightOptions(apply_to="input")
+        ),
+    ),
     "weighed shared": partial(
         SparseMoE,
         num_experts=4,

@@ -19,6 +19,23 @@ VARIANTS = {
     "shared gate": lambda d: moezoo.SparseMoE(
         d, num_experts=3, top_k=2, d_expert=5, num_shared_experts=2, shared_gate=True
     ),
+    "weighed inputs": lambda d: moezoo.SparseMoE(
+        d,
+        num_experts=3,
+        top_k=2,
+        d_expert=5,
+        router=moezoo.RouterOptions(weights=moezoo.WeightOptions(apply_to="input")),
+    ),
+    "weighed shared": lambda d: moezoo.SparseMoE(
+        d,
+        num_experts=3,
+        top_k=2,
+        d_expert=5,
+        num_shared_experts=2,
+        router=moezoo.RouterOptions(
+            score="sigmoid", weights=moezoo.WeightOptions(with_shared=True, expert_scale=True)
+        ),
+    ),
     "carved": lambda d: moezoo.CarvedMoE(d, num_experts=4, top_k=2, d_expert=6, bias=True),
     "soft tree": lambda d: moezoo.FastFeedForward(d, depth=2, d_leaf=5, hard=False, d_master=3),
     "gated PEER": lambda d: moezoo.PEER(

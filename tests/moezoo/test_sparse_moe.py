@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moezoo
-from moezoo import BalanceOptions, CapacityOptions, InputError, RouterOptions, SparseMoE
+from moezoo import (
+    BalanceOptions,
+    CapacityOptions,
+    InputError,
+    RouterOptions,
+    SparseMoE,
+    WeightOptions,
+)
+from moezoo.analysis.choices import slot_choices
 from moezoo.routing import losses
 from moezoo.routing.capacity import expert_capacity, within_capacity
 from moezoo.routing.stats import expert_counts, load_entropy, max_violation
@@ -451,6 +459,53 @@ def test_a_bias_on_the_logit_chooses_others_than_one_on_the_score():
     assert not torch.equal(by_score, by_logit)
 
 
+class FirstExpertHalved(SparseMoE):
+    """Halves the weights of expert 0, and swaps expert 1 for 2 where the token's id is odd."""
+
+    def adjust(self, routing, hidden, context):
+        assert hidden.shape == (len(routing.indices), D)
+        indices, weights = routing.indices, routing.weights
+        weights = torch.where(indices == 0, weights / 2, weights)
+        if context.token_ids is not None:
+            odd = (context.token_ids.reshape(-1, 1) % 2).bool()
+            swapped = torch.where(indices == 1, 2, torch.where(indices == 2, 1, indices))
+            indices = torch.where(odd, swapped, indices)
+        return routing._replace(indices=indices, weights=weights)
+
+
+@pytest.mark.parametrize("apply_to", ["output", "input"])
+def test_every_path_runs_by_the_adjusted_routing(apply_to):
+    options = RouterOptions(weights=WeightOptions(apply_to=apply_to))
+    layer = FirstExpertHalved(D, d_expert=8, balance=NO_LOSS, router=options).double().eval()
+    plain = SparseMoE(D, d_expert=8, balance=NO_LOSS, router=options).double().eval()
+    plain.load_state_dict(layer.state_dict())
+    hidden, ids = tokens(63).reshape(3, 21, D), torch.arange(63).reshape(3, 21)
+    mask = torch.ones(3, 21, dtype=torch.bool)
+    mask[1, 15:] = False
+    context = {"token_ids": ids, "mask": mask}
+    routing = layer.route(hidden, mask=mask, token_ids=ids)
+    expected = torch.zeros(63, D, dtype=torch.float64)
+    for t, x in enumerate(hidden.reshape(63, D)):
+        for e, w in zip(routing.indices[t].tolist(), routing.weights[t], strict=True):
+            one = torch.tensor([[e]])
+            if apply_to == "input":
+                expected[t] += plain.experts(w * x[None], one, torch.ones(1, 1).double(), 1)[0]
+            else:
+                expected[t] += plain.experts(x[None], one, w.reshape(1, 1), 1)[0]
+    expected = expected.reshape(3, 21, D)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(layer(hidden, **context).hidden, expected, **close)
+    torch.testing.assert_close(layer.reference(hidden, **context).hidden, expected, **close)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.infer(hidden, **context), expected, **close)
+    assert not torch.allclose(plain(hidden, **context).hidden, expected)
+    chosen = slot_choices(layer, hidden, context)
+    assert torch.equal(chosen.indices, routing.indices)
+    load = layer.slot_load(hidden, **context)
+    assert load.counts.tolist() == expert_counts(routing.indices, 8).tolist()
+    assert not torch.equal(load.counts, plain.slot_load(hidden, **context).counts)
+
+
 def test_router_reads_what_it_is_told_to():
     layer = moe()
     other = tokens().flip(0)
@@ -549,6 +604,17 @@ def test_load_statistics():
         (
             {**WITH_SHARED, "bias": True},
             "bias: shared experts have one output bias, which no weight of theirs belongs to",
+        ),
+        ({"router": {"weights": {"apply_to": "x"}}}, "router.weights.apply_to: 'x' is not known"),
+        (
+            {
+                "num_shared_experts": 1,
+                "router": {
+                    "score": "sigmoid",
+                    "weights": {"with_shared": True, "apply_to": "input"},
+                },
+            },
+            "router.weights.apply_to: weights of shared experts multiply their output",
         ),
         ({**WITH_SHARED, "shared_gate": True}, "shared_gate: the router weighs the shared"),
         ({**WITH_SHARED, "d_shared": 7}, "d_shared: 7 neurons are not 2 experts of one width"),

@@ -119,6 +119,10 @@ def inkling_tensors(tensors: dict[str, Tensor]) -> Tensors:
     return tensors
 
 
+def llama4_tensors(tensors: dict[str, Tensor]) -> Tensors:
+    return {n: t.mT if n.startswith("experts.") else t for n, t in tensors.items()}
+
+
 GROUPED = config(
     n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5, n_shared_experts=1
 )
@@ -267,6 +271,20 @@ CASES = {
         SHARED | BIAS | {"global_scale": "learned_scale"},
         exact=False,
         convert=inkling_tensors,
+    ),
+    "llama4": Case(
+        lambda: their("llama4", "Llama4TextMoe")(config()),
+        RouterOptions(
+            score="sigmoid",
+            select_on="logit",
+            normalize=False,
+            weights=WeightOptions(apply_to="input"),
+        ),
+        {"num_shared_experts": 1},
+        {"router.": "gate."},
+        exact=False,
+        convert=llama4_tensors,
+        call=lambda module, hidden: module(hidden)[0].reshape(hidden.shape),
     ),
     "flint": Case(
         lambda: their("flint", "FlintSparseMoeBlock")(config(norm_topk_prob=True)),

@@ -280,6 +280,7 @@ def test_the_kernels_step_what_they_know(build, rules, native_steps):
         {"score": "sigmoid", "select_on": "logit", "selection_bias": True},
         {"num_groups": 2, "closed_groups": "zero"},
         {"weights": {"minimum": 0.9}},
+        {"weights": {"apply_to": "input"}},
         {"weights": {"p": 2.0, "expert_scale": True}},
         {"weights": {"eps": 0.2, "learned_scale": True}},
     ],

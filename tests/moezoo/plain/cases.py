@@ -155,6 +155,24 @@ CONVENTIONS = {
     "weights_p_norm": _moe(
         top_k=3, router=RouterOptions(scale=1.5, weights=WeightOptions(p=2.0, expert_scale=True))
     ),
+    "weights_on_inputs": _moe(
+        top_k=3,
+        num_shared_experts=1,
+        balance=BalanceOptions(0.1, importance=0.2),
+        capacity=CapacityOptions(factor=0.8, eval_factor=0.9),
+        router=RouterOptions(
+            score="sigmoid",
+            select_on="logit",
+            normalize=False,
+            scale=1.4,
+            weights=WeightOptions(apply_to="input", expert_scale=True),
+        ),
+    ),
+    "weights_on_inputs_of_one": _moe(
+        top_k=1,
+        gated=False,
+        router=RouterOptions(normalize=False, weights=WeightOptions(apply_to="input")),
+    ),
     "weights_with_shared": _moe(
         top_k=3,
         bias=False,

@@ -40,7 +40,9 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
     for t, x_D in enumerate(tokens):
         y_D = torch.zeros_like(x_D)
         for e, gate in gates[t].items():
-            if e >= 0:
+            if e >= 0 and options["router"]["weights"]["apply_to"] == "input":
+                y_D = y_D + answer(e, gate * x_D)
+            elif e >= 0:
                 y_D = y_D + gate * answer(e, x_D)
         if weighed and real[t]:
             for number in range(options["num_shared_experts"]):

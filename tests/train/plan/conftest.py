@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moezoo import PEER, DenseFFN, MemoryPlus, SparseMoE
+from moezoo import PEER, DenseFFN, MemoryPlus, RouterOptions, SparseMoE, WeightOptions
 from moezoo_train.plan.layouts import Plan
 from moezoo_train.plan.setup import Setup, precision
 from moezoo_train.plan.trace import trace
@@ -17,6 +17,15 @@ KINDS: dict[str, Any] = {
     "dense": {"ffn": DenseFFN},
     "moe": {"ffn": partial(SparseMoE, num_experts=3, d_expert=24, num_shared_experts=1)},
     "pair": {"ffn": partial(SparseMoE, num_experts=2, top_k=2, d_expert=24)},
+    "weighted inputs": {
+        "ffn": partial(
+            SparseMoE,
+            num_experts=4,
+            top_k=4,
+            d_expert=24,
+            router=RouterOptions(weights=WeightOptions(apply_to="input")),
+        )
+    },
     "peer": {"ffn": partial(PEER, num_experts=36, num_heads=2, top_k=3, query_norm="batch")},
     "memory_plus": {
         "ffn": DenseFFN,

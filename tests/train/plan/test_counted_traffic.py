@@ -27,6 +27,7 @@ CASES = {
     "moe fsdp": ("moe", "fsdp", 2, False),
     "peer fsdp": ("peer", "fsdp", 1, False),
     "pair ep": ("pair", "ep", 1, False),  # every token goes to both processes
+    "weighted inputs ep": ("weighted inputs", "ep", 1, False),  # each choice is sent by itself
     "pair ep checkpointed": ("pair", "ep", 1, True),
 }
 WIDTH = 32

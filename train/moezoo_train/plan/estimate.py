@@ -177,7 +177,7 @@ class Planner:
         """Return the number of GPUs that share one set of experts."""
         if self._expert_parallel is not None:
             return self._expert_parallel
-        counts = [experts.num_experts for experts, _ in self.setup.expert_layers]
+        counts = [layer.experts.num_experts for layer in self.setup.expert_layers]
         most = math.gcd(gpus, *counts)
         return max(n for n in range(1, self.machine.gpus_per_node + 1) if most % n == 0)
 

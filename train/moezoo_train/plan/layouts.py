@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from moezoo.errors import InputError, check_choice
 from moezoo_kernels.linear_cross_entropy.chunked import scratch_bytes
-from moezoo_train.plan.setup import Setup
+from moezoo_train.plan.setup import ExpertLayer, Setup
 from moezoo_train.plan.trace import Trace
 
 LAYOUTS = {
@@ -222,8 +222,7 @@ class Plan:
             return trained * self._width
         if self.layout == "ep":
             own = [p for p in setup.parameters if p.requires_grad]
-            layers = setup.expert_layers
-            exchanged = [self._exchanged(taken, experts.d_model) for experts, taken in layers]
+            exchanged = [self._exchanged(layer) for layer in setup.expert_layers]
             held = max(exchanged, default=0.0) if setup.checkpointing else sum(exchanged)
             return self._numbers(own, False) * self._width + 2 * held
         if self.layout in ("zero1", "zero2"):
@@ -284,22 +283,22 @@ class Plan:
         the forward pass and, as gradients, in the backward pass: four exchanges (Lepikhin et al.
         2020, arXiv:2006.16668, section 3.3). Activation checkpointing repeats the first two.
         :func:`moezoo.parallel.dispatch_tokens` sends a token once to a GPU that holds several of
-        its experts, so this is the most there can be; indices and router weights, which travel
-        with the tokens, are left out.
+        its experts, so this is the most there can be; inputs that are weighted by the expert's
+        weight are sent for each expert. Indices and router weights, which travel with the tokens,
+        are left out.
         """
         if self.layout != "ep" or self.expert_parallel == 1:
             return []
         exchanges = 6 if self.setup.checkpointing else 4
-        layers = self.setup.expert_layers
-        vectors = sum(self._exchanged(taken, experts.d_model) for experts, taken in layers)
+        vectors = sum(self._exchanged(layer) for layer in self.setup.expert_layers)
         size = exchanges * vectors * self.setup.accumulation
         return [Collective("all_to_all", "tokens", size, self.expert_parallel)]
 
-    def _exchanged(self, taken: int, d_model: int) -> float:
+    def _exchanged(self, layer: ExpertLayer) -> float:
         """Return the bytes of one exchange in one layer, those that stay included."""
-        copies = min(taken, self.expert_parallel)
+        copies = layer.taken if layer.apart else min(layer.taken, self.expert_parallel)
         tokens = self.setup.tokens * self.share
-        return tokens * copies * d_model * self.setup.precision.compute.itemsize
+        return tokens * copies * layer.experts.d_model * self.setup.precision.compute.itemsize
 
 
 def _count(parameters: Iterable[Parameter]) -> int:
@@ -320,9 +319,9 @@ def refusal(setup: Setup, layout: str, gpus: int, expert_parallel: int) -> str |
         return f"no number of a node's GPUs divides {gpus} and the number of experts"
     if gpus % expert_parallel:
         return f"{expert_parallel} does not divide {gpus} GPUs"
-    for experts, _ in setup.expert_layers:
-        if experts.num_experts % expert_parallel:
-            return f"{expert_parallel} does not divide {experts.num_experts} experts"
+    for layer in setup.expert_layers:
+        if layer.experts.num_experts % expert_parallel:
+            return f"{expert_parallel} does not divide {layer.experts.num_experts} experts"
     return None
 
 

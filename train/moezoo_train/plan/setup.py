@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import Parameter
 
 from moezoo.errors import InputError
 from moezoo.experts import MLPExperts
+from moezoo.routing import RouterOptions
 from moezoo_models import MoezooForCausalLM
 from moezoo_train.measure.throughput import ffn_layers, forward_flops_per_token
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer, is_sparse
@@ -61,6 +63,14 @@ def precision(name: str | int | None) -> Precision:
         return Precision(text, WHOLE[text], WHOLE[text])
     known = ", ".join([*AUTOCAST, *WHOLE])
     raise InputError(f"trainer.precision: there are no formulas for '{name}'; choose from: {known}")
+
+
+class ExpertLayer(NamedTuple):
+    """Stacked experts, how many of them a token takes, and whether each choice travels apart."""
+
+    experts: MLPExperts
+    taken: int
+    apart: bool
 
 
 @dataclass(frozen=True)
@@ -138,20 +148,22 @@ class Setup:
         return build_optimizer(self.model, self.optimizer, fused=False).param_groups
 
     @cached_property
-    def expert_layers(self) -> list[tuple[MLPExperts, int]]:
-        """Stacked experts behind a router, each with how many of them a token takes."""
+    def expert_layers(self) -> list[ExpertLayer]:
+        """Stacked experts behind a router."""
         found = []
         for layer in ffn_layers(self.model):
             experts = getattr(layer, "experts", None)
             if isinstance(experts, MLPExperts):
                 names = (name for name in ("top_k", "num_hashes") if hasattr(layer, name))
-                found.append((experts, int(getattr(layer, next(names)))))
+                taken, router = int(getattr(layer, next(names))), getattr(layer, "router", None)
+                apart = isinstance(router, RouterOptions) and router.weights.apply_to == "input"
+                found.append(ExpertLayer(experts, taken, apart))
         return found
 
     @cached_property
     def expert_parameters(self) -> set[Parameter]:
         """Those that expert parallelism shards."""
-        return {p for experts, _ in self.expert_layers for p in experts.parameters()}
+        return {p for layer in self.expert_layers for p in layer.experts.parameters()}
 
     @cached_property
     def buffers(self) -> list[Tensor]:
