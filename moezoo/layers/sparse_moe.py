@@ -44,6 +44,11 @@ def _check_weighed_shared(layer: SparseMoE) -> None:
         )
 
 
+def _sequences(hidden: Tensor) -> tuple[int, int] | None:
+    """Return how many sequences of what length there are; None for tokens of no known sequence."""
+    return (hidden.shape[0], hidden.shape[1]) if hidden.ndim == 3 else None
+
+
 class SparseMoE(FeedForward):
     """A sparse mixture of MLP or GLU experts; dropless unless a capacity is given.
 
@@ -115,7 +120,7 @@ class SparseMoE(FeedForward):
             _check_weighed_shared(self)
         balance.check()
         if capacity is not None:
-            capacity.check()
+            capacity.check(router)
             if router.choice == "expert":
                 raise InputError(
                     "capacity: expert choice fills every expert exactly; set it to null"
@@ -207,8 +212,8 @@ class SparseMoE(FeedForward):
 
     def _route(self, hidden: Tensor, context: TokenContext, limited: bool) -> Routing:
         tokens, router_TD, flat_mask = self._flatten(hidden, context)
-        sequences = (hidden.shape[0], hidden.shape[1]) if hidden.ndim == 3 else None
-        return self.adjust(self.gate(router_TD, flat_mask, sequences, limited), tokens, context)
+        routing = self.gate(router_TD, flat_mask, _sequences(hidden), limited)
+        return self.adjust(routing, tokens, context)
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights, before capacity."""
@@ -244,7 +249,8 @@ class SparseMoE(FeedForward):
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
         context = TokenContext(token_ids, None, mask)
-        routing = self.adjust(self.gate.select(tokens, flat_mask), tokens, context)
+        routing = self.gate.select(tokens, flat_mask, _sequences(hidden))
+        routing = self.adjust(routing, tokens, context)
         weigh_inputs = self.router.weights.apply_to == "input"
         chosen = operands_of(tokens, routing, weigh_inputs)
         output = self.experts.infer(*chosen, routing.max_assignments)

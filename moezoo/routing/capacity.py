@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import cast
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def within_capacity(indices_TK: Tensor, num_experts: int, capacity: Tensor | int
     Args:
         indices_TK: chosen experts, best first; -1 for none.
         num_experts: number of experts E.
-        capacity: assignments one expert takes.
+        capacity: assignments that each expert takes, one number or ``(E,)``.
 
     Returns:
         ``(T, K)`` bool; false at -1.
@@ -81,16 +81,34 @@ def within_capacity(indices_TK: Tensor, num_experts: int, capacity: Tensor | int
     position = torch.arange(experts.numel(), device=experts.device)
     # searchsorted finds where each expert's run starts, so the difference is a place in the queue.
     start = torch.searchsorted(arranged, torch.arange(num_experts, device=experts.device))
-    place = position - start[arranged.clamp(min=0)]
+    expert = arranged.clamp(min=0)
+    if isinstance(capacity, Tensor) and capacity.ndim:
+        capacity = capacity[expert]
     served = torch.zeros_like(experts, dtype=torch.bool)
-    served[order] = (place < capacity) & (arranged >= 0)
+    served[order] = (position - start[expert] < capacity) & (arranged >= 0)
     return served.reshape(indices_TK.shape[1], indices_TK.shape[0]).t()
 
 
+class Asked(NamedTuple):
+    """The assignments that tokens ask for.
+
+    Attributes:
+        indices: ``(T, K)`` chosen experts, best first; -1 for none.
+        weights: ``(T, K)``, by which second choices are kept at random.
+        scores: ``(T, K)``, whose largest says which token is served first.
+        mask: ``(T,)``, true at real tokens.
+        sequences: how many sequences of what length the tokens are.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    scores: Tensor
+    mask: Tensor | None
+    sequences: tuple[int, int]
+
+
 def limit(
-    indices_TK: Tensor,
-    weights_TK: Tensor,
-    mask_T: Tensor | None,
+    asked: Asked,
     num_experts: int,
     share: tuple[int, int],
     options: CapacityOptions,
@@ -99,9 +117,7 @@ def limit(
     """Drop the assignments that experts have no room for.
 
     Args:
-        indices_TK: chosen experts, best first; -1 for none.
-        weights_TK: their weights.
-        mask_T: true at real tokens.
+        asked: what tokens ask for.
         num_experts: number of experts E.
         share: of the tokens, what :func:`exact_share` returned.
         options: of the layer.
@@ -110,14 +126,52 @@ def limit(
     Returns:
         The indices, -1 where dropped; how many were dropped; and an upper bound on those left.
     """
-    tokens, top_k = indices_TK.shape
+    indices_TK, tokens = asked.indices, len(asked.indices)
     if second_choice_threshold:
-        keep = weights_TK.detach() / second_choice_threshold
+        keep = asked.weights.detach() / second_choice_threshold
         keep[:, 0] = 1.0
         indices_TK = indices_TK.masked_fill(torch.rand_like(keep) >= keep, -1)
-    capacity = capacity_of(count_tokens(indices_TK, mask_T), share, options.minimum)
-    served = within_capacity(indices_TK, num_experts, capacity)
+    queues_TK, queues = indices_TK, num_experts
+    if options.scope == "sequence":
+        # Each expert has a queue per sequence.
+        parts, tokens = asked.sequences
+        queues = parts * num_experts
+        part_T = torch.arange(parts, device=indices_TK.device).repeat_interleave(tokens)
+        queues_TK = indices_TK + num_experts * part_T.unsqueeze(-1)
+        queues_TK = queues_TK.masked_fill(indices_TK < 0, -1)
+        room = _room(_tokens_of_each(asked), share, options).repeat_interleave(num_experts)
+    else:
+        room = _room(count_tokens(indices_TK, asked.mask), share, options)
+    if options.order == "score":
+        first_T = asked.scores.detach().amax(dim=-1).argsort(descending=True, stable=True)
+        served = torch.zeros_like(queues_TK, dtype=torch.bool)
+        served[first_T] = within_capacity(queues_TK[first_T], queues, room)
+    else:
+        served = within_capacity(queues_TK, queues, room)
     dropped = ((indices_TK >= 0) & ~served).sum()
     # Exact numbers grow with the count of tokens, padding included: this one is never too low.
-    bound = num_experts * cast("int", capacity_of(tokens, share, options.minimum))
-    return indices_TK.masked_fill(~served, -1), dropped, min(tokens * top_k, bound)
+    bound = queues * _room(tokens, share, options)
+    return indices_TK.masked_fill(~served, -1), dropped, min(indices_TK.numel(), bound)
+
+
+def _tokens_of_each(asked: Asked) -> Tensor:
+    """Count the real tokens of each sequence."""
+    parts, length = asked.sequences
+    if asked.mask is None:
+        return torch.full((parts,), length, device=asked.indices.device)
+    return asked.mask.reshape(parts, length).sum(dim=1)
+
+
+@overload
+def _room(tokens: Tensor, share: tuple[int, int], options: CapacityOptions) -> Tensor: ...
+
+
+@overload
+def _room(tokens: int, share: tuple[int, int], options: CapacityOptions) -> int: ...
+
+
+def _room(tokens: Tensor | int, share: tuple[int, int], options: CapacityOptions) -> Tensor | int:
+    if options.fixed is None:
+        return capacity_of(tokens, share, options.minimum)
+    fixed = options.fixed
+    return tokens.clamp(max=fixed) if isinstance(tokens, Tensor) else min(tokens, fixed)

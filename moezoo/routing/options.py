@@ -284,8 +284,8 @@ class CapacityOptions:
     """A limit on the tokens one expert takes: ``ceil(factor * top_k * tokens / num_experts)``.
 
     In exact arithmetic on the factor as it was written; never more than the tokens there are.
-    Tokens are served in order of position, all first choices before any second choice; what
-    overflows adds nothing (arXiv:2006.16668, algorithm 1; arXiv:2101.03961, eq. 3).
+    All first choices are served before any second choice; what overflows adds nothing
+    (arXiv:2006.16668, algorithm 1; arXiv:2101.03961, eq. 3).
 
     Attributes:
         factor: capacity factor while training.
@@ -293,20 +293,44 @@ class CapacityOptions:
         minimum: an expert's capacity is never below this, unless there are fewer tokens.
         second_choice_threshold: while training, keep a later choice of weight g with probability
             min(1, g / threshold); 0 keeps all.
+        fixed: so many tokens per expert, whatever the factors and the minimum (transformers'
+            ``expert_capacity``). None: those of the factors.
+        scope: tokens are those of the ``batch``, or of a ``sequence``: each has the same room in
+            every expert, and takes none from the others (Switch in transformers).
+        order: tokens are served by their ``position``, or the one with the largest score first
+            (``score``: batch prioritized routing, arXiv:2106.05974, section 4; NLLB).
+        normalize: weights are normalized over the chosen experts (``before`` dropping), or over
+            those that are left (``after``; NLLB), by whose raw scores second choices are kept then.
     """
 
     factor: float = 1.25
     eval_factor: float = 2.0
     minimum: int = 1
     second_choice_threshold: float = 0.0
+    fixed: int | None = None
+    scope: Literal["batch", "sequence"] = "batch"
+    order: Literal["position", "score"] = "position"
+    normalize: Literal["before", "after"] = "before"
 
-    def check(self) -> None:
+    def check(self, router: RouterOptions) -> None:
         """Check the options.
 
+        Args:
+            router: options of the router whose choices are limited.
+
         Raises:
-            InputError: a value is out of range.
+            InputError: a value is out of range, or contradicts the router's.
         """
         check_number("capacity.factor", self.factor)
         check_number("capacity.eval_factor", self.eval_factor)
         check_int("capacity.minimum", self.minimum, minimum=0)
         check_number("capacity.second_choice_threshold", self.second_choice_threshold)
+        if self.fixed is not None:
+            check_int("capacity.fixed", self.fixed)
+        check_choice("capacity.scope", self.scope, ("batch", "sequence"))
+        check_choice("capacity.order", self.order, ("position", "score"))
+        check_choice("capacity.normalize", self.normalize, ("before", "after"))
+        if self.normalize == "after" and not router.normalize:
+            raise InputError(
+                "capacity.normalize: weights are not normalized; set router.normalize to true"
+            )

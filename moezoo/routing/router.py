@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from moezoo.routing import losses as L
 from moezoo.routing.balance import Choice, Logits, balance_losses
-from moezoo.routing.capacity import exact_share, limit
+from moezoo.routing.capacity import Asked, exact_share, limit
 from moezoo.routing.choose import within_groups
 from moezoo.routing.deferred import statistics
 from moezoo.routing.logits import normed_input, scaled_logits
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.scores import scores_of, shares_of
 from moezoo.routing.stats import mean_entropy, slot_stats
-from moezoo.routing.weights import total_of
+from moezoo.routing.weights import Chosen, total_of
 from moezoo.routing.wide_linear import wide_linear
 from moezoo.training_state import TrainingState
 from moezoo_kernels.dtypes import at_least_fp32, without_autocast
@@ -167,27 +167,29 @@ class Router(TrainingState):
             sequences = sequences or (1, len(hidden_TD))
             return self._tokens_choose(hidden_TD, mask_T, sequences, limited)
 
-    def select(self, hidden_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
+    def select(
+        self,
+        hidden_TD: Tensor,
+        mask_T: Tensor | None = None,
+        sequences: tuple[int, int] | None = None,
+    ) -> Routing:
         """Return the routing of a call, without losses and statistics.
 
         Decoding one token, those take longer than the choice.
         """
         if self.training or self.options.choice == "expert":
-            return self(hidden_TD, mask_T)._replace(losses={}, stats={})
+            return self(hidden_TD, mask_T, sequences)._replace(losses={}, stats={})
         with without_autocast(hidden_TD.device.type):
             hidden_TD = self._normed(hidden_TD)
             logits_TE = self._logits(hidden_TD)
-            scores_TE = scores_of(logits_TE, self.options.score)
-            indices_TK = self._choose(scores_TE, logits_TE)
-            weights_TK, shared_TS = self._weigh(scores_TE, indices_TK, hidden_TD)
-            bound = indices_TK.numel()
-            if mask_T is not None:
-                indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
-            if self.capacity is not None:
-                indices_TK, _, bound = self._limit(indices_TK, weights_TK, mask_T)
-            if mask_T is not None or self.capacity is not None:
-                weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
-            return Routing(indices_TK, weights_TK, {}, {}, bound, shared_TS)
+            chosen = self._chosen(hidden_TD, scores_of(logits_TE, self.options.score), logits_TE)
+            if mask_T is None and self.capacity is None:
+                bound = chosen.indices.numel()
+                return Routing(chosen.indices, chosen.weights, {}, {}, bound, chosen.shared_weights)
+            chosen = chosen.masked(mask_T)
+            sequences = sequences or (1, len(hidden_TD))
+            left, _, bound = self._limit(chosen, mask_T, sequences)
+            return Routing(left.indices, left.weights, {}, {}, bound, left.shared_weights)
 
     def _logits(self, hidden_TD: Tensor) -> Tensor:
         options = self.options.logits
@@ -221,35 +223,37 @@ class Router(TrainingState):
         probabilities_TE = shares_of(scores_TE, self.options.score)
         if self.training and self.options.expert_dropout:
             scores_TE = scores_TE * (torch.rand_like(scores_TE) >= self.options.expert_dropout)
-        indices_TK = self._choose(scores_TE, noisy_TE)
-        weights_TK, shared_TS = self._weigh(scores_TE, indices_TK, hidden_TD)
-        if mask_T is not None:
-            indices_TK = indices_TK.masked_fill(~mask_T.unsqueeze(-1), -1)
+        chosen = self._chosen(hidden_TD, scores_TE, noisy_TE).masked(mask_T)
 
         logits = Logits(clean_TE, noisy_TE, std_TE)
-        choice = Choice(probabilities_TE, indices_TK, weights_TK)
+        choice = Choice(probabilities_TE, chosen.indices, chosen.weights)
         aux = balance_losses(self.balance, logits, choice, mask_T, sequences, self._step_counts)
-        asked, dropped = (probabilities_TE, indices_TK, weights_TK, mask_T), None
-        bound = indices_TK.numel()
-        if limited:
-            indices_TK, dropped, bound = self._limit(indices_TK, weights_TK, mask_T)
+        left, dropped, bound = self._limit(chosen, mask_T, sequences if limited else None)
+        asked = (probabilities_TE, chosen.indices, chosen.weights, mask_T)
         stats = statistics(self, self._stats, *asked, dropped)
-        weights_TK = weights_TK.masked_fill(indices_TK < 0, 0.0)
-        return Routing(indices_TK, weights_TK, aux, stats, bound, shared_TS)
+        return Routing(left.indices, left.weights, aux, stats, bound, left.shared_weights)
 
-    def _weigh(
-        self, scores_TE: Tensor, indices_TK: Tensor, hidden_TD: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Weigh the chosen experts by their scores, normalised and scaled, and shared ones too."""
-        options, weights_TK, shared_TS = self.options, scores_TE.gather(1, indices_TK), None
-        if options.weights.with_shared:
-            logits_TS = scaled_logits(wide_linear(hidden_TD, self.shared_weight), options.logits)
-            shared_TS = scores_of(logits_TS, options.score)
+    def _chosen(self, hidden_TD: Tensor, scores_TE: Tensor, logits_TE: Tensor) -> Chosen:
+        """Choose experts and weigh them by their scores, and shared experts if asked."""
+        indices_TK, shared_TS = self._choose(scores_TE, logits_TE), None
+        if self.options.weights.with_shared:
+            logits_TS = wide_linear(hidden_TD, self.shared_weight)
+            logits_TS = scaled_logits(logits_TS, self.options.logits)
+            shared_TS = scores_of(logits_TS, self.options.score)
+        scores_TK = scores_TE.gather(1, indices_TK)
+        return self._weigh(Chosen(indices_TK, scores_TK, shared_TS, scores_TK, shared_TS))
+
+    def _weigh(self, chosen: Chosen) -> Chosen:
+        """Take the scores for weights, normalised and scaled as asked."""
+        options = self.options
+        weights_TK, shared_TS = chosen.scores, chosen.shared_scores
         factors: list[Tensor | float] = [options.scale]
         if options.weights.learned_scale:
             factors.append(self.learned_scale.to(weights_TK.dtype))
         if options.normalize:
             total_T1 = total_of(weights_TK, shared_TS, options)
+            if self.capacity is not None and self.capacity.normalize == "after":
+                total_T1 = total_T1.masked_fill(total_T1 == 0, 1.0)  # all choices were dropped
             weights_TK = weights_TK / total_T1
             shared_TS = None if shared_TS is None else shared_TS / total_T1
         for factor in factors:
@@ -257,9 +261,10 @@ class Router(TrainingState):
             shared_TS = None if shared_TS is None else shared_TS * factor
         if options.weights.expert_scale:
             # An embedding's gradient is summed in a fixed order, that of indexing is not.
-            scale_TK = F.embedding(indices_TK, self.expert_scale.unsqueeze(-1)).squeeze(-1)
+            experts_TK = chosen.indices.clamp(min=0)
+            scale_TK = F.embedding(experts_TK, self.expert_scale.unsqueeze(-1)).squeeze(-1)
             weights_TK = weights_TK * scale_TK.to(weights_TK.dtype)
-        return weights_TK, shared_TS
+        return chosen._replace(weights=weights_TK, shared_weights=shared_TS)
 
     def _noisy(self, clean_TE: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Add ``N(0, 1) * softplus(x W_noise)`` while training (arXiv:1701.06538, eq. 4)."""
@@ -292,16 +297,27 @@ class Router(TrainingState):
         return stats
 
     def _limit(
-        self, indices_TK: Tensor, weights_TK: Tensor, mask_T: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, int]:
-        """Return the indices with room, how many were dropped, how many may be left."""
-        if self.capacity is None:
-            return indices_TK, None, indices_TK.numel()
-        share = self._shares[0 if self.training else 1]
-        threshold = self.capacity.second_choice_threshold if self.training else 0.0
-        return limit(
-            indices_TK, weights_TK, mask_T, self.num_experts, share, self.capacity, threshold
-        )
+        self, chosen: Chosen, mask_T: Tensor | None, sequences: tuple[int, int] | None
+    ) -> tuple[Chosen, Tensor | None, int]:
+        """Return what experts have room for, how many were dropped, how many may be left.
+
+        Weights are zero where there is no expert. Without ``sequences`` there is room for all.
+        """
+        options, dropped, bound = self.capacity, None, chosen.indices.numel()
+        if options is not None and sequences is not None:
+            share = self._shares[0 if self.training else 1]
+            threshold = options.second_choice_threshold if self.training else 0.0
+            raw = options.normalize == "after"
+            weights_TK = chosen.scores if raw else chosen.weights
+            asked = Asked(chosen.indices, weights_TK, chosen.scores, mask_T, sequences)
+            indices_TK, dropped, bound = limit(asked, self.num_experts, share, options, threshold)
+            chosen = chosen._replace(indices=indices_TK)
+            if raw:
+                chosen = self._weigh(
+                    chosen._replace(scores=chosen.scores.masked_fill(indices_TK < 0, 0.0))
+                )
+        weights_TK = chosen.weights.masked_fill(chosen.indices < 0, 0.0)
+        return chosen._replace(weights=weights_TK), dropped, bound
 
     def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
         """Route to each expert its C best tokens (arXiv:2202.09368, section 3.2)."""

@@ -260,6 +260,32 @@ def test_second_choices_are_dropped_at_random_while_training_only():
     assert abs(kept[:, 1].sum() - probability.sum()) < 4 * spread
 
 
+def test_room_of_a_sequence_does_not_depend_on_the_others():
+    layer = moe(capacity=CapacityOptions(eval_factor=0.6, scope="sequence")).eval()
+    hidden = tokens(60).reshape(3, 20, D)
+    together = layer(hidden)
+    assert together.stats["dropped"] > 0
+    alone = torch.cat([layer(hidden[i : i + 1]).hidden for i in range(3)])
+    torch.testing.assert_close(together.hidden, alone, rtol=1e-12, atol=1e-12)
+    others = moe(capacity=CapacityOptions(eval_factor=0.6)).eval()
+    assert not torch.allclose(others(hidden).hidden, alone)
+
+
+@pytest.mark.parametrize("top_k", [2, 8])
+def test_weights_of_what_is_left_sum_to_one(top_k):
+    """Where all of a token's choices are dropped, to zero, without a NaN in any gradient."""
+    options = CapacityOptions(fixed=9, normalize="after", order="score")
+    layer = moe(top_k=top_k, capacity=options)
+    hidden = tokens().requires_grad_()
+    routing = layer.route(hidden)
+    total_T = routing.weights.sum(dim=-1)
+    left_T = (routing.indices >= 0).any(dim=-1)
+    assert not left_T.all()
+    torch.testing.assert_close(total_T, left_T.double(), rtol=1e-12, atol=0)
+    layer(hidden).hidden.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
 def test_expected_load_agrees_with_redrawn_noise():
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(512, 8, generator=generator) * 0.7 + torch.linspace(-0.5, 0.5, 8)
@@ -625,6 +651,13 @@ def test_load_statistics():
         ({"balance": {"z_loss": -1.0}}, "balance.z_loss: -1 is out of range"),
         ({"balance": {"load": float("nan")}}, "balance.load: nan is out of range"),
         ({"capacity": {"factor": "big"}}, "capacity.factor: 'big' is not a number"),
+        ({"capacity": {"fixed": 0}}, "capacity.fixed: 0 is out of range"),
+        ({"capacity": {"scope": "global"}}, "capacity.scope: 'global' is not known; choose from:"),
+        ({"capacity": {"order": "weight"}}, "capacity.order: 'weight' is not known"),
+        (
+            {"router": {"normalize": False}, "capacity": {"normalize": "after"}},
+            "capacity.normalize: weights are not normalized; set router.normalize to true",
+        ),
         ({"num_expert": 4}, "SparseMoE: unknown argument 'num_expert'; did you mean 'num_experts'"),
     ],
 )

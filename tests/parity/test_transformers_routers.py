@@ -17,7 +17,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moezoo import BalanceOptions, LogitOptions, RouterOptions, SparseMoE, WeightOptions
+from moezoo import (
+    BalanceOptions,
+    CapacityOptions,
+    LogitOptions,
+    RouterOptions,
+    SparseMoE,
+    WeightOptions,
+)
 
 pytest.importorskip("transformers")
 
@@ -121,6 +128,33 @@ def inkling_tensors(tensors: dict[str, Tensor]) -> Tensors:
 
 def llama4_tensors(tensors: dict[str, Tensor]) -> Tensors:
     return {n: t.mT if n.startswith("experts.") else t for n, t in tensors.items()}
+
+
+def switch_tensors(tensors: dict[str, Tensor]) -> Tensors:
+    for ours, theirs in (("gate_up_proj", "wi"), ("down_proj", "wo")):
+        rows = [tensors.pop(f"experts.expert_{e}.{theirs}.weight") for e in range(E)]
+        tensors[f"experts.{ours}"] = torch.stack(rows)
+    return tensors
+
+
+def nllb_router(**fields: Any) -> nn.Module:
+    common = {
+        "expert_capacity": 64,
+        "router_bias": False,
+        "router_ignore_padding_tokens": False,
+        "router_dtype": "float32",
+        "second_expert_policy": "all",
+        "batch_prioritized_routing": True,
+        "moe_eval_capacity_token_fraction": 0.2,
+    }
+    return their("nllb_moe", "NllbMoeTop2Router")(config(**{**common, **fields}))
+
+
+def dense_weights(result: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Return weights and indices from a weight for every expert, most of them zero."""
+    _, weights_TE, _ = result
+    best = weights_TE.topk(2, dim=-1)
+    return best.values, best.indices
 
 
 GROUPED = config(
@@ -286,6 +320,54 @@ CASES = {
         convert=llama4_tensors,
         call=lambda module, hidden: module(hidden)[0].reshape(hidden.shape),
     ),
+    "switch_transformers": Case(
+        lambda: their("switch_transformers", "SwitchTransformersSparseMLP")(
+            config(
+                d_model=D,
+                d_ff=F,
+                dropout_rate=0.0,
+                dense_act_fn="relu",
+                expert_capacity=6,
+                router_bias=True,
+                router_jitter_noise=0.0,
+                router_ignore_padding_tokens=False,
+                router_dtype="float32",
+            )
+        ),
+        RouterOptions(normalize=False, logits=LogitOptions(bias=True)),
+        {
+            "top_k": 1,
+            "gated": False,
+            "activation": "relu",
+            "capacity": CapacityOptions(fixed=6, scope="sequence"),
+        },
+        {"router.classifier.": "gate."},
+        exact=False,
+        convert=switch_tensors,
+    ),
+    # Their experts read the router's mask as indices, and only experts 0 and 1 run.
+    "nllb_moe": Case(
+        lambda: Their(nllb_router(normalize_router_prob_before_dropping=False), dense_weights),
+        RouterOptions(),
+        {
+            "top_k": 2,
+            "capacity": CapacityOptions(eval_factor=0.8, order="score", normalize="after"),
+        },
+        {"gate.classifier.": "gate."},
+        exact=False,
+    ),
+    "nllb_moe (before dropping)": Case(
+        lambda: Their(
+            nllb_router(
+                normalize_router_prob_before_dropping=True, batch_prioritized_routing=False
+            ),
+            dense_weights,
+        ),
+        RouterOptions(),
+        {"top_k": 2, "capacity": CapacityOptions(eval_factor=0.8)},
+        {"gate.classifier.": "gate."},
+        exact=False,
+    ),
     "flint": Case(
         lambda: their("flint", "FlintSparseMoeBlock")(config(norm_topk_prob=True)),
         RouterOptions(score="sigmoid"),
@@ -335,7 +417,8 @@ def outcome(case: Case, module: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
     (output * direction.to(hidden.dtype)).sum().backward()
     assert hidden.grad is not None
     found = {"hidden": output.detach(), "d hidden": hidden.grad}
-    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
     return found | dict(gradients if ours else converted(case, gradients))
 
 
@@ -354,8 +437,9 @@ def test_outputs_and_gradients_agree(name, dtype):
         assert scale > 0, key
         error = (found[key] - right).abs().max() / scale
         assert error <= tolerance, f"{key}: off by {error:.1e} of its largest"
-    counts = ours(hidden).stats["expert_counts"]
-    assert counts.max() > 2 * counts.min()
+    stats = ours(hidden).stats
+    assert stats["expert_counts"].max() > 2 * stats["expert_counts"].min()
+    assert bool(stats["dropped"] > 0) == ("capacity" in case.arguments)
 
 
 def test_experts_of_closed_groups_are_chosen_where_zero_wins():

@@ -93,7 +93,7 @@ ON_THE_LINE = [
     ),
     (
         [MOE, "--model.ffn.router.score=softmaxx"],
-        "model.ffn.init_args.router.score: 'softmaxx' is not one of softmax, sigmoid; "
+        "model.ffn.init_args.router.score: 'softmaxx' is not one of softmax, sigmoid, sqrt_softplus; "
         "did you mean 'softmax'?",
     ),
     (

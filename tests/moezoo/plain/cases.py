@@ -120,6 +120,32 @@ CONVENTIONS = {
         capacity=CapacityOptions(factor=0.9, second_choice_threshold=0.5),
         router=RouterOptions(scale=1.5),
     ),
+    "capacity_of_each_sequence": _moe(
+        top_k=2,
+        capacity=CapacityOptions(factor=0.7, eval_factor=0.6, scope="sequence"),
+        router=RouterOptions(scale=1.5),
+    ),
+    "capacity_by_score": _moe(
+        top_k=2,
+        capacity=CapacityOptions(
+            factor=0.7,
+            eval_factor=0.8,
+            order="score",
+            normalize="after",
+            second_choice_threshold=0.5,
+        ),
+        router=RouterOptions(selection_bias=True, scale=1.3, weights=WeightOptions(minimum=0.4)),
+        balance=BalanceOptions(0.2, importance=0.3),
+    ),
+    "capacity_fixed": _moe(
+        top_k=3,
+        bias=False,
+        num_shared_experts=1,
+        capacity=CapacityOptions(fixed=3, scope="sequence", order="score", normalize="after"),
+        router=RouterOptions(
+            score="sigmoid", weights=WeightOptions(p=2.0, with_shared=True, expert_scale=True)
+        ),
+    ),
     "expert_choice_of_three": _moe(
         top_k=3,
         router=RouterOptions(choice="expert", normalize=False, scale=1.7, jitter=0.1),

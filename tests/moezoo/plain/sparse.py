@@ -75,7 +75,7 @@ def _tokens_choose(
     drop = router["expert_dropout"] if call.training else 0.0
     drawn = torch.rand(size, dtype=hidden.dtype) if drop else None
 
-    clean, logits, spread, shares, chosen, gates = [], [], [], [], [], []
+    clean, logits, spread, shares, chosen, gates, wanted = [], [], [], [], [], [], []
     for t, x_D in enumerate(asking):
         x_D = _router_input(weights, router["logits"], x_D)
         clean_E = logits_E = _logits(weights, router["logits"], x_D)
@@ -100,6 +100,7 @@ def _tokens_choose(
                 logit = weights["gate.shared_weight"][number] @ x_D
                 raw[-1 - number] = _score(_scaled(logit, router["logits"]), router)
         gates.append(_weighed(weights, router, raw) if real[t] else {})
+        wanted.append((mine, raw) if real[t] else ([], {}))
         chosen.append(mine if real[t] else [])
         clean.append(clean_E)
         logits.append(logits_E)
@@ -113,7 +114,8 @@ def _tokens_choose(
             load_E = _expected_load(clean, logits, spread, top_k, real)
         losses["load"] = weight * _squared_variation(load_E)
     if capacity is not None:
-        gates = _within_capacity(gates, chosen, sum(real), options, call.training)
+        length = hidden.shape[1] if hidden.ndim == 3 else len(chosen)
+        gates = _within_capacity(weights, options, wanted, gates, length, call.training)
     return gates, losses, counts
 
 
@@ -202,31 +204,47 @@ def _within_groups(wanted_E: Tensor, router: Options) -> Tensor:
 
 
 def _within_capacity(
-    gates: list[dict[int, Tensor]],
-    chosen: list[list[int]],
-    tokens: int,
+    weights: Weights,
     options: Options,
+    wanted: list[tuple[list[int], dict[int, Tensor]]],
+    gates: list[dict[int, Tensor]],
+    length: int,
     training: bool,
 ) -> list[dict[int, Tensor]]:
-    """Keep what experts have room for (arXiv:2006.16668, algorithm 1; 2101.03961, eq. 3)."""
-    capacity, top_k = options["capacity"], options["top_k"]
+    """Keep what experts have room for (arXiv:2006.16668, algorithm 1; 2101.03961, eq. 3).
+
+    ``wanted`` has each token's experts, best first, and their raw scores.
+    """
+    capacity, top_k, experts = options["capacity"], options["top_k"], options["num_experts"]
     factor = Fraction(str(capacity["factor" if training else "eval_factor"]))
-    room = max(capacity["minimum"], math.ceil(factor * top_k * tokens / options["num_experts"]))
     threshold = capacity["second_choice_threshold"] if training else 0.0
-    drawn = torch.rand(len(chosen), top_k, dtype=torch.float64) if threshold else None
-    taken = [0] * options["num_experts"]
-    kept = [{e: gate for e, gate in mine.items() if e < 0} for mine in gates]
-    for place in range(top_k):  # all first choices before any second
-        for t, mine in enumerate(chosen):
-            if place >= len(mine):
-                continue
-            e = mine[place]
-            if drawn is not None and place and drawn[t, place] >= gates[t][e] / threshold:
-                continue
-            if taken[e] < min(room, tokens):
-                taken[e] += 1
-                kept[t][e] = gates[t][e]
-    return kept
+    drawn = torch.rand(len(wanted), top_k, dtype=torch.float64) if threshold else None
+    after = capacity["normalize"] == "after"
+    left: list[dict[int, Tensor]] = [{e: s for e, s in raw.items() if e < 0} for _, raw in wanted]
+    size = length if capacity["scope"] == "sequence" else max(len(wanted), 1)
+    for first in range(0, len(wanted), size):
+        members = list(range(first, min(first + size, len(wanted))))
+        if capacity["order"] == "score":  # arXiv:2106.05974, section 4
+            members.sort(key=lambda t: -max((wanted[t][1][e] for e in wanted[t][0]), default=0.0))
+        tokens = sum(bool(wanted[t][0]) for t in members)
+        room = max(capacity["minimum"], math.ceil(factor * top_k * tokens / experts))
+        room = min(room if capacity["fixed"] is None else capacity["fixed"], tokens)
+        taken = [0] * experts
+        for place in range(top_k):  # all first choices before any second
+            for t in members:
+                mine, raw = wanted[t]
+                if place >= len(mine):
+                    continue
+                e = mine[place]
+                kept_by = raw[e] if after else gates[t][e]
+                if drawn is not None and place and drawn[t, place] >= kept_by / threshold:
+                    continue
+                if taken[e] < room:
+                    taken[e] += 1
+                    left[t][e] = raw[e]
+    if after:
+        return [_weighed(weights, options["router"], raw) if raw else {} for raw in left]
+    return [{e: gates[t][e] for e in raw if e in gates[t]} for t, raw in enumerate(left)]
 
 
 def _losses(
