@@ -208,24 +208,29 @@ class SparseMoE(FeedForward):
             token_ids: ``(...)`` int64, for :meth:`adjust`.
             limited: whether the limit on capacity applies, if there is one.
         """
-        return self._route(hidden, TokenContext(token_ids, router_input, mask), limited)
+        return self._route(hidden, TokenContext(token_ids, router_input, mask), limited)[1]
 
-    def _route(self, hidden: Tensor, context: TokenContext, limited: bool) -> Routing:
+    def _route(
+        self, hidden: Tensor, context: TokenContext, limited: bool
+    ) -> tuple[Tensor, Routing, Tensor | None]:
+        """Return what the experts read, ``(T, D)``, the routing, and the mask ``(T,)``."""
         tokens, router_TD, flat_mask = self._flatten(hidden, context)
+        factors = self.gate.jitter_of(router_TD) if self.router.jitter_experts else None
+        if factors is not None:
+            tokens, router_TD = (tokens * factors).to(tokens.dtype), router_TD * factors
         routing = self.gate(router_TD, flat_mask, _sequences(hidden), limited)
-        return self.adjust(routing, tokens, context)
+        return tokens, self.adjust(routing, tokens, context), flat_mask
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights, before capacity."""
-        routing = self._route(hidden, context, limited=False)
+        _, routing, _ = self._route(hidden, context, limited=False)
         return slot_load(routing.indices, routing.weights.abs(), self.num_experts)
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Sum up each token's weighted experts; by brute force, run all of them on all tokens."""
-        tokens, _, flat_mask = self._flatten(hidden, context)
-        routing = self._route(hidden, context, limited=True)
+        tokens, routing, flat_mask = self._route(hidden, context, limited=True)
         weigh_inputs = self.router.weights.apply_to == "input"
         chosen = operands_of(tokens, routing, weigh_inputs)
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
@@ -246,6 +251,8 @@ class SparseMoE(FeedForward):
         self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Route each token to its experts and sum their weighted outputs, and no more."""
+        if self.training:
+            return self(hidden, token_ids=token_ids, mask=mask).hidden
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
         context = TokenContext(token_ids, None, mask)

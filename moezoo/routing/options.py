@@ -23,7 +23,7 @@ def check_top_k(top_k: int, num_experts: int) -> int:
     return top_k
 
 
-SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+SCORES = ("softmax", "sigmoid", "sqrt_softplus", "sparse_mixer")
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,16 @@ class RouterOptions:
         choice: ``token``: each token takes its top_k experts. ``expert``: each expert takes its
             best tokens, top_k per token on average (arXiv:2202.09368); not causal.
         score: turn logits into scores by ``softmax`` over all experts, by ``sigmoid`` each or by
-            ``sqrt_softplus`` each, the root of log(1 + e^l) (DeepSeek-V4).
+            ``sqrt_softplus`` each, the root of log(1 + e^l) (DeepSeek-V4). ``sparse_mixer``: a
+            softmax over the logits near the best, from which experts are sampled in training, one
+            after another (PhiMoE, arXiv:2409.12136).
         normalize: divide the selected scores by their sum (Mixtral, GShard, DeepSeek-V3).
         scale: factor on the weights after that (DeepSeek's routed_scaling_factor).
         noise: add Gaussian noise of learned size to the logits while training (arXiv:1701.06538).
         jitter: multiply the router's input by U(1 - jitter, 1 + jitter) while training (Switch).
+        jitter_experts: what experts read is multiplied by the same numbers (Mixtral).
+        mixer_eps: of ``sparse_mixer``: logits are near the best if they are below it by no more
+            than twice this share of their size.
         num_groups: split the experts into this many groups; 1 for none (arXiv:2405.04434).
         top_groups: take experts only from this many groups per token.
         group_score: a group is as good as its best expert, ``max`` (DeepSeek-V2), or as the
@@ -141,11 +146,13 @@ class RouterOptions:
     """
 
     choice: Literal["token", "expert"] = "token"
-    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    score: Literal["softmax", "sigmoid", "sqrt_softplus", "sparse_mixer"] = "softmax"
     normalize: bool = True
     scale: float = 1.0
     noise: bool = False
     jitter: float = 0.0
+    jitter_experts: bool = False
+    mixer_eps: float = 0.01
     num_groups: int = 1
     top_groups: int = 1
     group_score: Literal["max", "sum_of_two"] | None = None
@@ -174,6 +181,12 @@ class RouterOptions:
         self.weights.check(self.normalize)
         check_number("router.scale", self.scale)
         check_number("router.jitter", self.jitter, maximum=1.0)
+        check_flag("router.jitter_experts", self.jitter_experts)
+        if self.jitter_experts and not self.jitter:
+            raise InputError("router.jitter_experts: there is no jitter; set jitter above 0")
+        check_number("router.mixer_eps", self.mixer_eps)
+        if self.score == "sparse_mixer":
+            self._check_sparse_mixer()
         check_number("router.bias_update_rate", self.bias_update_rate)
         check_number("router.expert_dropout", self.expert_dropout, maximum=1.0)
         if self.expert_dropout and self.score != "sigmoid":
@@ -200,7 +213,7 @@ class RouterOptions:
                 f"router.top_groups: {self.top_groups} groups of {group} experts "
                 f"hold fewer than top_k={top_k}; raise top_groups or lower top_k"
             )
-        if self.weights.with_shared and self.score == "softmax":
+        if self.weights.with_shared and self.score not in ("sigmoid", "sqrt_softplus"):
             raise InputError(
                 "router.weights.with_shared: a softmax is over routed experts only; set score to "
                 "sigmoid or sqrt_softplus"
@@ -221,6 +234,15 @@ class RouterOptions:
                 "router.normalize: with top_k=1 a normalized weight is always 1 and the router "
                 "never learns; set normalize to false"
             )
+
+    def _check_sparse_mixer(self) -> None:
+        for name in ("normalize", "noise", "selection_bias"):
+            if getattr(self, name):
+                raise InputError(f"router.{name}: has no meaning in sparse_mixer; set it to false")
+        if self.num_groups > 1:
+            raise InputError("router.num_groups: has no meaning in sparse_mixer; set it to 1")
+        if self.select_on == "logit":
+            raise InputError("router.select_on: sparse_mixer samples by the score; use score")
 
     def _check_expert_choice(self) -> None:
         if self.score != "softmax":

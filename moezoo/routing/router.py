@@ -20,6 +20,7 @@ from moezoo.routing.deferred import statistics
 from moezoo.routing.logits import normed_input, scaled_logits
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.scores import scores_of, shares_of
+from moezoo.routing.sparse_mixer import sparse_mixer
 from moezoo.routing.stats import mean_entropy, slot_stats
 from moezoo.routing.weights import Chosen, total_of
 from moezoo.routing.wide_linear import wide_linear
@@ -156,7 +157,7 @@ class Router(TrainingState):
         """Route.
 
         Args:
-            hidden_TD: what the router reads.
+            hidden_TD: what the router reads; with ``jitter_experts`` jittered already.
             mask_T: true at real tokens; padding goes to no expert and is not counted.
             sequences: how many sequences of what length the T tokens are; default one.
             limited: whether the limit on capacity applies, if there is one.
@@ -202,12 +203,16 @@ class Router(TrainingState):
             return hidden_TD
         return normed_input(hidden_TD, self.input_scale, options.norm_eps)
 
-    def _jittered(self, hidden_TD: Tensor) -> Tensor:
+    def jitter_of(self, hidden_TD: Tensor) -> Tensor | None:
+        """Draw factors for what the router reads, in fp32 or wider; None without jitter."""
         jitter = self.options.jitter
         if not (self.training and jitter):
-            return hidden_TD
-        hidden_TD = at_least_fp32(hidden_TD)
-        return hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - jitter, 1 + jitter)
+            return None
+        return torch.empty_like(at_least_fp32(hidden_TD)).uniform_(1 - jitter, 1 + jitter)
+
+    def _jittered(self, hidden_TD: Tensor) -> Tensor:
+        factors_TD = None if self.options.jitter_experts else self.jitter_of(hidden_TD)
+        return hidden_TD if factors_TD is None else at_least_fp32(hidden_TD) * factors_TD
 
     def _tokens_choose(
         self,
@@ -235,11 +240,15 @@ class Router(TrainingState):
 
     def _chosen(self, hidden_TD: Tensor, scores_TE: Tensor, logits_TE: Tensor) -> Chosen:
         """Choose experts and weigh them by their scores, and shared experts if asked."""
+        options = self.options
+        if options.score == "sparse_mixer":
+            mixed = sparse_mixer(logits_TE, self.top_k, options.mixer_eps, self.training)
+            return self._weigh(Chosen(mixed[0], mixed[1], None, mixed[1], None))
         indices_TK, shared_TS = self._choose(scores_TE, logits_TE), None
-        if self.options.weights.with_shared:
+        if options.weights.with_shared:
             logits_TS = wide_linear(hidden_TD, self.shared_weight)
-            logits_TS = scaled_logits(logits_TS, self.options.logits)
-            shared_TS = scores_of(logits_TS, self.options.score)
+            logits_TS = scaled_logits(logits_TS, options.logits)
+            shared_TS = scores_of(logits_TS, options.score)
         scores_TK = scores_TE.gather(1, indices_TK)
         return self._weigh(Chosen(indices_TK, scores_TK, shared_TS, scores_TK, shared_TS))
 

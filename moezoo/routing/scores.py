@@ -21,7 +21,10 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
     "sigmoid": lambda logits_TE: logits_TE.sigmoid(),
     "sqrt_softplus": _sqrt_softplus,
+    "sparse_mixer": lambda logits_TE: logits_TE.softmax(dim=-1),
 }
+COMPETING = ("softmax", "sparse_mixer")
+"""Scores that sum to one."""
 
 
 def scores_of(logits_TE: Tensor, score: str) -> Tensor:
@@ -31,6 +34,6 @@ def scores_of(logits_TE: Tensor, score: str) -> Tensor:
 
 def shares_of(scores_TE: Tensor, score: str) -> Tensor:
     """Return each expert's share of its token's scores; those of a softmax are shares already."""
-    if score == "softmax":
+    if score in COMPETING:
         return scores_TE
     return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)

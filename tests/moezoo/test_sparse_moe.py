@@ -20,6 +20,7 @@ from moezoo import (
 from moezoo.analysis.choices import slot_choices
 from moezoo.routing import losses
 from moezoo.routing.capacity import expert_capacity, within_capacity
+from moezoo.routing.sparse_mixer import sparse_mixer
 from moezoo.routing.stats import expert_counts, load_entropy, max_violation
 
 D = 16
@@ -337,6 +338,37 @@ def test_jitter_acts_on_the_router_only():
     torch.testing.assert_close(layer.train()(tokens()).hidden, layer.eval()(tokens()).hidden)
 
 
+def test_jitter_reaches_the_experts_if_asked():
+    options = RouterOptions(jitter=0.5, jitter_experts=True)
+    layer = moe(num_experts=2, router=options, num_shared_experts=1).train()
+    plain = moe(num_experts=2, num_shared_experts=1)
+    plain.load_state_dict(layer.state_dict())
+    torch.manual_seed(0)
+    factors = torch.empty(64, D, dtype=torch.float64).uniform_(0.5, 1.5)
+    torch.manual_seed(0)
+    found = layer(tokens()).hidden
+    torch.testing.assert_close(found, plain(tokens() * factors).hidden, rtol=0, atol=1e-12)
+    assert torch.equal(layer.eval()(tokens()).hidden, plain(tokens()).hidden)
+
+
+def test_sparse_mixer_samples_by_the_softmax_and_weighs_three_quarters_of_misses_by_a_third():
+    logits = torch.tensor([1.0, 0.9, 0.6, 0.1]).repeat(40_000, 1).double()
+    torch.manual_seed(0)
+    indices, weights = sparse_mixer(logits, 2, 0.25, training=True)
+    shares = logits[0, :3].softmax(-1)  # the last is below the best by more than half its size
+    first = torch.bincount(indices[:, 0], minlength=4) / len(logits)
+    torch.testing.assert_close(first[:3], shares.float(), rtol=0, atol=0.01)
+    assert first[3] == 0
+    of_second = weights[indices[:, 0] == 1, 0] / shares[1]
+    whole = (of_second > 0.9).double().mean()
+    torch.testing.assert_close(whole.item(), 0.25, rtol=0, atol=0.02)
+    torch.testing.assert_close(of_second.min().item(), 0.3333, rtol=1e-9, atol=0)
+    assert (indices[:, 0] != indices[:, 1]).all()
+    best, shares_of_best = sparse_mixer(logits[:1], 2, 0.25, training=False)
+    assert best.tolist() == [[0, 1]]
+    torch.testing.assert_close(shares_of_best[0, 0], shares[0])
+
+
 def test_bias_chooses_but_does_not_weigh():
     layer = moe(router=RouterOptions(score="sigmoid", selection_bias=True))
     before = layer.route(tokens())
@@ -611,6 +643,20 @@ def test_load_statistics():
         (
             {"router": {"choice": "expert", "normalize": False, "select_on": "logit"}},
             "router.select_on: experts compare their tokens by the score",
+        ),
+        ({"router": {"jitter_experts": True}}, "router.jitter_experts: there is no jitter; set"),
+        ({"router": {"mixer_eps": -1.0}}, "router.mixer_eps: -1 is out of range"),
+        (
+            {"router": {"score": "sparse_mixer"}},
+            "router.normalize: has no meaning in sparse_mixer; set it to false",
+        ),
+        (
+            {"router": {"score": "sparse_mixer", "normalize": False, "num_groups": 2}},
+            "router.num_groups: has no meaning in sparse_mixer; set it to 1",
+        ),
+        (
+            {"router": {"score": "sparse_mixer", "normalize": False, "select_on": "logit"}},
+            "router.select_on: sparse_mixer samples by the score; use score",
         ),
         ({"router": {"closed_groups": "zero"}}, "router.closed_groups: there is one group only"),
         ({"router": {"weights": {"p": 0.5}}}, "router.weights.p: 0.5 is out of range"),

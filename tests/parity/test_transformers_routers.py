@@ -87,6 +87,7 @@ class Case:
     exact: bool = True
     convert: Callable[[dict[str, Tensor]], Tensors] = lambda tensors: tensors
     bias_mean: float = 0.0
+    training: bool = False
     call: Callable[[nn.Module, Tensor], Tensor] = lambda module, hidden: module(hidden)
 
 
@@ -368,6 +369,31 @@ CASES = {
         {"gate.classifier.": "gate."},
         exact=False,
     ),
+    "phimoe": Case(
+        lambda: their("phimoe", "PhimoeSparseMoeBlock")(
+            config(router_jitter_noise=0.3, input_jitter_noise=0.0, num_experts_per_tok=2)
+        ),
+        RouterOptions(score="sparse_mixer", normalize=False, mixer_eps=0.3),
+        {"top_k": 2},
+        {"router.": "gate."},
+    ),
+    "phimoe (training)": Case(
+        lambda: their("phimoe", "PhimoeSparseMoeBlock")(
+            config(router_jitter_noise=0.3, input_jitter_noise=0.0, num_experts_per_tok=2)
+        ),
+        RouterOptions(score="sparse_mixer", normalize=False, mixer_eps=0.3),
+        {"top_k": 2},
+        {"router.": "gate."},
+        exact=False,
+        training=True,
+    ),
+    "mixtral (training)": Case(
+        lambda: their("mixtral", "MixtralSparseMoeBlock")(config(router_jitter_noise=0.2)),
+        RouterOptions(jitter=0.2, jitter_experts=True),
+        exact=False,
+        training=True,
+        call=lambda module, hidden: module(1.0 * hidden),  # it is changed in place
+    ),
     "flint": Case(
         lambda: their("flint", "FlintSparseMoeBlock")(config(norm_topk_prob=True)),
         RouterOptions(score="sigmoid"),
@@ -413,6 +439,7 @@ def outcome(case: Case, module: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
     direction = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
     hidden = hidden.clone().requires_grad_()
     ours = isinstance(module, SparseMoE)
+    torch.manual_seed(3)
     output = module(hidden).hidden if ours else case.call(module, hidden)
     (output * direction.to(hidden.dtype)).sum().backward()
     assert hidden.grad is not None
@@ -424,9 +451,11 @@ def outcome(case: Case, module: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_agree(name, dtype):
+def test_outputs_and_gradients_agree(name, dtype, monkeypatch):
     case = CASES[name]
-    ours, theirs = (module.to(dtype) for module in pair(case))
+    ours, theirs = (module.to(dtype).train(case.training) for module in pair(case))
+    if name.startswith("phimoe"):  # it draws some numbers twice, and takes the second ones
+        monkeypatch.setattr(Tensor, "uniform_", lambda tensor: tensor)
     hidden = torch.randn(3, 43, D, generator=torch.Generator().manual_seed(2)).to(dtype)
     hidden[..., 0] = 1.0 + 0.1 * hidden[..., 0]
     found, expected = (outcome(case, module, hidden) for module in (ours, theirs))

@@ -281,6 +281,7 @@ def test_the_kernels_step_what_they_know(build, rules, native_steps):
         {"num_groups": 2, "closed_groups": "zero"},
         {"weights": {"minimum": 0.9}},
         {"weights": {"apply_to": "input"}},
+        {"score": "sparse_mixer", "normalize": False, "mixer_eps": 0.3},
         {"weights": {"p": 2.0, "expert_scale": True}},
         {"weights": {"eps": 0.2, "learned_scale": True}},
     ],

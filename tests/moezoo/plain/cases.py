@@ -96,6 +96,27 @@ CONVENTIONS = {
         router=RouterOptions(noise=True, jitter=0.2, normalize=False),
         balance=BalanceOptions(z_loss=0.2, importance=0.3, load=0.4, entropy=0.5),
     ),
+    "jitter_of_experts": _moe(
+        top_k=3,
+        num_shared_experts=1,
+        router=RouterOptions(jitter=0.3, jitter_experts=True, noise=True),
+    ),
+    "sparse_mixer": _moe(
+        top_k=3,
+        balance=BalanceOptions(0.1, z_loss=0.2),
+        router=RouterOptions(
+            score="sparse_mixer",
+            normalize=False,
+            mixer_eps=0.4,
+            scale=1.3,
+            weights=WeightOptions(expert_scale=True),
+        ),
+    ),
+    "sparse_mixer_of_one": _moe(
+        top_k=1,
+        router=RouterOptions(score="sparse_mixer", normalize=False, mixer_eps=0.3, jitter=0.1),
+        capacity=CapacityOptions(factor=0.8, eval_factor=0.8),
+    ),
     "noise_of_all": _moe(
         num_experts=4,
         top_k=4,

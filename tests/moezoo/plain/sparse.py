@@ -32,6 +32,10 @@ from torch import Tensor
 def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
     """``y = Σ_{e chosen} g_e E_e(x) + Shared(x)`` (arXiv:1701.06538, eq. 1; 2401.06066, eq. 9)."""
     tokens, asking, real = tokens_of(hidden, call)
+    if options["router"]["jitter_experts"] and call.training:
+        factors = _jitter(asking, options["router"])
+        tokens = [x_D * factor_D for x_D, factor_D in zip(tokens, factors, strict=True)]
+        asking = [x_D * factor_D for x_D, factor_D in zip(asking, factors, strict=True)]
     route = _experts_choose if options["router"]["choice"] == "expert" else _tokens_choose
     gates, losses, counts = route(weights, options, hidden, asking, real, call)
     weighed = options["router"]["weights"]["with_shared"]
@@ -83,7 +87,7 @@ def _tokens_choose(
             spread_E = torch.log(1 + torch.exp(weights["gate.noise_weight"] @ x_D)) + 0.01
             logits_E = clean_E + noise[t] * spread_E
             spread.append(spread_E)
-        if router["score"] == "softmax":
+        if router["score"] in ("softmax", "sparse_mixer"):
             scores_E = share_E = softmax(logits_E)
         else:
             scores_E = _score(logits_E, router)
@@ -106,6 +110,11 @@ def _tokens_choose(
         logits.append(logits_E)
         shares.append(share_E)
 
+    if router["score"] == "sparse_mixer":
+        mixed = _mixed(logits, top_k, router["mixer_eps"], call.training)
+        chosen = [list(raw) if real[t] else [] for t, raw in enumerate(mixed)]
+        gates = [_weighed(weights, router, raw) if real[t] else {} for t, raw in enumerate(mixed)]
+        wanted = [(list(raw), raw) if real[t] else ([], {}) for t, raw in enumerate(mixed)]
     counts = _count(chosen, experts)
     losses = _losses(options, hidden, clean, shares, chosen, gates, real, call.earlier)
     if weight := options["balance"]["load"]:
@@ -181,11 +190,53 @@ def _shared_expert(weights: Weights, options: Options, number: int, x_D: Tensor)
 
 def _jittered(asking: Sequence[Tensor], router: Options, call: Call) -> Sequence[Tensor]:
     """Multiply what the router reads by random factors (arXiv:2101.03961, section 2.4)."""
-    if not (call.training and router["jitter"]):
+    if not (call.training and router["jitter"]) or router["jitter_experts"]:
         return asking
-    factors = torch.empty(len(asking), len(asking[0]), dtype=asking[0].dtype)
-    factors.uniform_(1 - router["jitter"], 1 + router["jitter"])
+    factors = _jitter(asking, router)
     return [x_D * factor_D for x_D, factor_D in zip(asking, factors, strict=True)]
+
+
+def _jitter(asking: Sequence[Tensor], router: Options) -> Tensor:
+    factors = torch.empty(len(asking), len(asking[0]), dtype=asking[0].dtype)
+    return factors.uniform_(1 - router["jitter"], 1 + router["jitter"])
+
+
+def _mixed(logits: list[Tensor], top_k: int, eps: float, training: bool) -> list[dict[int, Tensor]]:
+    """Sample experts one after another, as SparseMixer-v2 does (arXiv:2409.12136, section 2).
+
+    The gradient of a weight is that of its share of a softmax, ``p_e (1[e = o] - p_o)``.
+    """
+    found: list[dict[int, Tensor]] = [{} for _ in logits]
+    for _ in range(top_k):
+        noise, drawn = torch.zeros(len(logits), len(logits[0])), torch.zeros(len(logits))
+        if training:
+            noise = torch.empty_like(torch.stack(logits)).exponential_()
+            drawn = torch.rand(len(logits), 1, dtype=noise.dtype).flatten()
+        for t, logits_E in enumerate(logits):
+            values = logits_E.tolist()
+            left = [e for e in range(len(values)) if e not in found[t]]
+            top = max(values[e] for e in left)
+            near = [e for e in left if (top - values[e]) / max(abs(values[e]), top) <= 2 * eps]
+            share = dict(zip(near, softmax(torch.stack([logits_E[e] for e in near])), strict=True))
+            best_one = near[best(torch.tensor([values[e] for e in near]), 1)[0]]
+            chosen, factor = best_one, 1.0
+            if training:
+                chosen = max(near, key=lambda e, t=t: logits[t][e] - math.log(noise[t, e]))
+                factor = 1.0 if chosen == best_one or drawn[t] > 0.75 else 0.3333
+            found[t][chosen] = _StraightThrough.apply(share[chosen], factor)
+    return found
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Multiplies by a number that the gradient does not see."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        return factor * x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _within_groups(wanted_E: Tensor, router: Options) -> Tensor:
