@@ -34,13 +34,15 @@ class LogitOptions:
         bias: add a learned bias to the logits (GPT-OSS).
         norm: normalise the router's input first, ``x / rms(x) * g / sqrt(d)`` with a learned g
             (Gemma 4).
-        norm_eps: added to the mean square there.
+        mlp: width of an MLP of three layers before the linear map, ZAYA's; 0 for none.
+        norm_eps: added to the mean square where the router's input or the MLP is normalised.
         scale: factor on the logits (Muse Spark's output multiplier).
         softcap: cap c of the logits, ``c tanh(l / c)`` (Laguna); 0 for none.
     """
 
     bias: bool = False
     norm: bool = False
+    mlp: int = 0
     norm_eps: float = 1e-6
     scale: float = 1.0
     softcap: float = 0.0
@@ -53,6 +55,7 @@ class LogitOptions:
         """
         for name in ("bias", "norm"):
             check_flag(f"router.logits.{name}", getattr(self, name))
+        check_int("router.logits.mlp", self.mlp, minimum=0)
         for name in ("norm_eps", "scale", "softcap"):
             check_number(f"router.logits.{name}", getattr(self, name))
         if not self.scale:

@@ -18,6 +18,7 @@ from moezoo.routing.capacity import Asked, exact_share, limit
 from moezoo.routing.choose import within_groups
 from moezoo.routing.deferred import statistics
 from moezoo.routing.logits import normed_input, scaled_logits
+from moezoo.routing.mlp import RouterMLP
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.scores import scores_of, shares_of
 from moezoo.routing.sparse_mixer import sparse_mixer
@@ -85,15 +86,18 @@ class Router(TrainingState):
         self.options = options
         self.balance = balance
         self.capacity = capacity
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        width = options.logits.mlp or d_model
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
         if options.noise:
-            self.noise_weight = nn.Parameter(torch.empty(num_experts, d_model))
+            self.noise_weight = nn.Parameter(torch.empty(num_experts, width))
         if options.logits.bias:
             self.bias = nn.Parameter(torch.empty(num_experts))
+        if options.logits.mlp:
+            self.mlp = RouterMLP(d_model, options.logits.mlp, options.logits.norm_eps)
         if options.logits.norm:
             self.input_scale = nn.Parameter(torch.empty(d_model))
         if options.weights.with_shared:
-            self.shared_weight = nn.Parameter(torch.empty(num_shared, d_model))
+            self.shared_weight = nn.Parameter(torch.empty(num_shared, width))
         if options.weights.learned_scale:
             self.learned_scale = nn.Parameter(torch.empty(1))
         if options.weights.expert_scale:
@@ -124,6 +128,8 @@ class Router(TrainingState):
             self._draw(self.weight)
         if self.options.weights.with_shared:
             self._draw(self.shared_weight)
+        if self.options.logits.mlp:
+            self.mlp.reset_parameters()
         for name in ("input_scale", "learned_scale", "expert_scale"):
             if (scale := self._parameters.get(name)) is not None:
                 nn.init.ones_(scale)
@@ -135,7 +141,7 @@ class Router(TrainingState):
 
     def _draw(self, weight: Tensor) -> None:
         # Switch: truncated normal at two standard deviations, std sqrt(0.1 / fan_in).
-        std = (0.1 / self.d_model) ** 0.5
+        std = (0.1 / weight.shape[-1]) ** 0.5
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -181,7 +187,7 @@ class Router(TrainingState):
         if self.training or self.options.choice == "expert":
             return self(hidden_TD, mask_T, sequences)._replace(losses={}, stats={})
         with without_autocast(hidden_TD.device.type):
-            hidden_TD = self._normed(hidden_TD)
+            hidden_TD = self._features(hidden_TD)
             logits_TE = self._logits(hidden_TD)
             chosen = self._chosen(hidden_TD, scores_of(logits_TE, self.options.score), logits_TE)
             if mask_T is None and self.capacity is None:
@@ -197,11 +203,14 @@ class Router(TrainingState):
         logits_TE = wide_linear(hidden_TD, self.weight, self.bias if options.bias else None)
         return scaled_logits(logits_TE, options)
 
-    def _normed(self, hidden_TD: Tensor) -> Tensor:
+    def _features(self, hidden_TD: Tensor) -> Tensor:
+        """Return what the linear map reads."""
         options = self.options.logits
-        if not options.norm:
-            return hidden_TD
-        return normed_input(hidden_TD, self.input_scale, options.norm_eps)
+        if options.norm:
+            hidden_TD = normed_input(hidden_TD, self.input_scale, options.norm_eps)
+        if options.mlp:
+            hidden_TD = self.mlp(hidden_TD)
+        return hidden_TD
 
     def jitter_of(self, hidden_TD: Tensor) -> Tensor | None:
         """Draw factors for what the router reads, in fp32 or wider; None without jitter."""
@@ -221,7 +230,7 @@ class Router(TrainingState):
         sequences: tuple[int, int],
         limited: bool,
     ) -> Routing:
-        hidden_TD = self._normed(self._jittered(hidden_TD))
+        hidden_TD = self._features(self._jittered(hidden_TD))
         clean_TE = self._logits(hidden_TD)
         noisy_TE, std_TE = self._noisy(clean_TE, hidden_TD)
         scores_TE = scores_of(noisy_TE, self.options.score)
@@ -330,7 +339,7 @@ class Router(TrainingState):
 
     def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
         """Route to each expert its C best tokens (arXiv:2202.09368, section 3.2)."""
-        logits_TE = self._logits(self._normed(self._jittered(hidden_TD)))
+        logits_TE = self._logits(self._features(self._jittered(hidden_TD)))
         scores_TE = logits_TE.softmax(dim=-1)
         tokens = scores_TE.shape[0]
         real = tokens if mask_T is None else mask_T.sum()
@@ -378,7 +387,7 @@ class Router(TrainingState):
         """Do nothing: the bias is moved by :meth:`step` alone, whoever trains."""
 
     def flops_per_token(self) -> int:
-        """Return the forward FLOPs of one token: 2 d E, 2 d (E + S) with shared experts."""
+        """Return the forward FLOPs of one token: 2 d E, more with an MLP or shared experts."""
         rows = len(self.weight) + (
             len(self.shared_weight) if self.options.weights.with_shared else 0
         )

@@ -1,7 +1,7 @@
 """SparseMixer: experts are sampled in training, with a gradient for having been sampled.
 
 Top-k does not say what another expert would have done. SparseMixer-v2 (Liu et al. 2024,
-arXiv:2409.12136, section 2; first in arXiv:2310.00811) samples one expert after another from a
+arXiv:2409.12136; first in arXiv:2310.00811) samples one expert after another from a
 softmax over the logits near the best, and estimates the gradient of that choice by Heun's
 third-order method. As PhiMoE's public code has it.
 

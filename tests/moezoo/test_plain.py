@@ -62,8 +62,10 @@ def crowd(layer: moezoo.FeedForward) -> bool:
             layer.table.fill_(0)
         elif isinstance(layer, moezoo.UltraFastFFF):
             layer.in_bias.fill_(-5.0)
-        elif layer.__class__ is moezoo.SparseMoE and layer.router.closed_groups == "zero":
-            return False  # the worst expert is chosen where the others are negative
+        elif isinstance(layer, moezoo.SparseMoE) and (
+            layer.router.closed_groups == "zero" or layer.router.logits.mlp
+        ):
+            return False  # the worst expert is chosen in the one, the other hides the feature
         elif isinstance(layer, moezoo.SparseMoE | moezoo.SigmaMoE) and layer.causal:
             layer.gate.weight[0, 0] += 9.0
             layer.gate.weight[-1, 0] -= 9.0

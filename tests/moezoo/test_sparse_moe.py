@@ -631,6 +631,7 @@ def test_load_statistics():
         ({"router": {"normalise": True}}, "RouterOptions: unknown argument 'normalise'; did you"),
         ({"router": {"choice": "expert"}}, "router.normalize: has no meaning in expert choice"),
         ({"router": {"logits": {"softcap": -1.0}}}, "router.logits.softcap: -1 is out of range"),
+        ({"router": {"logits": {"mlp": -1}}}, "router.logits.mlp: -1 is out of range"),
         ({"router": {"logits": {"scale": 0.0}}}, "router.logits.scale: 0 makes all experts equal"),
         ({"router": {"logits": {"bias": "no"}}}, "router.logits.bias: 'no' is neither true nor"),
         ({"router": {"logits": {"cap": 3.0}}}, "LogitOptions: unknown argument 'cap'; did you"),

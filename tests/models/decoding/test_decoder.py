@@ -274,6 +274,7 @@ def test_the_kernels_step_what_they_know(build, rules, native_steps):
     [
         {"logits": {"bias": True}},
         {"logits": {"norm": True}},
+        {"logits": {"mlp": 8}},
         {"logits": {"softcap": 0.5}},
         {"logits": {"scale": 3.0}},
         {"score": "sqrt_softplus", "selection_bias": True},

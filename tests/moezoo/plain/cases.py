@@ -247,10 +247,21 @@ CONVENTIONS = {
         top_k=3,
         router=RouterOptions(noise=True, jitter=0.2, logits=LogitOptions(norm=True, norm_eps=0.3)),
     ),
+    "logits_mlp": _moe(
+        top_k=1,
+        bias=False,
+        num_shared_experts=1,
+        router=RouterOptions(
+            score="sigmoid",
+            noise=True,
+            logits=LogitOptions(mlp=6, norm_eps=0.2),
+            weights=WeightOptions(with_shared=True),
+        ),
+    ),
     "expert_choice_logits": _moe(
         top_k=3,
         router=RouterOptions(
-            choice="expert", normalize=False, logits=LogitOptions(True, True, 0.3, 0.8, 0.9)
+            choice="expert", normalize=False, logits=LogitOptions(True, True, 7, 0.3, 0.8, 0.9)
         ),
     ),
     "sigma_dropout": _layer("SigmaMoE", expert_dropout=0.4, entropy=0.3, activation="gelu"),

@@ -129,11 +129,20 @@ def _tokens_choose(
 
 
 def _router_input(weights: Weights, options: Options, x_D: Tensor) -> Tensor:
-    """Normalise what a router reads as Gemma 4 does, ``x / rms(x) * g / sqrt(d)``."""
-    if not options["norm"]:
-        return x_D
-    rms = ((x_D * x_D).sum() / len(x_D) + options["norm_eps"]) ** 0.5
-    return x_D / rms * weights["gate.input_scale"] / math.sqrt(len(x_D))
+    """Return what the linear map reads: normalised as by Gemma 4, through an MLP as in ZAYA."""
+
+    def by_rms(x: Tensor) -> Tensor:
+        return x / ((x * x).sum() / len(x) + options["norm_eps"]) ** 0.5
+
+    if options["norm"]:
+        x_D = by_rms(x_D) * weights["gate.input_scale"] / math.sqrt(len(x_D))
+    if options["mlp"]:
+        parts = {n: weights[f"gate.mlp.{n}.weight"] for n in ("down", "fc1", "fc2")}
+        biases = {n: weights[f"gate.mlp.{n}.bias"] for n in parts}
+        x_D = by_rms(parts["down"] @ x_D + biases["down"]) * weights["gate.mlp.norm_scale"]
+        for name in ("fc1", "fc2"):
+            x_D = activation("gelu", parts[name] @ x_D + biases[name])
+    return x_D
 
 
 def _logits(weights: Weights, options: Options, x_D: Tensor) -> Tensor:
@@ -202,7 +211,7 @@ def _jitter(asking: Sequence[Tensor], router: Options) -> Tensor:
 
 
 def _mixed(logits: list[Tensor], top_k: int, eps: float, training: bool) -> list[dict[int, Tensor]]:
-    """Sample experts one after another, as SparseMixer-v2 does (arXiv:2409.12136, section 2).
+    """Sample experts one after another, as SparseMixer-v2 does (arXiv:2409.12136).
 
     The gradient of a weight is that of its share of a softmax, ``p_e (1[e = o] - p_o)``.
     """
