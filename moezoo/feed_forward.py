@@ -21,6 +21,7 @@ from moezoo.arguments import build, plain, select_layers, signature
 from moezoo.calls import checked, flatten_tokens
 from moezoo.errors import InputError, check_int, nearest
 from moezoo.parameter_groups import ParameterGroup, set_apart
+from moezoo.router_input import FFN_INPUT, RouterInput
 from moezoo.training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -136,14 +137,20 @@ class FeedForward(TrainingState):
         return self._compute(hidden, TokenContext(token_ids, router_input, mask), False)
 
     def infer(
-        self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Return the ``hidden`` of a call alone, as decoding wants it.
 
         Layers whose losses, statistics or checks take time beside the computation of one token
         leave them out here. Arguments as for a call; they are not checked.
         """
-        return self(hidden, token_ids=token_ids, mask=mask).hidden
+        output = self(hidden, token_ids=token_ids, router_input=router_input, mask=mask)
+        return output.hidden
 
     @checked
     def reference(
@@ -297,12 +304,14 @@ class Method:
         layer: the class.
         paper: where the method was published.
         arguments: of the class, beside its defaults.
+        router_input: what the paper's block gives to the router.
     """
 
     name: str
     layer: type[FeedForward]
     paper: Paper
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    router_input: RouterInput = FFN_INPUT
 
     def build(self, d_model: int, **overrides: Any) -> FeedForward:
         """Build the method at a width, with its paper's defaults.

@@ -81,7 +81,12 @@ class DenseFFN(FeedForward):
         return FeedForwardOutput(self.infer(hidden), {}, {})
 
     def infer(
-        self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Apply the block to every token, without checks."""
         output: Tensor = self.down_proj(self.inner(hidden))

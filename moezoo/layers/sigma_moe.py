@@ -108,12 +108,18 @@ class SigmaMoE(FeedForward):
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
 
     def infer(
-        self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Route each token to its K best experts and sum their weighted outputs, and no more."""
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
-        routing = self.gate.select(tokens, flat_mask)
+        router_TD = tokens if router_input is None else router_input.reshape(-1, self.d_model)
+        routing = self.gate.select(router_TD, flat_mask)
         output = self.experts.infer(
             tokens, routing.indices, routing.weights, routing.max_assignments
         )

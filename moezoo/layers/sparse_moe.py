@@ -248,15 +248,22 @@ class SparseMoE(FeedForward):
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
 
     def infer(
-        self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Route each token to its experts and sum their weighted outputs, and no more."""
         if self.training:
-            return self(hidden, token_ids=token_ids, mask=mask).hidden
+            called = self(hidden, token_ids=token_ids, router_input=router_input, mask=mask)
+            return called.hidden
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
-        context = TokenContext(token_ids, None, mask)
-        routing = self.gate.select(tokens, flat_mask, _sequences(hidden))
+        router_TD = tokens if router_input is None else router_input.reshape(-1, self.d_model)
+        context = TokenContext(token_ids, router_input, mask)
+        routing = self.gate.select(router_TD, flat_mask, _sequences(hidden))
         routing = self.adjust(routing, tokens, context)
         weigh_inputs = self.router.weights.apply_to == "input"
         chosen = operands_of(tokens, routing, weigh_inputs)

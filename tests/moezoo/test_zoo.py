@@ -98,9 +98,10 @@ def test_infer_returns_the_hidden_states_of_a_call(method, dtype, shape):
     ids = token_ids(hidden)
     for mask in (None, torch.arange(hidden[..., 0].numel()).reshape(shape) % 3 > 0):
         with torch.no_grad():
-            expected = layer(hidden, token_ids=ids, mask=mask).hidden
-            actual = layer.infer(hidden, token_ids=ids, mask=mask)
-        assert torch.equal(actual, expected)
+            for read in (None, torch.randn(*shape, D).to(dtype)):
+                context = {"token_ids": ids, "router_input": read, "mask": mask}
+                expected = layer(hidden, **context).hidden
+                assert torch.equal(layer.infer(hidden, **context), expected)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from moezoo.feed_forward import FeedForward
+from moezoo.router_input import FFN_INPUT
 from moezoo_kernels.token_step import Angles, Cache
 from moezoo_models.decoding.attending import Attending, signed
 from moezoo_models.decoding.native_steps import (
@@ -123,6 +124,8 @@ class Decoder:
             if self._mask is not None:
                 context_mask = self._mask[:, : at + 1]
         for block in self._blocks:
+            # Both steps are in place; what enters the block is copied for a router that reads it.
+            residual = hidden.clone() if block.reads_entering else hidden
             if block.attend is not None:
                 block.attend(at)
             else:
@@ -133,10 +136,12 @@ class Decoder:
                 block.feed()
             elif block.second_norm is not None:
                 looks_back = block.looks_back
+                read = {} if block.feeds_router else {"router_input": residual[:, None]}
                 answer = block.mlp.infer(
                     block.second_norm(hidden)[:, None],
                     token_ids=context if looks_back else token_ids,
                     mask=context_mask if looks_back else None,
+                    **read,
                 )
                 hidden += answer[:, 0]
         self._at += 1
@@ -161,6 +166,8 @@ class _Block:
     Attributes:
         attend: attention's step, in place, for the place in the cache; None if ``attending`` does.
         feed: the feed-forward block's, in place; None if ``mlp.infer`` does.
+        feeds_router: whether the router reads what the experts read.
+        reads_entering: whether it reads the residual stream before attention.
     """
 
     def __init__(
@@ -174,6 +181,8 @@ class _Block:
     ) -> None:
         self.mlp: FeedForward = block.mlp
         self.looks_back = block.mlp.needs_earlier_tokens
+        self.feeds_router = block.router_input == FFN_INPUT
+        self.reads_entering = block.router_input == "pre_attention"
         self.first_norm = norm_of(block.input_layernorm)
         attention, batch = block.self_attn, len(hidden)
         width, kv_heads = attention.head_dim, attention.k_proj.out_features // attention.head_dim
@@ -187,7 +196,8 @@ class _Block:
         self.second_norm = self.feed = None
         if (second := block.post_attention_layernorm) is not None:
             self.second_norm = norm_of(second)
-            self.feed = native_feed_forward(block.mlp, second, hidden)
+            if self.feeds_router:
+                self.feed = native_feed_forward(block.mlp, second, hidden)
 
 
 def norm_of(norm: RMSNorm) -> Callable[[Tensor], Tensor]:

@@ -25,12 +25,16 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     A layer of kind ``attention`` leaves attention alone in the block: no second norm, no second
     sum.
+
+    Attributes:
+        router_input: what the router of the feed-forward block reads.
     """
 
     def __init__(self, config: MoezooConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer_idx)
         self.mlp = build_feed_forward(config, layer_idx)
+        self.router_input = config.router_input(layer_idx)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm: RMSNorm | None = None
         if isinstance(self.mlp, JoinedSlots):
@@ -58,13 +62,21 @@ class DecoderLayer(GradientCheckpointingLayer):
             slots=self.mlp.slots if isinstance(self.mlp, JoinedSlots) else None,
             **kwargs,
         )
-        hidden = hidden + attended
+        entering, hidden = hidden, hidden + attended
         if self.post_attention_layernorm is None:
             return hidden, {}, {"context_mass": _mean(context_share, token_mask)}
         answer = self.mlp(
-            self.post_attention_layernorm(hidden), token_ids=token_ids, mask=token_mask
+            self.post_attention_layernorm(hidden),
+            token_ids=token_ids,
+            router_input=self._read_by_router(entering, hidden),
+            mask=token_mask,
         )
         return hidden + answer.hidden, answer.losses, answer.stats
+
+    def _read_by_router(self, entering: Tensor, attended: Tensor) -> Tensor | None:
+        """Return what the router reads; None if that is what the experts read."""
+        residuals = {"pre_attention": entering, "post_attention": attended}
+        return residuals.get(self.router_input)
 
 
 def build_feed_forward(config: MoezooConfig, layer: int) -> FeedForward:
@@ -78,7 +90,8 @@ def build_feed_forward(config: MoezooConfig, layer: int) -> FeedForward:
     try:
         if registered(rule["class_path"]).kind == "attention":
             return build_slots(rule, config)
-        block = FeedForward.from_config(rule, d_model=config.hidden_size)
+        own = {key: rule[key] for key in ("class_path", "init_args")}
+        block = FeedForward.from_config(own, d_model=config.hidden_size)
     except InputError as error:
         raise InputError(f"ffn[{number}]: {error}") from error
     name = type(block).__name__

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moezoo.errors import InputError, check_choice, check_int, nearest
 from moezoo.feed_forward import registered, select_layers
+from moezoo.router_input import FFN_INPUT, RouterInput, check_router_input
 from moezoo_models.files.fields import check_fields, check_heads
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -60,7 +61,10 @@ class MoezooConfig(PreTrainedConfig):
         ffn: rules that choose each layer's feed-forward block, later ones winning:
             ``{"layers": "all" | "every 2" | 3 | [3, 7], "class_path": "moezoo.SparseMoE",
             "init_args": {...}}``. The width comes from the model. PersistentMemoryAttention joins
-            the block's attention instead. Default: DenseFFN everywhere.
+            the block's attention instead. A rule may also say what the block's router reads,
+            ``"router_input": "pre_attention"`` or ``"post_attention"``, see
+            :data:`moezoo.router_input.RouterInput`; without it, what the experts read. Default:
+            DenseFFN everywhere.
         allow_non_causal: accept layers in which a token sees later tokens, such as expert choice.
         pad_token_id: id of padding, if any.
         bos_token_id: id that begins a text, if any.
@@ -167,6 +171,11 @@ class MoezooConfig(PreTrainedConfig):
                 if token is not None:
                     check_int(name, token, minimum=0, maximum=self.vocab_size - 1)
 
+    def router_input(self, layer: int) -> RouterInput:
+        """Return what the router of a layer's feed-forward block reads."""
+        found: RouterInput = self.feed_forward(layer)[1].get("router_input", FFN_INPUT)
+        return found
+
     def feed_forward(self, layer: int) -> tuple[int, dict[str, Any]]:
         """Return the rule that governs a layer: its number in ``ffn``, and the rule."""
         depth = self.num_hidden_layers
@@ -191,12 +200,14 @@ def check_ffn_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str,
     never makes us import code. Their arguments are checked when they are built.
 
     Args:
-        rules: a list of mappings with ``layers``, ``class_path`` and ``init_args``.
+        rules: a list of mappings with ``layers``, ``class_path``, ``init_args`` and, if it is not
+            the default, ``router_input``.
         num_layers: number of layers of the model.
         d_model: width of the model.
 
     Returns:
-        The rules, each with all three keys and no ``d_model`` in its ``init_args``.
+        The rules, each with the first three keys and no ``d_model`` in its ``init_args``; with
+        ``router_input`` only where it is not the default.
 
     Raises:
         InputError: names the rule, the key and the fix.
@@ -220,7 +231,7 @@ def check_ffn_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str,
 
 
 def _checked_rule(rule: Any, d_model: int) -> dict[str, Any]:
-    keys = ("layers", "class_path", "init_args")
+    keys = ("layers", "class_path", "init_args", "router_input")
     if not isinstance(rule, Mapping):
         raise InputError(f"{rule!r} is not a rule; write a mapping with layers and class_path")
     for key in rule:
@@ -229,7 +240,7 @@ def _checked_rule(rule: Any, d_model: int) -> dict[str, Any]:
     for key in ("layers", "class_path"):
         if key not in rule:
             raise InputError(f"{key} is missing; add it")
-    registered(rule["class_path"])
+    read = check_router_input(rule.get("router_input", FFN_INPUT), registered(rule["class_path"]))
     arguments = rule.get("init_args") or {}
     if not isinstance(arguments, Mapping):
         raise InputError(f"init_args: {arguments!r} is not a mapping; write names and values")
@@ -239,4 +250,5 @@ def _checked_rule(rule: Any, d_model: int) -> dict[str, Any]:
             "leave it out"
         )
     arguments = {key: value for key, value in arguments.items() if key != "d_model"}
-    return {"layers": rule["layers"], "class_path": rule["class_path"], "init_args": arguments}
+    known = {"layers": rule["layers"], "class_path": rule["class_path"], "init_args": arguments}
+    return known if read == FFN_INPUT else {**known, "router_input": read}

@@ -18,6 +18,8 @@ from moezoo_models.decoding.loop import continue_ids
 from moezoo_models.generate import own_settings
 
 METHODS = [pytest.param(method, id=method.name) for method in moezoo.zoo()]
+READERS = [param for param in METHODS if param.values[0].layer.reads_router_input]
+RESIDUALS = ("pre_attention", "post_attention")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 ROPES = {
     "linear": {"factor": 2.0},
@@ -88,8 +90,9 @@ def native_steps():
         pytest.skip(f"C++ kernels: {reason}")
 
 
-def method_rules(method):
-    return [{"layers": "all", "class_path": method.layer.__name__, "init_args": method.arguments}]
+def method_rules(method, read="ffn_input"):
+    rule = {"class_path": method.layer.__name__, "init_args": method.arguments}
+    return [{"layers": "all", **rule, "router_input": read}]
 
 
 def left_padded(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,6 +148,17 @@ def test_steps_of_every_kind_of_attention(build, rules, name, dtype, kernels, re
         assert_steps_are_the_forward_pass(model, *left_padded(batch))
 
 
+@pytest.mark.parametrize("read", RESIDUALS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("method", READERS)
+def test_steps_of_routers_that_read_the_residual_stream(build, method, dtype, read):
+    model = build(dtype, ffn=method_rules(method, read), allow_non_causal=True)
+    if mixes_tokens(model):
+        pytest.skip("one pass over all tokens routes otherwise than steps do")
+    for batch in (1, 3):
+        assert_steps_are_the_forward_pass(model, *left_padded(batch))
+
+
 def test_steps_with_persistent_slots(build, rules):
     for fields in ({}, {"sliding_window": 5}):
         model = build(torch.float64, ffn=rules["persistent"], **fields)
@@ -175,6 +189,15 @@ def both_ways(model, ids, mask, config, criteria=None):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_texts_of_every_method(build, method, batch):
     model = build(ffn=method_rules(method), allow_non_causal=True)
+    ours, theirs = both_ways(model, *left_padded(batch), settings(model))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("read", RESIDUALS)
+@pytest.mark.parametrize("method", READERS)
+def test_the_texts_of_routers_that_read_the_residual_stream(build, method, read, batch):
+    model = build(ffn=method_rules(method, read), allow_non_causal=True)
     ours, theirs = both_ways(model, *left_padded(batch), settings(model))
     assert torch.equal(ours, theirs)
 

@@ -32,12 +32,15 @@ _OWN_NAMES = {
 }
 
 
-_RULE = re.compile(r"^ffn\[(\d+)\]")
+_RULE = re.compile(r"^ffn\[(\d+)\](: router_input)?")
 
 
-def _rule_key(number: int) -> str:
+def _rule_key(rule: re.Match[str]) -> str:
     """Return where a user has written a rule of the model: the first one is that of every block."""
-    return f"ffn_rules[{number - 1}]" if number else "ffn"
+    number, read = int(rule[1]), rule[2] is not None
+    if number:
+        return f"ffn_rules[{number - 1}]{'.router_input' if read else ''}"
+    return "router_input" if read else "ffn"
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def own_names() -> Iterator[None]:
         message = str(error)
         for theirs, ours in _OWN_NAMES.items():
             message = message.replace(theirs, ours)
-        message = _RULE.sub(lambda m: f"model.{_rule_key(int(m[1]))}", message)
+        message = _RULE.sub(lambda m: f"model.{_rule_key(m)}", message)
         raise InputError(message) from error
 
 

@@ -91,7 +91,11 @@ def _kinds(model: MoezooForCausalLM) -> list[list[int]]:
     """Sort the numbers of the blocks by what the blocks are."""
     kinds: dict[str, list[int]] = defaultdict(list)
     for number, block in enumerate(model.model.blocks()):
-        description = [block.mlp.config(), model.config.layer_types[number]]
+        description = [
+            block.mlp.config(),
+            block.router_input,
+            model.config.layer_types[number],
+        ]
         kinds[json.dumps(description, sort_keys=True)].append(number)
     return list(kinds.values())
 

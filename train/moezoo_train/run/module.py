@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from moezoo import DenseFFN, FeedForward
 from moezoo.errors import InputError, check_int
+from moezoo.router_input import FFN_INPUT, RouterInput
 from moezoo.routing.losses import sum_over_ranks
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.adapters.transformers import set_attention_backend
@@ -86,7 +87,9 @@ class LanguageModel(EvaluatedModule):
         attention: attention backend: sdpa, eager, flash_attention_2, flex_attention or xformers.
         max_length: longest sequence the model is made for.
         ffn: the feed-forward layer of every block.
-        ffn_rules: exceptions to it, later ones winning.
+        router_input: what its router reads: ``ffn_input``, as the experts do; ``pre_attention``,
+            the residual stream that enters the block; or ``post_attention``, that after attention.
+        ffn_rules: exceptions to ffn, each with a router_input of its own; later ones win.
         allow_non_causal: accept layers in which a token sees later tokens (expert choice).
         initialize_from: a directory to take model and weights from: ours, or a stock one that
             `moezoo upcycle` or `carve` read or write; what would describe the model otherwise
@@ -129,6 +132,7 @@ class LanguageModel(EvaluatedModule):
         attention: str = "sdpa",
         max_length: int = 1024,
         ffn: Callable[[int], FeedForward] = DenseFFN,
+        router_input: RouterInput = FFN_INPUT,
         ffn_rules: list[FFNRule] | None = None,
         allow_non_causal: bool = False,
         initialize_from: str | None = None,
@@ -164,7 +168,7 @@ class LanguageModel(EvaluatedModule):
             if sparse_memory is not None:
                 freeze_all_but_tables(self.model, initialize_from)
         else:
-            rules = [FFNRule("all", ffn), *(ffn_rules or [])]
+            rules = [FFNRule("all", ffn, router_input), *(ffn_rules or [])]
             width = check_int("d_model", d_model)
             with identity.own_names():
                 config = MoezooConfig(

@@ -17,6 +17,7 @@ from moezoo.command.messages import one_line
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward
 from moezoo.random_routing import RandomRouting
+from moezoo.router_input import FFN_INPUT
 from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.experiments.common.records import RESULT, fingerprint, read_record, write_record
 from moezoo_train.experiments.common.short_run import fit, open_text
@@ -151,7 +152,7 @@ def build(run: Run, vocab_size: int) -> LanguageModel:
         num_heads=size.num_heads,
         max_length=experiment.text.sequence_length,
         ffn=find_method("baseline", experiment.baseline).build,
-        ffn_rules=[FFNRule(list(run.layers), layer)],
+        ffn_rules=[FFNRule(list(run.layers), layer, run.router_input)],
         allow_non_causal=True,
         optimizer=experiment.optimizer_of(run.row),
         schedule=experiment.schedule,
@@ -162,12 +163,17 @@ def build(run: Run, vocab_size: int) -> LanguageModel:
 
 
 def randomize(model: PreTrainedModel, layers: tuple[int, ...], seed: int) -> None:
-    """Make the routing of chosen blocks random, by noise of their input's scale."""
+    """Make the routing of chosen blocks random, by noise of their input's scale.
+
+    Where the router reads the residual stream, whose scale grows with training, it is noise of unit
+    variance: the router's weights learn to do with that.
+    """
     blocks: Any = model.model.layers
     for index in layers:
         block = blocks[index]
         noise_seed = seed * len(blocks) + index
-        block.mlp = RandomRouting(block.mlp, block.post_attention_layernorm, noise_seed)
+        norm = block.post_attention_layernorm if block.router_input == FFN_INPUT else None
+        block.mlp = RandomRouting(block.mlp, norm, noise_seed)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

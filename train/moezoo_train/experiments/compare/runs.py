@@ -12,6 +12,7 @@ import moezoo
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward, select_layers
 from moezoo.random_routing import can_be_random
+from moezoo.router_input import FFN_INPUT, RouterInput, check_router_input
 from moezoo_train.experiments.common.records import fingerprint
 from moezoo_train.experiments.compare.settings import Experiment, find_method
 from moezoo_train.experiments.compare.width import match_flops
@@ -33,6 +34,7 @@ class Run:
         width: the argument that was solved for.
         flops_ratio: the layer's FLOPs per token over the baseline's.
         causal: whether its loss is that of a causal language model.
+        router_input: what the method's router reads.
         experiment: options that all runs share.
         follows: the run whose trained embeddings its hash table is built from, if any.
         is_followed: whether it is such a run of another.
@@ -46,6 +48,7 @@ class Run:
     width: str | None
     flops_ratio: float
     causal: bool
+    router_input: RouterInput
     experiment: Experiment
     follows: Run | None = None
     is_followed: bool = False
@@ -66,7 +69,9 @@ class Run:
         """
         experiment = self.experiment
         followed = {"follows": fingerprint(self.follows.identity(data))} if self.follows else {}
-        return followed | {
+        # Runs from before there was a choice stay what they are.
+        read = {} if self.router_input == FFN_INPUT else {"router_input": self.router_input}
+        return (followed | read) | {
             "format": FORMAT,
             "moezoo": moezoo.__version__,
             "torch": torch.__version__,
@@ -147,6 +152,7 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
             width=options.width,
             tolerance=experiment.tolerance,
         )
+        read = check_router_input(options.router_input or method.router_input, method.layer)
         where = experiment.layers if options.layers is None else options.layers
         layers = tuple(select_layers(where, experiment.model.num_layers))
         if not layers:
@@ -167,5 +173,6 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
         "width": match.argument,
         "flops_ratio": match.ratio,
         "causal": layer.causal,
+        "router_input": read,
     }
     return common, layer

@@ -14,6 +14,7 @@ import yaml
 import moezoo
 from moezoo.errors import InputError, check_choice, check_int, check_number, nearest
 from moezoo.feed_forward import select_layers
+from moezoo.router_input import RouterInput
 from moezoo_train.experiments.common.options import ModelOptions, TextOptions
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
@@ -29,6 +30,8 @@ class MethodOptions:
     Attributes:
         method: name of a method of the zoo; default: the row's own name.
         arguments: arguments of the layer that differ from the method's.
+        router_input: what the router reads in those blocks (``ffn_input``, ``pre_attention`` or
+            ``post_attention``); default: as in the method's paper.
         layers: blocks that get the layer (``all``, ``every 2``, ``3`` or ``[3, 7]``), while the
             others keep the baseline; default: those of all rows.
         width: the argument that is solved for, so that the layer's FLOPs match the baseline's;
@@ -39,6 +42,7 @@ class MethodOptions:
 
     method: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    router_input: RouterInput | None = None
     layers: str | int | list[int] | None = None
     width: str | None = None
     ablation: bool | None = None
