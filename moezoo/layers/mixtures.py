@@ -133,4 +133,22 @@ register(
         Paper("Qwen Team", 2025, "Qwen3 Technical Report", "2505.09388"),
         {"num_experts": 128, "top_k": 8, "balance": BalanceOptions(load_balancing=0.001)},
     ),
+    Method(
+        "smallthinker",
+        SparseMoE,
+        Paper(
+            "Song et al.",
+            2025,
+            "SmallThinker: A Family of Efficient Large Language Models Natively Trained for Local "
+            "Deployment",
+            "2507.20984",
+        ),
+        {
+            "num_experts": 32,
+            "top_k": 4,
+            "activation": "relu",
+            "router": RouterOptions(score="sigmoid"),
+        },
+        router_input="pre_attention",
+    ),
 )

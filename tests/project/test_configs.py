@@ -69,6 +69,7 @@ def test_recipe_holds_the_methods_own_settings(name):
     with torch.device("meta"):
         expected = SPARSE[name].build(options.model.d_model).config()["init_args"]
     assert {"d_model": options.model.d_model, **rules[0]["init_args"]} == expected
+    assert rules[0].get("router_input", "ffn_input") == SPARSE[name].router_input
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,14 @@ def test_recipe_holds_the_methods_own_settings(name):
 def test_recipes_differ_in_the_feed_forward_layer_only(path):
     def rest(file: Path) -> dict[str, Any]:
         options = yaml.safe_load(file.read_text(encoding="utf-8"))
-        for key in ("ffn", "ffn_rules", "allow_non_causal", "hash_embeddings_from", "qk_norm"):
+        for key in (
+            "ffn",
+            "router_input",
+            "ffn_rules",
+            "allow_non_causal",
+            "hash_embeddings_from",
+            "qk_norm",
+        ):
             options["model"].pop(key, None)
         options.pop("output")
         return options
