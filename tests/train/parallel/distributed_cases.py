@@ -75,6 +75,7 @@ CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
         "moe", 6, trainer={"accumulate_grad_batches": 2, "limit_train_batches": 3}
     ),
     "activation checkpointing": Case("moe", 6, model={"activation_checkpointing": True}),
+    "before attention": Case("moe", 6, model={"router_input": "pre_attention"}),
     "bf16": Case("moe", 6, trainer={"precision": "bf16-mixed"}),
     "sparse memory": Case("sparse memory", 6),
     "sparse peer": Case("sparse peer", 6),
@@ -91,6 +92,7 @@ TWO_PROCESSES += [
     ("activation checkpointing", "fsdp2"),
 ]
 TWO_PROCESSES += [("activation checkpointing", "expert_parallel"), ("bf16", "expert_parallel")]
+TWO_PROCESSES += [("before attention", "fsdp2"), ("before attention", "expert_parallel")]
 TWO_PROCESSES += [("skipped", "fsdp2"), ("skipped peer", "ddp"), ("skipped peer", "fsdp2")]
 TWO_PROCESSES += [(name, s) for name in ("sparse memory", "sparse peer") for s in ("ddp", "fsdp2")]
 

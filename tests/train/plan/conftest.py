@@ -16,6 +16,11 @@ from moezoo_train.run.module import FFNRule, LanguageModel
 KINDS: dict[str, Any] = {
     "dense": {"ffn": DenseFFN},
     "moe": {"ffn": partial(SparseMoE, num_experts=3, d_expert=24, num_shared_experts=1)},
+    "before": {
+        "ffn": partial(SparseMoE, num_experts=3, d_expert=24),
+        "router_input": "pre_attention",
+        "ffn_rules": [FFNRule([1, 3], partial(SparseMoE, num_experts=3, d_expert=24))],
+    },
     "pair": {"ffn": partial(SparseMoE, num_experts=2, top_k=2, d_expert=24)},
     "weighted inputs": {
         "ffn": partial(

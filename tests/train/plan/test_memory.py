@@ -12,7 +12,7 @@ from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
 from moezoo_train.plan.layouts import Plan, refusal
 from moezoo_train.plan.trace import Trace, trace
 
-KINDS = ("dense", "moe", "peer", "memory_plus")
+KINDS = ("dense", "moe", "before", "peer", "memory_plus")
 MUON = OptimizerConfig("muon")
 
 

@@ -1,10 +1,12 @@
 """What can be refused is refused before anything is tokenized, and changes nothing."""
 
+from functools import partial
+
 import pytest
 import torch
 import yaml
 
-from moezoo import InputError
+from moezoo import InputError, SparseMoE
 from moezoo_train.data import datamodule as data
 from moezoo_train.run.cli import run
 from moezoo_train.run.module import LanguageModel
@@ -62,6 +64,7 @@ MISTAKES = [
         ["--model.compile=true", "--model.ffn=moezoo.MemoryPlus", "--model.ffn.sparse=true"],
         "model.compile: torch.compile has no sparse gradients",
     ),
+    (["--model.router_input=pre"], "model.router_input: 'pre' is not one of ffn_input, pre_a"),
     (["--output=text.txt"], "output: text.txt is a file"),
     (["--output=text.txt/run"], "output: text.txt/run cannot be written: Not a directory"),
 ]
@@ -86,6 +89,26 @@ def test_a_checkpoint_of_another_optimizer_is_refused_before(recipe):
         run(["fit", "--config", str(recipe), "--ckpt_path=same.ckpt"])
     with pytest.raises(InputError, match=r"optimizer\.lr is .* but 0.5 in this run"):
         run(["fit", "--config", str(recipe), "--ckpt_path=same.ckpt", "--model.optimizer.lr=0.5"])
+
+
+@pytest.mark.parametrize("trained", ["ffn_input", "pre_attention"])
+def test_a_checkpoint_whose_router_read_something_else_is_refused_before(recipe, trained):
+    mixture = ["--model.ffn=moezoo.SparseMoE", "--model.ffn.num_experts=4"]
+    model = LanguageModel(
+        300, **OPTIONS["model"], ffn=partial(SparseMoE, num_experts=4), router_input=trained
+    )
+    state = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "global_step": 0}
+    model.on_save_checkpoint(state)
+    torch.save(state, "same.ckpt")
+    command = ["fit", "--config", str(recipe), "--ckpt_path=same.ckpt", *mixture]
+    with pytest.raises(AssertionError, match="begun to prepare"):
+        run([*command, f"--model.router_input={trained}"])
+    for other in {"ffn_input", "pre_attention", "post_attention"} - {trained}:
+        saved = None if trained == "ffn_input" else trained
+        now = None if other == "ffn_input" else other
+        said = rf"model\.ffn\[0\]\.router_input is {saved} in the checkpoint, but {now} in this run"
+        with pytest.raises(InputError, match=said):
+            run([*command, f"--model.router_input={other}"])
 
 
 def test_the_text_would_be_prepared_else(recipe):

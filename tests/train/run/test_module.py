@@ -79,6 +79,14 @@ def test_rules_choose_layers():
     assert all("d_model" not in rule["init_args"] for rule in model.model.config.ffn)
 
 
+def test_rules_say_what_routers_read(make_model):
+    mixture = partial(SparseMoE, num_experts=4)
+    rules = [FFNRule([1], mixture), FFNRule([2], mixture, "post_attention"), FFNRule(3, DenseFFN)]
+    made = make_model(num_layers=4, ffn=mixture, router_input="pre_attention", ffn_rules=rules)
+    read = [block.router_input for block in made.model.model.blocks()]
+    assert read == ["pre_attention", "ffn_input", "post_attention", "ffn_input"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +97,18 @@ def test_rules_choose_layers():
             "not causal: .* allow_non_causal",
         ),
         ({"ffn_rules": [FFNRule([5], DenseFFN)]}, "there is no layer 5; the model has 2"),
+        (
+            {"ffn": DenseFFN, "router_input": "pre_attention"},
+            "^model.router_input: DenseFFN chooses nothing by a vector, .*; leave it out$",
+        ),
+        (
+            {"ffn_rules": [FFNRule(1, DenseFFN, "post_attention")]},
+            r"^model.ffn_rules\[0\].router_input: DenseFFN chooses nothing",
+        ),
+        (
+            {"router_input": "before"},
+            "^model.router_input: 'before' is not known; choose from: ffn",
+        ),
         ({"on_nan": "ignore"}, "on_nan: 'ignore' is not known"),
         ({"attention": "sdpaa"}, "attention: 'sdpaa' is not known; did you mean 'sdpa'"),
         ({"d_model": 0}, "d_model: 0 is out of range"),

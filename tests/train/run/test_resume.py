@@ -92,16 +92,22 @@ def assert_equal(left, right, path="") -> None:
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "optimizer", "router", "epochs"),
+    ("accumulate", "optimizer", "router", "epochs", "read"),
     [
-        (1, "adamw", RouterOptions(jitter=0.1), False),
-        (3, "muon", RouterOptions(noise=True), False),
-        (2, "adamw", RouterOptions(score="sigmoid", selection_bias=True, jitter=0.2), True),
+        (1, "adamw", RouterOptions(jitter=0.1), False, "pre_attention"),
+        (3, "muon", RouterOptions(noise=True), False, "ffn_input"),
+        (
+            2,
+            "adamw",
+            RouterOptions(score="sigmoid", selection_bias=True, jitter=0.2),
+            True,
+            "post_attention",
+        ),
     ],
     ids=["jitter", "accumulated-noise-muon", "bias-over-epochs"],
 )
 def test_resumed_run_equals_uninterrupted_run(
-    accumulate, optimizer, router, epochs, make_model, make_trainer, make_data, tmp_path
+    accumulate, optimizer, router, epochs, read, make_model, make_trainer, make_data, tmp_path
 ):
     steps, saved_at = 8, 3
     copy = tmp_path / "step3.ckpt"
@@ -110,6 +116,7 @@ def test_resumed_run_equals_uninterrupted_run(
         model = make_model(
             vocab_size=300,
             ffn=partial(SparseMoE, num_experts=4, d_expert=8, router=router),
+            router_input=read,
             optimizer=OptimizerConfig(name=optimizer, lr=1e-2),
             schedule=ScheduleConfig(warmup_steps=2),
         )

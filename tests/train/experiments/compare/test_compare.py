@@ -228,6 +228,29 @@ def test_the_ablation_begins_with_the_weights_of_the_method(row):
     assert not torch.allclose(*outputs)
 
 
+def test_routers_read_what_the_method_or_the_row_says():
+    rows = {"smallthinker": {}, "after": {"method": "smallthinker", "router_input": "ffn_input"}}
+    own, random, after, _ = plan(experiment(methods=parse_methods(rows)))
+    blocks = [list(runs.build(run, 1024).model.model.blocks()) for run in (own, random, after)]
+    read = [[block.router_input for block in each] for each in blocks]
+    chosen = ["ffn_input", "pre_attention", "ffn_input"]
+    assert read == [chosen, chosen, ["ffn_input"] * 3]
+    assert isinstance(blocks[1][1].mlp, RandomRouting)
+    assert blocks[1][1].mlp._norm == (None,)
+    identities = [run.identity({}) for run in (own, after)]
+    assert [each.get("router_input") for each in identities] == ["pre_attention", None]
+    for name, message in [
+        ("hash", "HashLayer chooses nothing by a vector"),
+        ("peer", "'x' is not"),
+    ]:
+        changed = {name: {"router_input": "post_attention" if name == "hash" else "x"}}
+        with pytest.raises(InputError, match=rf"methods\.{name}\.router_input: {message}"):
+            plan(experiment(methods=parse_methods(changed)))
+    baseline = plan(experiment(baseline="smallthinker", methods=parse_methods({"peer": {}})))[0]
+    read = [block.router_input for block in runs.build(baseline, 1024).model.model.blocks()]
+    assert read == ["pre_attention", "ffn_input", "pre_attention"]
+
+
 def test_layers_that_are_too_large_to_count_say_nothing_of_their_load():
     counted = ExpertLoad(0, max_over_mean=3.0, entropy=0.5, router_entropy=None, dropped=None)
     large = ExpertLoad(1, max_over_mean=None, entropy=None, router_entropy=None, dropped=None)

@@ -85,6 +85,8 @@ def card(
     arguments = json.dumps(first["identity"]["ffn"]["init_args"], indent=2)
     lines += ["", "The layer's arguments, its width solved for equal FLOPs:", ""]
     lines += ["```json", arguments, "```"]
+    if read := first["identity"].get("router_input"):
+        lines += ["", f"Its router reads [`{read}`](../../docs/router_input.md)."]
     if not row["causal"]:
         lines += ["", "Not causal: its loss compares with no other, and it cannot generate."]
     if row["gain"] is not None and row["gain"]["value"] <= 0:

@@ -141,6 +141,7 @@ def build(run: Run, vocab_size: int) -> LanguageModel:
     """Build the model of a run; with random routing it begins with the same weights as without."""
     experiment, size = run.experiment, run.experiment.model
     pl.seed_everything(run.seed, verbose=False)
+    baseline = find_method("baseline", experiment.baseline)
 
     def layer(d_model: int) -> FeedForward:
         return FeedForward.from_config(run.ffn, d_model=d_model)
@@ -151,7 +152,8 @@ def build(run: Run, vocab_size: int) -> LanguageModel:
         num_layers=size.num_layers,
         num_heads=size.num_heads,
         max_length=experiment.text.sequence_length,
-        ffn=find_method("baseline", experiment.baseline).build,
+        ffn=baseline.build,
+        router_input=baseline.router_input,
         ffn_rules=[FFNRule(list(run.layers), layer, run.router_input)],
         allow_non_causal=True,
         optimizer=experiment.optimizer_of(run.row),
