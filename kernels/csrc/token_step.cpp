@@ -342,15 +342,17 @@ MOEZOO_API void moezoo_dense_step(void* residual, const void* norm, const void* 
   });
 }
 
-// residual (B, D) += the answer of each token's K experts of E. scratch holds
-// B (2 D + E + K + K (I + F)) floats, typed B D numbers of the dtype, indices B K.
-MOEZOO_API void moezoo_moe_step(void* residual, const void* norm, const void* w_router,
-                                const float* selection_bias, const void* w_in, const void* w_out,
-                                const void* b_in, const void* b_out, float* scratch, void* typed_x,
-                                int64_t* indices, int64_t dtype, int64_t tokens, int64_t width,
-                                int64_t hidden_width, int64_t experts, int64_t choices,
-                                int64_t activation, int64_t gated, int64_t softmax,
-                                int64_t normalized, double factor, double eps, int32_t threads) {
+// residual (B, D) += the answer of each token's K experts of E, which read norm(residual), as the
+// router does unless router_x (B, D) is given. scratch holds B (2 D + E + K + K (I + F)) floats,
+// typed B D numbers of the dtype, indices B K.
+MOEZOO_API void moezoo_moe_step(void* residual, const void* norm, const void* router_x,
+                                const void* w_router, const float* selection_bias,
+                                const void* w_in, const void* w_out, const void* b_in,
+                                const void* b_out, float* scratch, void* typed_x, int64_t* indices,
+                                int64_t dtype, int64_t tokens, int64_t width, int64_t hidden_width,
+                                int64_t experts, int64_t choices, int64_t activation, int64_t gated,
+                                int64_t softmax, int64_t normalized, double factor, double eps,
+                                int32_t threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t slots = tokens * choices;
@@ -363,8 +365,13 @@ MOEZOO_API void moezoo_moe_step(void* residual, const void* norm, const void* w_
     normalize_all(static_cast<T*>(residual), static_cast<const T*>(norm), static_cast<float>(eps),
                   tokens, width, normed);
     convert_row(normed, static_cast<T*>(typed_x), tokens * width);
+    float* read = normed;
+    if (router_x) {
+      read = answer;  // which is not there yet
+      convert_row(static_cast<const T*>(router_x), read, tokens * width);
+    }
     const Matrix<T> router{static_cast<const T*>(w_router), nullptr, experts, width};
-    multiply<float>(router, rows_of<const float>(normed, tokens, width).data(), tokens, 0, experts,
+    multiply<float>(router, rows_of<const float>(read, tokens, width).data(), tokens, 0, experts,
                     rows_of(scores, tokens, experts).data());
     const Choice choice{softmax != 0,   normalized != 0, static_cast<float>(factor),
                         selection_bias, experts,         choices};

@@ -195,6 +195,7 @@ def moe_step(
     normalize: bool = True,
     factor: float = 1.0,
     selection_bias: Tensor | None = None,
+    router_input: Tensor | None = None,
 ) -> Callable[[], None]:
     """Prepare ``hidden += Σ g_e expert_e(x)`` over each token's best experts, ``x = norm(hidden)``.
 
@@ -213,6 +214,8 @@ def moe_step(
         normalize: divide the chosen scores by their sum.
         factor: multiplies the weights.
         selection_bias: ``(E,)`` fp32, added to the scores for the choice alone.
+        router_input: ``(B, D)``, what the router reads in place of ``x``; it may change in place
+            from call to call, or be ``hidden`` itself.
     """
     batch, width = hidden.shape
     num_experts, _, hidden_width = w_out.shape
@@ -222,6 +225,7 @@ def moe_step(
         "moezoo_moe_step",
         hidden,
         norm.weight,
+        router_input,
         router,
         selection_bias,
         w_in,

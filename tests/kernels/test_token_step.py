@@ -136,10 +136,11 @@ def test_dense_blocks(draw, batch, width, inner, gated, bias, activation):
 @pytest.mark.parametrize("softmax", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("read", ["normed", "other", "hidden"])
 @pytest.mark.parametrize(
     ("batch", "experts", "top_k"), [(1, 5, 1), (1, 4, 4), (3, 6, 2), (8, 16, 3)]
 )
-def test_mixtures(draw, batch, experts, top_k, biased, normalize, softmax):
+def test_mixtures(draw, batch, experts, top_k, read, biased, normalize, softmax):
     width, inner = 29, 21
     hidden, norm = draw(batch, width, scale=1.0), draw(width, scale=1.0)
     router = draw(experts, width)
@@ -147,7 +148,8 @@ def test_mixtures(draw, batch, experts, top_k, biased, normalize, softmax):
     b_in, b_out = (draw(experts, n) if biased else None for n in (2 * inner, width))
     selection = torch.linspace(-1, 1, experts).flip(0) if biased else None
     before, x = hidden.clone(), normed(hidden, norm).to(draw.dtype).double()
-    logits = x @ router.double().T
+    asking = {"other": draw(batch, width, scale=1.0), "hidden": hidden}.get(read)
+    logits = (x if asking is None else asking.double()) @ router.double().T
     scores = logits.softmax(-1) if softmax else logits.sigmoid()
     ranks = scores if selection is None else scores + selection
     expected = torch.zeros_like(x)
@@ -174,6 +176,7 @@ def test_mixtures(draw, batch, experts, top_k, biased, normalize, softmax):
         normalize=normalize,
         factor=1.5,
         selection_bias=selection,
+        router_input=asking,
     )
     step()
     assert_added(hidden, before, expected)

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from moezoo.feed_forward import FeedForward
-from moezoo.router_input import FFN_INPUT
 from moezoo_kernels.token_step import Angles, Cache
 from moezoo_models.decoding.attending import Attending, signed
 from moezoo_models.decoding.native_steps import (
@@ -124,8 +123,8 @@ class Decoder:
             if self._mask is not None:
                 context_mask = self._mask[:, : at + 1]
         for block in self._blocks:
-            # Both steps are in place; what enters the block is copied for a router that reads it.
-            residual = hidden.clone() if block.reads_entering else hidden
+            if block.entering is not None:
+                block.entering.copy_(hidden)
             if block.attend is not None:
                 block.attend(at)
             else:
@@ -136,7 +135,7 @@ class Decoder:
                 block.feed()
             elif block.second_norm is not None:
                 looks_back = block.looks_back
-                read = {} if block.feeds_router else {"router_input": residual[:, None]}
+                read = {} if block.read is None else {"router_input": block.read[:, None]}
                 answer = block.mlp.infer(
                     block.second_norm(hidden)[:, None],
                     token_ids=context if looks_back else token_ids,
@@ -166,8 +165,8 @@ class _Block:
     Attributes:
         attend: attention's step, in place, for the place in the cache; None if ``attending`` does.
         feed: the feed-forward block's, in place; None if ``mlp.infer`` does.
-        feeds_router: whether the router reads what the experts read.
-        reads_entering: whether it reads the residual stream before attention.
+        entering: room for the residual stream before attention, if the router reads that.
+        read: what the router reads, ``(B, D)``; None if it reads what the experts read.
     """
 
     def __init__(
@@ -181,8 +180,10 @@ class _Block:
     ) -> None:
         self.mlp: FeedForward = block.mlp
         self.looks_back = block.mlp.needs_earlier_tokens
-        self.feeds_router = block.router_input == FFN_INPUT
-        self.reads_entering = block.router_input == "pre_attention"
+        self.entering = torch.empty_like(hidden) if block.router_input == "pre_attention" else None
+        self.read = {"pre_attention": self.entering, "post_attention": hidden}.get(
+            block.router_input
+        )
         self.first_norm = norm_of(block.input_layernorm)
         attention, batch = block.self_attn, len(hidden)
         width, kv_heads = attention.head_dim, attention.k_proj.out_features // attention.head_dim
@@ -196,8 +197,7 @@ class _Block:
         self.second_norm = self.feed = None
         if (second := block.post_attention_layernorm) is not None:
             self.second_norm = norm_of(second)
-            if self.feeds_router:
-                self.feed = native_feed_forward(block.mlp, second, hidden)
+            self.feed = native_feed_forward(block.mlp, second, hidden, self.read)
 
 
 def norm_of(norm: RMSNorm) -> Callable[[Tensor], Tensor]:

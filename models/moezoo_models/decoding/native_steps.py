@@ -52,16 +52,19 @@ def native_attention(
 
 
 def native_feed_forward(
-    layer: FeedForward, norm: RMSNorm, hidden: Tensor
+    layer: FeedForward, norm: RMSNorm, hidden: Tensor, router_input: Tensor | None = None
 ) -> Callable[[], None] | None:
-    """Return the step of a feed-forward block, in place on ``hidden``."""
+    """Return the step of a feed-forward block, in place on ``hidden``.
+
+    ``router_input``, of the same shape, is what the router reads if not what the experts read.
+    """
     before = Norm(norm.weight, norm.eps)
     if type(layer) is DenseFFN:
         return _dense(layer, before, hidden)
     if type(layer) is SparseMoE and not layer.d_shared and layer.gate.capacity is None:
-        return _mixture(layer, before, hidden)
+        return _mixture(layer, before, hidden, router_input)
     if type(layer) is SigmaMoE:
-        return _mixture(layer, before, hidden)
+        return _mixture(layer, before, hidden, router_input)
     return None
 
 
@@ -78,7 +81,9 @@ def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | 
     return token_step.dense_step(hidden, norm, gate, up, down, layer.activation)
 
 
-def _mixture(layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
+def _mixture(
+    layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor, router_input: Tensor | None
+) -> Callable[[], None] | None:
     gate, experts = layer.gate, layer.experts
     options = gate.options
     if type(gate) is not Router or not _is_known(options):
@@ -107,6 +112,7 @@ def _mixture(layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor) -> Callabl
         normalize=options.normalize,
         factor=options.scale,
         selection_bias=gate.selection_bias if options.selection_bias else None,
+        router_input=router_input,
     )
 
 

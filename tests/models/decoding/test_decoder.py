@@ -286,6 +286,10 @@ def test_the_kernels_step_what_they_know(build, rules, native_steps):
     known = [rule("DenseFFN"), rule("SparseMoE", 1), rule("SigmaMoE", 2)]
     blocks = Decoder(build(ffn=known), *left_padded(2), 4)._blocks
     assert all(block.attend and block.feed for block in blocks)
+    for read in RESIDUALS:
+        asking = [{**each, "router_input": read} for each in known[1:]]
+        blocks = Decoder(build(ffn=[known[0], *asking]), *left_padded(2), 4)._blocks
+        assert all(block.attend and block.feed for block in blocks)
     others = [rule("PEER"), rule("PersistentMemoryAttention", 1)]
     blocks = Decoder(build(ffn=others), *left_padded(2), 4)._blocks
     assert [block.attend is None for block in blocks] == [False, True, False]
