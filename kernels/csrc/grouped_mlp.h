@@ -17,6 +17,9 @@ inline void with_activation(int64_t activation, const Body& body) {
     case kGeluTanh: return body(std::integral_constant<int64_t, kGeluTanh>{});
     case kSilu: return body(std::integral_constant<int64_t, kSilu>{});
     case kRelu2: return body(std::integral_constant<int64_t, kRelu2>{});
+    case kQuickGelu: return body(std::integral_constant<int64_t, kQuickGelu>{});
+    case kTanh: return body(std::integral_constant<int64_t, kTanh>{});
+    case kLeakyRelu: return body(std::integral_constant<int64_t, kLeakyRelu>{});
     default: return body(std::integral_constant<int64_t, kRelu>{});
   }
 }

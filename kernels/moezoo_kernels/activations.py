@@ -10,6 +10,9 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 
+_QUICK_GELU = 1.702
+_LEAK = 0.01
+
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
@@ -20,16 +23,28 @@ def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def _quick_gelu(x: Tensor) -> Tensor:
+    """``x sigmoid(1.702 x)``, arXiv:1606.08415, section 2."""
+    return x * torch.sigmoid(_QUICK_GELU * x)
+
+
+def _leaky_relu(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, _LEAK)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
     "silu": F.silu,
     "relu2": _relu2,
+    "quick_gelu": _quick_gelu,
+    "tanh": torch.tanh,
+    "leaky_relu": _leaky_relu,
 }
 
 # By which number csrc/activations.h knows each.
-ACTIVATION_CODES = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu2": 4}
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 _BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, x: _aten.threshold_backward(grad, x, 0),
@@ -37,6 +52,9 @@ _BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
     "silu": lambda grad, x: _aten.silu_backward(grad, x),
     "relu2": lambda grad, x: grad * F.relu(x).mul_(2),
+    "quick_gelu": lambda grad, x: _aten.silu_backward(grad, _QUICK_GELU * x),
+    "tanh": lambda grad, x: _aten.tanh_backward(grad, torch.tanh(x)),
+    "leaky_relu": lambda grad, x: _aten.leaky_relu_backward(grad, x, _LEAK, False),
 }
 
 

@@ -24,7 +24,9 @@ from moezoo.feed_forward import (
 from moezoo.init import init_linear, output_std
 from moezoo_kernels.activations import ACTIVATIONS
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"]
+Activation = Literal[
+    "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu", "tanh", "leaky_relu"
+]
 
 
 def default_width(d_model: int, gated: bool) -> int:
@@ -38,7 +40,8 @@ class DenseFFN(FeedForward):
     Args:
         d_model: width of the residual stream.
         d_ff: hidden width; default 4 d_model, or 8/3 d_model rounded up to 16 when gated.
-        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
+            leaky_relu (0.01 below zero).
         gated: a gated linear unit (three matrices) instead of an MLP (two).
         bias: whether the projections have biases.
     """

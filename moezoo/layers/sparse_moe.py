@@ -38,7 +38,8 @@ class SparseMoE(FeedForward):
         d_expert: hidden width of one expert; default: the dense block's width divided by the
             number of experts that a token runs, rounded up to a multiple of 16, so that a token
             costs what the dense block costs.
-        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
+            leaky_relu (0.01 below zero).
         gated: gated linear units instead of MLPs.
         bias: whether the experts' projections have biases.
         num_shared_experts: experts that run on every token (arXiv:2401.06066), as one block.

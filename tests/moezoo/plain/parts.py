@@ -52,6 +52,12 @@ def activation(name: str, x: Tensor) -> Tensor:
         return x / (1 + torch.exp(-x))
     if name == "gelu":
         return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    if name == "quick_gelu":
+        return x / (1 + torch.exp(-1.702 * x))
+    if name == "tanh":
+        return (torch.exp(2 * x) - 1) / (torch.exp(2 * x) + 1)
+    if name == "leaky_relu":
+        return torch.where(x > 0, x, x / 100)
     assert name == "gelu_tanh", name
     return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
