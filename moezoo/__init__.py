@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from moezoo.layers.ultra_fast_fff import UltraFastFFF
     from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
     from moezoo.swap_layers import swap
+    from moezoo_kernels.activations import GLUOptions
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "errors": ("InputError",),
@@ -54,7 +55,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "layers.mixtures": (),
     "layers.carved_moe": ("CarvedMoE",),
-    "layers.dense": ("DenseFFN",),
+    "layers.dense": ("DenseFFN", "GLUOptions"),
     "layers.fast_feed_forward": ("FastFeedForward",),
     "layers.hash": ("HashLayer",),
     "layers.memory_plus": ("MemoryPlus",),
@@ -105,6 +106,7 @@ __all__ = [
     "FastFeedForward",
     "FeedForward",
     "FeedForwardOutput",
+    "GLUOptions",
     "HashLayer",
     "InputError",
     "MemoryPlus",

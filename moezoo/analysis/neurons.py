@@ -170,8 +170,8 @@ def _stacked(
             weights = choices.weights[rows, places].unsqueeze(-1)
             for part in torch.arange(len(rows), device=rows.device).split(_DENSE_ROWS):
                 up = _expert_up(experts, e, tokens_TD[rows[part]])
-                inner_RF = activate(up, experts.activation, experts.gated)
-                before_RF = up[:, :width]  # the gate's rows come first
+                inner_RF = experts.activate(up)
+                before_RF = experts.before_activation(up)
                 yield NeuronBlock(rows[part], neurons_F, inner_RF, weights[part], before_RF)
 
     def values(neurons: Tensor, _: Tensor | None = None, /) -> Tensor:

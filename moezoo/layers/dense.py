@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moezoo.errors import check_choice, check_int
+from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import (
     Cost,
     FeedForward,
@@ -22,7 +22,7 @@ from moezoo.feed_forward import (
     register,
 )
 from moezoo.init import init_linear, output_std
-from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gated_unit
 
 Activation = Literal[
     "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu", "tanh", "leaky_relu"
@@ -32,6 +32,19 @@ Activation = Literal[
 def default_width(d_model: int, gated: bool) -> int:
     """Return the usual hidden width: 4 d, or 8/3 d rounded up to a multiple of 16 for a GLU."""
     return -(-8 * d_model // 48) * 16 if gated else 4 * d_model
+
+
+def check_glu(glu: GLUOptions, activation: str, gated: bool, name: str = "glu") -> GLUOptions:
+    """Return the bounds of a gated linear unit if they fit together.
+
+    Raises:
+        InputError: they do not; the message calls them ``name``.
+    """
+    try:
+        glu.check(activation, gated, name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return glu
 
 
 class DenseFFN(FeedForward):
@@ -44,6 +57,7 @@ class DenseFFN(FeedForward):
             leaky_relu (0.01 below zero).
         gated: a gated linear unit (three matrices) instead of an MLP (two).
         bias: whether the projections have biases.
+        glu: bounds of the gated linear unit's factors (GPT-OSS, DeepSeek-V4, Step-3.7).
     """
 
     def __init__(
@@ -54,12 +68,14 @@ class DenseFFN(FeedForward):
         activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,
+        glu: GLUOptions = PLAIN_GLU,
     ) -> None:
         super().__init__(d_model)
         self.d_ff = default_width(d_model, gated) if d_ff is None else check_int("d_ff", d_ff)
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.gated = gated
         self.bias = bias
+        self.glu = check_glu(glu, activation, gated)
         if gated:
             self.gate_proj = nn.Linear(d_model, self.d_ff, bias=bias)
         self.up_proj = nn.Linear(d_model, self.d_ff, bias=bias)
@@ -87,14 +103,15 @@ class DenseFFN(FeedForward):
         self, hidden: Tensor, *, token_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Apply the block to every token, without checks."""
-        act = ACTIVATIONS[self.activation]
-        inner = (
-            act(self.gate_proj(hidden)) * self.up_proj(hidden)
-            if self.gated
-            else act(self.up_proj(hidden))
-        )
-        output: Tensor = self.down_proj(inner)
+        output: Tensor = self.down_proj(self.inner(hidden))
         return output
+
+    def inner(self, hidden: Tensor) -> Tensor:
+        """Return the values of the hidden neurons, ``(..., d_ff)``."""
+        up: Tensor = self.up_proj(hidden)
+        if not self.gated:
+            return ACTIVATIONS[self.activation](up)
+        return gated_unit(self.gate_proj(hidden), up, self.activation, self.glu)
 
     def _neuron_by_neuron(self, tokens: Tensor) -> Tensor:
         """Sum over hidden neurons one by one: ``y = Σ_j act_j(x) W_down[:, j]``."""
@@ -104,12 +121,12 @@ class DenseFFN(FeedForward):
             up = tokens @ self.up_proj.weight[j]
             if self.up_proj.bias is not None:
                 up = up + self.up_proj.bias[j]
-            value = act(up)
+            value = up if self.gated else act(up)
             if self.gated:
                 gate = tokens @ self.gate_proj.weight[j]
                 if self.gate_proj.bias is not None:
                     gate = gate + self.gate_proj.bias[j]
-                value = act(gate) * up
+                value = gated_unit(gate, up, self.activation, self.glu)
             output = output + value[:, None] * self.down_proj.weight[:, j]
         if self.down_proj.bias is not None:
             output = output + self.down_proj.bias

@@ -16,11 +16,11 @@ from moezoo.errors import InputError, check_choice, check_int
 from moezoo.experts import MLPExperts
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, TokenContext
 from moezoo.init import init_linear
-from moezoo.layers.dense import Activation, DenseFFN, default_width
+from moezoo.layers.dense import Activation, DenseFFN, check_glu, default_width
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
 from moezoo.routing.options import check_top_k
 from moezoo.routing.stats import SlotLoad, slot_load
-from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions
 
 
 class SparseMoE(FeedForward):
@@ -45,6 +45,8 @@ class SparseMoE(FeedForward):
         num_shared_experts: experts that run on every token (arXiv:2401.06066), as one block.
         d_shared: hidden width of that block; default num_shared_experts * d_expert.
         shared_gate: weight the shared expert by a learned sigmoid gate (Qwen2-MoE).
+        glu: bounds of the gated linear units' factors, in experts and shared expert.
+        shared_glu: those of the shared expert, where they differ (Step-3.7; none in Hunyuan 4).
         router: how tokens and experts find each other.
         balance: coefficients of the auxiliary losses.
         capacity: a limit on the tokens per expert; none by default (dropless).
@@ -65,6 +67,8 @@ class SparseMoE(FeedForward):
         num_shared_experts: int = 0,
         d_shared: int | None = None,
         shared_gate: bool = False,
+        glu: GLUOptions = PLAIN_GLU,
+        shared_glu: GLUOptions | None = None,
         router: RouterOptions = RouterOptions(),  # noqa: B008 - frozen
         balance: BalanceOptions = BalanceOptions(),  # noqa: B008 - frozen
         capacity: CapacityOptions | None = None,
@@ -85,11 +89,14 @@ class SparseMoE(FeedForward):
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.gated = gated
         self.bias = bias
+        self.glu = check_glu(glu, activation, gated)
+        self.shared_glu = shared_glu
+        if shared_glu is not None:
+            check_glu(shared_glu, activation, gated, "shared_glu")
+            self._needs_shared("shared_glu", "to bound")
         self.shared_gate = shared_gate
-        if shared_gate and not d_shared:
-            raise InputError(
-                "shared_gate: there is no shared expert to gate; set num_shared_experts"
-            )
+        if shared_gate:
+            self._needs_shared("shared_gate", "to gate")
         router.check(num_experts, top_k)
         balance.check()
         if capacity is not None:
@@ -106,15 +113,32 @@ class SparseMoE(FeedForward):
             d_model, num_experts, top_k, options=router, balance=balance, capacity=capacity
         )
         self.experts = MLPExperts(
-            d_model, self.d_expert, num_experts, activation=activation, gated=gated, bias=bias
+            d_model,
+            self.d_expert,
+            num_experts,
+            activation=activation,
+            gated=gated,
+            bias=bias,
+            glu=glu,
         )
         if self.d_shared:
             self.shared_expert = DenseFFN(
-                d_model, self.d_shared, activation=activation, gated=gated, bias=bias
+                d_model,
+                self.d_shared,
+                activation=activation,
+                gated=gated,
+                bias=bias,
+                glu=glu if shared_glu is None else shared_glu,
             )
         if shared_gate:
             self.shared_expert_gate = nn.Linear(d_model, 1, bias=False)
             self._reset_shared_gate()
+
+    def _needs_shared(self, option: str, purpose: str) -> None:
+        if not self.d_shared:
+            raise InputError(
+                f"{option}: there is no shared expert {purpose}; set num_shared_experts"
+            )
 
     @property
     def causal(self) -> bool:

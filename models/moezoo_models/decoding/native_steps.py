@@ -75,7 +75,7 @@ def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | 
         return None
     gate = maps[0] if layer.gated else None
     up, down = maps[-2:]
-    return token_step.dense_step(hidden, norm, gate, up, down, layer.activation)
+    return token_step.dense_step(hidden, norm, gate, up, down, layer.activation, layer.glu)
 
 
 def _mixture(layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
@@ -107,6 +107,8 @@ def _mixture(layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor) -> Callabl
         normalize=options.normalize,
         factor=options.scale,
         selection_bias=gate.selection_bias if options.selection_bias else None,
+        glu=experts.glu,
+        interleaved=experts.interleaved,
     )
 
 

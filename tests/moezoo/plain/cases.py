@@ -8,6 +8,7 @@ from typing import Any
 from plain.compare import VOCABULARY, randomize
 
 import moezoo
+from moezoo import GLUOptions
 from moezoo.feed_forward import FeedForward
 from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
 
@@ -106,6 +107,16 @@ CONVENTIONS = {
         router=RouterOptions(choice="expert", normalize=False, scale=1.7, jitter=0.1),
         balance=BalanceOptions(0.0, z_loss=0.3),
     ),
+    "gpt_oss_gate": _moe(activation="quick_gelu", glu=GLUOptions(limit=0.6, up_shift=1.0)),
+    "limit_after": _moe(num_shared_experts=1, glu=GLUOptions(limit=0.3, limit_after=True)),
+    "own_limit_of_shared": _moe(
+        num_shared_experts=1, glu=GLUOptions(limit=0.4), shared_glu=GLUOptions(limit=0.8)
+    ),
+    "softcaps": _moe(
+        num_shared_experts=1,
+        glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9),
+        shared_glu=GLUOptions(gate_softcap=0.5, up_softcap=0.6),
+    ),
     "quick_gelu": _moe(activation="quick_gelu"),
     "tanh": _moe(activation="tanh", gated=False),
     "leaky_relu": _moe(activation="leaky_relu"),
@@ -141,6 +152,9 @@ CONVENTIONS = {
     "top_k_split": _layer("top_k_ffn", gated=True, split_input=True, activation="silu"),
     "top_k_threshold": _layer("top_k_ffn", selection="statistical", activation="gelu"),
     "earlier_only": _layer("persistent_memory", include_self=False),
+    "dense_limit": _layer("dense_glu", glu=GLUOptions(limit=0.5, up_shift=0.5)),
+    "dense_limit_after": _layer("dense_glu", glu=GLUOptions(limit=0.3, limit_after=True)),
+    "dense_softcaps": _layer("dense_glu", glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9)),
     "dense_relu2": _layer("dense_mlp", activation="relu2", bias=False),
 }
 

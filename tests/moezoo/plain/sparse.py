@@ -35,13 +35,14 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
     route = _experts_choose if options["router"]["choice"] == "expert" else _tokens_choose
     gates, losses, counts = route(weights, options, hidden, asking, real, call)
     answer = Experts(weights, "experts.", options)
+    of_shared = {**options, "glu": options["shared_glu"] or options["glu"]}
     rows = []
     for t, x_D in enumerate(tokens):
         y_D = torch.zeros_like(x_D)
         for e, gate in gates[t].items():
             y_D = y_D + gate * answer(e, x_D)
         if options["num_shared_experts"] and real[t]:
-            shared_D = dense_block(weights, "shared_expert.", options, x_D)
+            shared_D = dense_block(weights, "shared_expert.", of_shared, x_D)
             if options["shared_gate"]:
                 shared_D = sigmoid(weights["shared_expert_gate.weight"] @ x_D) * shared_D
             y_D = y_D + shared_D
