@@ -1,0 +1,248 @@
+"""Experts and shared experts of transformers' mixtures, weights copied: output and all gradients.
+
+Experts get the same choices and weights as theirs, skewed: one expert has most tokens, one none.
+Biases are not zero, and pre-activations go beyond the limits.
+"""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from moezoo import DenseFFN, GLUOptions
+from moezoo.experts import MLPExperts
+
+transformers = pytest.importorskip("transformers")
+
+T, D, F, E, K = 63, 24, 18, 6, 3
+ALIKE = {torch.float32: 1e-6, torch.float64: 1e-12}
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def _make(model: str, name: str, config: str, *arguments, **fields):
+    """Build a part of one of transformers' models."""
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    owner = importlib.import_module(f"transformers.models.{model}.configuration_{model}")
+    made = getattr(owner, config)(hidden_size=D, num_experts_per_tok=K, **fields)
+    made._experts_implementation = "eager"
+    return getattr(module, name)(made, *arguments)
+
+
+def _draw(module: nn.Module, dtype: torch.dtype, scale: float) -> nn.Module:
+    """Give every parameter values away from those of an initialization; first products are wide."""
+    torch.manual_seed(0)
+    module = module.to(dtype)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            first = any(part in name for part in ("gate", "up_proj", "fc1"))
+            wide = scale if first and "bias" not in name else 1.0
+            tensor.copy_(torch.randn(tensor.shape).to(dtype) * wide * D**-0.5)
+    return module
+
+
+HALVES = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj"}
+SIZES = {"num_local_experts": E, "intermediate_size": F}
+FINE = {"num_local_experts": E, "moe_intermediate_size": F}
+
+# Their class and configuration; our options; where pre-activations are bounded.
+EXPERTS = {
+    "gpt_oss": (
+        lambda: _make("gpt_oss", "GptOssExperts", "GptOssConfig", **SIZES),
+        {
+            "activation": "quick_gelu",
+            "glu": GLUOptions(limit=7.0, up_shift=1.0),
+            "interleaved": True,
+            "bias": True,
+        },
+        7.0,
+    ),
+    "openai_privacy_filter": (
+        lambda: _make(
+            "openai_privacy_filter",
+            "OpenAIPrivacyFilterExperts",
+            "OpenAIPrivacyFilterConfig",
+            **SIZES,
+        ),
+        {"activation": "quick_gelu", "glu": GLUOptions(limit=7.0, up_shift=1.0), "bias": True},
+        7.0,
+    ),
+    "minimax_m3": (
+        lambda: _make("minimax_m3_vl", "MiniMaxM3VLExperts", "MiniMaxM3VLTextConfig", **SIZES),
+        {"activation": "quick_gelu", "glu": GLUOptions(limit=7.0, up_shift=1.0)},
+        7.0,
+    ),
+    "deepseek_v4": (
+        lambda: _make("deepseek_v4", "DeepseekV4Experts", "DeepseekV4Config", **FINE),
+        {"glu": GLUOptions(limit=10.0)},
+        10.0,
+    ),
+    "glm5_next": (
+        lambda: _make("glm5_next", "Glm5NextTextExperts", "Glm5NextTextConfig", **FINE),
+        {"glu": GLUOptions(limit=10.0)},
+        10.0,
+    ),
+    "hy_v4": (
+        lambda: _make("hy_v4", "HYV4Experts", "HYV4Config", **FINE),
+        {"glu": GLUOptions(limit=10.0)},
+        10.0,
+    ),
+    "step3p7": (
+        lambda: _make(
+            "step3p7",
+            "Step3p7Experts",
+            "Step3p7TextConfig",
+            7.0,
+            n_routed_experts=E,
+            moe_intermediate_size=F,
+        ),
+        {"glu": GLUOptions(limit=7.0, limit_after=True)},
+        7.0,
+    ),
+    "inkling2": (
+        lambda: _make(
+            "inkling2",
+            "Inkling2Experts",
+            "Inkling2TextConfig",
+            n_routed_experts=E,
+            moe_intermediate_size=F,
+        ),
+        {"glu": GLUOptions(gate_softcap=4.0, up_softcap=25.0)},
+        4.0,
+    ),
+    "nemotron_h": (
+        lambda: _make(
+            "nemotron_h",
+            "NemotronHExperts",
+            "NemotronHConfig",
+            n_routed_experts=E,
+            moe_intermediate_size=F,
+        ),
+        {"activation": "relu2", "gated": False},
+        None,
+    ),
+}
+# These compute between the products in fp32 whatever the dtype of the model.
+IN_FP32 = {"inkling2", "openai_privacy_filter"}
+
+
+def _ours(theirs: nn.Module, **options) -> tuple[MLPExperts, dict[str, nn.Parameter]]:
+    """Return our experts with their weights, and whose gradient is to equal which of ours."""
+    made = MLPExperts(D, F, E, **({"activation": "silu", "gated": True, "bias": False} | options))
+    names = {"gate_up_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+    names |= {"gate_up_proj_bias": "gate_up_bias", "down_proj_bias": "down_bias"}
+    pairs = {names[name]: tensor for name, tensor in theirs.named_parameters()}
+    made = made.to(next(theirs.parameters()).dtype)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(_as_ours(pairs[name], parameter))
+    return made, pairs
+
+
+def _as_ours(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """Transpose stacked matrices that are stored as (E, in, out)."""
+    return theirs if theirs.shape == ours.shape else theirs.mT
+
+
+def _routing(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return choices and weights of skewed logits; the last expert gets no token."""
+    logits = torch.randn(T, E) + torch.linspace(3, -1, E)
+    logits[:, -1] = -50.0
+    weights, indices = logits.softmax(-1).topk(K)
+    return indices, weights.to(dtype)
+
+
+def _assert_alike(ours: list[torch.Tensor], theirs: list[torch.Tensor], bound: float) -> None:
+    for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.shape == b.shape, place
+        assert b.any(), place
+        assert (a - b).norm() <= bound * b.norm(), (place, float((a - b).norm() / b.norm()))
+
+
+@BOTH
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name, dtype):
+    make, options, limit = EXPERTS[name]
+    theirs = _draw(make(), dtype, 2 * (limit or 1))
+    ours, pairs = _ours(theirs, **options)
+    hidden, direction = torch.randn(2, T, D, dtype=dtype)
+    indices, weights = _routing(dtype)
+    if limit is not None:
+        first = torch.einsum("td,eid->tei", hidden, ours.gate_up_proj.detach())
+        assert 0.05 < (first > limit).float().mean() < 0.5
+    found = []
+    calls = (
+        (theirs, lambda x, w: theirs(x, indices, w)),
+        (ours, lambda x, w: ours(x, indices, w, T * K)),
+        (ours, lambda x, w: ours.reference(x, indices, w)),
+    )
+    for module, call in calls:
+        x, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+        output = call(x, w)
+        names = [n for n, _ in ours.named_parameters()]
+        parameters = [pairs[n] if module is theirs else getattr(ours, n) for n in names]
+        gradients = torch.autograd.grad((output * direction).sum(), [x, w, *parameters])
+        if module is theirs:
+            for i, n in enumerate(names, start=2):
+                gradients = (
+                    *gradients[:i],
+                    _as_ours(gradients[i], getattr(ours, n)),
+                    *gradients[i + 1 :],
+                )
+        found.append([output.detach(), *gradients])
+    bound = 1e-6 if name in IN_FP32 else ALIKE[dtype]
+    _assert_alike(found[1], found[0], bound)
+    _assert_alike(found[2], found[0], bound)
+
+
+@BOTH
+def test_decoding_reads_them_alike(dtype):
+    theirs = _draw(EXPERTS["gpt_oss"][0](), dtype, 14.0)
+    ours, _ = _ours(theirs, **EXPERTS["gpt_oss"][1])
+    hidden = torch.randn(2, D, dtype=dtype)
+    indices, weights = (part[:2] for part in _routing(dtype))
+    with torch.no_grad():
+        answer = ours.infer(hidden, indices, weights, 2 * K)
+        _assert_alike([answer], [theirs(hidden, indices, weights)], ALIKE[dtype])
+
+
+DENSE = {
+    "deepseek_v4": (
+        lambda: _make("deepseek_v4", "DeepseekV4MLP", "DeepseekV4Config", moe_intermediate_size=F),
+        GLUOptions(limit=10.0),
+    ),
+    "glm5_next": (
+        lambda: _make("glm5_next", "Glm5NextTextMLP", "Glm5NextTextConfig", intermediate_size=F),
+        GLUOptions(limit=10.0),
+    ),
+    "hy_v4": (
+        lambda: _make("hy_v4", "HYV4MLP", "HYV4Config", intermediate_size=F),
+        GLUOptions(),
+    ),
+    "step3p7": (
+        lambda: _make(
+            "step3p7", "Step3p7MLP", "Step3p7TextConfig", 1, intermediate_size=F,
+            swiglu_limits_shared=[None, 16.0],
+        ),
+        GLUOptions(limit=16.0, limit_after=True),
+    ),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_blocks(name, dtype):
+    make, glu = DENSE[name]
+    theirs = _draw(make(), dtype, 2 * (glu.limit or 1.0))
+    bias = theirs.up_proj.bias is not None
+    ours = DenseFFN(D, F, glu=glu, bias=bias).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    hidden, direction = torch.randn(2, T, D, dtype=dtype)
+    found = []
+    for module, call in ((theirs, theirs), (ours, lambda x: ours(x).hidden)):
+        x = hidden.clone().requires_grad_()
+        output = call(x)
+        parameters = [tensor for _, tensor in sorted(module.named_parameters())]
+        gradients = torch.autograd.grad((output * direction).sum(), [x, *parameters])
+        found.append([output.detach(), *gradients])
+    _assert_alike(found[1], found[0], ALIKE[dtype])
