@@ -44,6 +44,8 @@ class SparseMoE(FeedForward):
         bias: whether the experts' projections have biases.
         num_shared_experts: experts that run on every token (arXiv:2401.06066), as one block.
         d_shared: hidden width of that block; default num_shared_experts * d_expert.
+        shared_bias: whether the shared expert's projections have biases; default: as the experts'
+            (Ernie 4.5 has them there alone).
         shared_gate: weight the shared expert by a learned sigmoid gate (Qwen2-MoE).
         glu: bounds of the gated linear units' factors, in experts and shared expert.
         shared_glu: those of the shared expert, where they differ (Step-3.7; none in Hunyuan 4).
@@ -66,6 +68,7 @@ class SparseMoE(FeedForward):
         bias: bool = False,
         num_shared_experts: int = 0,
         d_shared: int | None = None,
+        shared_bias: bool | None = None,
         shared_gate: bool = False,
         glu: GLUOptions = PLAIN_GLU,
         shared_glu: GLUOptions | None = None,
@@ -97,6 +100,9 @@ class SparseMoE(FeedForward):
         self.shared_gate = shared_gate
         if shared_gate:
             self._needs_shared("shared_gate", "to gate")
+        self.shared_bias = shared_bias
+        if shared_bias is not None:
+            self._needs_shared("shared_bias", "to have biases")
         router.check(num_experts, top_k)
         balance.check()
         if capacity is not None:
@@ -127,7 +133,7 @@ class SparseMoE(FeedForward):
                 self.d_shared,
                 activation=activation,
                 gated=gated,
-                bias=bias,
+                bias=bias if shared_bias is None else shared_bias,
                 glu=glu if shared_glu is None else shared_glu,
             )
         if shared_gate:

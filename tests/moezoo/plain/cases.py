@@ -37,7 +37,8 @@ def build(name: str, **arguments: Any) -> FeedForward:
 def biases(cls: type[FeedForward]) -> dict[str, bool]:
     """Return the arguments that give a layer its biases, set to true."""
     annotations = cls.__init__.__annotations__
-    return {name: True for name in annotations if name.rpartition("_")[2] == "bias"}
+    names = [name for name in annotations if name.rpartition("_")[2] == "bias"]
+    return {name: True for name in names if name != "shared_bias"}  # by default as the experts'
 
 
 def _moe(**arguments: Any) -> Callable[[], FeedForward]:
@@ -112,6 +113,7 @@ CONVENTIONS = {
     "own_limit_of_shared": _moe(
         num_shared_experts=1, glu=GLUOptions(limit=0.4), shared_glu=GLUOptions(limit=0.8)
     ),
+    "bias_of_shared": _moe(num_shared_experts=2, bias=False, shared_bias=True),
     "softcaps": _moe(
         num_shared_experts=1,
         glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9),
