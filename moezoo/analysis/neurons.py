@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moezoo.analysis.choices import SlotChoices, router_tokens, slot_choices
 from moezoo.analysis.watching import Context, input_of, token_mask
@@ -154,9 +154,12 @@ def _before(layer: DenseFFN | TopKFFN, x_RD: Tensor) -> Tensor:
 
 
 def _stacked(
-    experts: MLPExperts, choose: Callable[[Tensor, Context], SlotChoices], unit: str
+    experts: MLPExperts,
+    choose: Callable[[Tensor, Context], SlotChoices],
+    unit: str,
+    maps: tuple[nn.Linear, nn.Linear] | None = None,
 ) -> Neurons:
-    """Describe stacked MLPs of which each token has some."""
+    """Describe stacked MLPs of which each token has some, perhaps between two linear maps."""
     width = experts.d_expert
 
     def read(hidden: Tensor, context: Context) -> Iterator[NeuronBlock]:
@@ -169,14 +172,16 @@ def _stacked(
             rows, places = (choices.indices == e).nonzero(as_tuple=True)
             weights = choices.weights[rows, places].unsqueeze(-1)
             for part in torch.arange(len(rows), device=rows.device).split(_DENSE_ROWS):
-                up = _expert_up(experts, e, tokens_TD[rows[part]])
+                x_RD = tokens_TD[rows[part]]
+                up = _expert_up(experts, e, x_RD if maps is None else maps[0](x_RD))
                 inner_RF = experts.activate(up)
                 before_RF = experts.before_activation(up)
                 yield NeuronBlock(rows[part], neurons_F, inner_RF, weights[part], before_RF)
 
     def values(neurons: Tensor, _: Tensor | None = None, /) -> Tensor:
         expert = neurons.div(width, rounding_mode="floor")
-        return experts.down_proj[expert, :, neurons % width]
+        found = experts.down_proj[expert, :, neurons % width]
+        return found if maps is None else maps[1](found)
 
     return Neurons("", experts.num_experts * width, width, unit, read, values)
 
@@ -232,7 +237,8 @@ def _(layer: SparseMoE) -> list[Neurons]:
     def gate(x_RD: Tensor) -> Tensor:
         return layer.shared_expert_gate(x_RD).sigmoid()
 
-    found = [_stacked(layer.experts, choose, "expert")]
+    maps = None if layer.d_latent is None else (layer.latent_down, layer.latent_up)
+    found = [_stacked(layer.experts, choose, "expert", maps)]
     if layer.d_shared:
         shared_gate = gate if layer.shared_gate else None
         found.append(_dense(layer.shared_expert, "shared expert", shared_gate))

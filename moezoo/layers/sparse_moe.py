@@ -37,11 +37,14 @@ class SparseMoE(FeedForward):
         top_k: experts per token (on average, in expert choice).
         d_expert: hidden width of one expert; default: the dense block's width divided by the
             number of experts that a token runs, rounded up to a multiple of 16, so that a token
-            costs what the dense block costs.
+            costs what the dense block costs (more by the two maps, with ``d_latent``).
         activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
             leaky_relu (0.01 below zero).
         gated: gated linear units instead of MLPs.
         bias: whether the experts' projections have biases.
+        d_latent: width that the routed experts read and write, between two linear maps without
+            biases that they share (Nemotron-H); router and shared expert stay at ``d_model``.
+            None: ``d_model``, and no maps.
         num_shared_experts: experts that run on every token (arXiv:2401.06066), as one block.
         d_shared: hidden width of that block; default num_shared_experts * d_expert.
         shared_bias: whether the shared expert's projections have biases; default: as the experts'
@@ -66,6 +69,7 @@ class SparseMoE(FeedForward):
         activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,
+        d_latent: int | None = None,
         num_shared_experts: int = 0,
         d_shared: int | None = None,
         shared_bias: bool | None = None,
@@ -80,9 +84,11 @@ class SparseMoE(FeedForward):
         self.num_experts = check_int("num_experts", num_experts)
         self.top_k = check_top_k(top_k, num_experts)
         self.num_shared_experts = check_int("num_shared_experts", num_shared_experts, minimum=0)
+        self.d_latent = None if d_latent is None else check_int("d_latent", d_latent)
+        width = self.d_latent or d_model
         if d_expert is None:
-            answering = top_k + num_shared_experts
-            d_expert = -(-default_width(d_model, gated) // (16 * answering)) * 16
+            weights = default_width(d_model, gated) * d_model
+            d_expert = -(-weights // (16 * (top_k + num_shared_experts) * width)) * 16
         self.d_expert = check_int("d_expert", d_expert)
         if d_shared is None:
             d_shared = num_shared_experts * d_expert
@@ -119,7 +125,7 @@ class SparseMoE(FeedForward):
             d_model, num_experts, top_k, options=router, balance=balance, capacity=capacity
         )
         self.experts = MLPExperts(
-            d_model,
+            width,
             self.d_expert,
             num_experts,
             activation=activation,
@@ -127,6 +133,10 @@ class SparseMoE(FeedForward):
             bias=bias,
             glu=glu,
         )
+        if d_latent is not None:
+            self.latent_down = nn.Linear(d_model, d_latent, bias=False)
+            self.latent_up = nn.Linear(d_latent, d_model, bias=False)
+            self._reset_latent()
         if self.d_shared:
             self.shared_expert = DenseFFN(
                 d_model,
@@ -160,10 +170,17 @@ class SparseMoE(FeedForward):
         """Initialise router, experts and shared expert; outputs scale with 1/sqrt(num_layers)."""
         self.gate.reset_parameters()
         self.experts.reset_parameters(num_layers)
+        if self.d_latent is not None:
+            self._reset_latent()
         if self.d_shared:
             self.shared_expert.reset_parameters(num_layers)
         if self.shared_gate:
             self._reset_shared_gate()
+
+    def _reset_latent(self) -> None:
+        """Draw both maps from N(0, 1/fan_in); the experts' outputs are scaled already."""
+        for linear in (self.latent_down, self.latent_up):
+            init_linear(linear, linear.in_features**-0.5)
 
     def _reset_shared_gate(self) -> None:
         init_linear(self.shared_expert_gate, self.d_model**-0.5)
@@ -190,7 +207,7 @@ class SparseMoE(FeedForward):
         """Sum up each token's weighted experts; by brute force, run all of them on all tokens."""
         tokens, _, flat_mask = self._flatten(hidden, context)
         routing = self._route(hidden, context, limited=True)
-        chosen = (tokens, routing.indices, routing.weights)
+        chosen = self._to_experts(tokens), routing.indices, routing.weights
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared expert runs while tokens travel to experts on other ranks.
         shared = self._shared(tokens, flat_mask, brute_force) if self.d_shared else None
@@ -198,6 +215,7 @@ class SparseMoE(FeedForward):
             output = self.experts.reference(*chosen)
         else:
             output = self.experts(*chosen, routing.max_assignments, dispatched=dispatched)
+        output = self._from_experts(output)
         if shared is not None:
             output = output + shared
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
@@ -208,10 +226,17 @@ class SparseMoE(FeedForward):
         """Route each token to its experts and sum their weighted outputs, and no more."""
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
-        output = self.experts.infer(tokens, *self.gate.select(tokens, flat_mask))
+        routing = self.gate.select(tokens, flat_mask)
+        output = self._from_experts(self.experts.infer(self._to_experts(tokens), *routing))
         if self.d_shared:
             output = output + self._shared(tokens, flat_mask, brute_force=False)
         return output.reshape(hidden.shape)
+
+    def _to_experts(self, tokens: Tensor) -> Tensor:
+        return tokens if self.d_latent is None else self.latent_down(tokens)
+
+    def _from_experts(self, outputs: Tensor) -> Tensor:
+        return outputs if self.d_latent is None else self.latent_up(outputs)
 
     def _shared(self, tokens: Tensor, mask: Tensor | None, brute_force: bool) -> Tensor:
         expert = self.shared_expert
@@ -221,7 +246,10 @@ class SparseMoE(FeedForward):
         return answer if mask is None else answer.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def cost(self) -> Cost:
-        """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on."""
+        """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on.
+
+        With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l.
+        """
         routing = sum(p.numel() for p in self.gate.parameters())
         always_parameters, always_flops = routing, 2 * self.d_model * self.num_experts
         if self.d_shared:
@@ -231,6 +259,9 @@ class SparseMoE(FeedForward):
         if self.shared_gate:
             always_parameters += self.d_model
             always_flops += 2 * self.d_model
+        if self.d_latent is not None:
+            always_parameters += 2 * self.d_model * self.d_latent
+            always_flops += 4 * self.d_model * self.d_latent
         per_expert = self.experts.parameters_per_expert()
         active = always_parameters + self.top_k * per_expert
         return Cost(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from moezoo import DenseFFN, GLUOptions
+from moezoo import BalanceOptions, DenseFFN, GLUOptions, RouterOptions, SparseMoE
 from moezoo.experts import MLPExperts
 
 transformers = pytest.importorskip("transformers")
@@ -246,3 +246,150 @@ def test_dense_blocks(name, dtype):
         gradients = torch.autograd.grad((output * direction).sum(), [x, *parameters])
         found.append([output.detach(), *gradients])
     _assert_alike(found[1], found[0], ALIKE[dtype])
+
+
+NO_BALANCE = BalanceOptions(load_balancing=0.0)
+BIASED = {"score": "sigmoid", "selection_bias": True}
+GROUPS = {"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+GROUPED = RouterOptions(**BIASED, scale=2.5, num_groups=2)
+SHARED = {"shared_experts": "shared_expert", "e_score_correction_bias": "selection_bias"}
+
+# Their block, our options, and what their tensors are called here.
+BLOCKS = {
+    "nemotron_h": (
+        lambda: _make(
+            "nemotron_h",
+            "NemotronHMoE",
+            "NemotronHConfig",
+            n_routed_experts=E,
+            moe_intermediate_size=F,
+            moe_latent_size=10,
+            moe_shared_expert_intermediate_size=14,
+            **GROUPS,
+        ),
+        {
+            "d_latent": 10,
+            "d_shared": 14,
+            "gated": False,
+            "activation": "relu2",
+            "router": GROUPED,
+        },
+        {
+            **SHARED,
+            "fc1_latent_proj": "latent_down",
+            "fc2_latent_proj": "latent_up",
+            "experts.up_proj": "experts.gate_up_proj",
+        },
+    ),
+    "hy_v4": (
+        lambda: _make("hy_v4", "HYV4MoE", "HYV4Config", **FINE, n_shared_experts=1, **GROUPS),
+        {"glu": GLUOptions(limit=10.0), "shared_glu": GLUOptions(), "router": GROUPED},
+        SHARED,
+    ),
+    "glm5_next": (
+        lambda: _make(
+            "glm5_next",
+            "Glm5NextTextMoE",
+            "Glm5NextTextConfig",
+            **FINE,
+            n_shared_experts=1,
+            **GROUPS,
+        ),
+        {"glu": GLUOptions(limit=10.0), "router": GROUPED},
+        SHARED,
+    ),
+    "step3p7": (
+        lambda: _make(
+            "step3p7",
+            "Step3p7SparseMoeBlock",
+            "Step3p7TextConfig",
+            1,
+            n_routed_experts=E,
+            moe_intermediate_size=F,
+            share_expert_dim=F,
+            moe_router_scaling_factor=3.0,
+            swiglu_limits=[None, 7.0],
+            swiglu_limits_shared=[None, 16.0],
+        ),
+        {
+            "glu": GLUOptions(limit=7.0, limit_after=True),
+            "shared_glu": GLUOptions(limit=16.0, limit_after=True),
+            "router": RouterOptions(**BIASED, scale=3.0),
+        },
+        SHARED,
+    ),
+    "ernie4_5": (
+        lambda: _make(
+            "ernie4_5_moe",
+            "Ernie4_5_MoeSparseMoeBlock",
+            "Ernie4_5_MoeConfig",
+            moe_num_experts=E,
+            moe_k=K,
+            moe_intermediate_size=F,
+            moe_num_shared_experts=2,
+            use_bias=True,
+        ),
+        {
+            "num_shared_experts": 2,
+            "shared_bias": True,
+            "router": RouterOptions(selection_bias=True),
+        },
+        {
+            "shared_experts": "shared_expert",
+            "gate.moe_statics.e_score_correction_bias": "gate.selection_bias",
+        },
+    ),
+}
+
+
+def _block(name: str, dtype: torch.dtype) -> tuple[nn.Module, SparseMoE, dict[str, torch.Tensor]]:
+    """Return their block, ours with its weights, and their tensors under our names."""
+    make, options, names = BLOCKS[name]
+    theirs = _draw(make(), torch.float64, 20.0)
+    options = {"num_shared_experts": 1, "balance": NO_BALANCE, **options}
+    ours = SparseMoE(D, num_experts=E, top_k=K, d_expert=F, **options)
+    with torch.no_grad():
+        theirs.gate.weight.copy_(torch.randn(E, D) * D**-0.5)
+        theirs.gate.weight[:, 0] += torch.linspace(1, -1, E)
+        for key, buffer in theirs.state_dict().items():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape) * 0.1)
+    renamed = {}
+    for key, tensor in theirs.to(dtype).state_dict(keep_vars=True).items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        renamed[key] = tensor
+    state = {
+        key: tensor.detach().reshape(ours.state_dict()[key].shape)
+        for key, tensor in renamed.items()
+    }
+    ours.to(dtype).load_state_dict(state)
+    return theirs.eval(), ours.eval(), renamed
+
+
+@BOTH
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name, dtype):
+    theirs, ours, renamed = _block(name, dtype)
+    hidden, direction = torch.randn(2, 3, 21, D, dtype=dtype)
+    hidden[..., 0] = 1.0
+    names = [key for key, _ in ours.named_parameters()]
+    calls = (
+        (renamed, theirs),
+        (dict(ours.named_parameters()), lambda x: ours(x).hidden),
+        (dict(ours.named_parameters()), lambda x: ours.reference(x).hidden),
+    )
+    found = []
+    for tensors, call in calls:
+        x = hidden.clone().requires_grad_()
+        output = call(x)
+        gradients = torch.autograd.grad(
+            (output * direction).sum(), [x, *(tensors[n] for n in names)]
+        )
+        found.append([output.detach(), *gradients])
+    # Their routers compute in fp32 in a model of any dtype.
+    bound = 1e-6
+    _assert_alike(found[1], found[0], bound)
+    _assert_alike(found[2], found[0], bound)
+    with torch.no_grad():
+        _assert_alike([ours.infer(hidden)], [found[0][0]], bound)

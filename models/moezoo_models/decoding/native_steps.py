@@ -58,11 +58,16 @@ def native_feed_forward(
     before = Norm(norm.weight, norm.eps)
     if type(layer) is DenseFFN:
         return _dense(layer, before, hidden)
-    if type(layer) is SparseMoE and not layer.d_shared and layer.gate.capacity is None:
+    if type(layer) is SparseMoE and _is_routed_only(layer):
         return _mixture(layer, before, hidden)
     if type(layer) is SigmaMoE:
         return _mixture(layer, before, hidden)
     return None
+
+
+def _is_routed_only(layer: SparseMoE) -> bool:
+    """Return whether the mixture is a router and experts at full width, and no more."""
+    return not layer.d_shared and layer.gate.capacity is None and layer.d_latent is None
 
 
 def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:

@@ -114,6 +114,8 @@ CONVENTIONS = {
         num_shared_experts=1, glu=GLUOptions(limit=0.4), shared_glu=GLUOptions(limit=0.8)
     ),
     "bias_of_shared": _moe(num_shared_experts=2, bias=False, shared_bias=True),
+    "latent": _moe(d_latent=7, num_shared_experts=1, bias=False),
+    "latent_capacity": _moe(d_latent=30, capacity=CapacityOptions(factor=0.6, eval_factor=0.7)),
     "softcaps": _moe(
         num_shared_experts=1,
         glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9),

@@ -40,7 +40,11 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
     for t, x_D in enumerate(tokens):
         y_D = torch.zeros_like(x_D)
         for e, gate in gates[t].items():
-            y_D = y_D + gate * answer(e, x_D)
+            if options["d_latent"] is None:
+                y_D = y_D + gate * answer(e, x_D)
+            else:
+                read_L = weights["latent_down.weight"] @ x_D
+                y_D = y_D + weights["latent_up.weight"] @ (gate * answer(e, read_L))
         if options["num_shared_experts"] and real[t]:
             shared_D = dense_block(weights, "shared_expert.", of_shared, x_D)
             if options["shared_gate"]:
