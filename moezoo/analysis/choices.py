@@ -97,7 +97,7 @@ def _(layer: SparseMoE, hidden: Tensor, context: Context) -> SlotChoices:
     router_TD = router_tokens(layer, hidden, context)
     mask = context.get("mask")
     flat_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
-    return _experts(layer.gate(router_TD, flat_mask, limited=False), layer.num_experts)
+    return _experts(layer.gate(router_TD, flat_mask, limited=False), layer.gate.num_experts)
 
 
 @_choose.register

@@ -166,7 +166,7 @@ def _stacked(
         choices = choose(hidden, context)
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])
         for e in choices.indices.unique().tolist():
-            if e < 0:
+            if not 0 <= e < experts.num_experts:  # none, or one that computes nothing
                 continue
             neurons_F = torch.arange(e * width, (e + 1) * width, device=hidden.device)
             rows, places = (choices.indices == e).nonzero(as_tuple=True)

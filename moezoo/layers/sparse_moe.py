@@ -45,6 +45,9 @@ class SparseMoE(FeedForward):
         d_latent: width that the routed experts read and write, between two linear maps without
             biases that they share (Nemotron-H); router and shared expert stay at ``d_model``.
             None: ``d_model``, and no maps.
+        num_identity_experts: experts I that return the token itself and cost nothing, beside the
+            ``num_experts`` that compute (LongCat-Flash, arXiv:2509.01322); slots E to E + I - 1 of
+            the router, the statistics and the losses. Without capacity, in token choice.
         num_shared_experts: experts that run on every token (arXiv:2401.06066), as one block.
         d_shared: hidden width of that block; default num_shared_experts * d_expert.
         shared_bias: whether the shared expert's projections have biases; default: as the experts'
@@ -70,6 +73,7 @@ class SparseMoE(FeedForward):
         gated: bool = True,
         bias: bool = False,
         d_latent: int | None = None,
+        num_identity_experts: int = 0,
         num_shared_experts: int = 0,
         d_shared: int | None = None,
         shared_bias: bool | None = None,
@@ -82,13 +86,18 @@ class SparseMoE(FeedForward):
     ) -> None:
         super().__init__(d_model)
         self.num_experts = check_int("num_experts", num_experts)
-        self.top_k = check_top_k(top_k, num_experts)
+        self.num_identity_experts = check_int(
+            "num_identity_experts", num_identity_experts, minimum=0
+        )
+        slots = num_experts + num_identity_experts
+        self.top_k = check_top_k(top_k, slots)
         self.num_shared_experts = check_int("num_shared_experts", num_shared_experts, minimum=0)
         self.d_latent = None if d_latent is None else check_int("d_latent", d_latent)
         width = self.d_latent or d_model
         if d_expert is None:
-            weights = default_width(d_model, gated) * d_model
-            d_expert = -(-weights // (16 * (top_k + num_shared_experts) * width)) * 16
+            weights = default_width(d_model, gated) * d_model * slots
+            running = top_k * num_experts + num_shared_experts * slots  # on average, times slots
+            d_expert = -(-weights // (16 * running * width)) * 16
         self.d_expert = check_int("d_expert", d_expert)
         if d_shared is None:
             d_shared = num_shared_experts * d_expert
@@ -109,7 +118,11 @@ class SparseMoE(FeedForward):
         self.shared_bias = shared_bias
         if shared_bias is not None:
             self._needs_shared("shared_bias", "to have biases")
-        router.check(num_experts, top_k)
+        router.check(slots, top_k)
+        if num_identity_experts and router.choice == "expert":
+            raise InputError("num_identity_experts: these choose no tokens; set it to 0")
+        if num_identity_experts and capacity is not None:
+            raise InputError("capacity: is not defined with num_identity_experts; set it to null")
         balance.check()
         if capacity is not None:
             capacity.check()
@@ -122,7 +135,13 @@ class SparseMoE(FeedForward):
         self.router = router
 
         self.gate = Router(
-            d_model, num_experts, top_k, options=router, balance=balance, capacity=capacity
+            d_model,
+            slots,
+            top_k,
+            options=router,
+            balance=balance,
+            capacity=capacity,
+            num_identity=num_identity_experts,
         )
         self.experts = MLPExperts(
             width,
@@ -199,7 +218,7 @@ class SparseMoE(FeedForward):
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights, before capacity."""
         routing = self._route(hidden, context, limited=False)
-        return slot_load(routing.indices, routing.weights, self.num_experts)
+        return slot_load(routing.indices, routing.weights, self.gate.num_experts)
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool
@@ -207,7 +226,7 @@ class SparseMoE(FeedForward):
         """Sum up each token's weighted experts; by brute force, run all of them on all tokens."""
         tokens, _, flat_mask = self._flatten(hidden, context)
         routing = self._route(hidden, context, limited=True)
-        chosen = self._to_experts(tokens), routing.indices, routing.weights
+        chosen = self._to_experts(tokens, routing.indices, routing.weights)
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared expert runs while tokens travel to experts on other ranks.
         shared = self._shared(tokens, flat_mask, brute_force) if self.d_shared else None
@@ -215,7 +234,7 @@ class SparseMoE(FeedForward):
             output = self.experts.reference(*chosen)
         else:
             output = self.experts(*chosen, routing.max_assignments, dispatched=dispatched)
-        output = self._from_experts(output)
+        output = self._from_experts(output, tokens, routing.indices, routing.weights)
         if shared is not None:
             output = output + shared
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
@@ -226,17 +245,34 @@ class SparseMoE(FeedForward):
         """Route each token to its experts and sum their weighted outputs, and no more."""
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
-        routing = self.gate.select(tokens, flat_mask)
-        output = self._from_experts(self.experts.infer(self._to_experts(tokens), *routing))
+        indices, weights, bound = self.gate.select(tokens, flat_mask)
+        output = self.experts.infer(*self._to_experts(tokens, indices, weights), bound)
+        output = self._from_experts(output, tokens, indices, weights)
         if self.d_shared:
             output = output + self._shared(tokens, flat_mask, brute_force=False)
         return output.reshape(hidden.shape)
 
-    def _to_experts(self, tokens: Tensor) -> Tensor:
-        return tokens if self.d_latent is None else self.latent_down(tokens)
+    def _to_experts(
+        self, tokens: Tensor, indices: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the experts that compute get: tokens at their width, choices, weights."""
+        if self.d_latent is not None:
+            tokens = self.latent_down(tokens)
+        if self.num_identity_experts:
+            indices = indices.masked_fill(indices >= self.num_experts, -1)
+        return tokens, indices, weights
 
-    def _from_experts(self, outputs: Tensor) -> Tensor:
-        return outputs if self.d_latent is None else self.latent_up(outputs)
+    def _from_experts(
+        self, outputs: Tensor, tokens: Tensor, indices: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Bring their outputs to full width, and add what identity experts return."""
+        if self.d_latent is not None:
+            outputs = self.latent_up(outputs)
+        if self.num_identity_experts:
+            of_identity = weights.masked_fill(indices < self.num_experts, 0.0)
+            total_T1 = of_identity.sum(dim=-1, keepdim=True)
+            outputs = outputs + (total_T1 * tokens).to(outputs.dtype)
+        return outputs
 
     def _shared(self, tokens: Tensor, mask: Tensor | None, brute_force: bool) -> Tensor:
         expert = self.shared_expert
@@ -248,10 +284,13 @@ class SparseMoE(FeedForward):
     def cost(self) -> Cost:
         """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on.
 
-        With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l.
+        With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l. With I identity
+        experts, k E / (E + I) stands for k: the mean at an even load, to which the selection bias
+        steers; what a text takes follows from its choices.
         """
+        slots = self.gate.num_experts
         routing = sum(p.numel() for p in self.gate.parameters())
-        always_parameters, always_flops = routing, 2 * self.d_model * self.num_experts
+        always_parameters, always_flops = routing, 2 * self.d_model * slots
         if self.d_shared:
             shared = self.shared_expert.cost()
             always_parameters += shared.total_parameters
@@ -263,10 +302,12 @@ class SparseMoE(FeedForward):
             always_parameters += 2 * self.d_model * self.d_latent
             always_flops += 4 * self.d_model * self.d_latent
         per_expert = self.experts.parameters_per_expert()
-        active = always_parameters + self.top_k * per_expert
+        computing = self.top_k * self.num_experts  # times slots
+        active = always_parameters + -(-computing * per_expert // slots)
         return Cost(
             total_parameters=always_parameters + self.num_experts * per_expert,
             active_parameters=active,
-            flops_per_token=always_flops + self.top_k * self.experts.flops_per_assignment(),
+            flops_per_token=always_flops
+            + -(-computing * self.experts.flops_per_assignment() // slots),
             bytes_per_token=active * self.experts.down_proj.element_size(),
         )

@@ -339,7 +339,33 @@ BLOCKS = {
             "gate.moe_statics.e_score_correction_bias": "gate.selection_bias",
         },
     ),
+    "longcat_flash": (
+        lambda: _make(
+            "longcat_flash",
+            "LongcatFlashMoE",
+            "LongcatFlashConfig",
+            n_routed_experts=E,
+            zero_expert_num=4,
+            expert_ffn_hidden_size=F,
+            moe_topk=K,
+            routed_scaling_factor=6.0,
+        ),
+        {
+            "num_shared_experts": 0,
+            "num_identity_experts": 4,
+            "router": RouterOptions(normalize=False, scale=6.0, selection_bias=True),
+        },
+        {
+            "router.classifier.": "gate.",
+            "router.e_score_correction_bias": "gate.selection_bias",
+        },
+    ),
 }
+
+
+def _cut(theirs: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Leave out rows that none of their tokens reads: LongCat's of identity experts."""
+    return theirs[: shape[0]].reshape(shape)
 
 
 def _block(name: str, dtype: torch.dtype) -> tuple[nn.Module, SparseMoE, dict[str, torch.Tensor]]:
@@ -349,8 +375,9 @@ def _block(name: str, dtype: torch.dtype) -> tuple[nn.Module, SparseMoE, dict[st
     options = {"num_shared_experts": 1, "balance": NO_BALANCE, **options}
     ours = SparseMoE(D, num_experts=E, top_k=K, d_expert=F, **options)
     with torch.no_grad():
-        theirs.gate.weight.copy_(torch.randn(E, D) * D**-0.5)
-        theirs.gate.weight[:, 0] += torch.linspace(1, -1, E)
+        router = theirs.gate if hasattr(theirs, "gate") else theirs.router.classifier
+        router.weight.copy_(torch.randn(router.weight.shape) * D**-0.5)
+        router.weight[:, 0] += torch.linspace(1, -1, len(router.weight))
         for key, buffer in theirs.state_dict().items():
             if key.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn(buffer.shape) * 0.1)
@@ -359,10 +386,8 @@ def _block(name: str, dtype: torch.dtype) -> tuple[nn.Module, SparseMoE, dict[st
         for old, new in names.items():
             key = key.replace(old, new)
         renamed[key] = tensor
-    state = {
-        key: tensor.detach().reshape(ours.state_dict()[key].shape)
-        for key, tensor in renamed.items()
-    }
+    shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    state = {key: _cut(tensor, shapes[key]).detach() for key, tensor in renamed.items()}
     ours.to(dtype).load_state_dict(state)
     return theirs.eval(), ours.eval(), renamed
 
@@ -383,10 +408,13 @@ def test_blocks(name, dtype):
     for tensors, call in calls:
         x = hidden.clone().requires_grad_()
         output = call(x)
-        gradients = torch.autograd.grad(
+        of_x, *others = torch.autograd.grad(
             (output * direction).sum(), [x, *(tensors[n] for n in names)]
         )
-        found.append([output.detach(), *gradients])
+        gradients = [
+            _cut(g, ours.get_parameter(n).shape) for g, n in zip(others, names, strict=True)
+        ]
+        found.append([output.detach(), of_x, *gradients])
     # Their routers compute in fp32 in a model of any dtype.
     bound = 1e-6
     _assert_alike(found[1], found[0], bound)

@@ -67,7 +67,8 @@ def native_feed_forward(
 
 def _is_routed_only(layer: SparseMoE) -> bool:
     """Return whether the mixture is a router and experts at full width, and no more."""
-    return not layer.d_shared and layer.gate.capacity is None and layer.d_latent is None
+    more = layer.d_shared or layer.d_latent or layer.num_identity_experts
+    return not more and layer.gate.capacity is None
 
 
 def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:

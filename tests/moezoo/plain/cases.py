@@ -116,6 +116,21 @@ CONVENTIONS = {
     "bias_of_shared": _moe(num_shared_experts=2, bias=False, shared_bias=True),
     "latent": _moe(d_latent=7, num_shared_experts=1, bias=False),
     "latent_capacity": _moe(d_latent=30, capacity=CapacityOptions(factor=0.6, eval_factor=0.7)),
+    "identity": _moe(
+        num_experts=5,
+        num_identity_experts=3,
+        top_k=4,
+        router=RouterOptions(normalize=False, scale=6.0, selection_bias=True),
+    ),
+    "identity_latent": _moe(
+        num_experts=4,
+        num_identity_experts=2,
+        num_shared_experts=1,
+        top_k=3,
+        d_latent=9,
+        bias=False,
+        balance=BalanceOptions(0.1, z_loss=0.2, sequence=0.1, importance=0.3),
+    ),
     "softcaps": _moe(
         num_shared_experts=1,
         glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9),

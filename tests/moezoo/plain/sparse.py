@@ -32,6 +32,8 @@ from torch import Tensor
 def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
     """``y = Σ_{e chosen} g_e E_e(x) + Shared(x)`` (arXiv:1701.06538, eq. 1; 2401.06066, eq. 9)."""
     tokens, asking, real = tokens_of(hidden, call)
+    computing = options["num_experts"]
+    options = {**options, "num_experts": computing + options["num_identity_experts"]}
     route = _experts_choose if options["router"]["choice"] == "expert" else _tokens_choose
     gates, losses, counts = route(weights, options, hidden, asking, real, call)
     answer = Experts(weights, "experts.", options)
@@ -40,7 +42,9 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
     for t, x_D in enumerate(tokens):
         y_D = torch.zeros_like(x_D)
         for e, gate in gates[t].items():
-            if options["d_latent"] is None:
+            if e >= computing:  # arXiv:2509.01322: it returns the token
+                y_D = y_D + gate * x_D
+            elif options["d_latent"] is None:
                 y_D = y_D + gate * answer(e, x_D)
             else:
                 read_L = weights["latent_down.weight"] @ x_D
