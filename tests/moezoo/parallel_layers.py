@@ -14,6 +14,7 @@ from moezoo import (
     PEER,
     CarvedMoE,
     FeedForward,
+    GLUOptions,
     HashLayer,
     InputError,
     MemoryPlus,
@@ -30,6 +31,16 @@ LAYERS = {
     "biases": partial(SparseMoE, num_experts=6, top_k=3, d_expert=5, gated=False, bias=True),
     "expert choice": partial(
         SparseMoE, num_experts=4, d_expert=8, router=RouterOptions(choice="expert", normalize=False)
+    ),
+    "latent": partial(SparseMoE, num_experts=4, top_k=2, d_expert=8, d_latent=7),
+    "identity": partial(
+        SparseMoE,
+        num_experts=4,
+        num_identity_experts=3,
+        top_k=4,
+        d_expert=8,
+        glu=GLUOptions(limit=0.5, up_shift=1.0),
+        router=RouterOptions(normalize=False, scale=6.0, selection_bias=True),
     ),
     "sigma": partial(SigmaMoE, num_experts=4),
     "hash": partial(HashLayer, num_experts=4, vocab_size=VOCABULARY),
