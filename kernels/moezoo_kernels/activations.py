@@ -104,6 +104,8 @@ class GLUOptions:
                 raise ValueError(f"{name}.{field}: {value!r} is not a number > 0; or leave it out")
         if not _is_number(self.up_shift):
             raise ValueError(f"{name}.up_shift: {self.up_shift!r} is not a number")
+        if not isinstance(self.limit_after, bool):
+            raise ValueError(f"{name}.limit_after: {self.limit_after!r} is neither true nor false")
         if self.limit_after and self.limit is None:
             raise ValueError(f"{name}.limit_after: there is no limit; set {name}.limit")
         if (self.gate_softcap is None) != (self.up_softcap is None):

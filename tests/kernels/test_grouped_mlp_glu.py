@@ -178,6 +178,7 @@ def test_codes_are_read_back(options):
         ({"glu": GLUOptions(limit=float("nan"))}, "glu.limit: nan is not"),
         ({"glu": GLUOptions(up_shift=float("inf"))}, "glu.up_shift: inf is not"),
         ({"glu": GLUOptions(limit_after=True)}, "glu.limit_after: there is no limit"),
+        ({"glu": GLUOptions(1.0, "no")}, "glu.limit_after: 'no' is neither true nor false"),
         ({"glu": GLUOptions(gate_softcap=1.0)}, "glu.gate_softcap: goes with up_softcap"),
         (
             {"glu": GLUOptions(limit=1.0, gate_softcap=1.0, up_softcap=1.0)},
