@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         WeightOptions,
     )
     from moezoo.swap_layers import swap
+    from moezoo_kernels.activations import GLUOptions
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "errors": ("InputError",),
@@ -60,7 +61,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "layers.mixtures": (),
     "layers.carved_moe": ("CarvedMoE",),
-    "layers.dense": ("DenseFFN",),
+    "layers.dense": ("DenseFFN", "GLUOptions"),
     "layers.fast_feed_forward": ("FastFeedForward",),
     "layers.hash": ("HashLayer",),
     "layers.memory_plus": ("MemoryPlus",),
@@ -117,6 +118,7 @@ __all__ = [
     "FastFeedForward",
     "FeedForward",
     "FeedForwardOutput",
+    "GLUOptions",
     "HashLayer",
     "InputError",
     "LogitOptions",

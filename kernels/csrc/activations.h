@@ -7,8 +7,17 @@
 namespace moezoo {
 namespace {
 
-// The codes by which Python names an activation; rank_one_experts/cpu.py holds the same list.
-enum Activation : int64_t { kRelu = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu2 = 4 };
+// The codes by which Python names an activation: ACTIVATION_CODES of activations.py.
+enum Activation : int64_t {
+  kRelu = 0,
+  kGelu = 1,
+  kGeluTanh = 2,
+  kSilu = 3,
+  kRelu2 = 4,
+  kQuickGelu = 5,
+  kTanh = 6,
+  kLeakyRelu = 7
+};
 
 struct Activated {
   Floats value;
@@ -68,6 +77,24 @@ inline Activated silu(Floats x) {
   return {x * share, share * (1.0f + x * (1.0f - share))};
 }
 
+inline Activated quick_gelu(Floats x) {
+  constexpr float kSteepness = 1.702f;
+  const Floats share = sigmoid(kSteepness * x);
+  return {x * share, share * (1.0f + kSteepness * x * (1.0f - share))};
+}
+
+// Below 1 the quotient of polynomials that Lambert's continued fraction of tanh begins with, whose
+// error there is below rounding; above, 1 - 2 t / (1 + t) with t = e^-2|x|, which has digits there.
+inline Activated tanh(Floats x) {
+  const Floats size = x < 0.0f ? -x : x, square = x * x;
+  const Floats t = exponential(-2.0f * size), sum = 1.0f + t;
+  const Floats near = x * ((square + 105.0f) * square + 945.0f) /
+                      ((15.0f * square + 420.0f) * square + 945.0f);
+  const Floats far = 1.0f - 2.0f * t / sum;
+  const Floats value = size < 1.0f ? near : (x < 0.0f ? -far : far);
+  return {value, 4.0f * t / (sum * sum)};
+}
+
 // Comparisons are written so that a NaN stays one.
 inline Activated relu(Floats x) {
   return {x < 0.0f ? broadcast(0.0f) : x, x > 0.0f ? broadcast(1.0f) : broadcast(0.0f)};
@@ -78,12 +105,20 @@ inline Activated relu2(Floats x) {
   return {positive * positive, 2.0f * positive};
 }
 
+inline Activated leaky_relu(Floats x) {
+  constexpr float kLeak = 0.01f;
+  return {x < 0.0f ? kLeak * x : x, x > 0.0f ? broadcast(1.0f) : broadcast(kLeak)};
+}
+
 inline Activated activate(int64_t activation, Floats x) {
   switch (activation) {
     case kGelu: return gelu(x);
     case kGeluTanh: return gelu_tanh(x);
     case kSilu: return silu(x);
     case kRelu2: return relu2(x);
+    case kQuickGelu: return quick_gelu(x);
+    case kTanh: return tanh(x);
+    case kLeakyRelu: return leaky_relu(x);
     default: return relu(x);
   }
 }

@@ -23,9 +23,24 @@ inline void by_rows(int64_t rows, int64_t width, int32_t threads, const Body& bo
 // weight w: writes w h to `hidden` and the gradient of w h in `inner` to `grad_inner`, and returns
 // <g, h>, the gradient of w.
 template <class A, class T>
-float activate_row_backward(A activation, bool gated, const T* grad, const T* inner, float weight,
-                            int64_t hidden_width, T* hidden, T* grad_inner) {
+float activate_row_backward(A activation, bool gated, const Glu& glu, const T* grad,
+                            const T* inner, float weight, int64_t hidden_width, T* hidden,
+                            T* grad_inner) {
   Floats total{};
+  if (gated && !glu.plain()) {
+    by_registers(hidden_width, [&](int64_t c, auto lanes) {
+      const Floats g = load(grad + c, lanes), weighted = weight * g;
+      const Pair pair = load_pair(inner, hidden_width, c, glu.interleaved, lanes);
+      const Activated gate = bounded_gate(activation, glu, pair.gate);
+      const Activated up = bounded_up(glu, pair.up);
+      const Pair slopes{weighted * up.value * gate.slope, weighted * gate.value * up.slope};
+      store_pair(grad_inner, hidden_width, c, glu.interleaved, slopes, lanes);
+      const Floats h = gate.value * up.value;
+      store(hidden + c, weight * h, lanes);
+      total += g * h;
+    });
+    return sum(total);
+  }
   by_registers(hidden_width, [&](int64_t c, auto lanes) {
     const Floats g = load(grad + c, lanes), weighted = weight * g;
     const Activated gate = activate(activation(), load(inner + c, lanes));
@@ -70,16 +85,21 @@ void combine(const T* rows, const int64_t* tokens, const float* weights, int64_t
 
 using namespace moezoo;
 
-// hidden (n, F) = act(inner), or act(gate) up for the two halves of inner (n, I) if gated.
+// hidden (n, F) = act(inner), or act(gate) up of inner (n, I) if gated: its two halves, or, if
+// interleaved, its numbers in turn. Bounds and shift are those of Glu.
 MOEZOO_API void moezoo_grouped_mlp_activate(const void* inner, int64_t dtype, int64_t n,
                                             int64_t hidden_width, int64_t activation,
-                                            int64_t gated, void* hidden, int32_t threads) {
+                                            int64_t gated, int64_t bound, double gate_bound,
+                                            double up_bound, double shift, int64_t interleaved,
+                                            void* hidden, int32_t threads) {
+  const Glu glu{bound, static_cast<float>(gate_bound), static_cast<float>(up_bound),
+                static_cast<float>(shift), interleaved != 0};
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t inner_width = gated ? 2 * hidden_width : hidden_width;
     with_activation(activation, [&](auto act) {
       by_rows(n, hidden_width, threads, [&](int64_t i) {
-        activate_row(act, gated != 0, static_cast<const T*>(inner) + i * inner_width, hidden_width,
+        activate_row(act, gated != 0, glu, static_cast<const T*>(inner) + i * inner_width, hidden_width,
                      static_cast<T*>(hidden) + i * hidden_width);
       });
     });
@@ -90,15 +110,18 @@ MOEZOO_API void moezoo_grouped_mlp_activate(const void* inner, int64_t dtype, in
 // activations hidden (n, F), the gradient grad_inner (n, I), and grad_weights (n,).
 MOEZOO_API void moezoo_grouped_mlp_activate_backward(
     const void* grad, const void* inner, int64_t dtype, const float* weights, int64_t n,
-    int64_t hidden_width, int64_t activation, int64_t gated, void* hidden, void* grad_inner,
+    int64_t hidden_width, int64_t activation, int64_t gated, int64_t bound, double gate_bound,
+    double up_bound, double shift, int64_t interleaved, void* hidden, void* grad_inner,
     float* grad_weights, int32_t threads) {
+  const Glu glu{bound, static_cast<float>(gate_bound), static_cast<float>(up_bound),
+                static_cast<float>(shift), interleaved != 0};
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t inner_width = gated ? 2 * hidden_width : hidden_width;
     with_activation(activation, [&](auto act) {
       by_rows(n, hidden_width, threads, [&](int64_t i) {
         grad_weights[i] = activate_row_backward(
-            act, gated != 0, static_cast<const T*>(grad) + i * hidden_width,
+            act, gated != 0, glu, static_cast<const T*>(grad) + i * hidden_width,
             static_cast<const T*>(inner) + i * inner_width, weights[i], hidden_width,
             static_cast<T*>(hidden) + i * hidden_width,
             static_cast<T*>(grad_inner) + i * inner_width);

@@ -85,7 +85,8 @@ void second_product(const FewRows<T>& p, const Group& group, const float* hidden
 // Each thread owns columns of a result, so sums are in the order of experts whatever their number.
 template <class T>
 void few(const FewRows<T>& p, const int64_t* indices, int64_t tokens, int64_t activation,
-         bool gated, float* inner, float* hidden, float* output, int32_t threads) {
+         bool gated, const Glu& glu, float* inner, float* hidden, float* output,
+         int32_t threads) {
   const std::vector<Group> groups = group_by_expert(indices, tokens * p.choices);
   const auto each_group = [&](const auto& body) {
     for (const Group& group : groups) body(group);
@@ -103,7 +104,7 @@ void few(const FewRows<T>& p, const int64_t* indices, int64_t tokens, int64_t ac
     with_activation(activation, [&](auto act) {
       for (int64_t s = first; s < last; ++s)
         if (indices[s] >= 0)
-          activate_row(act, gated, inner + s * p.inner_width, p.hidden_width,
+          activate_row(act, gated, glu, inner + s * p.inner_width, p.hidden_width,
                        hidden + s * p.hidden_width);
     });
   });
@@ -125,14 +126,17 @@ MOEZOO_API void moezoo_grouped_mlp_few(const void* x, const void* w_in, const vo
                                        const int64_t* indices, const float* weights,
                                        int64_t tokens, int64_t choices, int64_t width,
                                        int64_t hidden_width, int64_t activation, int64_t gated,
-                                       float* inner, float* hidden, float* output,
-                                       int32_t threads) {
+                                       int64_t bound, double gate_bound, double up_bound,
+                                       double shift, int64_t interleaved, float* inner,
+                                       float* hidden, float* output, int32_t threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto typed = [](const void* data) { return static_cast<const T*>(data); };
     const int64_t inner_width = gated ? 2 * hidden_width : hidden_width;
     const FewRows<T> problem{typed(x), typed(w_in), typed(w_out), typed(bias_in), typed(bias_out),
                              weights,  choices,     width,        hidden_width,   inner_width};
-    few(problem, indices, tokens, activation, gated != 0, inner, hidden, output, threads);
+    const Glu glu{bound, static_cast<float>(gate_bound), static_cast<float>(up_bound),
+                  static_cast<float>(shift), interleaved != 0};
+    few(problem, indices, tokens, activation, gated != 0, glu, inner, hidden, output, threads);
   });
 }

@@ -20,8 +20,9 @@ extern "C" void moezoo_grouped_mlp_few(const void* x, const void* w_in, const vo
                                        const int64_t* indices, const float* weights,
                                        int64_t tokens, int64_t choices, int64_t width,
                                        int64_t hidden_width, int64_t activation, int64_t gated,
-                                       float* inner, float* hidden, float* output,
-                                       int32_t threads);
+                                       int64_t bound, double gate_bound, double up_bound,
+                                       double shift, int64_t interleaved, float* inner,
+                                       float* hidden, float* output, int32_t threads);
 
 namespace moezoo {
 namespace {
@@ -214,17 +215,23 @@ struct Attention {
   }
 };
 
-// hidden (B, F) = act(gate) up, or act(up), of inner (B, F or 2 F).
+// hidden (B, F) = act(gate) up, perhaps bounded, or act(up), of inner (B, F or 2 F).
 template <class T>
-void activate_all(int64_t activation, bool gated, const float* inner, int64_t tokens,
-                  int64_t hidden_width, float* hidden) {
+void activate_all(int64_t activation, bool gated, const Glu& glu, const float* inner,
+                  int64_t tokens, int64_t hidden_width, float* hidden) {
   const int64_t inner_width = gated ? 2 * hidden_width : hidden_width;
   with_activation(activation, [&](auto act) {
     for (int64_t t = 0; t < tokens; ++t) {
       const float* from = inner + t * inner_width;
       by_registers(hidden_width, [&](int64_t c, auto lanes) {
-        Floats value = rounded<T>(activate(act(), load(from + c, lanes)).value);
-        if (gated) value = rounded<T>(value * load(from + hidden_width + c, lanes));
+        const Floats x = load(from + c, lanes);
+        if (!gated) {
+          store(hidden + t * hidden_width + c, rounded<T>(activate(act(), x).value), lanes);
+          return;
+        }
+        const Floats up = load(from + hidden_width + c, lanes);
+        Floats value = rounded<T>(bounded_gate(act, glu, x).value);
+        value = rounded<T>(value * rounded<T>(bounded_up(glu, up).value));
         store(hidden + t * hidden_width + c, value, lanes);
       });
     }
@@ -321,7 +328,8 @@ MOEZOO_API void moezoo_dense_step(void* residual, const void* norm, const void* 
                                   const void* w_up, const void* w_down, const void* b_gate,
                                   const void* b_up, const void* b_down, float* scratch,
                                   int64_t dtype, int64_t tokens, int64_t width,
-                                  int64_t hidden_width, int64_t activation, double eps,
+                                  int64_t hidden_width, int64_t activation, int64_t bound,
+                                  double gate_bound, double up_bound, double shift, double eps,
                                   int32_t threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
@@ -335,7 +343,9 @@ MOEZOO_API void moezoo_dense_step(void* residual, const void* norm, const void* 
     const Matrix<T> up{typed(w_up), typed(b_up), hidden_width, width};
     if (w_gate) multiply_parts<T>({gate, up}, normed, tokens, inner, threads);
     else multiply_parts<T>({up}, normed, tokens, inner, threads);
-    activate_all<T>(activation, w_gate, inner, tokens, hidden_width, hidden);
+    const Glu glu{bound, static_cast<float>(gate_bound), static_cast<float>(up_bound),
+                  static_cast<float>(shift), false};
+    activate_all<T>(activation, w_gate, glu, inner, tokens, hidden_width, hidden);
     const Matrix<T> down{typed(w_down), typed(b_down), width, hidden_width};
     multiply_parts<T>({down}, hidden, tokens, normed, threads);
     add_answers(normed, tokens * width, static_cast<T*>(residual));
@@ -351,8 +361,9 @@ MOEZOO_API void moezoo_moe_step(void* residual, const void* norm, const void* ro
                                 const void* b_out, float* scratch, void* typed_x, int64_t* indices,
                                 int64_t dtype, int64_t tokens, int64_t width, int64_t hidden_width,
                                 int64_t experts, int64_t choices, int64_t activation, int64_t gated,
-                                int64_t softmax, int64_t normalized, double factor, double eps,
-                                int32_t threads) {
+                                int64_t bound, double gate_bound, double up_bound, double shift,
+                                int64_t interleaved, int64_t softmax, int64_t normalized,
+                                double factor, double eps, int32_t threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t slots = tokens * choices;
@@ -378,8 +389,8 @@ MOEZOO_API void moezoo_moe_step(void* residual, const void* norm, const void* ro
     for (int64_t t = 0; t < tokens; ++t)
       choice.choose(scores + t * experts, indices + t * choices, weights + t * choices);
     moezoo_grouped_mlp_few(typed_x, w_in, w_out, b_in, b_out, dtype, indices, weights, tokens,
-                           choices, width, hidden_width, activation, gated, inner, hidden, answer,
-                           threads);
+                           choices, width, hidden_width, activation, gated, bound, gate_bound,
+                           up_bound, shift, interleaved, inner, hidden, answer, threads);
     add_answers(answer, tokens * width, static_cast<T*>(residual));
   });
 }

@@ -70,6 +70,7 @@ def _experts() -> Iterator[Launch]:
     constants = tile | {"GATHER_LEFT": True, "GATHER_RIGHT": False}
     yield Launch("grouped_mlp", triton_matmul._outer, types, constants)
     constants = {"width": 768, "ACTIVATION": 3, "GATED": True, "COLUMNS": 1024}
+    constants |= {"BOUND": 0, "GATE": 0.0, "UP": 0.0, "SHIFT": 0.0, "INTERLEAVED": False}
     types = _pointers("inner hidden", "bf16")
     yield Launch("grouped_mlp", triton_stages._activate, types, constants)
     types = _pointers("grad inner weighted grad_inner", "bf16")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moezoo_kernels import backends, native
-from moezoo_kernels.activations import ACTIVATION_CODES
+from moezoo_kernels.activations import ACTIVATION_CODES, PLAIN_GLU, GLUOptions
 
 MOST_SEQUENCES = 16
 """With more, products of matrices are faster elsewhere."""
@@ -148,7 +148,13 @@ def attention_step(
 
 
 def dense_step(
-    hidden: Tensor, norm: Norm, gate: Linear | None, up: Linear, down: Linear, activation: str
+    hidden: Tensor,
+    norm: Norm,
+    gate: Linear | None,
+    up: Linear,
+    down: Linear,
+    activation: str,
+    glu: GLUOptions = PLAIN_GLU,
 ) -> Callable[[], None]:
     """Prepare ``hidden += down(act(gate(x)) * up(x))``, or ``act(up(x))``, of ``x = norm(hidden)``.
 
@@ -159,6 +165,7 @@ def dense_step(
         up: ``(F, D)``.
         down: ``(D, F)``.
         activation: a key of :data:`moezoo_kernels.activations.ACTIVATIONS`.
+        glu: bounds of the factors, if there is a gate.
     """
     batch, width = hidden.shape
     hidden_width = up.weight.shape[0]
@@ -175,6 +182,7 @@ def dense_step(
         width,
         hidden_width,
         ACTIVATION_CODES[activation],
+        *glu.encode(),
         float(norm.eps),
     )
 
@@ -196,6 +204,8 @@ def moe_step(
     factor: float = 1.0,
     selection_bias: Tensor | None = None,
     router_input: Tensor | None = None,
+    glu: GLUOptions = PLAIN_GLU,
+    interleaved: bool = False,
 ) -> Callable[[], None]:
     """Prepare ``hidden += Σ g_e expert_e(x)`` over each token's best experts, ``x = norm(hidden)``.
 
@@ -216,6 +226,8 @@ def moe_step(
         selection_bias: ``(E,)`` fp32, added to the scores for the choice alone.
         router_input: ``(B, D)``, what the router reads in place of ``x``; it may change in place
             from call to call, or be ``hidden`` itself.
+        glu: bounds of the experts' factors.
+        interleaved: the gate's rows and the linear ones lie in turn.
     """
     batch, width = hidden.shape
     num_experts, _, hidden_width = w_out.shape
@@ -243,6 +255,8 @@ def moe_step(
         top_k,
         ACTIVATION_CODES[activation],
         gated,
+        *glu.encode(),
+        interleaved,
         softmax,
         normalize,
         float(factor),

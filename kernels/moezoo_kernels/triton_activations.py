@@ -10,6 +10,24 @@ import triton.language as tl
 
 
 @triton.jit
+def tanh_share(x: tl.tensor) -> tl.tensor:
+    """Return tanh(x) / x: Lambert's continued fraction below 1, which has digits near 0."""
+    size = tl.abs(x)
+    small, large = tl.minimum(size, 1.0), tl.maximum(size, 1.0)
+    square = small * small
+    near = ((square + 105.0) * square + 945.0) / ((15.0 * square + 420.0) * square + 945.0)
+    falling = tl.exp(-2.0 * large)
+    return tl.where(size < 1.0, near, (1.0 - 2.0 * falling / (1.0 + falling)) / large)
+
+
+@triton.jit
+def tanh_slope(x: tl.tensor) -> tl.tensor:
+    """Return the derivative of tanh."""
+    falling = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * falling / ((1.0 + falling) * (1.0 + falling))
+
+
+@triton.jit
 def share_of(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """Return s with act(x) = x s: the number of ``ACTIVATION_CODES``."""
     if ACTIVATION == 0:  # relu
@@ -20,8 +38,14 @@ def share_of(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
         return tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
     if ACTIVATION == 3:  # silu
         return tl.sigmoid(x)
-    # relu2
-    return tl.where(x > 0, x, 0.0)
+    if ACTIVATION == 4:  # relu2
+        return tl.where(x > 0, x, 0.0)
+    if ACTIVATION == 5:  # quick_gelu
+        return tl.sigmoid(1.702 * x)
+    if ACTIVATION == 6:
+        return tanh_share(x)
+    # leaky_relu
+    return tl.where(x > 0, 1.0, 0.01)
 
 
 @triton.jit
@@ -36,4 +60,10 @@ def slope_of(x: tl.tensor, share: tl.tensor, ACTIVATION: tl.constexpr) -> tl.ten
         return share + x * share * (1.0 - share) * inner
     if ACTIVATION == 3:
         return share * (1.0 + x * (1.0 - share))
-    return 2.0 * share
+    if ACTIVATION == 4:
+        return 2.0 * share
+    if ACTIVATION == 5:
+        return share * (1.0 + 1.702 * x * (1.0 - share))
+    if ACTIVATION == 6:
+        return tanh_slope(x)
+    return share

@@ -106,7 +106,7 @@ def _experts(routing: Routing, num_experts: int) -> SlotChoices:
 
 @_choose.register
 def _(layer: SparseMoE, hidden: Tensor, context: Context) -> SlotChoices:
-    return _experts(unlimited(layer, hidden, context), layer.num_experts)
+    return _experts(unlimited(layer, hidden, context), layer.gate.num_experts)
 
 
 @_choose.register

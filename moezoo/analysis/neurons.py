@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moezoo.analysis.choices import SlotChoices, router_tokens, slot_choices, unlimited
 from moezoo.analysis.watching import Context, input_of, token_mask
@@ -164,15 +164,19 @@ def _stacked(
     choose: Callable[[Tensor, Context], SlotChoices],
     unit: str,
     weigh_inputs: bool = False,
+    maps: tuple[nn.Linear, nn.Linear] | None = None,
 ) -> Neurons:
-    """Describe stacked MLPs of which each token has some, weighed by their outputs or inputs."""
+    """Describe stacked MLPs of which each token has some, weighed by their outputs or inputs.
+
+    They may lie between two linear maps.
+    """
     width = experts.d_expert
 
     def read(hidden: Tensor, context: Context) -> Iterator[NeuronBlock]:
         choices = choose(hidden, context)
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])
         for e in choices.indices.unique().tolist():
-            if e < 0:
+            if not 0 <= e < experts.num_experts:  # none, or one that computes nothing
                 continue
             neurons_F = torch.arange(e * width, (e + 1) * width, device=hidden.device)
             rows, places = (choices.indices == e).nonzero(as_tuple=True)
@@ -182,14 +186,15 @@ def _stacked(
                 if weigh_inputs:
                     x_RD = x_RD * weights_R1.to(x_RD.dtype)
                     weights_R1 = torch.ones_like(weights_R1)
-                up = _expert_up(experts, e, x_RD)
-                inner_RF = activate(up, experts.activation, experts.gated)
-                before_RF = up[:, :width]  # the gate's rows come first
+                up = _expert_up(experts, e, x_RD if maps is None else maps[0](x_RD))
+                inner_RF = experts.activate(up)
+                before_RF = experts.before_activation(up)
                 yield NeuronBlock(rows[part], neurons_F, inner_RF, weights_R1, before_RF)
 
     def values(neurons: Tensor, _: Tensor | None = None, /) -> Tensor:
         expert = neurons.div(width, rounding_mode="floor")
-        return experts.down_proj[expert, :, neurons % width]
+        found = experts.down_proj[expert, :, neurons % width]
+        return found if maps is None else maps[1](found)
 
     return Neurons("", experts.num_experts * width, width, unit, read, values)
 
@@ -250,7 +255,8 @@ def _(layer: SparseMoE) -> list[Neurons]:
         return weights_TS.repeat_interleave(layer.d_shared // weights_TS.shape[-1], dim=-1)
 
     how = layer.router.weights
-    found = [_stacked(layer.experts, choose, "expert", how.apply_to == "input")]
+    maps = None if layer.d_latent is None else (layer.latent_down, layer.latent_up)
+    found = [_stacked(layer.experts, choose, "expert", how.apply_to == "input", maps)]
     if layer.d_shared:
         scaled = scale if layer.shared_gate or how.with_shared else None
         found.append(_dense(layer.shared_expert, "shared expert", scaled))

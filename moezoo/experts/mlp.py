@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moezoo.init import output_std
 from moezoo_kernels import grouped_mlp
-from moezoo_kernels.activations import activate
+from moezoo_kernels.activations import PLAIN_GLU, GLUOptions, activate, split_gate
 from moezoo_kernels.dtypes import autocast
 from moezoo_kernels.grouped_mlp.direct import grouped_mlp_directly, is_direct
 
@@ -33,6 +33,9 @@ class MLPExperts(nn.Module):
         activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
         gated: gated linear units; the gate's rows come first in ``gate_up_proj``.
         bias: whether both projections have biases.
+        glu: bounds of the gated linear units' factors.
+        interleaved: the gate's rows and the linear ones lie in turn in ``gate_up_proj`` and its
+            bias, as in GPT-OSS. They are read where they are.
 
     Attributes:
         mesh: the ranks that share the experts, after :meth:`shard`.
@@ -48,10 +51,13 @@ class MLPExperts(nn.Module):
         activation: str,
         gated: bool,
         bias: bool,
+        glu: GLUOptions = PLAIN_GLU,
+        interleaved: bool = False,
     ) -> None:
         super().__init__()
         self.d_model, self.d_expert, self.num_experts = d_model, d_expert, num_experts
         self.activation, self.gated = activation, gated
+        self.glu, self.interleaved = glu, interleaved
         self.mesh: DeviceMesh | None = None
         self.can_shard = True
         inner = 2 * d_expert if gated else d_expert
@@ -137,6 +143,8 @@ class MLPExperts(nn.Module):
             gated=self.gated,
             bias_in=self.gate_up_bias,
             bias_out=self.down_bias if output_bias else None,
+            glu=self.glu,
+            interleaved=self.interleaved,
         )
 
     def _run(
@@ -160,6 +168,8 @@ class MLPExperts(nn.Module):
             bias_in=None if self.gate_up_bias is None else self._own(self.gate_up_bias),
             bias_out=None if down_bias is None else self._own(down_bias),
             max_assignments=max_assignments,
+            glu=self.glu,
+            interleaved=self.interleaved,
         )
 
     def _own(self, parameter: Tensor) -> Tensor:
@@ -198,12 +208,20 @@ class MLPExperts(nn.Module):
         output = torch.zeros_like(x_TD)
         for e in range(self.num_experts):
             up = F.linear(x_TD, up_proj[e], _row(up_bias, e))
-            inner = activate(up, self.activation, self.gated)
+            inner = self.activate(up)
             if scale_TEF is not None:
                 inner = inner * scale_TEF[:, e]
             answer = F.linear(inner, down_proj[e], _row(down_bias, e))
             output = output + dense_TE[:, e : e + 1] * answer
         return output
+
+    def activate(self, inner: Tensor) -> Tensor:
+        """Return the values ``(..., F)`` of hidden neurons whose first products these are."""
+        return activate(inner, self.activation, self.gated, self.glu, self.interleaved)
+
+    def before_activation(self, inner: Tensor) -> Tensor:
+        """Return what the activation reads of the first products: ``(..., F)``."""
+        return split_gate(inner, self.interleaved)[0] if self.gated else inner
 
     def parameters_per_expert(self) -> int:
         """Count the parameters of one expert."""

@@ -48,7 +48,8 @@ class CarvedMoE(FeedForward):
         d_expert: neurons of one part; default: those of the dense block divided by z, rounded up
             to a multiple of 16.
         num_shared_experts: parts that run on every token, x, as one block.
-        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
+            leaky_relu (0.01 below zero).
         gated: gated linear units instead of MLPs.
         bias: whether hidden neurons have biases.
         output_bias: whether the output has a bias, once for all parts.

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moezoo.errors import check_choice, check_int
+from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import (
     Cost,
     FeedForward,
@@ -22,14 +22,29 @@ from moezoo.feed_forward import (
     register,
 )
 from moezoo.init import init_linear, output_std
-from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gated_unit
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"]
+Activation = Literal[
+    "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu", "tanh", "leaky_relu"
+]
 
 
 def default_width(d_model: int, gated: bool) -> int:
     """Return the usual hidden width: 4 d, or 8/3 d rounded up to a multiple of 16 for a GLU."""
     return -(-8 * d_model // 48) * 16 if gated else 4 * d_model
+
+
+def check_glu(glu: GLUOptions, activation: str, gated: bool, name: str = "glu") -> GLUOptions:
+    """Return the bounds of a gated linear unit if they fit together.
+
+    Raises:
+        InputError: they do not; the message calls them ``name``.
+    """
+    try:
+        glu.check(activation, gated, name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return glu
 
 
 class DenseFFN(FeedForward):
@@ -38,9 +53,11 @@ class DenseFFN(FeedForward):
     Args:
         d_model: width of the residual stream.
         d_ff: hidden width; default 4 d_model, or 8/3 d_model rounded up to 16 when gated.
-        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
+            leaky_relu (0.01 below zero).
         gated: a gated linear unit (three matrices) instead of an MLP (two).
         bias: whether the projections have biases.
+        glu: bounds of the gated linear unit's factors (GPT-OSS, DeepSeek-V4, Step-3.7).
     """
 
     def __init__(
@@ -51,12 +68,14 @@ class DenseFFN(FeedForward):
         activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,
+        glu: GLUOptions = PLAIN_GLU,
     ) -> None:
         super().__init__(d_model)
         self.d_ff = default_width(d_model, gated) if d_ff is None else check_int("d_ff", d_ff)
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.gated = gated
         self.bias = bias
+        self.glu = check_glu(glu, activation, gated)
         if gated:
             self.gate_proj = nn.Linear(d_model, self.d_ff, bias=bias)
         self.up_proj = nn.Linear(d_model, self.d_ff, bias=bias)
@@ -94,13 +113,10 @@ class DenseFFN(FeedForward):
 
     def inner(self, hidden: Tensor) -> Tensor:
         """Return the values of the hidden neurons, ``(..., d_ff)``."""
-        act = ACTIVATIONS[self.activation]
-        values: Tensor = (
-            act(self.gate_proj(hidden)) * self.up_proj(hidden)
-            if self.gated
-            else act(self.up_proj(hidden))
-        )
-        return values
+        up: Tensor = self.up_proj(hidden)
+        if not self.gated:
+            return ACTIVATIONS[self.activation](up)
+        return gated_unit(self.gate_proj(hidden), up, self.activation, self.glu)
 
     def _neuron_by_neuron(self, tokens: Tensor) -> Tensor:
         """Sum over hidden neurons one by one: ``y = Σ_j act_j(x) W_down[:, j]``."""
@@ -110,12 +126,12 @@ class DenseFFN(FeedForward):
             up = tokens @ self.up_proj.weight[j]
             if self.up_proj.bias is not None:
                 up = up + self.up_proj.bias[j]
-            value = act(up)
+            value = up if self.gated else act(up)
             if self.gated:
                 gate = tokens @ self.gate_proj.weight[j]
                 if self.gate_proj.bias is not None:
                     gate = gate + self.gate_proj.bias[j]
-                value = act(gate) * up
+                value = gated_unit(gate, up, self.activation, self.glu)
             output = output + value[:, None] * self.down_proj.weight[:, j]
         if self.down_proj.bias is not None:
             output = output + self.down_proj.bias

@@ -53,7 +53,8 @@ class FastFeedForward(FeedForward):
         depth: levels of the tree; 0 is one leaf and no node.
         d_leaf: hidden width of a leaf; default: such that all leaves together have the width of
             the dense block.
-        activation: relu (the paper's), gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: relu (the paper's), gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu,
+            tanh or leaky_relu (0.01 below zero).
         gated: gated linear units as leaves instead of MLPs.
         hard: take one leaf instead of mixing all; default: exactly when not training.
         hardening: coefficient of the entropy of the decisions, which drives them to 0 or 1; the

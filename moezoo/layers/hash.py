@@ -64,7 +64,8 @@ class HashLayer(FeedForward):
             of embeddings; ``dispersed`` against it.
         vocab_size: number of token ids that the table has room for.
         seed: where the table's random numbers begin; layers of equal seed have equal tables.
-        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
+            leaky_relu (0.01 below zero).
         gated: gated linear units instead of MLPs.
         bias: whether the experts' projections have biases.
         allow_future: train with ``key="future"`` although it reads the token to be predicted.

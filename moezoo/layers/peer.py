@@ -67,7 +67,8 @@ class PEER(FeedForward):
         num_heads: heads H, each with a query of its own.
         top_k: experts per head, at most n.
         d_key: width of a query and of a key, even; default half of d_model.
-        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
+            leaky_relu (0.01 below zero).
         gated: experts that are gated linear units, ``act(a_i · x) (u_i · x) v_i``.
         score_fn: how the k scores of a head become weights: softmax, sigmoid or relu.
         query_norm: batch, layer, qk (queries and keys) or none.

@@ -43,7 +43,8 @@ class SigmaMoE(FeedForward):
         d_expert: hidden width G of one expert; default: 4 d_model / E rounded up to a multiple of
             16, so that all experts together are as wide as the dense block and a token costs K / E
             of it (G = 128 for d_model 512 and E 16, as in the paper).
-        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
+            leaky_relu (0.01 below zero).
         entropy: coefficient γ of the entropy loss; the paper has 1e-3 for its large models, 1e-4
             for the small ones.
         expert_dropout: probability δ of zeroing a token's score of an expert while training; 0.05

@@ -16,12 +16,12 @@ from moezoo.errors import InputError, check_choice, check_int
 from moezoo.experts import MLPExperts
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, TokenContext
 from moezoo.init import init_linear
-from moezoo.layers.dense import Activation, DenseFFN, default_width
-from moezoo.layers.weighed import operands_of, outputs_of, weighed_shared
+from moezoo.layers.dense import Activation, DenseFFN, check_glu, default_width
+from moezoo.layers.weighed import Operands, operands_of, outputs_of, weighed_shared
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
 from moezoo.routing.options import check_top_k
 from moezoo.routing.stats import SlotLoad, slot_load
-from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions
 
 
 def _check_weighed_shared(layer: SparseMoE) -> None:
@@ -32,10 +32,10 @@ def _check_weighed_shared(layer: SparseMoE) -> None:
         )
     if layer.shared_gate:
         raise InputError("shared_gate: the router weighs the shared experts; set it to false")
-    if layer.bias:
+    if layer.bias if layer.shared_bias is None else layer.shared_bias:
         raise InputError(
             "bias: shared experts have one output bias, which no weight of theirs belongs to; set "
-            "it to false, or router.weights.with_shared"
+            "it or shared_bias to false, or router.weights.with_shared"
         )
     if layer.d_shared % layer.num_shared_experts:
         raise InputError(
@@ -63,13 +63,24 @@ class SparseMoE(FeedForward):
         top_k: experts per token (on average, in expert choice).
         d_expert: hidden width of one expert; default: the dense block's width divided by the
             number of experts that a token runs, rounded up to a multiple of 16, so that a token
-            costs what the dense block costs.
-        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+            costs what the dense block costs (more by the two maps, with ``d_latent``).
+        activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
+            leaky_relu (0.01 below zero).
         gated: gated linear units instead of MLPs.
         bias: whether the experts' projections have biases.
+        d_latent: width that the routed experts read and write, between two linear maps without
+            biases that they share (Nemotron-H); router and shared expert stay at ``d_model``.
+            None: ``d_model``, and no maps.
+        num_identity_experts: experts I that return the token itself and cost nothing, beside the
+            ``num_experts`` that compute (LongCat-Flash, arXiv:2509.01322); slots E to E + I - 1 of
+            the router, the statistics and the losses. Without capacity, in token choice.
         num_shared_experts: experts that run on every token (arXiv:2401.06066), as one block.
         d_shared: hidden width of that block; default num_shared_experts * d_expert.
+        shared_bias: whether the shared expert's projections have biases; default: as the experts'
+            (Ernie 4.5 has them there alone).
         shared_gate: weight the shared expert by a learned sigmoid gate (Qwen2-MoE).
+        glu: bounds of the gated linear units' factors, in experts and shared expert.
+        shared_glu: those of the shared expert, where they differ (Step-3.7; none in Hunyuan 4).
         router: how tokens and experts find each other.
         balance: coefficients of the auxiliary losses.
         capacity: a limit on the tokens per expert; none by default (dropless).
@@ -87,20 +98,32 @@ class SparseMoE(FeedForward):
         activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,
+        d_latent: int | None = None,
+        num_identity_experts: int = 0,
         num_shared_experts: int = 0,
         d_shared: int | None = None,
+        shared_bias: bool | None = None,
         shared_gate: bool = False,
+        glu: GLUOptions = PLAIN_GLU,
+        shared_glu: GLUOptions | None = None,
         router: RouterOptions = RouterOptions(),  # noqa: B008 - frozen
         balance: BalanceOptions = BalanceOptions(),  # noqa: B008 - frozen
         capacity: CapacityOptions | None = None,
     ) -> None:
         super().__init__(d_model)
         self.num_experts = check_int("num_experts", num_experts)
-        self.top_k = check_top_k(top_k, num_experts)
+        self.num_identity_experts = check_int(
+            "num_identity_experts", num_identity_experts, minimum=0
+        )
+        slots = num_experts + num_identity_experts
+        self.top_k = check_top_k(top_k, slots)
         self.num_shared_experts = check_int("num_shared_experts", num_shared_experts, minimum=0)
+        self.d_latent = None if d_latent is None else check_int("d_latent", d_latent)
+        width = self.d_latent or d_model
         if d_expert is None:
-            answering = top_k + num_shared_experts
-            d_expert = -(-default_width(d_model, gated) // (16 * answering)) * 16
+            weights = default_width(d_model, gated) * d_model * slots
+            running = top_k * num_experts + num_shared_experts * slots  # on average, times slots
+            d_expert = -(-weights // (16 * running * width)) * 16
         self.d_expert = check_int("d_expert", d_expert)
         if d_shared is None:
             d_shared = num_shared_experts * d_expert
@@ -110,14 +133,24 @@ class SparseMoE(FeedForward):
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.gated = gated
         self.bias = bias
+        self.glu = check_glu(glu, activation, gated)
+        self.shared_glu = shared_glu
+        if shared_glu is not None:
+            check_glu(shared_glu, activation, gated, "shared_glu")
+            self._needs_shared("shared_glu", "to bound")
         self.shared_gate = shared_gate
-        if shared_gate and not d_shared:
-            raise InputError(
-                "shared_gate: there is no shared expert to gate; set num_shared_experts"
-            )
-        router.check(num_experts, top_k)
+        if shared_gate:
+            self._needs_shared("shared_gate", "to gate")
+        self.shared_bias = shared_bias
+        if shared_bias is not None:
+            self._needs_shared("shared_bias", "to have biases")
+        router.check(slots, top_k)
         if router.weights.with_shared:
             _check_weighed_shared(self)
+        if num_identity_experts and router.choice == "expert":
+            raise InputError("num_identity_experts: these choose no tokens; set it to 0")
+        if num_identity_experts and capacity is not None:
+            raise InputError("capacity: is not defined with num_identity_experts; set it to null")
         balance.check()
         if capacity is not None:
             capacity.check(router)
@@ -131,23 +164,45 @@ class SparseMoE(FeedForward):
 
         self.gate = Router(
             d_model,
-            num_experts,
+            slots,
             top_k,
             options=router,
             balance=balance,
             capacity=capacity,
             num_shared=num_shared_experts,
+            num_identity=num_identity_experts,
         )
         self.experts = MLPExperts(
-            d_model, self.d_expert, num_experts, activation=activation, gated=gated, bias=bias
+            width,
+            self.d_expert,
+            num_experts,
+            activation=activation,
+            gated=gated,
+            bias=bias,
+            glu=glu,
         )
+        if d_latent is not None:
+            self.latent_down = nn.Linear(d_model, d_latent, bias=False)
+            self.latent_up = nn.Linear(d_latent, d_model, bias=False)
+            self._reset_latent()
         if self.d_shared:
             self.shared_expert = DenseFFN(
-                d_model, self.d_shared, activation=activation, gated=gated, bias=bias
+                d_model,
+                self.d_shared,
+                activation=activation,
+                gated=gated,
+                bias=bias if shared_bias is None else shared_bias,
+                glu=glu if shared_glu is None else shared_glu,
             )
         if shared_gate:
             self.shared_expert_gate = nn.Linear(d_model, 1, bias=False)
             self._reset_shared_gate()
+
+    def _needs_shared(self, option: str, purpose: str) -> None:
+        if not self.d_shared:
+            raise InputError(
+                f"{option}: there is no shared expert {purpose}; set num_shared_experts"
+            )
 
     @property
     def causal(self) -> bool:
@@ -163,10 +218,17 @@ class SparseMoE(FeedForward):
         """Initialise router, experts and shared expert; outputs scale with 1/sqrt(num_layers)."""
         self.gate.reset_parameters()
         self.experts.reset_parameters(num_layers)
+        if self.d_latent is not None:
+            self._reset_latent()
         if self.d_shared:
             self.shared_expert.reset_parameters(num_layers)
         if self.shared_gate:
             self._reset_shared_gate()
+
+    def _reset_latent(self) -> None:
+        """Draw both maps from N(0, 1/fan_in); the experts' outputs are scaled already."""
+        for linear in (self.latent_down, self.latent_up):
+            init_linear(linear, linear.in_features**-0.5)
 
     def _reset_shared_gate(self) -> None:
         init_linear(self.shared_expert_gate, self.d_model**-0.5)
@@ -224,15 +286,14 @@ class SparseMoE(FeedForward):
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights, before capacity."""
         _, routing, _ = self._route(hidden, context, limited=False)
-        return slot_load(routing.indices, routing.weights.abs(), self.num_experts)
+        return slot_load(routing.indices, routing.weights.abs(), self.gate.num_experts)
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Sum up each token's weighted experts; by brute force, run all of them on all tokens."""
         tokens, routing, flat_mask = self._route(hidden, context, limited=True)
-        weigh_inputs = self.router.weights.apply_to == "input"
-        chosen = operands_of(tokens, routing, weigh_inputs)
+        chosen = self._to_experts(tokens, routing)
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared expert runs while tokens travel to experts on other ranks.
         shared = None
@@ -242,7 +303,7 @@ class SparseMoE(FeedForward):
             output = self.experts.reference(*chosen)
         else:
             output = self.experts(*chosen, routing.max_assignments, dispatched=dispatched)
-        output = outputs_of(output, routing, weigh_inputs)
+        output = self._from_experts(output, tokens, routing)
         if shared is not None:
             output = output + shared
         return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
@@ -265,14 +326,33 @@ class SparseMoE(FeedForward):
         context = TokenContext(token_ids, router_input, mask)
         routing = self.gate.select(router_TD, flat_mask, _sequences(hidden))
         routing = self.adjust(routing, tokens, context)
-        weigh_inputs = self.router.weights.apply_to == "input"
-        chosen = operands_of(tokens, routing, weigh_inputs)
+        chosen = self._to_experts(tokens, routing)
         output = self.experts.infer(*chosen, routing.max_assignments)
-        output = outputs_of(output, routing, weigh_inputs)
+        output = self._from_experts(output, tokens, routing)
         if self.d_shared:
             shared = self._shared(tokens, flat_mask, routing.shared_weights, brute_force=False)
             output = output + shared
         return output.reshape(hidden.shape)
+
+    def _to_experts(self, tokens: Tensor, routing: Routing) -> Operands:
+        """Return what the experts that compute get: tokens at their width, choices, weights."""
+        if self.d_latent is not None:
+            tokens = self.latent_down(tokens)
+        if self.num_identity_experts:
+            computed = routing.indices.masked_fill(routing.indices >= self.num_experts, -1)
+            routing = routing._replace(indices=computed)
+        return operands_of(tokens, routing, self.router.weights.apply_to == "input")
+
+    def _from_experts(self, outputs: Tensor, tokens: Tensor, routing: Routing) -> Tensor:
+        """Bring their outputs to full width, and add what identity experts return."""
+        outputs = outputs_of(outputs, routing, self.router.weights.apply_to == "input")
+        if self.d_latent is not None:
+            outputs = self.latent_up(outputs)
+        if self.num_identity_experts:
+            of_identity = routing.weights.masked_fill(routing.indices < self.num_experts, 0.0)
+            total_T1 = of_identity.sum(dim=-1, keepdim=True)
+            outputs = outputs + (total_T1 * tokens).to(outputs.dtype)
+        return outputs
 
     def _shared(
         self, tokens: Tensor, mask: Tensor | None, weights: Tensor | None, brute_force: bool
@@ -287,7 +367,13 @@ class SparseMoE(FeedForward):
         return answer if mask is None else answer.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def cost(self) -> Cost:
-        """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on."""
+        """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on.
+
+        With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l. With I identity
+        experts, k E / (E + I) stands for k: the mean at an even load, to which the selection bias
+        steers; what a text takes follows from its choices.
+        """
+        slots = self.gate.num_experts
         routing = sum(p.numel() for p in self.gate.parameters())
         always_parameters, always_flops = routing, self.gate.flops_per_token()
         if self.d_shared:
@@ -297,11 +383,16 @@ class SparseMoE(FeedForward):
         if self.shared_gate:
             always_parameters += self.d_model
             always_flops += 2 * self.d_model
+        if self.d_latent is not None:
+            always_parameters += 2 * self.d_model * self.d_latent
+            always_flops += 4 * self.d_model * self.d_latent
         per_expert = self.experts.parameters_per_expert()
-        active = always_parameters + self.top_k * per_expert
+        computing = self.top_k * self.num_experts  # times slots
+        active = always_parameters + -(-computing * per_expert // slots)
         return Cost(
             total_parameters=always_parameters + self.num_experts * per_expert,
             active_parameters=active,
-            flops_per_token=always_flops + self.top_k * self.experts.flops_per_assignment(),
+            flops_per_token=always_flops
+            + -(-computing * self.experts.flops_per_assignment() // slots),
             bytes_per_token=active * self.experts.down_proj.element_size(),
         )

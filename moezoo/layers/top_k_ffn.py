@@ -60,7 +60,8 @@ class TopKFFN(FeedForward):
             threshold that about k pre-activations (the gate's, if gated) pass.
         rank: in exact selection, an activation's strength is its ``magnitude``, or its
             ``contribution``, the magnitude times the length of its column of W_down.
-        activation: relu, gelu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: relu, gelu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu, tanh or
+            leaky_relu (0.01 below zero).
         gated: a gated linear unit instead of an MLP.
         split_input: the gate reads the first half of the input, the linear branch the rest
             (Spark FFN, arXiv:2506.06644); needs gated.

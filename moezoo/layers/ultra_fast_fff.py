@@ -48,7 +48,8 @@ class UltraFastFFF(FeedForward):
         num_trees: parallel trees P (UltraFastBERT-1x11 has one, of depth 11).
         depth: decisions on a path, which has depth + 1 neurons; default: the least at which the
             trees together are as wide as the dense block.
-        activation: gelu (the paper's), relu, gelu_tanh, silu or relu2 (squared ReLU).
+        activation: gelu (the paper's), relu, gelu_tanh, silu, relu2 (squared ReLU), quick_gelu,
+            tanh or leaky_relu (0.01 below zero).
     """
 
     reads_router_input: ClassVar[bool] = True

@@ -63,6 +63,7 @@ class Router(TrainingState):
         balance: coefficients of the auxiliary losses.
         capacity: a limit on the tokens per expert; none by default (dropless).
         num_shared: shared experts S, read where the options weigh these too.
+        num_identity: how many of the E, the last ones, compute nothing.
     """
 
     selection_bias: Tensor
@@ -78,9 +79,11 @@ class Router(TrainingState):
         balance: BalanceOptions,
         capacity: CapacityOptions | None = None,
         num_shared: int = 0,
+        num_identity: int = 0,
     ) -> None:
         super().__init__()
         self.d_model = d_model
+        self.num_identity = num_identity
         self.num_experts = num_experts
         self.top_k = top_k
         self.options = options
@@ -371,11 +374,17 @@ class Router(TrainingState):
         """Move the selection bias against the load of the step just taken, then forget the load.
 
         ``b_e += rate * sign(mean(c) - c_e)`` with c summed over ranks and micro-batches
-        (arXiv:2408.15664, algorithm 1).
+        (arXiv:2408.15664, algorithm 1). With identity experts it is LongCat-Flash's
+        ``b_e += rate * (1 / E - c_e / Σ c)`` (arXiv:2509.01322, section 2.1), for the experts that
+        compute alone, so that those of identity take the rest: on average a token then has
+        ``K (E - I) / E`` experts that compute.
         """
         if self.options.selection_bias and self._step_counts is not None:
             counts_E = L.sum_over_ranks(self._step_counts).float()
             direction_E = (counts_E.mean() - counts_E).sign()
+            if self.num_identity:
+                direction_E = 1 / self.num_experts - counts_E / counts_E.sum().clamp(min=1)
+                direction_E[-self.num_identity :] = 0.0
             self.selection_bias += self.options.bias_update_rate * direction_E
         self._step_counts = None
 

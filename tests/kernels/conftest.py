@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import moezoo_kernels
+from moezoo_kernels.activations import PLAIN_GLU, GLUOptions
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,6 +54,8 @@ class Problem:
     grad: Tensor
     activation: str
     gated: bool
+    glu: GLUOptions = PLAIN_GLU
+    interleaved: bool = False
 
     def differentiable(self) -> list[Tensor]:
         tensors = (self.x, self.w_in, self.w_out, self.weights, self.bias_in, self.bias_out)
@@ -80,6 +83,8 @@ class Problem:
             gated=self.gated,
             bias_in=self.bias_in,
             bias_out=self.bias_out,
+            glu=self.glu,
+            interleaved=self.interleaved,
             **options,
         )
 
@@ -117,6 +122,8 @@ def _make_problem(
     activation: str = "silu",
     gated: bool = True,
     bias: bool = True,
+    glu: GLUOptions = PLAIN_GLU,
+    interleaved: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Problem:
@@ -137,6 +144,8 @@ def _make_problem(
         grad=torch.randn(tokens, width, dtype=dtype),
         activation=activation,
         gated=gated,
+        glu=glu,
+        interleaved=interleaved,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from moezoo_kernels import backends
+from moezoo_kernels.activations import GLUOptions
 from moezoo_kernels.grouped_mlp import peers, reference
 
 T, D, E, H, K = 7, 5, 4, 3, 2
@@ -110,6 +111,17 @@ def test_adapters_equal_the_reference(stand_ins, package, gated, bias, experts):
     theirs, their_gradients = answers(peers.grouped_mlp, tensors, package=package, **options)
     torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(their_gradients, our_gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("package", ["scattermoe", "megablocks"])
+def test_adapters_bound_gates_and_read_pairs(stand_ins, package):
+    tensors = operands(gated=True, bias=True)
+    options = {"glu": GLUOptions(limit=0.5, up_shift=1.0), "interleaved": True}
+    ours, our_gradients = answers(reference.grouped_mlp, tensors, **options)
+    theirs, their_gradients = answers(peers.grouped_mlp, tensors, package=package, **options)
+    torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(their_gradients, our_gradients, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(reference.grouped_mlp(**tensors), ours)
 
 
 @pytest.mark.parametrize("package", ["scattermoe", "megablocks"])

@@ -221,6 +221,8 @@ def test_opcheck(fused_backend, make_problem):
             problem.bias_out,
             "silu",
             True,
+            [1, 1.5, 1.5, 1.0],
+            True,
             12,
             True,
             fused_backend,

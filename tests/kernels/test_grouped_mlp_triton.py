@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moezoo_kernels
-from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.activations import ACTIVATIONS, GLUOptions
 from moezoo_kernels.grouped_mlp.reference import grouped_mlp as reference
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -31,6 +31,26 @@ def test_interpreted_activations(make_problem, assert_close, activation):
     sizes = {"tokens": 5, "width": 6, "hidden": 3, "experts": 2, "choices": 1}
     problem = make_problem(activation=activation, bias=False, **sizes).to(torch.float32)
     _check(problem, assert_close, 2e-6)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "glu"),
+    [
+        ("silu", GLUOptions()),
+        ("quick_gelu", GLUOptions(limit=1.5, up_shift=1.0)),
+        ("silu", GLUOptions(limit=1.5, limit_after=True)),
+        ("silu", GLUOptions(gate_softcap=1.5, up_softcap=2.5)),
+    ],
+)
+def test_interpreted_units(make_problem, assert_close, activation, glu, interleaved):
+    sizes = {"tokens": 7, "width": 6, "hidden": 5, "experts": 2, "choices": 1}
+    problem = make_problem(activation=activation, glu=glu, interleaved=interleaved, **sizes)
+    with torch.no_grad():  # some neurons stand exactly at the limit
+        problem.w_in[:, :2], problem.w_in[:, 5:7] = 0.0, 0.0
+        problem.bias_in[:, :2], problem.bias_in[:, 5:7] = 1.5, -1.5
+    _check(problem.to(torch.float32), assert_close, 2e-6)
 
 
 @pytest.mark.interpreted
@@ -65,13 +85,15 @@ def test_kernels_compile_for_ampere_and_hopper(compile_for, capability, kind):
     data = pointers("left right product", "left_tokens right_tokens starts")
     sizes = {"GATHER_LEFT": True, "GATHER_RIGHT": False, "HEIGHT": 64, "WIDTH": 64}
     compile_for(capability, triton_matmul._outer.fn, data, tile | sizes)
-    sizes = {"width": 1000, "ACTIVATION": 1, "GATED": True, "COLUMNS": 1024}
-    compile_for(capability, triton_stages._activate, pointers("inner hidden"), sizes)
     data = pointers("grad inner weighted grad_inner") | {
         "weights": "*fp32",
         "grad_weights": "*fp32",
     }
-    compile_for(capability, triton_stages._activate_backward, data, sizes)
+    for activation, bound in ((1, 0), (5, 1), (6, 2), (3, 3)):
+        sizes = {"width": 1000, "ACTIVATION": activation, "GATED": True, "COLUMNS": 1024}
+        sizes |= {"BOUND": bound, "GATE": 7.0, "UP": 7.0, "SHIFT": 1.0, "INTERLEAVED": bound > 0}
+        compile_for(capability, triton_stages._activate, pointers("inner hidden"), sizes)
+        compile_for(capability, triton_stages._activate_backward, data, sizes)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moezoo_kernels import token_step
-from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.activations import ACTIVATIONS, GLUOptions, gated_unit
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
 
 DIGITS = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}  # of the largest number
@@ -131,6 +131,57 @@ def test_dense_blocks(draw, batch, width, inner, gated, bias, activation):
     )
     step()
     assert_added(hidden, before, linear(middle, down))
+
+
+@pytest.mark.parametrize(
+    ("activation", "glu"),
+    [
+        ("quick_gelu", GLUOptions(limit=0.2, up_shift=1.0)),
+        ("silu", GLUOptions(limit=0.2)),
+        ("silu", GLUOptions(limit=0.05, limit_after=True)),
+        ("silu", GLUOptions(gate_softcap=0.2, up_softcap=0.3)),
+    ],
+)
+def test_bounded_gates(draw, activation, glu):
+    batch, width, inner, experts = 3, 29, 21, 4
+    start, norm = draw(batch, width, scale=1.0), draw(width, scale=1.0)
+    x = normed(start, norm)
+    gate, up = (Linear(draw(inner, width), draw(inner)) for _ in range(2))
+    down = Linear(draw(width, inner), None)
+    hidden = start.clone()
+    token_step.dense_step(hidden, Norm(norm, EPS), gate, up, down, activation, glu)()
+    middle = gated_unit(linear(x, gate), linear(x, up), activation, glu)
+    assert_added(hidden, start, linear(middle, down))
+
+    router, w_out = draw(experts, width), draw(experts, width, inner)
+    w_in, b_in = draw(experts, 2 * inner, width), draw(experts, 2 * inner)
+    x = x.to(draw.dtype).double()
+    logits = x @ router.double().T
+    expected = torch.zeros_like(x)
+    for b in range(batch):
+        for e in logits[b].topk(2).indices.tolist():
+            both = linear(x[b], Linear(w_in[e], b_in[e]))
+            middle = gated_unit(both[::2], both[1::2], activation, glu)
+            answer = linear(middle, Linear(w_out[e], None))
+            expected[b] += logits[b].sigmoid()[e] * answer
+    hidden = start.clone()
+    step = token_step.moe_step(
+        hidden,
+        Norm(norm, EPS),
+        router,
+        w_in,
+        w_out,
+        top_k=2,
+        activation=activation,
+        gated=True,
+        bias_in=b_in,
+        softmax=False,
+        normalize=False,
+        glu=glu,
+        interleaved=True,
+    )
+    step()
+    assert_added(hidden, start, expected)
 
 
 @pytest.mark.parametrize("softmax", [True, False])

@@ -6,6 +6,7 @@ import torch
 import moezoo
 from moezoo import InputError, select_layers
 from moezoo.feed_forward import FeedForward
+from moezoo_kernels.activations import ACTIVATIONS
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_printing_a_layer_shows_its_configuration():
     assert "top_k=2" in repr(moezoo.SparseMoE(8))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "relu2"])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_equals_its_reference(activation, gated, bias):

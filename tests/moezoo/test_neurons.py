@@ -36,6 +36,17 @@ VARIANTS = {
             score="sigmoid", weights=moezoo.WeightOptions(with_shared=True, expert_scale=True)
         ),
     ),
+    "latent": lambda d: moezoo.SparseMoE(
+        d, num_experts=3, top_k=2, d_expert=5, d_latent=9, num_shared_experts=1
+    ),
+    "bounded gates": lambda d: moezoo.SparseMoE(
+        d,
+        num_experts=3,
+        d_expert=5,
+        num_shared_experts=1,
+        glu=moezoo.GLUOptions(limit=0.5, up_shift=1.0),
+    ),
+    "identity": lambda d: moezoo.SparseMoE(d, num_experts=3, d_expert=5, num_identity_experts=2),
     "carved": lambda d: moezoo.CarvedMoE(d, num_experts=4, top_k=2, d_expert=6, bias=True),
     "soft tree": lambda d: moezoo.FastFeedForward(d, depth=2, d_leaf=5, hard=False, d_master=3),
     "gated PEER": lambda d: moezoo.PEER(
@@ -59,6 +70,10 @@ def output_biases(layer, hidden, context):
     total = torch.zeros(hidden.shape[-1], dtype=hidden.dtype)
     if isinstance(layer, moezoo.DenseFFN) and layer.bias:
         total = layer.down_proj.bias
+    if isinstance(layer, moezoo.SparseMoE) and layer.num_identity_experts:
+        routing = layer.route(hidden, context.get("router_input"), context.get("mask"))
+        of_identity = routing.weights * (routing.indices >= layer.num_experts)
+        total = of_identity.sum(-1).unflatten(0, hidden.shape[:-1]).unsqueeze(-1) * hidden
     if isinstance(layer, moezoo.FastFeedForward):
         silent = torch.zeros_like(hidden)
         with torch.no_grad():

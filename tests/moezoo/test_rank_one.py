@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moezoo import InputError
 from moezoo.experts.rank_one import RankOneExperts
+from moezoo_kernels.activations import ACTIVATIONS
 
 T, D, N, J = 63, 24, 49, 6
 
@@ -36,7 +37,7 @@ def gradients(module, call, x, indices, weights) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "relu2"])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_equals_the_dense_reference_with_all_gradients(gated, activation, poison_empty):
     module = experts(gated, activation=activation)
     inputs = assignments()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo_kernels import backends, triton_support
-from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions
 from moezoo_kernels.dtypes import autocast
 from moezoo_kernels.grouped_mlp import cpu, op, peers, reference
 
@@ -30,6 +30,8 @@ def grouped_mlp(
     bias_in: Tensor | None = None,
     bias_out: Tensor | None = None,
     max_assignments: int | None = None,
+    glu: GLUOptions = PLAIN_GLU,
+    interleaved: bool = False,
 ) -> Tensor:
     """Sum, over each token's experts, their weighted outputs.
 
@@ -58,18 +60,24 @@ def grouped_mlp(
         max_assignments: an upper bound on how many indices are not -1, if less than T K is known;
             buffers have that many rows (N). Expert-choice routing, with K = E mostly empty
             columns, wants it.
+        glu: bounds of a gated linear unit's factors, and a shift of the linear one.
+        interleaved: rows of ``w_in`` and numbers of ``bias_in`` are gate and up in turn (2 i and
+            2 i + 1 of neuron i, as in GPT-OSS), instead of all gates first. They are read where
+            they are.
 
     Returns:
         ``(T, D)``, in the dtype of ``x`` (or of autocast).
 
     Raises:
         ValueError: shapes or dtypes do not fit together, an index is out of range, more indices
-            than ``max_assignments``, unknown activation, or a forced backend that cannot run.
+            than ``max_assignments``, unknown activation, ``glu`` or ``interleaved`` that do not fit
+            it, or a forced backend that cannot run.
     """
     x, w_in, w_out = autocast(x), autocast(w_in), autocast(w_out)
     bias_in = None if bias_in is None else autocast(bias_in)
     bias_out = None if bias_out is None else autocast(bias_out)
-    _check(x, w_in, w_out, indices, weights, activation, gated, bias_in, bias_out)
+    _check_unit(activation, gated, glu, interleaved)
+    _check(x, w_in, w_out, indices, weights, gated, bias_in, bias_out)
     prefer = _preferred(indices, w_in.shape[0], x.dtype, max_assignments)
     run = backends.choose("grouped_mlp", x.device, x.dtype, prefer=prefer)
     return run(
@@ -83,6 +91,8 @@ def grouped_mlp(
         bias_in=bias_in,
         bias_out=bias_out,
         max_assignments=max_assignments,
+        glu=glu,
+        interleaved=interleaved,
     )
 
 
@@ -98,12 +108,15 @@ def _fused(
     bias_in: Tensor | None,
     bias_out: Tensor | None,
     max_assignments: int | None,
+    glu: GLUOptions,
+    interleaved: bool,
     backend: str,
 ) -> Tensor:
     rows = _rows(indices, max_assignments)
     tensors = (x, w_in, w_out, weights, bias_in, bias_out)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    arguments = (bias_in, bias_out, activation, gated, rows, keep, backend)
+    unit = (activation, gated, list(glu.encode()), interleaved)
+    arguments = (bias_in, bias_out, *unit, rows, keep, backend)
     return op.forward(x, w_in, w_out, indices, weights, *arguments)[0]
 
 
@@ -122,20 +135,25 @@ def _rows(indices: Tensor, max_assignments: int | None) -> int:
     return slots if max_assignments is None else min(slots, max_assignments)
 
 
+def _check_unit(activation: str, gated: bool, glu: GLUOptions, interleaved: bool) -> None:
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: '{activation}' is not known; choose from: {known}")
+    glu.check(activation, gated)
+    if interleaved and not gated:
+        raise ValueError("interleaved: there is no gate to interleave with; set gated to true")
+
+
 def _check(
     x: Tensor,
     w_in: Tensor,
     w_out: Tensor,
     indices: Tensor,
     weights: Tensor,
-    activation: str,
     gated: bool,
     bias_in: Tensor | None,
     bias_out: Tensor | None,
 ) -> None:
-    if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"activation: '{activation}' is not known; choose from: {known}")
     if x.ndim != 2 or w_out.ndim != 3 or indices.ndim != 2:
         shapes = f"x {tuple(x.shape)}, w_out {tuple(w_out.shape)}, indices {tuple(indices.shape)}"
         raise ValueError(

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo_kernels import fresh, native
-from moezoo_kernels.activations import ACTIVATION_CODES
 from moezoo_kernels.grouped_matmul import groups
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import Experts, Gradients, Needs
@@ -36,8 +35,8 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
-    w_in, w_out, bias_in, bias_out, activation, gated = experts
-    passes = RowPasses(x.dtype, activation, gated)
+    w_in, w_out, bias_in, bias_out, unit = experts
+    passes = RowPasses(x.dtype, *unit)
     output = torch.zeros(x.shape, dtype=passes.accumulation)
     inner = x.new_empty(assignments.order.numel() if keep else 0, w_in.shape[1])
     tokens = assignments.tokens
@@ -68,7 +67,7 @@ def few(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> tuple[
     No sort, no copy, no product of matrices. The caller has checked the indices; the
     pre-activations of a slot of -1 are uninitialised.
     """
-    w_in, w_out, bias_in, bias_out, activation, gated = experts
+    w_in, w_out, bias_in, bias_out, unit = experts
     _, width, hidden_width = w_out.shape
     inner = native.floats(indices.numel(), w_in.shape[1])
     hidden = native.floats(indices.numel(), hidden_width)
@@ -83,8 +82,7 @@ def few(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> tuple[
         *indices.shape,
         width,
         hidden_width,
-        ACTIVATION_CODES[activation],
-        gated,
+        *unit.encode(),
         inner,
         hidden,
         output,
@@ -102,8 +100,8 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Return the gradients, recomputing the activation from the pre-activations ``inner``."""
-    w_in, w_out, bias_in, bias_out, activation, gated = experts
-    passes = RowPasses(x.dtype, activation, gated)
+    w_in, w_out, bias_in, bias_out, unit = experts
+    passes = RowPasses(x.dtype, *unit)
     accumulation = passes.accumulation
     grad_x = torch.zeros(x.shape, dtype=accumulation) if needs.x else None
     ends = assignments.ends

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moezoo_kernels import backends, native
+from moezoo_kernels.activations import PLAIN_GLU, GLUOptions
 from moezoo_kernels.grouped_mlp import cpu
-from moezoo_kernels.grouped_mlp.operands import Experts
+from moezoo_kernels.grouped_mlp.operands import Experts, Unit
 
 
 def is_direct(x: Tensor, indices: Tensor, w_in: Tensor) -> bool:
@@ -46,11 +47,13 @@ def grouped_mlp_directly(
     gated: bool,
     bias_in: Tensor | None = None,
     bias_out: Tensor | None = None,
+    glu: GLUOptions = PLAIN_GLU,
+    interleaved: bool = False,
 ) -> Tensor:
     """Return what :func:`moezoo_kernels.grouped_mlp` returns, where :func:`is_direct` holds.
 
     Arguments as there. Indices must be of -1 … E - 1: nothing checks them, and memory beyond the
     weights would be read.
     """
-    experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
+    experts = Experts(w_in, w_out, bias_in, bias_out, Unit(activation, gated, glu, interleaved))
     return cpu.few(x, experts, indices, weights)[0]

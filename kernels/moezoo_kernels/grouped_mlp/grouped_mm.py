@@ -28,13 +28,13 @@ def forward(
     stages: Stages = TORCH,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
-    w_in, w_out, bias_in, bias_out, activation, gated = experts
+    w_in, w_out, bias_in, bias_out, unit = experts
     ends = assignments.ends
     x_N = stages.gather(x, assignments.tokens)
     inner_NI = stages.matmul(x_N, w_in.transpose(1, 2), ends)
     if bias_in is not None:
         inner_NI += bias_in[_experts(assignments)]
-    hidden_NF = stages.activate(inner_NI, activation, gated)
+    hidden_NF = stages.activate(inner_NI, unit)
     answer_ND = stages.matmul(Rows(hidden_NF), w_out.transpose(1, 2), ends)
     if bias_out is not None:
         answer_ND += bias_out[_experts(assignments)]
@@ -53,14 +53,12 @@ def backward(
     stages: Stages = TORCH,
 ) -> Gradients:
     """Return the gradients, recomputing the activation from the pre-activations ``inner``."""
-    w_in, w_out, bias_in, bias_out, activation, gated = experts
+    w_in, w_out, bias_in, bias_out, unit = experts
     accumulation = accumulation_dtype(x.dtype)
     order, ends, tokens = assignments.order, assignments.ends, assignments.tokens
     weights_N = weights.reshape(-1)[order].to(accumulation)
     grad_N = stages.gather(grad, tokens)
-    hidden = stages.activate_backward(
-        stages.matmul(grad_N, w_out, ends), inner, weights_N, activation, gated
-    )
+    hidden = stages.activate_backward(stages.matmul(grad_N, w_out, ends), inner, weights_N, unit)
     grad_x = grad_w_in = grad_w_out = grad_weights = grad_bias_in = grad_bias_out = None
     if needs.weights:
         of_weights_N = hidden.weights

@@ -21,16 +21,21 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moezoo_kernels import native
+from moezoo_kernels.activations import GLUOptions
 from moezoo_kernels.flops import count_active, has_data
 from moezoo_kernels.grouped_mlp import cpu, grouped_mm
 from moezoo_kernels.grouped_mlp.assignments import Assignments, check, sort_by_expert
-from moezoo_kernels.grouped_mlp.operands import Experts, Needs
+from moezoo_kernels.grouped_mlp.operands import Experts, Needs, Unit
 
 
 def _implementation(backend: str) -> ModuleType:
     if backend == "triton":  # looked for when asked for, as it imports triton
         return importlib.import_module("moezoo_kernels.grouped_mlp.triton_backend")
     return {"cpu": cpu, "grouped_mm": grouped_mm}[backend]
+
+
+def _unit(activation: str, gated: bool, glu: Sequence[float], interleaved: bool) -> Unit:
+    return Unit(activation, gated, GLUOptions.decode(glu), interleaved)
 
 
 @torch.library.custom_op("moezoo::grouped_mlp", mutates_args=())
@@ -44,15 +49,18 @@ def forward(
     bias_out: Tensor | None,
     activation: str,
     gated: bool,
+    glu: Sequence[float],
+    interleaved: bool,
     rows: int,
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, D), pre-activations (N, I), row order (N,) and group ends (E,).
 
+    ``glu`` is what :meth:`GLUOptions.encode` returns, as an op takes numbers only.
     Without ``keep`` no backward can follow, and all but the output are empty.
     """
-    experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
+    experts = Experts(w_in, w_out, bias_in, bias_out, _unit(activation, gated, glu, interleaved))
     with torch.autocast(x.device.type, enabled=False):
         few = backend == "cpu" and native.unusable(x.device, x.dtype) is None
         few = few and cpu.is_few(indices.numel(), w_in.shape[0], x.dtype)
@@ -83,6 +91,8 @@ def _(
     bias_out: Tensor | None,
     activation: str,
     gated: bool,
+    glu: Sequence[float],
+    interleaved: bool,
     rows: int,
     keep: bool,
     backend: str,
@@ -108,11 +118,13 @@ def backward(
     bias_out: Tensor | None,
     activation: str,
     gated: bool,
+    glu: Sequence[float],
+    interleaved: bool,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the order of :class:`Needs`; one that is not needed is empty."""
-    experts = Experts(w_in, w_out, bias_in, bias_out, activation, gated)
+    experts = Experts(w_in, w_out, bias_in, bias_out, _unit(activation, gated, glu, interleaved))
     assignments = Assignments(order, ends, weights.shape[1])
     with torch.autocast(x.device.type, enabled=False):
         gradients = _implementation(backend).backward(
@@ -137,6 +149,8 @@ def _(
     bias_out: Tensor | None,
     activation: str,
     gated: bool,
+    glu: Sequence[float],
+    interleaved: bool,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -148,26 +162,26 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_in, w_out, _, weights, bias_in, bias_out, activation, gated, _, _, backend = inputs
+    x, w_in, w_out, _, weights, bias_in, bias_out, *unit, _, _, backend = inputs
     _, inner, order, ends = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(inner, order, ends)
     ctx.save_for_backward(inner, order, ends, x, w_in, w_out, weights, bias_in, bias_out)
-    ctx.options = (activation, gated, backend)
+    ctx.options = (unit, backend)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     inner, order, ends, x, w_in, w_out, weights, bias_in, bias_out = ctx.saved_tensors
-    activation, gated, backend = ctx.options
+    unit, backend = ctx.options
     x_needs, w_in_needs, w_out_needs, _, *other_needs = ctx.needs_input_grad[:7]
     needs = (x_needs, w_in_needs, w_out_needs, *other_needs)
     gradients: Sequence[Tensor | None] = [None] * len(needs)
     if grad is not None:
         saved = (inner, order, ends, x, w_in, w_out, weights, bias_in, bias_out)
-        computed = backward(grad, *saved, activation, gated, needs, backend)
+        computed = backward(grad, *saved, *unit, needs, backend)
         gradients = [g if needed else None for g, needed in zip(computed, needs, strict=True)]
     of_x, of_w_in, of_w_out, of_weights, of_bias_in, of_bias_out = gradients
-    options = (None,) * 5
+    options = (None,) * 7
     return of_x, of_w_in, of_w_out, None, of_weights, of_bias_in, of_bias_out, *options
 
 
@@ -185,6 +199,8 @@ def _forward_flops(
     bias_out: Tensor | None,
     activation: str,
     gated: bool,
+    glu: Sequence[float],
+    interleaved: bool,
     rows: int,
     *_: Any,
     out_val: Any = None,
@@ -207,6 +223,8 @@ def _backward_flops(
     bias_out: Tensor | None,
     activation: str,
     gated: bool,
+    glu: Sequence[float],
+    interleaved: bool,
     needs: Sequence[bool],
     *_: Any,
     out_val: Any = None,

@@ -7,6 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moezoo_kernels.activations import ACTIVATION_CODES, PLAIN_GLU, GLUOptions
+
+
+class Unit(NamedTuple):
+    """What is between an expert's products; the arguments of ``activate`` beside its operand."""
+
+    activation: str
+    gated: bool
+    glu: GLUOptions = PLAIN_GLU
+    interleaved: bool = False
+
+    def encode(self) -> tuple[int | float | bool, ...]:
+        """Return what the C++ kernels take for it."""
+        code = ACTIVATION_CODES[self.activation]
+        return code, self.gated, *self.glu.encode(), self.interleaved
+
 
 class Experts(NamedTuple):
     """The stacked experts; E experts, D width, F hidden width, I = 2 F if gated else F."""
@@ -15,8 +31,7 @@ class Experts(NamedTuple):
     w_out: Tensor  # (E, D, F)
     bias_in: Tensor | None  # (E, I)
     bias_out: Tensor | None  # (E, D)
-    activation: str
-    gated: bool
+    unit: Unit
 
 
 class Needs(NamedTuple):

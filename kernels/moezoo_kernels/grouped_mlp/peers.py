@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo_kernels.activations import activate
+from moezoo_kernels.activations import PLAIN_GLU, GLUOptions, activate
 from moezoo_kernels.grouped_mlp import reference
 
 
@@ -39,7 +39,7 @@ def grouped_mlp(
         weights: router weights.
         package: ``scattermoe`` or ``megablocks``.
         max_assignments: changes nothing, as there is no buffer to bound.
-        options: ``activation``, ``gated``, ``bias_in`` and ``bias_out`` of the op.
+        options: ``activation``, ``gated``, biases, ``glu`` and ``interleaved`` of the op.
     """
     if not indices.numel():  # their kernels ask for a token
         return reference.grouped_mlp(x, w_in, w_out, indices, weights, **options)
@@ -57,6 +57,8 @@ def _scattermoe(
     gated: bool = True,
     bias_in: Tensor | None = None,  # (E, I)
     bias_out: Tensor | None = None,  # (E, D)
+    glu: GLUOptions = PLAIN_GLU,
+    interleaved: bool = False,
 ) -> Tensor:
     """Multiply by ScatterMoE's kernels, which gather and scatter on the way (arXiv:2403.08245)."""
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
@@ -65,7 +67,7 @@ def _scattermoe(
     inner = parallel_linear(
         x, w_in.mT, indices.shape[1], *order, expert_biases=bias_in, grouped_out=True
     )
-    hidden = activate(inner, activation, gated)
+    hidden = activate(inner, activation, gated, glu, interleaved)
     output: Tensor = parallel_linear(
         hidden, w_out.mT, 1, *order, expert_biases=bias_out, gates=weights, grouped_in=True
     )
@@ -82,6 +84,8 @@ def _megablocks(
     gated: bool = True,
     bias_in: Tensor | None = None,  # (E, I)
     bias_out: Tensor | None = None,  # (E, D)
+    glu: GLUOptions = PLAIN_GLU,
+    interleaved: bool = False,
 ) -> Tensor:
     """Permute by MegaBlocks' kernels around its grouped GEMMs (arXiv:2211.15841)."""
     from megablocks import ops
@@ -95,7 +99,7 @@ def _megablocks(
     sizes = counts.cpu().long()  # grouped GEMMs are launched from them
     rows = ops.gather(x, order, experts, bins, choices)
     inner = _add(gemm.gmm(rows, w_in, sizes, trans_b=True), bias_in, experts)
-    hidden = activate(inner, activation, gated)
+    hidden = activate(inner, activation, gated, glu, interleaved)
     answers = _add(gemm.gmm(hidden, w_out, sizes, trans_b=True), bias_out, experts)
     output: Tensor = ops.scatter(answers, order, experts, weights.flatten(), bins, choices)
     return output

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo_kernels.activations import activate
+from moezoo_kernels.activations import PLAIN_GLU, GLUOptions, activate
 
 
 def grouped_mlp(
@@ -24,6 +24,8 @@ def grouped_mlp(
     bias_in: Tensor | None = None,  # (E, I)
     bias_out: Tensor | None = None,  # (E, D)
     max_assignments: int | None = None,
+    glu: GLUOptions = PLAIN_GLU,
+    interleaved: bool = False,
 ) -> Tensor:
     """Loop over the experts, each on the tokens that chose it; see the package's ``grouped_mlp``.
 
@@ -35,7 +37,7 @@ def grouped_mlp(
     for e in range(w_in.shape[0]):
         tokens, slots = (indices == e).nonzero(as_tuple=True)
         inner = F.linear(x[tokens], w_in[e], None if bias_in is None else bias_in[e])
-        hidden = activate(inner, activation, gated)
+        hidden = activate(inner, activation, gated, glu, interleaved)
         answer = F.linear(hidden, w_out[e], None if bias_out is None else bias_out[e])
         weighted = answer * weights[tokens, slots].unsqueeze(-1)
         output = output.index_add(0, tokens, weighted.to(accumulation))

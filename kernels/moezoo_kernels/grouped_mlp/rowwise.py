@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moezoo_kernels import native
-from moezoo_kernels.activations import ACTIVATION_CODES, activate, activate_backward
+from moezoo_kernels.activations import PLAIN_GLU, GLUOptions, activate, activate_backward
+from moezoo_kernels.grouped_mlp.operands import Unit
 from moezoo_kernels.grouped_mlp.stages import HiddenGradients
 
 
@@ -23,24 +24,33 @@ class RowPasses:
         dtype: of the rows.
         activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
         gated: whether the experts are gated linear units.
+        glu: bounds of their factors.
+        interleaved: gate and linear rows lie in turn.
     """
 
-    def __init__(self, dtype: torch.dtype, activation: str, gated: bool) -> None:
-        self.activation, self.gated = activation, gated
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        activation: str,
+        gated: bool,
+        glu: GLUOptions = PLAIN_GLU,
+        interleaved: bool = False,
+    ) -> None:
+        self.unit = Unit(activation, gated, glu, interleaved)
         self.accumulation = torch.promote_types(dtype, torch.float32)
         self.native = native.unusable(torch.device("cpu"), dtype) is None
         if not self.native and dtype in (torch.float32, torch.bfloat16):
             native.warn_once()
         if self.native:
-            self._codes = (ACTIVATION_CODES[activation], gated)
+            self._codes = self.unit.encode()
             self._dtype = native.dtype_code(dtype)
 
     def activate(self, inner: Tensor) -> Tensor:
         """Return the hidden activations (n, F) of pre-activations (n, I)."""
         if not self.native:
-            return activate(inner, self.activation, self.gated)
+            return activate(inner, *self.unit)
         n, width = inner.shape
-        hidden = inner.new_empty(n, width // 2 if self.gated else width)
+        hidden = inner.new_empty(n, width // 2 if self.unit.gated else width)
         name = "moezoo_grouped_mlp_activate"
         native.call(name, inner, self._dtype, n, hidden.shape[1], *self._codes, hidden)
         return hidden
@@ -55,7 +65,7 @@ class RowPasses:
         """
         if not self.native:
             weighted_grad = (grad * weights[:, None]).to(inner.dtype)
-            hidden, of_inner = activate_backward(weighted_grad, inner, self.activation, self.gated)
+            hidden, of_inner = activate_backward(weighted_grad, inner, *self.unit)
             of_weights = (grad.to(self.accumulation) * hidden).sum(-1)
             return HiddenGradients(hidden.mul_(weights[:, None]), of_inner, of_weights)
         n, width = grad.shape

@@ -17,6 +17,7 @@ from torch import Tensor
 from moezoo_kernels.activations import activate, activate_backward
 from moezoo_kernels.grouped_matmul import grouped_matmul, grouped_outer
 from moezoo_kernels.grouped_mlp.assignments import Assignments
+from moezoo_kernels.grouped_mlp.operands import Unit
 
 
 class Rows(NamedTuple):
@@ -46,9 +47,9 @@ class Stages(NamedTuple):
         gather: makes rows of tokens; a matrix product may read them where they are.
         matmul: ``(rows, matrices (E, A, B), ends) -> (N, B)``, each group by its own matrix.
         outer: ``(left, right, ends) -> (E, A, B)``, ``left_eᵀ right_e``; zeros for an empty group.
-        activate: ``(inner (N, I), activation, gated) -> (N, F)``.
-        activate_backward: ``(grad (N, F), inner, weights (N,), activation, gated)``, with ``grad``
-            that of the hidden activations before their router weights.
+        activate: ``(inner (N, I), unit) -> (N, F)``.
+        activate_backward: ``(grad (N, F), inner, weights (N,), unit)``, with ``grad`` that of the
+            hidden activations before their router weights.
         sum_by_token: ``(rows (N, D), weights (T, K) or None, assignments, T) -> (T, D)`` in the
             rows' dtype, added up in fp32 at least.
     """
@@ -56,8 +57,8 @@ class Stages(NamedTuple):
     gather: Callable[[Tensor, Tensor], Rows]
     matmul: Callable[[Rows, Tensor, Tensor], Tensor]
     outer: Callable[[Rows, Rows, Tensor], Tensor]
-    activate: Callable[[Tensor, str, bool], Tensor]
-    activate_backward: Callable[[Tensor, Tensor, Tensor, str, bool], HiddenGradients]
+    activate: Callable[[Tensor, Unit], Tensor]
+    activate_backward: Callable[[Tensor, Tensor, Tensor, Unit], HiddenGradients]
     sum_by_token: Callable[[Tensor, Tensor | None, Assignments, int], Tensor]
 
 
@@ -67,12 +68,10 @@ def is_padding(assignments: Assignments) -> Tensor:
     return rows >= assignments.ends[-1]
 
 
-def _activate_backward(
-    grad: Tensor, inner: Tensor, weights: Tensor, activation: str, gated: bool
-) -> HiddenGradients:
+def _activate_backward(grad: Tensor, inner: Tensor, weights: Tensor, unit: Unit) -> HiddenGradients:
     weights_N1 = weights[:, None]
     weighted_grad = (grad * weights_N1).to(inner.dtype)
-    hidden, grad_inner = activate_backward(weighted_grad, inner, activation, gated)
+    hidden, grad_inner = activate_backward(weighted_grad, inner, *unit)
     grad_weights = (grad.to(weights.dtype) * hidden).sum(-1)
     return HiddenGradients((hidden * weights_N1).to(inner.dtype), grad_inner, grad_weights)
 
@@ -97,7 +96,7 @@ TORCH = Stages(
     gather=lambda source, tokens: Rows(source[tokens]),
     matmul=lambda rows, matrices, ends: grouped_matmul(rows.data, matrices, ends),
     outer=lambda left, right, ends: grouped_outer(left.data, right.data, ends),
-    activate=activate,
+    activate=lambda inner, unit: activate(inner, *unit),
     activate_backward=_activate_backward,
     sum_by_token=_sum_by_token,
 )

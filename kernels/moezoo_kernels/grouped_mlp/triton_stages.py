@@ -10,14 +10,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moezoo_kernels.activations import ACTIVATION_CODES
 from moezoo_kernels.grouped_mlp.assignments import Assignments
+from moezoo_kernels.grouped_mlp.operands import Unit
 from moezoo_kernels.grouped_mlp.stages import HiddenGradients, Rows, Stages, is_padding
 from moezoo_kernels.grouped_mlp.triton_matmul import matmul, outer
-from moezoo_kernels.triton_activations import share_of, slope_of
+from moezoo_kernels.triton_activations import share_of, slope_of, tanh_share, tanh_slope
 from moezoo_kernels.weighted_bag import triton_bag
 
 _MOST_COLUMNS = 1024
+
+
+@triton.jit
+def _gate_value(
+    gate: tl.tensor, share: tl.tensor, BOUND: tl.constexpr, GATE: tl.constexpr
+) -> tl.tensor:
+    """Return the bounded value of act(gate); ``BOUND`` is the kind of ``GLUOptions.encode``."""
+    if BOUND == 3:
+        return gate * tanh_share(gate / GATE) * share
+    value = gate * share
+    if BOUND == 2:
+        value = tl.where(value > GATE, GATE, value)
+    return value
+
+
+@triton.jit
+def _gate_slope(
+    gate: tl.tensor,
+    share: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    BOUND: tl.constexpr,
+    GATE: tl.constexpr,
+) -> tl.tensor:
+    if BOUND == 3:
+        capped = gate * tanh_share(gate / GATE)
+        return share * (tanh_slope(gate / GATE) + capped * (1.0 - share))
+    slope = slope_of(gate, share, ACTIVATION)
+    if BOUND == 2:
+        slope = tl.where(gate * share > GATE, 0.0, slope)
+    return slope
+
+
+@triton.jit
+def _up_value(
+    up: tl.tensor, BOUND: tl.constexpr, UP: tl.constexpr, SHIFT: tl.constexpr
+) -> tl.tensor:
+    if BOUND == 3:
+        up = up * tanh_share(up / UP)
+    elif BOUND != 0:
+        up = tl.where(up > UP, UP, tl.where(up < -UP, -UP, up))
+    if SHIFT != 0.0:
+        up += SHIFT
+    return up
+
+
+@triton.jit
+def _up_slope(up: tl.tensor, BOUND: tl.constexpr, UP: tl.constexpr) -> tl.tensor:
+    if BOUND == 3:
+        return tanh_slope(up / UP)
+    return tl.where(tl.abs(up) > UP, 0.0, 1.0)
 
 
 @triton.jit
@@ -27,16 +77,26 @@ def _activate(
     width: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    BOUND: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
     first = inner + row * width * (2 if GATED else 1)
-    gate = tl.load(first + columns, mask=inside, other=0.0).to(tl.float32)
-    value = gate * share_of(gate, ACTIVATION)
+    gates = columns * 2 if INTERLEAVED else columns
+    gate = tl.load(first + gates, mask=inside, other=0.0).to(tl.float32)
+    if BOUND == 1:
+        gate = tl.where(gate > GATE, GATE, gate)
+    value = _gate_value(gate, share_of(gate, ACTIVATION), BOUND, GATE)
     if GATED:
-        value *= tl.load(first + width + columns, mask=inside, other=0.0).to(tl.float32)
+        ups = gates + 1 if INTERLEAVED else width + columns
+        up = tl.load(first + ups, mask=inside, other=0.0).to(tl.float32)
+        value *= _up_value(up, BOUND, UP, SHIFT)
     tl.store(hidden + row * width + columns, value.to(hidden.dtype.element_ty), mask=inside)
 
 
@@ -51,6 +111,11 @@ def _activate_backward(
     width: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    BOUND: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -61,23 +126,27 @@ def _activate_backward(
         columns = start + tl.arange(0, COLUMNS)
         inside = columns < width
         g = tl.load(grad + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(inner + offset + columns, mask=inside, other=0.0).to(tl.float32)
+        gates = offset + (columns * 2 if INTERLEAVED else columns)
+        raw = tl.load(inner + gates, mask=inside, other=0.0).to(tl.float32)
+        gate = raw
+        if BOUND == 1:
+            gate = tl.where(raw > GATE, GATE, raw)
         share = share_of(gate, ACTIVATION)
-        value = gate * share
-        of_gate = weight * g * slope_of(gate, share, ACTIVATION)
+        value = _gate_value(gate, share, BOUND, GATE)
+        of_gate = weight * g * _gate_slope(gate, share, ACTIVATION, BOUND, GATE)
+        if BOUND == 1:
+            of_gate = tl.where(raw > GATE, 0.0, of_gate)
         if GATED:
-            up = tl.load(inner + offset + width + columns, mask=inside, other=0.0).to(tl.float32)
+            ups = gates + 1 if INTERLEAVED else gates + width
+            up = tl.load(inner + ups, mask=inside, other=0.0).to(tl.float32)
             of_up = weight * g * value
-            tl.store(
-                grad_inner + offset + width + columns,
-                of_up.to(grad_inner.dtype.element_ty),
-                mask=inside,
-            )
-            of_gate *= up
-            value *= up
-        tl.store(
-            grad_inner + offset + columns, of_gate.to(grad_inner.dtype.element_ty), mask=inside
-        )
+            if BOUND != 0:
+                of_up *= _up_slope(up, BOUND, UP)
+            tl.store(grad_inner + ups, of_up.to(grad_inner.dtype.element_ty), mask=inside)
+            factor = _up_value(up, BOUND, UP, SHIFT)
+            of_gate *= factor
+            value *= factor
+        tl.store(grad_inner + gates, of_gate.to(grad_inner.dtype.element_ty), mask=inside)
         tl.store(
             weighted + row * width + columns,
             (weight * value).to(weighted.dtype.element_ty),
@@ -87,10 +156,10 @@ def _activate_backward(
     tl.store(grad_weights + row, tl.sum(total))
 
 
-def activate(inner: Tensor, activation: str, gated: bool) -> Tensor:
+def activate(inner: Tensor, unit: Unit) -> Tensor:
     """Return the hidden activations (N, F) of pre-activations (N, I)."""
     rows, inner_width = inner.shape
-    width = inner_width // 2 if gated else inner_width
+    width = inner_width // 2 if unit.gated else inner_width
     hidden = inner.new_empty(rows, width)
     if hidden.numel():
         columns = _columns(width)
@@ -98,16 +167,13 @@ def activate(inner: Tensor, activation: str, gated: bool) -> Tensor:
             inner,
             hidden,
             width,
-            ACTIVATION=ACTIVATION_CODES[activation],
-            GATED=gated,
+            *unit.encode(),
             COLUMNS=columns,
         )
     return hidden
 
 
-def activate_backward(
-    grad: Tensor, inner: Tensor, weights: Tensor, activation: str, gated: bool
-) -> HiddenGradients:
+def activate_backward(grad: Tensor, inner: Tensor, weights: Tensor, unit: Unit) -> HiddenGradients:
     """Recompute the activation and give its gradients, in one pass over each row."""
     rows, width = grad.shape
     found = HiddenGradients(
@@ -120,8 +186,7 @@ def activate_backward(
             weights,
             *found,
             width,
-            ACTIVATION=ACTIVATION_CODES[activation],
-            GATED=gated,
+            *unit.encode(),
             COLUMNS=_columns(width),
         )
     return found

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from moezoo_kernels import native
-from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.activations import ACTIVATION_CODES
 from moezoo_kernels.tree_descent.shapes import depth_of
-
-_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as activations.h
 
 
 def tree_descent(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -41,7 +39,7 @@ def leaf_mlp(
     _check_range(leaves, len(w_in))
     output = native.floats(tokens, width)
     operands = _contiguous(x, leaves, w_in, w_out, bias_in, bias_out)
-    code = _ACTIVATION_CODES[activation]
+    code = ACTIVATION_CODES[activation]
     sizes = (tokens, width, w_out.shape[-1], code, gated, native.dtype_code(w_in.dtype))
     native.call("moezoo_leaf_mlp", *operands, output, *sizes)
     return output
@@ -62,7 +60,7 @@ def path_neurons(
     bottoms = torch.empty(tokens, trees, dtype=torch.int64)
     asking = None if asking is None else asking.float()
     operands = _contiguous(x.float(), asking, in_weight, in_bias, out_weight)
-    depth, code = depth_of(num_nodes) - 1, _ACTIVATION_CODES[activation]
+    depth, code = depth_of(num_nodes) - 1, ACTIVATION_CODES[activation]
     sizes = (tokens, trees, depth, width, code, native.dtype_code(in_weight.dtype))
     native.call("moezoo_path_neurons", *operands, output, bottoms, *sizes)
     return output, bottoms

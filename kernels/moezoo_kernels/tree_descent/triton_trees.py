@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo_kernels.tree_descent.shapes import depth_of
+from moezoo_kernels.triton_activations import tanh_share
 from moezoo_kernels.triton_support import on_its_device
 
 # Hidden units of a leaf that are computed side by side, in elements of its tile.
@@ -31,6 +32,12 @@ def _activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(z)) / 2 = sigmoid(2 z)
         value = x * tl.sigmoid(1.5957691216 * x * (1.0 + 0.044715 * x * x))
+    elif ACTIVATION == "quick_gelu":
+        value = x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "tanh":
+        value = x * tanh_share(x)
+    elif ACTIVATION == "leaky_relu":
+        value = tl.where(x < 0.0, 0.01 * x, x)
     else:
         value = 0.5 * x * (1.0 + tl.erf(0.7071067812 * x))
     return value

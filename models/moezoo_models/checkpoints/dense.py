@@ -27,6 +27,10 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "tanh": "tanh",
+    "leaky_relu": "leaky_relu",
 }
 """transformers' names of activations, and ours."""
 

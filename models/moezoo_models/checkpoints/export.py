@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moezoo.errors import InputError
 from moezoo.layers.dense import DenseFFN
+from moezoo_kernels.activations import PLAIN_GLU
 from moezoo_models.checkpoints.atomic import replacing_directory
 from moezoo_models.checkpoints.dense import ACTIVATIONS, DENSE_CONFIGS, dense_config
 from moezoo_models.checkpoints.directory import CONFIG, load_checkpoint, write_model
@@ -133,6 +134,11 @@ def _block(model: MoezooForCausalLM) -> tuple[int, str, bool]:
         if not isinstance(block, DenseFFN):
             kind = type(block).__name__
             raise InputError(f"checkpoint: layer {number} is a {kind}; only dense models are stock")
+        if block.glu != PLAIN_GLU:
+            raise InputError(
+                f"checkpoint: layer {number} bounds its gated linear units (glu); the stock "
+                "architectures have no such option, so keep it as it is"
+            )
         if not block.gated or block.config() != blocks[0].config():
             raise InputError(
                 f"checkpoint: layer {number} is not gated, or unlike the first; stock models have "

@@ -61,11 +61,17 @@ def native_feed_forward(
     before = Norm(norm.weight, norm.eps)
     if type(layer) is DenseFFN:
         return _dense(layer, before, hidden)
-    if type(layer) is SparseMoE and not layer.d_shared and layer.gate.capacity is None:
+    if type(layer) is SparseMoE and _is_routed_only(layer):
         return _mixture(layer, before, hidden, router_input)
     if type(layer) is SigmaMoE:
         return _mixture(layer, before, hidden, router_input)
     return None
+
+
+def _is_routed_only(layer: SparseMoE) -> bool:
+    """Return whether the mixture is a router and experts at full width, and no more."""
+    more = layer.d_shared or layer.d_latent or layer.num_identity_experts
+    return not more and layer.gate.capacity is None
 
 
 def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
@@ -78,7 +84,7 @@ def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | 
         return None
     gate = maps[0] if layer.gated else None
     up, down = maps[-2:]
-    return token_step.dense_step(hidden, norm, gate, up, down, layer.activation)
+    return token_step.dense_step(hidden, norm, gate, up, down, layer.activation, layer.glu)
 
 
 def _mixture(
@@ -113,6 +119,8 @@ def _mixture(
         factor=options.scale,
         selection_bias=gate.selection_bias if options.selection_bias else None,
         router_input=router_input,
+        glu=experts.glu,
+        interleaved=experts.interleaved,
     )
 
 

@@ -85,6 +85,10 @@ def test_the_trained_length_is_kept_there_and_back(make, tmp_path):
             {"ffn": [{**DENSE, "init_args": {"gated": False}}]},
             "layer 0 is not gated, or unlike the first",
         ),
+        (
+            {"ffn": [{**DENSE, "init_args": {"glu": {"limit": 7.0}}}]},
+            "layer 0 bounds its gated linear units",
+        ),
     ],
 )
 def test_what_is_no_stock_model_is_refused(fields, message, make, tmp_path):

@@ -327,6 +327,39 @@ def test_what_the_kernels_do_not_know_is_left_to_torch(build, rules, native_step
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+VARIANTS = {
+    "limits": {"activation": "quick_gelu", "glu": {"limit": 0.3, "up_shift": 1.0}},
+    "limit after": {"glu": {"limit": 0.1, "limit_after": True}},
+    "softcaps": {"glu": {"gate_softcap": 0.4, "up_softcap": 0.5}},
+    "shared": {"glu": {"limit": 0.2}, "num_shared_experts": 1, "shared_glu": {}},
+    "latent": {"d_latent": 9},
+    "identity": {
+        "num_identity_experts": 3,
+        "router": {"normalize": False, "scale": 6.0, "selection_bias": True},
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_experts_of_every_kind_step_as_they_are_called(build, name, dtype):
+    options = {"num_experts": 4, "d_expert": 8, "bias": True, **VARIANTS[name]}
+    rule = {"layers": "all", "class_path": "moezoo.SparseMoE", "init_args": options}
+    model = build(dtype, ffn=[rule])
+    assert_steps_are_the_forward_pass(model, *left_padded(2))
+    stepped = all(block.feed for block in Decoder(model, *left_padded(2), 4)._blocks)
+    known = {"limits", "limit after", "softcaps"}
+    usable = native.unusable(torch.device("cpu"), dtype) is None
+    assert stepped == (name in known and usable)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_dense_blocks_step_with_their_bounds(build, dtype):
+    options = {"d_ff": 24, "glu": {"limit": 0.2, "up_shift": 0.5}}
+    rule = {"layers": "all", "class_path": "moezoo.DenseFFN", "init_args": options}
+    assert_steps_are_the_forward_pass(build(dtype, ffn=[rule]), *left_padded(2))
+
+
 def test_weights_are_read_anew_by_each_call(build):
     model = build()
     before = both_ways(model, *left_padded(1), settings(model))[0]

@@ -8,6 +8,7 @@ from typing import Any
 from plain.compare import VOCABULARY, randomize
 
 import moezoo
+from moezoo import GLUOptions
 from moezoo.feed_forward import FeedForward
 from moezoo.routing import (
     BalanceOptions,
@@ -42,7 +43,8 @@ def build(name: str, **arguments: Any) -> FeedForward:
 def biases(cls: type[FeedForward]) -> dict[str, bool]:
     """Return the arguments that give a layer its biases, set to true."""
     annotations = cls.__init__.__annotations__
-    return {name: True for name in annotations if name.rpartition("_")[2] == "bias"}
+    names = [name for name in annotations if name.rpartition("_")[2] == "bias"]
+    return {name: True for name in names if name != "shared_bias"}  # by default as the experts'
 
 
 def _moe(**arguments: Any) -> Callable[[], FeedForward]:
@@ -264,6 +266,65 @@ CONVENTIONS = {
             choice="expert", normalize=False, logits=LogitOptions(True, True, 7, 0.3, 0.8, 0.9)
         ),
     ),
+    "gpt_oss_gate": _moe(activation="quick_gelu", glu=GLUOptions(limit=0.6, up_shift=1.0)),
+    "limit_after": _moe(num_shared_experts=1, glu=GLUOptions(limit=0.3, limit_after=True)),
+    "own_limit_of_shared": _moe(
+        num_shared_experts=1, glu=GLUOptions(limit=0.4), shared_glu=GLUOptions(limit=0.8)
+    ),
+    "bias_of_shared": _moe(num_shared_experts=2, bias=False, shared_bias=True),
+    "latent": _moe(d_latent=7, num_shared_experts=1, bias=False),
+    "latent_capacity": _moe(d_latent=30, capacity=CapacityOptions(factor=0.6, eval_factor=0.7)),
+    "identity": _moe(
+        num_experts=5,
+        num_identity_experts=3,
+        top_k=4,
+        router=RouterOptions(normalize=False, scale=6.0, selection_bias=True),
+    ),
+    "identity_latent": _moe(
+        num_experts=4,
+        num_identity_experts=2,
+        num_shared_experts=1,
+        top_k=3,
+        d_latent=9,
+        bias=False,
+        balance=BalanceOptions(0.1, z_loss=0.2, sequence=0.1, importance=0.3),
+    ),
+    "identity_latent_weighed_inputs": _moe(
+        num_experts=4,
+        num_identity_experts=2,
+        num_shared_experts=1,
+        top_k=3,
+        d_latent=9,
+        router=RouterOptions(
+            score="sigmoid",
+            normalize=False,
+            logits=LogitOptions(bias=True),
+            weights=WeightOptions(apply_to="input", expert_scale=True),
+        ),
+    ),
+    "identity_with_shared": _moe(
+        num_experts=4,
+        num_identity_experts=2,
+        num_shared_experts=2,
+        top_k=3,
+        bias=False,
+        glu=GLUOptions(limit=0.4),
+        shared_glu=GLUOptions(limit=0.8),
+        router=RouterOptions(
+            score="sigmoid",
+            scale=2.5,
+            selection_bias=True,
+            weights=WeightOptions(with_shared=True, learned_scale=True),
+        ),
+    ),
+    "softcaps": _moe(
+        num_shared_experts=1,
+        glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9),
+        shared_glu=GLUOptions(gate_softcap=0.5, up_softcap=0.6),
+    ),
+    "quick_gelu": _moe(activation="quick_gelu"),
+    "tanh": _moe(activation="tanh", gated=False),
+    "leaky_relu": _moe(activation="leaky_relu"),
     "sigma_dropout": _layer("SigmaMoE", expert_dropout=0.4, entropy=0.3, activation="gelu"),
     "cmoe_linear": _layer("CarvedMoE", router="linear", output_bias=False),
     "cmoe_signed": _layer("CarvedMoE", signed=True, num_shared_experts=0),
@@ -296,6 +357,9 @@ CONVENTIONS = {
     "top_k_split": _layer("top_k_ffn", gated=True, split_input=True, activation="silu"),
     "top_k_threshold": _layer("top_k_ffn", selection="statistical", activation="gelu"),
     "earlier_only": _layer("persistent_memory", include_self=False),
+    "dense_limit": _layer("dense_glu", glu=GLUOptions(limit=0.5, up_shift=0.5)),
+    "dense_limit_after": _layer("dense_glu", glu=GLUOptions(limit=0.3, limit_after=True)),
+    "dense_softcaps": _layer("dense_glu", glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9)),
     "dense_relu2": _layer("dense_mlp", activation="relu2", bias=False),
 }
 

@@ -52,8 +52,35 @@ def activation(name: str, x: Tensor) -> Tensor:
         return x / (1 + torch.exp(-x))
     if name == "gelu":
         return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    if name == "quick_gelu":
+        return x / (1 + torch.exp(-1.702 * x))
+    if name == "tanh":
+        return (torch.exp(2 * x) - 1) / (torch.exp(2 * x) + 1)
+    if name == "leaky_relu":
+        return torch.where(x > 0, x, x / 100)
     assert name == "gelu_tanh", name
     return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def gated_unit(name: str, gate: Tensor, up: Tensor, glu: Options) -> Tensor:
+    """Multiply activation and linear factor, bounded as GPT-OSS, Step-3.7 or Inkling 2 do it."""
+    if (cap := glu["gate_softcap"]) is not None:
+        assert name == "silu"
+        value = cap * torch.tanh(gate / cap) * sigmoid(gate)
+        up = glu["up_softcap"] * torch.tanh(up / glu["up_softcap"])
+    elif (limit := glu["limit"]) is not None:
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
+        if not glu["limit_after"]:
+            gate = torch.where(gate > limit, limit, gate)
+        value = activation(name, gate)
+        if glu["limit_after"]:
+            value = torch.where(value > limit, limit, value)
+    else:
+        value = activation(name, gate)
+    return value * (up + glu["up_shift"])
+
+
+UNBOUNDED = {"limit": None, "limit_after": False, "up_shift": 0.0, "gate_softcap": None}
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -95,7 +122,8 @@ def dense_block(weights: Weights, prefix: str, options: Options, x_D: Tensor) ->
 
     inner_F = project("up_proj", x_D)
     if options["gated"]:
-        inner_F = activation(options["activation"], project("gate_proj", x_D)) * inner_F
+        glu = options.get("glu", UNBOUNDED)
+        inner_F = gated_unit(options["activation"], project("gate_proj", x_D), inner_F, glu)
     else:
         inner_F = activation(options["activation"], inner_F)
     return project("down_proj", inner_F)
@@ -107,6 +135,7 @@ class Experts:
     def __init__(self, weights: Weights, prefix: str, options: Options) -> None:
         self.activation = options["activation"]
         self.gated = options.get("gated", False)
+        self.glu = options.get("glu", UNBOUNDED)
         names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
         self.up, self.down, self.up_bias, self.down_bias = (
             weights[prefix + name].unbind() if prefix + name in weights else None for name in names
@@ -121,7 +150,7 @@ class Experts:
             inner_F = inner_F + self.up_bias[expert]
         if self.gated:  # the gate's rows come first
             half = len(inner_F) // 2
-            inner_F = activation(self.activation, inner_F[:half]) * inner_F[half:]
+            inner_F = gated_unit(self.activation, inner_F[:half], inner_F[half:], self.glu)
         else:
             inner_F = activation(self.activation, inner_F)
         if scale_F is not None:

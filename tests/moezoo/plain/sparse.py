@@ -21,6 +21,7 @@ from plain.parts import (
     activation,
     best,
     dense_block,
+    gated_unit,
     sigmoid,
     softmax,
     stacked,
@@ -36,29 +37,44 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
         factors = _jitter(asking, options["router"])
         tokens = [x_D * factor_D for x_D, factor_D in zip(tokens, factors, strict=True)]
         asking = [x_D * factor_D for x_D, factor_D in zip(asking, factors, strict=True)]
+    computing = options["num_experts"]
+    options = {**options, "num_experts": computing + options["num_identity_experts"]}
     route = _experts_choose if options["router"]["choice"] == "expert" else _tokens_choose
     gates, losses, counts = route(weights, options, hidden, asking, real, call)
     weighed = options["router"]["weights"]["with_shared"]
     answer = Experts(weights, "experts.", options)
+    of_shared = {**options, "glu": options["shared_glu"] or options["glu"]}
     rows = []
     for t, x_D in enumerate(tokens):
         y_D = torch.zeros_like(x_D)
         for e, gate in gates[t].items():
-            if e >= 0 and options["router"]["weights"]["apply_to"] == "input":
-                y_D = y_D + answer(e, gate * x_D)
+            if e >= computing:  # arXiv:2509.01322: it returns the token
+                y_D = y_D + gate * x_D
             elif e >= 0:
-                y_D = y_D + gate * answer(e, x_D)
+                y_D = y_D + _routed(weights, options, answer, e, gate, x_D)
         if weighed and real[t]:
             for number in range(options["num_shared_experts"]):
-                shared_D = _shared_expert(weights, options, number, x_D)
+                shared_D = _shared_expert(weights, of_shared, number, x_D)
                 y_D = y_D + gates[t][-1 - number] * shared_D
         elif options["num_shared_experts"] and real[t]:
-            shared_D = dense_block(weights, "shared_expert.", options, x_D)
+            shared_D = dense_block(weights, "shared_expert.", of_shared, x_D)
             if options["shared_gate"]:
                 shared_D = sigmoid(weights["shared_expert_gate.weight"] @ x_D) * shared_D
             y_D = y_D + shared_D
         rows.append(y_D)
     return Answer(stacked(rows, hidden), losses, counts)
+
+
+def _routed(
+    weights: Weights, options: Options, answer: Experts, e: int, gate: Tensor, x_D: Tensor
+) -> Tensor:
+    """Return what a routed expert adds: weighed before or after, between the latent maps."""
+    of_input = options["router"]["weights"]["apply_to"] == "input"
+    read = gate * x_D if of_input else x_D
+    if options["d_latent"] is not None:
+        read = weights["latent_down.weight"] @ read
+    added = answer(e, read) if of_input else gate * answer(e, read)
+    return added if options["d_latent"] is None else weights["latent_up.weight"] @ added
 
 
 def _tokens_choose(
@@ -191,7 +207,7 @@ def _shared_expert(weights: Weights, options: Options, number: int, x_D: Tensor)
     inner_F = weights["shared_expert.up_proj.weight"][own] @ x_D
     if options["gated"]:
         gate_F = weights["shared_expert.gate_proj.weight"][own] @ x_D
-        inner_F = activation(options["activation"], gate_F) * inner_F
+        inner_F = gated_unit(options["activation"], gate_F, inner_F, options["glu"])
     else:
         inner_F = activation(options["activation"], inner_F)
     return weights["shared_expert.down_proj.weight"][:, own] @ inner_F

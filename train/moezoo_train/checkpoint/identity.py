@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from moezoo.arguments import as_argument, plain, signature
 from moezoo.errors import InputError
+from moezoo.feed_forward import registered
 from moezoo_models import MoezooConfig
 
 UNRELATED = {
@@ -69,6 +71,27 @@ def unrelated(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the other fields, which a model's directory holds too."""
     known = config.to_dict()
     return {name: known[name] for name in sorted(UNRELATED) if name in known}
+
+
+def completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved description with the options that layers have had since, at their defaults.
+
+    A default is what a layer did before it had the option.
+    """
+    rules = saved.get("ffn")
+    if not isinstance(rules, list):
+        return saved
+    return saved | {"ffn": [_completed_rule(rule) for rule in rules]}
+
+
+def _completed_rule(rule: dict[str, Any]) -> dict[str, Any]:
+    layer, found = registered(rule["class_path"]), dict(rule["init_args"])
+    for name, parameter in signature(layer).items():
+        if name in found:
+            found[name] = plain(as_argument(layer, name, found[name]))
+        elif parameter.default is not parameter.empty:
+            found[name] = plain(parameter.default)
+    return {**rule, "init_args": found}
 
 
 def check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
