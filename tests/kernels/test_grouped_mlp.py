@@ -213,6 +213,10 @@ def test_few_rows_prefer_stages_and_many_a_loop(make_problem, monkeypatch):
     with torch.no_grad():
         few.run(moezoo_kernels.grouped_mlp)
     assert asked[2:] == ["cpu", "cpu"]
+    half = {"experts": 2, "choices": 1, "dtype": torch.bfloat16}
+    make_problem(tokens=63, **half).run(moezoo_kernels.grouped_mlp)
+    make_problem(tokens=64, **half).run(moezoo_kernels.grouped_mlp)
+    assert asked[4:] == ["grouped_mm", None]
 
 
 @pytest.mark.parametrize(

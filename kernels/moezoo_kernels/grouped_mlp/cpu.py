@@ -4,8 +4,12 @@ A fresh buffer costs a CPU more than the arithmetic on it (page faults). So an e
 through gather, both products, activation and combine before the next expert's, and only what the
 backward needs is written in full. Additions into a token run in expert order: deterministic.
 
+In bf16 and fp16, oneDNN generates machine code for each shape that it multiplies, in 5 to 10 times
+the time of the product, and keeps the last 1,024. Numbers of routed rows hardly ever recur, so
+products of these dtypes have some rows more than are wanted, which makes their shapes few.
+
 Shapes: T tokens, K choices, D width, E experts, F hidden width, I = 2 F if gated else F,
-N assignments, n assignments of one expert.
+N assignments, n assignments of one expert, r >= n rows of its products.
 """
 
 from __future__ import annotations
@@ -42,18 +46,43 @@ def forward(
     tokens = assignments.tokens
     row_weights = weights.reshape(-1)[assignments.order].to(passes.accumulation)
     for e, start, end in groups(assignments.ends):
-        tokens_n = tokens[start:end]
-        x_nD = x.index_select(0, tokens_n)
+        tokens_n, rows = tokens[start:end], rows_multiplied(end - start, x.dtype)
+        x_rD = _gather(x, tokens_n, rows)
         bias_I = None if bias_in is None else bias_in[e]
         bias_D = None if bias_out is None else bias_out[e]
-        if keep:
-            inner_nI = fresh.about_to_write(inner[start:end])
-            inner_nI = _linear(x_nD, w_in[e], bias_I, out=inner_nI)
+        if keep and start + rows <= len(inner):
+            # Rows beyond the expert's own are the next one's, which writes them afterwards.
+            inner_rI = fresh.about_to_write(inner[start : start + rows])
+            inner_rI = _linear(x_rD, w_in[e], bias_I, out=inner_rI)
         else:
-            inner_nI = F.linear(x_nD, w_in[e], bias_I)
-        answer_nD = F.linear(passes.activate(inner_nI), w_out[e], bias_D)
-        passes.combine(output, tokens_n, answer_nD, row_weights[start:end])
+            inner_rI = F.linear(x_rD, w_in[e], bias_I)
+            if keep:
+                inner[start:end] = inner_rI[: end - start]
+        answer_rD = F.linear(passes.activate(inner_rI), w_out[e], bias_D)
+        passes.combine(output, tokens_n, answer_rD[: end - start], row_weights[start:end])
     return output.to(x.dtype), inner
+
+
+def rows_multiplied(wanted: int, dtype: torch.dtype) -> int:
+    """Return of how many rows to make a product of which so many are wanted.
+
+    In bf16 and fp16, it is the next multiple of 16, or of a 16th of the largest power of two below:
+    at most 16 shapes between one power and the next.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return wanted
+    step = max(16, 1 << wanted.bit_length() >> 5)
+    return -(-wanted // step) * step
+
+
+def _gather(source: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """Return the tokens' rows, and zeros up to a number of rows."""
+    if rows == len(tokens):
+        return source.index_select(0, tokens)
+    gathered = source.new_empty(rows, source.shape[1])
+    gathered[len(tokens) :] = 0
+    torch.index_select(source, 0, tokens, out=gathered[: len(tokens)])
+    return gathered
 
 
 def is_few(slots: int, num_experts: int, dtype: torch.dtype) -> bool:
@@ -114,24 +143,26 @@ def backward(
     grad_N = row_weights.new_empty(row_weights.shape)
     for e, start, end in groups(assignments.ends):
         tokens_n, weights_n = tokens[start:end], row_weights[start:end]
-        grad_nD = grad.index_select(0, tokens_n)
-        hidden_nF, grad_inner_nI, grad_n = passes.backward(
-            grad_nD @ w_out[e], inner[start:end], weights_n
+        n, rows = end - start, rows_multiplied(end - start, x.dtype)
+        grad_rD = _gather(grad, tokens_n, rows)
+        hidden_rF, grad_inner_rI, grad_n = passes.backward(
+            grad_rD @ w_out[e], inner[start:end], weights_n
         )
+        grad_nD, grad_inner_nI = grad_rD[:n], grad_inner_rI[:n]
         if bias_out is not None and needs.weights:
             grad_n += (grad_nD.to(accumulation) * bias_out[e]).sum(-1)
         grad_N[start:end] = grad_n
         if grad_w_out is not None:
-            torch.mm(grad_nD.t(), hidden_nF, out=fresh.about_to_write(grad_w_out[e]))
+            torch.mm(grad_rD.t(), hidden_rF, out=fresh.about_to_write(grad_w_out[e]))
         if grad_bias_out is not None:
             grad_bias_out[e] = (grad_nD * weights_n[:, None]).sum(0, dtype=accumulation)
         if grad_w_in is not None:
-            x_nD = x.index_select(0, tokens_n)
-            torch.mm(grad_inner_nI.t(), x_nD, out=fresh.about_to_write(grad_w_in[e]))
+            x_rD = _gather(x, tokens_n, rows)
+            torch.mm(grad_inner_rI.t(), x_rD, out=fresh.about_to_write(grad_w_in[e]))
         if grad_bias_in is not None:
             grad_bias_in[e] = grad_inner_nI.sum(0, dtype=accumulation)
         if grad_x is not None:
-            passes.combine(grad_x, tokens_n, grad_inner_nI @ w_in[e], None)
+            passes.combine(grad_x, tokens_n, (grad_inner_rI @ w_in[e])[:n], None)
     grad_weights = None
     if needs.weights:
         used = int(assignments.ends[-1]) if assignments.ends.numel() else 0

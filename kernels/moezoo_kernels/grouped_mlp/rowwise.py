@@ -3,12 +3,14 @@
 Each C++ pass (csrc/grouped_mlp.cpp) reads its operands once and computes in fp32. Plain torch runs
 where there is no library and in fp64 and fp16.
 
-Shapes: T tokens, D width, F hidden width, I = 2 F if gated else F, n rows of one expert.
+Shapes: T tokens, D width, F hidden width, I = 2 F if gated else F, n rows of one expert,
+r >= n rows of its products.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo_kernels import native
@@ -56,22 +58,31 @@ class RowPasses:
         return hidden
 
     def backward(self, grad: Tensor, inner: Tensor, weights: Tensor) -> HiddenGradients:
-        """Recompute the activation and give its gradients.
+        """Recompute the activation and return its gradients.
 
         Args:
-            grad: ``(n, F)``, gradient of the hidden activations before their router weights.
+            grad: ``(r, F)``, gradient of the hidden activations before their router weights; rows
+                from n on are not read.
             inner: ``(n, I)`` pre-activations.
             weights: ``(n,)`` router weights, of the dtype of sums.
+
+        Returns:
+            Weighted activations ``(r, F)`` and gradients ``(r, I)``, zeros from row n on, and
+            the weights' gradients ``(n,)``.
         """
+        n, (rows, width) = len(inner), grad.shape
         if not self.native:
+            grad = grad[:n]
             weighted_grad = (grad * weights[:, None]).to(inner.dtype)
             hidden, of_inner = activate_backward(weighted_grad, inner, *self.unit)
             of_weights = (grad.to(self.accumulation) * hidden).sum(-1)
-            return HiddenGradients(hidden.mul_(weights[:, None]), of_inner, of_weights)
-        n, width = grad.shape
+            hidden.mul_(weights[:, None])
+            return HiddenGradients(_extend(hidden, rows), _extend(of_inner, rows), of_weights)
         found = HiddenGradients(
-            torch.empty_like(grad), torch.empty_like(inner), weights.new_empty(n)
+            torch.empty_like(grad), inner.new_empty(rows, inner.shape[1]), weights.new_empty(n)
         )
+        for tensor in found[:2]:
+            tensor[n:] = 0
         name = "moezoo_grouped_mlp_activate_backward"
         native.call(name, grad, inner, self._dtype, weights, n, width, *self._codes, *found)
         return found
@@ -92,3 +103,9 @@ class RowPasses:
         n, width = rows.shape
         name = "moezoo_grouped_mlp_combine"
         native.call(name, rows, self._dtype, tokens, weights, n, width, output)
+
+
+def _extend(tensor: Tensor, rows: int) -> Tensor:
+    """Add rows of zeros, up to a number of rows."""
+    missing = rows - len(tensor)
+    return F.pad(tensor, (0, 0, 0, missing)) if missing else tensor
