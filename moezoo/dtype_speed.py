@@ -1,11 +1,10 @@
 """What a dtype is worth on this CPU: measured once per machine, and remembered.
 
-Flags do not tell. Without instructions for bf16, a CPU multiplies it 15 to 50 times slower than
-fp32; with them, products are quicker, but casts can make training in ``bf16-mixed`` slower than in
-fp32. So both are timed: products of matrices, and a small training step. It takes a fraction of a
-second. The figures are kept in ``dtype_speed.json`` in ``$MOEZOO_CACHE`` (default:
-``~/.cache/moezoo``) under the CPU's name, torch's version, the number of threads and the variables
-that choose instructions. Accelerators are not measured: they compute in bf16.
+Flags do not tell: without instructions for bf16, a CPU multiplies it 15 to 50 times slower than
+fp32. So products of matrices are timed, in a fraction of a second. The figures are kept in
+``dtype_speed.json`` in ``$MOEZOO_CACHE`` (default: ``~/.cache/moezoo``) under the CPU's name,
+torch's version, the number of threads and the variables that choose instructions. Accelerators are
+not measured: they compute in bf16.
 """
 
 from __future__ import annotations
@@ -23,22 +22,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from moezoo.atomic import atomic_write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CLEARLY_SLOWER = 1.1
-"""How many times as long as in fp32 a step has to take for a line to say so."""
-UNSURE = (
-    "bf16-mixed is not slower than 32-true in a small step on this CPU, but may be in a whole run; "
-    "compare tokens/s"
-)
 FASTER_FOR_MUON = 4.0
-"""The same of bf16 products for Muon, which in fp32 needs half of them."""
+"""How many times as fast as fp32 bf16 has to be for Muon, which in fp32 needs half the products."""
 
 SLOW = 1.5
-"""How many times as long as in fp32 products take in a dtype in which nothing is loaded unasked."""
+"""How many times as long as in fp32 products take in a dtype in which nothing is loaded unasked;
+a line says so where a run is to be in it."""
 
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY",
@@ -56,11 +49,9 @@ class Speeds(NamedTuple):
 
     Attributes:
         products: GFLOP/s of matrix products, by dtype.
-        training: how many times as fast as in fp32 a training step is in ``bf16-mixed``.
     """
 
     products: dict[torch.dtype, float]
-    training: float
 
     def slowdown(self, dtype: torch.dtype) -> float:
         """Return how many times longer than in fp32 products take; 1 if no longer, or unknown."""
@@ -71,9 +62,9 @@ class Speeds(NamedTuple):
 def training_precision(device: str) -> str:
     """Return what ``trainer.precision: auto`` stands for on ``cpu``, ``cuda`` or ``mps``.
 
-    CPUs train in fp32. What is measured here is a small step; whole runs in ``bf16-mixed`` were
-    slower even where that step was faster: on a Xeon with AMX, whose step took 0.56 of fp32's time,
-    the demo took 3.5 times as long.
+    CPUs train in fp32. What bf16 saves there is a matter of the model, and no small step tells it:
+    on an EPYC with AVX-512, runs in ``bf16-mixed`` take 0.6 (dense) to 0.9 (PEER) of the time, and
+    a step, timed three times, 0.4 to 0.85.
 
     Args:
         device: kind of the device.
@@ -101,18 +92,13 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 def cost_of_training(precision: str, device: str) -> str | None:
-    """Return a line on what a precision costs on a CPU against fp32; None if it costs nothing."""
-    if device != "cpu":
+    """Return a line on products that are slow in a precision on a CPU; None where none are."""
+    if device != "cpu" or precision not in ("bf16-mixed", "bf16-true"):
         return None
-    if precision == "bf16-mixed":
-        times = 1 / speeds().training
-    elif precision == "bf16-true":
-        times = speeds().slowdown(torch.bfloat16)
-    else:
+    if not is_slow(torch.bfloat16):
         return None
-    if times < CLEARLY_SLOWER:
-        return UNSURE if precision == "bf16-mixed" else None
-    return f"{precision} is about {ratio(times)} slower than 32-true on this CPU"
+    times = ratio(speeds().slowdown(torch.bfloat16))
+    return f"in {precision}, products take about {times} as long as in 32-true on this CPU"
 
 
 def ratio(times: float) -> str:
@@ -130,10 +116,7 @@ def speeds() -> Speeds:
     if (found := _parse(known.get(key))) is not None:
         return found
     measured = measure()
-    figures = {
-        "gflops": {_name(dtype): value for dtype, value in measured.products.items()},
-        "bf16_mixed_training": measured.training,
-    }
+    figures = {"gflops": {_name(dtype): value for dtype, value in measured.products.items()}}
     try:
         with atomic_write(path, "w") as file:
             json.dump(known | {key: figures}, file, indent=2)
@@ -143,7 +126,7 @@ def speeds() -> Speeds:
 
 
 def measure() -> Speeds:
-    """Time products of matrices in each dtype, and a training step in two precisions."""
+    """Time products of matrices in each dtype."""
     with (
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
@@ -151,10 +134,7 @@ def measure() -> Speeds:
         torch.autocast("cpu", enabled=False),
         torch.device("cpu"),
     ):
-        products = _measure_products()
-        share = products[torch.bfloat16] / products[torch.float32]
-        # Slow products alone decide, and a step would take seconds.
-        return Speeds(products, share if share < 1 else _measure_training())
+        return Speeds(_measure_products())
 
 
 def _measure_products() -> dict[torch.dtype, float]:
@@ -170,38 +150,10 @@ def _measure_products() -> dict[torch.dtype, float]:
     return {dtype: flops / taken / 1e9 for dtype, taken in seconds.items()}
 
 
-def _measure_training() -> float:
-    """Step two linear maps and a gated MLP of the recipes' size in both precisions, by turns."""
-    tokens, width, hidden = 256, 256, 352
-    x = torch.randn(tokens, width, dtype=torch.float32)
-    first, last, gate_up, down = (
-        (torch.randn(shape, dtype=torch.float32) * width**-0.5).requires_grad_()
-        for shape in ((width, width), (width, width), (2 * hidden, width), (width, hidden))
-    )
-
-    def step(mixed: bool) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            y = F.rms_norm(F.linear(x, first), (width,))
-            gate, up = F.linear(y, gate_up).chunk(2, dim=-1)
-            y = F.rms_norm(y + F.linear(F.silu(gate) * up, down), (width,))
-            loss = F.linear(y, last).float().square().mean()
-        torch.autograd.grad(loss, (first, last, gate_up, down))
-
-    taken: dict[bool, list[float]] = {False: [], True: []}
-    for mixed in (False, True):
-        step(mixed)
-    for _ in range(_REPETITIONS):
-        for mixed, times in taken.items():
-            times.append(_seconds(lambda mixed=mixed: step(mixed), 1))  # type: ignore[misc]
-        if sum(map(sum, taken.values())) > 2 * _ENOUGH:
-            break
-    return statistics.median(taken[False]) / statistics.median(taken[True])
-
-
-def _seconds(work: Callable[[], Any], repetitions: int = _REPETITIONS) -> float:
+def _seconds(work: Callable[[], Any]) -> float:
     """Return the median duration, of one repetition if that is long."""
     times: list[float] = []
-    while len(times) < repetitions and sum(times) < _ENOUGH:
+    while len(times) < _REPETITIONS and sum(times) < _ENOUGH:
         start = time.perf_counter()
         work()
         times.append(max(time.perf_counter() - start, 1e-9))
@@ -246,13 +198,11 @@ def _parse(figures: Any) -> Speeds | None:
     """Read one machine's figures; None if anything is missing or no sensible number."""
     try:
         products = {dtype: float(figures["gflops"][_name(dtype)]) for dtype in DTYPES}
-        training = float(figures["bf16_mixed_training"])
     except (KeyError, TypeError, ValueError):
         return None
-    numbers = [training, *products.values()]
-    if not all(math.isfinite(number) and number > 0 for number in numbers):
+    if not all(math.isfinite(number) and number > 0 for number in products.values()):
         return None
-    return Speeds(products, training)
+    return Speeds(products)
 
 
 def _name(dtype: torch.dtype) -> str:

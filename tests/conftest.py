@@ -69,7 +69,7 @@ def real_dtype_speed():
 def same_dtype_speed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decide in tests as on a CPU where bf16 is slower, whatever this machine is."""
     products = {torch.float32: 100.0, torch.bfloat16: 80.0, torch.float16: 80.0}
-    figures = dtype_speed.Speeds(products, training=0.5)
+    figures = dtype_speed.Speeds(products)
     monkeypatch.setattr(dtype_speed, "speeds", lambda: figures)
 
 

@@ -81,11 +81,12 @@ def _dtypes() -> list[list[str]]:
         if not dtype_speed.is_slow(dtype)
     ]
     as_saved = f"{' and '.join(fast)} checkpoints as saved" if fast else "all checkpoints in fp32"
-    step = [f"{1:.2f}×", f"{figures.training:.2f}×", "-"]
-    return [
-        ["products, GFLOP/s", *products, f"muon_dtype {dtype_speed.muon_dtype('cpu')}; {as_saved}"],
-        ["a training step", *step, f"precision {dtype_speed.training_precision('cpu')}"],
+    chosen = [
+        f"precision {dtype_speed.training_precision('cpu')}",
+        f"muon_dtype {dtype_speed.muon_dtype('cpu')}",
+        as_saved,
     ]
+    return [["products, GFLOP/s", *products, "; ".join(chosen)]]
 
 
 def _backends() -> list[list[str]]:

@@ -20,7 +20,7 @@ SLOW, FAST = 8.0, 150.0
 
 def set_speed(monkeypatch, dtype, gflops):
     products = {torch.float32: 100.0, torch.bfloat16: 100.0, torch.float16: 100.0, dtype: gflops}
-    figures = dtype_speed.Speeds(products, 1.0)
+    figures = dtype_speed.Speeds(products)
     monkeypatch.setattr(dtype_speed, "speeds", lambda: figures)
 
 

@@ -196,7 +196,7 @@ def test_muon_computes_in_fp32_on_a_cpu_and_in_bf16_elsewhere(model, monkeypatch
 
 def test_muon_computes_in_bf16_on_a_cpu_that_is_quick_at_it(model, monkeypatch):
     products = {torch.float32: 100.0, torch.bfloat16: 900.0, torch.float16: 50.0}
-    monkeypatch.setattr(dtype_speed, "speeds", lambda: dtype_speed.Speeds(products, 1.0))
+    monkeypatch.setattr(dtype_speed, "speeds", lambda: dtype_speed.Speeds(products))
     optimizer = build_optimizer(model, OptimizerConfig("muon"))
     assert _muon_dtypes(optimizer) == {"bfloat16"}
     assert OptimizerConfig("muon").on("cpu").muon_dtype == "bfloat16"

@@ -2,11 +2,12 @@
 
 import random
 
+import fsspec
 import pytest
 import torch
 import yaml
 
-from moezoo import dtype_speed
+from moezoo import InputError, dtype_speed
 from moezoo_train.checkpoint_structure import CONFIG_KEY
 from moezoo_train.experiments.compare.command import compare
 from moezoo_train.plan.setup import precision
@@ -17,9 +18,9 @@ from moezoo_train.run.precision import began_with, precision_here, resolve
 CPU = {"accelerator": "cpu", "devices": "auto", "num_nodes": 1, "precision": "auto"}
 
 
-def set_speeds(monkeypatch, training, bf16=50.0):
+def set_speeds(monkeypatch, bf16):
     products = {torch.float32: 100.0, torch.bfloat16: bf16, torch.float16: 50.0}
-    figures = dtype_speed.Speeds(products, training)
+    figures = dtype_speed.Speeds(products)
     monkeypatch.setattr(dtype_speed, "speeds", lambda: figures)
 
 
@@ -76,7 +77,7 @@ def test_a_run_saves_what_it_chose_and_keeps_it(
 
 
 def test_older_checkpoints_keep_what_their_configuration_says(recipe, tmp_path, monkeypatch):
-    set_speeds(monkeypatch, 2.0)
+    set_speeds(monkeypatch, 200.0)
     fit(recipe, tmp_path / "run", "--trainer.precision", "32")
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert began_with(str(path)) == "32-true"
@@ -95,34 +96,84 @@ def test_older_checkpoints_keep_what_their_configuration_says(recipe, tmp_path, 
     config.unlink()
     assert began_with(str(path)) is None
     assert resolve(CPU, str(path))[0] == "32-true"
-    assert began_with("s3://bucket/last.ckpt") is None
 
 
 @pytest.mark.parametrize(
-    ("given", "training", "line"),
+    ("chosen", "other"), [("32-true", "bf16-mixed"), ("bf16-mixed", "32-true")]
+)
+def test_a_remote_checkpoint_keeps_it_too(chosen, other, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dtype_speed, "training_precision", lambda _: chosen)
+    fit(recipe, tmp_path / "run")
+    bucket = fsspec.filesystem("memory")
+    bucket.put(str(tmp_path / "run"), f"/{chosen}", recursive=True)
+    monkeypatch.setattr(dtype_speed, "training_precision", lambda _: other)
+    remote = f"memory://{chosen}/checkpoints/last.ckpt"
+    capsys.readouterr()
+    resumed = ["--ckpt_path", remote, "--trainer.max_steps", "3"]
+    assert fit(recipe, tmp_path / "elsewhere", *resumed) == (chosen, chosen)
+    assert lines(capsys) == [f"trainer.precision: auto is {chosen}, in which the run began"]
+
+    # An older checkpoint does not say it; the configuration beside it does.
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    del checkpoint[CONFIG_KEY]["precision"]
+    with bucket.open(f"/{chosen}/checkpoints/last.ckpt", "wb") as file:
+        torch.save(checkpoint, file)
+    assert began_with(remote) == chosen
+    bucket.rm(f"/{chosen}/config.yaml")
+    assert began_with(remote) is None
+
+
+def test_a_remote_checkpoint_that_is_not_there_is_an_error():
+    with pytest.raises(InputError, match=r"ckpt_path: there is no checkpoint memory://none/a"):
+        resolve(CPU, "memory://none/a.ckpt")
+
+
+def test_of_a_remote_checkpoint_no_tensor_is_read(monkeypatch):
+    bucket = fsspec.filesystem("memory")
+    saved = {"state_dict": {"w": torch.zeros(1 << 20)}, CONFIG_KEY: {"precision": "bf16-mixed"}}
+    with bucket.open("/large/last.ckpt", "wb") as file:
+        torch.save(saved, file)
+    read, store = [], type(bucket.store["/large/last.ckpt"])
+    for name in ("read", "readinto"):
+        monkeypatch.setattr(store, name, _counting(getattr(store, name), read), raising=False)
+    assert began_with("memory://large/last.ckpt") == "bf16-mixed"
+    assert 0 < sum(read) < 1 << 17
+
+
+def _counting(method, read):
+    def counted(file, *args):
+        found = method(file, *args)
+        read.append(found if isinstance(found, int) else len(found))
+        return found
+
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("given", "bf16", "line"),
     [
-        ("bf16-mixed", 0.25, "bf16-mixed is about 4× slower than 32-true on this CPU"),
-        ("bf16", 0.12, "bf16-mixed is about 8× slower than 32-true on this CPU"),
-        ("bf16-true", 1.5, "bf16-true is about 2× slower than 32-true on this CPU"),
-        ("bf16-mixed", 1.5, dtype_speed.UNSURE),
-        ("32-true", 0.25, None),
-        (None, 0.25, None),
+        ("bf16-mixed", 25.0, "in bf16-mixed, products take about 4× as long as in 32-true"),
+        ("bf16", 12.0, "in bf16-mixed, products take about 8× as long as in 32-true"),
+        ("bf16-true", 50.0, "in bf16-true, products take about 2× as long as in 32-true"),
+        ("bf16-mixed", 150.0, None),
+        ("32-true", 25.0, None),
+        (None, 25.0, None),
     ],
 )
-def test_a_chosen_precision_stays_and_its_cost_is_said(given, training, line, monkeypatch):
-    set_speeds(monkeypatch, training)
+def test_a_chosen_precision_stays_and_its_cost_is_said(given, bf16, line, monkeypatch):
+    set_speeds(monkeypatch, bf16)
     assert resolve({**CPU, "precision": given}, None) == (
         given,
-        line and f"trainer.precision: {line}",
+        line and f"trainer.precision: {line} on this CPU",
     )
 
 
 def test_the_line_is_said_and_the_run_runs(recipe, tmp_path, monkeypatch, capsys):
-    set_speeds(monkeypatch, 0.25)
+    set_speeds(monkeypatch, 25.0)
     found = fit(recipe, tmp_path / "run", "--trainer.precision", "bf16-mixed")
     assert found == ("bf16-mixed", "bf16-mixed")
     assert lines(capsys) == [
-        "trainer.precision: bf16-mixed is about 4× slower than 32-true on this CPU"
+        "trainer.precision: in bf16-mixed, products take about 4× as long as in 32-true on this CPU"
     ]
 
 

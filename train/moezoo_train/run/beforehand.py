@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 
 from moezoo import HashLayer
@@ -93,18 +94,35 @@ def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
         identity.check_same("optimizer", {**saved["optimizer"], "muon_dtype": None}, now)
 
 
-def read_description(path: Path) -> dict[str, Any] | None:
-    """Return what a checkpoint says it is of; None if it was not written by ``moezoo fit``."""
+def read_description(path: Path | str) -> dict[str, Any] | None:
+    """Return what a checkpoint says it is of; None if it was not written by ``moezoo fit``.
+
+    Args:
+        path: of a file or directory, or ``s3://…`` and the like; tensors are left where they are.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is damaged.
+    """
     description: dict[str, Any] | None = _read(path).get(CONFIG_KEY)
     return description
 
 
-def _read(path: Path) -> dict[str, Any]:
-    file = path / REST if is_sharded_checkpoint(path) else path
+def _read(path: Path | str) -> dict[str, Any]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = _load_remote(path) if isinstance(path, str) else _map(path)
     except Exception:  # whatever is wrong with it, reading it as a run does says it
         content = None
     if isinstance(content, dict) and "state_dict" in content:
         return content
     return AtomicCheckpointIO().load_checkpoint(path)
+
+
+def _map(path: Path) -> Any:
+    file = path / REST if is_sharded_checkpoint(path) else path
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _load_remote(url: str) -> Any:
+    """Read a checkpoint but for its tensors, which get no memory."""
+    with get_filesystem(url).open(url, "rb") as file:
+        return torch.load(file, map_location="meta", weights_only=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 import yaml
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 
 from moezoo import dtype_speed
@@ -83,18 +84,27 @@ def began_with(checkpoint: str) -> str | None:
 
     Checkpoints of before there was a choice do not; the ``config.yaml`` beside them does.
     """
-    path = Path(checkpoint)
-    if "://" in checkpoint or not path.exists():
+    remote = "://" in checkpoint
+    if not remote and not Path(checkpoint).exists():
         return None
-    saved = (read_description(path) or {}).get("precision")
+    saved = (read_description(checkpoint if remote else Path(checkpoint)) or {}).get("precision")
     if isinstance(saved, str):
         return saved
     try:
-        config = yaml.safe_load((path.parents[1] / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load(_read_configuration(checkpoint, remote))
         written = config["trainer"]["precision"]
     except (OSError, ValueError, KeyError, IndexError, TypeError, yaml.YAMLError):
         return None
     return None if written == AUTO else _long_name(written)
+
+
+def _read_configuration(checkpoint: str, remote: bool) -> str:
+    """Read the run's ``config.yaml``, beside the folder of its checkpoints."""
+    if not remote:
+        return (Path(checkpoint).parents[1] / "config.yaml").read_text(encoding="utf-8")
+    url = f"{checkpoint.rsplit('/', 2)[0]}/config.yaml"
+    with get_filesystem(url).open(url, "rb") as file:
+        return bytes(file.read()).decode()
 
 
 def _device(accelerator: Any) -> str:
