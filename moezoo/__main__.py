@@ -126,7 +126,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo.command.bench:bench",
             "speed and memory against public peers",
             first="cases",
-            more="moezoo.command.bench:list_cases",
+            more="moezoo.command.bench_cases:list_cases",
         ),
         "doctor": Command("moezoo.command.doctor:doctor", "versions, devices, usable backends"),
     },
@@ -219,6 +219,7 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _run(name: str, arguments: list[str]) -> None:
+    command = COMMANDS[name]
     from moezoo.command.parser import check_config_files, run_function
 
     for argument in arguments:
@@ -226,7 +227,6 @@ def _run(name: str, arguments: list[str]) -> None:
             option = argument.partition("=")[0].strip("-") if "=" in argument else argument
             raise InputError(f"{option}: it holds a NUL character; remove it")
     check_config_files(arguments)
-    command = COMMANDS[name]
     if command.first and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{command.first}", *arguments]
     if command.lightning:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,6 @@ from moezoo.bench.runner import Options, Result, run_case, skipped, thread_count
 from moezoo.command.tables import print_table
 from moezoo.errors import InputError, check_int, check_number, nearest
 
-_HELP_WIDTH = 80
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -112,27 +110,6 @@ def select(cases: str, device: str) -> list[Case]:
 def _names(case: Case) -> tuple[str, ...]:
     parts = () if case.kind == WHOLE else ("all",)
     return (case.name, case.kind, *parts, *case.ops)
-
-
-def list_cases() -> str:
-    """Return the names of cases for the help, by device and kind, and the ops with cases."""
-    found: dict[str, list[str]] = {}
-    cases = every_case()
-    for case in cases:
-        kind = WHOLE if case.kind == WHOLE else f"{case.kind}s, {case.device}"
-        found.setdefault(kind, []).append(case.name)
-    found["by op"] = sorted({op for case in cases for op in case.ops})
-    lines = ["", "cases:"]
-    for title, names in found.items():
-        text = ", ".join(names)
-        lines += textwrap.wrap(
-            f"{title}: {text}",
-            _HELP_WIDTH,
-            initial_indent="  ",
-            subsequent_indent="    ",
-            break_on_hyphens=False,
-        )
-    return "\n".join(lines) + "\n"
 
 
 def select_peers(peers: str, cases: Sequence[Case]) -> frozenset[str] | None:

@@ -7,7 +7,7 @@ import torch
 
 from moezoo import __main__ as main
 from moezoo.bench.cases import CASES
-from moezoo.command import bench
+from moezoo.command import bench, bench_cases
 from moezoo_kernels import backends
 
 FILES = {
@@ -105,6 +105,12 @@ def test_cases_run_the_ops_that_they_name(ops, monkeypatch):
     with torch.set_grad_enabled(case.step):
         problem.ours.forward()
     assert asked == set(ops)
+
+
+def test_the_listed_cases_are_those_that_there_are():
+    listed = json.loads(bench_cases.TABLE.read_text(encoding="utf-8"))
+    fix = "moezoo.command.bench_cases.write_table() writes it anew"
+    assert list(listed.items()) == list(bench_cases.named_cases().items()), fix
 
 
 def test_the_help_lists_the_cases_and_ops(capsys):
