@@ -220,6 +220,10 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
 
 def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
+    if command.lightning and arguments in (["-h"], ["--help"]):
+        from moezoo.command import pages
+
+        pages.show(name, lambda: _load(command.function)([name, *arguments]))
     from moezoo.command.parser import check_config_files, run_function
 
     for argument in arguments:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from moezoo.atomic import atomic_write
+from moezoo.cache_folder import cache_folder
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FASTER_FOR_MUON = 4.0
@@ -111,7 +112,7 @@ def ratio(times: float) -> str:
 @cache
 def speeds() -> Speeds:
     """Return the CPU's figures: those on the disk, or measured now, and then kept there."""
-    path, key = _path(), _key()
+    path, key = cache_folder() / "dtype_speed.json", _key()
     known = _read(path)
     if (found := _parse(known.get(key))) is not None:
         return found
@@ -165,13 +166,6 @@ def many_processes() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size() > 1
     return int(os.environ.get("WORLD_SIZE") or 1) > 1
-
-
-def _path() -> Path:
-    folder = os.environ.get("MOEZOO_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "moezoo"
-    )
-    return Path(folder) / "dtype_speed.json"
 
 
 def _key() -> str:

@@ -216,7 +216,7 @@ def test_overview_needs_no_optional_package():
 
 
 TORCHLESS = ["--help", "--version", "zoo", "zoo --json"]
-# Lightning's commands build their parser of classes.
+# Lightning's commands build their parser of classes, and keep the page: see test_pages.py.
 TORCHLESS += [f"{name} --help" for name, each in COMMANDS.items() if not each.lightning]
 
 
