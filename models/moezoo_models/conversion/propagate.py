@@ -93,10 +93,14 @@ class Propagation:
                 for variant in self.variants
             }
 
-    def _parts(self) -> Iterator[tuple[str, Tensor]]:
-        """List the names of hidden states, a variant's fitted ones first, and their tokens."""
+    def _parts(self, layer: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """List the names of hidden states, a variant's fitted ones first, and their tokens.
+
+        Args:
+            layer: into which they come; nothing is fitted to what comes out of the last one.
+        """
         for variant in self.variants:
-            if variant.convert is not None:
+            if variant.convert is not None and layer < self.source.num_layers:
                 yield f"{variant.name}.fitted", self.calibration.fitted
             yield f"{variant.name}.held_out", self.calibration.held_out
 
@@ -127,7 +131,7 @@ class Propagation:
                     torch.float32,
                     partial(pieces, by_name[part.rpartition(".")[0]], part),
                 )
-                for part, tokens in self._parts()
+                for part, tokens in self._parts(layer + 1)
             ]
             temporary = self.directory / ".states.new"
             write_safetensors(temporary, outputs)
@@ -144,7 +148,7 @@ class Propagation:
             yield {part: known[id(tokens)] for part, tokens in self._parts()}
             return
         with safe_open(self._file(layer), framework="pt") as file:
-            yield {part: file.get_tensor(part) for part, _ in self._parts()}
+            yield {part: file.get_tensor(part) for part, _ in self._parts(layer)}
 
     def _file(self, layer: int) -> Path:
         return self.directory / f"states-{layer:05d}.safetensors"
