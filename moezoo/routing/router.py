@@ -6,7 +6,7 @@ Shapes: T tokens, D d_model, E experts, K choices per token, C tokens per expert
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from moezoo.routing import losses as L
 from moezoo.routing.balance import Choice, Logits, balance_losses
 from moezoo.routing.capacity import Asked, exact_share, limit
-from moezoo.routing.choose import within_groups
+from moezoo.routing.choose import best_tokens, within_groups
 from moezoo.routing.deferred import statistics
 from moezoo.routing.logits import normed_input, scaled_logits
 from moezoo.routing.mlp import RouterMLP
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
+from moezoo.routing.routing import Routing
 from moezoo.routing.scores import scores_of, shares_of
 from moezoo.routing.sparse_mixer import sparse_mixer
 from moezoo.routing.stats import mean_entropy, slot_stats
@@ -28,25 +29,7 @@ from moezoo.routing.wide_linear import wide_linear
 from moezoo.training_state import TrainingState
 from moezoo_kernels.dtypes import at_least_fp32, without_autocast
 
-
-class Routing(NamedTuple):
-    """The experts each token is routed to, and their weights.
-
-    Attributes:
-        indices: ``(T, K)`` int64 experts, -1 for none. K is E in expert choice.
-        weights: ``(T, K)`` in fp32 (fp64 for fp64 inputs), zero where there is no expert.
-        losses: weighted scalars.
-        stats: detached statistics.
-        max_assignments: an upper bound on the number of indices that are not -1.
-        shared_weights: ``(T, S)`` of the shared experts, where the router weighs these too.
-    """
-
-    indices: Tensor
-    weights: Tensor
-    losses: dict[str, Tensor]
-    stats: Mapping[str, Tensor]
-    max_assignments: int
-    shared_weights: Tensor | None = None
+__all__ = ["Router", "Routing"]
 
 
 class Router(TrainingState):
@@ -344,20 +327,8 @@ class Router(TrainingState):
         """Route to each expert its C best tokens (arXiv:2202.09368, section 3.2)."""
         logits_TE = self._logits(self._features(self._jittered(hidden_TD)))
         scores_TE = logits_TE.softmax(dim=-1)
-        tokens = scores_TE.shape[0]
-        real = tokens if mask_T is None else mask_T.sum()
-        room = min(tokens, -(-tokens * self.top_k // self.num_experts))
-        ranking_TE = scores_TE.detach()
-        if mask_T is not None:
-            ranking_TE = ranking_TE.masked_fill(~mask_T.unsqueeze(-1), -1.0)
-        best_CE = ranking_TE.topk(room, dim=0).indices
-        place_C1 = torch.arange(room, device=best_CE.device).unsqueeze(-1)
-        taken_CE = (place_C1 < -(-real * self.top_k // self.num_experts)) & (place_C1 < real)
-        taken_CE = taken_CE.expand_as(best_CE)
-        chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(0, best_CE, taken_CE)
-        experts_E = torch.arange(self.num_experts, device=hidden_TD.device)
-        indices_TE = torch.where(chosen_TE, experts_E, -1)
-        weights_TE = scores_TE.masked_fill(~chosen_TE, 0.0) * self.options.scale
+        indices_TE, room = best_tokens(scores_TE.detach(), mask_T, self.top_k)
+        weights_TE = scores_TE.masked_fill(indices_TE < 0, 0.0) * self.options.scale
         aux = {}
         if self.balance.z_loss:
             aux["router_z"] = self.balance.z_loss * L.z_loss(logits_TE, mask_T)
@@ -397,7 +368,6 @@ class Router(TrainingState):
 
     def flops_per_token(self) -> int:
         """Return the forward FLOPs of one token: 2 d E, more with an MLP or shared experts."""
-        rows = len(self.weight) + (
-            len(self.shared_weight) if self.options.weights.with_shared else 0
-        )
-        return 2 * self.d_model * rows
+        shared = self.shared_weight.numel() if self.options.weights.with_shared else 0
+        before = self.mlp.flops_per_token() if self.options.logits.mlp else 0
+        return before + 2 * (self.weight.numel() + shared)

@@ -184,9 +184,15 @@ def give_padding_room(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("deepseek_v3", weigh_by_the_biased_score),
         ("softmax_bias_normalized", weigh_by_the_biased_score),
+        ("chosen_by_logit", weigh_by_the_biased_score),
+        ("weights_with_shared", weigh_by_the_biased_score),
         ("deepseek_v3", close_groups_with_a_zero),
+        ("chosen_by_logit", close_groups_with_a_zero),
         ("small_capacity", serve_tokens_one_after_another),
+        ("capacity_of_each_sequence", serve_tokens_one_after_another),
+        ("capacity_by_score", serve_tokens_one_after_another),
         ("small_capacity", give_padding_room),
+        ("capacity_by_score", give_padding_room),
     ],
 )
 def test_faults_that_public_routers_had_are_noticed(name, fault, monkeypatch):

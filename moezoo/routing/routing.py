@@ -1,0 +1,31 @@
+"""What a router hands to the experts.
+
+Shapes: T tokens, K choices per token, S shared experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """The experts each token is routed to, and their weights.
+
+    Attributes:
+        indices: ``(T, K)`` int64 experts, -1 for none. K is E in expert choice.
+        weights: ``(T, K)`` in fp32 (fp64 for fp64 inputs), zero where there is no expert.
+        losses: weighted scalars.
+        stats: detached statistics.
+        max_assignments: an upper bound on the number of indices that are not -1.
+        shared_weights: ``(T, S)`` of the shared experts, where the router weighs these too.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    losses: dict[str, Tensor]
+    stats: Mapping[str, Tensor]
+    max_assignments: int
+    shared_weights: Tensor | None = None
