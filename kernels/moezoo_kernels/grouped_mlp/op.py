@@ -64,6 +64,8 @@ def forward(
     with torch.autocast(x.device.type, enabled=False):
         few = backend == "cpu" and native.unusable(x.device, x.dtype) is None
         few = few and cpu.is_few(indices.numel(), w_in.shape[0], x.dtype)
+        # Otherwise the weights of all experts would be copied, to read a few.
+        few = few and w_in.is_contiguous() and w_out.is_contiguous()
         if few and not keep:
             check(indices, w_in.shape[0], rows)
             output, _ = cpu.few(x, experts, indices, weights)

@@ -96,16 +96,21 @@ class RowPasses:
             rows: ``(n, D)``.
             weights: ``(n,)`` of the dtype of sums; None for ones.
         """
-        if not self.native:
-            weighted = rows if weights is None else rows * weights[:, None]
-            output.index_add_(0, tokens, weighted.to(self.accumulation))
-            return
-        n, width = rows.shape
-        name = "moezoo_grouped_mlp_combine"
-        native.call(name, rows, self._dtype, tokens, weights, n, width, output)
+        add_rows(output, tokens, rows, weights)
 
 
 def _extend(tensor: Tensor, rows: int) -> Tensor:
     """Add rows of zeros, up to a number of rows."""
     missing = rows - len(tensor)
     return F.pad(tensor, (0, 0, 0, missing)) if missing else tensor
+
+
+def add_rows(output: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -> None:
+    """Do what :meth:`RowPasses.combine` does, which needs no activation."""
+    if native.unusable(torch.device("cpu"), rows.dtype) is not None:
+        weighted = rows if weights is None else rows * weights[:, None]
+        output.index_add_(0, tokens, weighted.to(output.dtype))
+        return
+    n, width = rows.shape
+    code = native.dtype_code(rows.dtype)
+    native.call("moezoo_grouped_mlp_combine", rows, code, tokens, weights, n, width, output)
