@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         RouterOptions,
         WeightOptions,
     )
+    from moezoo.stock_experts import register_experts
     from moezoo.swap_layers import swap
     from moezoo_kernels.activations import GLUOptions
 
@@ -79,6 +80,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "RouterOptions",
         "WeightOptions",
     ),
+    "stock_experts": ("register_experts",),
     "swap_layers": ("swap",),
 }
 """Modules, and the public names that each has."""
@@ -135,6 +137,7 @@ __all__ = [
     "UltraFastFFF",
     "WeightOptions",
     "register",
+    "register_experts",
     "select_layers",
     "shared_values",
     "swap",

@@ -1,4 +1,4 @@
-"""The products on an accelerator, in whole-batch stages: nothing waits for the device.
+"""The products in whole-batch stages: on an accelerator nothing waits for the device.
 
 Shapes: T tokens, K choices, E experts, A and B widths, N rows in expert order, of which those from
 ``ends[-1]`` on are padding and become zeros.
@@ -22,7 +22,7 @@ from moezoo_kernels.grouped_mlp.stages import TORCH, is_padding
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, assignments: Assignments) -> Tensor:
     """Return each row's product ``(N, B)``; without choices, ``x`` has the rows themselves."""
     product = _product(_rows(x, assignments), w, bias, assignments)
-    return product.masked_fill_(is_padding(assignments)[:, None], 0)
+    return _zero_padding(product, assignments)
 
 
 def linear_backward(
@@ -41,7 +41,7 @@ def linear_backward(
         if assignments.choices:
             grad_x = TORCH.sum_by_token(grad_rows_NA, None, assignments, x.shape[0])
         else:
-            grad_x = grad_rows_NA.masked_fill_(is_padding(assignments)[:, None], 0)
+            grad_x = _zero_padding(grad_rows_NA, assignments)
     if needs[1]:
         grad_w = _outer(grad, _rows(x, assignments), w, ends)
     if bias is not None and needs[2]:
@@ -54,6 +54,10 @@ def linear_sum(
 ) -> Tensor:
     """Return the weighted sum of each token's products, ``(T, B)``."""
     answer = _product(rows.contiguous(), w, bias, assignments)
+    if answer.device.type == "cpu" and weights.numel() == _used(assignments.ends):
+        by_slot = torch.empty_like(answer).index_copy_(0, assignments.order, answer)
+        weights_TK1 = weights.to(accumulation_dtype(rows.dtype)).unsqueeze(-1)
+        return (by_slot.view(*weights.shape, answer.shape[1]) * weights_TK1).sum(1).to(rows.dtype)
     return TORCH.sum_by_token(answer, weights, assignments, weights.shape[0])
 
 
@@ -71,17 +75,16 @@ def linear_sum_backward(
     accumulation = accumulation_dtype(rows.dtype)
     weights_N1 = weights.reshape(-1)[order].to(accumulation)[:, None]
     grad_NB = grad[assignments.tokens]
-    padding_N = is_padding(assignments)
     grad_rows = grad_w = grad_bias = grad_weights = None
     if needs[0] or needs[3]:
-        of_rows_NA = grouped_matmul(grad_NB, w, ends).masked_fill_(padding_N[:, None], 0)
+        of_rows_NA = _zero_padding(grouped_matmul(grad_NB, w, ends), assignments)
         if needs[0]:
             grad_rows = (of_rows_NA * weights_N1).to(rows.dtype)
         if needs[3]:
             of_weights_N = (of_rows_NA * rows).sum(-1, dtype=accumulation)
             if bias is not None:
                 of_weights_N += (grad_NB * bias[_experts(assignments)]).sum(-1, dtype=accumulation)
-            slots = torch.where(padding_N, weights.numel(), order)
+            slots = torch.where(is_padding(assignments), weights.numel(), order)
             by_slot = of_weights_N.new_zeros(weights.numel() + 1)
             by_slot = by_slot.index_copy_(0, slots, of_weights_N)[:-1]
             grad_weights = by_slot.to(weights.dtype).view(weights.shape)
@@ -92,6 +95,17 @@ def linear_sum_backward(
         if bias is not None and needs[2]:
             grad_bias = _sum_by_expert(weighted_NB, ends).to(bias.dtype)
     return grad_rows, grad_w, grad_bias, grad_weights
+
+
+def _zero_padding(rows: Tensor, assignments: Assignments) -> Tensor:
+    if rows.device.type == "cpu":
+        rows[_used(assignments.ends) :] = 0
+        return rows
+    return rows.masked_fill_(is_padding(assignments)[:, None], 0)
+
+
+def _used(ends: Tensor) -> int:
+    return int(ends[-1]) if ends.numel() else 0
 
 
 def _rows(x: Tensor, assignments: Assignments) -> Tensor:

@@ -27,8 +27,13 @@ class Operation(NamedTuple):
     plain: Callable[..., Any]
 
 
-def _implementation(tensor: Tensor) -> Any:
-    return by_expert if tensor.device.type == "cpu" else by_stage
+# On a CPU, below this many rows per expert, a loop over experts costs more than fresh buffers do.
+_FEW_ROWS_PER_EXPERT = 64
+
+
+def _implementation(w: Tensor, order: Tensor) -> Any:
+    many = order.shape[0] >= _FEW_ROWS_PER_EXPERT * w.shape[0]
+    return by_expert if w.device.type == "cpu" and many else by_stage
 
 
 def _sort(indices: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +47,9 @@ def _linear(
 ) -> Tensor:
     """Return the products (N, B); without ``choices``, ``x`` has the rows themselves."""
     with torch.autocast(x.device.type, enabled=False):
-        found: Tensor = _implementation(x).linear(x, w, bias, Assignments(order, ends, choices))
+        found: Tensor = _implementation(w, order).linear(
+            x, w, bias, Assignments(order, ends, choices)
+        )
     return found
 
 
@@ -59,7 +66,7 @@ def _linear_backward(
     """Return the gradients of x, w and bias; one that is not needed is empty."""
     assignments = Assignments(order, ends, choices)
     with torch.autocast(x.device.type, enabled=False):
-        run = _implementation(x).linear_backward
+        run = _implementation(w, order).linear_backward
         of_x, of_w, of_bias = _whole(x, run(grad, x, w, bias, assignments, needs))
     return of_x, of_w, of_bias
 
@@ -70,7 +77,7 @@ def _linear_sum(
     """Return the sums (T, B)."""
     assignments = Assignments(order, ends, weights.shape[1])
     with torch.autocast(rows.device.type, enabled=False):
-        found: Tensor = _implementation(rows).linear_sum(rows, w, bias, weights, assignments)
+        found: Tensor = _implementation(w, order).linear_sum(rows, w, bias, weights, assignments)
     return found
 
 
@@ -87,7 +94,7 @@ def _linear_sum_backward(
     """Return the gradients of rows, w, bias and weights; one that is not needed is empty."""
     assignments = Assignments(order, ends, weights.shape[1])
     with torch.autocast(rows.device.type, enabled=False):
-        run = _implementation(rows).linear_sum_backward
+        run = _implementation(w, order).linear_sum_backward
         found = run(grad, rows, w, bias, weights, assignments, needs)
         of_rows, of_w, of_bias, of_weights = _whole(rows, found)
     return of_rows, of_w, of_bias, of_weights
