@@ -1,5 +1,7 @@
 """Stock models of transformers, loaded as they are and run as ours are.
 
+A mixture's experts are computed by the kernels here; the rest of it is transformers' own.
+
 The models that `moezoo upcycle`, `carve` and `export` write, and the dense ones they start from,
 keep transformers' classes and names: trained here and saved, they load in unmodified transformers
 again.
@@ -24,6 +26,7 @@ from transformers import (
 
 from moezoo.errors import InputError, nearest
 from moezoo.routing.stats import expert_counts, mean_entropy
+from moezoo.stock_experts import IMPLEMENTATION
 from moezoo_models.checkpoints.dense import DENSE_CONFIGS, MIXTURES
 from moezoo_models.checkpoints.directory import (
     CONFIG,
@@ -122,7 +125,7 @@ def load_stock(
     device: str | torch.device = "cpu",
     sound: bool = False,
 ) -> PreTrainedModel:
-    """Load a directory with transformers, for evaluation.
+    """Load a directory with transformers, for evaluation; a mixture's experts run by our kernels.
 
     Args:
         directory: the checkpoint.
@@ -165,9 +168,8 @@ def load_stock(
     keep_generation(model, admitted)
     if not sound:
         check_model(model, directory)
-    # Its default for experts, grouped matrix products, wants rows of multiples of 16 bytes.
-    if any(p.ndim == 3 and p.shape[-1] * p.element_size() % 16 for p in model.parameters()):
-        model.set_experts_implementation("eager")
+    if config.model_type in MIXTURES:
+        model.set_experts_implementation(IMPLEMENTATION)
     return cast(PreTrainedModel, model.eval())
 
 

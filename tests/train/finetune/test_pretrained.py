@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moezoo import InputError
-from moezoo_models.checkpoints.directory import load_checkpoint
+from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
 from moezoo_models.checkpoints.stock import (
     load_any_with_tokenizer,
     load_as_it_is,
@@ -83,6 +83,20 @@ def test_experts_whose_rows_are_no_multiple_of_16_bytes_run(tmp_path):
     with torch.no_grad():
         found, expected = (m(input_ids=tokens()).logits for m in (model, stock))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", [*MIXTURES, "llama"])
+def test_experts_of_mixtures_run_by_our_kernels(name, directory, tmp_path):
+    model, _ = load_as_it_is(directory(name))
+    assert (model.get_experts_implementation()[""] == "moezoo") == (name in MIXTURES)
+    save_checkpoint(tmp_path / "again", model)
+    assert "moezoo" not in (tmp_path / "again" / "config.json").read_text()
+    with torch.no_grad():
+        found = model(input_ids=tokens()).logits
+        if name in MIXTURES:
+            model.set_experts_implementation("eager")
+        expected = model(input_ids=tokens()).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", MIXTURES)
