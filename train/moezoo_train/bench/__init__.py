@@ -4,12 +4,13 @@
 """
 
 from moezoo.bench.case import Case
-from moezoo_train.bench import commands, decoding, muon, preparing, training
+from moezoo_train.bench import commands, decoding, muon, preparing, stock, training
 
 CASES: list[Case] = [
     *training.CASES,
     *muon.CASES,
     *decoding.CASES,
+    *stock.CASES,
     *preparing.CASES,
     *commands.CASES,
 ]

@@ -34,38 +34,49 @@ class Training:
 
     def job(self, model: nn.Module, loss: Callable[[], Tensor]) -> Job:
         """Return the step of a model: gradients of the loss, then AdamW by our groups."""
-        from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
+        return stepping(model, loss, self.half)
 
-        model.train()
-        optimizer = build_optimizer(model, OptimizerConfig())
 
-        def step() -> Tensor:
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-                found = loss()
-            found.backward()
-            optimizer.step()
-            return found.detach()
+def stepping(model: nn.Module, loss: Callable[[], Tensor], half: bool = False) -> Job:
+    """Return the step of a model: gradients of a loss, then AdamW by our groups.
 
-        def answer() -> dict[str, Tensor]:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-                found = loss()
-            found.backward()
-            made = {"the loss": found.detach().float()}
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    gradient = parameter.grad.clone()
-                    # Rounded to bf16, a token now and then goes to another expert.
-                    made[f"the gradient of {name}"] = gradient.norm() if self.half else gradient
-            losses = [step() for _ in range(_CHECKED)]
-            made["the loss after steps"] = torch.stack(losses[1:]).float()
-            return made
+    Args:
+        model: it is left in training mode.
+        loss: computes it.
+        half: under autocast to bf16.
+    """
+    from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
 
-        def memory() -> int:
-            optimizer.zero_grad()
-            return temporary_bytes(lambda: (step(), ())[1], torch.device("cpu"))
+    model.train()
+    optimizer = build_optimizer(model, OptimizerConfig())
 
-        return Job(timed(step), answer, memory)
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = loss()
+        found.backward()
+        optimizer.step()
+        return found.detach()
+
+    def answer() -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = loss()
+        found.backward()
+        made = {"the loss": found.detach().float()}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad.clone()
+                # Rounded to bf16, a token now and then goes to another expert.
+                made[f"the gradient of {name}"] = gradient.norm() if half else gradient
+        losses = [step() for _ in range(_CHECKED)]
+        made["the loss after steps"] = torch.stack(losses[1:]).float()
+        return made
+
+    def memory() -> int:
+        optimizer.zero_grad()
+        return temporary_bytes(lambda: (step(), ())[1], torch.device("cpu"))
+
+    return Job(timed(step), answer, memory)
 
 
 def _build(setting: Setting, folder: Path, family: Family, half: bool) -> Task:
