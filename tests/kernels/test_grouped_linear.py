@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moezoo_kernels.grouped_linear import (
     assign,
     by_expert,
+    by_slot,
     by_stage,
     grouped_linear,
     grouped_linear_sum,
@@ -124,6 +125,38 @@ def test_rows_that_are_given_and_a_sum_apart(way, poison_empty, routing, biased)
     close([y], [expected], 1e-12)
     wanted = gradients(expected, leaves) if used else [torch.zeros_like(t) for t in leaves]
     close(gradients(y, leaves), wanted, 1e-11)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("absent", [-1, E])
+def test_a_handful_of_slots_without_a_sort(poison_empty, transposed, biased, absent):
+    torch.manual_seed(0)
+    indices = routed("random")[:7]
+    indices[2, 1], indices[5] = -1, -1
+    x, weights = torch.randn(7, A, dtype=torch.float64), torch.rand(7, K, dtype=torch.float64)
+    _, w = matrices(transposed, B, A, torch.float64)
+    bias = leaf(E, B) if biased else None
+    numbers = torch.where(indices < 0, absent, indices).reshape(-1).tolist()
+    with torch.no_grad():
+        product = reference.grouped_linear(x, w, indices, bias)
+        expected = reference.sum_by_token(product.cos(), weights, indices, E)
+        found = by_slot.linear_by_slot(x, w, numbers, bias, K)
+        assert not found[2 * K + 1].any()
+        rows = found.cos()
+        rows[2 * K + 1] = torch.nan
+        y = by_slot.sum_by_slot(rows, weights, numbers, E)
+        again = by_slot.linear_by_slot(x.repeat_interleave(K, 0), w, numbers, bias)
+    close([y, again], [expected, found], 1e-12)
+
+
+def test_few_slots_are_few_and_of_inference():
+    indices = torch.zeros(1, 8, dtype=torch.int64)
+    assert not by_slot.is_few(indices, 64)
+    with torch.no_grad():
+        assert by_slot.is_few(indices, 64)
+        assert not by_slot.is_few(indices, 16)
+        assert not by_slot.is_few(indices.expand(9, 8), 1000)
 
 
 def test_parameters_between_the_products_get_nothing_of_padding(way, poison_empty):
