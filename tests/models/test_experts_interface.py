@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import sys
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moezoo
+import moezoo_models
 from moezoo.stock_experts import forward, gates
 from moezoo_kernels.activations import activate
 
@@ -397,10 +399,19 @@ def test_what_is_not_listed_is_run_as_it_is(change):
     assert error(run(experts, "moezoo", tokens(), indices, weights), expected) < 1e-13
 
 
-def test_whoever_registers_twice_has_it_once():
-    moezoo.register_experts()
-    moezoo.register_experts()
-    assert ALL_EXPERTS_FUNCTIONS["moezoo"] is forward.experts_forward
+def test_the_import_registers_it_and_so_does_the_function():
+    registered = ALL_EXPERTS_FUNCTIONS._global_mapping
+    for register in (partial(importlib.reload, moezoo_models), moezoo.register_experts):
+        del registered["moezoo"]
+        register()
+        register()
+        assert ALL_EXPERTS_FUNCTIONS["moezoo"] is forward.experts_forward
+
+
+def test_without_the_interface_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    with pytest.raises(moezoo.InputError, match=r"pip install 'transformers>=5.23,<6'"):
+        moezoo.register_experts()
 
 
 SMALL = {
@@ -470,6 +481,19 @@ def test_models_take_it_by_either_way(name, tmp_path, quiet_transformers):
     assert torch.equal(own_reply, reply)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, ours)
+
+
+def test_a_whole_model_compiles_into_one_graph():
+    model = small_model("Mixtral")
+    model.set_experts_implementation("moezoo")
+    ids = torch.randint(61, (2, 17))
+    expected = model(input_ids=ids, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(input_ids=ids, use_cache=False).logits
+    assert error({"y": found.detach()}, {"y": expected.detach()}) < 1e-6
+    found.sum().backward()
+    assert model.model.layers[0].mlp.experts.down_proj.grad.any()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
