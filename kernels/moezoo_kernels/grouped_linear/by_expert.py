@@ -21,8 +21,8 @@ from moezoo_kernels.grouped_mlp.rowwise import add_rows
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, assignments: Assignments) -> Tensor:
     """Return each row's product ``(N, B)``; without choices, ``x`` has the rows themselves."""
-    _, ends, choices = _parts(assignments)
-    tokens = assignments.tokens if choices else None
+    ends = assignments.ends
+    tokens = assignments.tokens if assignments.choices else None
     product = x.new_empty(assignments.order.numel(), w.shape[1])
     for e, start, end in groups(ends):
         rows_nA = x[start:end] if tokens is None else x.index_select(0, tokens[start:end])
@@ -44,8 +44,8 @@ def linear_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, w and bias."""
-    _, ends, choices = _parts(assignments)
-    tokens = assignments.tokens if choices else None
+    ends = assignments.ends
+    tokens = assignments.tokens if assignments.choices else None
     accumulation = accumulation_dtype(x.dtype)
     grad_x = None
     if needs[0]:
@@ -143,10 +143,6 @@ class _Stacked:
     @property
     def whole(self) -> Tensor:
         return self._parts.transpose(1, 2) if self._transposed else self._parts
-
-
-def _parts(assignments: Assignments) -> tuple[Tensor, Tensor, int]:
-    return assignments.order, assignments.ends, assignments.choices
 
 
 def _used(ends: Tensor) -> int:
