@@ -128,7 +128,7 @@ def test_a_handful_of_tokens(
 ):
     problem = _problem(make_problem, unit, interleaved, dtype, tokens=3, experts=6, hidden=19)
     with torch.no_grad(), moezoo_kernels.use("cpu"):
-        assert cpu.is_decode(problem.indices.numel(), 6, dtype)
+        assert cpu.is_few(problem.indices.numel(), 6, dtype)
         answers = [problem.run(moezoo_kernels.grouped_mlp), problem.run(grouped_mlp_directly)]
     for answer in answers:
         assert_close([answer], _expected(problem, unit)[:1], digits)
