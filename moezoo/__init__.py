@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moezoo.errors import InputError
+    from moezoo.experts import GLUOptions
     from moezoo.experts.values import shared_values
     from moezoo.feed_forward import (
         Cost,
@@ -44,10 +45,10 @@ if TYPE_CHECKING:
     )
     from moezoo.stock_experts import register_experts
     from moezoo.swap_layers import swap
-    from moezoo_kernels.activations import GLUOptions
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "errors": ("InputError",),
+    "experts": ("GLUOptions",),
     "experts.values": ("shared_values",),
     "feed_forward": (
         "Cost",
@@ -62,7 +63,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "layers.mixtures": (),
     "layers.carved_moe": ("CarvedMoE",),
-    "layers.dense": ("DenseFFN", "GLUOptions"),
+    "layers.dense": ("DenseFFN",),
     "layers.fast_feed_forward": ("FastFeedForward",),
     "layers.hash": ("HashLayer",),
     "layers.memory_plus": ("MemoryPlus",),
