@@ -137,7 +137,8 @@ class SparseMoE(FeedForward):
         self.shared_glu = shared_glu
         if shared_glu is not None:
             check_glu(shared_glu, activation, gated, "shared_glu")
-            self._needs_shared("shared_glu", "to bound")
+            if shared_glu != PLAIN_GLU:
+                self._needs_shared("shared_glu", "to bound")
         self.shared_gate = shared_gate
         if shared_gate:
             self._needs_shared("shared_gate", "to gate")

@@ -136,6 +136,7 @@ def test_reference_values_are_the_defaults():
     assert written.as_dict() == defaults.as_dict()
     layer = parse_file(REFERENCE).model.ffn.init_args.as_dict()
     assert layer.pop("capacity") == vars(moezoo.CapacityOptions())
+    assert layer.pop("shared_glu") == vars(moezoo.GLUOptions())
     default = moezoo.SparseMoE(8).config()["init_args"]
     assert layer == {**{key: default[key] for key in layer}, "d_expert": None, "d_shared": None}
 
