@@ -346,9 +346,9 @@ class Router(TrainingState):
 
         ``b_e += rate * sign(mean(c) - c_e)`` with c summed over ranks and micro-batches
         (arXiv:2408.15664, algorithm 1). With identity experts it is LongCat-Flash's
-        ``b_e += rate * (1 / E - c_e / Σ c)`` (arXiv:2509.01322, section 2.1), for the experts that
-        compute alone, so that those of identity take the rest: on average a token then has
-        ``K (E - I) / E`` experts that compute.
+        ``b_e += rate * (1 / E - c_e / Σ c)`` (arXiv:2509.01322, as its readers quote it), for the
+        experts that compute alone, so that those of identity take the rest: on average a token
+        then has ``K (E - I) / E`` experts that compute.
         """
         if self.options.selection_bias and self._step_counts is not None:
             counts_E = L.sum_over_ranks(self._step_counts).float()
