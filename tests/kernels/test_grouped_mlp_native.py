@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moezoo_kernels
-from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU
 from moezoo_kernels.grouped_mlp import cpu, op
 from moezoo_kernels.grouped_mlp.reference import grouped_mlp as reference
 
@@ -62,7 +62,8 @@ def test_what_a_few_tokens_keep_is_what_a_loop_keeps(
         operands = [t.detach() for t in (problem.x, problem.w_in, problem.w_out)]
         chosen = (problem.indices, problem.weights.detach())
         biases = [None if t is None else t.detach() for t in (problem.bias_in, problem.bias_out)]
-        options = (problem.activation, problem.gated, rows, True, "cpu")
+        unit = (problem.activation, problem.gated, list(PLAIN_GLU.encode()), False)
+        options = (*unit, rows, True, "cpu")
         kept.append(op.forward(*operands, *chosen, *biases, *options))
         assert kept[-1][1].shape == (rows, problem.w_in.shape[1])
         assert kept[-1][1].dtype == dtype

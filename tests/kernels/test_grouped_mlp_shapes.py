@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moezoo_kernels
 from moezoo_kernels.grouped_mlp import cpu
 from moezoo_kernels.grouped_mlp.assignments import sort_by_expert
-from moezoo_kernels.grouped_mlp.operands import Experts, Needs
+from moezoo_kernels.grouped_mlp.operands import Experts, Needs, Unit
 from moezoo_kernels.grouped_mlp.reference import grouped_mlp as reference
 
 HALF = [torch.bfloat16, torch.float16]
@@ -32,8 +32,7 @@ def shapes_of(problem):
     weights = problem.weights.detach()
     experts = Experts(
         *(t.detach() for t in (problem.w_in, problem.w_out, problem.bias_in, problem.bias_out)),
-        problem.activation,
-        problem.gated,
+        Unit(problem.activation, problem.gated),
     )
     rows = problem.indices.numel()
     assignments = sort_by_expert(problem.indices, len(problem.w_in), rows)
