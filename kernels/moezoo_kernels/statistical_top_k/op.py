@@ -16,12 +16,14 @@ from torch import Tensor
 from moezoo_kernels import fresh, native
 from moezoo_kernels.activations import ACTIVATION_CODES
 
+_ROWS = torch.contiguous_format
+
 
 @torch.library.custom_op("moezoo::statistical_top_k", mutates_args=())
 def forward(pre: Tensor, up: Tensor | None, quantile: float, activation: str) -> Tensor:
     """Return the hidden activations, of the shape and dtype of ``pre``."""
     operands = _contiguous(pre, up)
-    hidden = fresh.about_to_write(torch.empty_like(operands[0]))
+    hidden = fresh.about_to_write(torch.empty_like(pre, memory_format=_ROWS))
     native.call("moezoo_statistical_top_k", *operands, *_options(pre, quantile, activation), hidden)
     return hidden
 
@@ -37,7 +39,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``pre`` and ``up``; without ``up``, the second is empty."""
     operands = _contiguous(grad, pre, up)
-    of_pre = fresh.about_to_write(torch.empty_like(operands[0]))
+    of_pre = fresh.about_to_write(torch.empty_like(pre, memory_format=_ROWS))
     of_up = None if up is None else fresh.about_to_write(torch.empty_like(of_pre))
     options = _options(pre, quantile, activation)
     native.call("moezoo_statistical_top_k_backward", *operands, *options, of_pre, of_up)
