@@ -24,7 +24,8 @@ from moezoo_models.files.model_files import DTYPES
 def map_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     """Map all tensors of safetensors files that are known to be sound; those of one share storage.
 
-    What is written to them stays in memory.
+    What is written to them stays in memory. Tensors that lie at no multiple of their dtype's size,
+    as the format allows, are copied.
     """
     found: dict[str, Tensor] = {}
     for file in files:
@@ -36,8 +37,10 @@ def map_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
         for name, info in header.items():
             if name != "__metadata__":
                 begin, end = info["data_offsets"]
-                part = content[start + begin : start + end]
-                found[name] = part.view(DTYPES[info["dtype"]]).view(info["shape"])
+                part, dtype = content[start + begin : start + end], DTYPES[info["dtype"]]
+                if part.storage_offset() % dtype.itemsize:  # which no view of numbers can have
+                    part = part.clone()
+                found[name] = part.view(dtype).view(info["shape"])
     return found
 
 

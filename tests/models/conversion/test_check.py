@@ -145,6 +145,20 @@ def test_mapped_tensors_are_those_of_the_file(tmp_path):
         assert found[name].dtype == wanted[name].dtype
 
 
+def test_maps_tensors_that_lie_at_no_multiple_of_their_size(tmp_path):
+    """As the format allows: other writers do not fill the header up."""
+    file, wanted = tmp_path / "file.safetensors", {"a": torch.randn(3, 5), "b": torch.randn(7)}
+    save_file(wanted, file)
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:start].rstrip() + b" "
+    header += b" " * (len(header) % 2 == 0)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
+    for name, tensor in load_file(file).items():
+        assert torch.equal(map_tensors([file])[name], tensor)
+        assert torch.equal(tensor, wanted[name])
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_stacks_are_those_of_torch(dim):
     """Of neighbours, of tensors at unequal distances, in another order, or of other storages."""
