@@ -350,9 +350,11 @@ class SparseMoE(FeedForward):
         if self.d_latent is not None:
             outputs = self.latent_up(outputs)
         if self.num_identity_experts:
-            of_identity = routing.weights.masked_fill(routing.indices < self.num_experts, 0.0)
-            total_T1 = of_identity.sum(dim=-1, keepdim=True)
-            outputs = outputs + (total_T1 * tokens).to(outputs.dtype)
+            others_TK = routing.indices < self.num_experts
+            total_T1 = routing.weights.masked_fill(others_TK, 0.0).sum(dim=-1, keepdim=True)
+            # Padding may hold anything, and zero times what is not finite is no number.
+            returned_TD = (total_T1 * tokens).masked_fill(others_TK.all(-1, keepdim=True), 0.0)
+            outputs = outputs + returned_TD.to(outputs.dtype)
         return outputs
 
     def _shared(

@@ -73,6 +73,20 @@ def test_identity_experts_get_no_parameters_and_no_rows(monkeypatch):
     assert int((seen[0] >= 0).sum()) == int(counts[:6].sum())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_padding_comes_back_as_zeros_whatever_it_holds(name, bad):
+    layer = moe(**VARIANTS[name]).eval()
+    hidden, mask = torch.randn(3, 21, D, dtype=torch.float64), torch.rand(3, 21) > 0.3
+    wanted = layer(hidden, mask=mask).hidden
+    hidden[~mask] = bad
+    found = layer(hidden, mask=mask).hidden
+    assert torch.equal(found[mask], wanted[mask])
+    assert not found[~mask].any()  # a NaN is true
+    with torch.no_grad():
+        assert torch.equal(layer.infer(hidden, mask=mask), found)
+
+
 def test_a_token_of_identity_experts_alone_is_scaled():
     layer = moe(num_identity_experts=4, router=RAW)
     with torch.no_grad():
