@@ -6,6 +6,7 @@ import torch
 import moezoo_kernels
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU
 from moezoo_kernels.grouped_mlp import cpu, op
+from moezoo_kernels.grouped_mlp.direct import grouped_mlp_directly
 from moezoo_kernels.grouped_mlp.reference import grouped_mlp as reference
 
 DIGITS = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
@@ -46,6 +47,17 @@ def _few(problem, **options):
     with torch.no_grad():
         assert cpu.is_few(problem.indices.numel(), len(problem.w_in), problem.x.dtype)
         return problem.run(moezoo_kernels.grouped_mlp, **options)
+
+
+@pytest.mark.parametrize("name", ["w_out", "bias_in", "bias_out"])
+def test_weights_of_two_dtypes_are_refused(dtype, make_problem, name):
+    """The kernel would read the bytes of one as numbers of the other."""
+    problem = _small(make_problem, dtype, tokens=1)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    setattr(problem, name, getattr(problem, name).detach().to(other))
+    for run in (moezoo_kernels.grouped_mlp, grouped_mlp_directly):
+        with torch.no_grad(), pytest.raises(ValueError, match=f"{name}: dtype is"):
+            problem.run(run)
 
 
 @pytest.mark.parametrize("tokens", [1, 63])

@@ -54,6 +54,12 @@ def grouped_mlp_directly(
 
     Arguments as there. Indices must be of -1 … E - 1: nothing checks them, and memory beyond the
     weights would be read.
+
+    Raises:
+        ValueError: an operand is not of ``x``'s dtype.
     """
+    for name, tensor in (("w_out", w_out), ("bias_in", bias_in), ("bias_out", bias_out)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name}: dtype is {tensor.dtype}, x has {x.dtype}; cast one of them")
     experts = Experts(w_in, w_out, bias_in, bias_out, Unit(activation, gated, glu, interleaved))
     return cpu.few(x, experts, indices, weights)[0]
