@@ -123,6 +123,46 @@ inline void multiply(const Matrix<T>& m, const float* const* x, int64_t vectors,
   totals.flush();
 }
 
+// Rows of a transposed matrix that are added up in registers before they are added to the sums.
+constexpr int kDeep = 8;
+
+// out[t][n] += sum of kRows terms x[t][k] weight[k][n] from k on, for first <= n < last, of a
+// weight (K, stride). Meanwhile the rows ahead are asked for.
+template <int kRows, class T>
+inline void add_rows_times(const T* weight, int64_t stride, const float* const* x, int64_t k,
+                           int64_t vectors, int64_t first, int64_t last, int64_t rows_ahead,
+                           float* const* out) {
+  by_registers(last - first, [&](int64_t column, auto lanes) {
+    const int64_t c = first + column;
+    Floats weights[kRows];
+    for (int r = 0; r < kRows; ++r) weights[r] = load(weight + (k + r) * stride + c, lanes);
+    for (int64_t a = 0; a < rows_ahead; ++a)
+      __builtin_prefetch(weight + (k + kRows + a) * stride + c);
+    for (int64_t t = 0; t < vectors; ++t) {
+      Floats sum = weights[0] * x[t][k];
+      for (int r = 1; r < kRows; ++r) sum += weights[r] * x[t][k + r];
+      store(out[t] + c, load(out[t] + c, lanes) + sum, lanes);
+    }
+  });
+}
+
+// What multiply returns in fp32, of a matrix that is stored as (K, N).
+template <class T>
+inline void multiply_transposed(const Matrix<T>& m, const float* const* x, int64_t vectors,
+                                int64_t first, int64_t last, float* const* out) {
+  for (int64_t t = 0; t < vectors; ++t) {
+    if (m.bias) convert_row(m.bias + first, out[t] + first, last - first);
+    else std::fill(out[t] + first, out[t] + last, 0.0f);
+  }
+  int64_t k = 0;
+  for (; k + kDeep <= m.width; k += kDeep) {
+    const int64_t ahead = std::min<int64_t>(kDeep, m.width - k - kDeep);
+    add_rows_times<kDeep>(m.weight, m.rows, x, k, vectors, first, last, ahead, out);
+  }
+  for (; k < m.width; ++k)
+    add_rows_times<1>(m.weight, m.rows, x, k, vectors, first, last, 0, out);
+}
+
 // How many rows of a matrix make a thread worth its waking, which takes as long as reading some
 // hundred kilobytes: rows of so many weights, each multiplied with so many vectors.
 inline int64_t least_rows(int64_t weights_per_row, int64_t vectors) {

@@ -1,5 +1,6 @@
 // Experts on a few rows, as when decoding: matrices are read once, straight from where they
-// are, and each of their rows is multiplied with the few tokens that chose the expert.
+// are, and each of their rows is multiplied with the few tokens that chose the expert; if they lie
+// transposed, each row of that is added as often as the token's number says.
 //
 // Shapes: T tokens, K choices, D width, E experts, F hidden width, I = 2 F if gated else F. A slot
 // is token * K + choice.
@@ -17,6 +18,7 @@ struct FewRows {
   const T *x, *w_in, *w_out, *bias_in, *bias_out;  // biases may be null
   const float* weights;                            // (T, K)
   int64_t choices, width, hidden_width, inner_width;
+  bool transposed;  // the matrices lie as (D, I) and (F, D)
 };
 
 // The slots of one expert.
@@ -55,6 +57,14 @@ std::vector<P*> rows_of_group(const Group& group, P* table, int64_t slots_per_ro
   return rows;
 }
 
+// out[i][n] for first <= n < last: the products of those rows of a matrix with x[i], and biases.
+template <class T>
+void product(const FewRows<T>& p, const Matrix<T>& matrix, const float* const* x, int64_t vectors,
+             int64_t first, int64_t last, float* const* out) {
+  if (p.transposed) multiply_transposed(matrix, x, vectors, first, last, out);
+  else multiply<float>(matrix, x, vectors, first, last, out);
+}
+
 // inner (T K, I) of the slots in groups, for rows i of w_in that lie in the range.
 template <class T>
 void first_product(const FewRows<T>& p, const float* x, const Group& group, int64_t first,
@@ -62,7 +72,7 @@ void first_product(const FewRows<T>& p, const float* x, const Group& group, int6
   const auto from = rows_of_group(group, x, p.choices, p.width);
   const auto to = rows_of_group(group, inner, 1, p.inner_width);
   const auto matrix = matrix_of(p.w_in, p.bias_in, group.expert, p.inner_width, p.width);
-  multiply<float>(matrix, from.data(), static_cast<int64_t>(from.size()), first, last, to.data());
+  product(p, matrix, from.data(), static_cast<int64_t>(from.size()), first, last, to.data());
 }
 
 // Adds the answers' columns d that lie in the range to output (T, D).
@@ -74,7 +84,7 @@ void second_product(const FewRows<T>& p, const Group& group, const float* hidden
   std::vector<float> answers(slots * columns);
   const auto to = rows_of(answers.data() - first, slots, columns);
   const auto matrix = matrix_of(p.w_out, p.bias_out, group.expert, p.width, p.hidden_width);
-  multiply<float>(matrix, from.data(), slots, first, last, to.data());
+  product(p, matrix, from.data(), slots, first, last, to.data());
   for (int64_t i = 0; i < slots; ++i) {
     const int64_t s = group.slots[i];
     float* sums = output + s / p.choices * p.width;
@@ -120,6 +130,7 @@ void few(const FewRows<T>& p, const int64_t* indices, int64_t tokens, int64_t ac
 
 using namespace moezoo;
 
+// Transposed: w_in lies as (E, D, I), w_out as (E, F, D).
 // output (T, D) in fp32 of x (T, D); inner (T K, I) and hidden (T K, F) are scratch in fp32.
 MOEZOO_API void moezoo_grouped_mlp_few(const void* x, const void* w_in, const void* w_out,
                                        const void* bias_in, const void* bias_out, int64_t dtype,
@@ -127,14 +138,16 @@ MOEZOO_API void moezoo_grouped_mlp_few(const void* x, const void* w_in, const vo
                                        int64_t tokens, int64_t choices, int64_t width,
                                        int64_t hidden_width, int64_t activation, int64_t gated,
                                        int64_t bound, double gate_bound, double up_bound,
-                                       double shift, int64_t interleaved, float* inner,
-                                       float* hidden, float* output, int32_t threads) {
+                                       double shift, int64_t interleaved,
+                                       int64_t transposed, float* inner, float* hidden,
+                                       float* output, int32_t threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto typed = [](const void* data) { return static_cast<const T*>(data); };
     const int64_t inner_width = gated ? 2 * hidden_width : hidden_width;
     const FewRows<T> problem{typed(x), typed(w_in), typed(w_out), typed(bias_in), typed(bias_out),
-                             weights,  choices,     width,        hidden_width,   inner_width};
+                             weights,  choices,     width,        hidden_width,   inner_width,
+                             transposed != 0};
     const Glu glu{bound, static_cast<float>(gate_bound), static_cast<float>(up_bound),
                   static_cast<float>(shift), interleaved != 0};
     few(problem, indices, tokens, activation, gated != 0, glu, inner, hidden, output, threads);

@@ -21,8 +21,9 @@ extern "C" void moezoo_grouped_mlp_few(const void* x, const void* w_in, const vo
                                        int64_t tokens, int64_t choices, int64_t width,
                                        int64_t hidden_width, int64_t activation, int64_t gated,
                                        int64_t bound, double gate_bound, double up_bound,
-                                       double shift, int64_t interleaved, float* inner,
-                                       float* hidden, float* output, int32_t threads);
+                                       double shift, int64_t interleaved,
+                                       int64_t transposed, float* inner, float* hidden,
+                                       float* output, int32_t threads);
 
 namespace moezoo {
 namespace {
@@ -390,7 +391,7 @@ MOEZOO_API void moezoo_moe_step(void* residual, const void* norm, const void* ro
       choice.choose(scores + t * experts, indices + t * choices, weights + t * choices);
     moezoo_grouped_mlp_few(typed_x, w_in, w_out, b_in, b_out, dtype, indices, weights, tokens,
                            choices, width, hidden_width, activation, gated, bound, gate_bound,
-                           up_bound, shift, interleaved, inner, hidden, answer, threads);
+                           up_bound, shift, interleaved, 0, inner, hidden, answer, threads);
     add_answers(answer, tokens * width, static_cast<T*>(residual));
   });
 }

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo_kernels import fresh
-from moezoo_kernels.grouped_linear.layouts import is_transposed
 from moezoo_kernels.grouped_matmul import groups
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import accumulation_dtype
 from moezoo_kernels.grouped_mlp.rowwise import add_rows
+from moezoo_kernels.layouts import StackedGradient
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, assignments: Assignments) -> Tensor:
@@ -50,7 +50,7 @@ def linear_backward(
     grad_x = None
     if needs[0]:
         grad_x = torch.zeros(x.shape, dtype=x.dtype if tokens is None else accumulation)
-    grad_w = _Stacked(w, ends) if needs[1] else None
+    grad_w = StackedGradient(w, ends) if needs[1] else None
     grad_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
     for e, start, end in groups(ends):
         grad_nB = grad[start:end]
@@ -99,7 +99,7 @@ def linear_sum_backward(
     accumulation = accumulation_dtype(rows.dtype)
     weights_N = weights.reshape(-1)[order].to(accumulation)
     grad_rows = torch.zeros(rows.shape, dtype=rows.dtype) if needs[0] else None
-    grad_w = _Stacked(w, ends) if needs[1] else None
+    grad_w = StackedGradient(w, ends) if needs[1] else None
     grad_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
     grad_weights = weights.new_zeros(weights.numel()) if needs[3] else None
     for e, start, end in groups(ends):
@@ -126,23 +126,6 @@ def linear_sum_backward(
         grad_bias,
         None if grad_weights is None else grad_weights.view(weights.shape),
     )
-
-
-class _Stacked:
-    """A gradient of stacked matrices ``(E, B, A)``, in their layout; zeros of unused experts."""
-
-    def __init__(self, w: Tensor, ends: Tensor) -> None:
-        self._transposed = is_transposed(w)
-        shape = w.transpose(1, 2).shape if self._transposed else w.shape
-        self._parts = fresh.stacked(shape, w.dtype, ends)
-
-    def write(self, expert: int, grad_nB: Tensor, rows_nA: Tensor) -> None:
-        left, right = (rows_nA, grad_nB) if self._transposed else (grad_nB, rows_nA)
-        torch.mm(left.t(), right, out=fresh.about_to_write(self._parts[expert]))
-
-    @property
-    def whole(self) -> Tensor:
-        return self._parts.transpose(1, 2) if self._transposed else self._parts
 
 
 def _used(ends: Tensor) -> int:

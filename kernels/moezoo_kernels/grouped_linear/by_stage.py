@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo_kernels.grouped_linear.layouts import is_transposed
 from moezoo_kernels.grouped_matmul import grouped_matmul, grouped_outer
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import accumulation_dtype
 from moezoo_kernels.grouped_mlp.stages import TORCH, is_padding
+from moezoo_kernels.layouts import is_transposed
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, assignments: Assignments) -> Tensor:

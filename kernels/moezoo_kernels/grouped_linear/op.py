@@ -15,9 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moezoo_kernels.flops import has_data
 from moezoo_kernels.grouped_linear import by_expert, by_stage
-from moezoo_kernels.grouped_linear.layouts import like
 from moezoo_kernels.grouped_mlp.assignments import Assignments, sort_by_expert
 from moezoo_kernels.grouped_mlp.stages import is_padding
+from moezoo_kernels.layouts import like
 
 
 class Operation(NamedTuple):

@@ -23,6 +23,7 @@ from moezoo_kernels.grouped_matmul import groups
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import Experts, Gradients, Needs
 from moezoo_kernels.grouped_mlp.rowwise import RowPasses
+from moezoo_kernels.layouts import StackedGradient, is_transposed
 
 # At most so many slots, in all and per expert, are multiplied one by one as the weights are read.
 # A product of matrices catches up as slots share an expert; in bf16 sooner, where processors have
@@ -90,15 +91,24 @@ def is_few(slots: int, num_experts: int, dtype: torch.dtype) -> bool:
     return slots <= min(_FEW_SLOTS, _FEW_PER_EXPERT.get(dtype, 0) * num_experts)
 
 
+def lie_for_few(w_in: Tensor, w_out: Tensor) -> bool:
+    """Return whether :func:`few` reads the weights where they are, instead of copying them all."""
+    contiguous = w_in.is_contiguous() and w_out.is_contiguous()
+    return contiguous or (is_transposed(w_in) and is_transposed(w_out))
+
+
 def few(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output (T, D) of a few tokens, and their pre-activations (T K, I) in fp32.
 
-    No sort, no copy, no product of matrices. The caller has checked the indices; the
-    pre-activations of a slot of -1 are uninitialised.
+    No sort, no copy, no product of matrices, also where both stacks are transposed. The caller has
+    checked the indices; the pre-activations of a slot of -1 are uninitialised.
     """
     w_in, w_out, bias_in, bias_out, unit = experts
     _, width, hidden_width = w_out.shape
     inner = native.floats(indices.numel(), w_in.shape[1])
+    transposed = is_transposed(w_in) and is_transposed(w_out)
+    if transposed:
+        w_in, w_out = w_in.transpose(1, 2), w_out.transpose(1, 2)
     hidden = native.floats(indices.numel(), hidden_width)
     output = native.floats(*x.shape)
     operands = (x, w_in, w_out, bias_in, bias_out)
@@ -112,6 +122,7 @@ def few(x: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> tuple[
         width,
         hidden_width,
         *unit.encode(),
+        transposed,
         inner,
         hidden,
         output,
@@ -134,8 +145,8 @@ def backward(
     accumulation = passes.accumulation
     grad_x = torch.zeros(x.shape, dtype=accumulation) if needs.x else None
     ends = assignments.ends
-    grad_w_in = _gradient(w_in, needs.w_in, ends)
-    grad_w_out = _gradient(w_out, needs.w_out, ends)
+    grad_w_in = StackedGradient(w_in, ends) if needs.w_in else None
+    grad_w_out = StackedGradient(w_out, ends) if needs.w_out else None
     grad_bias_in = _gradient(bias_in, needs.bias_in, ends)
     grad_bias_out = _gradient(bias_out, needs.bias_out, ends)
     tokens = assignments.tokens
@@ -153,12 +164,11 @@ def backward(
             grad_n += (grad_nD.to(accumulation) * bias_out[e]).sum(-1)
         grad_N[start:end] = grad_n
         if grad_w_out is not None:
-            torch.mm(grad_rD.t(), hidden_rF, out=fresh.about_to_write(grad_w_out[e]))
+            grad_w_out.write(e, grad_rD, hidden_rF)
         if grad_bias_out is not None:
             grad_bias_out[e] = (grad_nD * weights_n[:, None]).sum(0, dtype=accumulation)
         if grad_w_in is not None:
-            x_rD = _gather(x, tokens_n, rows)
-            torch.mm(grad_inner_rI.t(), x_rD, out=fresh.about_to_write(grad_w_in[e]))
+            grad_w_in.write(e, grad_inner_rI, _gather(x, tokens_n, rows))
         if grad_bias_in is not None:
             grad_bias_in[e] = grad_inner_nI.sum(0, dtype=accumulation)
         if grad_x is not None:
@@ -170,8 +180,8 @@ def backward(
         grad_weights[assignments.order[:used]] = grad_N[:used].to(weights.dtype)
     return Gradients(
         None if grad_x is None else grad_x.to(x.dtype),
-        grad_w_in,
-        grad_w_out,
+        None if grad_w_in is None else grad_w_in.whole,
+        None if grad_w_out is None else grad_w_out.whole,
         None if grad_weights is None else grad_weights.view(weights.shape),
         grad_bias_in,
         grad_bias_out,
@@ -185,7 +195,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> T
 
 
 def _gradient(parameter: Tensor | None, needed: bool, ends: Tensor) -> Tensor | None:
-    """Return a buffer for a stacked gradient, written only where an expert is unused: zeros."""
+    """Return a buffer for a gradient of biases, written only where an expert is unused: zeros."""
     if parameter is None or not needed:
         return None
     return fresh.stacked(parameter.shape, parameter.dtype, ends)

@@ -17,6 +17,7 @@ from torch import Tensor
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import Experts, Gradients, Needs, accumulation_dtype
 from moezoo_kernels.grouped_mlp.stages import TORCH, Rows, Stages, is_padding
+from moezoo_kernels.layouts import is_transposed
 
 
 def forward(
@@ -69,17 +70,24 @@ def backward(
         grad_weights = _to_slots(of_weights_N, assignments, weights.numel())
         grad_weights = grad_weights.to(weights.dtype).view(weights.shape)
     if needs.w_out:
-        grad_w_out = stages.outer(grad_N, Rows(hidden.weighted), ends)
+        grad_w_out = _outer(stages, grad_N, Rows(hidden.weighted), w_out, ends)
     if bias_out is not None and needs.bias_out:
         grad_bias_out = _sum_by_expert(grad[tokens] * weights_N[:, None], ends).to(bias_out.dtype)
     if needs.w_in:
-        grad_w_in = stages.outer(Rows(hidden.inner), stages.gather(x, tokens), ends)
+        grad_w_in = _outer(stages, Rows(hidden.inner), stages.gather(x, tokens), w_in, ends)
     if bias_in is not None and needs.bias_in:
         grad_bias_in = _sum_by_expert(hidden.inner.to(accumulation), ends).to(bias_in.dtype)
     if needs.x:
         grad_rows_ND = stages.matmul(Rows(hidden.inner), w_in, ends)
         grad_x = stages.sum_by_token(grad_rows_ND, None, assignments, x.shape[0])
     return Gradients(grad_x, grad_w_in, grad_w_out, grad_weights, grad_bias_in, grad_bias_out)
+
+
+def _outer(stages: Stages, grad_NB: Rows, rows_NA: Rows, w: Tensor, ends: Tensor) -> Tensor:
+    """Return the gradient of matrices ``(E, B, A)``, in their layout."""
+    if is_transposed(w):
+        return stages.outer(rows_NA, grad_NB, ends).transpose(1, 2)
+    return stages.outer(grad_NB, rows_NA, ends)
 
 
 def _experts(assignments: Assignments) -> Tensor:

@@ -26,6 +26,7 @@ from moezoo_kernels.flops import count_active, has_data
 from moezoo_kernels.grouped_mlp import cpu, grouped_mm
 from moezoo_kernels.grouped_mlp.assignments import Assignments, check, sort_by_expert
 from moezoo_kernels.grouped_mlp.operands import Experts, Needs, Unit
+from moezoo_kernels.layouts import like
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -64,8 +65,7 @@ def forward(
     with torch.autocast(x.device.type, enabled=False):
         few = backend == "cpu" and native.unusable(x.device, x.dtype) is None
         few = few and cpu.is_few(indices.numel(), w_in.shape[0], x.dtype)
-        # Otherwise the weights of all experts would be copied, to read a few.
-        few = few and w_in.is_contiguous() and w_out.is_contiguous()
+        few = few and cpu.lie_for_few(w_in, w_out)
         if few and not keep:
             check(indices, w_in.shape[0], rows)
             output, _ = cpu.few(x, experts, indices, weights)
@@ -158,7 +158,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     inputs = (x, w_in, w_out, weights, bias_in, bias_out)
     return tuple(
-        t.new_empty(t.shape) if t is not None and needed else x.new_empty(0)
+        like(t) if t is not None and needed else x.new_empty(0)
         for t, needed in zip(inputs, needs, strict=True)
     )
 
