@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo_kernels.activations import activate, activate_backward
+from moezoo_kernels.activations import PLAIN_GLU, activate, activate_backward
 from moezoo_kernels.grouped_matmul import grouped_matmul, grouped_outer
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import Unit
@@ -68,12 +68,22 @@ def is_padding(assignments: Assignments) -> Tensor:
     return rows >= assignments.ends[-1]
 
 
+def _activate(inner: Tensor, unit: Unit) -> Tensor:
+    return activate(_wide(inner, unit), *unit).to(inner.dtype)
+
+
 def _activate_backward(grad: Tensor, inner: Tensor, weights: Tensor, unit: Unit) -> HiddenGradients:
-    weights_N1 = weights[:, None]
-    weighted_grad = (grad * weights_N1).to(inner.dtype)
-    hidden, grad_inner = activate_backward(weighted_grad, inner, *unit)
+    weights_N1, wide = weights[:, None], _wide(inner, unit)
+    weighted_grad = (grad * weights_N1).to(wide.dtype)
+    hidden, grad_inner = activate_backward(weighted_grad, wide, *unit)
     grad_weights = (grad.to(weights.dtype) * hidden).sum(-1)
-    return HiddenGradients((hidden * weights_N1).to(inner.dtype), grad_inner, grad_weights)
+    weighted = (hidden * weights_N1).to(inner.dtype)
+    return HiddenGradients(weighted, grad_inner.to(inner.dtype), grad_weights)
+
+
+def _wide(inner: Tensor, unit: Unit) -> Tensor:
+    """Return the pre-activations in fp32 for a bounded unit, which has more steps to round in."""
+    return inner if unit.glu == PLAIN_GLU or inner.dtype.itemsize > 2 else inner.float()
 
 
 def _sum_by_token(
@@ -96,7 +106,7 @@ TORCH = Stages(
     gather=lambda source, tokens: Rows(source[tokens]),
     matmul=lambda rows, matrices, ends: grouped_matmul(rows.data, matrices, ends),
     outer=lambda left, right, ends: grouped_outer(left.data, right.data, ends),
-    activate=lambda inner, unit: activate(inner, *unit),
+    activate=_activate,
     activate_backward=_activate_backward,
     sum_by_token=_sum_by_token,
 )
