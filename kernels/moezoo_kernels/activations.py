@@ -12,7 +12,7 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 
-_QUICK_GELU = 1.702
+QUICK_GELU_FACTOR = 1.702
 _LEAK = 0.01
 
 
@@ -27,7 +27,7 @@ def _relu2(x: Tensor) -> Tensor:
 
 def _quick_gelu(x: Tensor) -> Tensor:
     """``x sigmoid(1.702 x)``, arXiv:1606.08415, section 2."""
-    return x * torch.sigmoid(_QUICK_GELU * x)
+    return x * torch.sigmoid(QUICK_GELU_FACTOR * x)
 
 
 def _leaky_relu(x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ _BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
     "silu": lambda grad, x: _aten.silu_backward(grad, x),
     "relu2": lambda grad, x: grad * F.relu(x).mul_(2),
-    "quick_gelu": lambda grad, x: _aten.silu_backward(grad, _QUICK_GELU * x),
+    "quick_gelu": lambda grad, x: _aten.silu_backward(grad, QUICK_GELU_FACTOR * x),
     "tanh": lambda grad, x: _aten.tanh_backward(grad, torch.tanh(x)),
     "leaky_relu": lambda grad, x: _aten.leaky_relu_backward(grad, x, _LEAK, False),
 }

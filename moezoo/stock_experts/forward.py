@@ -56,7 +56,7 @@ def experts_forward(
     if x.dtype != weights.w_in.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(weights.w_in.dtype)
     indices = top_k_index if top_k_index.dtype == torch.int64 else top_k_index.long()
-    if gate is not None and not self.is_transposed and is_direct(x, indices, weights.w_in):
+    if gate is not None and is_direct(x, indices, weights.w_in):
         if max(indices.reshape(-1).tolist(), default=0) >= self.num_experts:
             indices = torch.where(indices < self.num_experts, indices, -1)
         y = grouped_mlp_directly(
@@ -69,6 +69,8 @@ def experts_forward(
             gated=gate.gated,
             bias_in=weights.bias_in,
             bias_out=weights.bias_out,
+            glu=gate.glu,
+            interleaved=gate.interleaved,
         )
         return y if y.dtype == hidden_states.dtype else y.to(hidden_states.dtype)
     if (gate is None or self.is_transposed) and is_few(indices, self.num_experts):
@@ -118,6 +120,8 @@ def _fused(
         bias_in=weights.bias_in,
         bias_out=weights.bias_out,
         max_assignments=rows,
+        glu=gate.glu,
+        interleaved=gate.interleaved,
     )
 
 

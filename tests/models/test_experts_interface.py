@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import moezoo
 import moezoo_models
 from moezoo.stock_experts import forward, gates
-from moezoo_kernels.activations import activate
+from moezoo_kernels.activations import GLUOptions, activate
 
 T, K, E, D, F = 63, 3, 6, 20, 12
 MARK = "use_experts_implementation"
@@ -41,18 +41,6 @@ UNCOVERED: dict[tuple[str, str], str] = {}
 
 SINGLE = {"BeamExperts", "Inkling2Experts", "MuseSparkExperts", "OpenAIPrivacyFilterExperts"}
 """Classes that compute a part in fp32, whatever they are given."""
-
-OWN_GATES = {
-    "BeamExperts",
-    "DeepseekV4Experts",
-    "Glm5NextTextExperts",
-    "GptOssExperts",
-    "HYV4Experts",
-    "Inkling2Experts",
-    "MiniMaxM3VLExperts",
-    "OpenAIPrivacyFilterExperts",
-}
-"""Classes whose gate stands between two products: it is not in the kernels' table."""
 
 
 @cache
@@ -197,11 +185,12 @@ def test_output_and_gradients_equal_those_of_eager(key, monkeypatch):
 
     # Which way it went, and that what is mapped computes the same.
     gate = gates.known_gate(experts)
-    assert (gate is None) == (key[1] in OWN_GATES)
-    if gate is not None:
-        inner = torch.randn(5, 2 * F if gate.gated else F, dtype=torch.float64) * 3
-        own = experts._apply_gate if gate.gated else experts.act_fn
-        torch.testing.assert_close(activate(inner, *gate), own(inner), rtol=1e-14, atol=1e-14)
+    assert gate is not None
+    # So large that most numbers are beyond a limit, and some not.
+    inner = torch.randn(50, 2 * F if gate.gated else F, dtype=torch.float64) * 12
+    own = experts._apply_gate if gate.gated else experts.act_fn
+    rounding = 1e-6 if key[1] in SINGLE else 1e-14
+    torch.testing.assert_close(activate(inner, *gate), own(inner), rtol=rounding, atol=rounding)
 
     # Inference, many tokens and few, with experts that are not here.
     absent, masked, there = indices.clone(), weights.clone(), indices.clone()
@@ -229,8 +218,20 @@ def test_output_and_gradients_equal_those_of_eager(key, monkeypatch):
 KINDS = ("MixtralExperts", "GptOssExperts", "MuseSparkExperts", "NemotronHExperts", "AriaExperts")
 """One class of each layout."""
 
+BOUNDED = (
+    "BeamExperts",
+    "DeepseekV4Experts",
+    "Glm5NextTextExperts",
+    "GptOssExperts",
+    "HYV4Experts",
+    "Inkling2Experts",
+    "MiniMaxM3VLExperts",
+    "OpenAIPrivacyFilterExperts",
+)
+"""Classes with a gate of their own that the kernels have, too."""
 
-@pytest.mark.parametrize("name", KINDS)
+
+@pytest.mark.parametrize("name", sorted({*KINDS, *BOUNDED}))
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_is_no_further_from_exact_than_theirs(name, autocast):
     experts = build(family(name), torch.float32)
@@ -254,7 +255,7 @@ def test_bf16_is_no_further_from_exact_than_theirs(name, autocast):
     assert error({"y": few}, {"y": exact["output"][:1]}) < 2e-2
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", sorted({*KINDS, *BOUNDED}))
 def test_a_compiled_graph_is_whole_and_gives_the_same(name):
     experts = build(family(name), torch.float32)
     indices, weights = routed()
@@ -314,13 +315,14 @@ def test_half_as_much_is_saved_for_the_backward(name):
     assert ours <= 0.5 * saved_bytes(experts, "eager")
 
 
-def test_a_token_goes_straight_to_the_kernel(monkeypatch):
+@pytest.mark.parametrize("name", ["MixtralExperts", *BOUNDED])
+def test_a_token_goes_straight_to_the_kernel(name, monkeypatch):
     calls = []
     direct = forward.grouped_mlp_directly
     monkeypatch.setattr(
         forward, "grouped_mlp_directly", lambda *a, **o: (calls.append(1), direct(*a, **o))[1]
     )
-    experts = build(family("MixtralExperts"), torch.float32)
+    experts = build(family(name), torch.float32)
     experts.config._experts_implementation = "moezoo"
     indices, weights = routed()
     with torch.no_grad():
@@ -396,6 +398,66 @@ def test_what_is_not_listed_is_run_as_it_is(change):
     # Its eager forward asks neither a gate of the class nor one of the instance.
     implementation = "batched_mm" if "of its own" in change else "eager"
     expected = run(experts, implementation, tokens(), indices, weights)
+    assert error(run(experts, "moezoo", tokens(), indices, weights), expected) < 1e-13
+
+
+def squared(module, args, output):
+    return output.square()
+
+
+OTHER_NUMBERS = {
+    "another factor": ("GptOssExperts", lambda e: setattr(e, "alpha", 1.5)),
+    "another factor, in halves": ("MiniMaxM3VLExperts", lambda e: setattr(e, "swiglu_alpha", 2)),
+    "a limit of infinity": ("DeepseekV4Experts", lambda e: setattr(e, "limit", float("inf"))),
+    "a limit in a tensor": ("HYV4Experts", lambda e: setattr(e, "swiglu_limit", torch.tensor(2.0))),
+    "another activation": ("DeepseekV4Experts", lambda e: setattr(e, "act_fn", nn.Softplus())),
+    "another unit": ("Inkling2Experts", lambda e: setattr(e, "act_fn", nn.Bilinear(F, F, F))),
+    "another part": ("Inkling2Experts", lambda e: setattr(e.act_fn, "up_softcap", nn.Tanh())),
+    "a cap in a tensor": (
+        "Inkling2Experts",
+        lambda e: setattr(e.act_fn.up_softcap, "softcap", torch.tensor(3.0)),
+    ),
+    "a hook on a part": (
+        "Inkling2Experts",
+        lambda e: e.act_fn.gate_softcap.register_forward_hook(squared),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", sorted(OTHER_NUMBERS))
+def test_a_gate_of_numbers_that_the_kernels_have_not_is_run_as_it_is(change):
+    name, apply = OTHER_NUMBERS[change]
+    experts = build(family(name), torch.float32)
+    assert gates.known_gate(experts) is not None
+    apply(experts)
+    experts = experts.float()
+    assert gates.known_gate(experts) is None
+    indices, weights = routed()
+    expected = run(experts, "eager", tokens(torch.float32), indices, weights.float())
+    found = run(experts, "moezoo", tokens(torch.float32), indices, weights.float())
+    assert error(found, expected) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "numbers"),
+    [
+        ("GptOssExperts", {"limit": 2.5}, {"limit": 2.5, "up_shift": 1.0}),
+        ("GptOssExperts", {"alpha": 1.0, "limit": 3}, {"limit": 3, "up_shift": 1.0}),
+        ("MiniMaxM3VLExperts", {"swiglu_limit": 1.5}, {"limit": 1.5, "up_shift": 1.0}),
+        ("DeepseekV4Experts", {"limit": 0.5}, {"limit": 0.5}),
+        ("DeepseekV4Experts", {"limit": 0.5, "act_fn": nn.GELU()}, {"limit": 0.5}),
+        ("HYV4Experts", {"swiglu_limit": 4}, {"limit": 4}),
+    ],
+)
+def test_numbers_are_those_of_the_instance(name, change, numbers):
+    experts = build(family(name))
+    for option, value in change.items():
+        setattr(experts, option, value)
+    gate = gates.known_gate(experts)
+    assert gate.glu == GLUOptions(**numbers)
+    assert gate.interleaved == (name == "GptOssExperts")
+    indices, weights = routed()
+    expected = run(experts, "eager", tokens(), indices, weights)
     assert error(run(experts, "moezoo", tokens(), indices, weights), expected) < 1e-13
 
 
