@@ -1,7 +1,7 @@
 """All cases, in the order in which they are run and shown."""
 
 from moezoo.bench.case import Case
-from moezoo.bench.cases import experts, head, memory, peer, product_keys, trees
+from moezoo.bench.cases import experts, head, memory, peer, product_keys, statistical, trees
 
 CASES: list[Case] = [
     *product_keys.CASES,
@@ -10,4 +10,5 @@ CASES: list[Case] = [
     *experts.CASES,
     *trees.CASES,
     *head.CASES,
+    *statistical.CASES,
 ]
