@@ -22,6 +22,7 @@ from moezoo.routing.mlp import RouterMLP
 from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
 from moezoo.routing.routing import Routing
 from moezoo.routing.scores import scores_of, shares_of
+from moezoo.routing.selection_bias import StepLoad, kept_in_fp32, move_bias
 from moezoo.routing.sparse_mixer import sparse_mixer
 from moezoo.routing.stats import mean_entropy, slot_stats
 from moezoo.routing.weights import Chosen, total_of
@@ -90,7 +91,7 @@ class Router(TrainingState):
             self.expert_scale = nn.Parameter(torch.empty(num_experts))
         if options.selection_bias:
             self.register_buffer("selection_bias", torch.empty(num_experts, dtype=torch.float32))
-        self._step_counts: Tensor | None = None
+        self._load = StepLoad()
         self.reset_parameters()
 
     @property
@@ -123,7 +124,7 @@ class Router(TrainingState):
             nn.init.zeros_(bias)
         if self.options.selection_bias:
             nn.init.zeros_(self.selection_bias)
-        self._step_counts = None
+        self._load = StepLoad()
 
     def _draw(self, weight: Tensor) -> None:
         # Switch: truncated normal at two standard deviations, std sqrt(0.1 / fan_in).
@@ -131,12 +132,10 @@ class Router(TrainingState):
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # The bias moves by 1e-3 at a time, which bf16 rounds away: let it change device, not dtype.
         before = self.selection_bias if self.options.selection_bias else None
         super()._apply(fn, recurse)
         if before is not None:
-            after = self.selection_bias
-            self.selection_bias = after.float() if before.is_meta else before.to(after.device)
+            self.selection_bias = kept_in_fp32(before, self.selection_bias)
         return self
 
     def forward(
@@ -227,7 +226,7 @@ class Router(TrainingState):
 
         logits = Logits(clean_TE, noisy_TE, std_TE)
         choice = Choice(probabilities_TE, chosen.indices, chosen.weights)
-        aux = balance_losses(self.balance, logits, choice, mask_T, sequences, self._step_counts)
+        aux = balance_losses(self.balance, logits, choice, mask_T, sequences, self._load.counts)
         left, dropped, bound = self._limit(chosen, mask_T, sequences if limited else None)
         asked = (probabilities_TE, chosen.indices, chosen.weights, mask_T)
         stats = statistics(self, self._stats, *asked, dropped)
@@ -337,31 +336,18 @@ class Router(TrainingState):
 
     def observe(self, stats: Mapping[str, Tensor]) -> None:
         """Add one micro-batch's expert counts to those of this optimizer step."""
-        counts = stats["expert_counts"].detach()
-        self._step_counts = counts if self._step_counts is None else self._step_counts + counts
+        self._load.add(stats)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the selection bias against the load of the step just taken, then forget the load.
-
-        ``b_e += rate * sign(mean(c) - c_e)`` with c summed over ranks and micro-batches
-        (arXiv:2408.15664, algorithm 1). With identity experts it is LongCat-Flash's
-        ``b_e += rate * (1 / E - c_e / Σ c)`` (arXiv:2509.01322, as its readers quote it), for the
-        experts that compute alone, so that those of identity take the rest: on average a token
-        then has ``K (E - I) / E`` experts that compute.
-        """
-        if self.options.selection_bias and self._step_counts is not None:
-            counts_E = L.sum_over_ranks(self._step_counts).float()
-            direction_E = (counts_E.mean() - counts_E).sign()
-            if self.num_identity:
-                direction_E = 1 / self.num_experts - counts_E / counts_E.sum().clamp(min=1)
-                direction_E[-self.num_identity :] = 0.0
-            self.selection_bias += self.options.bias_update_rate * direction_E
-        self._step_counts = None
+        """Move the selection bias by the load of the step just taken, then forget the load."""
+        if self.options.selection_bias:
+            move_bias(self.selection_bias, self._load, self.options, self.num_identity)
+        self._load = StepLoad()
 
     def discard(self) -> None:
         """Forget the load since the last step."""
-        self._step_counts = None
+        self._load = StepLoad()
 
     def defer_state(self) -> None:
         """Do nothing: the bias is moved by :meth:`step` alone, whoever trains."""
