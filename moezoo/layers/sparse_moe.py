@@ -145,7 +145,7 @@ class SparseMoE(FeedForward):
         self.shared_bias = shared_bias
         if shared_bias is not None:
             self._needs_shared("shared_bias", "to have biases")
-        router.check(slots, top_k)
+        router.check(slots, top_k, num_identity_experts)
         if router.weights.with_shared:
             _check_weighed_shared(self)
         if num_identity_experts and router.choice == "expert":

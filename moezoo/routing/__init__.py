@@ -1,12 +1,7 @@
 """Routing of tokens to experts: learned routers, their options, losses and statistics."""
 
-from moezoo.routing.options import (
-    BalanceOptions,
-    CapacityOptions,
-    LogitOptions,
-    RouterOptions,
-    WeightOptions,
-)
+from moezoo.routing.balance_options import BalanceOptions, CapacityOptions
+from moezoo.routing.options import LogitOptions, RouterOptions, WeightOptions
 from moezoo.routing.router import Router, Routing
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moezoo.routing import losses as L
-from moezoo.routing.options import BalanceOptions
+from moezoo.routing.balance_options import BalanceOptions
 from moezoo.routing.stats import expert_counts
 
 

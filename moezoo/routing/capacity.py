@@ -8,7 +8,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from moezoo.routing.options import CapacityOptions
+from moezoo.routing.balance_options import CapacityOptions
 from moezoo.routing.stats import count_tokens
 
 _MOST_TOKENS = 1 << 31

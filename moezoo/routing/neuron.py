@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moezoo.routing.options import BalanceOptions, RouterOptions
+from moezoo.routing.balance_options import BalanceOptions
+from moezoo.routing.options import RouterOptions
 from moezoo.routing.router import Router
 from moezoo.routing.wide_linear import wide_linear
 from moezoo_kernels.activations import ACTIVATIONS

@@ -140,7 +140,13 @@ class RouterOptions:
             load instead of a loss (arXiv:2408.15664).
         select_on: choose by the ``score`` or by the ``logit`` (Kolibri), with the bias on either;
             scores saturate, and a bias counts less where a sigmoid is steep.
-        bias_update_rate: how far the bias moves per optimizer step.
+        bias_rule: what moves the bias after an optimizer step. ``sign``: against the load by
+            ``bias_update_rate``. ``quantile``: to where the scores of that step would have given
+            each expert the same load, with no rate (quantile balancing, Su 2026).
+        bias_update_rate: how far ``sign`` moves the bias per optimizer step.
+        bias_recentre: after each step take the bias's mean away, which ``sign`` lets drift. Which
+            experts are chosen changes with ``closed_groups: zero`` alone. ``quantile`` does so
+            always.
         expert_dropout: while training, zero a token's score of an expert with this probability,
             without rescaling; it may be chosen all the same (arXiv:2310.10837, section 5). Sigmoid
             scores only.
@@ -161,18 +167,21 @@ class RouterOptions:
     group_score: Literal["max", "sum_of_two"] | None = None
     closed_groups: Literal["exclude", "zero"] = "exclude"
     selection_bias: bool = False
+    bias_rule: Literal["sign", "quantile"] = "sign"
     bias_update_rate: float = 1e-3
+    bias_recentre: bool = False
     expert_dropout: float = 0.0
     select_on: Literal["score", "logit"] = "score"
     logits: LogitOptions = LogitOptions()
     weights: WeightOptions = WeightOptions()
 
-    def check(self, num_experts: int, top_k: int) -> None:
+    def check(self, num_experts: int, top_k: int, num_identity: int = 0) -> None:
         """Check the options against each other and the layer's sizes.
 
         Args:
             num_experts: experts N of the layer.
             top_k: experts that a token is routed to.
+            num_identity: how many of the N compute nothing.
 
         Raises:
             InputError: an option is out of range, or contradicts another or the sizes.
@@ -190,7 +199,7 @@ class RouterOptions:
         check_number("router.mixer_eps", self.mixer_eps)
         if self.score == "sparse_mixer":
             self._check_sparse_mixer()
-        check_number("router.bias_update_rate", self.bias_update_rate)
+        self._check_selection_bias(num_identity)
         check_number("router.expert_dropout", self.expert_dropout, maximum=1.0)
         if self.expert_dropout and self.score != "sigmoid":
             raise InputError("router.expert_dropout: is defined for sigmoid scores; use sigmoid")
@@ -238,6 +247,28 @@ class RouterOptions:
                 "never learns; set normalize to false"
             )
 
+    def _check_selection_bias(self, num_identity: int) -> None:
+        check_choice("router.bias_rule", self.bias_rule, ("sign", "quantile"))
+        check_number("router.bias_update_rate", self.bias_update_rate)
+        check_flag("router.bias_recentre", self.bias_recentre)
+        for name in ("bias_rule", "bias_recentre"):
+            if getattr(self, name) == getattr(RouterOptions, name):
+                continue
+            if not self.selection_bias:
+                raise InputError(
+                    f"router.{name}: there is no selection bias; set selection_bias to true"
+                )
+            if num_identity:
+                raise InputError(
+                    f"router.{name}: LongCat's rule moves the bias where there are identity "
+                    f"experts; leave it at {str(getattr(RouterOptions, name)).lower()}"
+                )
+        if self.bias_rule == "quantile" and self.num_groups > 1:
+            raise InputError(
+                "router.bias_rule: quantile is not defined within groups; set num_groups to 1, or "
+                "use sign"
+            )
+
     def _check_sparse_mixer(self) -> None:
         for name in ("normalize", "noise", "selection_bias"):
             if getattr(self, name):
@@ -263,99 +294,3 @@ class RouterOptions:
             )
         if self.num_groups > 1:
             raise InputError("router.num_groups: has no meaning in expert choice; set it to 1")
-
-
-@dataclass(frozen=True)
-class BalanceOptions:
-    """Coefficients of the losses that keep experts evenly used; 0 leaves a loss out.
-
-    Attributes:
-        load_balancing: Switch's E Σ f_e P_e (arXiv:2101.03961, eq. 4); 1.0 when even.
-        z_loss: mean squared logsumexp of the logits (arXiv:2202.08906, eq. 5).
-        importance: squared coefficient of variation of the summed weights (arXiv:1701.06538).
-        load: the same of the expected load; needs ``router.noise`` for a gradient.
-        sequence: the load-balancing loss within each sequence (arXiv:2412.19437, eq. 17).
-        entropy: Σ_e p_e log p_e of the mean softmax p over the batch, least (-log E) when even
-            (arXiv:2310.10837, section 5).
-        scope: take f over the ``global`` batch (all ranks, all micro-batches so far) or the
-            ``local`` one; global leaves experts free to specialise (arXiv:2501.11873). The p of
-            ``entropy`` is then over all ranks.
-        count: f counts every ``selected`` expert, or a token's ``first_choice`` only (GShard).
-    """
-
-    load_balancing: float = 0.01
-    z_loss: float = 0.0
-    importance: float = 0.0
-    load: float = 0.0
-    sequence: float = 0.0
-    entropy: float = 0.0
-    scope: Literal["global", "local"] = "global"
-    count: Literal["selected", "first_choice"] = "selected"
-
-    def check(self) -> None:
-        """Check the options.
-
-        Raises:
-            InputError: a value is out of range.
-        """
-        for name in ("load_balancing", "z_loss", "importance", "load", "sequence", "entropy"):
-            check_number(f"balance.{name}", getattr(self, name))
-        check_choice("balance.scope", self.scope, ("global", "local"))
-        check_choice("balance.count", self.count, ("selected", "first_choice"))
-
-
-@dataclass(frozen=True)
-class CapacityOptions:
-    """A limit on the tokens one expert takes: ``ceil(factor * top_k * tokens / num_experts)``.
-
-    In exact arithmetic on the factor as it was written; never more than the tokens there are.
-    All first choices are served before any second choice; what overflows adds nothing
-    (arXiv:2006.16668, algorithm 1; arXiv:2101.03961, eq. 3).
-
-    Attributes:
-        factor: capacity factor while training.
-        eval_factor: capacity factor in evaluation.
-        minimum: an expert's capacity is never below this, unless there are fewer tokens.
-        second_choice_threshold: while training, keep a later choice of weight g with probability
-            min(1, g / threshold); 0 keeps all.
-        fixed: so many tokens per expert, whatever the factors and the minimum (transformers'
-            ``expert_capacity``). None: those of the factors.
-        scope: tokens are those of the ``batch``, or of a ``sequence``: each has the same room in
-            every expert, and takes none from the others (Switch in transformers).
-        order: tokens are served by their ``position``, or the one with the largest score first
-            (``score``: batch prioritized routing, arXiv:2106.05974, section 4; NLLB).
-        normalize: weights are normalized over the chosen experts (``before`` dropping), or over
-            those that are left (``after``; NLLB), by whose raw scores second choices are kept then.
-    """
-
-    factor: float = 1.25
-    eval_factor: float = 2.0
-    minimum: int = 1
-    second_choice_threshold: float = 0.0
-    fixed: int | None = None
-    scope: Literal["batch", "sequence"] = "batch"
-    order: Literal["position", "score"] = "position"
-    normalize: Literal["before", "after"] = "before"
-
-    def check(self, router: RouterOptions) -> None:
-        """Check the options.
-
-        Args:
-            router: options of the router whose choices are limited.
-
-        Raises:
-            InputError: a value is out of range, or contradicts the router's.
-        """
-        check_number("capacity.factor", self.factor)
-        check_number("capacity.eval_factor", self.eval_factor)
-        check_int("capacity.minimum", self.minimum, minimum=0)
-        check_number("capacity.second_choice_threshold", self.second_choice_threshold)
-        if self.fixed is not None:
-            check_int("capacity.fixed", self.fixed)
-        check_choice("capacity.scope", self.scope, ("batch", "sequence"))
-        check_choice("capacity.order", self.order, ("position", "score"))
-        check_choice("capacity.normalize", self.normalize, ("before", "after"))
-        if self.normalize == "after" and not router.normalize:
-            raise InputError(
-                "capacity.normalize: weights are not normalized; set router.normalize to true"
-            )

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from moezoo.routing import losses as L
 from moezoo.routing.balance import Choice, Logits, balance_losses
+from moezoo.routing.balance_options import BalanceOptions, CapacityOptions
 from moezoo.routing.capacity import Asked, exact_share, limit
 from moezoo.routing.choose import best_tokens, within_groups
 from moezoo.routing.deferred import statistics
 from moezoo.routing.logits import normed_input, scaled_logits
+from moezoo.routing.margins import margin_histogram
 from moezoo.routing.mlp import RouterMLP
-from moezoo.routing.options import BalanceOptions, CapacityOptions, RouterOptions
+from moezoo.routing.options import RouterOptions
 from moezoo.routing.routing import Routing
 from moezoo.routing.scores import scores_of, shares_of
-from moezoo.routing.selection_bias import StepLoad, kept_in_fp32, move_bias
+from moezoo.routing.selection_bias import StepLoad, kept_in_fp32, move_bias, selection_margins
 from moezoo.routing.sparse_mixer import sparse_mixer
 from moezoo.routing.stats import mean_entropy, slot_stats
 from moezoo.routing.weights import Chosen, total_of
@@ -230,6 +232,9 @@ class Router(TrainingState):
         left, dropped, bound = self._limit(chosen, mask_T, sequences if limited else None)
         asked = (probabilities_TE, chosen.indices, chosen.weights, mask_T)
         stats = statistics(self, self._stats, *asked, dropped)
+        if self.training and self.options.bias_rule == "quantile":
+            margins_TE = selection_margins(self._selection(scores_TE, noisy_TE), self.top_k)
+            stats = {**stats, "margins": margin_histogram(margins_TE, mask_T)}
         return Routing(left.indices, left.weights, aux, stats, bound, left.shared_weights)
 
     def _chosen(self, hidden_TD: Tensor, scores_TE: Tensor, logits_TE: Tensor) -> Chosen:
@@ -279,11 +284,16 @@ class Router(TrainingState):
 
     def _choose(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:
         """Choose by scores or logits; a subclass may break ties of the ones by the others."""
+        selection_TE = within_groups(self._selection(scores_TE, logits_TE), self.options)
+        return selection_TE.topk(self.top_k, dim=-1).indices
+
+    def _selection(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:
+        """Return the numbers that choose."""
         by_score = self.options.select_on == "score"
         selection_TE = (scores_TE if by_score else logits_TE).detach()
         if self.options.selection_bias:
             selection_TE = selection_TE + self.selection_bias
-        return within_groups(selection_TE, self.options).topk(self.top_k, dim=-1).indices
+        return selection_TE
 
     def _stats(
         self,
@@ -342,7 +352,7 @@ class Router(TrainingState):
     def step(self) -> None:
         """Move the selection bias by the load of the step just taken, then forget the load."""
         if self.options.selection_bias:
-            move_bias(self.selection_bias, self._load, self.options, self.num_identity)
+            move_bias(self.selection_bias, self._load, self.options, self.top_k, self.num_identity)
         self._load = StepLoad()
 
     def discard(self) -> None:

@@ -1,15 +1,17 @@
 """The selection bias: a number per expert that chooses and does not weigh, and what moves it.
 
-Shapes: E experts.
+Shapes: T tokens, E experts, H bins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from moezoo.routing import losses as L
+from moezoo.routing.margins import upper_quantile
 from moezoo.routing.options import RouterOptions
 
 
@@ -19,34 +21,64 @@ class StepLoad:
     Attributes:
         counts: ``(E,)``, choices of each expert before any limit on capacity; None before the
             first micro-batch.
+        margins: ``(E, H)``, a histogram of what :func:`selection_margins` gives; None where no
+            rule asks for it.
     """
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
+        self.margins: Tensor | None = None
 
     def add(self, stats: Mapping[str, Tensor]) -> None:
         """Add what a router's statistics say of one micro-batch."""
         counts_E = stats["expert_counts"].detach()
         self.counts = counts_E if self.counts is None else self.counts + counts_E
+        if "margins" in stats:
+            margins = stats["margins"].detach().to(torch.int64)
+            self.margins = margins if self.margins is None else self.margins + margins
+
+
+def selection_margins(selection_TE: Tensor, top_k: int) -> Tensor:
+    """Return by how much each expert was chosen, or missed: its number less the (k+1)-th largest.
+
+    Args:
+        selection_TE: what chooses, bias included.
+        top_k: k; less than E, or the margins are zero: there is no other to choose.
+    """
+    if top_k == selection_TE.shape[1]:
+        return torch.zeros_like(selection_TE)
+    return selection_TE - selection_TE.topk(top_k + 1, dim=-1).values[:, -1:]
 
 
 def move_bias(
-    bias_E: Tensor, load: StepLoad, options: RouterOptions, num_identity: int = 0
+    bias_E: Tensor, load: StepLoad, options: RouterOptions, top_k: int, num_identity: int = 0
 ) -> None:
     """Move a selection bias, in place, by the load of one optimizer step over all ranks.
 
-    ``b_e += rate * sign(mean(c) - c_e)`` with c summed over ranks and micro-batches
+    By ``sign``, ``b_e += rate * sign(mean(c) - c_e)`` with c summed over ranks and micro-batches
     (arXiv:2408.15664, algorithm 1). With identity experts it is LongCat-Flash's
     ``b_e += rate * (1 / E - c_e / Σ c)`` (arXiv:2509.01322, section 2.1), for the experts that
     compute alone, so that those of identity take the rest: on average a token then has
     ``K (E - I) / E`` experts that compute.
 
+    By ``quantile`` (Su 2026), ``b_e = -Q_e`` with Q_e the number that a share k / E
+    of the ``s_e - α`` exceed, α the (k+1)-th largest of a token's ``s + b``; then b is centred.
+    That is one step of the dual of the linear program of an even load. The histogram is of
+    ``s_e + b_e - α``, whose quantile is what b_e moves by and finds its bins finest near zero.
+
     Args:
         bias_E: fp32.
         load: of the step; without any the bias stays.
         options: of the router.
+        top_k: experts per token k.
         num_identity: identity experts I, the last ones of E.
     """
+    if options.bias_rule == "quantile":
+        if load.margins is not None:
+            histogram_EH = L.sum_over_ranks(load.margins)
+            moved_E = bias_E - upper_quantile(histogram_EH, top_k / len(bias_E))
+            bias_E.copy_(moved_E - moved_E.mean())
+        return
     if load.counts is None:
         return
     counts_E = L.sum_over_ranks(load.counts).float()
@@ -55,6 +87,8 @@ def move_bias(
         direction_E = 1 / len(counts_E) - counts_E / counts_E.sum().clamp(min=1)
         direction_E[-num_identity:] = 0.0
     bias_E += options.bias_update_rate * direction_E
+    if options.bias_recentre:
+        bias_E -= bias_E.mean()
 
 
 def kept_in_fp32(before: Tensor, after: Tensor) -> Tensor:

@@ -86,6 +86,8 @@ UNSEEN = {
     "expert_lr_multiplier": "the optimizer's",
     "hash_function": "says which table is made; a table is a weight",
     "SparseMoE.num_shared_experts": "the default of d_shared",
+    "router.bias_recentre": "acts in step()",
+    "router.bias_rule": "acts in step()",
     "router.bias_update_rate": "acts in step()",
     "router_lr_multiplier": "the optimizer's",
     "seed": "of the table, which is a weight",

@@ -13,9 +13,16 @@ D = 12
 REAL = (17, 31)  # real tokens per rank, of 40: ranks need not hold the same number
 
 
-def layer(score: str = "softmax") -> SparseMoE:
+ROUTERS = {
+    "softmax": RouterOptions(),
+    "sigmoid": RouterOptions(score="sigmoid", selection_bias=True),
+    "quantile": RouterOptions(score="sigmoid", selection_bias=True, bias_rule="quantile"),
+}
+
+
+def layer(kind: str) -> SparseMoE:
     torch.manual_seed(0)
-    router = RouterOptions(score=score, selection_bias=score == "sigmoid")
+    router = ROUTERS[kind]
     balance = BalanceOptions(load_balancing=1.0, z_loss=0.0)
     return SparseMoE(D, num_experts=4, router=router, balance=balance).double()
 
@@ -26,10 +33,10 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return hidden, torch.cat([position < REAL[0], position < REAL[1]])
 
 
-def run_rank(rank: int, path: str, score: str) -> None:
+def run_rank(rank: int, path: str, kind: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    module = layer(score)
+    module = layer(kind)
     hidden, mask = (x[40 * rank : 40 * rank + 40] for x in batch())
     output = module(hidden, mask=mask)
     loss = output.losses["load_balancing"]
@@ -40,7 +47,7 @@ def run_rank(rank: int, path: str, score: str) -> None:
     module.observe(output.stats)
     module.step()
     state = {"gradient": gradient / 2, "loss": loss.detach() / 2}
-    if score == "sigmoid":
+    if ROUTERS[kind].selection_bias:
         state["bias"] = module.gate.selection_bias
     if rank == 0:
         torch.save(state, path + ".result")
@@ -48,13 +55,13 @@ def run_rank(rank: int, path: str, score: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_two_ranks_equal_one(score: str, tmp_path: Path):
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_two_ranks_equal_one(kind: str, tmp_path: Path):
     path = str(tmp_path / "rendezvous")
-    mp.start_processes(run_rank, (path, score), nprocs=2, start_method="spawn")
+    mp.start_processes(run_rank, (path, kind), nprocs=2, start_method="spawn")
     two = torch.load(path + ".result", weights_only=True)
 
-    module = layer(score)
+    module = layer(kind)
     hidden, mask = batch()
     output = module(hidden, mask=mask)
     output.losses["load_balancing"].backward()
@@ -62,6 +69,6 @@ def test_two_ranks_equal_one(score: str, tmp_path: Path):
     module.step()
     torch.testing.assert_close(two["loss"], output.losses["load_balancing"], rtol=1e-12, atol=0)
     torch.testing.assert_close(two["gradient"], module.gate.weight.grad, rtol=1e-10, atol=1e-15)
-    if score == "sigmoid":
+    if ROUTERS[kind].selection_bias:
         assert torch.equal(two["bias"], module.gate.selection_bias)
         assert two["bias"].any()
