@@ -352,6 +352,7 @@ class Router(TrainingState):
     def step(self) -> None:
         """Move the selection bias by the load of the step just taken, then forget the load."""
         if self.options.selection_bias:
+            self.selection_bias = self.selection_bias.float()  # whatever was assigned
             move_bias(self.selection_bias, self._load, self.options, self.top_k, self.num_identity)
         self._load = StepLoad()
 

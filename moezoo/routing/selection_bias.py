@@ -92,12 +92,12 @@ def move_bias(
 
 
 def kept_in_fp32(before: Tensor, after: Tensor) -> Tensor:
-    """Return a buffer that changed device, as :meth:`torch.nn.Module.to` left it, but not dtype.
+    """Return a buffer on the device that a module was moved to, in fp32 whatever that was cast to.
 
     A bias moves by 1e-3 at a time, which bf16 rounds away.
 
     Args:
-        before: the buffer, fp32.
+        before: the buffer.
         after: what was made of it.
     """
-    return after.float() if before.is_meta else before.to(after.device)
+    return after.float() if before.is_meta else before.to(after.device).float()
