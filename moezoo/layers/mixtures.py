@@ -151,4 +151,21 @@ register(
         },
         router_input="pre_attention",
     ),
+    Method(
+        "expert_threshold",
+        SparseMoE,
+        Paper(
+            "Sun et al.",
+            2026,
+            "Expert Threshold Routing for Autoregressive Language Modeling with Dynamic "
+            "Computation Allocation and Load Balancing",
+            "2603.11535",
+        ),
+        {
+            "num_experts": 16,
+            "top_k": 2,
+            "router": RouterOptions(choice="threshold", score="sigmoid", normalize=False),
+            "balance": BalanceOptions(load_balancing=0.0),
+        },
+    ),
 )

@@ -55,12 +55,14 @@ class SparseMoE(FeedForward):
     A call's ``losses``: those of ``load_balancing``, ``router_z``, ``importance``, ``load`` and
     ``sequence_balance`` whose coefficient is not zero. Its ``stats``: ``expert_counts`` (E,) before
     capacity, ``tokens``, ``usage``, the share of experts chosen, ``unevenness``, the divergence of
-    their weights from uniform in nats, ``router_entropy`` in nats, ``dropped`` assignments.
+    their weights from uniform in nats, ``router_entropy`` in nats, ``dropped`` assignments;
+    with thresholds ``without_expert``, the share of tokens that no expert takes; and in training
+    ``margins``, a histogram, where :meth:`observe` reads one.
 
     Args:
         d_model: width of the residual stream.
         num_experts: number of routed experts.
-        top_k: experts per token (on average, in expert choice).
+        top_k: experts per token (on average, where experts take tokens).
         d_expert: hidden width of one expert; default: the dense block's width divided by the
             number of experts that a token runs, rounded up to a multiple of 16, so that a token
             costs what the dense block costs (more by the two maps, with ``d_latent``).
@@ -148,17 +150,11 @@ class SparseMoE(FeedForward):
         router.check(slots, top_k, num_identity_experts)
         if router.weights.with_shared:
             _check_weighed_shared(self)
-        if num_identity_experts and router.choice == "expert":
-            raise InputError("num_identity_experts: these choose no tokens; set it to 0")
         if num_identity_experts and capacity is not None:
             raise InputError("capacity: is not defined with num_identity_experts; set it to null")
         balance.check()
         if capacity is not None:
             capacity.check(router)
-            if router.choice == "expert":
-                raise InputError(
-                    "capacity: expert choice fills every expert exactly; set it to null"
-                )
         self.balance = balance
         self.capacity = capacity
         self.router = router
@@ -213,7 +209,7 @@ class SparseMoE(FeedForward):
         take room from a token's second choice, and how much room there is follows from the number
         of tokens (arXiv:2006.16668, algorithm 1).
         """
-        return self.router.choice == "token"
+        return self.router.choice != "expert"
 
     def reset_parameters(self, num_layers: int = 1) -> None:
         """Initialise router, experts and shared expert; outputs scale with 1/sqrt(num_layers)."""
@@ -374,7 +370,7 @@ class SparseMoE(FeedForward):
 
         With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l. With I identity
         experts, k E / (E + I) stands for k: the mean at an even load, to which the selection bias
-        steers; what a text takes follows from its choices.
+        steers; what a text takes follows from its choices. Where experts take tokens, it is k too.
         """
         slots = self.gate.num_experts
         routing = sum(p.numel() for p in self.gate.parameters())

@@ -90,6 +90,10 @@ class CapacityOptions:
         Raises:
             InputError: a value is out of range, or contradicts the router's.
         """
+        if router.choice == "expert":
+            raise InputError("capacity: expert choice fills every expert exactly; set it to null")
+        if router.choice == "threshold":
+            raise InputError("capacity: thresholds set how many tokens come; set it to null")
         check_number("capacity.factor", self.factor)
         check_number("capacity.eval_factor", self.eval_factor)
         check_int("capacity.minimum", self.minimum, minimum=0)

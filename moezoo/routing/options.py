@@ -115,7 +115,10 @@ class RouterOptions:
 
     Attributes:
         choice: ``token``: each token takes its top_k experts. ``expert``: each expert takes its
-            best tokens, top_k per token on average (arXiv:2202.09368); not causal.
+            best tokens, top_k per token on average (arXiv:2202.09368); not causal. ``threshold``:
+            each expert takes the tokens whose score is above its threshold, which follows the
+            scores of earlier steps (arXiv:2603.11535): top_k per token on average, from none to
+            all; causal.
         score: turn logits into scores by ``softmax`` over all experts, by ``sigmoid`` each or by
             ``sqrt_softplus`` each, the root of log(1 + e^l) (DeepSeek-V4). ``sparse_mixer``: a
             softmax over the logits near the best, from which experts are sampled in training, one
@@ -147,6 +150,7 @@ class RouterOptions:
         bias_recentre: after each step take the bias's mean away, which ``sign`` lets drift. Which
             experts are chosen changes with ``closed_groups: zero`` alone. ``quantile`` does so
             always.
+        threshold_decay: what is left of a threshold in the moving average after a step.
         expert_dropout: while training, zero a token's score of an expert with this probability,
             without rescaling; it may be chosen all the same (arXiv:2310.10837, section 5). Sigmoid
             scores only.
@@ -154,7 +158,7 @@ class RouterOptions:
         weights: how weights are normalized, and learned factors on them.
     """
 
-    choice: Literal["token", "expert"] = "token"
+    choice: Literal["token", "expert", "threshold"] = "token"
     score: Literal["softmax", "sigmoid", "sqrt_softplus", "sparse_mixer"] = "softmax"
     normalize: bool = True
     scale: float = 1.0
@@ -170,6 +174,7 @@ class RouterOptions:
     bias_rule: Literal["sign", "quantile"] = "sign"
     bias_update_rate: float = 1e-3
     bias_recentre: bool = False
+    threshold_decay: float = 0.9
     expert_dropout: float = 0.0
     select_on: Literal["score", "logit"] = "score"
     logits: LogitOptions = LogitOptions()
@@ -186,7 +191,7 @@ class RouterOptions:
         Raises:
             InputError: an option is out of range, or contradicts another or the sizes.
         """
-        check_choice("router.choice", self.choice, ("token", "expert"))
+        check_choice("router.choice", self.choice, ("token", "expert", "threshold"))
         check_choice("router.score", self.score, SCORES)
         check_choice("router.select_on", self.select_on, ("score", "logit"))
         self.logits.check()
@@ -239,8 +244,9 @@ class RouterOptions:
                 "router.weights.apply_to: weights of shared experts multiply their output; use "
                 "output, or set with_shared to false"
             )
-        if self.choice == "expert":
-            self._check_expert_choice()
+        check_number("router.threshold_decay", self.threshold_decay, maximum=1.0)
+        if self.choice != "token":
+            self._check_ragged(num_identity)
         elif top_k == 1 and self.normalize and not self.weights.with_shared:
             raise InputError(
                 "router.normalize: with top_k=1 a normalized weight is always 1 and the router "
@@ -278,19 +284,24 @@ class RouterOptions:
         if self.select_on == "logit":
             raise InputError("router.select_on: sparse_mixer samples by the score; use score")
 
-    def _check_expert_choice(self) -> None:
-        if self.score != "softmax":
+    def _check_ragged(self, num_identity: int) -> None:
+        of = f"{self.choice} choice"
+        if self.choice == "expert" and self.score != "softmax":
             raise InputError("router.score: expert choice is defined with softmax; use softmax")
+        if self.score == "sparse_mixer":
+            raise InputError(f"router.score: sparse_mixer has no meaning in {of}; use softmax")
+        if num_identity:
+            raise InputError("num_identity_experts: these choose no tokens; set it to 0")
         for name in ("normalize", "noise", "selection_bias"):
             if getattr(self, name):
-                raise InputError(f"router.{name}: has no meaning in expert choice; set it to false")
+                raise InputError(f"router.{name}: has no meaning in {of}; set it to false")
+        if self.expert_dropout:
+            raise InputError(f"router.expert_dropout: has no meaning in {of}; set it to 0")
         if self.weights != WeightOptions():
-            raise InputError(
-                "router.weights: expert choice weighs by the scores as they are; leave it out"
-            )
+            raise InputError(f"router.weights: {of} weighs by the scores as they are; leave it out")
         if self.select_on == "logit":
             raise InputError(
                 "router.select_on: experts compare their tokens by the score; use score"
             )
         if self.num_groups > 1:
-            raise InputError("router.num_groups: has no meaning in expert choice; set it to 1")
+            raise InputError(f"router.num_groups: has no meaning in {of}; set it to 1")

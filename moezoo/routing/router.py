@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.routing import losses as L
+from moezoo.routing import ragged
 from moezoo.routing.balance import Choice, Logits, balance_losses
 from moezoo.routing.balance_options import BalanceOptions, CapacityOptions
 from moezoo.routing.capacity import Asked, exact_share, limit
-from moezoo.routing.choose import best_tokens, within_groups
+from moezoo.routing.choose import within_groups
 from moezoo.routing.deferred import statistics
 from moezoo.routing.logits import normed_input, scaled_logits
 from moezoo.routing.margins import margin_histogram
@@ -53,6 +54,7 @@ class Router(TrainingState):
     """
 
     selection_bias: Tensor
+    threshold: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -91,8 +93,8 @@ class Router(TrainingState):
             self.learned_scale = nn.Parameter(torch.empty(1))
         if options.weights.expert_scale:
             self.expert_scale = nn.Parameter(torch.empty(num_experts))
-        if options.selection_bias:
-            self.register_buffer("selection_bias", torch.empty(num_experts, dtype=torch.float32))
+        for name in self._wide_buffers():
+            self.register_buffer(name, torch.empty(num_experts, dtype=torch.float32))
         self._load = StepLoad()
         self.reset_parameters()
 
@@ -126,6 +128,8 @@ class Router(TrainingState):
             nn.init.zeros_(bias)
         if self.options.selection_bias:
             nn.init.zeros_(self.selection_bias)
+        if self.options.choice == "threshold":
+            nn.init.constant_(self.threshold, ragged.COLD)
         self._load = StepLoad()
 
     def _draw(self, weight: Tensor) -> None:
@@ -134,11 +138,19 @@ class Router(TrainingState):
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.selection_bias if self.options.selection_bias else None
+        before = {name: getattr(self, name) for name in self._wide_buffers()}
         super()._apply(fn, recurse)
-        if before is not None:
-            self.selection_bias = kept_in_fp32(before, self.selection_bias)
+        for name, buffer in before.items():
+            setattr(self, name, kept_in_fp32(buffer, getattr(self, name)))
         return self
+
+    def _wide_buffers(self) -> list[str]:
+        """Name what steps move by less than 16 bits can tell apart."""
+        there = {
+            "selection_bias": self.options.selection_bias,
+            "threshold": self.options.choice == "threshold",
+        }
+        return [name for name, is_there in there.items() if is_there]
 
     def forward(
         self,
@@ -156,8 +168,8 @@ class Router(TrainingState):
             limited: whether the limit on capacity applies, if there is one.
         """
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            if self.options.choice == "expert":
-                return self._experts_choose(hidden_TD, mask_T)
+            if self.options.choice != "token":
+                return self._ragged(hidden_TD, mask_T)
             sequences = sequences or (1, len(hidden_TD))
             return self._tokens_choose(hidden_TD, mask_T, sequences, limited)
 
@@ -171,7 +183,7 @@ class Router(TrainingState):
 
         Decoding one token, those take longer than the choice.
         """
-        if self.training or self.options.choice == "expert":
+        if self.training or self.options.choice != "token":
             return self(hidden_TD, mask_T, sequences)._replace(losses={}, stats={})
         with without_autocast(hidden_TD.device.type):
             hidden_TD = self._features(hidden_TD)
@@ -307,6 +319,8 @@ class Router(TrainingState):
         stats = slot_stats(indices_TK, weights_TK.abs(), experts, mask_T, most_counts=experts)
         stats["router_entropy"] = mean_entropy(probabilities_TE, mask_T)
         stats["dropped"] = torch.zeros_like(stats["tokens"]) if dropped is None else dropped
+        if self.options.choice == "threshold":
+            stats["without_expert"] = ragged.without_expert(indices_TK, mask_T)
         return stats
 
     def _limit(
@@ -332,17 +346,21 @@ class Router(TrainingState):
         weights_TK = chosen.weights.masked_fill(chosen.indices < 0, 0.0)
         return chosen._replace(weights=weights_TK), dropped, bound
 
-    def _experts_choose(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
-        """Route to each expert its C best tokens (arXiv:2202.09368, section 3.2)."""
+    def _ragged(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
+        """Route each token to as many experts as take it."""
         logits_TE = self._logits(self._features(self._jittered(hidden_TD)))
-        scores_TE = logits_TE.softmax(dim=-1)
-        indices_TE, room = best_tokens(scores_TE.detach(), mask_T, self.top_k)
-        weights_TE = scores_TE.masked_fill(indices_TE < 0, 0.0) * self.options.scale
+        threshold_E = self.threshold if self.options.choice == "threshold" else None
+        taken = ragged.take(logits_TE, mask_T, self.options, self.top_k, threshold_E)
         aux = {}
         if self.balance.z_loss:
             aux["router_z"] = self.balance.z_loss * L.z_loss(logits_TE, mask_T)
-        stats = statistics(self, self._stats, scores_TE, indices_TE, weights_TE, mask_T, None)
-        return Routing(indices_TE, weights_TE, aux, stats, room * self.num_experts)
+        shares_TE = shares_of(taken.scores, self.options.score)
+        asked = (shares_TE, taken.indices, taken.weights, mask_T, None)
+        stats = statistics(self, self._stats, *asked)
+        if self.training and threshold_E is not None:
+            margins = ragged.threshold_margins(taken.scores, threshold_E, mask_T)
+            stats = {**stats, "margins": margins}
+        return Routing(taken.indices, taken.weights, aux, stats, taken.max_assignments)
 
     def observe(self, stats: Mapping[str, Tensor]) -> None:
         """Add one micro-batch's expert counts to those of this optimizer step."""
@@ -350,10 +368,14 @@ class Router(TrainingState):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the selection bias by the load of the step just taken, then forget the load."""
+        """Move biases or thresholds by the load of the step just taken, then forget the load."""
+        for name in self._wide_buffers():
+            setattr(self, name, getattr(self, name).float())  # whatever was assigned
         if self.options.selection_bias:
-            self.selection_bias = self.selection_bias.float()  # whatever was assigned
             move_bias(self.selection_bias, self._load, self.options, self.top_k, self.num_identity)
+        if self.options.choice == "threshold":
+            decay = self.options.threshold_decay
+            ragged.move_threshold(self.threshold, self._load, self.top_k, decay)
         self._load = StepLoad()
 
     def discard(self) -> None:
@@ -361,7 +383,7 @@ class Router(TrainingState):
         self._load = StepLoad()
 
     def defer_state(self) -> None:
-        """Do nothing: the bias is moved by :meth:`step` alone, whoever trains."""
+        """Do nothing: such state is moved by :meth:`step` alone, whoever trains."""
 
     def flops_per_token(self) -> int:
         """Return the forward FLOPs of one token: 2 d E, more with an MLP or shared experts."""

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moezoo import BalanceOptions, RouterOptions, SparseMoE
+from moezoo.feed_forward import FeedForwardOutput
 
 D = 12
 REAL = (17, 31)  # real tokens per rank, of 40: ranks need not hold the same number
@@ -17,6 +18,7 @@ ROUTERS = {
     "softmax": RouterOptions(),
     "sigmoid": RouterOptions(score="sigmoid", selection_bias=True),
     "quantile": RouterOptions(score="sigmoid", selection_bias=True, bias_rule="quantile"),
+    "threshold": RouterOptions(choice="threshold", normalize=False),
 }
 
 
@@ -33,13 +35,19 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return hidden, torch.cat([position < REAL[0], position < REAL[1]])
 
 
+def loss_of(output: FeedForwardOutput, processes: int) -> torch.Tensor:
+    """Return a loss whose mean over processes is that of all tokens."""
+    outputs = processes * output.hidden.square().sum()
+    return output.losses.get("load_balancing", outputs)
+
+
 def run_rank(rank: int, path: str, kind: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     module = layer(kind)
     hidden, mask = (x[40 * rank : 40 * rank + 40] for x in batch())
     output = module(hidden, mask=mask)
-    loss = output.losses["load_balancing"]
+    loss = loss_of(output, 2)
     loss.backward()
     gradient = module.gate.weight.grad.clone()
     for tensor in (gradient, loss.detach()):
@@ -47,8 +55,7 @@ def run_rank(rank: int, path: str, kind: str) -> None:
     module.observe(output.stats)
     module.step()
     state = {"gradient": gradient / 2, "loss": loss.detach() / 2}
-    if ROUTERS[kind].selection_bias:
-        state["bias"] = module.gate.selection_bias
+    state |= module.gate.named_buffers()
     if rank == 0:
         torch.save(state, path + ".result")
     dist.destroy_process_group()
@@ -64,11 +71,14 @@ def test_two_ranks_equal_one(kind: str, tmp_path: Path):
     module = layer(kind)
     hidden, mask = batch()
     output = module(hidden, mask=mask)
-    output.losses["load_balancing"].backward()
+    loss = loss_of(output, 1)
+    loss.backward()
     module.observe(output.stats)
     module.step()
-    torch.testing.assert_close(two["loss"], output.losses["load_balancing"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(two["loss"], loss.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(two["gradient"], module.gate.weight.grad, rtol=1e-10, atol=1e-15)
-    if ROUTERS[kind].selection_bias:
-        assert torch.equal(two["bias"], module.gate.selection_bias)
-        assert two["bias"].any()
+    before = dict(layer(kind).gate.named_buffers())
+    for name, buffer in module.gate.named_buffers():
+        assert torch.equal(two[name], buffer)
+        assert not torch.equal(buffer, before[name])
+    assert bool(before) == (kind != "softmax")

@@ -51,6 +51,9 @@ def randomize(layer: FeedForward) -> FeedForward:
             drawn = 1 + 0.3 * drawn
         elif last == "selection_bias":
             drawn *= 0.2 if _scores(layer) != "softmax" else 0.5 / tensor.numel()
+        elif last == "threshold":  # one of them is cold
+            drawn = (1 + 0.2 * drawn) * (0.6 if _scores(layer) != "softmax" else 1 / tensor.numel())
+            drawn[2] = -1.0
         elif tensor.ndim < 2 or last.endswith("bias"):
             drawn *= 0.4
         else:

@@ -39,7 +39,9 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
         asking = [x_D * factor_D for x_D, factor_D in zip(asking, factors, strict=True)]
     computing = options["num_experts"]
     options = {**options, "num_experts": computing + options["num_identity_experts"]}
-    route = _experts_choose if options["router"]["choice"] == "expert" else _tokens_choose
+    route = {"expert": _experts_choose, "threshold": _thresholds_choose, "token": _tokens_choose}[
+        options["router"]["choice"]
+    ]
     gates, losses, counts = route(weights, options, hidden, asking, real, call)
     weighed = options["router"]["weights"]["with_shared"]
     answer = Experts(weights, "experts.", options)
@@ -437,6 +439,35 @@ def _experts_choose(
     if weight := options["balance"]["z_loss"]:
         losses["router_z"] = weight * z_loss([logits[t] for t in everyone])
     return gates, losses, [room] * experts
+
+
+def _thresholds_choose(
+    weights: Weights,
+    options: Options,
+    hidden: Tensor,
+    asking: Sequence[Tensor],
+    real: Sequence[bool],
+    call: Call,
+) -> tuple[list[dict[int, Tensor]], dict[str, Tensor], list[int]]:
+    """Let each expert take the tokens whose score is above its threshold (arXiv:2603.11535)."""
+    router, clean, gates = options["router"], [], []
+    for t, x_D in enumerate(_jittered(asking, router, call)):
+        logits_E = _logits(weights, router["logits"], _router_input(weights, router["logits"], x_D))
+        scores_E = softmax(logits_E) if router["score"] == "softmax" else _score(logits_E, router)
+        mine = {}
+        for e, limit in enumerate(weights["gate.threshold"].tolist()):
+            # Before its first step an expert has the threshold -1, and tokens choose it.
+            taken = scores_E[e].item() > limit
+            if limit < 0:
+                taken = e in best(scores_E, options["top_k"])
+            if taken and real[t]:
+                mine[e] = scores_E[e] * router["scale"]
+        clean.append(logits_E)
+        gates.append(mine)
+    losses = {}
+    if weight := options["balance"]["z_loss"]:
+        losses["router_z"] = weight * z_loss([clean[t] for t in range(len(clean)) if real[t]])
+    return gates, losses, _count([list(mine) for mine in gates], options["num_experts"])
 
 
 def sigma_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
