@@ -57,9 +57,9 @@ def move_bias(
 
     By ``sign``, ``b_e += rate * sign(mean(c) - c_e)`` with c summed over ranks and micro-batches
     (arXiv:2408.15664, algorithm 1). With identity experts it is LongCat-Flash's
-    ``b_e += rate * (1 / E - c_e / Σ c)`` (arXiv:2509.01322, section 2.1), for the experts that
-    compute alone, so that those of identity take the rest: on average a token then has
-    ``K (E - I) / E`` experts that compute.
+    ``b_e += rate * (1 / E - c_e / Σ c)`` (arXiv:2509.01322, as its readers quote it), for the
+    experts that compute alone, so that those of identity take the rest: on average a token then
+    has ``K (E - I) / E`` experts that compute.
 
     By ``quantile`` (Su 2026), ``b_e = -Q_e`` with Q_e the number that a share k / E
     of the ``s_e - α`` exceed, α the (k+1)-th largest of a token's ``s + b``; then b is centred.
