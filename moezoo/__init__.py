@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moezoo.adopting import adopt
     from moezoo.errors import InputError
     from moezoo.experts import GLUOptions
     from moezoo.experts.values import shared_values
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from moezoo.swap_layers import swap
 
 _NAMES: dict[str, tuple[str, ...]] = {
+    "adopting": ("adopt",),
     "errors": ("InputError",),
     "experts": ("GLUOptions",),
     "experts.values": ("shared_values",),
@@ -137,6 +139,7 @@ __all__ = [
     "TopKFFN",
     "UltraFastFFF",
     "WeightOptions",
+    "adopt",
     "register",
     "register_experts",
     "select_layers",

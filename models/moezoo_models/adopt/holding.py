@@ -1,0 +1,145 @@
+"""A SparseMoE that computes with the parameters of a block of transformers, in its place.
+
+The block stays in the model with its class, its children and its parameters; only its ``forward``
+is ours. So whatever goes by names or classes goes on as before: state dicts, ``save_pretrained``,
+optimizers, hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.errors import InputError
+from moezoo.feed_forward import FeedForwardOutput
+from moezoo.layers.sparse_moe import SparseMoE
+from moezoo_models.adopt.table import Block
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Shared(NamedTuple):
+    """A tensor of the block that the layer computes with.
+
+    Attributes:
+        ours: its name in the layer.
+        theirs: its name in the block.
+        view: from theirs to ours.
+        hidden: the axis of theirs that hidden neurons are along, if any.
+    """
+
+    ours: str
+    theirs: str
+    view: Callable[[Tensor], Tensor]
+    hidden: int | None
+
+
+class _Link:
+    """One shared tensor: where it is in the block, and where the layer looks for it."""
+
+    def __init__(self, layer: SparseMoE, block: nn.Module, shared: Shared) -> None:
+        path, _, self.name = shared.theirs.rpartition(".")
+        self.path, self.view, self.theirs = path, shared.view, shared.theirs
+        self.owner = block.get_submodule(path)
+        module_path, _, self.ours = shared.ours.rpartition(".")
+        module = layer.get_submodule(module_path)
+        self.module = module
+        self.place = module._buffers if self.ours in module._buffers else module._parameters
+
+    def bind(self, block: nn.Module) -> None:
+        """Let the layer have what the block has now."""
+        if block.get_submodule(self.path) is not self.owner:
+            raise InputError(
+                f"adopt: {self.path} of {type(block).__name__} was replaced after it was adopted, "
+                "and its weights would not be used; undo(), replace it, and adopt then"
+            )
+        tensor = self.view(getattr(self.owner, self.name))
+        if self.place[self.ours] is not tensor:
+            self.place[self.ours] = tensor  # type: ignore[assignment]
+
+
+class Held:
+    """The ``forward`` of an adopted block.
+
+    Args:
+        block: the block.
+        entry: of the table.
+        layer: a layer with the block's options, whose tensors hold nothing.
+        shared: all of them.
+        factor: what the block multiplies the sum with, beside the layer's own scale.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        entry: Block,
+        layer: SparseMoE,
+        shared: list[Shared],
+        factor: float = 1.0,
+    ) -> None:
+        self.block, self.entry, self.layer, self.shared = block, entry, layer, shared
+        self.factor = factor
+        self.caught: list[FeedForwardOutput] | None = None
+        self._links = [_Link(layer, block, tensor) for tensor in shared]
+        self.bind()
+
+    def bind(self) -> None:
+        """Let the layer compute with the block's parameters as they are now."""
+        for link in self._links:
+            link.bind(self.block)
+        if self.layer.training != self.block.training:
+            self.layer.train(self.block.training)
+
+    def views(self) -> bool:
+        """Return whether the experts' tensors are views of the block's and not these themselves."""
+        experts = [link for link in self._links if link.module is self.layer.experts]
+        return any(link.place[link.ours] is not getattr(link.owner, link.name) for link in experts)
+
+    def shard_experts(self, mesh: DeviceMesh) -> None:
+        """Split the experts over the ranks of a mesh, in the block too."""
+        self.layer.experts.shard(mesh)
+        for link in self._links:
+            if link.module is self.layer.experts:
+                setattr(link.owner, link.name, link.place[link.ours])
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the block would."""
+        self.bind()
+        layer = self.layer
+        if layer.training or self.caught is not None or layer._forward_pre_hooks:
+            output = layer(hidden_states)
+            if self.caught is not None:
+                self.caught.append(output)
+                if layer.training:
+                    layer.observe(output.stats)
+            answer = output.hidden
+        else:
+            answer = layer.infer(hidden_states)
+        if self.factor != 1.0:
+            answer = answer * self.factor
+        if self.entry.after is not None:
+            answer = getattr(self.block, self.entry.after)(answer)
+        router = getattr(self.block, self.entry.router_at)
+        if not (self.entry.scores or router._forward_hooks):
+            return answer
+        # Whoever records router logits hooks on to the router, which therefore has to be called.
+        given = [getattr(self.block, name) for name in self.entry.passed]
+        tokens = hidden_states.flatten(0, -2) if self.entry.flat else hidden_states
+        routed = router(tokens, *given)
+        return (answer, routed[1]) if self.entry.scores else answer
+
+
+def held_by(block: nn.Module) -> Held | None:
+    """Return what computes in a block's place, if it is adopted."""
+    forward = vars(block).get("forward")
+    return forward if isinstance(forward, Held) else None
+
+
+def build_layer(d_model: int, arguments: dict[str, Any]) -> SparseMoE:
+    """Build a layer whose tensors hold nothing yet."""
+    with torch.device("meta"):
+        return SparseMoE(d_model, **arguments)

@@ -1,0 +1,238 @@
+"""Which mixture blocks of transformers a SparseMoE can hold: what each is made of, by class.
+
+Read in the source of transformers 5.23.0, ``models/FAMILY/modeling_FAMILY.py``. What the rows say
+is tried out at every adoption (:mod:`moezoo_models.adopt.trial`), so that a release which changes
+one is refused and not believed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+VERSION = "5.23.0"
+"""The release of transformers in whose source the table was read."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A class of mixture blocks.
+
+    Attributes:
+        family: folder of its file.
+        name: its class.
+        router: class of its router.
+        experts: class of its experts.
+        convention: a key of :data:`moezoo_models.adopt.conventions.CONVENTIONS`.
+        layout: a key of :data:`moezoo_models.adopt.layouts.LAYOUTS`.
+        router_at: name of the router within the block.
+        weight: the router's weight, ``(E, D)``, within the block.
+        bias: the selection bias within the block, if the convention has one.
+        shared: name of the shared expert, which a configuration may leave out.
+        shared_gate: name of the linear map whose sigmoid weighs the shared expert.
+        passed: attributes of the block that its router is called with, after hidden states.
+        flat: whether its router is called with ``(T, D)``; else with ``(B, T, D)``.
+        after: name of a module that the block applies to the sum.
+        scores: whether the block returns its router's weights beside hidden states.
+    """
+
+    family: str
+    name: str
+    router: str
+    experts: str
+    convention: str
+    layout: str = "stacked"
+    router_at: str = "gate"
+    weight: str = "gate.weight"
+    bias: str | None = None
+    shared: str | None = None
+    shared_gate: str | None = None
+    passed: tuple[str, ...] = ()
+    flat: bool = True
+    after: str | None = None
+    scores: bool = False
+
+    @property
+    def path(self) -> str:
+        """Module path and name of the class."""
+        return f"{_module(self.family)}.{self.name}"
+
+
+def _module(family: str) -> str:
+    return f"transformers.models.{family}.modeling_{family}"
+
+
+def path_of(module: Any) -> str:
+    """Return module path and name of an object's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+_BIAS = "gate.e_score_correction_bias"
+
+
+def _softmax(family: str, prefix: str, **changes: Any) -> Block:
+    names = (f"{prefix}SparseMoeBlock", f"{prefix}TopKRouter", f"{prefix}Experts")
+    return Block(family, *names, **{"convention": "softmax", **changes})
+
+
+def _granite(family: str, prefix: str) -> Block:
+    names = (f"{prefix}MoE", f"{prefix}TopKRouter", f"{prefix}Experts")
+    at = {"router_at": "router", "weight": "router.weight"}
+    return Block(family, *names, "top_k_softmax", **at)  # type: ignore[arg-type]
+
+
+def _grouped(family: str, prefix: str, **changes: Any) -> Block:
+    names = (f"{prefix}MoE", f"{prefix}TopkRouter", f"{prefix}Experts")
+    arguments = {"convention": "sigmoid_groups", "bias": _BIAS, "shared": "shared_experts"}
+    return Block(family, *names, **(arguments | changes))
+
+
+_GATED = {"shared": "shared_expert", "shared_gate": "shared_expert_gate"}
+_TALKER = "Qwen3OmniMoeTalkerText"
+_THINKER = "Qwen3OmniMoeThinkerText"
+
+BLOCKS = (
+    _softmax("flex_olmo", "FlexOlmo"),
+    _softmax("mellum", "Mellum"),
+    _softmax("minimax", "MiniMax"),
+    _softmax("mixtral", "Mixtral"),
+    _softmax("olmoe", "Olmoe"),
+    _softmax("qwen2_moe", "Qwen2Moe", **_GATED),
+    _softmax("qwen3_5_moe", "Qwen3_5Moe", **_GATED),
+    _softmax("qwen3_moe", "Qwen3Moe"),
+    _softmax("qwen3_next", "Qwen3Next", **_GATED),
+    _softmax("qwen3_omni_moe", _TALKER, **_GATED),
+    _softmax("qwen3_omni_moe", _THINKER),
+    _softmax("qwen3_vl_moe", "Qwen3VLMoeText"),
+    _softmax("qwen4_exp", "Qwen4ExpText", **_GATED),
+    Block(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1Moe",
+        "HunYuanMoEV1Gate",
+        "HunYuanMoEV1Experts",
+        "softmax",
+        weight="gate.wg.weight",
+        shared="shared_mlp",
+    ),
+    _softmax(
+        "jamba", "Jamba", convention="softmax_raw", router_at="router", weight="router.weight"
+    ),
+    _granite("granitemoe", "GraniteMoe"),
+    _granite("granitemoe_swa", "GraniteMoeSWA"),
+    _granite("granitemoehybrid", "GraniteMoeHybrid"),
+    _granite("granitemoeshared", "GraniteMoeShared"),
+    Block(
+        "aria",
+        "AriaTextMoELayer",
+        "AriaTextTopKRouter",
+        "AriaExperts",
+        "top_k_softmax",
+        layout="transposed",
+        router_at="router",
+        weight="router.weight",
+        shared="shared_experts",
+    ),
+    _softmax("cohere2_moe", "Cohere2Moe", convention="cohere", shared="shared_experts"),
+    *(
+        Block(
+            family,
+            f"{prefix}Moe",
+            f"{prefix}TopkRouter",
+            f"{prefix}Experts",
+            "softmax_groups",
+            shared="shared_experts",
+        )
+        for family, prefix in (
+            ("deepseek_ocr2", "DeepseekOcr2Text"),
+            ("deepseek_v2", "DeepseekV2"),
+            ("unlimited_ocr", "UnlimitedOcrText"),
+        )
+    ),
+    _grouped("mistral4", "Mistral4", convention="softmax_group_pairs", bias=None),
+    _grouped("mistral_large4", "MistralLarge4Text", convention="softmax_group_pairs", bias=None),
+    _grouped("axk1", "AXK1", after="post_mlp_layernorm"),
+    _grouped("bailing_hybrid", "BailingHybrid"),
+    _grouped("deepseek_v3", "DeepseekV3"),
+    _grouped("deepseek_v32", "DeepseekV32"),
+    _grouped("dots1", "Dots1"),
+    Block(
+        "dots3_note",
+        "Dots3NoteTextMoE",
+        "Dots3NoteTextTopkRouter",
+        "Dots3NoteExperts",
+        "sigmoid_groups",
+        bias=_BIAS,
+        shared="shared_experts",
+    ),
+    Block(
+        "exaone_moe",
+        "ExaoneMoeSparseMoEBlock",
+        "ExaoneMoeTopkRouter",
+        "ExaoneMoeExperts",
+        "sigmoid_groups",
+        bias=_BIAS,
+        shared="shared_experts",
+    ),
+    _grouped("glm4_moe", "Glm4Moe"),
+    _grouped("glm4_moe_lite", "Glm4MoeLite"),
+    _grouped("glm4v_moe", "Glm4vMoeText"),
+    _grouped("glm_moe_dsa", "GlmMoeDsa"),
+    _grouped("kimi_linear", "KimiLinear"),
+    _grouped("mimo_v2_flash", "MiMoV2Flash", shared=None),
+    _grouped("nemotron_h", "NemotronH", layout="ungated"),
+    _grouped("solar_open", "SolarOpen"),
+    Block(
+        "beam",
+        "BeamMoE",
+        "BeamTopKRouter",
+        "BeamExperts",
+        "sigmoid_groups",
+        bias=_BIAS,
+    ),
+    Block(
+        "afmoe",
+        "AfmoeSparseMoeBlock",
+        "AfmoeTokenChoiceRouter",
+        "AfmoeExperts",
+        "sigmoid_bias",
+        router_at="router",
+        weight="router.gate.weight",
+        bias="expert_bias",
+        shared="shared_experts",
+        passed=("expert_bias",),
+        flat=False,
+    ),
+    Block(
+        "dots3_note",
+        "Dots3NoteVisionMoE",
+        "Dots3NoteVisionTopKRouter",
+        "Dots3NoteExperts",
+        "sigmoid_bias",
+        bias="e_score_correction_bias",
+        passed=("e_score_correction_bias",),
+    ),
+    Block(
+        "hy_v3",
+        "HYV3MoE",
+        "HYV3TopKRouter",
+        "HYV3Experts",
+        "sigmoid_bias",
+        bias="e_score_correction_bias",
+        shared="shared_experts",
+        passed=("e_score_correction_bias",),
+    ),
+    _softmax(
+        "minimax_m2",
+        "MiniMaxM2",
+        convention="sigmoid_bias",
+        bias="e_score_correction_bias",
+        passed=("e_score_correction_bias",),
+    ),
+    _softmax("flint", "Flint", convention="sigmoid", shared="shared_expert"),
+)
+"""The blocks that are held, in the order of the conventions."""
+
+REASONS: dict[str, str] = {}
+"""Blocks that are not held: module path and name of the class, and why."""
+
+BY_CLASS = {block.path: block for block in BLOCKS}

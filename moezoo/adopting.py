@@ -1,0 +1,31 @@
+"""`moezoo.adopt`, which stands in a package that knows transformers and is loaded when called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from moezoo.routing import BalanceOptions
+
+
+def adopt(model: nn.Module, *, balance: BalanceOptions | None = None) -> Any:
+    """Let a transformers model compute its mixture blocks by :class:`moezoo.SparseMoE`, in place.
+
+    Weights are shared, and their names in the model stay. Every block is tried out on random tokens
+    before any is changed: output and gradients differ by no more than rounding, or the model is
+    refused. See :func:`moezoo_models.adopt.adopt`.
+
+    Args:
+        model: as ``from_pretrained`` returns it.
+        balance: auxiliary losses of the layers; default: none.
+
+    Returns:
+        A :class:`moezoo_models.adopt.Adopted`: the layers, and what they return beside hidden
+        states.
+
+    Raises:
+        InputError: there is no mixture block, or one that cannot be held exactly.
+    """
+    return importlib.import_module("moezoo_models.adopt").adopt(model, balance=balance)
