@@ -193,8 +193,7 @@ def difference(block: Block, change: dict[str, Any], dtype: torch.dtype) -> floa
     load = adopted.layers["mlp"].slot_load(hidden).counts
     assert load.max() > 1.5 * load.float().mean(), "the load is even; skewed logits find more"
     return max(
-        float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max())
-        for name in theirs
+        float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs
     )
 
 

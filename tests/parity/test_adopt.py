@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import adopt_families as families  # noqa: E402 - also a program of its own
 
+from moezoo_models.adopt import table  # noqa: E402
+
 CASES = {name: (block, change) for name, block, change in families.cases()}
 
 
@@ -21,3 +24,67 @@ CASES = {name: (block, change) for name, block, change in families.cases()}
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_all_gradients_are_theirs(case, dtype):
     assert families.difference(*CASES[case], dtype) <= 1e-6
+
+
+MODELS = Path(transformers.__file__).parent / "models"
+# Families whose configuration names the experts of another family's text model.
+WRAPPERS = {
+    "nemotron3_5_transcribe": "nemotron_h",
+}
+NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_topk")
+
+
+def families_with_experts() -> set[str]:
+    """List the families whose configuration names experts."""
+    found = set()
+    for file in MODELS.glob("*/configuration_*.py"):
+        text = file.read_text(encoding="utf-8")
+        if any(name in text for name in NAMES):
+            found.add(file.parent.name)
+    return found
+
+
+def blocks_with_experts() -> set[str]:
+    """List the classes that keep experts, by module path and name."""
+    found = set()
+    for file in MODELS.glob("*/modeling_*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and "experts" in set(kept(node)):
+                module = f"transformers.models.{file.parent.name}.{file.stem}"
+                found.add(f"{module}.{node.name}")
+    return found
+
+
+def kept(node: ast.ClassDef):
+    """List the names that a class assigns to itself."""
+    for inner in ast.walk(node):
+        stored = isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store)
+        if stored and isinstance(inner.value, ast.Name) and inner.value.id == "self":
+            yield inner.attr
+
+
+def test_every_family_with_experts_is_held_or_refused_with_a_reason():
+    known = {path.split(".")[2] for path in (*table.BY_CLASS, *table.REASONS)}
+    assert len(families_with_experts()) > 60
+    assert families_with_experts() - known - WRAPPERS.keys() == set()
+    assert set(WRAPPERS.values()) <= known
+
+
+def test_every_class_with_experts_is_held_or_refused_with_a_reason():
+    known = {*table.BY_CLASS, *table.REASONS, *table.ATTENTION}
+    assert len(blocks_with_experts()) > 60
+    assert blocks_with_experts() - known == set()
+
+
+def test_the_table_names_classes_that_are_there():
+    for path in (*table.BY_CLASS, *table.REASONS, *table.ATTENTION):
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), path
+    assert not table.BY_CLASS.keys() & table.REASONS.keys()
+    assert len(table.BY_CLASS) == len(table.BLOCKS)
+
+
+def test_the_page_lists_what_is_held():
+    assert families.rows(families.PAGE.read_text(encoding="utf-8")) == families.rows(
+        families.page()
+    )

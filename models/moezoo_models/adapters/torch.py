@@ -6,7 +6,7 @@ Shapes: B sequences, H heads, L queries, S keys, D width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,21 @@ def has_forward_hooks(module: nn.Module) -> bool:
     no modules, would pass by them.
     """
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def kept_in(module: nn.Module, name: str) -> dict[str, Any]:
+    """Return where a module keeps a parameter or buffer, to have it compute with another tensor.
+
+    torch 2.13: assigning a tensor that is no parameter where one was is an error, and
+    ``functional_call`` looks everything up at every call. Without it adopted layers would need
+    copies of tensors that are views.
+
+    Args:
+        module: the module.
+        name: of a parameter or buffer of its own.
+    """
+    place: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
+    return place
 
 
 def flash_attention_cpu(

@@ -68,3 +68,12 @@ def keep_contradictions(settings: Any) -> None:
         settings: a model's ``generation_config``.
     """
     settings._original_object_hash = hash(settings)
+
+
+def run_experts_eagerly(config: PreTrainedConfig) -> None:
+    """Have experts that are built of a configuration, or hold it, run one after the other.
+
+    transformers 5.23: only models have a public setter. Without it a block alone is compared as its
+    default computes, which wants rows of multiples of 16 bytes.
+    """
+    config._experts_implementation = "eager"

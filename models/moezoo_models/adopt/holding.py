@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForwardOutput
 from moezoo.layers.sparse_moe import SparseMoE
+from moezoo_models.adapters.torch import has_forward_hooks, kept_in
 from moezoo_models.adopt.table import Block
 
 if TYPE_CHECKING:
@@ -46,9 +47,8 @@ class _Link:
         self.path, self.view, self.theirs = path, shared.view, shared.theirs
         self.owner = block.get_submodule(path)
         module_path, _, self.ours = shared.ours.rpartition(".")
-        module = layer.get_submodule(module_path)
-        self.module = module
-        self.place = module._buffers if self.ours in module._buffers else module._parameters
+        self.module = layer.get_submodule(module_path)
+        self.place = kept_in(self.module, self.ours)
 
     def bind(self, block: nn.Module) -> None:
         """Let the layer have what the block has now."""
@@ -59,7 +59,7 @@ class _Link:
             )
         tensor = self.view(getattr(self.owner, self.name))
         if self.place[self.ours] is not tensor:
-            self.place[self.ours] = tensor  # type: ignore[assignment]
+            self.place[self.ours] = tensor
 
 
 class Held:
@@ -110,7 +110,7 @@ class Held:
         """Return what the block would."""
         self.bind()
         layer = self.layer
-        if layer.training or self.caught is not None or layer._forward_pre_hooks:
+        if layer.training or self.caught is not None or has_forward_hooks(layer):
             output = layer(hidden_states)
             if self.caught is not None:
                 self.caught.append(output)
@@ -124,7 +124,7 @@ class Held:
         if self.entry.after is not None:
             answer = getattr(self.block, self.entry.after)(answer)
         router = getattr(self.block, self.entry.router_at)
-        if not (self.entry.scores or router._forward_hooks):
+        if not (self.entry.scores or has_forward_hooks(router)):
             return answer
         # Whoever records router logits hooks on to the router, which therefore has to be called.
         given = [getattr(self.block, name) for name in self.entry.passed]

@@ -13,7 +13,7 @@ from moezoo.routing import BalanceOptions, RouterOptions
 from moezoo_models.adopt.conventions import CONVENTIONS
 from moezoo_models.adopt.holding import Held, Shared, build_layer
 from moezoo_models.adopt.layouts import LAYOUTS, activation_of
-from moezoo_models.adopt.table import BY_CLASS, REASONS, Block, path_of
+from moezoo_models.adopt.table import ATTENTION, BY_CLASS, REASONS, Block, path_of
 
 OTHERWISE = 'load the model with experts_implementation="moezoo", which holds every one'
 _JITTER = ("jitter_noise", "router_jitter_noise", "input_jitter_noise")
@@ -22,6 +22,8 @@ _JITTER = ("jitter_noise", "router_jitter_noise", "input_jitter_noise")
 def is_mixture(module: nn.Module) -> bool:
     """Return whether a module is a mixture block of transformers, known or not."""
     path = path_of(module)
+    if path in ATTENTION:
+        return False
     if path in BY_CLASS or path in REASONS:
         return True
     return path.startswith("transformers") and isinstance(

@@ -232,7 +232,51 @@ BLOCKS = (
 )
 """The blocks that are held, in the order of the conventions."""
 
-REASONS: dict[str, str] = {}
+_LATER = "is not held yet"
+_NOT_HELD = {
+    ("axk2", "AXK2MoE"): _LATER,
+    ("dbrx", "DbrxFFN"): "stores gate and up apart, which a SparseMoE stores as one tensor: to "
+    "hold them would mean to copy them",
+    ("deepseek_v4", "DeepseekV4SparseMoeBlock"): _LATER,
+    ("diffusion_gemma", "DiffusionGemmaDecoderTextLayer"): "runs its router and experts in the "
+    "decoder layer itself, each on another norm of the residual stream, beside a dense MLP",
+    ("diffusion_gemma", "DiffusionGemmaEncoderTextLayer"): "runs its router and experts in the "
+    "encoder layer itself, each on another norm of the residual stream, beside a dense MLP",
+    ("doge", "DogeCDMoE"): "routes by product keys that mix tokens: view(2, T, -1) of (T, 2n)",
+    ("ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock"): _LATER,
+    ("ernie4_5_vl_moe", "Ernie4_5_VLMoeMoeBlock"): "has other experts for image tokens, which it "
+    "is told apart by an argument of its own",
+    ("ernie4_5_vl_moe", "Ernie4_5_VLMoeSparseMoeBlock"): "is one of two that a block chooses from",
+    ("gemma4", "Gemma4TextDecoderLayer"): "runs its router and experts in the decoder layer "
+    "itself, each on another norm of the residual stream, beside a dense MLP",
+    ("glm5_next", "Glm5NextTextMoE"): _LATER,
+    ("gpt_oss", "GptOssMLP"): _LATER,
+    ("hy_v4", "HYV4MoE"): _LATER,
+    ("inkling", "InklingMoE"): "normalizes routed and shared experts together, whose weights the "
+    "router gives",
+    ("inkling2", "Inkling2SparseMoeBlock"): _LATER,
+    ("jetmoe", "JetMoeMoE"): _LATER,
+    ("kolibri1", "Kolibri1SparseMoeBlock"): _LATER,
+    ("laguna", "LagunaSparseMoeBlock"): _LATER,
+    ("lfm2_moe", "Lfm2MoeSparseMoeBlock"): _LATER,
+    ("llama4", "Llama4TextMoe"): _LATER,
+    ("longcat_flash", "LongcatFlashMoE"): _LATER,
+    ("minimax_m3_vl", "MiniMaxM3VLSparseMoeBlock"): _LATER,
+    ("muse_spark", "MuseSparkMoE"): "normalizes what its experts read and return",
+    ("nllb_moe", "NllbMoeSparseMLP"): _LATER,
+    ("openai_privacy_filter", "OpenAIPrivacyFilterMLP"): _LATER,
+    ("phimoe", "PhimoeSparseMoeBlock"): _LATER,
+    ("step3p7", "Step3p7SparseMoeBlock"): _LATER,
+    ("switch_transformers", "SwitchTransformersSparseMLP"): _LATER,
+    ("vitpose_backbone", "VitPoseBackboneMoeMLP"): "has no router: the data set of an image "
+    "chooses its expert",
+    ("zaya", "ZayaSparseMoeBlock"): "has a router of several layers whose state goes from block to "
+    "block",
+}
+REASONS = {f"{_module(family)}.{name}": reason for (family, name), reason in _NOT_HELD.items()}
 """Blocks that are not held: module path and name of the class, and why."""
+
+ATTENTION = frozenset({f"{_module('jetmoe')}.JetMoeAttention"})
+"""Mixtures of attention heads, which are no feed-forward blocks and stay what they are."""
 
 BY_CLASS = {block.path: block for block in BLOCKS}

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from moezoo.errors import InputError
+from moezoo_models.adapters.transformers import run_experts_eagerly
 from moezoo_models.adopt.holding import Held
 from moezoo_models.adopt.reading import OTHERWISE, hold
 from moezoo_models.adopt.table import VERSION
@@ -74,7 +75,7 @@ def fingerprint(block: nn.Module) -> str:
             for key, value in sorted(vars(module).items())
             if isinstance(value, int | float | str | None) and key not in ("layer_idx", "training")
         }
-        shapes = [tuple(p.shape) for p in (*module._parameters.values(),) if p is not None]
+        shapes = [tuple(p.shape) for p in module.parameters(recurse=False)]
         lines.append(f"{path} {type(module).__module__}.{type(module)} {plain} {shapes}")
     return "\n".join(lines)
 
@@ -101,7 +102,7 @@ def small_copy(held: Held, dtype: torch.dtype = torch.float32, hidden: int = _HI
     small = copy.deepcopy(block, memo)
     config = getattr(getattr(small, "experts", None), "config", None)
     if config is not None:
-        config._experts_implementation = "eager"
+        run_experts_eagerly(config)
     small.__dict__.pop("forward", None)
     return small.eval()
 
