@@ -86,6 +86,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "a dense checkpoint's own neurons as shared and routed experts",
             positional=True,
         ),
+        "adopt": Command(
+            "moezoo_models.adopt.report:report_adoption",
+            "which layers would compute a transformers mixture: options, difference, speed",
+            positional=True,
+        ),
         "export": Command(
             "moezoo_train.checkpoint.export:export",
             "a training checkpoint as a model, a dense model as a stock one",

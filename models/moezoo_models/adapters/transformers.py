@@ -70,10 +70,22 @@ def keep_contradictions(settings: Any) -> None:
     settings._original_object_hash = hash(settings)
 
 
-def run_experts_eagerly(config: PreTrainedConfig) -> None:
-    """Have experts that are built of a configuration, or hold it, run one after the other.
+def experts_backend(block: nn.Module) -> str | None:
+    """Return how the experts of a mixture block are computed; None where a class has one way only.
 
-    transformers 5.23: only models have a public setter. Without it a block alone is compared as its
-    default computes, which wants rows of multiples of 16 bytes.
+    transformers 5.23: only models have a public setter, and nothing a public getter. Without it
+    a block's speed would be that of a way which the model does not take.
     """
-    config._experts_implementation = "eager"
+    config = getattr(getattr(block, "experts", None), "config", None)
+    return getattr(config, "_experts_implementation", None)
+
+
+def set_experts_backend(block: nn.Module, backend: str | None) -> None:
+    """Set how the experts of a mixture block are computed; ``eager`` is one after the other.
+
+    transformers 5.23: a model's ``set_experts_implementation`` wants a whole model. Without it a
+    block is compared as its default computes, which wants rows of multiples of 16 bytes.
+    """
+    config = getattr(getattr(block, "experts", None), "config", None)
+    if config is not None:
+        config._experts_implementation = backend

@@ -13,7 +13,7 @@ from moezoo.feed_forward import FeedForwardOutput
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import BalanceOptions
 from moezoo_models.adopt.holding import Held
-from moezoo_models.adopt.reading import entry_of, hold, is_mixture
+from moezoo_models.adopt.reading import entry_of, hold, mixtures_of
 from moezoo_models.adopt.trial import Difference, fingerprint, try_out
 
 if TYPE_CHECKING:
@@ -151,12 +151,7 @@ def adopt(model: nn.Module, *, balance: BalanceOptions | None = None) -> Adopted
     """
     if balance is not None:
         balance.check()
-    blocks = {name or "it": module for name, module in model.named_modules() if is_mixture(module)}
-    if not blocks:
-        raise InputError(
-            f"model: {type(model).__name__} has no mixture block of transformers; give a model "
-            "with experts, or swap() its feed-forward blocks"
-        )
+    blocks = mixtures_of(model)
     held = {
         name: hold(block, entry_of(block, name), name, balance) for name, block in blocks.items()
     }

@@ -31,6 +31,21 @@ def is_mixture(module: nn.Module) -> bool:
     )
 
 
+def mixtures_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's mixture blocks by name.
+
+    Raises:
+        InputError: it has none.
+    """
+    blocks = {name or "it": module for name, module in model.named_modules() if is_mixture(module)}
+    if not blocks:
+        raise InputError(
+            f"model: {type(model).__name__} has no mixture block of transformers; give a model "
+            "with experts, or swap() its feed-forward blocks"
+        )
+    return blocks
+
+
 def entry_of(block: nn.Module, name: str) -> Block:
     """Return the table's entry for a block.
 

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from moezoo.errors import InputError
-from moezoo_models.adapters.transformers import run_experts_eagerly
+from moezoo_models.adapters.transformers import set_experts_backend
 from moezoo_models.adopt.holding import Held
 from moezoo_models.adopt.reading import OTHERWISE, hold
 from moezoo_models.adopt.table import VERSION
@@ -80,8 +80,13 @@ def fingerprint(block: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def small_copy(held: Held, dtype: torch.dtype = torch.float32, hidden: int = _HIDDEN) -> nn.Module:
-    """Copy a block with random weights, and at most so many hidden neurons per expert.
+def small_copy(
+    held: Held,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = _HIDDEN,
+    backend: str | None = "eager",
+) -> nn.Module:
+    """Copy a block with random weights on the CPU, and at most ``hidden`` neurons per expert.
 
     Router logits differ from expert to expert, selection biases are not zero and of both signs,
     and hidden neurons go far enough to be clamped where a class clamps them.
@@ -100,9 +105,7 @@ def small_copy(held: Held, dtype: torch.dtype = torch.float32, hidden: int = _HI
         new = nn.Parameter(values, tensor.requires_grad) if _is_parameter(tensor) else values
         memo[id(tensor)] = new
     small = copy.deepcopy(block, memo)
-    config = getattr(getattr(small, "experts", None), "config", None)
-    if config is not None:
-        run_experts_eagerly(config)
+    set_experts_backend(small, backend)
     small.__dict__.pop("forward", None)
     return small.eval()
 
