@@ -58,6 +58,8 @@ SIZES: dict[str, Any] = {
 
 CONFIGS = {
     "AriaTextMoELayer": "AriaTextConfig",
+    "InklingMoE": "InklingTextConfig",
+    "Llama4TextMoe": "Llama4TextConfig",
     "DeepseekOcr2TextMoe": "DeepseekOcr2TextConfig",
     "Dots3NoteTextMoE": "Dots3NoteTextConfig",
     "Dots3NoteVisionMoE": "Dots3NoteVisionConfig",
@@ -84,6 +86,22 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "DeepseekV2Moe": [{"topk_method": "greedy"}, {"topk_method": "group_limited_greedy"}],
     "Dots3NoteTextMoE": [{"num_key_value_heads": 4, "norm_topk_prob": n} for n in (True, False)],
     "Dots3NoteVisionMoE": [{"adapter_in_dim": D, "mlp_layer_types": ["sparse"] * 4}],
+    "LagunaSparseMoeBlock": [
+        {"moe_router_logit_softcapping": 0.0},
+        {"moe_router_logit_softcapping": 1.5},
+    ],
+    "Lfm2MoeSparseMoeBlock": [
+        {"use_expert_bias": bias, "norm_topk_prob": norm}
+        for bias in (True, False)
+        for norm in (True, False)
+    ],
+    "AXK2MoE": [
+        {"n_group": None, "topk_group": None},
+        {"n_group": 4},
+        {"n_group": 1, "topk_group": 1},
+    ],
+    "Ernie4_5_MoeSparseMoeBlock": [{}, {"moe_num_shared_experts": 0}],
+    "PhimoeSparseMoeBlock": [{"num_experts_per_tok": 2}],
     "GraniteMoeHybridMoE": [{"mamba_n_heads": 4, "mamba_d_head": 16}],
     "UnlimitedOcrTextMoe": [{"topk_method": "greedy"}, {"topk_method": "group_limited_greedy"}],
 }
@@ -164,7 +182,7 @@ class Model(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the block's hidden states."""
         output = self.mlp(hidden)
-        return output[0] if isinstance(output, tuple) else output
+        return (output[0] if isinstance(output, tuple) else output).reshape(hidden.shape)
 
 
 def compute(model: Model, hidden: Tensor) -> dict[str, Tensor]:

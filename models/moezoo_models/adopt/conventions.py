@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from moezoo.routing import LogitOptions, WeightOptions
+
 Options = dict[str, Any]
 """Arguments of :class:`moezoo.RouterOptions`."""
 
@@ -51,12 +53,31 @@ def _normalize(router: nn.Module) -> bool:
     return bool(_first((router,), ("norm_topk_prob",), True))
 
 
+def _eps(normalize: bool, eps: float) -> WeightOptions:
+    """Return how weights are divided by their sum, if they are."""
+    return WeightOptions(eps=eps) if normalize else WeightOptions()
+
+
 def _softmax(router: Any, block: Any) -> Options:
-    return {"normalize": _normalize(router)}
+    return {"normalize": _normalize(router), **_jitter(block)}
+
+
+def _jitter(block: Any) -> Options:
+    """Return the jitter of a block whose experts read what its router reads."""
+    jitter = float(getattr(block, "jitter_noise", 0.0))
+    return {"jitter": jitter, "jitter_experts": True} if jitter else {}
 
 
 def _softmax_raw(router: Any, block: Any) -> Options:
     return {"normalize": False}
+
+
+def _biased_softmax(router: Any, block: Any) -> Options:
+    return {"normalize": True, "logits": LogitOptions(bias=True)}
+
+
+def _ernie(router: Any, block: Any) -> Options:
+    return {"selection_bias": True, "weights": WeightOptions(minimum=router.norm_min)}
 
 
 def _groups(router: Any, **options: Any) -> Options:
@@ -71,28 +92,76 @@ def _softmax_groups(router: Any, block: Any) -> Options:
 
 
 def _softmax_group_pairs(router: Any, block: Any) -> Options:
-    options = {"normalize": _normalize(router), "scale": _scale(router, block)}
-    return _groups(router, group_score="sum_of_two", **options)
+    normalize = _normalize(router)
+    options = {"normalize": normalize, "scale": _scale(router, block)}
+    closed = {"closed_groups": "zero"} if router.num_group > 1 else {}
+    weights = _eps(normalize, 1e-20)
+    return _groups(router, group_score="sum_of_two", weights=weights, **options, **closed)
 
 
 def _sigmoid_groups(router: Any, block: Any) -> Options:
-    return _groups(router, group_score="sum_of_two", **_sigmoid_bias(router, block))
+    options = {**_sigmoid(router, block, 1e-20), "selection_bias": True}
+    return _groups(router, group_score="sum_of_two", **options)
 
 
-def _sigmoid(router: Any, block: Any) -> Options:
-    return {"score": "sigmoid", "normalize": _normalize(router), "scale": _scale(router, block)}
+def _sigmoid_groups_zero(router: Any, block: Any) -> Options:
+    if router.num_group is None:
+        return {**_sigmoid(router, block, 1e-20), "selection_bias": True}
+    closed = {"closed_groups": "zero"} if router.num_group > 1 else {}
+    return _sigmoid_groups(router, block) | closed
+
+
+def _sigmoid(router: Any, block: Any, eps: float = 0.0) -> Options:
+    normalize = _normalize(router)
+    return {
+        "score": "sigmoid",
+        "normalize": normalize,
+        "scale": _scale(router, block),
+        "weights": _eps(normalize, eps),
+    }
 
 
 def _sigmoid_bias(router: Any, block: Any) -> Options:
-    return {"selection_bias": True, **_sigmoid(router, block)}
+    return {**_sigmoid(router, block), "selection_bias": True, **_jitter(block)}
+
+
+def _sigmoid_bias_eps(router: Any, block: Any) -> Options:
+    return {**_sigmoid(router, block, 1e-20), "selection_bias": True}
+
+
+def _lfm(router: Any, block: Any) -> Options:
+    return {**_sigmoid(router, block, 1e-6), "selection_bias": bool(router.use_expert_bias)}
+
+
+def _laguna(router: Any, block: Any) -> Options:
+    cap = max(float(router.router_logit_softcapping), 0.0)
+    return {**_sigmoid_bias(router, block), "logits": LogitOptions(softcap=cap)}
+
+
+def _kolibri(router: Any, block: Any) -> Options:
+    return {**_sigmoid_bias(router, block), "select_on": "logit"}
+
+
+def _llama4(router: Any, block: Any) -> Options:
+    weights = WeightOptions(apply_to="input")
+    return {"score": "sigmoid", "normalize": False, "weights": weights}
+
+
+def _inkling(router: Any, block: Any) -> Options:
+    weights = WeightOptions(eps=0.0, with_shared=True, learned_scale=True)
+    options = {"score": "sigmoid", "selection_bias": True, "weights": weights}
+    return {**options, "scale": _scale(router, block)}
+
+
+def _mixer(router: Any, block: Any) -> Options:
+    eps = float(router.router_jitter_noise)
+    return {"score": "sparse_mixer", "normalize": False, "mixer_eps": eps}
 
 
 def _cohere(router: Any, block: Any) -> Options:
-    softmax = router.expert_selection_fn == "softmax"
-    return {
-        "score": router.expert_selection_fn,
-        "normalize": softmax or _normalize(router),
-    }
+    if router.expert_selection_fn == "softmax":
+        return {"score": "softmax", "normalize": True}
+    return _sigmoid(router, block)
 
 
 CONVENTIONS = {
@@ -114,6 +183,18 @@ CONVENTIONS = {
         "top-k of l; w = softmax(chosen l)",
         "the numbers are those of a softmax over all experts, divided by the sum of the chosen",
         _softmax,
+    ),
+    "biased_softmax": Convention(
+        "router bias, softmax over the chosen experts",
+        "l = W x + c; top-k of l; w = softmax(chosen l)",
+        "the bias is learned, chooses and weighs; it is no selection bias",
+        _biased_softmax,
+    ),
+    "ernie": Convention(
+        "softmax, selection bias",
+        "p = softmax(l); top-k of p + b; w = p / max(sum, m)",
+        "the bias does not weigh; it is stored as (1, E), in a module of its own within the router",
+        _ernie,
     ),
     "cohere": Convention(
         "softmax or sigmoid of the chosen logits",
@@ -143,18 +224,69 @@ CONVENTIONS = {
         "the bias chooses groups and experts, and does not weigh",
         _sigmoid_groups,
     ),
-    "sigmoid_bias": Convention(
+    "sigmoid_groups_zero": Convention(
+        "sigmoid, selection bias, groups that are closed by 0",
+        "as before, but s + b is 0 in closed groups; top-k of that",
+        "with biases below 0 a closed group's experts have the larger number and are chosen, and "
+        "weighed by their s",
+        _sigmoid_groups_zero,
+    ),
+    "sigmoid_bias_eps": Convention(
         "sigmoid, selection bias",
-        "s = sigmoid(l); top-k of s + b; w = scale s / (sum [+ 1e-20])",
-        "the bias is a buffer of the router, of the block, or a frozen parameter of either; the "
-        "scale is the router's or the block's, which multiplies the sum of the experts",
+        "s = sigmoid(l); top-k of s + b; w = scale s / (sum + 1e-20)",
+        "the bias is an attribute of the block, which hands it to its router",
+        _sigmoid_bias_eps,
+    ),
+    "sigmoid_bias": Convention(
+        "sigmoid, selection bias, plain sum",
+        "s = sigmoid(l); top-k of s + b; w = scale s / sum",
+        "nothing is added to the sum; the scale is the block's, which multiplies the sum of the "
+        "routed experts by it, not that of the shared ones",
         _sigmoid_bias,
+    ),
+    "lfm": Convention(
+        "sigmoid, selection bias, large epsilon",
+        "s = sigmoid(l); top-k of s [+ b]; w = scale s / (sum + 1e-6)",
+        "1e-6 shows in fp32, where 1e-20 does not",
+        _lfm,
+    ),
+    "laguna": Convention(
+        "capped logits, sigmoid, selection bias",
+        "s = sigmoid(c tanh(l / c)); top-k of s + b; w = scale s / sum",
+        "the cap is on the logits, so that no s is near 0 or 1; 0 means none",
+        _laguna,
+    ),
+    "kolibri": Convention(
+        "selection bias on the logit, sigmoid",
+        "top-k of l + b; w = sigmoid(l) / sum",
+        "the bias is added before the sigmoid, where the others add it after, and does not weigh",
+        _kolibri,
     ),
     "sigmoid": Convention(
         "sigmoid, no bias",
         "s = sigmoid(l); top-k of s; w = s [/ sum]",
         "nothing is added to the sum before it divides: all sigmoids underflowing is 0 / 0",
         _sigmoid,
+    ),
+    "inkling": Convention(
+        "routed and shared experts weighed together",
+        "s = sigmoid(l) of routed and shared; top-k of s + b among the routed; "
+        "w = scale g s / (sum over chosen and shared), g learned",
+        "shared experts have rows in the router, and weights; the bias has none for them",
+        _inkling,
+    ),
+    "llama4": Convention(
+        "sigmoid, on the experts' input",
+        "top-k of l; y = sum of E(sigmoid(l) x)",
+        "a weight scales what the expert reads: E(w x) is not w E(x)",
+        _llama4,
+    ),
+    "mixer": Convention(
+        "sparse mixer",
+        "best logit l1 and, without it, l2; w = softmax over the logits within 2 eps of each",
+        "weights do not sum to one; in training experts are sampled, and the gradient is the "
+        "estimate of arXiv:2310.00811",
+        _mixer,
     ),
 }
 """Each convention by its name in the table of blocks."""

@@ -17,6 +17,7 @@ from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForwardOutput
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo_models.adapters.torch import has_forward_hooks, kept_in
+from moezoo_models.adopt.layouts import as_it_is
 from moezoo_models.adopt.table import Block
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ class Shared(NamedTuple):
         theirs: its name in the block.
         view: from theirs to ours.
         hidden: the axis of theirs that hidden neurons are along, if any.
+        unit: how many there are of one expert; the axis is as long, or a multiple.
     """
 
     ours: str
     theirs: str
-    view: Callable[[Tensor], Tensor]
-    hidden: int | None
+    view: Callable[[Tensor], Tensor] = as_it_is
+    hidden: int | None = None
+    unit: int = 1
 
 
 class _Link:
@@ -121,16 +124,21 @@ class Held:
             answer = layer.infer(hidden_states)
         if self.factor != 1.0:
             answer = answer * self.factor
-        if self.entry.after is not None:
-            answer = getattr(self.block, self.entry.after)(answer)
-        router = getattr(self.block, self.entry.router_at)
-        if not (self.entry.scores or has_forward_hooks(router)):
+        entry, block = self.entry, self.block
+        if entry.added is not None:
+            answer = answer + getattr(block, entry.added)
+        if entry.after is not None:
+            answer = getattr(block, entry.after)(answer)
+        if entry.flattened:
+            answer = answer.flatten(0, -2)
+        router = getattr(block, entry.router_at)
+        if entry.second is None and not has_forward_hooks(router):
             return answer
         # Whoever records router logits hooks on to the router, which therefore has to be called.
-        given = [getattr(self.block, name) for name in self.entry.passed]
-        tokens = hidden_states.flatten(0, -2) if self.entry.flat else hidden_states
+        given = [getattr(block, name, None) for name in entry.passed]
+        tokens = hidden_states.flatten(0, -2) if entry.flat else hidden_states
         routed = router(tokens, *given)
-        return (answer, routed[1]) if self.entry.scores else answer
+        return answer if entry.second is None else (answer, routed[entry.second])
 
 
 def held_by(block: nn.Module) -> Held | None:

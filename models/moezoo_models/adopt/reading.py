@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moezoo.errors import InputError
@@ -12,11 +12,10 @@ from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import BalanceOptions, RouterOptions
 from moezoo_models.adopt.conventions import CONVENTIONS
 from moezoo_models.adopt.holding import Held, Shared, build_layer
-from moezoo_models.adopt.layouts import LAYOUTS, activation_of
+from moezoo_models.adopt.layouts import LAYOUTS, SHARED, activation_of, flat, rows
 from moezoo_models.adopt.table import ATTENTION, BY_CLASS, REASONS, Block, path_of
 
 OTHERWISE = 'load the model with experts_implementation="moezoo", which holds every one'
-_JITTER = ("jitter_noise", "router_jitter_noise", "input_jitter_noise")
 
 
 def is_mixture(module: nn.Module) -> bool:
@@ -56,7 +55,7 @@ def entry_of(block: nn.Module, name: str) -> Block:
     if (entry := BY_CLASS.get(path)) is None:
         reason = REASONS.get(path, "is of a class that moezoo does not know")
         raise InputError(f"model: {name} ({type(block).__name__}) {reason}; {OTHERWISE}")
-    for at, expected in ((entry.router_at, entry.router), ("experts", entry.experts)):
+    for at, expected in ((entry.router_at, entry.router), (entry.experts_at, entry.experts)):
         found = type(getattr(block, at)).__name__
         if found != expected:
             raise InputError(
@@ -82,37 +81,36 @@ def hold(block: nn.Module, entry: Block, name: str, balance: BalanceOptions | No
     Raises:
         InputError: it does something that the layer's options cannot say.
     """
-    router, experts = getattr(block, entry.router_at), block.experts
+    router, experts = getattr(block, entry.router_at), getattr(block, entry.experts_at)
     refuse = _Refuse(name, block)
-    for module in (block, router):
-        for attribute in _JITTER:
-            if getattr(module, attribute, 0.0):
-                refuse(f"jitters what its experts read as well ({attribute}); set it to 0")
+    for attribute in ("input_jitter_noise",):
+        if getattr(block, attribute, 0.0):
+            refuse(f"jitters twice what its router reads ({attribute}); set it to 0")
     convention, layout = CONVENTIONS[entry.convention], LAYOUTS[entry.layout]
-    weight = block.get_parameter(entry.weight)
-    tensors = {
-        f"experts.{ours}": Shared(f"experts.{ours}", stored.path, stored.view, stored.hidden)
-        for ours, stored in layout.tensors.items()
-    }
-    down = _shape(block, tensors["experts.down_proj"])
-    if (activation := activation_of(experts)) is None:
+    if (activation := activation_of(experts, block)) is None:
         refuse(f"activates by {getattr(experts, 'act_fn', None)}")
-    num_experts, d_model = weight.shape
+    down = layout.tensors["down_proj"]
+    d_expert = down.view(block.get_parameter(down.path)).shape[2]
+    found = [
+        Shared(f"experts.{ours}", stored.path, stored.view, stored.hidden, d_expert)
+        for ours, stored in layout.tensors.items()
+    ]
+    options = convention.read(router, block)
+    num_experts, d_model = _routed(block, entry, options, found)
     arguments: dict[str, Any] = {
         "num_experts": num_experts,
         "top_k": int(router.top_k),
-        "d_expert": down[2],
+        "d_expert": d_expert,
         "activation": activation,
         "gated": layout.gated,
-        "router": RouterOptions(**convention.read(router, block)),
         "balance": balance or BalanceOptions(load_balancing=0.0),
         **layout.arguments(experts),
     }
-    found = [*tensors.values(), Shared("gate.weight", entry.weight, _same, None)]
-    if entry.bias is not None:
-        found.append(Shared("gate.selection_bias", entry.bias, _same, None))
-    arguments |= _shared_expert(block, entry, arguments["d_expert"], layout.gated, found, refuse)
-    layer = _build(d_model, arguments, refuse)
+    arguments |= _shared_expert(block, entry, d_expert, found, refuse)
+    try:
+        layer = build_layer(d_model, arguments | {"router": RouterOptions(**options)})
+    except InputError as error:
+        return cast("Held", refuse(f"has options that a SparseMoE refuses ({error})"))
     _check_all_are_shared(block, entry, layer, found, refuse)
     return Held(block, entry, layer, found, _factor(block))
 
@@ -125,52 +123,49 @@ class _Refuse:
         raise InputError(f"{self.start} {reason}; or {OTHERWISE}")
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _shape(block: nn.Module, shared: Shared) -> tuple[int, ...]:
-    return tuple(shared.view(block.get_parameter(shared.theirs)).shape)
+def _routed(
+    block: nn.Module, entry: Block, options: dict[str, Any], found: list[Shared]
+) -> tuple[int, int]:
+    """Add the router's tensors to those found; return the numbers of experts and of features."""
+    rows_E, d_model = block.get_parameter(entry.weight).shape
+    weight, weights = "gate.weight", options.get("weights")
+    if weights is not None and weights.with_shared:
+        num_experts = block.get_parameter(LAYOUTS[entry.layout].tensors["down_proj"].path).shape[0]
+        found.append(Shared(weight, entry.weight, rows(None, num_experts)))
+        found.append(Shared("gate.shared_weight", entry.weight, rows(num_experts, None)))
+    else:
+        num_experts = rows_E
+        found.append(Shared(weight, entry.weight))
+    if options.get("selection_bias"):
+        assert entry.bias is not None
+        found.append(Shared("gate.selection_bias", entry.bias, flat))
+    found += [Shared(f"gate.{ours}", theirs) for ours, theirs in entry.more]
+    return num_experts, d_model
 
 
 def _shared_expert(
-    block: nn.Module,
-    entry: Block,
-    d_expert: int,
-    gated: bool,
-    found: list[Shared],
-    refuse: _Refuse,
+    block: nn.Module, entry: Block, d_expert: int, found: list[Shared], refuse: _Refuse
 ) -> dict[str, Any]:
     """Return the arguments that a shared expert adds, and add its tensors to those found."""
     shared = getattr(block, entry.shared, None) if entry.shared else None
     if shared is None:
         return {}
-    names = ("gate_proj", "up_proj", "down_proj") if gated else ("up_proj", "down_proj")
-    for name in names:
-        linear: Any = getattr(shared, name, None)
-        if type(linear) is not nn.Linear:
-            refuse(f"has a shared expert of another form ({type(shared).__name__})")
-        if linear.bias is not None:
-            refuse("has biases in its shared expert and none in the others")
-        axis = 1 if name == "down_proj" else 0
-        path = f"{entry.shared}.{name}.weight"
-        found.append(Shared(f"shared_expert.{name}.weight", path, _same, axis))
-    if entry.shared_gate is not None:
-        path = f"{entry.shared_gate}.weight"
-        found.append(Shared("shared_expert_gate.weight", path, _same, None))
-    width = shared.down_proj.in_features
+    form = SHARED[entry.shared_form]
+    parameters = dict(shared.named_parameters())
+    if missing := {stored.path for stored in form.values()} - parameters.keys():
+        refuse(f"has a shared expert without {sorted(missing)[0]} ({type(shared).__name__})")
+    down = form["down_proj.weight"]
+    width = down.view(parameters[down.path]).shape[1]
+    unit = parameters[down.path].shape[down.hidden or 0]
+    for ours, stored in form.items():
+        path = f"{entry.shared}.{stored.path}"
+        found.append(Shared(f"shared_expert.{ours}", path, stored.view, stored.hidden, unit))
     number = width // d_expert if width % d_expert == 0 else 1
     arguments: dict[str, Any] = {"num_shared_experts": number, "d_shared": width}
     if entry.shared_gate is not None:
+        found.append(Shared("shared_expert_gate.weight", f"{entry.shared_gate}.weight"))
         arguments["shared_gate"] = True
     return arguments
-
-
-def _build(d_model: int, arguments: dict[str, Any], refuse: _Refuse) -> SparseMoE:
-    try:
-        return build_layer(d_model, arguments)
-    except InputError as error:
-        return refuse(f"has options that a SparseMoE refuses ({error})")
 
 
 def _factor(block: Any) -> float:
@@ -183,10 +178,10 @@ def _check_all_are_shared(
     block: nn.Module, entry: Block, layer: SparseMoE, found: list[Shared], refuse: _Refuse
 ) -> None:
     """Refuse a block with a parameter that the layer does not have, or the other way round."""
-    theirs = {tensor.theirs for tensor in found}
+    theirs = {tensor.theirs for tensor in found} | {entry.added}
     for key, _ in [*block.named_parameters(), *block.named_buffers()]:
         if key not in theirs and key.partition(".")[0] != entry.after:
             refuse(f"has {key}, which has no place in a SparseMoE")
     missing = layer.state_dict().keys() - {tensor.ours for tensor in found}
     if missing:
-        refuse(f"has no {sorted(missing)[0]}")
+        refuse(f"has nothing for {sorted(missing)[0]} of a SparseMoE")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -149,8 +149,18 @@ def _options(layer: SparseMoE) -> str:
     for field in dataclasses.fields(layer.router):
         value = getattr(layer.router, field.name)
         if value != field.default:
-            parts.append(f"{field.name} {str(value).lower()}")
+            parts += _told(field.name, value)
     return ", ".join(parts)
+
+
+def _told(name: str, value: Any) -> list[str]:
+    """Write an option, or those of a group that are not its defaults."""
+    if not dataclasses.is_dataclass(value):
+        return [f"{name} {str(value).lower()}"]
+    fields = dataclasses.fields(value)
+    found = {field.name: getattr(value, field.name) for field in fields}
+    changed = {field.name for field in fields if found[field.name] != field.default}
+    return [f"{name}.{key} {str(found[key]).lower()}" for key in found if key in changed]
 
 
 def _print(title: str, rows: Sequence[Row], how: str) -> None:

@@ -27,13 +27,18 @@ class Block:
         layout: a key of :data:`moezoo_models.adopt.layouts.LAYOUTS`.
         router_at: name of the router within the block.
         weight: the router's weight, ``(E, D)``, within the block.
+        experts_at: name of the experts within the block.
         bias: the selection bias within the block, if the convention has one.
+        more: other tensors of the router: ours in :class:`moezoo.routing.Router`, and theirs.
         shared: name of the shared expert, which a configuration may leave out.
+        shared_form: a key of :data:`moezoo_models.adopt.layouts.SHARED`.
         shared_gate: name of the linear map whose sigmoid weighs the shared expert.
         passed: attributes of the block that its router is called with, after hidden states.
         flat: whether its router is called with ``(T, D)``; else with ``(B, T, D)``.
         after: name of a module that the block applies to the sum.
-        scores: whether the block returns its router's weights beside hidden states.
+        added: name of a bias ``(D,)`` that the block adds to the sum.
+        second: which output of its router the block returns beside hidden states, if any.
+        flattened: whether it returns hidden states as ``(T, D)``.
     """
 
     family: str
@@ -44,13 +49,18 @@ class Block:
     layout: str = "stacked"
     router_at: str = "gate"
     weight: str = "gate.weight"
+    experts_at: str = "experts"
     bias: str | None = None
+    more: tuple[tuple[str, str], ...] = ()
     shared: str | None = None
+    shared_form: str = "linears"
     shared_gate: str | None = None
     passed: tuple[str, ...] = ()
     flat: bool = True
     after: str | None = None
-    scores: bool = False
+    added: str | None = None
+    second: int | None = None
+    flattened: bool = False
 
     @property
     def path(self) -> str:
@@ -179,7 +189,7 @@ BLOCKS = (
     _grouped("glm_moe_dsa", "GlmMoeDsa"),
     _grouped("kimi_linear", "KimiLinear"),
     _grouped("mimo_v2_flash", "MiMoV2Flash", shared=None),
-    _grouped("nemotron_h", "NemotronH", layout="ungated"),
+    _grouped("nemotron_h", "NemotronH", layout="ungated", shared_form="ungated"),
     _grouped("solar_open", "SolarOpen"),
     Block(
         "beam",
@@ -194,7 +204,7 @@ BLOCKS = (
         "AfmoeSparseMoeBlock",
         "AfmoeTokenChoiceRouter",
         "AfmoeExperts",
-        "sigmoid_bias",
+        "sigmoid_bias_eps",
         router_at="router",
         weight="router.gate.weight",
         bias="expert_bias",
@@ -207,7 +217,7 @@ BLOCKS = (
         "Dots3NoteVisionMoE",
         "Dots3NoteVisionTopKRouter",
         "Dots3NoteExperts",
-        "sigmoid_bias",
+        "sigmoid_bias_eps",
         bias="e_score_correction_bias",
         passed=("e_score_correction_bias",),
     ),
@@ -216,7 +226,7 @@ BLOCKS = (
         "HYV3MoE",
         "HYV3TopKRouter",
         "HYV3Experts",
-        "sigmoid_bias",
+        "sigmoid_bias_eps",
         bias="e_score_correction_bias",
         shared="shared_experts",
         passed=("e_score_correction_bias",),
@@ -229,12 +239,71 @@ BLOCKS = (
         passed=("e_score_correction_bias",),
     ),
     _softmax("flint", "Flint", convention="sigmoid", shared="shared_expert"),
+    _grouped("axk2", "AXK2", convention="sigmoid_groups_zero"),
+    _softmax(
+        "ernie4_5_moe",
+        "Ernie4_5_Moe",
+        convention="ernie",
+        bias="gate.moe_statics.e_score_correction_bias",
+        shared="shared_experts",
+    ),
+    _softmax(
+        "lfm2_moe",
+        "Lfm2Moe",
+        convention="lfm",
+        bias="expert_bias",
+        passed=("expert_bias",),
+    ),
+    _softmax("laguna", "Laguna", convention="laguna", bias=_BIAS, shared="shared_experts"),
+    _softmax("kolibri1", "Kolibri1", convention="kolibri", bias=_BIAS, shared="shared_experts"),
+    Block(
+        "jetmoe",
+        "JetMoeMoE",
+        "JetMoeTopKGating",
+        "JetMoeParallelExperts",
+        "top_k_softmax",
+        layout="jetmoe",
+        router_at="router",
+        experts_at="input_linear",
+        weight="router.layer.weight",
+        added="bias",
+    ),
+    Block(
+        "inkling",
+        "InklingMoE",
+        "InklingTopkRouter",
+        "InklingExperts",
+        "inkling",
+        bias=_BIAS,
+        more=(("learned_scale", "gate.global_scale"),),
+        shared="shared_experts",
+        shared_form="stacked",
+    ),
+    Block(
+        "llama4",
+        "Llama4TextMoe",
+        "Llama4Router",
+        "Llama4TextExperts",
+        "llama4",
+        layout="transposed",
+        router_at="router",
+        weight="router.weight",
+        shared="shared_expert",
+        second=1,
+        flattened=True,
+    ),
+    _softmax(
+        "phimoe",
+        "Phimoe",
+        convention="mixer",
+        router_at="router",
+        weight="router.weight",
+    ),
 )
 """The blocks that are held, in the order of the conventions."""
 
 _LATER = "is not held yet"
 _NOT_HELD = {
-    ("axk2", "AXK2MoE"): _LATER,
     ("dbrx", "DbrxFFN"): "stores gate and up apart, which a SparseMoE stores as one tensor: to "
     "hold them would mean to copy them",
     ("deepseek_v4", "DeepseekV4SparseMoeBlock"): _LATER,
@@ -243,7 +312,6 @@ _NOT_HELD = {
     ("diffusion_gemma", "DiffusionGemmaEncoderTextLayer"): "runs its router and experts in the "
     "encoder layer itself, each on another norm of the residual stream, beside a dense MLP",
     ("doge", "DogeCDMoE"): "routes by product keys that mix tokens: view(2, T, -1) of (T, 2n)",
-    ("ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock"): _LATER,
     ("ernie4_5_vl_moe", "Ernie4_5_VLMoeMoeBlock"): "has other experts for image tokens, which it "
     "is told apart by an argument of its own",
     ("ernie4_5_vl_moe", "Ernie4_5_VLMoeSparseMoeBlock"): "is one of two that a block chooses from",
@@ -252,20 +320,12 @@ _NOT_HELD = {
     ("glm5_next", "Glm5NextTextMoE"): _LATER,
     ("gpt_oss", "GptOssMLP"): _LATER,
     ("hy_v4", "HYV4MoE"): _LATER,
-    ("inkling", "InklingMoE"): "normalizes routed and shared experts together, whose weights the "
-    "router gives",
     ("inkling2", "Inkling2SparseMoeBlock"): _LATER,
-    ("jetmoe", "JetMoeMoE"): _LATER,
-    ("kolibri1", "Kolibri1SparseMoeBlock"): _LATER,
-    ("laguna", "LagunaSparseMoeBlock"): _LATER,
-    ("lfm2_moe", "Lfm2MoeSparseMoeBlock"): _LATER,
-    ("llama4", "Llama4TextMoe"): _LATER,
     ("longcat_flash", "LongcatFlashMoE"): _LATER,
     ("minimax_m3_vl", "MiniMaxM3VLSparseMoeBlock"): _LATER,
     ("muse_spark", "MuseSparkMoE"): "normalizes what its experts read and return",
     ("nllb_moe", "NllbMoeSparseMLP"): _LATER,
     ("openai_privacy_filter", "OpenAIPrivacyFilterMLP"): _LATER,
-    ("phimoe", "PhimoeSparseMoeBlock"): _LATER,
     ("step3p7", "Step3p7SparseMoeBlock"): _LATER,
     ("switch_transformers", "SwitchTransformersSparseMLP"): _LATER,
     ("vitpose_backbone", "VitPoseBackboneMoeMLP"): "has no router: the data set of an image "

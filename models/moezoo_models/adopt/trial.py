@@ -91,16 +91,16 @@ def small_copy(
     Router logits differ from expert to expert, selection biases are not zero and of both signs,
     and hidden neurons go far enough to be clamped where a class clamps them.
     """
-    layer, block = held.layer, held.block
-    axes = {tensor.theirs: tensor.hidden for tensor in held.shared}
+    block = held.block
+    shared = {tensor.theirs: tensor for tensor in held.shared}
     memo: dict[int, Any] = {}
     generator = torch.Generator().manual_seed(0)
     for path, tensor in [*block.named_parameters(), *block.named_buffers()]:
         shape = list(tensor.shape)
-        if (axis := axes.get(path)) is not None:
-            width = layer.d_expert if path.startswith("experts.") else layer.d_shared
-            few = min(hidden, width)
-            shape[axis] = shape[axis] * few // width
+        known = shared.get(path)
+        if known is not None and known.hidden is not None:
+            few = min(hidden, known.unit)
+            shape[known.hidden] = shape[known.hidden] * few // known.unit
         values = torch.randn(shape, generator=generator, dtype=dtype) * _std(path, held)
         new = nn.Parameter(values, tensor.requires_grad) if _is_parameter(tensor) else values
         memo[id(tensor)] = new
