@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -394,3 +398,33 @@ def test_the_trial_finds_what_another_release_does(part, monkeypatch):
     with pytest.raises(InputError, match="differs from moezoo's layer by"):
         moezoo.adopt(model)
     assert untouched(model)
+
+
+def test_experts_that_a_mesh_cannot_split_are_refused():
+    class Mesh:
+        def size(self):
+            return 3
+
+    adopted = moezoo.adopt(model_of("Mixtral"))
+    with pytest.raises(InputError, match="has 8 experts, which 3 ranks do not divide"):
+        adopted.shard_experts(Mesh())
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_what_one_does(tmp_path):
+    root = Path(__file__).parents[3]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    paths = [root, root / "models", root / "kernels"]
+    process = subprocess.run(
+        [*launcher, str(Path(__file__).parent / "sharded_experts.py")],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
