@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,12 @@ from torch import nn
 from moezoo.routing import BalanceOptions
 
 
-def adopt(model: nn.Module, *, balance: BalanceOptions | None = None) -> Any:
+def adopt(
+    model: nn.Module,
+    *,
+    balance: BalanceOptions | None = None,
+    where: Callable[[str], bool] | None = None,
+) -> Any:
     """Let a transformers model compute its mixture blocks by :class:`moezoo.SparseMoE`, in place.
 
     Weights are shared, and their names in the model stay. Every block is tried out on random tokens
@@ -20,6 +26,7 @@ def adopt(model: nn.Module, *, balance: BalanceOptions | None = None) -> Any:
     Args:
         model: as ``from_pretrained`` returns it.
         balance: auxiliary losses of the layers; default: none.
+        where: which blocks, by a function of their names in the model; default: all.
 
     Returns:
         A :class:`moezoo_models.adopt.Adopted`: the layers, and what they return beside hidden
@@ -28,4 +35,5 @@ def adopt(model: nn.Module, *, balance: BalanceOptions | None = None) -> Any:
     Raises:
         InputError: there is no mixture block, or one that cannot be held exactly.
     """
-    return importlib.import_module("moezoo_models.adopt").adopt(model, balance=balance)
+    adopting = importlib.import_module("moezoo_models.adopt")
+    return adopting.adopt(model, balance=balance, where=where)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import adopt_families as families  # noqa: E402 - also a program of its own
 
-from moezoo_models.adopt import table  # noqa: E402
+from moezoo_models.adopt import reasons, table  # noqa: E402
 
 CASES = {name: (block, change) for name, block, change in families.cases()}
 
@@ -64,23 +64,23 @@ def kept(node: ast.ClassDef):
 
 
 def test_every_family_with_experts_is_held_or_refused_with_a_reason():
-    known = {path.split(".")[2] for path in (*table.BY_CLASS, *table.REASONS)}
+    known = {path.split(".")[2] for path in (*table.BY_CLASS, *reasons.REASONS)}
     assert len(families_with_experts()) > 60
     assert families_with_experts() - known - WRAPPERS.keys() == set()
     assert set(WRAPPERS.values()) <= known
 
 
 def test_every_class_with_experts_is_held_or_refused_with_a_reason():
-    known = {*table.BY_CLASS, *table.REASONS, *table.ATTENTION}
+    known = {*table.BY_CLASS, *reasons.REASONS, *reasons.ATTENTION}
     assert len(blocks_with_experts()) > 60
     assert blocks_with_experts() - known == set()
 
 
 def test_the_table_names_classes_that_are_there():
-    for path in (*table.BY_CLASS, *table.REASONS, *table.ATTENTION):
+    for path in (*table.BY_CLASS, *reasons.REASONS, *reasons.ATTENTION):
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name), path
-    assert not table.BY_CLASS.keys() & table.REASONS.keys()
+    assert not table.BY_CLASS.keys() & reasons.REASONS.keys()
     assert len(table.BY_CLASS) == len(table.BLOCKS)
 
 
@@ -88,3 +88,8 @@ def test_the_page_lists_what_is_held():
     assert families.rows(families.PAGE.read_text(encoding="utf-8")) == families.rows(
         families.page()
     )
+
+
+def test_the_tables_of_routers_are_those_of_the_code():
+    written = families.ROUTERS.read_text(encoding="utf-8")
+    assert families.with_tables(written) == written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ class Adopted:
         self._held, self.differences = held, differences
         self._sharded = False
         for one in held.values():
-            one.block.forward = one
+            one.install()
 
     @property
     def layers(self) -> dict[str, SparseMoE]:
@@ -90,7 +90,7 @@ class Adopted:
 
         Raises:
             InputError: a number of experts is not a multiple of the ranks, or experts are stored
-                transposed; nothing is split then.
+                in another layout; nothing is split then.
         """
         for name, held in self._held.items():
             if held.layer.num_experts % mesh.size():
@@ -100,7 +100,7 @@ class Adopted:
                 )
             if held.views():
                 raise InputError(
-                    f"mesh: {name} ({type(held.block).__name__}) stores its experts transposed, "
+                    f"mesh: {name} stores its experts in another layout, "
                     "and they cannot be split; leave them whole"
                 )
         for held in self._held.values():
@@ -116,16 +116,21 @@ class Adopted:
         if self._sharded:
             raise InputError("undo: the experts are split over ranks; load the model anew")
         for name, held in self._held.items():
-            if vars(held.block).get("forward") is not held:
+            if not held.is_installed():
                 raise InputError(
                     f"undo: the forward pass of {name} was replaced again since; undo that first"
                 )
         for held in self._held.values():
-            del held.block.forward
+            held.remove()
         self._held = {}
 
 
-def adopt(model: nn.Module, *, balance: BalanceOptions | None = None) -> Adopted:
+def adopt(
+    model: nn.Module,
+    *,
+    balance: BalanceOptions | None = None,
+    where: Callable[[str], bool] | None = None,
+) -> Adopted:
     """Let a transformers model compute its mixture blocks by :class:`moezoo.SparseMoE`, in place.
 
     Weights are shared, not copied. Every block is judged before any is changed: it is of a class
@@ -139,19 +144,27 @@ def adopt(model: nn.Module, *, balance: BalanceOptions | None = None) -> Adopted
 
     Args:
         model: as ``from_pretrained`` returns it: mixtures of some fifty families, see
-            docs/routers.md. Where a model has blocks of several kinds, all are adopted.
+            docs/routers.md.
         balance: auxiliary losses of the layers, caught by :meth:`Adopted.collect`; default: none.
+        where: which blocks, by a function of their names in the model; default: all.
 
     Returns:
         The layers, with :meth:`Adopted.collect`, :meth:`Adopted.step` and :meth:`Adopted.undo`.
 
     Raises:
-        InputError: there is no mixture block, or one that cannot be held exactly; the model is as
-            it was.
+        InputError: there is no mixture block, none is chosen, or one cannot be held exactly; the
+            model is as it was.
     """
     if balance is not None:
         balance.check()
     blocks = mixtures_of(model)
+    if where is not None:
+        chosen = {name: block for name, block in blocks.items() if where(name)}
+        if not chosen:
+            raise InputError(
+                f"where: no block of {len(blocks)} is chosen, such as {next(iter(blocks))}"
+            )
+        blocks = chosen
     held = {
         name: hold(block, entry_of(block, name), name, balance) for name, block in blocks.items()
     }

@@ -153,6 +153,21 @@ def _inkling(router: Any, block: Any) -> Options:
     return {**options, "scale": _scale(router, block)}
 
 
+def _named_score(router: Any, block: Any) -> Options:
+    names = {"Sigmoid": "sigmoid", "SqrtSoftplusActivation": "sqrt_softplus"}
+    score = names.get(type(router.score_fn).__name__, "softmax")
+    return {**_sigmoid(router, block, 1e-20), "score": score, "selection_bias": True}
+
+
+def _gemma(router: Any, block: Any) -> Options:
+    logits = LogitOptions(norm=True, norm_eps=float(router.eps))
+    return {"normalize": True, "logits": logits, "weights": WeightOptions(expert_scale=True)}
+
+
+def _longcat(router: Any, block: Any) -> Options:
+    return {"normalize": False, "scale": _scale(router, block), "selection_bias": True}
+
+
 def _mixer(router: Any, block: Any) -> Options:
     eps = float(router.router_jitter_noise)
     return {"score": "sparse_mixer", "normalize": False, "mixer_eps": eps}
@@ -281,11 +296,33 @@ CONVENTIONS = {
         "a weight scales what the expert reads: E(w x) is not w E(x)",
         _llama4,
     ),
+    "gemma": Convention(
+        "normalized input, factors on experts",
+        "l = W (x / rms(x) g / sqrt(D)); p = softmax(l); top-k of p; w_e = f_e p_e / sum",
+        "the router reads the residual stream, the experts a norm of it, beside a dense MLP: the "
+        "layer runs both itself; factors come after the division",
+        _gemma,
+    ),
+    "named_score": Convention(
+        "a score by name, selection bias",
+        "s = scoring_func(l), sqrt(softplus(l)) or sigmoid(l); top-k of s + b; "
+        "w = scale s / (sum + 1e-20)",
+        "a root of softplus is 0.83 at l = 0 and has no upper bound; DeepSeek-V4's first layers "
+        "choose by a table of token ids and weigh by the same scores",
+        _named_score,
+    ),
+    "longcat": Convention(
+        "softmax, selection bias, identity experts",
+        "p = softmax(l) over E + I; top-k of p + b; w = scale p; an identity expert adds w x",
+        "not normalized: an identity expert adds scale p x, which may be more than x; router_bias "
+        "makes a bias that nothing reads",
+        _longcat,
+    ),
     "mixer": Convention(
         "sparse mixer",
         "best logit l1 and, without it, l2; w = softmax over the logits within 2 eps of each",
         "weights do not sum to one; in training experts are sampled, and the gradient is the "
-        "estimate of arXiv:2310.00811",
+        "estimate of arXiv:2409.12136",
         _mixer,
     ),
 }

@@ -7,6 +7,7 @@ optimizers, hooks.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,6 +98,17 @@ class Held:
         if self.layer.training != self.block.training:
             self.layer.train(self.block.training)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
+        """Copy with the model; views of its parameters are made anew from the copy's."""
+        for link in self._links:
+            if link.place[link.ours] is not getattr(link.owner, link.name):
+                link.place[link.ours] = torch.empty(0)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        self.bind()
+        return copied
+
     def views(self) -> bool:
         """Return whether the experts' tensors are views of the block's and not these themselves."""
         experts = [link for link in self._links if link.module is self.layer.experts]
@@ -109,17 +121,42 @@ class Held:
             if link.module is self.layer.experts:
                 setattr(link.owner, link.name, link.place[link.ours])
 
+    def parts(self) -> dict[nn.Module, Any]:
+        """Return the modules whose ``forward`` is replaced, each with what replaces it."""
+        return {self.block: self}
+
+    def install(self) -> None:
+        """Compute in the block's place."""
+        for module, forward in self.parts().items():
+            module.forward = forward
+
+    def is_installed(self) -> bool:
+        """Return whether nothing has replaced it since."""
+        return all(vars(module).get("forward") == f for module, f in self.parts().items())
+
+    def remove(self) -> None:
+        """Let the block compute again."""
+        for module in self.parts():
+            del module.forward
+
+    def try_out(self, hidden: Tensor) -> Any:
+        """Compute what the block does, without being in its place."""
+        return self(hidden)
+
+    def caught_of(self, output: FeedForwardOutput) -> Tensor:
+        """Return the hidden states of an output, which is kept while outputs are collected."""
+        if self.caught is not None:
+            self.caught.append(output)
+            if self.layer.training:
+                self.layer.observe(output.stats)
+        return output.hidden
+
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the block would."""
         self.bind()
         layer = self.layer
         if layer.training or self.caught is not None or has_forward_hooks(layer):
-            output = layer(hidden_states)
-            if self.caught is not None:
-                self.caught.append(output)
-                if layer.training:
-                    layer.observe(output.stats)
-            answer = output.hidden
+            answer = self.caught_of(layer(hidden_states))
         else:
             answer = layer.infer(hidden_states)
         if self.factor != 1.0:
@@ -139,12 +176,6 @@ class Held:
         tokens = hidden_states.flatten(0, -2) if entry.flat else hidden_states
         routed = router(tokens, *given)
         return answer if entry.second is None else (answer, routed[entry.second])
-
-
-def held_by(block: nn.Module) -> Held | None:
-    """Return what computes in a block's place, if it is adopted."""
-    forward = vars(block).get("forward")
-    return forward if isinstance(forward, Held) else None
 
 
 def build_layer(d_model: int, arguments: dict[str, Any]) -> SparseMoE:

@@ -6,8 +6,7 @@ Shapes: E experts, D d_model, F hidden width of an expert.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -47,21 +46,34 @@ class Layout:
 
     Attributes:
         title: in a few words.
+        trap: what one would guess wrong.
         tensors: by the names that :class:`moezoo.experts.MLPExperts` has for them. Paths are
             within the block.
         gated: whether they are gated linear units.
-        arguments: of :class:`moezoo.SparseMoE`, from the experts' module, beside these.
+        interleaved: whether gate and up lie in turn.
     """
 
     title: str
+    trap: str
     tensors: dict[str, Stored]
     gated: bool = True
-    arguments: Callable[[Any], dict[str, Any]] = field(default=lambda experts: {})
+    interleaved: bool = False
 
+
+_TRANSPOSED = {
+    "gate_up_proj": Stored("experts.gate_up_proj", 2, _transposed),
+    "down_proj": Stored("experts.down_proj", 1, _transposed),
+}
+_BIASED = {
+    **_TRANSPOSED,
+    "gate_up_bias": Stored("experts.gate_up_proj_bias", 1),
+    "down_bias": Stored("experts.down_proj_bias", None),
+}
 
 LAYOUTS = {
     "stacked": Layout(
         "gate and up (E, 2F, D), down (E, D, F)",
+        "the checkpoints of most store each expert by itself, and are stacked when they are loaded",
         {
             "gate_up_proj": Stored("experts.gate_up_proj", 1),
             "down_proj": Stored("experts.down_proj", 2),
@@ -69,21 +81,40 @@ LAYOUTS = {
     ),
     "transposed": Layout(
         "gate and up (E, D, 2F), down (E, F, D)",
-        {
-            "gate_up_proj": Stored("experts.gate_up_proj", 2, _transposed),
-            "down_proj": Stored("experts.down_proj", 1, _transposed),
-        },
+        "columns are hidden neurons; on a CPU our kernels read rows, and copy with every pass",
+        _TRANSPOSED,
+    ),
+    "interleaved": Layout(
+        "gate and up in turn (E, D, 2F), down (E, F, D), biases (E, 2F) and (E, D)",
+        "even columns are the gate, odd ones the linear half; biases likewise",
+        _BIASED,
+        interleaved=True,
+    ),
+    "biased": Layout(
+        "gate and up (E, D, 2F), down (E, F, D), biases (E, 2F) and (E, D)",
+        "the same names as with columns in turn, and another order",
+        _BIASED,
     ),
     "ungated": Layout(
         "up (E, F, D), down (E, D, F)",
+        "no gate, here and in the shared expert, and squared ReLU",
         {
             "gate_up_proj": Stored("experts.up_proj", 1),
             "down_proj": Stored("experts.down_proj", 2),
         },
         gated=False,
     ),
+    "longcat": Layout(
+        "gate and up (E + I, 2F, D), down (E, D, F) with I identity experts",
+        "identity experts have rows of gate and up, which nothing reads",
+        {
+            "gate_up_proj": Stored("experts.gate_up_proj", 1),
+            "down_proj": Stored("experts.down_proj", 2),
+        },
+    ),
     "jetmoe": Layout(
         "gate and up (E, 2F, D), down (E, D, F), each in a module",
+        "a bias (D,) is added once per token, after the sum over experts and not by each",
         {
             "gate_up_proj": Stored("input_linear.weight", 1),
             "down_proj": Stored("output_linear.weight", 2),
@@ -106,6 +137,14 @@ def _side_by_side_down(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1).flatten(1)
 
 
+def _first_half(tensor: Tensor) -> Tensor:
+    return tensor.chunk(2)[0]
+
+
+def _second_half(tensor: Tensor) -> Tensor:
+    return tensor.chunk(2)[1]
+
+
 _LINEARS = {
     "up_proj.weight": Stored("up_proj.weight", 0),
     "down_proj.weight": Stored("down_proj.weight", 1),
@@ -113,6 +152,11 @@ _LINEARS = {
 SHARED = {
     "linears": {"gate_proj.weight": Stored("gate_proj.weight", 0), **_LINEARS},
     "ungated": _LINEARS,
+    "fused": {
+        "gate_proj.weight": Stored("gate_up_proj.weight", 0, _first_half),
+        "up_proj.weight": Stored("gate_up_proj.weight", 0, _second_half),
+        "down_proj.weight": _LINEARS["down_proj.weight"],
+    },
     "stacked": {
         "gate_proj.weight": Stored("gate_proj", 1, _side_by_side),
         "up_proj.weight": Stored("up_proj", 1, _side_by_side),
@@ -123,22 +167,3 @@ SHARED = {
 
 ``stacked``: several, side by side; the down projections are copied with every pass.
 """
-
-ACTIVATIONS = {
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-    "silu": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-}
-"""Ours by the class, or the name of the function, that theirs is."""
-
-
-def activation_of(*modules: Any) -> str | None:
-    """Return the name of the first activation that modules have; None where we have none."""
-    names = ("act_fn", "activation")
-    found = [getattr(module, name, None) for module in modules for name in names]
-    function = next((each for each in found if each is not None), None)
-    return ACTIVATIONS.get(getattr(function, "__name__", type(function).__name__))

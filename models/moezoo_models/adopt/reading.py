@@ -10,10 +10,14 @@ from torch.distributed.tensor import DTensor
 from moezoo.errors import InputError
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import BalanceOptions, RouterOptions
+from moezoo_kernels.activations import PLAIN_GLU, GLUOptions
 from moezoo_models.adopt.conventions import CONVENTIONS
 from moezoo_models.adopt.holding import Held, Shared, build_layer
-from moezoo_models.adopt.layouts import LAYOUTS, SHARED, activation_of, flat, rows
-from moezoo_models.adopt.table import ATTENTION, BY_CLASS, REASONS, Block, path_of
+from moezoo_models.adopt.in_layer import HeldInLayer, RouterAndExperts
+from moezoo_models.adopt.layouts import LAYOUTS, SHARED, flat, rows
+from moezoo_models.adopt.reasons import ATTENTION, OTHER_ROUTERS, REASONS
+from moezoo_models.adopt.table import BY_CLASS, Block, path_of
+from moezoo_models.adopt.units import UNITS, CannotSay
 
 OTHERWISE = 'load the model with experts_implementation="moezoo", which holds every one'
 
@@ -23,11 +27,16 @@ def is_mixture(module: nn.Module) -> bool:
     path = path_of(module)
     if path in ATTENTION:
         return False
+    holds = isinstance(getattr(module, "experts", None), nn.Module)
     if path in BY_CLASS or path in REASONS:
-        return True
-    return path.startswith("transformers") and isinstance(
-        getattr(module, "experts", None), nn.Module
-    )
+        return holds or not path.endswith("Layer")  # a layer that may be dense
+    return holds and path.startswith("transformers")
+
+
+def as_block(module: nn.Module) -> nn.Module:
+    """Return a mixture block, or for a layer that runs router and experts itself, these as one."""
+    entry = BY_CLASS.get(path_of(module))
+    return RouterAndExperts(module) if entry is not None and entry.in_layer else module
 
 
 def mixtures_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -36,7 +45,11 @@ def mixtures_of(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         InputError: it has none.
     """
-    blocks = {name or "it": module for name, module in model.named_modules() if is_mixture(module)}
+    blocks = {
+        name or "it": as_block(module)
+        for name, module in model.named_modules()
+        if is_mixture(module)
+    }
     if not blocks:
         raise InputError(
             f"model: {type(model).__name__} has no mixture block of transformers; give a model "
@@ -51,18 +64,21 @@ def entry_of(block: nn.Module, name: str) -> Block:
     Raises:
         InputError: it is of no class that a SparseMoE holds, or its parts are not of theirs.
     """
-    path = path_of(block)
+    path, title = _class_of(block)
     if (entry := BY_CLASS.get(path)) is None:
         reason = REASONS.get(path, "is of a class that moezoo does not know")
-        raise InputError(f"model: {name} ({type(block).__name__}) {reason}; {OTHERWISE}")
+        raise InputError(f"model: {name} ({title}) {reason}; {OTHERWISE}")
     for at, expected in ((entry.router_at, entry.router), (entry.experts_at, entry.experts)):
         found = type(getattr(block, at)).__name__
+        if (other := OTHER_ROUTERS.get(path_of(getattr(block, at)))) is not None:
+            raise InputError(f"model: {name} ({title}) {other}, or {OTHERWISE}")
         if found != expected:
             raise InputError(
-                f"model: {name}.{at} is a {found} where {type(block).__name__} has a {expected}; "
+                f"model: {name}.{at} is a {found} where {title} has a {expected}; "
                 "adopt the model before its parts are replaced"
             )
-    if "forward" in vars(block):
+    parts = [getattr(block, entry.router_at), block.experts] if entry.in_layer else [block]
+    if any("forward" in vars(part) for part in parts):
         raise InputError(f"model: the forward pass of {name} was replaced already; undo that first")
     for key, tensor in [*block.named_parameters(), *block.named_buffers()]:
         if isinstance(tensor, DTensor):
@@ -87,60 +103,103 @@ def hold(block: nn.Module, entry: Block, name: str, balance: BalanceOptions | No
         if getattr(block, attribute, 0.0):
             refuse(f"jitters twice what its router reads ({attribute}); set it to 0")
     convention, layout = CONVENTIONS[entry.convention], LAYOUTS[entry.layout]
-    if (activation := activation_of(experts, block)) is None:
-        refuse(f"activates by {getattr(experts, 'act_fn', None)}")
+    try:
+        activation, glu = UNITS[entry.unit].read(experts, block)
+        shared_glu = _shared_unit(block, entry, activation)
+    except CannotSay as reason:
+        refuse(str(reason))
     down = layout.tensors["down_proj"]
     d_expert = down.view(block.get_parameter(down.path)).shape[2]
-    found = [
-        Shared(f"experts.{ours}", stored.path, stored.view, stored.hidden, d_expert)
-        for ours, stored in layout.tensors.items()
-    ]
+    num_experts = block.get_parameter(down.path).shape[0]
+    found = []
+    for ours, stored in layout.tensors.items():
+        more = block.get_parameter(stored.path).shape[0] > num_experts
+        view = rows(None, num_experts) if more else stored.view
+        found.append(Shared(f"experts.{ours}", stored.path, view, stored.hidden, d_expert))
     options = convention.read(router, block)
-    num_experts, d_model = _routed(block, entry, options, found)
+    slots, d_model = _routed(block, entry, options, num_experts, found)
     arguments: dict[str, Any] = {
         "num_experts": num_experts,
-        "top_k": int(router.top_k),
+        "top_k": _top_k(router),
         "d_expert": d_expert,
         "activation": activation,
         "gated": layout.gated,
+        "bias": "down_bias" in layout.tensors,
+        "glu": glu,
+        "num_identity_experts": slots - num_experts,
         "balance": balance or BalanceOptions(load_balancing=0.0),
-        **layout.arguments(experts),
     }
+    arguments |= _latent(block, entry, found)
     arguments |= _shared_expert(block, entry, d_expert, found, refuse)
+    if "d_shared" in arguments and shared_glu != glu:
+        arguments["shared_glu"] = shared_glu
     try:
         layer = build_layer(d_model, arguments | {"router": RouterOptions(**options)})
     except InputError as error:
         return cast("Held", refuse(f"has options that a SparseMoE refuses ({error})"))
+    layer.experts.interleaved = layout.interleaved
     _check_all_are_shared(block, entry, layer, found, refuse)
+    if entry.in_layer:
+        return HeldInLayer(block, entry, layer, found)
     return Held(block, entry, layer, found, _factor(block))
+
+
+def _class_of(block: nn.Module) -> tuple[str, str]:
+    """Return the path and the name of the class that a block is of, or that has it as parts."""
+    path = block.stands_for if isinstance(block, RouterAndExperts) else path_of(block)
+    return path, path.rpartition(".")[2]
 
 
 class _Refuse:
     def __init__(self, name: str, block: nn.Module) -> None:
-        self.start = f"model: {name} ({type(block).__name__})"
+        self.start = f"model: {name} ({_class_of(block)[1]})"
 
     def __call__(self, reason: str) -> Any:
         raise InputError(f"{self.start} {reason}; or {OTHERWISE}")
 
 
+def _shared_unit(block: nn.Module, entry: Block, activation: str) -> GLUOptions:
+    """Return the bounds of the shared expert's units; those are plain if there is none."""
+    shared = getattr(block, entry.shared, None) if entry.shared else None
+    if shared is None:
+        return PLAIN_GLU
+    found, glu = UNITS[entry.shared_unit or entry.unit].read(shared, block)
+    if found != activation:
+        raise CannotSay(f"activates by {activation}, and its shared expert by {found}")
+    return glu
+
+
+def _top_k(router: Any) -> int:
+    return int(router.top_k if hasattr(router, "top_k") else router.config.top_k_experts)
+
+
+def _latent(block: Any, entry: Block, found: list[Shared]) -> dict[str, Any]:
+    """Return the width between an experts' shared maps, and add these to the tensors found."""
+    if entry.latent is None or not isinstance(getattr(block, entry.latent[0]), nn.Linear):
+        return {}
+    down, up = entry.latent
+    found += [Shared("latent_down.weight", f"{down}.weight")]
+    found += [Shared("latent_up.weight", f"{up}.weight")]
+    return {"d_latent": getattr(block, down).out_features}
+
+
 def _routed(
-    block: nn.Module, entry: Block, options: dict[str, Any], found: list[Shared]
+    block: nn.Module, entry: Block, options: dict[str, Any], num_experts: int, found: list[Shared]
 ) -> tuple[int, int]:
-    """Add the router's tensors to those found; return the numbers of experts and of features."""
-    rows_E, d_model = block.get_parameter(entry.weight).shape
+    """Add the router's tensors to those found; return how many it chooses from, and its width."""
+    slots, d_model = block.get_parameter(entry.weight).shape
     weight, weights = "gate.weight", options.get("weights")
     if weights is not None and weights.with_shared:
-        num_experts = block.get_parameter(LAYOUTS[entry.layout].tensors["down_proj"].path).shape[0]
         found.append(Shared(weight, entry.weight, rows(None, num_experts)))
         found.append(Shared("gate.shared_weight", entry.weight, rows(num_experts, None)))
+        slots = num_experts
     else:
-        num_experts = rows_E
         found.append(Shared(weight, entry.weight))
     if options.get("selection_bias"):
         assert entry.bias is not None
         found.append(Shared("gate.selection_bias", entry.bias, flat))
     found += [Shared(f"gate.{ours}", theirs) for ours, theirs in entry.more]
-    return num_experts, d_model
+    return slots, d_model
 
 
 def _shared_expert(
@@ -152,6 +211,8 @@ def _shared_expert(
         return {}
     form = SHARED[entry.shared_form]
     parameters = dict(shared.named_parameters())
+    biases = [path.replace("weight", "bias") for path in form]
+    biased = [bias for bias in biases if bias in parameters]
     if missing := {stored.path for stored in form.values()} - parameters.keys():
         refuse(f"has a shared expert without {sorted(missing)[0]} ({type(shared).__name__})")
     down = form["down_proj.weight"]
@@ -160,8 +221,15 @@ def _shared_expert(
     for ours, stored in form.items():
         path = f"{entry.shared}.{stored.path}"
         found.append(Shared(f"shared_expert.{ours}", path, stored.view, stored.hidden, unit))
+    for bias in biased:
+        axis = None if bias.startswith("down") else 0
+        found.append(
+            Shared(f"shared_expert.{bias}", f"{entry.shared}.{bias}", hidden=axis, unit=unit)
+        )
     number = width // d_expert if width % d_expert == 0 else 1
     arguments: dict[str, Any] = {"num_shared_experts": number, "d_shared": width}
+    if bool(biased) != ("down_bias" in LAYOUTS[entry.layout].tensors):
+        arguments["shared_bias"] = bool(biased)
     if entry.shared_gate is not None:
         found.append(Shared("shared_expert_gate.weight", f"{entry.shared_gate}.weight"))
         arguments["shared_gate"] = True

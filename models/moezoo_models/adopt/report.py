@@ -136,7 +136,7 @@ def _seconds(block: nn.Module, held: Held, tokens: int) -> tuple[float, float]:
     like = next(block.parameters())
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, tokens, held.layer.d_model, generator=generator).to(like)
-    calls = {"ours": lambda: held(hidden), "theirs": lambda: block(hidden)}
+    calls = {"ours": lambda: held.try_out(hidden), "theirs": lambda: block(hidden)}
     times = interleave(calls, like.device, _RUNS, _BUDGET, "ours")
     return times["ours"].median, times["theirs"].median
 

@@ -7,7 +7,7 @@ one is refused and not believed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 VERSION = "5.23.0"
@@ -25,12 +25,15 @@ class Block:
         experts: class of its experts.
         convention: a key of :data:`moezoo_models.adopt.conventions.CONVENTIONS`.
         layout: a key of :data:`moezoo_models.adopt.layouts.LAYOUTS`.
+        unit: a key of :data:`moezoo_models.adopt.units.UNITS`.
         router_at: name of the router within the block.
         weight: the router's weight, ``(E, D)``, within the block.
         experts_at: name of the experts within the block.
         bias: the selection bias within the block, if the convention has one.
         more: other tensors of the router: ours in :class:`moezoo.routing.Router`, and theirs.
         shared: name of the shared expert, which a configuration may leave out.
+        shared_unit: of the shared expert, where it differs.
+        latent: names of the linear maps between which the experts work, if there are any.
         shared_form: a key of :data:`moezoo_models.adopt.layouts.SHARED`.
         shared_gate: name of the linear map whose sigmoid weighs the shared expert.
         passed: attributes of the block that its router is called with, after hidden states.
@@ -39,6 +42,7 @@ class Block:
         added: name of a bias ``(D,)`` that the block adds to the sum.
         second: which output of its router the block returns beside hidden states, if any.
         flattened: whether it returns hidden states as ``(T, D)``.
+        in_layer: whether it is a decoder layer, which runs router and experts itself.
     """
 
     family: str
@@ -47,6 +51,7 @@ class Block:
     experts: str
     convention: str
     layout: str = "stacked"
+    unit: str = "plain"
     router_at: str = "gate"
     weight: str = "gate.weight"
     experts_at: str = "experts"
@@ -54,6 +59,8 @@ class Block:
     more: tuple[tuple[str, str], ...] = ()
     shared: str | None = None
     shared_form: str = "linears"
+    shared_unit: str | None = None
+    latent: tuple[str, str] | None = None
     shared_gate: str | None = None
     passed: tuple[str, ...] = ()
     flat: bool = True
@@ -61,14 +68,16 @@ class Block:
     added: str | None = None
     second: int | None = None
     flattened: bool = False
+    in_layer: bool = False
 
     @property
     def path(self) -> str:
         """Module path and name of the class."""
-        return f"{_module(self.family)}.{self.name}"
+        return f"{module_of(self.family)}.{self.name}"
 
 
-def _module(family: str) -> str:
+def module_of(family: str) -> str:
+    """Return the module path of a family's file."""
     return f"transformers.models.{family}.modeling_{family}"
 
 
@@ -165,40 +174,25 @@ BLOCKS = (
     _grouped("deepseek_v3", "DeepseekV3"),
     _grouped("deepseek_v32", "DeepseekV32"),
     _grouped("dots1", "Dots1"),
-    Block(
-        "dots3_note",
-        "Dots3NoteTextMoE",
-        "Dots3NoteTextTopkRouter",
-        "Dots3NoteExperts",
-        "sigmoid_groups",
-        bias=_BIAS,
-        shared="shared_experts",
-    ),
-    Block(
-        "exaone_moe",
-        "ExaoneMoeSparseMoEBlock",
-        "ExaoneMoeTopkRouter",
-        "ExaoneMoeExperts",
-        "sigmoid_groups",
-        bias=_BIAS,
-        shared="shared_experts",
-    ),
+    replace(_grouped("dots3_note", "Dots3NoteText"), experts="Dots3NoteExperts"),
+    replace(_grouped("exaone_moe", "ExaoneMoe"), name="ExaoneMoeSparseMoEBlock"),
     _grouped("glm4_moe", "Glm4Moe"),
     _grouped("glm4_moe_lite", "Glm4MoeLite"),
     _grouped("glm4v_moe", "Glm4vMoeText"),
     _grouped("glm_moe_dsa", "GlmMoeDsa"),
     _grouped("kimi_linear", "KimiLinear"),
     _grouped("mimo_v2_flash", "MiMoV2Flash", shared=None),
-    _grouped("nemotron_h", "NemotronH", layout="ungated", shared_form="ungated"),
-    _grouped("solar_open", "SolarOpen"),
-    Block(
-        "beam",
-        "BeamMoE",
-        "BeamTopKRouter",
-        "BeamExperts",
-        "sigmoid_groups",
-        bias=_BIAS,
+    _grouped(
+        "nemotron_h",
+        "NemotronH",
+        layout="ungated",
+        shared_form="ungated",
+        latent=("fc1_latent_proj", "fc2_latent_proj"),
     ),
+    _grouped("glm5_next", "Glm5NextText", unit="limited_silu"),
+    _grouped("hy_v4", "HYV4", unit="limited_silu", shared_unit="plain"),
+    _grouped("solar_open", "SolarOpen"),
+    replace(_grouped("beam", "Beam", shared=None), router="BeamTopKRouter"),
     Block(
         "afmoe",
         "AfmoeSparseMoeBlock",
@@ -292,6 +286,97 @@ BLOCKS = (
         second=1,
         flattened=True,
     ),
+    Block(
+        "gpt_oss",
+        "GptOssMLP",
+        "GptOssTopKRouter",
+        "GptOssExperts",
+        "biased_softmax",
+        layout="interleaved",
+        unit="shifted",
+        router_at="router",
+        weight="router.weight",
+        more=(("bias", "router.bias"),),
+        second=1,
+    ),
+    Block(
+        "openai_privacy_filter",
+        "OpenAIPrivacyFilterMLP",
+        "OpenAIPrivacyFilterTopKRouter",
+        "OpenAIPrivacyFilterExperts",
+        "biased_softmax",
+        layout="biased",
+        unit="shifted",
+        router_at="router",
+        weight="router.weight",
+        more=(("bias", "router.bias"),),
+        second=1,
+    ),
+    _softmax(
+        "minimax_m3_vl",
+        "MiniMaxM3VL",
+        convention="sigmoid_bias",
+        bias=_BIAS,
+        unit="shifted",
+        shared="shared_experts",
+        shared_form="fused",
+    ),
+    _softmax(
+        "step3p7",
+        "Step3p7",
+        convention="sigmoid_bias",
+        bias=_BIAS,
+        unit="limited_after",
+        shared="shared_experts",
+    ),
+    Block(
+        "deepseek_v4",
+        "DeepseekV4SparseMoeBlock",
+        "DeepseekV4TopKRouter",
+        "DeepseekV4Experts",
+        "named_score",
+        bias=_BIAS,
+        unit="limited",
+        shared="shared_experts",
+    ),
+    Block(
+        "inkling2",
+        "Inkling2SparseMoeBlock",
+        "Inkling2TopKRouter",
+        "Inkling2Experts",
+        "named_score",
+        bias=_BIAS,
+        unit="capped",
+    ),
+    Block(
+        "longcat_flash",
+        "LongcatFlashMoE",
+        "LongcatFlashTopkRouter",
+        "LongcatFlashExperts",
+        "longcat",
+        layout="longcat",
+        router_at="router",
+        weight="router.classifier.weight",
+        bias="router.e_score_correction_bias",
+    ),
+    *(
+        Block(
+            family,
+            f"{prefix}Layer",
+            f"{router}Router",
+            f"{router}Experts",
+            "gemma",
+            router_at="router",
+            weight="router.proj.weight",
+            more=(("input_scale", "router.scale"), ("expert_scale", "router.per_expert_scale")),
+            in_layer=True,
+        )
+        for family, prefix, router in (
+            ("gemma4", "Gemma4TextDecoder", "Gemma4Text"),
+            ("diffusion_gemma", "DiffusionGemmaDecoderText", "DiffusionGemmaText"),
+            ("diffusion_gemma", "DiffusionGemmaEncoderText", "DiffusionGemmaText"),
+        )
+    ),
     _softmax(
         "phimoe",
         "Phimoe",
@@ -300,43 +385,6 @@ BLOCKS = (
         weight="router.weight",
     ),
 )
-"""The blocks that are held, in the order of the conventions."""
-
-_LATER = "is not held yet"
-_NOT_HELD = {
-    ("dbrx", "DbrxFFN"): "stores gate and up apart, which a SparseMoE stores as one tensor: to "
-    "hold them would mean to copy them",
-    ("deepseek_v4", "DeepseekV4SparseMoeBlock"): _LATER,
-    ("diffusion_gemma", "DiffusionGemmaDecoderTextLayer"): "runs its router and experts in the "
-    "decoder layer itself, each on another norm of the residual stream, beside a dense MLP",
-    ("diffusion_gemma", "DiffusionGemmaEncoderTextLayer"): "runs its router and experts in the "
-    "encoder layer itself, each on another norm of the residual stream, beside a dense MLP",
-    ("doge", "DogeCDMoE"): "routes by product keys that mix tokens: view(2, T, -1) of (T, 2n)",
-    ("ernie4_5_vl_moe", "Ernie4_5_VLMoeMoeBlock"): "has other experts for image tokens, which it "
-    "is told apart by an argument of its own",
-    ("ernie4_5_vl_moe", "Ernie4_5_VLMoeSparseMoeBlock"): "is one of two that a block chooses from",
-    ("gemma4", "Gemma4TextDecoderLayer"): "runs its router and experts in the decoder layer "
-    "itself, each on another norm of the residual stream, beside a dense MLP",
-    ("glm5_next", "Glm5NextTextMoE"): _LATER,
-    ("gpt_oss", "GptOssMLP"): _LATER,
-    ("hy_v4", "HYV4MoE"): _LATER,
-    ("inkling2", "Inkling2SparseMoeBlock"): _LATER,
-    ("longcat_flash", "LongcatFlashMoE"): _LATER,
-    ("minimax_m3_vl", "MiniMaxM3VLSparseMoeBlock"): _LATER,
-    ("muse_spark", "MuseSparkMoE"): "normalizes what its experts read and return",
-    ("nllb_moe", "NllbMoeSparseMLP"): _LATER,
-    ("openai_privacy_filter", "OpenAIPrivacyFilterMLP"): _LATER,
-    ("step3p7", "Step3p7SparseMoeBlock"): _LATER,
-    ("switch_transformers", "SwitchTransformersSparseMLP"): _LATER,
-    ("vitpose_backbone", "VitPoseBackboneMoeMLP"): "has no router: the data set of an image "
-    "chooses its expert",
-    ("zaya", "ZayaSparseMoeBlock"): "has a router of several layers whose state goes from block to "
-    "block",
-}
-REASONS = {f"{_module(family)}.{name}": reason for (family, name), reason in _NOT_HELD.items()}
-"""Blocks that are not held: module path and name of the class, and why."""
-
-ATTENTION = frozenset({f"{_module('jetmoe')}.JetMoeAttention"})
-"""Mixtures of attention heads, which are no feed-forward blocks and stay what they are."""
+"""The blocks that are held."""
 
 BY_CLASS = {block.path: block for block in BLOCKS}

@@ -59,7 +59,7 @@ def try_out(held: Held, name: str) -> Difference:
     difference = compare(block, hold(block, held.entry, name))
     if not difference.largest <= TOLERANCE:
         raise InputError(
-            f"model: {name} ({type(held.block).__name__}) differs from moezoo's layer by "
+            f"model: {name} ({held.entry.name}) differs from moezoo's layer by "
             f"{difference.largest:.0e} on random tokens: transformers {transformers.__version__} "
             f"computes something else than {VERSION}, which moezoo knows; {OTHERWISE}"
         )
@@ -106,7 +106,6 @@ def small_copy(
         memo[id(tensor)] = new
     small = copy.deepcopy(block, memo)
     set_experts_backend(small, backend)
-    small.__dict__.pop("forward", None)
     return small.eval()
 
 
@@ -138,7 +137,7 @@ def tokens_for(held: Held, dtype: torch.dtype = torch.float32) -> Tensor:
 def compare(block: nn.Module, held: Held) -> Difference:
     """Compare output and gradients of a block and of the layer bound to it."""
     hidden = tokens_for(held, next(block.parameters()).dtype)
-    theirs, ours = _computed(block, block, hidden), _computed(block, held, hidden)
+    theirs, ours = _computed(block, block, hidden), _computed(block, held.try_out, hidden)
     first = _error(ours.pop("output"), theirs.pop("output"))
     rest = max(_error(ours[key], theirs[key]) for key in theirs)
     return Difference(first, rest)
