@@ -176,3 +176,15 @@ def adopt(
             tried[key] = try_out(one, name)
         differences[name] = tried[key]
     return Adopted(held, differences)
+
+
+def adopted_layers(model: nn.Module) -> dict[str, SparseMoE]:
+    """Return the layers that compute in place of a model's mixture blocks, by the blocks' names."""
+    layers = {}
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        held = forward if isinstance(forward, Held) else getattr(forward, "__self__", None)
+        if isinstance(held, Held) and module is not getattr(held.block, held.entry.router_at):
+            held.bind()
+            layers[name] = held.layer
+    return layers

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moezoo.analysis.neurons import Neurons, neurons_of
 from moezoo.analysis.usage import routed_layers
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
+from moezoo_models.adopt import adopted_layers
 from moezoo_models.evaluation.scoring import window_length
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.decoder import check_token_ids
@@ -36,7 +39,7 @@ class Stream:
     @classmethod
     def of(
         cls,
-        model: MoezooForCausalLM,
+        model: PreTrainedModel,
         tokens: Sequence[int] | Tensor,
         sequence_length: int | None,
         batch_size: int,
@@ -70,8 +73,17 @@ class Findings:
     methods: dict[str, str]
 
 
-def blocks_by_name(model: MoezooForCausalLM) -> dict[str, FeedForward]:
-    """Name the feed-forward layers ``layer 3``; blocks of attention alone have none."""
+def blocks_by_name(model: PreTrainedModel) -> dict[str, FeedForward]:
+    """Name the feed-forward layers ``layer 3``; blocks of attention alone have none.
+
+    Raises:
+        InputError: the model is one of transformers, whose neurons nothing here reads.
+    """
+    if not isinstance(model, MoezooForCausalLM):
+        raise InputError(
+            f"checkpoint: it is a {type(model).__name__} of transformers, of which the use of "
+            "experts can be inspected (inspect usage, inspect experts), and not its neurons"
+        )
     return {
         f"layer {number}": block.mlp
         for number, block in enumerate(model.model.blocks())
@@ -79,8 +91,13 @@ def blocks_by_name(model: MoezooForCausalLM) -> dict[str, FeedForward]:
     }
 
 
-def routed_by_name(model: MoezooForCausalLM) -> dict[str, FeedForward]:
-    """Name the layers that route tokens ``layer 3``."""
+def routed_by_name(model: PreTrainedModel) -> dict[str, FeedForward]:
+    """Name the layers that route tokens ``layer 3``, in a model that was adopted as well."""
+    if not isinstance(model, MoezooForCausalLM):
+        return {
+            f"layer {re.findall('[0-9]+', name)[0]}": layer
+            for name, layer in adopted_layers(model).items()
+        }
     return {
         f"layer {name.partition('.')[0]}": layer
         for name, layer in routed_layers(model.model.layers).items()
@@ -88,7 +105,7 @@ def routed_by_name(model: MoezooForCausalLM) -> dict[str, FeedForward]:
 
 
 @torch.no_grad()
-def passes(model: MoezooForCausalLM, stream: Stream) -> Iterator[tuple[int, Tensor]]:
+def passes(model: PreTrainedModel, stream: Stream) -> Iterator[tuple[int, Tensor]]:
     """Pass the text through the decoder, showing how far it is.
 
     Yields:
@@ -98,15 +115,29 @@ def passes(model: MoezooForCausalLM, stream: Stream) -> Iterator[tuple[int, Tens
     with progress_bar() as bar:
         task = bar.add_task("reading", total=len(stream.tokens))
         start = 0
-        for batch in stream.tokens.split(stream.sequence_length * stream.batch_size):
+        for batch in _batches(model, stream):
             _run(model, batch, stream.sequence_length)
             yield start, batch
             start += len(batch)
             bar.update(task, completed=start)
 
 
-def _run(model: MoezooForCausalLM, tokens: Tensor, length: int) -> None:
+def _batches(model: PreTrainedModel, stream: Stream) -> Iterator[Tensor]:
+    """Cut a text into batches; a shorter window at its end goes alone where padding would count."""
+    for batch in stream.tokens.split(stream.sequence_length * stream.batch_size):
+        whole = len(batch) // stream.sequence_length * stream.sequence_length
+        if isinstance(model, MoezooForCausalLM) or not whole:
+            yield batch
+        else:
+            yield from (part for part in (batch[:whole], batch[whole:]) if len(part))
+
+
+def _run(model: PreTrainedModel, tokens: Tensor, length: int) -> None:
     """Pass windows of one length through the decoder; the last is filled up with padding."""
+    if not isinstance(model, MoezooForCausalLM):
+        windows = tokens.reshape(-1, min(length, len(tokens)))
+        model.base_model(input_ids=windows.to(model.device), use_cache=False)
+        return
     missing = -len(tokens) % length
     windows = torch.nn.functional.pad(tokens, (0, missing)).reshape(-1, length)
     mask = None
@@ -117,13 +148,13 @@ def _run(model: MoezooForCausalLM, tokens: Tensor, length: int) -> None:
     model.model(input_ids=windows.to(model.device), token_mask=mask, use_cache=False)
 
 
-def check_routed(model: MoezooForCausalLM, checkpoint: str | Path) -> None:
+def check_routed(model: PreTrainedModel, checkpoint: str | Path) -> None:
     """Refuse a model in which nothing is chosen.
 
     Raises:
         InputError: names the layers that it has.
     """
-    if not routed_layers(model):
+    if isinstance(model, MoezooForCausalLM) and not routed_layers(model):
         kinds = sorted({type(block.mlp).__name__ for block in model.model.blocks()})
         raise InputError(
             f"checkpoint: {checkpoint} has no layer that routes tokens, only "
@@ -131,7 +162,7 @@ def check_routed(model: MoezooForCausalLM, checkpoint: str | Path) -> None:
         )
 
 
-def neuron_sets(model: MoezooForCausalLM) -> dict[str, list[Neurons]]:
+def neuron_sets(model: PreTrainedModel) -> dict[str, list[Neurons]]:
     """List the sets of neurons of each feed-forward layer, by the layer's name.
 
     Raises:

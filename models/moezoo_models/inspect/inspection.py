@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moezoo.errors import InputError
+from moezoo_models.adopt import adopt
 from moezoo_models.checkpoints.atomic import atomic_write
-from moezoo_models.checkpoints.directory import load_with_tokenizer
+from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.devices import pick_device
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.encoding import encode_text
@@ -50,7 +52,7 @@ class Inspection:
     checkpoint: str
     text: str
     output: Path
-    model: MoezooForCausalLM
+    model: PreTrainedModel
     tokenizer: Tokenizer
     tokens: Sequence[int]
     windows: Mapping[str, Any]
@@ -110,7 +112,7 @@ def open_inspection(
     checkpoint: str | Path,
     text: str | Path,
     output: str | Path,
-    check: Callable[[MoezooForCausalLM], object],
+    check: Callable[[PreTrainedModel], object],
     *,
     sequence_length: int | None = None,
     batch_size: int = 8,
@@ -140,7 +142,10 @@ def open_inspection(
             not pass the check; the output cannot be written.
     """
     content = read_text(Path(text))
-    model, words = load_with_tokenizer(checkpoint, tokenizer, pick_device(device), attention, dtype)
+    place = pick_device(device)
+    model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention, dtype)
+    if not isinstance(model, MoezooForCausalLM):
+        adopt(model)
     check(model)
     directory = Path(output)
     with _writing(directory):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moezoo.analysis.curves import draw_sparsity
 from moezoo.analysis.sparsity import Sparsity, SparsityCounter
@@ -25,7 +26,6 @@ from moezoo_models.inspect.common import (
 )
 from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.mode import evaluating
-from moezoo_models.model.causal_lm import MoezooForCausalLM
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def inspect_sparsity(
 
 
 def measure_sparsity(
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokens: Sequence[int] | Tensor,
     *,
     threshold: float = 0.01,

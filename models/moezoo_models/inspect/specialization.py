@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moezoo.analysis.choices import SlotChoices, slot_choices
 from moezoo.analysis.paths import Paths
@@ -36,7 +37,6 @@ from moezoo_models.inspect.common import (
 )
 from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.mode import evaluating
-from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.tokenizer import Tokenizer
 
 MOST_CELLS = 2**26
@@ -113,7 +113,7 @@ def inspect_experts(
 
 
 def count_choices(
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokens: Sequence[int] | Tensor,
     *,
     sequence_length: int | None = None,

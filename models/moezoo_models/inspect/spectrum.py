@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moezoo.analysis.curves import draw_spectra
 from moezoo.analysis.neurons import Neurons
@@ -25,7 +26,6 @@ from moezoo_models.inspect.common import (
 )
 from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.mode import evaluating
-from moezoo_models.model.causal_lm import MoezooForCausalLM
 
 MOST_BYTES = 2**30
 """Room for covariances; where a model's need more, the text passes several times."""
@@ -111,7 +111,7 @@ def inspect_spectrum(
 
 
 def measure_spectra(
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokens: Sequence[int] | Tensor,
     *,
     sequence_length: int | None = None,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moezoo.analysis.curves import draw_agreement
 from moezoo.analysis.neurons import Neurons
@@ -27,7 +28,6 @@ from moezoo_models.inspect.common import (
 )
 from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.mode import evaluating
-from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.text.tokenizer import Tokenizer
 
 _CONTEXT = 16  # tokens shown of a trigger
@@ -106,7 +106,7 @@ def inspect_triggers(
 
 
 def find_triggers(
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokens: Sequence[int] | Tensor,
     *,
     triggers: int = 5,

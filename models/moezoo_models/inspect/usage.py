@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moezoo.analysis.heat_map import draw_usage
 from moezoo.analysis.usage import (
@@ -31,7 +32,6 @@ from moezoo_models.inspect.common import (
 )
 from moezoo_models.inspect.inspection import Inspection, open_inspection
 from moezoo_models.mode import evaluating
-from moezoo_models.model.causal_lm import MoezooForCausalLM
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def inspect_usage(
 
 @torch.no_grad()
 def count_usage(
-    model: MoezooForCausalLM,
+    model: PreTrainedModel,
     tokens: Sequence[int] | Tensor,
     *,
     sequence_length: int | None = None,
