@@ -19,7 +19,14 @@ from moezoo_models.adopt.reasons import ATTENTION, OTHER_ROUTERS, REASONS
 from moezoo_models.adopt.table import BY_CLASS, Block, path_of
 from moezoo_models.adopt.units import UNITS, CannotSay
 
-OTHERWISE = 'load the model with experts_implementation="moezoo", which holds every one'
+
+def otherwise(block: nn.Module) -> str:
+    """Return what to do about a block that is not held, to end a message with."""
+    text = "; leave it out with where="
+    # An attribute that transformers gives to experts whose computation is chosen by name.
+    if any(hasattr(part, "is_concatenated") for part in block.modules()):
+        text += ', or load the model with experts_implementation="moezoo", which keeps its router'
+    return text
 
 
 def is_mixture(module: nn.Module) -> bool:
@@ -67,11 +74,11 @@ def entry_of(block: nn.Module, name: str) -> Block:
     path, title = _class_of(block)
     if (entry := BY_CLASS.get(path)) is None:
         reason = REASONS.get(path, "is of a class that moezoo does not know")
-        raise InputError(f"model: {name} ({title}) {reason}; {OTHERWISE}")
+        raise InputError(f"model: {name} ({title}) {reason}{otherwise(block)}")
     for at, expected in ((entry.router_at, entry.router), (entry.experts_at, entry.experts)):
         found = type(getattr(block, at)).__name__
         if (other := OTHER_ROUTERS.get(path_of(getattr(block, at)))) is not None:
-            raise InputError(f"model: {name} ({title}) {other}, or {OTHERWISE}")
+            raise InputError(f"model: {name} ({title}) {other}{otherwise(block)}")
         if found != expected:
             raise InputError(
                 f"model: {name}.{at} is a {found} where {title} has a {expected}; "
@@ -85,8 +92,7 @@ def entry_of(block: nn.Module, name: str) -> Block:
             raise InputError(f"model: {name}.{key} is sharded; adopt first, and shard then")
         if not tensor.is_floating_point():
             raise InputError(
-                f"model: {name}.{key} is {tensor.dtype}, as if quantized; load it unquantized, or "
-                + OTHERWISE
+                f"model: {name}.{key} is {tensor.dtype}, as if quantized{otherwise(block)}"
             )
     return entry
 
@@ -152,10 +158,10 @@ def _class_of(block: nn.Module) -> tuple[str, str]:
 
 class _Refuse:
     def __init__(self, name: str, block: nn.Module) -> None:
-        self.start = f"model: {name} ({_class_of(block)[1]})"
+        self.start, self.block = f"model: {name} ({_class_of(block)[1]})", block
 
     def __call__(self, reason: str) -> Any:
-        raise InputError(f"{self.start} {reason}; or {OTHERWISE}")
+        raise InputError(f"{self.start} {reason}{otherwise(self.block)}")
 
 
 def _shared_unit(block: nn.Module, entry: Block, activation: str) -> GLUOptions:

@@ -8,10 +8,7 @@ _APART = (
     "keeps each expert in a module of its own, which a SparseMoE keeps as one tensor: to hold them "
     "would mean to copy them"
 )
-_HASHED = (
-    "routes by a table of token ids in this layer, where a SparseMoE reads hidden states; leave it "
-    "out with where="
-)
+_HASHED = "routes by a table of token ids in this layer, where a SparseMoE reads hidden states"
 OTHER_ROUTERS = {f"{module_of('deepseek_v4')}.DeepseekV4HashRouter": _HASHED}
 """Routers that a class of blocks may have too, and why those are not held."""
 _NOT_HELD = {

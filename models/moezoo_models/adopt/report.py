@@ -30,6 +30,7 @@ from moezoo_models.files.model_files import existing, read_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = 64 << 20
 _RUNS, _BUDGET = 7, 5.0
+_FLAGS = ("bias", "shared_bias", "shared_gate", "d_latent", "num_identity_experts")
 
 
 class Row(NamedTuple):
@@ -146,6 +147,12 @@ def _options(layer: SparseMoE) -> str:
     shared = f" + {layer.d_shared} shared" if layer.d_shared else ""
     parts = [f"{layer.num_experts} experts of {layer.d_expert}{shared}, top {layer.top_k}"]
     parts.append(layer.activation)
+    for name in _FLAGS:
+        if value := getattr(layer, name):
+            parts.append(name if value is True else f"{name} {value}")
+    for name in ("glu", "shared_glu"):
+        if (bounds := getattr(layer, name)) is not None:
+            parts += _told(name, bounds)
     for field in dataclasses.fields(layer.router):
         value = getattr(layer.router, field.name)
         if value != field.default:

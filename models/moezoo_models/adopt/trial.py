@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moezoo.errors import InputError
 from moezoo_models.adapters.transformers import set_experts_backend
 from moezoo_models.adopt.holding import Held
-from moezoo_models.adopt.reading import OTHERWISE, hold
+from moezoo_models.adopt.reading import hold, otherwise
 from moezoo_models.adopt.table import VERSION
 
 TOLERANCE = 1e-5
@@ -61,7 +61,7 @@ def try_out(held: Held, name: str) -> Difference:
         raise InputError(
             f"model: {name} ({held.entry.name}) differs from moezoo's layer by "
             f"{difference.largest:.0e} on random tokens: transformers {transformers.__version__} "
-            f"computes something else than {VERSION}, which moezoo knows; {OTHERWISE}"
+            f"computes something else than {VERSION}, which moezoo knows{otherwise(held.block)}"
         )
     return difference
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moezoo.errors import InputError
 from moezoo_models.adopt import adopt
@@ -33,6 +32,7 @@ from moezoo_models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def open_inspection(
     checkpoint: str | Path,
     text: str | Path,
     output: str | Path,
-    check: Callable[[PreTrainedModel], object],
+    check: Callable[[Any], object],
     *,
     sequence_length: int | None = None,
     batch_size: int = 8,

@@ -95,6 +95,13 @@ def test_directories_that_are_no_models(config, line, tmp_path, capsys):
     assert said.count("\n") == 1
 
 
+def test_options_of_experts_are_told(tmp_path):
+    saved("GptOss", tmp_path, num_local_experts=8, num_experts_per_tok=2, head_dim=16)
+    (row,) = report_adoption(tmp_path, device="cpu", tokens=16)
+    for option in ("quick_gelu", "bias", "glu.limit 7.0", "glu.up_shift 1.0", "logits.bias true"):
+        assert f", {option}" in row.options, option
+
+
 def test_names_are_shortened_where_one_number_differs():
     assert in_short(["layers.0.mlp", "layers.1.mlp", "layers.3.mlp"]) == "layers.0-1+3.mlp"
     assert in_short(["layers.2.mlp"]) == "layers.2.mlp"
