@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         zoo,
     )
     from moezoo.layers.carved_moe import CarvedMoE
-    from moezoo.layers.dense import DenseFFN, GLUOptions
+    from moezoo.layers.dense import DenseFFN
     from moezoo.layers.fast_feed_forward import FastFeedForward
     from moezoo.layers.hash import HashLayer
     from moezoo.layers.memory_plus import MemoryPlus
