@@ -168,4 +168,18 @@ register(
             "balance": BalanceOptions(load_balancing=0.0),
         },
     ),
+    Method(
+        "remoe",
+        SparseMoE,
+        Paper(
+            "Wang et al.",
+            2024,
+            "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",
+            "2412.14711",
+        ),
+        {
+            "router": RouterOptions(score="relu", normalize=False),
+            "balance": BalanceOptions(load_balancing=0.0),
+        },
+    ),
 )

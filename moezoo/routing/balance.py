@@ -59,7 +59,7 @@ def balance_losses(
     aux = {}
     if balance.load_balancing:
         counts_E = _assigned(balance, choice, earlier_E)
-        p_E = _mean_probability(balance, choice.probabilities, mask_T)
+        p_E = mean_probability(balance, choice.probabilities, mask_T)
         aux["load_balancing"] = balance.load_balancing * L.load_balancing_loss(counts_E, p_E)
     if balance.z_loss:
         aux["router_z"] = balance.z_loss * L.z_loss(logits.clean, mask_T)
@@ -96,9 +96,10 @@ def _assigned(balance: BalanceOptions, choice: Choice, earlier_E: Tensor | None)
     return counts_E
 
 
-def _mean_probability(
+def mean_probability(
     balance: BalanceOptions, probabilities_TE: Tensor, mask_T: Tensor | None
 ) -> Tensor:
+    """Average each expert's probability over the real tokens of the scope, ``(E,)``."""
     if balance.scope == "local" or mask_T is None:
         return L.masked_mean(probabilities_TE, mask_T)
     # Ranks may hold different numbers of real tokens; data parallelism averages gradients over

@@ -21,6 +21,11 @@ class BalanceOptions:
         sequence: the load-balancing loss within each sequence (arXiv:2412.19437, eq. 17).
         entropy: Σ_e p_e log p_e of the mean softmax p over the batch, least (-log E) when even
             (arXiv:2310.10837, section 5).
+        sparsity: with ``router.score: relu``, where the coefficient λ of ReMoE's loss begins. The
+            loss is λ times the mean over tokens of Σ_e f_e g_e, f_e = E c_e / (k T)
+            (arXiv:2412.14711); no other loss but ``z_loss`` is taken then.
+        sparsity_growth: λ is multiplied by it after a step in which tokens had more than k experts
+            on average, and divided by it otherwise.
         scope: take f over the ``global`` batch (all ranks, all micro-batches so far) or the
             ``local`` one; global leaves experts free to specialise (arXiv:2501.11873). The p of
             ``entropy`` is then over all ranks.
@@ -33,6 +38,8 @@ class BalanceOptions:
     load: float = 0.0
     sequence: float = 0.0
     entropy: float = 0.0
+    sparsity: float = 1e-8
+    sparsity_growth: float = 1.2
     scope: Literal["global", "local"] = "global"
     count: Literal["selected", "first_choice"] = "selected"
 
@@ -42,8 +49,17 @@ class BalanceOptions:
         Raises:
             InputError: a value is out of range.
         """
-        for name in ("load_balancing", "z_loss", "importance", "load", "sequence", "entropy"):
+        for name in (
+            "load_balancing",
+            "z_loss",
+            "importance",
+            "load",
+            "sequence",
+            "entropy",
+            "sparsity",
+        ):
             check_number(f"balance.{name}", getattr(self, name))
+        check_number("balance.sparsity_growth", self.sparsity_growth, minimum=1.0)
         check_choice("balance.scope", self.scope, ("global", "local"))
         check_choice("balance.count", self.count, ("selected", "first_choice"))
 
@@ -92,8 +108,9 @@ class CapacityOptions:
         """
         if router.choice == "expert":
             raise InputError("capacity: expert choice fills every expert exactly; set it to null")
-        if router.choice == "threshold":
-            raise InputError("capacity: thresholds set how many tokens come; set it to null")
+        if router.is_ragged:
+            of = "relu scores set" if router.score == "relu" else "threshold choice sets"
+            raise InputError(f"capacity: {of} how many tokens come; set it to null")
         check_number("capacity.factor", self.factor)
         check_number("capacity.eval_factor", self.eval_factor)
         check_int("capacity.minimum", self.minimum, minimum=0)

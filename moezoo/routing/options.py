@@ -23,7 +23,7 @@ def check_top_k(top_k: int, num_experts: int) -> int:
     return top_k
 
 
-SCORES = ("softmax", "sigmoid", "sqrt_softplus", "sparse_mixer")
+SCORES = ("softmax", "sigmoid", "sqrt_softplus", "sparse_mixer", "relu")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class RouterOptions:
     """
 
     choice: Literal["token", "expert", "threshold"] = "token"
-    score: Literal["softmax", "sigmoid", "sqrt_softplus", "sparse_mixer"] = "softmax"
+    score: Literal["softmax", "sigmoid", "sqrt_softplus", "sparse_mixer", "relu"] = "softmax"
     normalize: bool = True
     scale: float = 1.0
     noise: bool = False
@@ -179,6 +179,11 @@ class RouterOptions:
     select_on: Literal["score", "logit"] = "score"
     logits: LogitOptions = LogitOptions()
     weights: WeightOptions = WeightOptions()
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether tokens have as many experts as follows, and not ``top_k`` each."""
+        return self.choice != "token" or self.score == "relu"
 
     def check(self, num_experts: int, top_k: int, num_identity: int = 0) -> None:
         """Check the options against each other and the layer's sizes.
@@ -245,7 +250,7 @@ class RouterOptions:
                 "output, or set with_shared to false"
             )
         check_number("router.threshold_decay", self.threshold_decay, maximum=1.0)
-        if self.choice != "token":
+        if self.is_ragged:
             self._check_ragged(num_identity)
         elif top_k == 1 and self.normalize and not self.weights.with_shared:
             raise InputError(
@@ -285,13 +290,15 @@ class RouterOptions:
             raise InputError("router.select_on: sparse_mixer samples by the score; use score")
 
     def _check_ragged(self, num_identity: int) -> None:
-        of = f"{self.choice} choice"
+        of = "relu scores" if self.choice == "token" else f"{self.choice} choice"
+        if self.choice == "threshold" and self.score == "relu":
+            raise InputError("router.score: relu has no meaning in threshold choice; use sigmoid")
         if self.choice == "expert" and self.score != "softmax":
             raise InputError("router.score: expert choice is defined with softmax; use softmax")
         if self.score == "sparse_mixer":
             raise InputError(f"router.score: sparse_mixer has no meaning in {of}; use softmax")
         if num_identity:
-            raise InputError("num_identity_experts: these choose no tokens; set it to 0")
+            raise InputError(f"num_identity_experts: have no meaning in {of}; set it to 0")
         for name in ("normalize", "noise", "selection_bias"):
             if getattr(self, name):
                 raise InputError(f"router.{name}: has no meaning in {of}; set it to false")
@@ -300,8 +307,6 @@ class RouterOptions:
         if self.weights != WeightOptions():
             raise InputError(f"router.weights: {of} weighs by the scores as they are; leave it out")
         if self.select_on == "logit":
-            raise InputError(
-                "router.select_on: experts compare their tokens by the score; use score"
-            )
+            raise InputError(f"router.select_on: in {of} it is the score that chooses; use score")
         if self.num_groups > 1:
             raise InputError(f"router.num_groups: has no meaning in {of}; set it to 1")

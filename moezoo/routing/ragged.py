@@ -1,8 +1,8 @@
 """Routing in which tokens have as many experts as follows, not k each.
 
-Experts choose tokens (arXiv:2202.09368), or take those whose score is above a threshold
-(arXiv:2603.11535). Indices are ``(T, E)``: an expert's own number where it takes the token, else
--1.
+Experts choose tokens (arXiv:2202.09368), take those whose score is above a threshold
+(arXiv:2603.11535), or those of a positive score (ReMoE, arXiv:2412.14711).
+Indices are ``(T, E)``: an expert's own number where it takes the token, else -1.
 
 Shapes: T tokens, E experts, H bins of a histogram.
 """
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from moezoo.routing import losses as L
+from moezoo.routing.balance import mean_probability
+from moezoo.routing.balance_options import BalanceOptions
 from moezoo.routing.choose import best_tokens
 from moezoo.routing.margins import margin_histogram, upper_quantile
 from moezoo.routing.options import RouterOptions
 from moezoo.routing.scores import scores_of
 from moezoo.routing.selection_bias import StepLoad
+from moezoo.routing.stats import count_tokens, expert_counts
 
 COLD = -1.0
 """The threshold of an expert that has seen no step; scores are never below zero."""
@@ -48,7 +51,7 @@ def take(
     top_k: int,
     threshold_E: Tensor | None,
 ) -> Taken:
-    """Choose by the options' ``choice``, ``expert`` or ``threshold``, and weigh by the scores.
+    """Choose by the options' ``choice``, or by the sign of relu scores, and weigh by the scores.
 
     Args:
         logits_TE: of the router.
@@ -58,7 +61,10 @@ def take(
         threshold_E: of threshold choice.
     """
     scores_TE = scores_of(logits_TE, options.score)
-    if threshold_E is None:
+    if options.score == "relu":
+        indices_TE = _numbered(scores_TE.detach() > 0, mask_T)
+        bound = _bound(indices_TE)
+    elif threshold_E is None:
         indices_TE, room = best_tokens(scores_TE.detach(), mask_T, top_k)
         bound = room * scores_TE.shape[1]
     else:
@@ -105,6 +111,43 @@ def move_threshold(threshold_E: Tensor, load: StepLoad, top_k: int, decay: float
         found_E = torch.zeros_like(base_E)
     averaged_E = torch.where(threshold_E < 0, found_E, decay * base_E + (1 - decay) * found_E)
     threshold_E.copy_(torch.where(histogram_EH.sum(dim=-1) > 0, averaged_E, threshold_E))
+
+
+def sparsity_loss(
+    taken: Taken, mask_T: Tensor | None, load: StepLoad, balance: BalanceOptions, top_k: int
+) -> Tensor:
+    """Compute ``mean_t Σ_e f_e g_te``, ``f_e = E c_e / (k T)`` (arXiv:2412.14711).
+
+    With the ``global`` scope c and T are those of all ranks and of the step's micro-batches so far.
+
+    Args:
+        taken: what the experts take.
+        mask_T: true at real tokens.
+        load: of the earlier micro-batches of the optimizer step.
+        balance: options of the router's balance.
+        top_k: experts per token k, on average.
+    """
+    experts = taken.scores.shape[1]
+    counts_E, tokens = expert_counts(taken.indices, experts), count_tokens(taken.indices, mask_T)
+    if balance.scope == "global":
+        if load.counts is not None and load.tokens is not None:
+            counts_E, tokens = counts_E + load.counts, tokens + load.tokens
+        counts_E, tokens = L.sum_over_ranks(counts_E), L.sum_over_ranks(tokens)
+    f_E = counts_E.to(taken.scores.dtype) * (experts / top_k) / tokens.clamp(min=1)
+    return torch.dot(f_E, mean_probability(balance, taken.scores, mask_T))
+
+
+def move_sparsity(weight_1: Tensor, load: StepLoad, balance: BalanceOptions, top_k: int) -> None:
+    """Raise the loss's coefficient λ, in place, if tokens had more than k experts, or lower it.
+
+    ``λ <- λ growth^sign(Σ_e c_e - k T)`` over all ranks and micro-batches of the step: the paper's
+    rule (arXiv:2412.14711) for the sparsity of this layer, where the paper has one λ and the
+    mean sparsity of all layers.
+    """
+    if load.counts is None or load.tokens is None:
+        return
+    excess = L.sum_over_ranks(load.counts).sum() - top_k * L.sum_over_ranks(load.tokens)
+    weight_1 *= balance.sparsity_growth ** excess.sign().to(weight_1.dtype)
 
 
 def without_expert(indices_TE: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -55,6 +55,7 @@ class Router(TrainingState):
 
     selection_bias: Tensor
     threshold: Tensor
+    sparsity_weight: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -94,7 +95,8 @@ class Router(TrainingState):
         if options.weights.expert_scale:
             self.expert_scale = nn.Parameter(torch.empty(num_experts))
         for name in self._wide_buffers():
-            self.register_buffer(name, torch.empty(num_experts, dtype=torch.float32))
+            size = 1 if name == "sparsity_weight" else num_experts
+            self.register_buffer(name, torch.empty(size, dtype=torch.float32))
         self._load = StepLoad()
         self.reset_parameters()
 
@@ -126,10 +128,9 @@ class Router(TrainingState):
                 nn.init.ones_(scale)
         if (bias := self._parameters.get("bias")) is not None:
             nn.init.zeros_(bias)
-        if self.options.selection_bias:
-            nn.init.zeros_(self.selection_bias)
-        if self.options.choice == "threshold":
-            nn.init.constant_(self.threshold, ragged.COLD)
+        starts = {"threshold": ragged.COLD, "sparsity_weight": self.balance.sparsity}
+        for name in self._wide_buffers():
+            nn.init.constant_(getattr(self, name), starts.get(name, 0.0))
         self._load = StepLoad()
 
     def _draw(self, weight: Tensor) -> None:
@@ -149,6 +150,7 @@ class Router(TrainingState):
         there = {
             "selection_bias": self.options.selection_bias,
             "threshold": self.options.choice == "threshold",
+            "sparsity_weight": self.options.score == "relu",
         }
         return [name for name, is_there in there.items() if is_there]
 
@@ -168,7 +170,7 @@ class Router(TrainingState):
             limited: whether the limit on capacity applies, if there is one.
         """
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            if self.options.choice != "token":
+            if self.options.is_ragged:
                 return self._ragged(hidden_TD, mask_T)
             sequences = sequences or (1, len(hidden_TD))
             return self._tokens_choose(hidden_TD, mask_T, sequences, limited)
@@ -183,7 +185,7 @@ class Router(TrainingState):
 
         Decoding one token, those take longer than the choice.
         """
-        if self.training or self.options.choice != "token":
+        if self.training or self.options.is_ragged:
             return self(hidden_TD, mask_T, sequences)._replace(losses={}, stats={})
         with without_autocast(hidden_TD.device.type):
             hidden_TD = self._features(hidden_TD)
@@ -319,7 +321,7 @@ class Router(TrainingState):
         stats = slot_stats(indices_TK, weights_TK.abs(), experts, mask_T, most_counts=experts)
         stats["router_entropy"] = mean_entropy(probabilities_TE, mask_T)
         stats["dropped"] = torch.zeros_like(stats["tokens"]) if dropped is None else dropped
-        if self.options.choice == "threshold":
+        if self.options.is_ragged and self.options.choice != "expert":
             stats["without_expert"] = ragged.without_expert(indices_TK, mask_T)
         return stats
 
@@ -354,6 +356,9 @@ class Router(TrainingState):
         aux = {}
         if self.balance.z_loss:
             aux["router_z"] = self.balance.z_loss * L.z_loss(logits_TE, mask_T)
+        if self.options.score == "relu":
+            loss = ragged.sparsity_loss(taken, mask_T, self._load, self.balance, self.top_k)
+            aux["sparsity"] = self.sparsity_weight.to(loss.dtype).squeeze(0) * loss
         shares_TE = shares_of(taken.scores, self.options.score)
         asked = (shares_TE, taken.indices, taken.weights, mask_T, None)
         stats = statistics(self, self._stats, *asked)
@@ -376,6 +381,8 @@ class Router(TrainingState):
         if self.options.choice == "threshold":
             decay = self.options.threshold_decay
             ragged.move_threshold(self.threshold, self._load, self.top_k, decay)
+        if self.options.score == "relu":
+            ragged.move_sparsity(self.sparsity_weight, self._load, self.balance, self.top_k)
         self._load = StepLoad()
 
     def discard(self) -> None:

@@ -22,6 +22,7 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": lambda logits_TE: logits_TE.sigmoid(),
     "sqrt_softplus": _sqrt_softplus,
     "sparse_mixer": lambda logits_TE: logits_TE.softmax(dim=-1),
+    "relu": F.relu,
 }
 COMPETING = ("softmax", "sparse_mixer")
 """Scores that sum to one."""

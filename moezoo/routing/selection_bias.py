@@ -23,16 +23,21 @@ class StepLoad:
             first micro-batch.
         margins: ``(E, H)``, a histogram of what :func:`selection_margins` gives; None where no
             rule asks for it.
+        tokens: real tokens, a scalar int64.
     """
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
         self.margins: Tensor | None = None
+        self.tokens: Tensor | None = None
 
     def add(self, stats: Mapping[str, Tensor]) -> None:
         """Add what a router's statistics say of one micro-batch."""
         counts_E = stats["expert_counts"].detach()
         self.counts = counts_E if self.counts is None else self.counts + counts_E
+        if "tokens" in stats:
+            tokens = stats["tokens"].detach()
+            self.tokens = tokens if self.tokens is None else self.tokens + tokens
         if "margins" in stats:
             margins = stats["margins"].detach().to(torch.int64)
             self.margins = margins if self.margins is None else self.margins + margins

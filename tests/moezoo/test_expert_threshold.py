@@ -173,12 +173,16 @@ def test_without_a_threshold_of_their_own_experts_are_noticed(monkeypatch):
             {},
             "router.num_groups: has no meaning in threshold choice",
         ),
-        ({"select_on": "logit"}, {}, "router.select_on: experts compare"),
+        ({"select_on": "logit"}, {}, "router.select_on: in threshold choice"),
         ({"score": "sparse_mixer"}, {}, "router.score: sparse_mixer has no meaning"),
         ({"score": "sigmoid", "expert_dropout": 0.1}, {}, "router.expert_dropout: has no meaning"),
         ({"threshold_decay": 1.5}, {}, "router.threshold_decay: "),
-        ({}, {"capacity": CapacityOptions()}, "capacity: thresholds set .* set it to null"),
-        ({}, {"num_identity_experts": 1}, "num_identity_experts: these choose no tokens"),
+        ({}, {"capacity": CapacityOptions()}, "capacity: threshold choice sets .* set it to null"),
+        (
+            {},
+            {"num_identity_experts": 1},
+            "num_identity_experts: have no meaning in threshold choice",
+        ),
     ],
 )
 def test_what_is_not_defined_is_refused(options, arguments, message):

@@ -81,6 +81,8 @@ NO_CHOICE = {"fff_one_leaf", "ultra_root"}
 # Arguments of layers that change no number of a single call with given weights.
 UNSEEN = {
     "balance.scope": "one process, and one micro-batch",
+    "balance.sparsity": "where a buffer begins",
+    "balance.sparsity_growth": "acts in step()",
     "bias_update_rate": "acts in step()",
     "clip_values_apart": "the optimizer's",
     "expert_lr_multiplier": "the optimizer's",

@@ -630,7 +630,7 @@ def test_load_statistics():
         ({"num_identity_experts": -1}, "num_identity_experts: -1 is out of range"),
         (
             {"num_identity_experts": 2, "router": {"choice": "expert", "normalize": False}},
-            "num_identity_experts: these choose no tokens",
+            "num_identity_experts: have no meaning in expert choice",
         ),
         (
             {"num_identity_experts": 2, "capacity": {}},
@@ -658,7 +658,7 @@ def test_load_statistics():
         ),
         (
             {"router": {"choice": "expert", "normalize": False, "select_on": "logit"}},
-            "router.select_on: experts compare their tokens by the score",
+            "router.select_on: in expert choice it is the score that chooses",
         ),
         ({"router": {"jitter_experts": True}}, "router.jitter_experts: there is no jitter; set"),
         ({"router": {"mixer_eps": -1.0}}, "router.mixer_eps: -1 is out of range"),

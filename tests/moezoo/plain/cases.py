@@ -98,6 +98,14 @@ CONVENTIONS = {
         router=RouterOptions(choice="threshold", normalize=False, scale=3.0, jitter=0.2),
         balance=BalanceOptions(load_balancing=0.0, z_loss=0.2),
     ),
+    "positive_scores": _moe(
+        top_k=3,
+        num_shared_experts=1,
+        router=RouterOptions(
+            score="relu", normalize=False, scale=3.0, jitter=0.2, logits=LogitOptions(bias=True)
+        ),
+        balance=BalanceOptions(load_balancing=0.0, z_loss=0.2),
+    ),
     "every_choice": _moe(top_k=8),
     "noise_jitter": _moe(
         top_k=3,

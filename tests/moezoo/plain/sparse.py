@@ -42,6 +42,8 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
     route = {"expert": _experts_choose, "threshold": _thresholds_choose, "token": _tokens_choose}[
         options["router"]["choice"]
     ]
+    if options["router"]["score"] == "relu":
+        route = _positive_scores_choose
     gates, losses, counts = route(weights, options, hidden, asking, real, call)
     weighed = options["router"]["weights"]["with_shared"]
     answer = Experts(weights, "experts.", options)
@@ -468,6 +470,35 @@ def _thresholds_choose(
     if weight := options["balance"]["z_loss"]:
         losses["router_z"] = weight * z_loss([clean[t] for t in range(len(clean)) if real[t]])
     return gates, losses, _count([list(mine) for mine in gates], options["num_experts"])
+
+
+def _positive_scores_choose(
+    weights: Weights,
+    options: Options,
+    hidden: Tensor,
+    asking: Sequence[Tensor],
+    real: Sequence[bool],
+    call: Call,
+) -> tuple[list[dict[int, Tensor]], dict[str, Tensor], list[int]]:
+    """Run all experts with a positive logit, which weighs them (arXiv:2412.14711)."""
+    router, balance, experts = options["router"], options["balance"], options["num_experts"]
+    clean, gates = [], []
+    for t, x_D in enumerate(_jittered(asking, router, call)):
+        logits_E = _logits(weights, router["logits"], _router_input(weights, router["logits"], x_D))
+        mine = {e: logits_E[e] for e in range(experts) if logits_E[e] > 0 and real[t]}
+        clean.append(logits_E)
+        gates.append(mine)
+    everyone = [t for t in range(len(clean)) if real[t]]
+    counts = _count([list(mine) for mine in gates], experts)
+    total = torch.zeros((), dtype=hidden.dtype)
+    for mine in gates:
+        for e, gate in mine.items():
+            total = total + counts[e] * experts / (options["top_k"] * len(everyone)) * gate
+    losses = {"sparsity": weights["gate.sparsity_weight"][0] * total / len(everyone)}
+    if weight := balance["z_loss"]:
+        losses["router_z"] = weight * z_loss([clean[t] for t in everyone])
+    scaled = [{e: gate * router["scale"] for e, gate in mine.items()} for mine in gates]
+    return scaled, losses, counts
 
 
 def sigma_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
