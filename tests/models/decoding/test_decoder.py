@@ -305,6 +305,8 @@ def test_the_kernels_step_what_they_know(build, rules, native_steps):
         {"logits": {"softcap": 0.5}},
         {"logits": {"scale": 3.0}},
         {"score": "sqrt_softplus", "selection_bias": True},
+        {"score": "sigmoid", "choice": "threshold", "normalize": False},
+        {"score": "relu", "normalize": False},
         {"score": "sigmoid", "select_on": "logit", "selection_bias": True},
         {"num_groups": 2, "closed_groups": "zero"},
         {"weights": {"minimum": 0.9}},
