@@ -71,8 +71,9 @@ def test_unmodified_transformers_computes_what_was_planned(dtype, trained, tmp_p
         text = calibrate(dense, "stdlib", 8192, 8192, None, 0)
     found = done.extra["perplexity"]
     # In bf16 all states are rounded, and routers that see them choose differently here and there:
-    # that moves either model by as much as 1e-3, and says nothing of what was written.
-    assert found["loaded"] == pytest.approx(perplexity(memory, text), rel=1e-3)
+    # that moves either model by as much as 1e-3, and says nothing of what was written. The two err
+    # to different sides: the kernels sum a token's experts in fp32, the plan in bf16.
+    assert found["loaded"] == pytest.approx(perplexity(memory, text), rel=2e-3)
     written = load_any(tmp_path / "out").float()
     assert perplexity(written, text) == pytest.approx(found["carved"], rel=1e-3)
     assert perplexity(memory.float(), text) == pytest.approx(found["carved"], rel=1e-5)
