@@ -183,8 +183,8 @@ CONVENTIONS = {
     "softmax": Convention(
         "softmax over all experts",
         "p = softmax(l); top-k of p; w = p / (sum of the chosen p)",
-        "norm_topk_prob says whether it is divided, and is false by default in OLMoE and "
-        "Qwen2-MoE; Mixtral has no such flag and always divides",
+        "norm_topk_prob says whether it is divided, and is false by default in OLMoE, Qwen2-MoE "
+        "and Qwen3-MoE; Mixtral has no such flag and always divides",
         _softmax,
     ),
     "softmax_raw": Convention(

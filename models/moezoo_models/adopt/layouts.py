@@ -81,7 +81,7 @@ LAYOUTS = {
     ),
     "transposed": Layout(
         "gate and up (E, D, 2F), down (E, F, D)",
-        "columns are hidden neurons; on a CPU our kernels read rows, and copy with every pass",
+        "columns are hidden neurons here, where rows are in the other layouts",
         _TRANSPOSED,
     ),
     "interleaved": Layout(
