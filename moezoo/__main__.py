@@ -88,7 +88,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "adopt": Command(
             "moezoo_models.adopt.report:report_adoption",
-            "which layers would compute a transformers mixture: options, difference, speed",
+            "which layers would compute a mixture of transformers, how fast",
             positional=True,
         ),
         "export": Command(

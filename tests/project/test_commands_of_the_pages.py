@@ -85,6 +85,7 @@ BEFORE = {
         "--data.data_dir runs/upcycling_data"
     ],
     "compare.md": ["moezoo compare --config configs/experiments/compare/small.yaml"],
+    "adopt.md": ["moezoo upcycle path/to/llama runs/mixtral --experts 8 --top_k 2"],
     "finetuning.md": ["moezoo upcycle path/to/llama runs/mixtral --experts 8 --top_k 2"],
 }
 """What the page's readers have done by then."""
