@@ -57,7 +57,8 @@ class SparseMoE(FeedForward):
     capacity, ``tokens``, ``usage``, the share of experts chosen, ``unevenness``, the divergence of
     their weights from uniform in nats, ``router_entropy`` in nats, ``dropped`` assignments;
     with thresholds ``without_expert``, the share of tokens that no expert takes; and in training
-    ``margins``, a histogram, where :meth:`observe` reads one.
+    ``margins``, a histogram, where :meth:`observe` reads one, and ``rounded_up`` and
+    ``rounded_down``, the assignments that ``router.rounding`` added and dropped, as shares.
 
     Args:
         d_model: width of the residual stream.
@@ -205,11 +206,14 @@ class SparseMoE(FeedForward):
     def causal(self) -> bool:
         """False in expert choice: whether a token is taken depends on the tokens after it.
 
+        The same of rounded numbers of tokens, while training; evaluation does not round, so that
+        ``causal`` follows :attr:`training`. A new layer is in training.
+
         True with a limit on capacity, though with ``top_k > 1`` the first choices of later tokens
         take room from a token's second choice, and how much room there is follows from the number
         of tokens (arXiv:2006.16668, algorithm 1).
         """
-        return self.router.choice != "expert"
+        return self.router.choice != "expert" and not (self.training and self.router.rounding)
 
     def reset_parameters(self, num_layers: int = 1) -> None:
         """Initialise router, experts and shared expert; outputs scale with 1/sqrt(num_layers)."""
@@ -370,7 +374,8 @@ class SparseMoE(FeedForward):
 
         With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l. With I identity
         experts, k E / (E + I) stands for k: the mean at an even load, to which the selection bias
-        steers; what a text takes follows from its choices. Where experts take tokens, it is k too.
+        steers; what a text takes follows from its choices. Where experts take tokens, or round how
+        many they have, it is k too.
         """
         slots = self.gate.num_experts
         routing = sum(p.numel() for p in self.gate.parameters())

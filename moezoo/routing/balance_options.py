@@ -111,6 +111,8 @@ class CapacityOptions:
         if router.is_ragged:
             of = "relu scores set" if router.score == "relu" else "threshold choice sets"
             raise InputError(f"capacity: {of} how many tokens come; set it to null")
+        if router.rounding:
+            raise InputError("capacity: is not defined with router.rounding; set it to null")
         check_number("capacity.factor", self.factor)
         check_number("capacity.eval_factor", self.eval_factor)
         check_int("capacity.minimum", self.minimum, minimum=0)

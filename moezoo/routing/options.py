@@ -154,6 +154,9 @@ class RouterOptions:
         expert_dropout: while training, zero a token's score of an expert with this probability,
             without rescaling; it may be chosen all the same (arXiv:2310.10837, section 5). Sigmoid
             scores only.
+        rounding: while training, round the number of tokens of each expert to the nearest multiple
+            of this, by dropping those of least weight or adding the next best, which weigh their
+            scores as they are (arXiv:2512.14080); not causal then. 0 for none.
         logits: bias, normalization, factor and cap of the logits.
         weights: how weights are normalized, and learned factors on them.
     """
@@ -177,6 +180,7 @@ class RouterOptions:
     threshold_decay: float = 0.9
     expert_dropout: float = 0.0
     select_on: Literal["score", "logit"] = "score"
+    rounding: int = 0
     logits: LogitOptions = LogitOptions()
     weights: WeightOptions = WeightOptions()
 
@@ -250,6 +254,9 @@ class RouterOptions:
                 "output, or set with_shared to false"
             )
         check_number("router.threshold_decay", self.threshold_decay, maximum=1.0)
+        check_int("router.rounding", self.rounding, minimum=0)
+        if self.rounding:
+            self._check_rounding(num_identity)
         if self.is_ragged:
             self._check_ragged(num_identity)
         elif top_k == 1 and self.normalize and not self.weights.with_shared:
@@ -288,6 +295,30 @@ class RouterOptions:
             raise InputError("router.num_groups: has no meaning in sparse_mixer; set it to 1")
         if self.select_on == "logit":
             raise InputError("router.select_on: sparse_mixer samples by the score; use score")
+
+    def _check_rounding(self, num_identity: int) -> None:
+        of = f"{self.choice} choice"
+        if self.score in ("relu", "sparse_mixer"):
+            of = f"{self.score} scores"
+        if self.is_ragged or self.score == "sparse_mixer":
+            raise InputError(f"router.rounding: has no meaning in {of}; set it to 0")
+        if self.num_groups > 1:
+            raise InputError(
+                "router.rounding: is not defined within groups; set it to 0, or num_groups to 1"
+            )
+        if num_identity:
+            raise InputError(
+                "router.rounding: is not defined with num_identity_experts; set either to 0"
+            )
+        if self.weights.with_shared:
+            raise InputError(
+                "router.rounding: is not defined with weights.with_shared; set it to 0, or "
+                "with_shared to false"
+            )
+        if self.weights.apply_to == "input":
+            raise InputError(
+                "router.rounding: weighs outputs alone; set it to 0, or weights.apply_to to output"
+            )
 
     def _check_ragged(self, num_identity: int) -> None:
         of = "relu scores" if self.choice == "token" else f"{self.choice} choice"

@@ -23,12 +23,13 @@ from moezoo.routing.logits import normed_input, scaled_logits
 from moezoo.routing.margins import margin_histogram
 from moezoo.routing.mlp import RouterMLP
 from moezoo.routing.options import RouterOptions
+from moezoo.routing.rounding import round_tokens
 from moezoo.routing.routing import Routing
 from moezoo.routing.scores import scores_of, shares_of
 from moezoo.routing.selection_bias import StepLoad, kept_in_fp32, move_bias, selection_margins
 from moezoo.routing.sparse_mixer import sparse_mixer
 from moezoo.routing.stats import mean_entropy, slot_stats
-from moezoo.routing.weights import Chosen, total_of
+from moezoo.routing.weights import Chosen, Scales, weighed, weights_of_all
 from moezoo.routing.wide_linear import wide_linear
 from moezoo.training_state import TrainingState
 from moezoo_kernels.dtypes import at_least_fp32, without_autocast
@@ -244,8 +245,15 @@ class Router(TrainingState):
         choice = Choice(probabilities_TE, chosen.indices, chosen.weights)
         aux = balance_losses(self.balance, logits, choice, mask_T, sequences, self._load.counts)
         left, dropped, bound = self._limit(chosen, mask_T, sequences if limited else None)
+        rounded = None
+        if self.training and limited and self.options.rounding:
+            raw_TE = weights_of_all(scores_TE, self.options, self._scales())
+            rounded = round_tokens(chosen, scores_TE, raw_TE, mask_T, self.options.rounding)
+            left, dropped, bound = rounded.chosen, rounded.dropped, rounded.max_assignments
         asked = (probabilities_TE, chosen.indices, chosen.weights, mask_T)
         stats = statistics(self, self._stats, *asked, dropped)
+        if rounded is not None:
+            stats = {**stats, **rounded.stats}
         if self.training and self.options.bias_rule == "quantile":
             margins_TE = selection_margins(self._selection(scores_TE, noisy_TE), self.top_k)
             stats = {**stats, "margins": margin_histogram(margins_TE, mask_T)}
@@ -267,26 +275,12 @@ class Router(TrainingState):
 
     def _weigh(self, chosen: Chosen) -> Chosen:
         """Take the scores for weights, normalised and scaled as asked."""
-        options = self.options
-        weights_TK, shared_TS = chosen.scores, chosen.shared_scores
-        factors: list[Tensor | float] = [options.scale]
-        if options.weights.learned_scale:
-            factors.append(self.learned_scale.to(weights_TK.dtype))
-        if options.normalize:
-            total_T1 = total_of(weights_TK, shared_TS, options)
-            if self.capacity is not None and self.capacity.normalize == "after":
-                total_T1 = total_T1.masked_fill(total_T1 == 0, 1.0)  # all choices were dropped
-            weights_TK = weights_TK / total_T1
-            shared_TS = None if shared_TS is None else shared_TS / total_T1
-        for factor in factors:
-            weights_TK = weights_TK * factor
-            shared_TS = None if shared_TS is None else shared_TS * factor
-        if options.weights.expert_scale:
-            # An embedding's gradient is summed in a fixed order, that of indexing is not.
-            experts_TK = chosen.indices.clamp(min=0)
-            scale_TK = F.embedding(experts_TK, self.expert_scale.unsqueeze(-1)).squeeze(-1)
-            weights_TK = weights_TK * scale_TK.to(weights_TK.dtype)
-        return chosen._replace(weights=weights_TK, shared_weights=shared_TS)
+        # Weights that are normalised after dropping may all have been dropped.
+        may_be_none = self.capacity is not None and self.capacity.normalize == "after"
+        return weighed(chosen, self.options, self._scales(), may_be_none)
+
+    def _scales(self) -> Scales:
+        return Scales(getattr(self, "learned_scale", None), getattr(self, "expert_scale", None))
 
     def _noisy(self, clean_TE: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Add ``N(0, 1) * softplus(x W_noise)`` while training (arXiv:1701.06538, eq. 4)."""

@@ -15,7 +15,8 @@ class Routing(NamedTuple):
     """The experts each token is routed to, and their weights.
 
     Attributes:
-        indices: ``(T, K)`` int64 experts, -1 for none. K is E where experts take tokens.
+        indices: ``(T, K)`` int64 experts, -1 for none. K is E where experts take tokens or
+            round how many they have.
         weights: ``(T, K)`` in fp32 (fp64 for fp64 inputs), zero where there is no expert.
         losses: weighted scalars.
         stats: detached statistics.

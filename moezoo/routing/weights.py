@@ -1,6 +1,6 @@
-"""The chosen experts, and what their scores are divided by: :class:`moezoo.WeightOptions`.
+"""The chosen experts, and how their scores become weights: :class:`moezoo.WeightOptions`.
 
-Shapes: T tokens, K choices per token, S shared experts.
+Shapes: T tokens, E experts, K choices per token, S shared experts.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.routing.options import RouterOptions
@@ -60,3 +61,52 @@ def total_of(scores_TK: Tensor, shared_TS: Tensor | None, options: RouterOptions
     if eps:
         return total_T1 + eps
     return total_T1
+
+
+class Scales(NamedTuple):
+    """The learned factors on weights.
+
+    Attributes:
+        learned: ``(1,)``, on all; None for none.
+        expert: ``(E,)``, on those of each expert; None for none.
+    """
+
+    learned: Tensor | None
+    expert: Tensor | None
+
+
+def weighed(chosen: Chosen, options: RouterOptions, scales: Scales, may_be_none: bool) -> Chosen:
+    """Take the scores for weights, normalised and scaled.
+
+    Args:
+        chosen: the experts, with scores.
+        options: of the router.
+        scales: its learned factors.
+        may_be_none: whether all scores of a token may be zero; its weights are zero then.
+    """
+    weights_TK, shared_TS = chosen.scores, chosen.shared_scores
+    if options.normalize:
+        total_T1 = total_of(weights_TK, shared_TS, options)
+        if may_be_none:
+            total_T1 = total_T1.masked_fill(total_T1 == 0, 1.0)
+        weights_TK = weights_TK / total_T1
+        shared_TS = None if shared_TS is None else shared_TS / total_T1
+    weights_TK = _scaled(weights_TK, options, scales)
+    if scales.expert is not None:
+        # An embedding's gradient is summed in a fixed order, that of indexing is not.
+        experts_TK = chosen.indices.clamp(min=0)
+        scale_TK = F.embedding(experts_TK, scales.expert.unsqueeze(-1)).squeeze(-1)
+        weights_TK = weights_TK * scale_TK.to(weights_TK.dtype)
+    shared_TS = None if shared_TS is None else _scaled(shared_TS, options, scales)
+    return chosen._replace(weights=weights_TK, shared_weights=shared_TS)
+
+
+def weights_of_all(scores_TE: Tensor, options: RouterOptions, scales: Scales) -> Tensor:
+    """Return the weights ``(T, E)`` of all experts by their scores as they are, scaled."""
+    weights_TE = _scaled(scores_TE, options, scales)
+    return weights_TE if scales.expert is None else weights_TE * scales.expert.to(weights_TE.dtype)
+
+
+def _scaled(weights: Tensor, options: RouterOptions, scales: Scales) -> Tensor:
+    weights = weights * options.scale
+    return weights if scales.learned is None else weights * scales.learned.to(weights.dtype)

@@ -17,7 +17,7 @@ from moezoo.experts.rank_one import RankOneExperts
 from moezoo.experts.slots import PersistentSlots
 from moezoo.experts.values import ValueTable
 from moezoo.feed_forward import FeedForward
-from moezoo.routing import Router, Routing, capacity, tree
+from moezoo.routing import Router, Routing, capacity, rounding, router, tree
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -184,9 +184,40 @@ def give_padding_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "count_tokens", lambda indices, mask: count(indices, None))
 
 
+def round_halves_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_up(counts_E: Tensor, multiple: int) -> Tensor:
+        return (2 * counts_E + multiple) // (2 * multiple) * multiple
+
+    monkeypatch.setattr(rounding, "nearest_multiple", half_up)
+
+
+def serve_the_first_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = rounding.among_best
+    monkeypatch.setattr(
+        rounding, "among_best", lambda values, among, room: best(values * 0, among, room)
+    )
+
+
+def weigh_the_added_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "weights_of_all", lambda scores, *_: torch.ones_like(scores))
+
+
+def let_padding_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded = rounding.round_tokens
+    monkeypatch.setattr(
+        router, "round_tokens", lambda a, b, c, mask, multiple: rounded(a, b, c, None, multiple)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
+        ("token_rounding", round_halves_up),
+        ("token_rounding", serve_the_first_to_come),
+        ("token_rounding_raw", serve_the_first_to_come),
+        ("token_rounding", weigh_the_added_by_one),
+        ("token_rounding_raw", weigh_the_added_by_one),
+        ("token_rounding", let_padding_be_added),
         ("deepseek_v3", weigh_by_the_biased_score),
         ("softmax_bias_normalized", weigh_by_the_biased_score),
         ("chosen_by_logit", weigh_by_the_biased_score),

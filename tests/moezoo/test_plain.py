@@ -66,7 +66,7 @@ def crowd(layer: moezoo.FeedForward) -> bool:
             layer.router.closed_groups == "zero" or layer.router.logits.mlp
         ):
             return False  # the worst expert is chosen in the one, the other hides the feature
-        elif isinstance(layer, moezoo.SparseMoE | moezoo.SigmaMoE) and layer.causal:
+        elif isinstance(layer, moezoo.SparseMoE | moezoo.SigmaMoE) and layer.eval().causal:
             layer.gate.weight[0, 0] += 9.0
             layer.gate.weight[-1, 0] -= 9.0
         else:

@@ -106,6 +106,24 @@ CONVENTIONS = {
         ),
         balance=BalanceOptions(load_balancing=0.0, z_loss=0.2),
     ),
+    "token_rounding": _moe(
+        num_experts=7,
+        top_k=3,
+        num_shared_experts=1,
+        router=RouterOptions(
+            rounding=8,
+            scale=1.3,
+            noise=True,
+            selection_bias=True,
+            weights=WeightOptions(learned_scale=True, expert_scale=True),
+        ),
+        balance=BalanceOptions(0.1, importance=0.3),
+    ),
+    "token_rounding_raw": _moe(
+        top_k=2,
+        router=RouterOptions(score="sigmoid", rounding=16, normalize=False, jitter=0.2),
+        balance=BalanceOptions(0.1, z_loss=0.2),
+    ),
     "every_choice": _moe(top_k=8),
     "noise_jitter": _moe(
         top_k=3,

@@ -100,6 +100,7 @@ def _tokens_choose(
     drawn = torch.rand(size, dtype=hidden.dtype) if drop else None
 
     clean, logits, spread, shares, chosen, gates, wanted = [], [], [], [], [], [], []
+    scores = []
     for t, x_D in enumerate(asking):
         x_D = _router_input(weights, router["logits"], x_D)
         clean_E = logits_E = _logits(weights, router["logits"], x_D)
@@ -129,6 +130,7 @@ def _tokens_choose(
         clean.append(clean_E)
         logits.append(logits_E)
         shares.append(share_E)
+        scores.append(scores_E)
 
     if router["score"] == "sparse_mixer":
         mixed = _mixed(logits, top_k, router["mixer_eps"], call.training)
@@ -145,7 +147,36 @@ def _tokens_choose(
     if capacity is not None:
         length = hidden.shape[1] if hidden.ndim == 3 else len(chosen)
         gates = _within_capacity(weights, options, wanted, gates, length, call.training)
+    if router["rounding"] and call.training:
+        raw = {**router, "normalize": False}
+        alone = [_weighed(weights, raw, dict(enumerate(scores_E))) for scores_E in scores]
+        gates = _rounded(router["rounding"], gates, alone, scores, real)
     return gates, losses, counts
+
+
+def _rounded(
+    multiple: int,
+    gates: list[dict[int, Tensor]],
+    alone: list[dict[int, Tensor]],
+    scores: list[Tensor],
+    real: Sequence[bool],
+) -> list[dict[int, Tensor]]:
+    """Bring each expert's number of tokens to the nearest multiple (arXiv:2512.14080).
+
+    ``alone`` has the gates of tokens that did not choose an expert and come to it.
+    """
+    rounded: list[dict[int, Tensor]] = [{} for _ in gates]
+    for e in range(len(scores[0])):
+        mine = [t for t in range(len(gates)) if e in gates[t]]
+        others = [t for t in range(len(gates)) if e not in gates[t] and real[t]]
+        mine.sort(key=lambda t, e=e: -abs(gates[t][e].item()))
+        others.sort(key=lambda t, e=e: -scores[t][e].item())
+        room = multiple * round(Fraction(len(mine), multiple))  # of two equally near, the even one
+        for t in mine[:room]:
+            rounded[t][e] = gates[t][e]
+        for t in others[: max(room - len(mine), 0)]:
+            rounded[t][e] = alone[t][e]
+    return rounded
 
 
 def _router_input(weights: Weights, options: Options, x_D: Tensor) -> Tensor:
