@@ -206,8 +206,7 @@ class SparseMoE(FeedForward):
     def causal(self) -> bool:
         """False in expert choice: whether a token is taken depends on the tokens after it.
 
-        The same of rounded numbers of tokens, while training; evaluation does not round, so that
-        ``causal`` follows :attr:`training`. A new layer is in training.
+        False too with ``router.rounding``, but in training alone, as a new layer is.
 
         True with a limit on capacity, though with ``top_k > 1`` the first choices of later tokens
         take room from a token's second choice, and how much room there is follows from the number
@@ -374,8 +373,7 @@ class SparseMoE(FeedForward):
 
         With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l. With I identity
         experts, k E / (E + I) stands for k: the mean at an even load, to which the selection bias
-        steers; what a text takes follows from its choices. Where experts take tokens, or round how
-        many they have, it is k too.
+        steers; what a text takes follows from its choices. Where experts take or round: k.
         """
         slots = self.gate.num_experts
         routing = sum(p.numel() for p in self.gate.parameters())

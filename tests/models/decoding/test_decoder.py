@@ -135,6 +135,25 @@ def test_steps_of_every_method(build, method, dtype):
         assert_steps_are_the_forward_pass(model, *left_padded(batch))
 
 
+def test_a_model_that_trains_with_rounded_experts_decodes_as_if_it_had_not(
+    build, rules, native_steps
+):
+    def model_of(rounding):
+        router = {"rounding": rounding}
+        layer = rules["rule"]("SparseMoE", num_experts=4, top_k=2, d_expert=16, router=router)
+        return build(ffn=[layer], allow_non_causal=True)
+
+    model, other = model_of(4), model_of(0)
+    other.load_state_dict(model.state_dict())
+    assert not mixes_tokens(model)
+    ids, mask = left_padded(3)
+    assert all(block.feed for block in Decoder(model, ids, mask, 4)._blocks)
+    assert_steps_are_the_forward_pass(model, ids, mask)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, other(ids).logits)
+        assert not torch.equal(model.train()(ids).logits, other.train()(ids).logits)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in CHANGING])

@@ -196,9 +196,10 @@ def test_layers_that_look_ahead_are_refused_unless_allowed(make, rules, ids):
     with pytest.raises(InputError, match=r"ffn\[1\]: LooksAhead .* allow_non_causal: true"):
         make(ffn=ahead)
     make(ffn=ahead, allow_non_causal=True)(ids)
-    choice = [rules["rule"]("SparseMoE", router={"choice": "expert", "normalize": False})]
-    with pytest.raises(InputError, match=r"ffn\[0\]: SparseMoE as configured is not causal"):
-        make(ffn=choice)
+    for router in ({"choice": "expert", "normalize": False}, {"rounding": 8}):
+        choice = [rules["rule"]("SparseMoE", router=router)]
+        with pytest.raises(InputError, match=r"ffn\[0\]: SparseMoE as configured is not causal"):
+            make(ffn=choice)
 
 
 def test_hidden_states_and_attentions_on_request(make, ids):
