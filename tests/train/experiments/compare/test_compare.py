@@ -228,6 +228,19 @@ def test_the_ablation_begins_with_the_weights_of_the_method(row):
     assert not torch.allclose(*outputs)
 
 
+def test_a_row_is_causal_if_it_is_validated_so():
+    options = {"own": {}, "rounded": {"router": {"rounding": 32}}}
+    rows = {row: {"method": "mixtral", "arguments": given} for row, given in options.items()}
+    rows["expert_choice"] = {}
+    planned = plan(experiment(methods=parse_methods(rows), ablation=False))
+    assert {run.row: run.causal for run in planned} == {
+        "own": True,
+        "rounded": True,
+        "expert_choice": False,
+    }
+    assert runs.build(planned[1], 1024).model.training
+
+
 def test_routers_read_what_the_method_or_the_row_says():
     rows = {"smallthinker": {}, "after": {"method": "smallthinker", "router_input": "ffn_input"}}
     own, random, after, _ = plan(experiment(methods=parse_methods(rows)))

@@ -172,7 +172,7 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
         "ffn": config,
         "width": match.argument,
         "flops_ratio": match.ratio,
-        "causal": layer.causal,
+        "causal": layer.eval().causal,  # as it is validated
         "router_input": read,
     }
     return common, layer
