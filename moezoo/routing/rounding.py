@@ -42,7 +42,7 @@ def round_tokens(
 
     No expert has more than the real tokens there are, a multiple or not. One that has too many
     loses those of least weight; one that has too few gains those of the best score that did not
-    choose it. Of equals the first token comes first.
+    choose it.
 
     Args:
         chosen: experts of each token, -1 for none, with weights, which are kept.
@@ -63,15 +63,17 @@ def round_tokens(
     wanted_E = nearest_multiple(counts_E, multiple).minimum(real)
 
     could_TE = ~has_TE if mask_T is None else ~has_TE & mask_T.unsqueeze(-1)
-    stays_TE = among_best(kept_TE.detach().abs(), has_TE, wanted_E)
-    comes_TE = among_best(scores_TE.detach(), could_TE, wanted_E - counts_E)
+    most = min(multiple // 2, tokens)
+    goes_TE = among_best(-kept_TE.detach().abs(), has_TE, counts_E - wanted_E, most)
+    stays_TE = has_TE & ~goes_TE
+    comes_TE = among_best(scores_TE.detach(), could_TE, wanted_E - counts_E, most)
     weights_TE = torch.where(stays_TE, kept_TE, added_TE.masked_fill(~comes_TE, 0.0))
     number_E = torch.arange(experts, device=scores_TE.device)
     indices_TE = torch.where(stays_TE | comes_TE, number_E, -1)
     bound = min(tokens * experts, chosen.indices.numel() + experts * (multiple // 2))
 
     asked = counts_E.sum()
-    added, dropped = comes_TE.sum(), asked - stays_TE.sum()
+    added, dropped = comes_TE.sum(), goes_TE.sum()
     of = asked.clamp(min=1).float()
     stats = {"rounded_up": added / of, "rounded_down": dropped / of}
     rounded = Chosen(indices_TE, scores_TE, None, weights_TE, None)
@@ -86,15 +88,16 @@ def nearest_multiple(counts_E: Tensor, multiple: int) -> Tensor:
     return (full_E + up_E) * multiple
 
 
-def among_best(values_TE: Tensor, among_TE: Tensor, how_many_E: Tensor) -> Tensor:
+def among_best(values_TE: Tensor, among_TE: Tensor, how_many_E: Tensor, most: int) -> Tensor:
     """Return which values are an expert's largest, ``(T, E)`` bool.
 
     Args:
-        values_TE: no number is left out for being low.
+        values_TE: finite where they count.
         among_TE: whose values count.
-        how_many_E: how many of these to take, all if there are fewer.
+        how_many_E: how many of these to take, none below zero; there are as many.
+        most: no number of ``how_many_E`` is larger; from 0 to T.
     """
-    order_TE = values_TE.argsort(dim=0, descending=True, stable=True)
-    among_TE = among_TE.gather(0, order_TE)
-    taken_TE = among_TE & (among_TE.cumsum(dim=0) <= how_many_E)
-    return torch.zeros_like(taken_TE).scatter(0, order_TE, taken_TE)
+    values_ET = values_TE.masked_fill(~among_TE, -torch.inf).t().contiguous()
+    best_EM = values_ET.topk(most, dim=1).indices
+    taken_EM = torch.arange(most, device=best_EM.device) < how_many_E.unsqueeze(-1)
+    return torch.zeros_like(values_ET, dtype=torch.bool).scatter(1, best_EM, taken_EM).t()

@@ -191,11 +191,9 @@ def round_halves_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "nearest_multiple", half_up)
 
 
-def serve_the_first_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def take_anyone(monkeypatch: pytest.MonkeyPatch) -> None:
     best = rounding.among_best
-    monkeypatch.setattr(
-        rounding, "among_best", lambda values, among, room: best(values * 0, among, room)
-    )
+    monkeypatch.setattr(rounding, "among_best", lambda values, *others: best(values * 0, *others))
 
 
 def weigh_the_added_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +211,8 @@ def let_padding_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "fault"),
     [
         ("token_rounding", round_halves_up),
-        ("token_rounding", serve_the_first_to_come),
-        ("token_rounding_raw", serve_the_first_to_come),
+        ("token_rounding", take_anyone),
+        ("token_rounding_raw", take_anyone),
         ("token_rounding", weigh_the_added_by_one),
         ("token_rounding_raw", weigh_the_added_by_one),
         ("token_rounding", let_padding_be_added),
