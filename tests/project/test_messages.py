@@ -94,7 +94,7 @@ ON_THE_LINE = [
     (
         [MOE, "--model.ffn.router.score=softmaxx"],
         "model.ffn.init_args.router.score: 'softmaxx' is not one of softmax, sigmoid, "
-        "sqrt_softplus, sparse_mixer; did you mean 'softmax'?",
+        "sqrt_softplus, sparse_mixer, relu; did you mean 'softmax'?",
     ),
     (
         [MOE, "--model.ffn.num_experts=many"],
