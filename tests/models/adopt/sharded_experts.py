@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from test_adopt import batch, close, model_of
 
 def main() -> None:
     """Compare logits, gradients, names and tensors."""
-    dist.init_process_group("gloo")
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     whole = model_of("DeepseekV3")
     shared = copy.deepcopy(whole)
@@ -47,8 +47,11 @@ def main() -> None:
             dist.all_reduce(gradient)
             close(gradient / 2, expected[name].grad, 1e-5)
     assert split == 2 * len(adopted.layers)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    dist.init_process_group("gloo")
     main()
+    dist.destroy_process_group()
+    # torch 2.13: gloo's thread may release a tensor while the interpreter ends, which aborts it.
+    os._exit(0)

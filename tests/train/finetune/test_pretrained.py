@@ -62,6 +62,8 @@ def test_one_step_and_back_into_transformers(name, directory, tmp_path, make_tra
 
     module.save(tmp_path / "model", None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    if name in MIXTURES:  # whose experts have other last bits by other implementations
+        loaded.set_experts_implementation("moezoo")
     kind = json.loads((tmp_path / "model" / "config.json").read_text())["model_type"]
     assert kind == (name if name in DENSE + MIXTURES else "moezoo")
     with torch.no_grad():
@@ -82,7 +84,7 @@ def test_experts_whose_rows_are_no_multiple_of_16_bytes_run(tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
     with torch.no_grad():
         found, expected = (m(input_ids=tokens()).logits for m in (model, stock))
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, "llama"])

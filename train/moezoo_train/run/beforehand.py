@@ -84,7 +84,9 @@ def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
         raise InputError(f"ckpt_path: {path} was not written by moezoo fit")
     with identity.own_names():
         identity.check_same(
-            "model", identity.completed(saved["config"]), identity.describe(module.model.config)
+            "model",
+            identity.completed(saved["config"]),
+            identity.completed(identity.describe(module.model.config)),
         )
     adapters = describe_adapters(module.model, module.lora)
     identity.check_same("lora", saved.get("lora", {}), adapters)

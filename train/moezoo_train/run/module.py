@@ -373,7 +373,9 @@ class LanguageModel(EvaluatedModule):
             )
         with identity.own_names():
             identity.check_same(
-                "model", identity.completed(saved["config"]), identity.describe(self.model.config)
+                "model",
+                identity.completed(saved["config"]),
+                identity.completed(identity.describe(self.model.config)),
             )
         identity.check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))
         identity.check_same("sparse_memory", saved.get("sparse_memory", {}), self._trained_rows)

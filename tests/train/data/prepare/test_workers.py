@@ -247,6 +247,8 @@ class TestErrors:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            # Background jobs of a shell ignore the signal, and so would their children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         first = tmp_path / "out/partial/shard-000000.index"
         while not first.exists() and process.poll() is None:
