@@ -67,6 +67,7 @@ def test_a_handful_of_tokens_where_the_weights_lie(
     problem.weights = problem.weights.detach().float()
     expected = problem.to(torch.float64).run(reference)
     assert cpu.lie_for_few(problem.w_in, problem.w_out)
+    monkeypatch.setattr(cpu, "_FEW_PER_EXPERT", {dtype: 16})
     assert cpu.is_few(problem.indices.numel(), 7, dtype)
     monkeypatch.setattr(cpu, "forward", None)  # no copy, nor products by other means
     with torch.no_grad(), moezoo_kernels.use("cpu"):

@@ -29,7 +29,7 @@ from moezoo_kernels.layouts import StackedGradient, is_transposed
 # A product of matrices catches up as slots share an expert; in bf16 sooner, where processors have
 # instructions for it.
 _FEW_SLOTS = 1024
-_FEW_PER_EXPERT = {torch.float32: 16, torch.bfloat16: 8}
+_FEW_PER_EXPERT = {torch.float32: 16, torch.bfloat16: 2}
 
 
 def forward(
