@@ -94,6 +94,17 @@ def _completed_rule(rule: dict[str, Any]) -> dict[str, Any]:
     return {**rule, "init_args": found}
 
 
+def check_model(saved: dict[str, Any], config: PreTrainedConfig) -> None:
+    """Compare a saved description with a model's configuration.
+
+    Both are completed by defaults: a directory from before an option leaves it out, too.
+
+    Raises:
+        InputError: as :func:`check_same`.
+    """
+    check_same("model", completed(saved), completed(describe(config)))
+
+
 def check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Compare two nested descriptions.
 

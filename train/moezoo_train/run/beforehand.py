@@ -83,11 +83,7 @@ def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
     if saved is None:
         raise InputError(f"ckpt_path: {path} was not written by moezoo fit")
     with identity.own_names():
-        identity.check_same(
-            "model",
-            identity.completed(saved["config"]),
-            identity.completed(identity.describe(module.model.config)),
-        )
+        identity.check_model(saved["config"], module.model.config)
     adapters = describe_adapters(module.model, module.lora)
     identity.check_same("lora", saved.get("lora", {}), adapters)
     if fitting and "optimizer" in saved:

@@ -372,11 +372,7 @@ class LanguageModel(EvaluatedModule):
                 "ckpt_path: the checkpoint was not written by moezoo fit; name one of checkpoints/"
             )
         with identity.own_names():
-            identity.check_same(
-                "model",
-                identity.completed(saved["config"]),
-                identity.completed(identity.describe(self.model.config)),
-            )
+            identity.check_model(saved["config"], self.model.config)
         identity.check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))
         identity.check_same("sparse_memory", saved.get("sparse_memory", {}), self._trained_rows)
         whole, state = full_shape_state_dict(self), checkpoint["state_dict"]
