@@ -17,7 +17,7 @@ def adopt(
     balance: BalanceOptions | None = None,
     where: Callable[[str], bool] | None = None,
 ) -> Any:
-    """Let a transformers model compute its mixture blocks by :class:`moezoo.SparseMoE`, in place.
+    """Compute the mixture blocks of a transformers model by :class:`moezoo.SparseMoE`, in place.
 
     Weights are shared, and their names in the model stay. Every block is tried out on random tokens
     before any is changed: output and gradients differ by no more than rounding, or the model is

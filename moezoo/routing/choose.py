@@ -34,7 +34,9 @@ def within_groups(selection_TE: Tensor, options: RouterOptions) -> Tensor:
 
 
 def best_tokens(scores_TE: Tensor, mask_T: Tensor | None, top_k: int) -> tuple[Tensor, int]:
-    """Let each expert take its ``T k / E`` best tokens (arXiv:2202.09368, section 3.2).
+    """Return who is taken where each expert takes its ``T k / E`` best tokens.
+
+    This is expert choice (arXiv:2202.09368, section 3.2).
 
     Args:
         scores_TE: not negative.

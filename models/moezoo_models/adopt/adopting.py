@@ -108,7 +108,7 @@ class Adopted:
         self._sharded = True
 
     def undo(self) -> None:
-        """Let the blocks compute by themselves again, with their weights as they are now.
+        """Restore the blocks' own forward pass; their weights stay as they are now.
 
         Raises:
             InputError: experts were split, or a forward pass was replaced again since.
@@ -131,7 +131,7 @@ def adopt(
     balance: BalanceOptions | None = None,
     where: Callable[[str], bool] | None = None,
 ) -> Adopted:
-    """Let a transformers model compute its mixture blocks by :class:`moezoo.SparseMoE`, in place.
+    """Compute the mixture blocks of a transformers model by :class:`moezoo.SparseMoE`, in place.
 
     Weights are shared, not copied. Every block is judged before any is changed: it is of a class
     that the options of a SparseMoE can say, and on random tokens, at random weights, its output

@@ -55,7 +55,7 @@ class _Link:
         self.place = kept_in(self.module, self.ours)
 
     def bind(self, block: nn.Module) -> None:
-        """Let the layer have what the block has now."""
+        """Hand the layer what the block has now."""
         if block.get_submodule(self.path) is not self.owner:
             raise InputError(
                 f"adopt: {self.path} of {type(block).__name__} was replaced after it was adopted, "
@@ -92,7 +92,7 @@ class Held:
         self.bind()
 
     def bind(self) -> None:
-        """Let the layer compute with the block's parameters as they are now."""
+        """Hand the layer the block's parameters as they are now."""
         for link in self._links:
             link.bind(self.block)
         if self.layer.training != self.block.training:
@@ -135,7 +135,7 @@ class Held:
         return all(vars(module).get("forward") == f for module, f in self.parts().items())
 
     def remove(self) -> None:
-        """Let the block compute again."""
+        """Restore the block's own forward pass."""
         for module in self.parts():
             del module.forward
 

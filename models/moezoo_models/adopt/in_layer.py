@@ -62,7 +62,7 @@ class HeldInLayer(Held):
         return {block.router: self.route, block.experts: self.compute}
 
     def bind(self) -> None:
-        """Let the layer compute with the parameters as they are now."""
+        """Hand the layer the parameters as they are now."""
         block: Any = self.block
         block.training = block.experts.training
         super().bind()
