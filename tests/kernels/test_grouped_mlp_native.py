@@ -91,8 +91,10 @@ def test_what_a_few_tokens_keep_is_what_a_loop_keeps(
 @pytest.mark.parametrize("routing", ["random", "some_none", "all_none", "one_expert", "repeated"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_handful_of_tokens(
-    dtype, poison_empty, make_problem, assert_close, tokens, routing, bias
+    dtype, poison_empty, make_problem, assert_close, monkeypatch, tokens, routing, bias
 ):
+    """Whatever number of rows is the turning point to products of matrices in this dtype."""
+    monkeypatch.setattr(cpu, "_FEW_PER_EXPERT", {dtype: 1 << 20})
     for gated in (True, False):
         sizes = {"tokens": tokens, "routing": routing, "bias": bias, "gated": gated}
         problem = _small(make_problem, dtype, activation="gelu", **sizes)
