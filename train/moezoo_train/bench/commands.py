@@ -75,6 +75,7 @@ class Conversion:
 def _convert(setting: Setting, folder: Path, command: str) -> Task:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from moezoo_models.checkpoints.directory import quiet
     from moezoo_models.text.corpus import open_corpus
     from moezoo_train.data.train_tokenizer import train_tokenizer
 
@@ -92,7 +93,8 @@ def _convert(setting: Setting, folder: Path, command: str) -> Task:
         bos_token_id=None,
         eos_token_id=words.eos_id,
     )
-    LlamaForCausalLM(config).save_pretrained(source)
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(source)
     parts = Conversion(source, folder, setting["E"])
     options = ["--experts", str(setting["E"])]
     if command == "carve":

@@ -59,15 +59,14 @@ def stepping(model: nn.Module, loss: Callable[[], Tensor], half: bool = False) -
         return found.detach()
 
     def answer() -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            found = loss()
+        # In fp32 in any case: rounded to bf16, a token now and then is routed to another expert,
+        # which moves an expert's gradient by a tenth. Of bf16 the losses are compared.
+        found = loss()
         found.backward()
-        made = {"the loss": found.detach().float()}
+        made = {"the loss": found.detach()}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                gradient = parameter.grad.clone()
-                # Rounded to bf16, a token now and then goes to another expert.
-                made[f"the gradient of {name}"] = gradient.norm() if half else gradient
+                made[f"the gradient of {name}"] = parameter.grad.clone()
         losses = [step() for _ in range(_CHECKED)]
         made["the loss after steps"] = torch.stack(losses[1:]).float()
         return made
@@ -95,7 +94,7 @@ def _build(setting: Setting, folder: Path, family: Family, half: bool) -> Task:
         assert found is not None
         return found
 
-    return Task(parts.job(model, loss), parts, tolerance=5e-2 if half else 2e-4)
+    return Task(parts.job(model, loss), parts, tolerance=1e-2 if half else 2e-4)
 
 
 def _transformers(parts: Training) -> Job:
