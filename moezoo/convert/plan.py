@@ -32,6 +32,7 @@ class Expert:
         redrawn: positions in ``neurons`` whose weights are drawn anew, the same ones in gate, up
             and down; None for none.
         seed: of those draws.
+        bias_scale: factor on the output's bias, where each expert adds it.
     """
 
     neurons: Tensor
@@ -39,6 +40,7 @@ class Expert:
     out_scale: float = 1.0
     redrawn: Tensor | None = None
     seed: int = 0
+    bias_scale: float = 1.0
 
     def cut(self, projection: Projection, weight: Tensor) -> Tensor:
         """Cut this expert's part out of a dense projection, in its dtype.
@@ -60,6 +62,10 @@ class Expert:
     def cut_bias(self, bias: Tensor) -> Tensor:
         """Cut this expert's part out of the dense block's inner bias, ``(F,)`` to ``(m,)``."""
         return _scaled(_take(bias, 0, self.neurons), self.in_scale)
+
+    def cut_output_bias(self, bias: Tensor) -> Tensor:
+        """Scale the dense block's output bias, ``(D,)``, as this expert adds it."""
+        return _scaled(bias, self.bias_scale)
 
     def _redraw(self, part: Tensor, axis: int, seed: int) -> Tensor:
         """Draw the chosen neurons from N(mean, std) of the weights they replace."""

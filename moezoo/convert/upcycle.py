@@ -112,12 +112,13 @@ def plan_upcycle(options: UpcycleOptions, layer: int, d_model: int, width: int) 
     seed = (options.seed * 1_000_003 + layer) * 1_000_003
     shards = torch.arange(width).view(options.granularity, -1)
     in_scale, out_scale = _scales(options)
+    bias_scale = _bias_scale(options)
     experts = []
     for number in range(options.num_experts):
         expert_seed = seed + 16 * (number + 1)
         neurons = shards[number % options.granularity]
         redrawn = _redrawn(options.drop, neurons.numel(), expert_seed)
-        experts.append(Expert(neurons, in_scale, out_scale, redrawn, expert_seed + 1))
+        experts.append(Expert(neurons, in_scale, out_scale, redrawn, expert_seed + 1, bias_scale))
     generator = torch.Generator().manual_seed(seed)
     router_ED = torch.randn(options.experts, d_model, generator=generator) * options.router_std
     return LayerPlan(
@@ -125,7 +126,9 @@ def plan_upcycle(options: UpcycleOptions, layer: int, d_model: int, width: int) 
         top_k=options.top_k,
         router=router_ED.repeat_interleave(options.granularity, dim=0),
         weighting=options.weighting,
-        shared=Expert(torch.arange(width), out_scale=0.5) if options.shared else None,
+        shared=Expert(torch.arange(width), out_scale=0.5, bias_scale=0.5)
+        if options.shared
+        else None,
     )
 
 
@@ -139,6 +142,12 @@ def _scales(options: UpcycleOptions) -> tuple[float, float]:
         return 1.0, factor * share
     root = factor ** (1 / 3)
     return root, root * share
+
+
+def _bias_scale(options: UpcycleOptions) -> float:
+    """Return the factor on the output's bias: weights that sum to one leave it as it is."""
+    even = options.num_experts / options.top_k if options.weighting == "softmax" else 1.0
+    return even * (0.5 if options.shared else 1.0)
 
 
 def _redrawn(drop: float, size: int, seed: int) -> torch.Tensor | None:

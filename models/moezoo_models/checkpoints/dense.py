@@ -1,42 +1,40 @@
-"""Dense Hugging Face models as ours: the same tensors under the same names, another config."""
+"""Dense Hugging Face models as ours: the same tensors, another config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import PreTrainedConfig
 
-from moezoo.errors import InputError, check_choice, nearest
+from moezoo.errors import InputError, nearest
+from moezoo_models.families.family import ACTIVATIONS, rope
+from moezoo_models.families.table import FAMILIES
 from moezoo_models.files.fields import check_fields
+from moezoo_models.files.layout import Rule
 from moezoo_models.model.config import MoezooConfig
 
 DENSE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    config.model_type: config for config in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
+    kind: family.config for kind, family in FAMILIES.items()
 }
 """Configuration classes of the architectures that load as they are, by ``model_type``."""
+
+__all__ = [
+    "ACTIVATIONS",
+    "DENSE_CONFIGS",
+    "MIXTURES",
+    "dense_config",
+    "dense_layout",
+    "dense_stock_config",
+]
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "flex_olmo")
 """Mixtures of transformers that are trained and run here as they are, by ``model_type``."""
 
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "gelu_new": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "tanh": "tanh",
-    "leaky_relu": "leaky_relu",
-}
-"""transformers' names of activations, and ours."""
-
 
 def dense_config(raw: Mapping[str, Any]) -> MoezooConfig:
-    """Turn the ``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 into ours.
+    """Turn the ``config.json`` of a dense model of a known family into ours.
 
     Args:
         raw: its parsed contents.
@@ -55,38 +53,56 @@ def dense_config(raw: Mapping[str, Any]) -> MoezooConfig:
             )
         raise InputError(f"model_type: '{kind}' cannot be loaded{nearest(kind, known)}")
     check_fields(raw)
+    config, family = dense_stock_config(raw), FAMILIES[kind]
+    rule = {"layers": "all", "class_path": "moezoo.DenseFFN", "init_args": family.block(config)}
+    common: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None),
+        "head_dim": getattr(config, "head_dim", None),
+        "max_position_embeddings": config.max_position_embeddings,
+        "trained_length": raw.get("trained_length"),
+        "rms_norm_eps": getattr(config, "rms_norm_eps", None),
+        "attention_dropout": getattr(config, "attention_dropout", None) or 0.0,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": getattr(config, "initializer_range", None),
+        "pad_token_id": _valid(config.pad_token_id, config.vocab_size),
+        "bos_token_id": _valid(config.bos_token_id, config.vocab_size),
+        "eos_token_id": _valid(config.eos_token_id, config.vocab_size),
+        "dtype": config.dtype,
+        "ffn": [rule],
+    }
+    if getattr(config, "rope_parameters", None) is not None:
+        common["rope_parameters"] = rope(config)
+    known = {name: value for name, value in common.items() if value is not None}
+    return MoezooConfig(**known | family.options(config))
+
+
+def dense_layout(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Return what the tensors of a directory are here; nothing where they have our names.
+
+    Args:
+        raw: its parsed ``config.json``, of ours or of a dense model.
+    """
+    family = FAMILIES.get(str(raw.get("model_type")))
+    return () if family is None else family.layout(dense_stock_config(raw))
+
+
+def dense_stock_config(raw: Mapping[str, Any]) -> Any:
+    """Make transformers' configuration of a dense model.
+
+    Args:
+        raw: its parsed ``config.json``.
+
+    Raises:
+        InputError: it refuses a field.
+    """
     try:
-        config: Any = DENSE_CONFIGS[kind].from_dict(dict(raw))
+        return DENSE_CONFIGS[str(raw.get("model_type"))].from_dict(dict(raw))
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise InputError(f"config.json: {' '.join(str(error).split())}") from error
-    activation = check_choice("hidden_act", config.hidden_act, ACTIVATIONS)
-    block = {
-        "d_ff": config.intermediate_size,
-        "activation": ACTIVATIONS[activation],
-        "gated": True,
-        "bias": getattr(config, "mlp_bias", False),
-    }
-    return MoezooConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None),
-        max_position_embeddings=config.max_position_embeddings,
-        trained_length=raw.get("trained_length"),
-        rope_parameters=dict(config.rope_parameters),
-        rms_norm_eps=config.rms_norm_eps,
-        attention_dropout=config.attention_dropout or 0.0,
-        tie_word_embeddings=config.tie_word_embeddings,
-        initializer_range=config.initializer_range,
-        pad_token_id=_valid(config.pad_token_id, config.vocab_size),
-        bos_token_id=_valid(config.bos_token_id, config.vocab_size),
-        eos_token_id=_valid(config.eos_token_id, config.vocab_size),
-        dtype=config.dtype,
-        ffn=[{"layers": "all", "class_path": "moezoo.DenseFFN", "init_args": block}],
-        **_ATTENTION[kind](config),
-    )
 
 
 def _valid(token: Any, vocab_size: int) -> Any:
@@ -94,33 +110,3 @@ def _valid(token: Any, vocab_size: int) -> Any:
     if isinstance(token, list):
         return [each for each in token if 0 <= each < vocab_size]
     return token if token is not None and 0 <= token < vocab_size else None
-
-
-def _llama(config: Any) -> dict[str, Any]:
-    bias = config.attention_bias
-    return {"attention_bias": bias, "attention_output_bias": bias}
-
-
-def _mistral(config: Any) -> dict[str, Any]:
-    return {"sliding_window": config.sliding_window}
-
-
-def _qwen2(config: Any) -> dict[str, Any]:
-    return {"attention_bias": True, **_windows(config)}
-
-
-def _qwen3(config: Any) -> dict[str, Any]:
-    return {"qk_norm": True, **_llama(config), **_windows(config)}
-
-
-def _windows(config: Any) -> dict[str, Any]:
-    return {"sliding_window": config.sliding_window, "layer_types": list(config.layer_types)}
-
-
-_ATTENTION: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-}
-"""Differences of the architectures, all of them in attention."""

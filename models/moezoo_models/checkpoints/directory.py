@@ -21,7 +21,7 @@ from moezoo.atomic import named_errors
 from moezoo.errors import InputError
 from moezoo_models.adapters.transformers import set_attention_backend
 from moezoo_models.checkpoints.atomic import replacing_directory
-from moezoo_models.checkpoints.dense import dense_config
+from moezoo_models.checkpoints.dense import dense_config, dense_layout
 from moezoo_models.checkpoints.dtypes import choose_dtype
 from moezoo_models.checkpoints.finite import check_finite
 from moezoo_models.files.checksums import seal
@@ -165,7 +165,7 @@ def load_checkpoint(
     attention: str | None = None,
     dtype: str | None = None,
 ) -> tuple[MoezooForCausalLM, Tokenizer | None]:
-    """Load a checkpoint of ours, or a dense Llama, Mistral, Qwen2 or Qwen3 directory as ours.
+    """Load a checkpoint of ours, or a dense one of a known family as ours.
 
     Args:
         path: the directory.
@@ -188,7 +188,7 @@ def load_checkpoint(
         set_attention_backend(config, attention)
         return config
 
-    admitted = admit(path, configure, MoezooForCausalLM)
+    admitted = admit(path, configure, MoezooForCausalLM, layout=dense_layout)
     with quiet():
         model = MoezooForCausalLM.from_admitted(
             admitted, dtype=choose_dtype(admitted, dtype, device)

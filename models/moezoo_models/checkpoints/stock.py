@@ -55,7 +55,7 @@ from moezoo_models.model.head import next_token_loss
 from moezoo_models.model.outputs import MoezooOutput
 from moezoo_models.text.tokenizer import Tokenizer
 
-DENSE = (*DENSE_CONFIGS, "olmo2")
+DENSE = tuple(DENSE_CONFIGS)
 """Dense architectures of transformers that are trained and run here, by ``model_type``."""
 
 

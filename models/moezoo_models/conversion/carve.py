@@ -94,7 +94,7 @@ def carve(
     beside that of the dense model and of plain pruning to as many neurons.
 
     Args:
-        source: directory of a Llama, Mistral, Qwen2 or Qwen3.
+        source: directory of a dense model of one of the families that the documentation lists.
         target: directory to make.
         shared: parts that run on every token.
         active: further parts that a token is routed to.
@@ -164,7 +164,8 @@ def carve(
             dtype=dense.dtype,
             neuron_router=router == "cmoe",
             signed=cmoe.signed,
-            output_bias=bool(bias),
+            output_bias=bool(bias) or dense.ffn["bias"],
+            **dense.block_options(),
         )
         kind = TARGETS[check_choice("to", to or _format(dense, mixture), _FORMATS)]
         kind.check(dense, mixture)
@@ -349,17 +350,21 @@ def carve_layer(layer: int, x: Tensor, block: Block, options: CarveOptions) -> C
         options: what to carve.
     """
     own = dataclasses.replace(options, seed=options.seed * 1_000_003 + layer)
-    return carve_block(x, block.gate, block.up, block.down, own, block.act)
+    biases = (block.bias_in, block.bias_out)
+    return carve_block(x, block.gate, block.up, block.down, own, block.act, *biases)
 
 
 def answer_of(plan: LayerPlan, block: Block) -> Answer:
     """Return the function that computes a plan's output in the place of a block's."""
-    return lambda x: plan.run(x, block.gate, block.up, block.down, block.act)
+    biases = (block.bias_in, block.bias_out)
+    return lambda x: plan.run(x, block.gate, block.up, block.down, block.act, *biases)
 
 
 def pruned(keep: int, method: PruneMethod, layer: int, x: Tensor, block: Block) -> Answer:
     """Keep some of a block's neurons for all tokens; arguments as of :func:`carve_layer`."""
-    return prune_block(x, block.gate, block.up, block.down, keep, method, block.act).run
+    biases = (block.bias_in, block.bias_out)
+    made = prune_block(x, block.gate, block.up, block.down, keep, method, block.act, *biases)
+    return made.run
 
 
 @torch.no_grad()

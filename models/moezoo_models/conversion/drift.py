@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert import LayerPlan
+from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_models.checkpoints.directory import CONFIG, load_checkpoint, read_json
 from moezoo_models.checkpoints.stock import load_stock
 from moezoo_models.conversion.source import Source, layer_of
@@ -82,16 +83,27 @@ def _check_routers(model: Any, planned: Mapping[int, Tensor]) -> None:
 @torch.no_grad()
 def layer_drift(source: Source, layers: tuple[int, ...], plan: Callable[[int], LayerPlan]) -> Drift:
     """Compare each converted block with its plan, on random inputs, one expert in memory."""
-    worst = Drift("layers", 0.0, 0.0, None)
+    worst, act = Drift("layers", 0.0, 0.0, None), ACTIVATIONS[source.ffn["activation"]]
     generator = torch.Generator().manual_seed(0)
     for layer in layers:
         block = source.block(layer)  # mapped: only what is being multiplied takes memory in fp32
         x = torch.randn(_TOKENS, source.config.hidden_size, generator=generator)
-        inner = F.silu(x @ block["gate"].float().t()) * (x @ block["up"].float().t())
-        found = plan(layer).run(x, block["gate"], block["up"], block["down"])
-        drift = _drift("layers", found, inner @ block["down"].float().t(), None)
+        gate, biases = block.get("gate"), (block.get("bias_in"), block.get("bias_out"))
+        found = plan(layer).run(x, gate, block["up"], block["down"], act, *biases)
+        drift = _drift("layers", found, _dense(x, block, act), None)
         worst = max(worst, drift, key=lambda each: each.relative)
     return worst
+
+
+def _dense(x: Tensor, block: Mapping[str, Tensor], act: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute a dense block in fp32, with one projection of it in memory at a time."""
+    wide = {name: tensor.float() for name, tensor in block.items() if name.startswith("bias")}
+    inner = F.linear(x, block["up"].float(), wide.get("bias_in"))
+    if "gate" in block:
+        inner = act(x @ block["gate"].float().t()) * inner
+    else:
+        inner = act(inner)
+    return F.linear(inner, block["down"].float(), wide.get("bias_out"))
 
 
 def _drift(of: str, found: Tensor, expected: Tensor, agreement: float | None) -> Drift:

@@ -15,24 +15,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import PreTrainedConfig
 
-from moezoo.convert.plan import PROJECTIONS
 from moezoo.errors import InputError, nearest
 from moezoo.feed_forward import select_layers
-from moezoo_models.checkpoints.dense import MIXTURES
-from moezoo_models.checkpoints.directory import quiet
+from moezoo_models.checkpoints.dense import (
+    DENSE_CONFIGS,
+    MIXTURES,
+    dense_config,
+    dense_layout,
+    dense_stock_config,
+)
 from moezoo_models.files.gate import admit, is_pickled
 from moezoo_models.files.model_files import (
     CONFIG,
@@ -42,12 +37,10 @@ from moezoo_models.files.model_files import (
     reading,
 )
 from moezoo_models.files.pickled import read_pickled
+from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.config import MoezooConfig
 
-FAMILIES: dict[str, type[PreTrainedConfig]] = {
-    config.model_type: config
-    for config in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Olmo2Config)
-}
+FAMILIES: dict[str, type[PreTrainedConfig]] = DENSE_CONFIGS
 """Configurations of the dense architectures that can be converted, by ``model_type``."""
 
 _KINDS = ("F32", "BF16", "F16")
@@ -63,12 +56,14 @@ class Source:
         directory: where it is.
         raw: its parsed ``config.json``.
         config: the same as transformers' configuration.
-        tensors: all of them, in the order of the model.
+        ours: the same as ours.
+        tensors: all of them, under our names, in the order of the model.
     """
 
     directory: Path
     raw: dict[str, Any]
     config: Any
+    ours: MoezooConfig
     tensors: dict[str, TensorInfo]
     _files: dict[Path, Callable[[str], Tensor]] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
@@ -94,12 +89,22 @@ class Source:
     @property
     def width(self) -> int:
         """The hidden width of a dense block."""
-        return self.config.intermediate_size
+        return int(self.ffn["d_ff"])
+
+    @property
+    def ffn(self) -> dict[str, Any]:
+        """What the dense blocks are, as arguments of :class:`moezoo.DenseFFN`."""
+        arguments: dict[str, Any] = self.ours.ffn[0]["init_args"]
+        return arguments
+
+    def block_options(self) -> dict[str, Any]:
+        """Return activation, gating and biases of the dense blocks, by the names of a mixture's."""
+        return {name: self.ffn[name] for name in ("activation", "gated", "bias")}
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the dense blocks."""
-        return self.tensors[projection_name(0, "gate")].dtype
+        return self.tensors[projection_name(0, "up")].dtype
 
     def select(self, layers: str | int | list[int]) -> tuple[int, ...]:
         """Return the numbers of the blocks that a rule chooses, as of :func:`moezoo.select_layers`.
@@ -120,10 +125,10 @@ class Source:
         Raises:
             InputError: it holds a NaN or an infinity, or its file is not what was written.
         """
-        file = self.tensors[name].file
+        file, part = self.tensors[name].file, self.tensors[name].part
         if file not in self._files:
             self._files[file] = self._open(file)
-        tensor = self._files[file](name)
+        tensor = self._files[file](name) if part is None else part.of(self._files[file](part.name))
         if name not in self._checked:
             check_finite(name, tensor, self.directory)
             self._checked.add(name)
@@ -138,8 +143,17 @@ class Source:
         return cast("Callable[[str], Tensor]", opened.get_tensor)
 
     def block(self, layer: int) -> dict[str, Tensor]:
-        """Read the dense block of a layer: ``gate`` and ``up`` (F, D), ``down`` (D, F)."""
-        return {each: self.read(projection_name(layer, each)) for each in PROJECTIONS}
+        """Read the dense block of a layer: ``gate`` and ``up`` (F, D), ``down`` (D, F).
+
+        Without ``gate`` where it is a plain MLP; with ``bias_in`` (F,) and ``bias_out`` (D,) where
+        it has biases.
+        """
+        names = ("gate", "up", "down") if self.ffn["gated"] else ("up", "down")
+        found = {each: self.read(projection_name(layer, each)) for each in names}
+        if self.ffn["bias"]:
+            for each, of in (("bias_in", "up"), ("bias_out", "down")):
+                found[each] = self.read(projection_name(layer, of, "bias"))
+        return found
 
     def fingerprint(self) -> str:
         """Hash the configuration, and the contents of all weight files."""
@@ -157,9 +171,9 @@ class Source:
         return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def projection_name(layer: int, projection: str) -> str:
-    """Name the weight of a dense block's projection."""
-    return f"model.layers.{layer}.mlp.{projection}_proj.weight"
+def projection_name(layer: int, projection: str, kind: str = "weight") -> str:
+    """Name the weight, or the bias, of a dense block's projection."""
+    return f"model.layers.{layer}.mlp.{projection}_proj.{kind}"
 
 
 def layer_of(name: str) -> int | None:
@@ -183,30 +197,26 @@ def open_source(path: str | Path, families: Iterable[str] = FAMILIES) -> Source:
     admitted = admit(
         path,
         partial(_config, list(families), Path(path)),
-        _build,
+        MoezooForCausalLM,
         pickled=True,
         sealed=False,
         kinds=_KINDS,
+        layout=dense_layout,
     )
-    return Source(admitted.directory, admitted.raw, admitted.config, admitted.tensors)
+    stock, ours = dense_stock_config(admitted.raw), admitted.config
+    return Source(admitted.directory, admitted.raw, stock, ours, admitted.tensors)
 
 
-def _config(families: list[str], directory: Path, raw: dict[str, Any]) -> Any:
+def _config(families: list[str], directory: Path, raw: dict[str, Any]) -> MoezooConfig:
     kind = str(raw.get("model_type"))
     if kind not in families:
         raise InputError(_other(kind, families, directory))
-    try:
-        config: Any = FAMILIES[kind].from_dict(dict(raw))
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise InputError(" ".join(str(error).split())) from error
-    if getattr(config, "mlp_bias", False):
+    if raw.get("mlp_bias"):
         raise InputError(
             "mlp_bias: no stock mixture has biases in its experts, and dropping them would change "
-            "the model; only dense blocks without biases can be converted"
+            "the model; only gated blocks without biases can be converted"
         )
-    if config.hidden_act not in ("silu", "swish"):
-        raise InputError(f"hidden_act: '{config.hidden_act}' is not silu, which all targets have")
-    return config
+    return dense_config(raw)
 
 
 def _other(kind: str, families: list[str], directory: Path) -> str:
@@ -223,8 +233,3 @@ def _other(kind: str, families: list[str], directory: Path) -> str:
         return f"model_type: a {kind} cannot be converted this way; give one of: {known}"
     hint = nearest(kind, families) or f"; choose from: {known}"
     return f"model_type: '{kind}' cannot be converted{hint}"
-
-
-def _build(config: Any) -> Any:
-    with quiet():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

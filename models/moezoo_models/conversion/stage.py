@@ -1,8 +1,8 @@
-"""One decoder layer of a dense model at a time, as transformers computes it.
+"""One decoder layer of a dense model at a time, as our decoder computes it.
 
-A model of this one layer, with transformers' own attention, rotary embedding, masks and norms, is
-made without memory; then the layer's tensors take their places. So every family, window and kind of
-rotary embedding is right, and memory holds one layer.
+A model of this one layer is made without memory; then the layer's tensors take their places. So
+norms, windows, factors and positions of every family are those that its checkpoints load with, and
+memory holds one layer.
 
 Shapes: W windows, L tokens each, D d_model; T = W L.
 """
@@ -10,16 +10,21 @@ Shapes: W windows, L tokens each, D d_model; T = W L.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from moezoo.convert import Block
+from moezoo.feed_forward import FeedForward, FeedForwardOutput
+from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_models.checkpoints.directory import quiet
 from moezoo_models.conversion.source import Source
+from moezoo_models.model.causal_lm import MoezooForCausalLM
+from moezoo_models.model.config import MoezooConfig
+from moezoo_models.model.decoder import scaled_embeddings
+from moezoo_models.model.head import shaped_logits
+from moezoo_models.model.rotary import build_rotary
 
 Answer = Callable[[Tensor], Tensor]
 """A feed-forward block: ``(T, D)`` to ``(T, D)``."""
@@ -28,15 +33,16 @@ _TOKENS = 8192
 """Tokens that pass through a layer at once."""
 
 
-class _Replaced(nn.Module):
+class _Replaced(FeedForward):
     """Stands in for the feed-forward block."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model)
         self.answer: Answer = torch.zeros_like
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.answer(hidden.flatten(0, -2)).view_as(hidden)
+    def forward(self, hidden: Tensor, **context: Tensor | None) -> FeedForwardOutput:
+        answer = self.answer(hidden.flatten(0, -2)).view_as(hidden)
+        return FeedForwardOutput(answer, {}, {})
 
 
 class Stage:
@@ -50,14 +56,19 @@ class Stage:
 
     def __init__(self, source: Source, layer: int, device: torch.device) -> None:
         self.model = _one_layer(source, layer).model
-        self.model.norm = nn.Identity()
-        self.model.rotary_emb = type(self.model.rotary_emb)(self.model.config).to(device)
-        self.model.layers[0].mlp = self.replaced = _Replaced()
+        self.model.norm = nn.Identity()  # type: ignore[assignment]
+        self.model.embed_positions = None  # they are added before the first layer
+        self.model.rotary_emb = build_rotary(self.model.config)
+        self.model.rotary_emb = self.model.rotary_emb and self.model.rotary_emb.to(device)
+        self.layer = next(self.model.blocks())
+        self.layer.mlp = self.replaced = _Replaced(source.config.hidden_size)
         start = f"model.layers.{layer}."
-        for name, _ in list(self.model.layers[0].named_parameters()):
-            _place(self.model.layers[0], name, source.read(start + name), device)
+        for name, _ in list(self.layer.named_parameters()):
+            _place(self.layer, name, source.read(start + name), device)
         weights = {name: t.float().to(device) for name, t in source.block(layer).items()}
-        self.block = Block(weights["gate"], weights["up"], weights["down"])
+        act = ACTIVATIONS[source.ffn["activation"]]
+        gate, biases = weights.get("gate"), (weights.get("bias_in"), weights.get("bias_out"))
+        self.block = Block(gate, weights["up"], weights["down"], act, *biases)
 
     @torch.no_grad()
     def attended(self, states: Tensor) -> Iterator[Tensor]:
@@ -78,8 +89,7 @@ class Stage:
         Args:
             attended: ``(w, L, D)``, of :meth:`attended`.
         """
-        layer = self.model.layers[0]
-        return layer.post_attention_layernorm(attended.to(self.block.up.device)).flatten(0, 1)
+        return self.layer.feed_forward_input(attended.to(self.block.up.device)).flatten(0, 1)
 
     @torch.no_grad()
     def answered(self, attended: Tensor, answer: Answer) -> Tensor:
@@ -90,7 +100,7 @@ class Stage:
             answer: the feed-forward block.
         """
         output = answer(self.inputs(attended)).view_as(attended)
-        return (attended.to(output.device) + output).cpu()
+        return self.layer.with_answer(attended.to(output.device), output).cpu()
 
     @torch.no_grad()
     def outputs(self, states: Tensor, answer: Answer) -> Iterator[Tensor]:
@@ -111,10 +121,11 @@ class Head:
 
     def __init__(self, source: Source, device: torch.device) -> None:
         whole = _one_layer(source, 0)
-        self.norm, self.lm_head = whole.model.norm, whole.lm_head
-        tied = source.config.tie_word_embeddings
+        self.config, self.norm, self.lm_head = whole.config, whole.model.norm, whole.lm_head
+        tied = source.ours.tie_word_embeddings
         projection = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        _place(self.norm, "weight", source.read("model.norm.weight"), device)
+        for name, _ in list(self.norm.named_parameters()):
+            _place(self.norm, name, source.read(f"model.norm.{name}"), device)
         _place(self.lm_head, "weight", source.read(projection), device)
 
     @torch.no_grad()
@@ -127,7 +138,9 @@ class Head:
             skipped: tokens at the start of a window that need not be predicted.
         """
         device = self.lm_head.weight.device
-        rows = (self.lm_head(self.norm(row.to(device))) for row in states)
+        rows = (
+            shaped_logits(self.lm_head(self.norm(row.to(device))), self.config) for row in states
+        )
         return torch.stack(
             [next_token_nats(*each, skipped) for each in zip(rows, tokens, strict=True)]
         )
@@ -147,21 +160,25 @@ def next_token_nats(logits: Tensor, tokens: Tensor, skipped: int) -> Tensor:
 
 
 def embed(source: Source, tokens: Tensor) -> Tensor:
-    """Look tokens up, ``(W, L)`` to ``(W, L, D)`` fp32."""
-    return source.read("model.embed_tokens.weight")[tokens].float()
+    """Embed tokens, and where positions are learned, these: ``(W, L)`` to ``(W, L, D)`` fp32."""
+    found = source.read("model.embed_tokens.weight")[tokens].float()
+    found = scaled_embeddings(found, source.ours)
+    if source.ours.positions == "learned":
+        found += source.read("model.embed_positions.weight")[: tokens.shape[1]].float()
+    return found
 
 
-def _one_layer(source: Source, layer: int) -> Any:
+def _one_layer(source: Source, layer: int) -> MoezooForCausalLM:
     """Make a model of a single layer, without memory."""
-    fields = source.config.to_dict() | {"num_hidden_layers": 1}
-    if kinds := getattr(source.config, "layer_types", None):
-        fields["layer_types"] = [kinds[layer]]
-    config = type(source.config).from_dict(fields)
+    ours = source.ours
+    fields = {
+        "num_hidden_layers": 1,
+        "layer_types": [ours.layer_types[layer]],
+        "nope_layers": [0] if layer in ours.nope_layers else [],
+    }
+    config = MoezooConfig.from_dict(ours.to_dict() | fields)
     with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
-        return model.eval()
+        return MoezooForCausalLM(config).to(torch.float32).eval()
 
 
 def _place(module: nn.Module, name: str, weight: Tensor, device: torch.device) -> None:

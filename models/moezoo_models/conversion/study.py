@@ -81,7 +81,7 @@ def inspect_carving(
     `moezoo carve`. Nothing is written.
 
     Args:
-        source: directory of a Llama, Mistral, Qwen2, Qwen3 or OLMo2.
+        source: directory of a dense model that `moezoo carve` reads.
         sizes: such as S3A3E8: 3 shared and 3 active of 8 parts.
         calibration: as for `moezoo carve`.
         calibration_tokens: as there.

@@ -37,7 +37,7 @@ def upcycle(
     scaled by halves (scale cbrt, weighting softmax); how far it is off is measured and printed.
 
     Args:
-        source: directory of a Llama, Mistral, Qwen2, Qwen3 or OLMo2.
+        source: directory of a dense model of one of the families that the documentation lists.
         target: directory to make.
         experts: copies of each feed-forward block.
         top_k: routed experts per token; a multiple of granularity.
@@ -45,7 +45,7 @@ def upcycle(
         drop: fraction of each expert's neurons to draw anew (drop-upcycling, arXiv:2502.19261).
         shared: run one copy on every token, with half of the output.
         to: mixtral, qwen2_moe, qwen3_moe, glm4_moe, granitemoe, flex_olmo or moezoo; default: the
-            source's closest relative.
+            source's closest relative, moezoo where there is none.
         scale: where the factor that granularity asks for goes: down (exact), or cbrt on all three
             projections (better trained, by the paper).
         weighting: weights of the chosen experts: normalized to sum 1 (exact), or softmax over all.
@@ -70,7 +70,7 @@ def upcycle(
     with open_source(source) as dense:
         options.check(dense.width)
         chosen = dense.select(layers)
-        kind = TARGETS[check_choice("to", to or CLOSEST[dense.family], TARGETS)]
+        kind = TARGETS[check_choice("to", to or CLOSEST.get(dense.family, "moezoo"), TARGETS)]
         mixture = Mixture(
             num_experts=options.num_experts,
             top_k=top_k,
@@ -80,6 +80,7 @@ def upcycle(
             layers=chosen,
             d_model=dense.config.hidden_size,
             dtype=dense.dtype,
+            **dense.block_options(),
         )
 
         def plan(layer: int) -> LayerPlan:

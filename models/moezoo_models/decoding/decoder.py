@@ -13,7 +13,7 @@ Shapes: B sequences, S tokens of a prompt, L positions, D hidden_size, V vocab_s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from moezoo_models.model.block import DecoderLayer
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.norm import RMSNorm
 from moezoo_models.model.persistent import JoinedSlots
+from moezoo_models.model.rotary import RotaryEmbedding
 
 _MOST_FUSED_BYTES = 1 << 28
 """Copies of projections up to this size: in larger models three products cost no more than one."""
@@ -73,14 +74,16 @@ class Decoder:
         embedding = model.model.embed_tokens.weight
         self._hidden = embedding.new_empty(batch, embedding.shape[1])
         self._angles: Angles | None = None
-        if model.model.rotary_emb.rope_type not in _CHANGING_ROPE and new_tokens > 1:
+        self._turn = cast(RotaryEmbedding, model.model.rotary_emb)
+        if self._turn.rope_type not in _CHANGING_ROPE and new_tokens > 1:
             last = int(self._next.max()) + new_tokens - 1
             every = torch.arange(last, device=ids.device)[None]
-            cos, sin = model.model.rotary_emb(embedding, every)
+            cos, sin = self._turn(embedding, every)
             self._angles = Angles(cos[0].contiguous(), signed(sin[0]), self._next)
         self._blocks = self._build(positions)
-        self._norm = norm_of(model.model.norm)
-        self._head = native_head(model.lm_head, model.model.norm, self._hidden)
+        last_norm = cast(RMSNorm, model.model.norm)
+        self._norm = norm_of(last_norm)
+        self._head = native_head(model.lm_head, last_norm, self._hidden)
 
     def _build(self, positions: int) -> list[_Block]:
         blocks = list(self._model.model.blocks())
@@ -155,7 +158,7 @@ class Decoder:
         if self._angles is not None:
             cos, sin, places = self._angles
             return cos.index_select(0, places)[:, None], sin.index_select(0, places)[:, None]
-        cos, sin = self._model.model.rotary_emb(self._hidden, self._next[:, None])
+        cos, sin = self._turn(self._hidden, self._next[:, None])
         return cos, signed(sin)
 
 
@@ -184,7 +187,9 @@ class _Block:
         self.read = {"pre_attention": self.entering, "post_attention": hidden}.get(
             block.router_input
         )
-        self.first_norm = norm_of(block.input_layernorm)
+        first, second = (cast("RMSNorm | None", block.norm_at(place)) for place in (0, 2))
+        assert first is not None
+        self.first_norm = norm_of(first)
         attention, batch = block.self_attn, len(hidden)
         width, kv_heads = attention.head_dim, attention.k_proj.out_features // attention.head_dim
         keys, values = (hidden.new_empty(batch, kv_heads, positions, width) for _ in range(2))
@@ -192,10 +197,10 @@ class _Block:
         slots = block.mlp if isinstance(block.mlp, JoinedSlots) else None
         self.attend: Callable[[int], None] | None = None
         if slots is None and angles is not None:
-            self.attend = native_attention(attention, block.input_layernorm, hidden, angles, cache)
+            self.attend = native_attention(attention, first, hidden, angles, cache)
         self.attending = Attending(attention, slots, cache, fuse and self.attend is None)
         self.second_norm = self.feed = None
-        if (second := block.post_attention_layernorm) is not None:
+        if second is not None:
             self.second_norm = norm_of(second)
             self.feed = native_feed_forward(block.mlp, second, hidden, self.read)
 

@@ -11,6 +11,7 @@ from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.block import DecoderLayer
 from moezoo_models.model.causal_lm import MoezooForCausalLM
+from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.decoder import MoezooModel
 from moezoo_models.model.head import Head
 from moezoo_models.model.norm import RMSNorm
@@ -32,6 +33,7 @@ def ineligible(model: PreTrainedModel) -> str | None:
     | autocast | its casts would be repeated at each step |
     | weights in parts over processes, or on several devices | the parts are gathered by hooks |
     | projections of different dtypes | they are multiplied as one |
+    | norms, positions, factors or soft caps that are no Llama's | the steps do not know them |
     """  # noqa: E501
     if type(model) is not MoezooForCausalLM:
         return f"{type(model).__name__} is not this library's model"
@@ -41,7 +43,49 @@ def ineligible(model: PreTrainedModel) -> str | None:
         return f"its attention backend is {backend}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
+    if (field := _beyond_llama(model.config)) is not None:
+        return f"its {field} is not a Llama's"
     return _replaced(model) or _spread(model)
+
+
+_LLAMA = {
+    "positions": "rotary",
+    "nope_layers": [],
+    "norm": "rms",
+    "norm_placement": "pre",
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "qk_norm_over": "head",
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "final_logit_softcapping": None,
+}
+"""Fields of the configuration that the steps take to be so."""
+
+
+def _beyond_llama(config: MoezooConfig) -> str | None:
+    """Name the first field by which a model is no Llama; None if there is none."""
+    for field, value in _LLAMA.items():
+        if getattr(config, field) != value:
+            return field
+    rope = config.rope_parameters
+    whole = "rope_type" in rope and rope.get("partial_rotary_factor", 1.0) == 1.0
+    return None if whole else "rope_parameters"
+
+
+def turns_anew(config: MoezooConfig, length: int, new_tokens: int) -> bool:
+    """Return whether a text grows past the length at which longrope turns all its keys anew.
+
+    Args:
+        config: of a model that is stepped otherwise.
+        length: tokens of the prompt.
+        new_tokens: at most so many follow.
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "longrope":
+        return False
+    return length <= int(rope["original_max_position_embeddings"]) < length + new_tokens
 
 
 def _replaced(model: MoezooForCausalLM) -> str | None:
@@ -57,11 +101,9 @@ def _replaced(model: MoezooForCausalLM) -> str | None:
     for number, block in enumerate(model.model.blocks()):
         here = f"model.layers.{number}"
         expected |= {here: DecoderLayer, f"{here}.self_attn": Attention}
-        expected |= {f"{here}.input_layernorm": RMSNorm}
+        expected |= {f"{here}.{name}": RMSNorm for name in block.places if name is not None}
         expected |= {f"{here}.self_attn.{part}": nn.Linear for part in _ATTENTION_PARTS}
         expected |= {f"{here}.self_attn.{part}": norm for part in ("q_norm", "k_norm")}
-        if block.post_attention_layernorm is not None:
-            expected[f"{here}.post_attention_layernorm"] = RMSNorm
     for name, module in model.named_modules():
         if type(module) is not expected.get(name, type(module)):
             return f"{name} is a {type(module).__name__}"

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from moezoo_models.decoding.decoder import Decoder
-from moezoo_models.decoding.eligible import ineligible
+from moezoo_models.decoding.eligible import ineligible, turns_anew
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 
 
@@ -51,8 +51,9 @@ def continue_ids(
         ``(batch, length + new)`` int64, prompts and continuations; after its end a text has
         ``pad_token_id``.
     """
-    if ineligible(model) is None:
-        steps = Decoder(cast("MoezooForCausalLM", model), ids, mask, config.max_new_tokens)
+    new_tokens = config.max_new_tokens
+    if ineligible(model) is None and not turns_anew(model.config, ids.shape[1], new_tokens):
+        steps = Decoder(cast("MoezooForCausalLM", model), ids, mask, new_tokens)
         return _continue(steps, ids, config, processors, criteria, streamer)
     written: Tensor = cast(Any, model).generate(
         ids,

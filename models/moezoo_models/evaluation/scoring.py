@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.model.config import check_trained_length
+from moezoo_models.model.head import shaped_logits
 
 _LONGEST_DEFAULT = 2048
 
@@ -37,6 +38,4 @@ def window_length(model: PreTrainedModel, sequence_length: int | None) -> int:
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Turn last hidden states ``(..., hidden_size)`` into logits ``(..., vocab_size)`` in fp32."""
     whole: Any = model
-    scale = getattr(model.config, "logits_scaling", 1.0)  # Granite's
-    logits: Tensor = whole.lm_head(hidden).float() / scale
-    return logits
+    return shaped_logits(whole.lm_head(hidden).float(), model.config)

@@ -95,6 +95,13 @@ def _decoder(field: str, value: Any) -> None:
         raise InputError(f"{field}: only decoders are read here; set it to false")
 
 
+def _layers(field: str, value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{field}: {_shown(value)} is not a list of layers' numbers")
+    for each in value:
+        check_int(field, each, minimum=0, maximum=MOST_LAYERS)
+
+
 def _optional(check: _Check) -> _Check:
     return lambda field, value: None if value is None else check(field, value)
 
@@ -124,7 +131,7 @@ _ROPE: dict[str, _Check] = {
 
 
 def check_rope(field: str, parameters: Any) -> None:
-    """Check the kinds and ranges of what describes rotary embeddings.
+    """Check the kinds and ranges of what describes rotary embeddings, of all layers or of a type.
 
     Raises:
         InputError: names the parameter.
@@ -133,6 +140,8 @@ def check_rope(field: str, parameters: Any) -> None:
     for name, value in parameters.items():
         if name in _ROPE:
             _ROPE[name](f"{field}: {name}", value)
+        elif name.endswith("_attention") and value is not None:
+            check_rope(f"{field}: {name}", value)
 
 
 _FIELDS: dict[str, _Check] = {
@@ -166,7 +175,13 @@ _FIELDS: dict[str, _Check] = {
     "rope_theta": _optional(_positive),
     "attention_dropout": _optional(_SHARE),
     "initializer_range": check_number,
-    **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "logits_scaling"), _positive),
+    **dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), _positive),
+    **dict.fromkeys(
+        ("attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping"),
+        _optional(_positive),
+    ),
+    **dict.fromkeys(("norm", "norm_placement", "positions", "qk_norm_over"), _text),
+    "nope_layers": _layers,
     "partial_rotary_factor": partial(_positive, maximum=1.0),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), _optional(_tokens)),
     **dict.fromkeys(("dtype", "torch_dtype"), _optional(_dtype)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from moezoo.errors import InputError, check_int
 from moezoo.layers.hash import HashLayer
 from moezoo_models.adapters.transformers import keep_contradictions
 from moezoo_models.files.fields import LARGEST_SIZE, STEERING, check_fields, check_heads
+from moezoo_models.files.layout import PartOfFile, Rule, arranged
 from moezoo_models.files.model_files import (
     ADAPTERS,
     CONFIG,
@@ -49,7 +50,7 @@ from moezoo_models.files.pickled import read_pickled
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.")
+_LAYER = re.compile(r"(?:[a-z]+\.){0,2}(?:layers|h)\.(\d{1,9})\.")
 _FLOATS = tuple(kind for kind, dtype in DTYPES.items() if dtype.is_floating_point)
 _FUSED = (".mlp.", ".block_sparse_moe.")
 _FLAGS = ("use_cache", "output_attentions", "output_hidden_states")
@@ -102,7 +103,12 @@ class Admitted:
                 with reading(file):
                     tensors: Any = stack.enter_context(safe_open(file, framework="pt"))
                     found |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            yield {name: found[name] for name in self.tensors}
+            yield {
+                name: found[name]
+                if info.part is None
+                else PartOfFile(found[info.part.name], info, info.part)
+                for name, info in self.tensors.items()
+            }
 
 
 def admit(
@@ -114,6 +120,7 @@ def admit(
     pickled: bool = False,
     sealed: bool = True,
     kinds: tuple[str, ...] = _FLOATS,
+    layout: Callable[[dict[str, Any]], Sequence[Rule]] = lambda _: (),
 ) -> Admitted:
     """Return the contents of a model directory, or raise one line about its mistake.
 
@@ -126,6 +133,7 @@ def admit(
         pickled: also take PyTorch's own files, read without running what they could contain.
         sealed: compare checksums, which reads all files; else the reader does.
         kinds: floating-point dtypes that are taken.
+        layout: given the parsed ``config.json``, says what the files' tensors are in the model.
 
     Raises:
         InputError: names file or field, and the fix.
@@ -146,6 +154,7 @@ def admit(
             check_heads(SimpleNamespace(**raw))
             _check_layers(raw.get("num_hidden_layers"), found)
             config = configure(_without_steering(raw))
+            found = arranged(found, layout(_without_steering(raw)))
             _check_layers(config.num_hidden_layers, found)
             check_heads(config)
             with torch.device("meta"):

@@ -50,6 +50,28 @@ _PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where in a file's tensor one of ours is.
+
+    Attributes:
+        name: of the file's tensor.
+        transposed: a matrix is stored as ``(in, out)``.
+        first: first of its rows, after that.
+        count: number of its rows; None for all.
+    """
+
+    name: str
+    transposed: bool = False
+    first: int = 0
+    count: int | None = None
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the part as a view of the file's tensor."""
+        turned = whole.t() if self.transposed and whole.ndim == 2 else whole
+        return turned if self.count is None else turned.narrow(0, self.first, self.count)
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """A tensor, as a file's header describes it.
 
@@ -57,11 +79,14 @@ class TensorInfo:
         file: where it is.
         shape: its shape.
         kind: its dtype, as safetensors call it.
+        part: where it is in a tensor of the file that has another name or layout; None where it
+            is that tensor.
     """
 
     file: Path
     shape: tuple[int, ...]
     kind: str
+    part: Part | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, rotary positions and optional query-key norms."""
+"""Causal self-attention with grouped queries, and optional rotary positions and query-key norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moezoo.init import init_linear, output_std
 from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention_backends import ATTENTION, eager_attention
 from moezoo_models.model.joint_attention import joint_attention
-from moezoo_models.model.norm import RMSNorm
+from moezoo_models.model.norm import NORMS
 from moezoo_models.model.rotary import rotate
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class Attention(nn.Module):
         kv_heads = config.num_key_value_heads or heads
         self.head_dim = config.head_dim or width // heads
         self.num_key_value_groups = heads // kv_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = config.attention_multiplier or self.head_dim**-0.5
+        self.softcap = config.attn_logit_softcapping
+        self.rotated = layer_idx not in config.nope_layers
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
@@ -48,9 +50,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, width, bias=config.attention_output_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
+        self.norms_projections = config.qk_norm and config.qk_norm_over == "projection"
         if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            sizes = (queries, keys) if self.norms_projections else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = (
+                NORMS[config.norm](size, config.rms_norm_eps) for size in sizes
+            )
 
     def reset_parameters(self) -> None:
         """Draw projections from N(0, 1/fan_in), the output's further / sqrt(2 num_layers)."""
@@ -62,7 +67,7 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         attention_mask: Any,
         past_key_values: Cache | None = None,
         slots: PersistentSlots | None = None,
@@ -72,7 +77,8 @@ class Attention(nn.Module):
 
         Args:
             hidden: ``(batch, sequence, hidden_size)``.
-            rotary: cos and sin at the positions, from :class:`RotaryEmbedding`.
+            rotary: cos and sin at the positions, from :class:`RotaryEmbedding`; None where
+                positions are learned.
             attention_mask: as the backend's mask function made it.
             past_key_values: cache that these keys and values are added to.
             slots: persistent slots that take part in the softmax.
@@ -85,14 +91,15 @@ class Attention(nn.Module):
         """
         batch, length, _ = hidden.shape
         heads = (batch, length, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden).view(heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden).view(heads)).transpose(1, 2)
+        query = self._normed(self.q_norm, self.q_proj(hidden), heads).transpose(1, 2)
+        key = self._normed(self.k_norm, self.k_proj(hidden), heads).transpose(1, 2)
         value = self.v_proj(hidden).view(heads).transpose(1, 2)
 
         # Under autocast the rotation is done in fp32, and backends want one dtype.
         plain_query = query.to(value.dtype)
-        query = rotate(query, *rotary).to(value.dtype)
-        key = rotate(key, *rotary).to(value.dtype)
+        if rotary is not None and self.rotated:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key = query.to(value.dtype), key.to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -108,5 +115,13 @@ class Attention(nn.Module):
         else:
             attend = ATTENTION.get_interface(backend, eager_attention)
             options |= {"sliding_window": self.sliding_window, **kwargs}
+            if self.softcap is not None:
+                options["softcap"] = self.softcap
             attended, weights = attend(self, query, key, value, attention_mask, **options)
         return self.o_proj(attended.reshape(batch, length, -1)), weights, context_share
+
+    def _normed(self, norm: nn.Module, projected: Tensor, heads: tuple[int, ...]) -> Tensor:
+        """Normalise queries or keys, and split them into ``(batch, sequence, heads, head_dim)``."""
+        if self.norms_projections:
+            return norm(projected).view(heads)  # type: ignore[no-any-return]
+        return norm(projected.view(heads))  # type: ignore[no-any-return]

@@ -37,8 +37,8 @@ def attention_backends() -> dict[str, str | None]:
     }
 
 
-def check_backend(name: str | None) -> None:
-    """Refuse a backend that is unknown, or that this machine cannot run.
+def check_backend(name: str | None, softcap: float | None = None) -> None:
+    """Refuse a backend that is unknown, that this machine cannot run, or that has no soft cap.
 
     Raises:
         InputError: with the reason.
@@ -49,6 +49,10 @@ def check_backend(name: str | None) -> None:
     check_choice("attention", name, backends)
     if reason := backends[name]:
         raise InputError(f"attention: '{name}' cannot be used here: {reason}; 'sdpa' can")
+    if softcap is not None and name == "xformers":
+        raise InputError(
+            "attention: 'xformers' has no soft cap (attn_logit_softcapping); 'sdpa' has one"
+        )
 
 
 def _flash_missing() -> str | None:
@@ -81,16 +85,24 @@ def eager_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **_: Any,
 ) -> Attended:
     """Compute attention as written in the paper; the only backend that returns its weights."""
     groups = query.shape[1] // key.shape[1]
     scores = query @ repeat_heads(key, groups).transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = soft_capped(scores, softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ repeat_heads(value, groups)).transpose(1, 2).contiguous(), weights
+
+
+def soft_capped(x: Tensor, cap: float) -> Tensor:
+    """Bound values smoothly: ``cap tanh(x / cap)`` (Gemma 2, arXiv:2408.00118)."""
+    return torch.tanh(x / cap) * cap
 
 
 def sdpa_attention(
@@ -99,9 +111,17 @@ def sdpa_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> Attended:
-    """Call torch's scaled_dot_product_attention, in fp32 under autocast on a CPU."""
+    """Call torch's scaled_dot_product_attention, in fp32 under autocast on a CPU.
+
+    It knows no soft cap: with one, the scores are computed one by one.
+    """
+    if softcap is not None:
+        key, value, bias = _with_bias(query, key, value, attention_mask)
+        attended, _ = eager_attention(module, query, key, value, bias, softcap=softcap, **kwargs)
+        return attended, None
     if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and attention_mask.is_floating_point():
@@ -110,6 +130,24 @@ def sdpa_attention(
         return sdpa_attention_forward(
             module, query.float(), key.float(), value.float(), attention_mask, **kwargs
         )
+
+
+def _with_bias(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Turn sdpa's mask, bool or None, into numbers to add; return keys and values that are read.
+
+    Without a mask, several queries are causal from the first key on; keys beyond them are those
+    that an empty static cache has not been given yet.
+    """
+    queries = query.shape[2]
+    if mask is None and queries > 1:
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return key, value, mask
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    return key, value, bias.masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
 def xformers_attention(

@@ -16,14 +16,27 @@ from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.joint_attention import check_joint_backend
-from moezoo_models.model.norm import RMSNorm
+from moezoo_models.model.norm import NORMS, Norm
 from moezoo_models.model.persistent import JoinedSlots, build_slots
 
 
-class DecoderLayer(GradientCheckpointingLayer):
-    """One pre-norm block: attention, then a feed-forward block of the zoo.
+_PLACES = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""Names of the norms before and after attention, before and after the feed-forward block."""
 
-    A layer of kind ``attention`` leaves attention alone in the block: no second norm, no second
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """One block: attention, then a feed-forward block of the zoo, with norms before them or after.
+
+    A layer of kind ``attention`` leaves attention alone in the block: no more norms, no second
     sum.
 
     Attributes:
@@ -35,12 +48,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = Attention(config, layer_idx)
         self.mlp = build_feed_forward(config, layer_idx)
         self.router_input = config.router_input(layer_idx)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm: RMSNorm | None = None
-        if isinstance(self.mlp, JoinedSlots):
-            check_joint_backend(attention_backend(config))
-        else:
-            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.residual_multiplier = config.residual_multiplier
+        joined = isinstance(self.mlp, JoinedSlots)
+        if joined:
+            check_joint_backend(attention_backend(config), config.attn_logit_softcapping)
+        self.places = _PLACES[config.norm_placement][: 2 if joined else 4]
+        for name in filter(None, self.places):
+            self.add_module(name, NORMS[config.norm](config.hidden_size, config.rms_norm_eps))
 
     def forward(
         self,
@@ -49,29 +63,52 @@ class DecoderLayer(GradientCheckpointingLayer):
         attention_mask: Any,
         token_ids: Tensor | None,
         token_mask: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]:
         """Return the new hidden states and the feed-forward block's losses and statistics."""
         attended, _, context_share = self.self_attn(
-            self.input_layernorm(hidden),
+            self._normed(0, hidden),
             rotary,
             attention_mask,
             past_key_values=past_key_values,
             slots=self.mlp.slots if isinstance(self.mlp, JoinedSlots) else None,
             **kwargs,
         )
-        entering, hidden = hidden, hidden + attended
-        if self.post_attention_layernorm is None:
+        entering, hidden = hidden, self._added(hidden, self._normed(1, attended))
+        if isinstance(self.mlp, JoinedSlots):
             return hidden, {}, {"context_mass": _mean(context_share, token_mask)}
         answer = self.mlp(
-            self.post_attention_layernorm(hidden),
+            self.feed_forward_input(hidden),
             token_ids=token_ids,
             router_input=self._read_by_router(entering, hidden),
             mask=token_mask,
         )
-        return hidden + answer.hidden, answer.losses, answer.stats
+        return self.with_answer(hidden, answer.hidden), answer.losses, answer.stats
+
+    def feed_forward_input(self, attended: Tensor) -> Tensor:
+        """Return what the feed-forward block reads of the residual stream after attention."""
+        return self._normed(2, attended)
+
+    def with_answer(self, attended: Tensor, answer: Tensor) -> Tensor:
+        """Add the feed-forward block's answer to the residual stream after attention."""
+        return self._added(attended, self._normed(3, answer))
+
+    def norm_at(self, place: int) -> Norm | None:
+        """Return a norm: 0 before attention, 1 after it, 2 before the feed-forward block, 3 after.
+
+        None where there is none.
+        """
+        name = self.places[place] if place < len(self.places) else None
+        return None if name is None else getattr(self, name)
+
+    def _normed(self, place: int, x: Tensor) -> Tensor:
+        norm = self.norm_at(place)
+        return x if norm is None else norm(x)
+
+    def _added(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual + (x if self.residual_multiplier == 1.0 else x * self.residual_multiplier)
 
     def _read_by_router(self, entering: Tensor, attended: Tensor) -> Tensor | None:
         """Return what the router reads; None if that is what the experts read."""

@@ -14,14 +14,15 @@ from transformers.cache_utils import Cache
 from moezoo.errors import InputError
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.decoder import MoezooModel, MoezooPreTrainedModel
-from moezoo_models.model.head import IGNORED, Head, next_token_loss
+from moezoo_models.model.head import IGNORED, Head, next_token_loss, shaped_logits
 from moezoo_models.model.outputs import MoezooOutput
 
 
 class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
     """The decoder with its output projection: a causal language model.
 
-    Around the feed-forward blocks it is a Llama (Touvron et al. 2023, arXiv:2302.13971).
+    Around the feed-forward blocks it is by default a Llama (Touvron et al. 2023,
+    arXiv:2302.13971).
 
     Args:
         config: sizes, and the rules that choose each layer's block.
@@ -106,11 +107,14 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = loss = lm_loss = None
-        if return_logits or not isinstance(self.lm_head, Head):  # an adapted one makes logits only
-            logits = self.lm_head(hidden)
+        capped = self.config.final_logit_softcapping is not None
+        # A head that is adapted makes logits only, and capped ones are wanted one by one.
+        if return_logits or capped or not isinstance(self.lm_head, Head):
+            logits = shaped_logits(self.lm_head(hidden), self.config)
         if shift_labels is not None:
             if logits is None:
-                lm_loss = self.lm_head(hidden, shift_labels)
+                scaling = self.config.logits_scaling
+                lm_loss = self.lm_head(hidden if scaling == 1.0 else hidden / scaling, shift_labels)
             else:
                 lm_loss = next_token_loss(logits, shift_labels)
             loss = sum(decoded.aux_losses.values(), lm_loss)
@@ -133,8 +137,11 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
 
         For static caches that prepares four-dimensional masks, from which padding cannot be told
         any more: the feed-forward blocks get theirs beforehand. Those that route on earlier tokens
-        get all tokens so far, which the cache does not hold.
+        get all tokens so far, which the cache does not hold. Where rotary embeddings of kind
+        longrope go over to their long factors, keys are turned anew: the cache begins again.
         """
+        if _outgrown(kwargs.get("past_key_values"), input_ids.shape[1], self.config):
+            kwargs |= {"past_key_values": None, "next_sequence_length": None}
         prepare: Any = GenerationMixin.prepare_inputs_for_generation
         inputs: dict[str, Any] = prepare(self, input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -144,3 +151,11 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
         if self.model.looks_back():
             inputs["context_ids"], inputs["context_mask"] = input_ids, attention_mask
         return inputs
+
+
+def _outgrown(cache: Cache | None, length: int, config: MoezooConfig) -> bool:
+    """Return whether keys in a cache are turned by factors that a text is too long for by now."""
+    rope = config.rope_parameters
+    if cache is None or rope.get("rope_type") != "longrope" or config.positions != "rotary":
+        return False
+    return cache.get_seq_length() <= rope["original_max_position_embeddings"] < length

@@ -13,8 +13,11 @@ from moezoo.errors import InputError, check_choice, check_int, nearest
 from moezoo.feed_forward import registered, select_layers
 from moezoo.router_input import FFN_INPUT, RouterInput, check_router_input
 from moezoo_models.files.fields import check_fields, check_heads
+from moezoo_models.model.norm import NORMS
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+PLACEMENTS = ("pre", "post", "both")
+POSITIONS = ("rotary", "learned")
 
 _BASE_CLASS_KEYS = (
     "attn_implementation",
@@ -33,7 +36,7 @@ _BASE_CLASS_KEYS = (
 
 
 class MoezooConfig(PreTrainedConfig):
-    """Configuration of :class:`MoezooForCausalLM`, a superset of Llama, Mistral, Qwen2 and Qwen3.
+    """Configuration of :class:`MoezooForCausalLM`: that of a Llama, and what other families add.
 
     Attributes:
         vocab_size: number of token ids.
@@ -46,16 +49,31 @@ class MoezooConfig(PreTrainedConfig):
         trained_length: longest sequence it was trained on, in tokens, if that is known; what it is
             measured at by default.
         rope_parameters: rotary embedding, as in transformers: ``{"rope_type": "default",
-            "rope_theta": 10000.0}`` and the scaled kinds.
-        rms_norm_eps: added to mean squares in norms.
+            "rope_theta": 10000.0}`` and the scaled kinds, also with a ``partial_rotary_factor``;
+            or one such mapping per layer type (Gemma 3).
+        positions: ``rotary`` embeddings, or ``learned`` ones that are added to those of the tokens
+            (GPT-2), ``max_position_embeddings`` of them.
+        nope_layers: numbers of layers whose attention has no rotary positions (SmolLM3).
+        norm: ``rms``; ``rms_wide``, rounded after the weight is applied (OLMo 2); ``rms_offset``,
+            with a factor of one plus the weight (Gemma); or ``layer``, LayerNorm.
+        norm_placement: ``pre``, before attention and the feed-forward block; ``post``, at their
+            outputs (OLMo 2); or ``both`` (Gemma 2).
+        rms_norm_eps: added to mean squares in norms, or to the variance.
         attention_bias: biases in the query, key and value projections (Qwen2).
         attention_output_bias: a bias in the attention's output projection.
         attention_dropout: dropout of attention weights in training.
-        qk_norm: normalise queries and keys per head (Qwen3).
+        attention_multiplier: factor on the scores of attention; default ``head_dim ** -0.5``.
+        attn_logit_softcapping: c of ``c tanh(score / c)`` (Gemma 2); None for none.
+        qk_norm: normalise queries and keys (Qwen3).
+        qk_norm_over: per ``head``, or over all heads of a ``projection`` (OLMo 2).
         sliding_window: positions that ``sliding_attention`` layers see, themselves included.
         layer_types: ``full_attention`` or ``sliding_attention`` for each layer; default: all
             sliding if there is a sliding_window (Mistral), else all full.
         tie_word_embeddings: use the input embedding as the output projection.
+        embedding_multiplier: factor on the tokens' embeddings, rounded to their dtype.
+        residual_multiplier: factor on what attention and the feed-forward block add (Granite).
+        logits_scaling: what logits are divided by (Granite).
+        final_logit_softcapping: c of ``c tanh(logit / c)``, after that; None for none.
         initializer_range: standard deviation of fresh embeddings.
         use_cache: whether generation keeps a key-value cache.
         ffn: rules that choose each layer's feed-forward block, later ones winning:
@@ -86,14 +104,25 @@ class MoezooConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     trained_length: int | None = None
     rope_parameters: dict[str, Any] = field(default_factory=dict)
+    positions: str = "rotary"
+    nope_layers: list[int] = field(default_factory=list)
+    norm: str = "rms"
+    norm_placement: str = "pre"
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     attention_output_bias: bool = False
     attention_dropout: float = 0.0
+    attention_multiplier: float | None = None
+    attn_logit_softcapping: float | None = None
     qk_norm: bool = False
+    qk_norm_over: str = "head"
     sliding_window: int | None = None
     layer_types: list[str] = field(default_factory=list)
     tie_word_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    final_logit_softcapping: float | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
     ffn: list[dict[str, Any]] = field(default_factory=list)
@@ -134,8 +163,9 @@ class MoezooConfig(PreTrainedConfig):
         check_trained_length(self.trained_length, self.max_position_embeddings)
         self._check_layer_types()
         self._check_special_tokens()
-        kind = (self.rope_parameters or {}).get("rope_type")
-        check_choice("rope_parameters: rope_type", kind, ["default", *ROPE_INIT_FUNCTIONS])
+        for where, parameters in self._ropes():
+            kind = parameters.get("rope_type")
+            check_choice(f"{where}: rope_type", kind, ["default", *ROPE_INIT_FUNCTIONS])
         try:
             self.validate_rope()
         except (KeyError, ValueError, TypeError) as error:
@@ -144,11 +174,32 @@ class MoezooConfig(PreTrainedConfig):
 
     def _check_fields(self) -> None:
         check_fields({name: getattr(self, name) for name in self._fields()})
+        self._check_variants()
         check_heads(self)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+
+    def _check_variants(self) -> None:
+        check_choice("positions", self.positions, POSITIONS)
+        check_choice("norm", self.norm, NORMS)
+        check_choice("norm_placement", self.norm_placement, PLACEMENTS)
+        check_choice("qk_norm_over", self.qk_norm_over, ("head", "projection"))
+        for layer in self.nope_layers:
+            check_int("nope_layers", layer, minimum=0, maximum=self.num_hidden_layers - 1)
+
+    def _ropes(self) -> list[tuple[str, dict[str, Any]]]:
+        """List the rotary parameters there are, each with what to call it."""
+        given = self.rope_parameters or {}
+        if not any(kind in given for kind in LAYER_TYPES):
+            return [("rope_parameters", given)]
+        found = []
+        for kind in dict.fromkeys(self.layer_types):
+            if not isinstance(given.get(kind), Mapping):
+                raise InputError(f"rope_parameters: nothing for {kind} layers; add {kind}")
+            found.append((f"rope_parameters: {kind}", given[kind]))
+        return found
 
     def _check_layer_types(self) -> None:
         kinds = self.layer_types

@@ -1,7 +1,8 @@
 """A decoder whose feed-forward blocks are the zoo's.
 
-Outside those blocks it is a Llama: pre-norm blocks with RMSNorm, rotary positions and
-grouped-query attention, under Llama's tensor names. Auxiliary losses and statistics of the blocks
+Outside those blocks it is a Llama by default: pre-norm blocks with RMSNorm, rotary positions and
+grouped-query attention, under Llama's tensor names. Other norms, places of norms, positions and
+factors are options, of which other families are made. Auxiliary losses and statistics of the blocks
 are returned with the output and stored nowhere, so that activation checkpointing, which runs a
 block twice, counts them once.
 """
@@ -33,9 +34,9 @@ from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.block import DecoderLayer
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.initialization import current_deferred_init, drop, reset_feed_forward
-from moezoo_models.model.norm import RMSNorm
+from moezoo_models.model.norm import NORMS, Norm
 from moezoo_models.model.outputs import MoezooModelOutput
-from moezoo_models.model.rotary import RotaryEmbedding
+from moezoo_models.model.rotary import RotaryEmbedding, build_rotary
 
 
 class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
@@ -58,7 +59,7 @@ class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
 
     def __init__(self, config: MoezooConfig) -> None:
         config.check()
-        check_backend(attention_backend(config))
+        check_backend(attention_backend(config), config.attn_logit_softcapping)
         super().__init__(config)
 
     @torch.no_grad()
@@ -69,10 +70,12 @@ class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
         """
         if isinstance(module, FeedForward):
             reset_feed_forward(module, self.config.num_hidden_layers)
-        elif isinstance(module, Attention | RMSNorm | RotaryEmbedding):
+        elif isinstance(module, Attention | Norm | RotaryEmbedding):
             module.reset_parameters()
         elif isinstance(module, MoezooModel):
             nn.init.normal_(module.embed_tokens.weight, std=self.config.initializer_range)
+            if module.embed_positions is not None:
+                nn.init.normal_(module.embed_positions.weight, std=self.config.initializer_range)
         elif isinstance(head := getattr(module, "lm_head", None), nn.Linear):
             nn.init.normal_(head.weight, std=self.config.initializer_range)
 
@@ -134,12 +137,16 @@ class MoezooModel(MoezooPreTrainedModel):
     def __init__(self, config: MoezooConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions: nn.Embedding | None = None
+        if config.positions == "learned":
+            length = config.max_position_embeddings
+            self.embed_positions = nn.Embedding(length, config.hidden_size)
         with shared_values():  # among the layers of this model, not with those of another
             self.layers = nn.ModuleList(
                 _block(config, layer) for layer in range(config.num_hidden_layers)
             )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
+        self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = build_rotary(config)
         self.gradient_checkpointing = False
         self._record_ffn_arguments()
         self.post_init()
@@ -184,7 +191,8 @@ class MoezooModel(MoezooPreTrainedModel):
                 already as the attention backend wants them, by layer type.
             position_ids: ``(batch, sequence)``; default: counted on from the cache's length.
             past_key_values: the cache of earlier positions, which is extended in place.
-            inputs_embeds: ``(batch, sequence, hidden_size)`` in place of embedded ``input_ids``.
+            inputs_embeds: ``(batch, sequence, hidden_size)`` in place of embedded ``input_ids``;
+                ``embedding_multiplier`` is not applied to them.
             use_cache: make a cache if none is given, and return it; default: as configured, but
                 never in training.
             token_mask: ``(batch, sequence)`` bool, true at real tokens, for the feed-forward
@@ -196,15 +204,15 @@ class MoezooModel(MoezooPreTrainedModel):
             kwargs: passed on to the attention backend.
 
         Raises:
-            InputError: a token id outside the vocabulary (checked on CPU only, where it is free),
-                no input, or no ``input_ids`` or ``context_ids`` for a layer that routes on them.
+            InputError: a token id outside the vocabulary, or a position without a learned embedding
+                (checked on CPU only, where it is free), no input, or no ``input_ids`` or ``context_ids`` for a layer that routes on them.
         """
         if inputs_embeds is None:
             if input_ids is None:
                 raise InputError("input_ids: missing; give input_ids or inputs_embeds")
             if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
                 check_token_ids(input_ids, self.config.vocab_size)
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = scaled_embeddings(self.embed_tokens(input_ids), self.config)
         if input_ids is None:
             self._refuse_token_routing()
 
@@ -223,8 +231,8 @@ class MoezooModel(MoezooPreTrainedModel):
         context = self._context(input_ids, token_mask, context_ids, context_mask, past_key_values)
         masks = self._attention_masks(attention_mask, inputs_embeds, position_ids, past_key_values)
 
-        hidden = inputs_embeds
-        rotary = self.rotary_emb(hidden, position_ids)
+        hidden = self._with_positions(inputs_embeds, position_ids)
+        rotary = self._rotary(hidden, position_ids)
         losses: dict[str, list[Tensor]] = defaultdict(list)
         stats = []
         for kind, layer in zip(self.config.layer_types, self.blocks(), strict=True):
@@ -235,7 +243,7 @@ class MoezooModel(MoezooPreTrainedModel):
                 attention_mask=masks[kind],
                 token_ids=token_ids,
                 token_mask=mask,
-                rotary=rotary,
+                rotary=rotary.get(kind),
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 **kwargs,
@@ -249,6 +257,23 @@ class MoezooModel(MoezooPreTrainedModel):
             aux_losses={name: torch.stack(terms).sum() for name, terms in losses.items()},
             ffn_stats=tuple(stats),
         )
+
+    def _with_positions(self, embedded: Tensor, position_ids: Tensor) -> Tensor:
+        """Add the embeddings of positions, where these are learned."""
+        if self.embed_positions is None:
+            return embedded
+        if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_positions(position_ids, self.config.max_position_embeddings)
+        return embedded + self.embed_positions(position_ids)
+
+    def _rotary(
+        self, hidden: Tensor, position_ids: Tensor
+    ) -> Mapping[str, tuple[Tensor, Tensor] | None]:
+        """Return cos and sin at the positions, by type of layers."""
+        if self.rotary_emb is None:
+            return {}
+        found = self.rotary_emb(hidden, position_ids)
+        return found if isinstance(found, dict) else dict.fromkeys(self.config.layer_types, found)
 
     def _refuse_token_routing(self) -> None:
         for number, layer in enumerate(self.blocks()):
@@ -329,6 +354,27 @@ def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_positions(position_ids: Tensor, longest: int) -> None:
+    """Refuse positions for which no embedding was learned.
+
+    Raises:
+        InputError: names the position, and how many there are.
+    """
+    if position_ids.numel() and (last := int(position_ids.max())) >= longest:
+        raise InputError(
+            f"position_ids: position {last} is beyond the {longest} that were learned "
+            "(max_position_embeddings); give shorter texts"
+        )
+
+
+def scaled_embeddings(embedded: Tensor, config: MoezooConfig) -> Tensor:
+    """Multiply embeddings of tokens by the model's factor, rounded to their dtype as Gemma does."""
+    if config.embedding_multiplier == 1.0:
+        return embedded
+    factor = config.embedding_multiplier
+    return embedded * torch.tensor(factor, device=embedded.device).to(embedded.dtype)
+
+
 def _block(config: MoezooConfig, layer: int) -> DecoderLayer:
     block = DecoderLayer(config, layer)
     if current_deferred_init() is not None:
@@ -338,7 +384,7 @@ def _block(config: MoezooConfig, layer: int) -> DecoderLayer:
 
 def _filled_parts(module: nn.Module) -> list[nn.Module]:
     """List the modules that ``_init_weights`` gives numbers to."""
-    if isinstance(module, FeedForward | Attention | RMSNorm | RotaryEmbedding):
+    if isinstance(module, FeedForward | Attention | Norm | RotaryEmbedding):
         return [module]
     if isinstance(module, MoezooPreTrainedModel):
         return [part for part in module.children() if isinstance(part, nn.Embedding | nn.Linear)]

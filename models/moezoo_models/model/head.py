@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from moezoo_kernels import linear_cross_entropy
+from moezoo_models.model.attention_backends import soft_capped
 
 IGNORED = -100
 """The label of positions that the loss leaves out."""
@@ -34,6 +36,19 @@ class Head(nn.Linear):
         if hasattr(self.weight, "device_mesh"):  # a parallel plan that leaves it sharded in here
             return next_token_loss(super().forward(input), next_tokens)
         return linear_cross_entropy(input, self.weight, next_tokens, ignore_index=IGNORED).loss
+
+
+def shaped_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Scale what a head puts out, and cap it, as a configuration of ours or of a stock model says.
+
+    Args:
+        logits: ``(..., vocab_size)``.
+        config: ``logits_scaling`` is Granite's, ``final_logit_softcapping`` Gemma's.
+    """
+    if (scaling := getattr(config, "logits_scaling", 1.0)) != 1.0:
+        logits = logits / scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else soft_capped(logits, cap)
 
 
 def next_token_loss(logits: Tensor, next_tokens: Tensor) -> Tensor:

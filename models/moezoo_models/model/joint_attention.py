@@ -21,8 +21,8 @@ from moezoo_models.model.attention_backends import repeat_heads
 JOINT_BACKENDS = ("sdpa", "eager")
 
 
-def check_joint_backend(name: str | None) -> None:
-    """Refuse an attention backend that cannot share its softmax.
+def check_joint_backend(name: str | None, softcap: float | None = None) -> None:
+    """Refuse an attention backend that cannot share its softmax, and soft caps on its scores.
 
     Raises:
         InputError: names the backends that can.
@@ -31,6 +31,11 @@ def check_joint_backend(name: str | None) -> None:
         raise InputError(
             f"attention: '{name}' cannot share its softmax with persistent slots; "
             f"{' and '.join(JOINT_BACKENDS)} can"
+        )
+    if softcap is not None:
+        raise InputError(
+            "attn_logit_softcapping: attention that shares its softmax with persistent slots has "
+            "no soft cap; choose another layer, or null"
         )
 
 

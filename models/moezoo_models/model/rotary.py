@@ -6,10 +6,11 @@ the model's configuration means here what it means there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from moezoo_models.adapters.torch import MovedModule
@@ -29,7 +30,7 @@ class RotaryEmbedding(MovedModule):
 
     def __init__(self, config: MoezooConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config  # of which rope_parameters are of one kind of layers
         self.rope_type: str = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
@@ -38,11 +39,12 @@ class RotaryEmbedding(MovedModule):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     def _frequencies(self) -> tuple[Tensor, float]:
-        """Compute the ``(head_dim / 2,)`` angular frequencies and the factor on cos and sin."""
+        """Compute the angular frequencies, ``(turned / 2,)``, and the factor on cos and sin."""
         if self.rope_type == "default":
             config = self.config
             head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-            exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+            turned = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+            exponents = torch.arange(0, turned, 2, dtype=torch.float) / turned
             return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
         return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
 
@@ -62,7 +64,7 @@ class RotaryEmbedding(MovedModule):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``cos`` and ``sin``, ``(batch, sequence, head_dim)``, in the dtype of ``x``."""
+        """Return ``cos`` and ``sin``, ``(batch, sequence, turned)``, in the dtype of ``x``."""
         # fp32 whatever autocast says: bf16 cannot tell position 1000 from 1001.
         angles = position_ids[..., None].float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)
@@ -71,8 +73,38 @@ class RotaryEmbedding(MovedModule):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+class RotaryByType(nn.Module):
+    """One rotary embedding per type of layers, each with parameters of its own (Gemma 3)."""
+
+    def __init__(self, config: MoezooConfig) -> None:
+        super().__init__()
+        self.by_type = nn.ModuleDict()
+        for kind in dict.fromkeys(config.layer_types):
+            own: Any = copy.copy(config)
+            own.rope_parameters = config.rope_parameters[kind]
+            self.by_type[kind] = RotaryEmbedding(own)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return ``cos`` and ``sin`` as :class:`RotaryEmbedding` does, by type of layers."""
+        return {kind: rotary(x, position_ids) for kind, rotary in self.by_type.items()}
+
+
+def build_rotary(config: MoezooConfig) -> RotaryEmbedding | RotaryByType | None:
+    """Build what a model turns its queries and keys by; None where positions are learned."""
+    if config.positions == "learned":
+        return None
+    if any(kind in config.rope_parameters for kind in config.layer_types):
+        return RotaryByType(config)
+    return RotaryEmbedding(config)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x``, ``(batch, heads, sequence, head_dim)``, by the angles of its positions."""
+    """Rotate ``x``, ``(batch, heads, sequence, head_dim)``, by the angles of its positions.
+
+    Where there are fewer angles than dimensions, the remaining ones stay as they are.
+    """
+    if (turned := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotate(x[..., :turned], cos, sin), x[..., turned:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     quarter_turn = torch.cat((-second, first), dim=-1)
     return x * cos.unsqueeze(1) + quarter_turn * sin.unsqueeze(1)

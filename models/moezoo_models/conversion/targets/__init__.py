@@ -30,7 +30,9 @@ CLOSEST = {
     "qwen2": "qwen2_moe",
     "qwen3": "qwen3_moe",
     "olmo2": "flex_olmo",
+    "granite": "granitemoe",
+    "phi3": "mixtral",
 }
-"""Each dense family's closest relative among them."""
+"""Dense families' closest relatives among the stock ones; of the others it is ours."""
 
 __all__ = ["CLOSEST", "TARGETS", "Mixture", "Output", "Target"]

@@ -42,7 +42,10 @@ class Mixture:
         dtype: of the dense blocks, and of what they become.
         neuron_router: whether experts are scored by neurons (CMoE) instead of linearly.
         signed: whether those neurons' activations keep their sign.
-        output_bias: whether a bias is added to the output.
+        output_bias: whether a bias is added to the output, once for all experts.
+        activation: of the dense blocks, by our name.
+        gated: whether they are gated linear units.
+        bias: whether their projections have biases.
     """
 
     num_experts: int
@@ -56,6 +59,14 @@ class Mixture:
     neuron_router: bool = False
     signed: bool = False
     output_bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = False
+
+    @property
+    def inner(self) -> tuple[Projection, ...]:
+        """The projections before the activation."""
+        return ("gate", "up") if self.gated else ("up",)
 
     def shape(self, projection: Projection, width: int) -> tuple[int, int]:
         """Return the shape of an expert's projection, if it has ``width`` neurons."""
@@ -132,10 +143,17 @@ class Target:
             raise InputError(f"layers: {self.name} converts {self.converts}; {others}")
 
     def refuses(self, source: Source) -> str | None:
-        """Return why this format cannot hold the source's attention; None if it can."""
+        """Return why this format cannot hold the source; None if it can."""
         if source.family not in self.families:
             return f"to: {self.name} cannot hold the attention of a {source.family}"
-        return self.attention_problem(source)
+        return self.block_problem(source) or self.attention_problem(source)
+
+    def block_problem(self, source: Source) -> str | None:
+        """Return why feed-forward blocks of a source of its families are not held."""
+        activation = source.config.hidden_act
+        if source.ffn["activation"] == "silu":
+            return None
+        return f"hidden_act: '{activation}' is not silu, which {self.name}'s experts have"
 
     def attention_problem(self, source: Source) -> str | None:
         """Return why attention of a source of its families is not held; None if it is."""
@@ -253,7 +271,8 @@ def shared_outputs(
     """
     if not mixture.d_shared:
         return
-    for each in PROJECTIONS:
+    down: Projection = "down"
+    for each in (*mixture.inner, down):
         yield Output(
             f"{name}.{each}_proj.weight",
             mixture.shape(each, mixture.d_shared),
@@ -280,16 +299,18 @@ def stacked_outputs(
     """List the two tensors of formats that stack experts, ``(N, 2 F, D)`` and ``(N, D, F)``.
 
     Args:
-        gate_up: name in the file of gate and up projections, one above the other.
+        gate_up: name in the file of gate and up projections, one above the other; of a plain MLP
+            up alone, ``(N, F, D)``.
         down: name of the down projections.
         plan: whose experts they are.
         mixture: the shapes.
         read: reads the dense block.
     """
     experts, width, d_model = mixture.num_experts, mixture.d_expert, mixture.d_model
-    of_gate_up = partial(_stacked_parts, plan, ("gate", "up"), read)
+    of_gate_up = partial(_stacked_parts, plan, mixture.inner, read)
     of_down = partial(_stacked_parts, plan, ("down",), read)
-    yield Output(gate_up, (experts, 2 * width, d_model), mixture.dtype, of_gate_up)
+    rows = len(mixture.inner) * width
+    yield Output(gate_up, (experts, rows, d_model), mixture.dtype, of_gate_up)
     yield Output(down, (experts, d_model, width), mixture.dtype, of_down)
 
 
@@ -348,9 +369,34 @@ def stock_config(kind: Callable[..., Any], source: Source, **fields: Any) -> dic
     if trained is not None:
         fields["trained_length"] = trained
     common = {name: getattr(dense, name) for name in _COPIED}
-    config = kind(**common, rope_parameters=dict(dense.rope_parameters), **fields)
+    config = kind(**common, rope_parameters=_rope(source), **fields)
     config.architectures = [kind.__name__.removesuffix("Config") + "ForCausalLM"]
     return config.to_diff_dict()
+
+
+def _rope(source: Source) -> dict[str, Any]:
+    """Return rotary parameters; where layers have a type each, of those that attend to all."""
+    given = source.config.rope_parameters
+    return dict(given.get("full_attention", given))
+
+
+def partial_rotary_factor(source: Source) -> float:
+    """Return the share of each head that rotary positions turn."""
+    return float(source.ours.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def partial_rotary_problem(target: Target, source: Source) -> str | None:
+    """Name heads of which a part is turned where the target turns whole ones."""
+    if (share := partial_rotary_factor(source)) == 1.0:
+        return None
+    return f"partial_rotary_factor: {target.name} turns whole heads, not {share:g} of each"
+
+
+def positions_problem(target: Target, source: Source) -> str | None:
+    """Name layers without rotary positions."""
+    if not source.ours.nope_layers:
+        return None
+    return f"no_rope_layers: {target.name} has rotary positions in all layers"
 
 
 def head_dim(source: Source) -> int:
@@ -372,11 +418,7 @@ def attention_bias_problem(target: Target, source: Source) -> str | None:
 
 def window_problem(target: Target, source: Source) -> str | None:
     """Name sliding windows where the target would attend to everything."""
-    kinds = getattr(source.config, "layer_types", None)
-    if kinds is None:
-        slides = getattr(source.config, "sliding_window", None) is not None
-    else:
-        slides = "sliding_attention" in kinds
+    slides = "sliding_attention" in source.ours.layer_types
     return f"sliding_window: {target.name} attends to all positions" if slides else None
 
 

@@ -18,6 +18,8 @@ from moezoo_models.conversion.targets.base import (
     attention_bias_problem,
     empty_shared_outputs,
     head_dim,
+    partial_rotary_factor,
+    positions_problem,
     router_output,
     selection_bias_output,
     stock_config,
@@ -33,7 +35,7 @@ class Glm4Moe(PerExpert):
     """
 
     name = "glm4_moe"
-    families = ("llama", "mistral", "qwen2", "qwen3")
+    families = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3")
     shared = True
     weightings = ("normalized", "unit")
     shared_name = "shared_experts"
@@ -51,16 +53,17 @@ class Glm4Moe(PerExpert):
             raise InputError("experts: glm4_moe has at least 2 routed experts; give more")
 
     def attention_problem(self, source: Source) -> str | None:
-        """Name a bias in o_proj, and sliding windows."""
+        """Name a bias in o_proj, sliding windows, and layers without positions."""
         bias = None if source.family == "qwen2" else attention_bias_problem(self, source)
-        return bias or window_problem(self, source)
+        return bias or window_problem(self, source) or positions_problem(self, source)
 
     def can_skip(self, layers: tuple[int, ...], num_layers: int) -> bool:
         """The first ones can."""
         return layers == tuple(range(num_layers - len(layers), num_layers))
 
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
-        """Turn whole heads: its own default is half of each."""
+        """Turn as much of each head as the source: its own default is half."""
+        turned = partial_rotary_factor(source)
         unit = mixture.weighting == "unit"
         config = stock_config(
             Glm4MoeConfig,
@@ -79,10 +82,10 @@ class Glm4Moe(PerExpert):
             attention_bias=source.family == "qwen2",
             use_qk_norm=source.family == "qwen3",
             num_mtp_layers=0,
-            partial_rotary_factor=1.0,
+            partial_rotary_factor=turned,
         )
-        config["rope_parameters"]["partial_rotary_factor"] = 1.0
-        return config | {"partial_rotary_factor": 1.0}
+        config["rope_parameters"]["partial_rotary_factor"] = turned
+        return config | {"partial_rotary_factor": turned}
 
     def router(self, name: str, plan: Plan, mixture: Mixture) -> Iterator[Output]:
         """List the weight and the bias that only selects."""

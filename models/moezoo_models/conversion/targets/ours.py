@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moezoo.convert.plan import Expert, LayerPlan
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.dense import dense_config
-from moezoo_models.conversion.source import Source
+from moezoo_models.conversion.source import FAMILIES, Source
 from moezoo_models.conversion.targets.base import (
     Mixture,
     Output,
@@ -31,7 +32,7 @@ class Moezoo(Target):
     """
 
     name = "moezoo"
-    families = ("llama", "mistral", "qwen2", "qwen3")
+    families = tuple(FAMILIES)
     shared = True
     weightings = ("normalized", "softmax", "unit")
     carved = True
@@ -48,6 +49,10 @@ class Moezoo(Target):
                 "top_k: a single normalized weight is always 1 and the router would never learn; "
                 "choose top_k 2 or more, or weighting softmax"
             )
+
+    def block_problem(self, source: Source) -> str | None:
+        """Hold all of them."""
+        return None
 
     def can_skip(self, layers: tuple[int, ...], num_layers: int) -> bool:
         """Any can."""
@@ -67,10 +72,53 @@ class Moezoo(Target):
         start = f"model.layers.{layer}.mlp"
         yield router_output(f"{start}.gate.weight", plan, mixture)
         if mixture.weighting == "unit":
-            yield from _carved_outputs(start, plan, mixture)
+            yield from _carved_outputs(start, plan, mixture, read)
         names = (f"{start}.experts.gate_up_proj", f"{start}.experts.down_proj")
         yield from stacked_outputs(*names, plan, mixture, read)
         yield from shared_outputs(f"{start}.shared_expert", plan, mixture, read)
+        if mixture.bias:
+            yield from _bias_outputs(start, plan, mixture, read)
+
+
+def _bias_outputs(start: str, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
+    """List the biases of plain MLPs' experts; carved ones have that of the output in one place."""
+    dtype, carved = mixture.dtype, mixture.weighting == "unit"
+
+    def inner() -> Iterator[Tensor]:
+        for expert in plan().experts:
+            yield expert.cut_bias(read()["bias_in"])
+
+    def outer(experts: Callable[[], Sequence[Expert]]) -> Iterator[Tensor]:
+        for expert in experts():
+            yield expert.cut_output_bias(read()["bias_out"])
+
+    def of_shared() -> tuple[Expert]:
+        shared = plan().shared
+        assert shared is not None
+        return (shared,)
+
+    def inner_of_shared() -> Iterator[Tensor]:
+        yield of_shared()[0].cut_bias(read()["bias_in"])
+
+    routed, shared = f"{start}.experts", f"{start}.shared_expert"
+    shape = (mixture.num_experts, mixture.d_expert)
+    yield Output(f"{routed}.gate_up_bias", shape, dtype, inner)
+    if not carved:
+        shape = (mixture.num_experts, mixture.d_model)
+        of_routed = partial(outer, lambda: plan().experts)
+        yield Output(f"{routed}.down_bias", shape, dtype, of_routed)
+    if mixture.d_shared:
+        yield Output(f"{shared}.up_proj.bias", (mixture.d_shared,), dtype, inner_of_shared)
+        if not carved:
+            outputs = partial(outer, of_shared)
+            yield Output(f"{shared}.down_proj.bias", (mixture.d_model,), dtype, outputs)
+
+
+def _block_options(mixture: Mixture) -> dict[str, Any]:
+    """Describe what experts take over from the dense block, where it is no gated SiLU."""
+    options = {"activation": mixture.activation, "gated": mixture.gated, "bias": mixture.bias}
+    usual = {"activation": "silu", "gated": True, "bias": False}
+    return {name: value for name, value in options.items() if value != usual[name]}
 
 
 def _sparse_rule(mixture: Mixture) -> dict[str, Any]:
@@ -83,6 +131,7 @@ def _sparse_rule(mixture: Mixture) -> dict[str, Any]:
             "score": "softmax",
             "normalize": mixture.weighting == "normalized",
         },
+        **_block_options(mixture),
     }
     if mixture.d_shared:
         arguments["num_shared_experts"] = max(mixture.d_shared // mixture.d_expert, 1)
@@ -100,22 +149,28 @@ def _carved_rule(mixture: Mixture) -> dict[str, Any]:
         "output_bias": mixture.output_bias,
         "router": "neuron" if mixture.neuron_router else "linear",
         "signed": mixture.signed,
+        **_block_options(mixture),
     }
     return {"class_path": "moezoo.CarvedMoE", "init_args": arguments}
 
 
-def _carved_outputs(start: str, plan: Plan, mixture: Mixture) -> Iterator[Output]:
+def _output_bias(plan: LayerPlan, mixture: Mixture, read: Read) -> Tensor | None:
+    """Return the refit's bias, which has the dense block's in it, else that of the dense block."""
+    return read()["bias_out"] if plan.bias is None and mixture.bias else plan.bias
+
+
+def _carved_outputs(start: str, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
     """List what CarvedMoE has beside weights: scales, biases, the router's second half."""
     routed, dtype = (mixture.num_experts,), mixture.dtype
     yield constant_output(f"{start}.u", routed, dtype)
     yield constant_output(f"{start}.gate.selection_bias", routed, torch.float32)
     parts: list[tuple[str, tuple[int, ...], Callable[[], Tensor | None]]] = []
-    if mixture.neuron_router:
+    if mixture.neuron_router and mixture.gated:
         parts.append(("gate.up_weight", (*routed, mixture.d_model), lambda: plan().router_up))
-    else:
+    if not mixture.neuron_router or mixture.bias:
         parts.append(("gate.bias", routed, lambda: plan().router_bias))
     if mixture.output_bias:
-        parts.append(("b_out", (mixture.d_model,), lambda: plan().bias))
+        parts.append(("b_out", (mixture.d_model,), lambda: _output_bias(plan(), mixture, read)))
     for name, shape, value in parts:
         yield Output(f"{start}.{name}", shape, dtype, partial(_whole, value, shape, dtype))
 

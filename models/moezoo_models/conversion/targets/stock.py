@@ -27,6 +27,8 @@ from moezoo_models.conversion.targets.base import (
     empty_shared_outputs,
     head_dim,
     head_dim_problem,
+    partial_rotary_problem,
+    positions_problem,
     router_output,
     stacked_outputs,
     stock_config,
@@ -38,23 +40,29 @@ class Mixtral(PerExpert):
     """Mixtral (arXiv:2401.04088)."""
 
     name = "mixtral"
-    families = ("llama", "mistral")
+    families = ("llama", "mistral", "phi3", "smollm3")
     prefix = "block_sparse_moe"
     names: ClassVar[Mapping[Projection, str]] = {"gate": "w1", "up": "w3", "down": "w2"}
 
     def attention_problem(self, source: Source) -> str | None:
-        """Refuse biases."""
-        return attention_bias_problem(self, source)
+        """Refuse biases, layers without positions, heads of which a part is turned."""
+        if source.family == "smollm3" and (problem := window_problem(self, source)):
+            return problem
+        return (
+            attention_bias_problem(self, source)
+            or positions_problem(self, source)
+            or partial_rotary_problem(self, source)
+        )
 
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
-        """Keep the sliding window of a Mistral."""
+        """Keep the sliding window of a Mistral or a Phi-3."""
         return stock_config(
             MixtralConfig,
             source,
             intermediate_size=mixture.d_expert,
             num_local_experts=mixture.num_experts,
             num_experts_per_tok=mixture.top_k,
-            sliding_window=getattr(source.config, "sliding_window", None),
+            sliding_window=source.ours.sliding_window,
             head_dim=head_dim(source),
         )
 
@@ -151,14 +159,14 @@ class GraniteMoe(Target):
     """GraniteMoE, the one that has biases in all of attention; experts stacked in one tensor."""
 
     name = "granitemoe"
-    families = ("llama", "mistral")
+    families = ("granite", "llama", "mistral")
 
     def attention_problem(self, source: Source) -> str | None:
         """Refuse sliding windows, and heads that it cannot describe."""
         return window_problem(self, source) or head_dim_problem(self, source)
 
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
-        """Set the multipliers so that attention is a Llama's."""
+        """Keep the multipliers of a Granite; with others it is a Llama."""
         return stock_config(
             GraniteMoeConfig,
             source,
@@ -166,10 +174,10 @@ class GraniteMoe(Target):
             num_local_experts=mixture.num_experts,
             num_experts_per_tok=mixture.top_k,
             attention_bias=getattr(source.config, "attention_bias", False),
-            attention_multiplier=head_dim(source) ** -0.5,
-            embedding_multiplier=1.0,
-            residual_multiplier=1.0,
-            logits_scaling=1.0,
+            attention_multiplier=source.ours.attention_multiplier or head_dim(source) ** -0.5,
+            embedding_multiplier=source.ours.embedding_multiplier,
+            residual_multiplier=source.ours.residual_multiplier,
+            logits_scaling=source.ours.logits_scaling,
         )
 
     def outputs(self, layer: int, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
@@ -184,11 +192,11 @@ class FlexOlmo(PerExpert):
     """FlexOlmo (arXiv:2507.07024), OLMo2 with experts."""
 
     name = "flex_olmo"
-    families = ("olmo2",)
+    families = ("olmo2", "olmo3")
 
     def attention_problem(self, source: Source) -> str | None:
-        """Refuse heads that it cannot describe."""
-        return head_dim_problem(self, source)
+        """Refuse sliding windows, and heads that it cannot describe."""
+        return window_problem(self, source) or head_dim_problem(self, source)
 
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
         """Keep the biases if there are any."""

@@ -174,7 +174,7 @@ def randomize(model: PreTrainedModel, layers: tuple[int, ...], seed: int) -> Non
     for index in layers:
         block = blocks[index]
         noise_seed = seed * len(blocks) + index
-        norm = block.post_attention_layernorm if block.router_input == FFN_INPUT else None
+        norm = block.norm_at(2) if block.router_input == FFN_INPUT else None
         block.mlp = RandomRouting(block.mlp, norm, noise_seed)
 
 
