@@ -19,7 +19,8 @@ class Command(NamedTuple):
 
     Arguments without a default are named options, or, if ``positional``, given by position. A
     first word without dashes is the value of the option ``first``, which has a default. ``more`` is
-    where a function is whose text ends the help.
+    where a function is whose text ends the help. Where ``several``, all words but the last are a
+    list, and the value of the first argument.
     """
 
     function: str
@@ -28,6 +29,7 @@ class Command(NamedTuple):
     positional: bool = False
     first: str | None = None
     more: str | None = None
+    several: bool = False
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -80,6 +82,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_models.conversion.upcycle:upcycle",
             "a mixture of experts that begin as copies of the dense blocks",
             positional=True,
+            several=True,
         ),
         "carve": Command(
             "moezoo_models.conversion.carve:carve",
@@ -244,7 +247,8 @@ def _run(name: str, arguments: list[str]) -> None:
     prog = f"moezoo {name}"
     if {"-h", "--help"} & set(arguments):
         _show_help(command, prog, arguments)
-    run_function(_load(command.function), prog, arguments, command.positional)
+    function = _load(command.function)
+    run_function(function, prog, arguments, command.positional, command.several)
 
 
 def _show_help(command: Command, prog: str, arguments: list[str]) -> None:

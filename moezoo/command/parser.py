@@ -17,7 +17,7 @@ import yaml
 
 from moezoo.command.keys import full_keys
 from moezoo.command.messages import render
-from moezoo.command.precedence import ordered, unmixed
+from moezoo.command.precedence import ordered, unmixed, without_middle
 from moezoo.command.settings import load_yaml, read_settings
 from moezoo.errors import InputError
 
@@ -168,11 +168,26 @@ def option_names(parser: Any) -> Iterator[str]:
 
 
 def run_function(
-    function: Callable[..., Any], prog: str, arguments: Sequence[str], positional: bool = False
+    function: Callable[..., Any],
+    prog: str,
+    arguments: Sequence[str],
+    positional: bool = False,
+    several: bool = False,
 ) -> None:
-    """Call ``function`` with options parsed after its signature and docstring."""
+    """Call ``function`` with options parsed after its signature and docstring.
+
+    If ``several``, its first argument is by position and may be a list: of more than two words,
+    all but the last.
+    """
+    more: list[str] = []
+    if several:
+        flags = _expand_flags(function_parser(function, prog, positional), arguments)
+        more, arguments = without_middle(flags)
     parser, options = parse(function, prog, arguments, positional)
     options.pop("config", None)
+    if more:
+        first = _places(parser)[0]
+        options[first] = [options[first], *more]
     function(**parser.instantiate(options))
 
 

@@ -53,6 +53,23 @@ def ordered(arguments: Sequence[str]) -> list[str]:
     return [word for item in items for word in item.words]
 
 
+def without_middle(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take the words by position out that are neither the first nor the last of them.
+
+    Args:
+        arguments: the words of a command line, in which no flag stands without a value.
+
+    Returns:
+        Those that were taken out, and the others.
+    """
+    items = list(_items(arguments))
+    places = [i for i, item in enumerate(items) if not item.key and len(item.words) == 1]
+    places = [i for i in places if not items[i].words[0].startswith("-")]
+    taken = set(places[1:-1])
+    kept = [word for i, item in enumerate(items) if i not in taken for word in item.words]
+    return [items[i].words[0] for i in sorted(taken)], kept
+
+
 def _items(arguments: Sequence[str]) -> Iterator[_Item]:
     words = list(arguments)
     while words:

@@ -33,6 +33,7 @@ class Expert:
             and down; None for none.
         seed: of those draws.
         bias_scale: factor on the output's bias, where each expert adds it.
+        block: which dense block they are of, where there are several.
     """
 
     neurons: Tensor
@@ -41,6 +42,7 @@ class Expert:
     redrawn: Tensor | None = None
     seed: int = 0
     bias_scale: float = 1.0
+    block: int = 0
 
     def cut(self, projection: Projection, weight: Tensor) -> Tensor:
         """Cut this expert's part out of a dense projection, in its dtype.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from moezoo.convert import LayerPlan
 from moezoo.errors import check_choice
 from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.drift import Drift, layer_drift, logits_drift
+from moezoo_models.conversion.several import describe
 from moezoo_models.conversion.source import Source, layer_of
 from moezoo_models.conversion.targets import Mixture, Output, Target
 from moezoo_models.conversion.targets.base import planned_router
@@ -92,6 +93,7 @@ def convert(
     max_shard_size: str,
     check: str,
     force: bool,
+    others: Sequence[Source] = (),
     scratch_bytes: int = 0,
     prepare: Callable[[Path], None] = lambda _: None,
     extra: Callable[[Path, bool], dict[str, Any]] = lambda _, __: {},
@@ -110,6 +112,7 @@ def convert(
         max_shard_size: as in ``5GB``.
         check: auto, logits or layers.
         force: replace what is there.
+        others: of which experts are, too: block n of a plan is of the n-th, and 0 the source's.
         scratch_bytes: room that ``prepare`` needs.
         prepare: called before anything is planned, with a directory for files that are needed only
             until the end; what an earlier run left there is kept.
@@ -123,10 +126,11 @@ def convert(
     check_target(target, force)
     kind.check(source, mixture)
     remember = lru_cache(maxsize=1)(plan)
-    shards = plan_shards(_outputs(source, kind, mixture, remember), parse_size(max_shard_size))
+    models = (source, *others)
+    shards = plan_shards(_outputs(models, kind, mixture, remember), parse_size(max_shard_size))
     total = sum(shard.bytes for shard in shards)
     check_space(target, total + scratch_bytes)
-    identity = _identity(source, kind, mixture, options, max_shard_size)
+    identity = _identity(models, kind, mixture, options, max_shard_size)
     with workspace(target, identity, force) as work:
         scratch = work.directory / _SCRATCH
         prepare(scratch)
@@ -139,7 +143,7 @@ def convert(
         _copy_files(source.directory, work.directory)
         if check == "auto":
             check = "logits" if 2 * total < free_memory() else "layers"
-        drift = _measure(source, work.directory, kind, mixture, remember, check)
+        drift = _measure(models, work.directory, kind, mixture, remember, check)
         if exact and drift.relative > _tolerance(mixture.dtype):
             raise RuntimeError(
                 f"the mixture is off by {drift.relative:.1e} of the dense model's output where it "
@@ -151,6 +155,7 @@ def convert(
                 "architecture": source.family,
                 "sha256": source.fingerprint(),
                 "parameters": sum(torch.Size(t.shape).numel() for t in source.tensors.values()),
+                **({"experts": [each.fingerprint() for each in others]} if others else {}),
             },
             target={
                 "architecture": kind.name,
@@ -188,6 +193,8 @@ def summary(conversion: Conversion, target: Path) -> str:
         ),
     )
     lines = [f"{name:<8}{text}" for name, text in rows]
+    if "fine_tunes" in conversion.extra:
+        lines.append(describe(conversion.extra["fine_tunes"]))
     return "\n".join([*lines, *_perplexities(conversion.extra)])
 
 
@@ -216,18 +223,22 @@ def _perplexities(extra: dict[str, Any]) -> Iterator[str]:
 
 
 def _outputs(
-    source: Source, kind: Target, mixture: Mixture, plan: Callable[[int], LayerPlan]
+    models: Sequence[Source], kind: Target, mixture: Mixture, plan: Callable[[int], LayerPlan]
 ) -> Iterator[Output]:
     """List all tensors of the mixture, those of a block in the place of the dense block."""
-    placed: set[int] = set()
+    source, placed = models[0], set[int]()
     for name, info in source.tensors.items():
         layer = layer_of(name)
         if layer not in mixture.layers or _BLOCK not in name:
             yield Output(name, info.shape, info.dtype, partial(_copy, source, name))
         elif layer not in placed:
             placed.add(layer)
-            made, read = partial(plan, layer), partial(source.block, layer)
+            made, read = partial(plan, layer), partial(_block, models, layer)
             yield from kind.outputs(layer, made, mixture, read)
+
+
+def _block(models: Sequence[Source], layer: int, number: int) -> dict[str, Tensor]:
+    return models[number].block(layer)
 
 
 def _copy(source: Source, name: str) -> Iterator[Tensor]:
@@ -235,10 +246,15 @@ def _copy(source: Source, name: str) -> Iterator[Tensor]:
 
 
 def _identity(
-    source: Source, kind: Target, mixture: Mixture, options: dict[str, Any], shard_size: str
+    models: Sequence[Source],
+    kind: Target,
+    mixture: Mixture,
+    options: dict[str, Any],
+    shard_size: str,
 ) -> str:
     """Hash what decides the contents, so that an interrupted run can be told from another one."""
-    decides = [FORMAT, torch.__version__, source.raw, source.stamp(), kind.name, str(mixture)]
+    sources = [each for model in models for each in (model.raw, model.stamp())]
+    decides = [FORMAT, torch.__version__, *sources, kind.name, str(mixture)]
     text = json.dumps([*decides, options, shard_size], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -254,7 +270,7 @@ def _copy_files(source: Path, target: Path) -> None:
 
 
 def _measure(
-    source: Source,
+    models: Sequence[Source],
     written: Path,
     kind: Target,
     mixture: Mixture,
@@ -262,10 +278,10 @@ def _measure(
     check: str,
 ) -> Drift:
     if check != "logits":
-        return layer_drift(source, mixture.layers, plan)
+        return layer_drift(models, mixture.layers, plan)
     flat = kind.flat and mixture.weighting == "unit"
     routers = {each: planned_router(plan(each), mixture.dtype, flat) for each in mixture.layers}
-    return logits_drift(source, written, routers)
+    return logits_drift(models[0], written, routers)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert import LayerPlan
+from moezoo.convert.plan import Expert
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_models.checkpoints.directory import CONFIG, load_checkpoint, read_json
 from moezoo_models.checkpoints.stock import load_stock
@@ -81,15 +82,27 @@ def _check_routers(model: Any, planned: Mapping[int, Tensor]) -> None:
 
 
 @torch.no_grad()
-def layer_drift(source: Source, layers: tuple[int, ...], plan: Callable[[int], LayerPlan]) -> Drift:
-    """Compare each converted block with its plan, on random inputs, one expert in memory."""
+def layer_drift(
+    models: Sequence[Source], layers: tuple[int, ...], plan: Callable[[int], LayerPlan]
+) -> Drift:
+    """Compare each converted block with its plan, on random inputs, one expert in memory.
+
+    Args:
+        models: the dense model, and those that experts are of where they are several.
+        layers: numbers of the converted blocks.
+        plan: plans a layer.
+    """
+    source = models[0]
     worst, act = Drift("layers", 0.0, 0.0, None), ACTIVATIONS[source.ffn["activation"]]
     generator = torch.Generator().manual_seed(0)
     for layer in layers:
         block = source.block(layer)  # mapped: only what is being multiplied takes memory in fp32
         x = torch.randn(_TOKENS, source.config.hidden_size, generator=generator)
         gate, biases = block.get("gate"), (block.get("bias_in"), block.get("bias_out"))
-        found = plan(layer).run(x, gate, block["up"], block["down"], act, *biases)
+        if len(models) > 1:
+            found = _of_several(plan(layer), x, [model.block(layer) for model in models], act)
+        else:
+            found = plan(layer).run(x, gate, block["up"], block["down"], act, *biases)
         drift = _drift("layers", found, _dense(x, block, act), None)
         worst = max(worst, drift, key=lambda each: each.relative)
     return worst
@@ -104,6 +117,35 @@ def _dense(x: Tensor, block: Mapping[str, Tensor], act: Callable[[Tensor], Tenso
     else:
         inner = act(inner)
     return F.linear(inner, block["down"].float(), wide.get("bias_out"))
+
+
+def _of_several(
+    plan: LayerPlan,
+    x: Tensor,
+    blocks: Sequence[Mapping[str, Tensor]],
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Compute a plan whose experts are of several dense blocks, ``(T, D)`` to ``(T, D)``."""
+
+    def answer(expert: Expert) -> Tensor:
+        block = blocks[expert.block]
+        inner = x @ expert.cut("up", block["up"]).to(x).t()
+        if "bias_in" in block:
+            inner = inner + expert.cut_bias(block["bias_in"]).to(x)
+        if "gate" in block:
+            inner = act(x @ expert.cut("gate", block["gate"]).to(x).t()) * inner
+        else:
+            inner = act(inner)
+        output = inner @ expert.cut("down", block["down"]).to(x).t()
+        if "bias_out" in block:
+            output = output + expert.cut_output_bias(block["bias_out"]).to(x)
+        return output
+
+    weights = plan.weights(x, act)
+    output = torch.zeros_like(x) if plan.shared is None else answer(plan.shared)
+    for number, expert in enumerate(plan.experts):
+        output = output + weights[:, number : number + 1] * answer(expert)
+    return output
 
 
 def _drift(of: str, found: Tensor, expected: Tensor, agreement: float | None) -> Drift:

@@ -20,8 +20,8 @@ from moezoo.errors import InputError
 from moezoo_models.conversion.source import Source
 from moezoo_models.model.config import check_trained_length
 
-Read = Callable[[], dict[str, Tensor]]
-"""Reads the dense block of a layer."""
+Read = Callable[[int], dict[str, Tensor]]
+"""Reads the dense block of a layer; 0, or which of the models where experts are of several."""
 
 Plan = Callable[[], LayerPlan]
 """Makes the plan of a layer, or remembers it."""
@@ -329,7 +329,7 @@ def _shared_part(plan: Plan, projection: Projection, read: Read, factor: float) 
 
 
 def _cut(expert: Expert, projection: Projection, plan: Plan, read: Read) -> Tensor:
-    weight = read()[projection]
+    weight = read(expert.block)[projection]
     refitted = plan().down
     if projection == "down" and refitted is not None:
         weight = refitted.to(weight.dtype)

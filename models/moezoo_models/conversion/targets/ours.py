@@ -86,11 +86,11 @@ def _bias_outputs(start: str, plan: Plan, mixture: Mixture, read: Read) -> Itera
 
     def inner() -> Iterator[Tensor]:
         for expert in plan().experts:
-            yield expert.cut_bias(read()["bias_in"])
+            yield expert.cut_bias(read(expert.block)["bias_in"])
 
     def outer(experts: Callable[[], Sequence[Expert]]) -> Iterator[Tensor]:
         for expert in experts():
-            yield expert.cut_output_bias(read()["bias_out"])
+            yield expert.cut_output_bias(read(expert.block)["bias_out"])
 
     def of_shared() -> tuple[Expert]:
         shared = plan().shared
@@ -98,7 +98,8 @@ def _bias_outputs(start: str, plan: Plan, mixture: Mixture, read: Read) -> Itera
         return (shared,)
 
     def inner_of_shared() -> Iterator[Tensor]:
-        yield of_shared()[0].cut_bias(read()["bias_in"])
+        (shared,) = of_shared()
+        yield shared.cut_bias(read(shared.block)["bias_in"])
 
     routed, shared = f"{start}.experts", f"{start}.shared_expert"
     shape = (mixture.num_experts, mixture.d_expert)
@@ -156,7 +157,7 @@ def _carved_rule(mixture: Mixture) -> dict[str, Any]:
 
 def _output_bias(plan: LayerPlan, mixture: Mixture, read: Read) -> Tensor | None:
     """Return the refit's bias, which has the dense block's in it, else that of the dense block."""
-    return read()["bias_out"] if plan.bias is None and mixture.bias else plan.bias
+    return read(0)["bias_out"] if plan.bias is None and mixture.bias else plan.bias
 
 
 def _carved_outputs(start: str, plan: Plan, mixture: Mixture, read: Read) -> Iterator[Output]:
