@@ -163,6 +163,7 @@ EXTRAS = {
     "wandb": "wandb",
     "peft": "lora",
     "lm_eval": "eval",
+    "gguf": "gguf",
     "deepspeed": "deepspeed",
     "xformers": "xformers",
     "triton": "gpu",

@@ -26,6 +26,7 @@ from moezoo_models.checkpoints.dtypes import choose_dtype
 from moezoo_models.checkpoints.finite import check_finite
 from moezoo_models.files.checksums import seal
 from moezoo_models.files.gate import EMBEDDINGS, HEAD, admit
+from moezoo_models.files.gguf.copies import directory_of
 from moezoo_models.files.model_files import (
     CONFIG,
     INDEX,
@@ -256,13 +257,14 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
     """Read the tokenizer of a checkpoint; None if it has none.
 
     Args:
-        path: the directory.
+        path: the directory, or a GGUF file.
 
     Raises:
         InputError: a file of the tokenizer is broken, or it has no end-of-text token.
     """
-    there = any((Path(path) / name).is_file() for name in _TOKENIZER_FILES)
-    return load_tokenizer(path) if there else None
+    directory = directory_of(Path(path))
+    there = any((directory / name).is_file() for name in _TOKENIZER_FILES)
+    return load_tokenizer(directory) if there else None
 
 
 @contextmanager

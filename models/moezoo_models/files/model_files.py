@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moezoo.errors import InputError
 from moezoo_models.files.checksums import check_seal
+from moezoo_models.files.gguf.copies import directory_of
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -105,7 +106,11 @@ class TensorInfo:
 
 
 def existing(directory: Path) -> Path:
-    """Return the directory if it holds a config.json, else raise :class:`InputError`."""
+    """Return the directory if it holds a config.json, else raise :class:`InputError`.
+
+    For a GGUF file, that is the directory of its dequantized copy.
+    """
+    directory = directory_of(directory)
     if "\0" in str(directory):
         raise InputError(f"checkpoint: {str(directory)!r} holds a NUL character, which no path has")
     if not directory.is_dir():

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 from moezoo.errors import InputError
 from moezoo_models.cores import available_cores
+from moezoo_models.files.gguf.copies import directory_of
 from moezoo_models.files.model_files import check_inside, read_json
 
 HUB_PREFIX = "hf:"
@@ -219,7 +220,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Args:
         path: directory that holds ``tokenizer.json`` (or other Hugging Face tokenizer files) or
-            ``tokenizer.model`` (sentencepiece), or ``"hf:NAME"``.
+            ``tokenizer.model`` (sentencepiece), a GGUF file, or ``"hf:NAME"``.
 
     Raises:
         InputError: the directory or the files in it are missing, broken or without an
@@ -229,7 +230,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return HuggingFaceTokenizer(_auto_tokenizer(str(path).removeprefix(HUB_PREFIX)))
     if "\0" in str(path):
         raise InputError(f"tokenizer: {str(path)!r} holds a NUL character, which no path has")
-    directory = Path(path)
+    with _told(path):
+        directory = directory_of(Path(path))
     if not directory.is_dir():
         raise InputError(
             f"tokenizer: {directory} is not a directory; give one that holds tokenizer.json or "

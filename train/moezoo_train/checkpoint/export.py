@@ -20,6 +20,7 @@ from moezoo_models.checkpoints.export import export as export_stock
 from moezoo_models.checkpoints.export import making
 from moezoo_models.checkpoints.stock import load_as_it_is
 from moezoo_models.files.checksums import check_archive
+from moezoo_models.files.gguf.header import is_gguf
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.checkpoint.identity import check_tensors
 from moezoo_train.checkpoint_structure import CONFIG_KEY, check_structure
@@ -101,7 +102,8 @@ def export(
 
 def is_training_checkpoint(path: Path) -> bool:
     """Return whether a path is, or is named as, a checkpoint of a run; there need not be one."""
-    return path.suffix == ".ckpt" or path.is_file() or is_sharded_checkpoint(path)
+    file = path.is_file() and not is_gguf(path)
+    return path.suffix == ".ckpt" or file or is_sharded_checkpoint(path)
 
 
 def read_model(path: Path) -> TrainedModel:

@@ -11,6 +11,7 @@ from moezoo.errors import InputError
 from moezoo_models import MoezooForCausalLM
 from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.checkpoints.stock import load_as_it_is
+from moezoo_models.files.gguf.copies import gguf_of
 from moezoo_models.text.tokenizer import Tokenizer
 
 
@@ -103,7 +104,9 @@ def remember_length(model: PreTrainedModel, length: int, fresh: bool) -> None:
 
 def default_tokenizer(path: str | None) -> str | None:
     """Return the directory a run begins from, as the data's tokenizer, if it holds one."""
-    if path is None or not Path(path).is_dir() or read_tokenizer(path) is None:
+    if path is None or not (Path(path).is_dir() or gguf_of(Path(path))):
+        return None
+    if read_tokenizer(path) is None:
         return None
     return path
 
