@@ -223,6 +223,8 @@ def _shared_expert(
         refuse(f"has a shared expert without {sorted(missing)[0]} ({type(shared).__name__})")
     down = form["down_proj.weight"]
     width = down.view(parameters[down.path]).shape[1]
+    if not width:
+        return {}
     unit = parameters[down.path].shape[down.hidden or 0]
     for ours, stored in form.items():
         path = f"{entry.shared}.{stored.path}"
@@ -253,7 +255,11 @@ def _check_all_are_shared(
 ) -> None:
     """Refuse a block with a parameter that the layer does not have, or the other way round."""
     theirs = {tensor.theirs for tensor in found} | {entry.added}
-    for key, _ in [*block.named_parameters(), *block.named_buffers()]:
+    if entry.shared_gate is not None and not layer.d_shared:  # it weighs nothing
+        theirs.add(f"{entry.shared_gate}.weight")
+    for key, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        if not tensor.numel():
+            continue  # of a shared expert without neurons
         if key not in theirs and key.partition(".")[0] != entry.after:
             refuse(f"has {key}, which has no place in a SparseMoE")
     missing = layer.state_dict().keys() - {tensor.ours for tensor in found}

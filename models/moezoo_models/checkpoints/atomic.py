@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moezoo.atomic import atomic_write
+from moezoo.atomic import atomic_write, named_errors
 from moezoo_models.checkpoints.locks import writing
 
-__all__ = ["atomic_write", "is_there", "publish", "remove_leftovers", "replacing_directory"]
+__all__ = ["atomic_write", "is_there", "publish", "remove_leftovers", "replacing_directory", "replacing_file"]
 
 _CURRENT_DIRECTORY = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE
@@ -45,6 +45,33 @@ def replacing_directory(target: Path, field: str = "output") -> Iterator[Path]:
         finally:
             # Published, it is gone; else it is incomplete.
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(target: Path, field: str = "output") -> Iterator[Path]:
+    """Yield the path of a file to write, which takes the place of ``target`` at the end.
+
+    For writers that want a path; others use :func:`moezoo.atomic.atomic_write`. If the block
+    raises, what was written is removed and ``target`` stays as it was.
+
+    Args:
+        target: the file to make or replace; its parents are made.
+        field: the option that names it, for messages.
+
+    Raises:
+        InputError: another process is writing it.
+        OSError: names ``target``, also where the disk is full.
+    """
+    with writing(target, field), named_errors(target):
+        remove_leftovers(target)
+        fresh = target.with_name(f".{target.name}.tmp")
+        try:
+            yield fresh
+            with fresh.open("rb") as handle:
+                os.fsync(handle.fileno())
+            fresh.replace(target)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 def remove_leftovers(target: Path) -> None:

@@ -44,12 +44,14 @@ class Tokenizer(ABC):
         bos_id: id that opens a document, or None if the tokenizer knows none.
         eos_id: id that closes a document.
         threads: whether several threads may call :meth:`encode_here` at once, and gain by it.
+        sentencepiece_model: contents of a ``tokenizer.model`` with the same ids, if there is one.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int
     threads: bool = False
+    sentencepiece_model: bytes | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -90,7 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, tokenizer: Any, sentencepiece_model: bytes | None = None) -> None:
         self.hf = tokenizer
-        self._sentencepiece_model = sentencepiece_model
+        self.sentencepiece_model = sentencepiece_model
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.bos_id = tokenizer.bos_token_id
         self.eos_id = _required_eos(tokenizer.eos_token_id)
@@ -142,8 +144,8 @@ class HuggingFaceTokenizer(Tokenizer):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as temporary:
             self.hf.save_pretrained(temporary)
-            if self._sentencepiece_model is not None:
-                Path(temporary, SENTENCEPIECE_FILE).write_bytes(self._sentencepiece_model)
+            if self.sentencepiece_model is not None:
+                Path(temporary, SENTENCEPIECE_FILE).write_bytes(self.sentencepiece_model)
             for file in sorted(Path(temporary).iterdir()):
                 shutil.move(file, directory / file.name)
 
@@ -184,7 +186,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise InputError(
                 f"tokenizer: {SENTENCEPIECE_FILE} is not a sentencepiece model; copy it again"
             ) from error
-        self._model = model
+        self.sentencepiece_model: bytes = model
         self.vocab_size = self._processor.get_piece_size()
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self.bos_id = bos if bos >= 0 else None
@@ -207,12 +209,12 @@ class SentencePieceTokenizer(Tokenizer):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / f".{SENTENCEPIECE_FILE}"
-        temporary.write_bytes(self._model)
+        temporary.write_bytes(self.sentencepiece_model)
         temporary.replace(directory / SENTENCEPIECE_FILE)
 
     def fingerprint(self) -> str:
         """Hash the model."""
-        return _sha256(self._model)
+        return _sha256(self.sentencepiece_model)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

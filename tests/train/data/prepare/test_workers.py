@@ -33,7 +33,7 @@ def directory(request, own_tokenizer, tmp_path):
     place = tmp_path / "tokenizer"
     place.mkdir()
     if request.param == "sentencepiece":
-        content = (load_tokenizer(own_tokenizer)._sentencepiece_model, "tokenizer.model")
+        content = (load_tokenizer(own_tokenizer).sentencepiece_model, "tokenizer.model")
         (place / content[1]).write_bytes(content[0])
     elif request.param == "words":
         words(place, unknown="[unk]")
