@@ -96,7 +96,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "export": Command(
             "moezoo_train.checkpoint.export:export",
-            "a training checkpoint as a model, a dense model as a stock one",
+            "a training checkpoint as a model, a model as a stock one or GGUF",
             positional=True,
         ),
     },

@@ -113,6 +113,12 @@ class HuggingFaceTokenizer(Tokenizer):
             return list(self.hf.encode(text, add_special_tokens=False, split_special_tokens=True))
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_as_model_input(self, text: str) -> list[int]:
+        """Return the ids of ``text`` with what the tokenizer puts around a text."""
+        if self._backend is None:
+            return list(self.hf.encode(text, split_special_tokens=True))
+        return list(self._backend.encode(text, add_special_tokens=True).ids)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ``[encode(text) for text in texts]``, computed on several threads."""
         if self._backend is None:

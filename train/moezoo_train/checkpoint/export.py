@@ -1,4 +1,4 @@
-"""`moezoo export`: training checkpoints as model directories, dense models as stock ones."""
+"""`moezoo export`: training checkpoints as model directories, models as stock ones and GGUF files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from moezoo.errors import InputError
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints.directory import one_line, read_tokenizer, save_checkpoint
-from moezoo_models.checkpoints.export import export as export_stock
 from moezoo_models.checkpoints.export import making
 from moezoo_models.checkpoints.stock import load_as_it_is
+from moezoo_models.export.gguf import GGUF_SUFFIX, export_gguf
+from moezoo_models.export.stock import export_stock
 from moezoo_models.files.checksums import check_archive
 from moezoo_models.files.gguf.header import is_gguf
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
@@ -57,40 +58,65 @@ def export(
     target: str | Path,
     tokenizer: str | None = None,
     base: str | None = None,
+    format: Literal["stock", "gguf"] | None = None,
+    dtype: Literal["f32", "f16", "q8_0"] | None = None,
+    text: str | None = None,
 ) -> Path:
-    """Write a training checkpoint as a model directory, or a dense model of ours as a stock one.
+    """Write a training checkpoint as a model directory, or a model as a stock one or a GGUF file.
 
     A checkpoint of any strategy will do: a file, or a directory of which each process wrote a part.
     One process without a GPU puts it together; the optimizer's state is not read.
 
-    A dense model is written as a Llama, Mistral, Qwen2 or Qwen3, whichever it is, so that programs
-    that know the stock architecture can read it.
+    A model of ours is written as the stock one that computes the same, so that programs that know
+    the stock architecture can read it: Llama, Mistral, Qwen2 or Qwen3 if it is dense; Mixtral,
+    Qwen2-MoE, Qwen3-MoE, GLM4-MoE or GraniteMoE if it is a mixture.
+
+    A GGUF file is for llama.cpp. It is written of these and of stock models, if llama.cpp computes
+    the same.
 
     Args:
-        checkpoint: of a run, e.g. ``runs/moe/checkpoints/last.ckpt``, or the directory of a model
-            whose feed-forward blocks are all dense.
-        target: directory to make.
+        checkpoint: of a run, e.g. ``runs/moe/checkpoints/last.ckpt``, or the directory of a model.
+        target: directory to make, or file that ends in .gguf.
         tokenizer: of a training checkpoint: directory or file of the one it was trained with, to
-            be written along; default: that of ``model/`` in the same run.
+            be written along; default: that of ``model/`` in the same run. Of a GGUF file: directory
+            of the tokenizer; default: the model's own.
         base: of a training checkpoint of adapters: the directory they were trained on.
+        format: of a model: stock or gguf; default: gguf if the target ends in .gguf, else stock.
+        dtype: of the matrices of a GGUF file: f32, f16 (the default) or q8_0.
+        text: of a GGUF file: text in UTF-8 on which perplexity is measured, before and after
+            rounding to dtype.
 
     Returns:
-        The directory.
+        The directory, or the file.
 
     Raises:
         InputError: no such checkpoint, a damaged or incomplete one, or one of something else;
-            ``target`` has something in it; the model is no stock one.
+            ``target`` is there already; no stock architecture computes the same, or llama.cpp does
+            not; an option is for something else.
     """
     path = Path(checkpoint)
-    if not is_training_checkpoint(path):
+    trained = is_training_checkpoint(path)
+    if trained and (format is not None or Path(target).suffix == GGUF_SUFFIX):
+        name = "target" if format is None else "format"
+        raise InputError(
+            f"{name}: a training checkpoint is written as a directory first: export {path} to one, "
+            "and then the directory"
+        )
+    gguf = format == "gguf" or (format is None and Path(target).suffix == GGUF_SUFFIX)
+    for name, value in (("dtype", dtype), ("text", text)):
+        if value is not None and not gguf:
+            raise InputError(f"{name}: is for GGUF files; leave it out, or end the target in .gguf")
+    if not trained:
         for name, value in (("tokenizer", tokenizer), ("base", base)):
-            if value is not None:
+            if value is not None and not (gguf and name == "tokenizer"):
                 raise InputError(f"{name}: is for training checkpoints; {path} is none")
+        if gguf:
+            return export_gguf(path, target, dtype or "f16", tokenizer, text)
         return export_stock(path, target)
     with making(target) as directory:
-        trained = read_model(path)
-        model = _adapt(trained, base) if trained.lora else _build(trained)
-        state = merged_state(model) if trained.lora else None
+        found = read_model(path)
+        model = _adapt(found, base) if found.lora else _build(found)
+        state = merged_state(model) if found.lora else None
         own = _tokenizer(path, tokenizer, model.config.vocab_size)
         save_checkpoint(directory, model, own, state_dict=state)
     size = f"{model.num_parameters() / 1e6:,.3g} M parameters"

@@ -18,6 +18,8 @@ SIGMOID = 2
 
 Keys = dict[str, Any]
 
+_LLAMAS = ("llama", "mistral", "mixtral")
+
 _PRE = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
@@ -90,7 +92,7 @@ def keys_of(config: Any) -> Keys:
         "rope.dimension_count": rotary,
         "vocab_size": config.vocab_size,
     }
-    return common | ARCHITECTURES[config.model_type].keys(config)
+    return common | _rope_scaling(config) | ARCHITECTURES[config.model_type].keys(config)
 
 
 def head_dim_of(config: Any) -> int:
@@ -118,11 +120,20 @@ def _check_windows(config: Any) -> None:
 
 def _check_rope(config: Any) -> None:
     kind = config.rope_parameters.get("rope_type", "default")
-    if kind != "default":
+    known = ("default", "linear", "llama3") if config.model_type in _LLAMAS else ("default",)
+    if kind not in known:
         raise InputError(
-            f"rope_parameters: rope_type '{kind}' was not compared with llama.cpp's; only default "
-            "is written"
+            f"rope_parameters: rope_type '{kind}' of a {config.model_type} was not compared with "
+            f"llama.cpp's; it has to be {' or '.join(known)}"
         )
+
+
+def _rope_scaling(config: Any) -> Keys:
+    """Return the keys of positions that are divided by a number; llama3's is a tensor."""
+    if config.rope_parameters.get("rope_type") != "linear":
+        return {}
+    factor = float(config.rope_parameters["factor"])
+    return {"rope.scaling.type": "linear", "rope.scaling.factor": factor}
 
 
 def _refuse_bias(config: Any, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,6 @@ from moezoo_models.export.stock import write_stock
 from moezoo_models.files.gate import Admitted, admit
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.text.reading import read_text
-from moezoo_models.text.tokenizer import Tokenizer
 
 GGUF_SUFFIX = ".gguf"
 """By which a target is known to be a GGUF file."""
@@ -73,12 +73,13 @@ def export_gguf(
         architecture = architecture_of(admitted.config)
         words = choose_tokenizer(checkpoint, tokenizer, read_tokenizer(directory))
         tensors = stored_tensors(admitted, architecture)
-        keys = _keys(admitted, architecture.name, words, Path(checkpoint).absolute().name)
+        vocabulary = vocabulary_keys(words, admitted.config.vocab_size)
+        compared = compare_encodings(vocabulary, words, composed=changes_text(words))
+        keys = _keys(admitted, architecture.name, vocabulary, Path(checkpoint).absolute().name)
         with replacing_file(file, "target") as fresh:
             _check_new(file)  # another process may have just made it
             with admitted.opened() as opened:
-                write_file(fresh, architecture.name, keys, tensors, opened, dtype)
-            compared = compare_encodings(fresh, words)
+                write_file(fresh, architecture.name, keys, tensors, opened, dtype, file)
         size = sum(info.numel for info in admitted.tensors.values())
         print(f"{architecture.name:<12}{size / 1e6:,.3g} M parameters, {dtype}, {file}")
         halves = [t.name for t in tensors if dtype == "q8_0" and encoding_of(t, dtype) == "f16"]
@@ -123,21 +124,20 @@ def _configure(raw: dict[str, Any]) -> Any:
 
 
 def _build(config: Any) -> Any:
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        # An absent shared expert is, in stock architectures, one without neurons.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _keys(admitted: Admitted, name: str, tokenizer: Tokenizer, title: str) -> Keys:
+def _keys(admitted: Admitted, name: str, vocabulary: Keys, title: str) -> Keys:
     """Return all keys of the file, by their full names."""
-    config = admitted.config
-    own = {f"{name}.{key}": value for key, value in keys_of(config).items()}
-    words = vocabulary_keys(tokenizer, config.vocab_size)
-    ends = getattr(admitted.generation or config, "eos_token_id", None)
-    more = [e for e in (ends if isinstance(ends, list) else [ends]) if e is not None]
-    for each in more:
-        if each != tokenizer.eos_id:
-            words.setdefault("tokenizer.ggml.eot_token_id", each)
-    return {"general.name": title, **own, **words}
+    own = {f"{name}.{key}": value for key, value in keys_of(admitted.config).items()}
+    ends = getattr(admitted.generation or admitted.config, "eos_token_id", None)
+    eos = vocabulary["tokenizer.ggml.eos_token_id"]
+    more = [e for e in (ends if isinstance(ends, list) else [ends]) if e not in (None, eos)]
+    turn = {"tokenizer.ggml.eot_token_id": more[0]} if more else {}
+    return {"general.name": title, **own, **vocabulary, **turn}
 
 
 def _say_rounding(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ def write_file(
     tensors: Sequence[Stored],
     opened: Opened,
     dtype: str,
+    shown: Path,
 ) -> None:
     """Write a GGUF file; one tensor of it is in memory at a time.
 
@@ -30,9 +33,10 @@ def write_file(
         tensors: of the file.
         opened: those of the directory.
         dtype: f32, f16 or q8_0.
+        shown: what the file will be called, for messages.
 
     Raises:
-        InputError: a tensor holds a NaN, an infinity, or what F16 cannot hold.
+        InputError: a tensor holds a NaN, an infinity, or what F16 cannot hold; the disk is full.
     """
     gguf = library()
     writer = gguf.GGUFWriter(None, architecture)
@@ -50,7 +54,12 @@ def write_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for stored in tensors:
-            writer.write_tensor_data(_encoded(stored, opened, encoding_of(stored, dtype), path))
+            writer.write_tensor_data(_encoded(stored, opened, encoding_of(stored, dtype)))
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # NumPy says how many numbers were written, and not why no more.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(shown)) from error
     finally:
         with suppress(AttributeError):
             writer.close()
@@ -70,10 +79,10 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _encoded(stored: Stored, opened: Opened, encoding: str, path: Path) -> Any:
+def _encoded(stored: Stored, opened: Opened, encoding: str) -> Any:
     encoded, begin = empty(stored.shape, encoding), 0
     for part in stored.read(opened):
-        check_finite(stored.name, part, path.parent)
+        check_finite(stored.name, part, "the checkpoint")
         encoded[begin : begin + len(part)] = encode(stored.name, part, encoding)
         begin += len(part)
     assert begin == len(encoded), stored.name

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moezoo.errors import InputError
-from moezoo_models.export.gguf.architectures import Architecture, num_experts_of
+from moezoo_models.export.gguf.architectures import Architecture, head_dim_of, num_experts_of
 from moezoo_models.files.gate import EMBEDDINGS, HEAD, Admitted
 
 Opened = Mapping[str, Any]
@@ -113,6 +114,8 @@ def stored_tensors(admitted: Admitted, architecture: Architecture) -> list[Store
         _add(found, "output.weight", embeddings.shape, *embeddings.pieces)
     if architecture.needs_shared:
         _add_shared(found, config)
+    if config.rope_parameters.get("rope_type") == "llama3":
+        _add_frequencies(found, config)
     return list(found.values())
 
 
@@ -224,6 +227,15 @@ def _add_shared(found: dict[str, Stored], config: Any) -> None:
             name = f"blk.{layer}.ffn_{half}_shexp.weight"
             if name not in found:
                 _add(found, name, shape, _zeros(shape))
+
+
+def _add_frequencies(found: dict[str, Stored], config: Any) -> None:
+    """Add what the frequencies of rotation are divided by, where that is not the same for all."""
+    rope, width = config.rope_parameters, head_dim_of(config)
+    plain = float(rope["rope_theta"]) ** (-torch.arange(0, width, 2) / width)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    divisors = plain / scaled.cpu()
+    _add(found, "rope_freqs.weight", tuple(divisors.shape), lambda opened: divisors)
 
 
 def _zeros(shape: tuple[int, ...]) -> Piece:

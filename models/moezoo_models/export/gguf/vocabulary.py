@@ -133,8 +133,7 @@ def _special(tokenizer: Tokenizer) -> dict[str, Any]:
         keys[f"{_START}bos_token_id"] = tokenizer.bos_id
     begins = ends = False
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        plain = tokenizer.hf.encode("a", add_special_tokens=False)
-        whole = tokenizer.hf.encode("a", add_special_tokens=True)
+        plain, whole = tokenizer.encode("a"), tokenizer.encode_as_model_input("a")
         begins = tokenizer.bos_id is not None and whole[:1] == [tokenizer.bos_id] != plain[:1]
         ends = whole[-1:] == [tokenizer.eos_id] != plain[-1:]
         if len(whole) != len(plain) + begins + ends:
