@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moezoo.adopting import adopt
     from moezoo.errors import InputError
-    from moezoo.experts import GLUOptions
+    from moezoo.experts import ExpertNormOptions, GLUOptions
     from moezoo.experts.values import shared_values
     from moezoo.feed_forward import (
         Cost,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _NAMES: dict[str, tuple[str, ...]] = {
     "adopting": ("adopt",),
     "errors": ("InputError",),
-    "experts": ("GLUOptions",),
+    "experts": ("ExpertNormOptions", "GLUOptions"),
     "experts.values": ("shared_values",),
     "feed_forward": (
         "Cost",
@@ -120,6 +120,7 @@ __all__ = [
     "CarvedMoE",
     "Cost",
     "DenseFFN",
+    "ExpertNormOptions",
     "FastFeedForward",
     "FeedForward",
     "FeedForwardOutput",

@@ -14,21 +14,28 @@ from moezoo.errors import InputError, nearest
 T = TypeVar("T")
 
 
-def build(cls: Callable[..., T], arguments: Mapping[str, Any]) -> T:
+def build(cls: Callable[..., T], arguments: Mapping[str, Any], path: str = "") -> T:
     """Call ``cls`` with ``arguments``, naming a misspelt one; mappings become options classes.
+
+    Args:
+        cls: a class or function.
+        arguments: its arguments by name.
+        path: where a configuration has these arguments, ``router.logits`` for example; empty for
+            those of a layer, whose messages begin with the name of ``cls``.
 
     Raises:
         InputError: an argument is unknown, missing, or refused by the constructor.
     """
     parameters = signature(cls)
-    name = getattr(cls, "__name__", str(cls))
+    start = path or getattr(cls, "__name__", str(cls))
+    what = "option" if path else "argument"
     for key in arguments:
         if key not in parameters:
-            raise InputError(f"{name}: unknown argument '{key}'{nearest(key, parameters)}")
+            raise InputError(f"{start}: unknown {what} '{key}'{nearest(str(key), parameters)}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
-            raise InputError(f"{name}: argument '{key}' is missing; give it")
-    built = {key: as_argument(cls, key, value) for key, value in arguments.items()}
+            raise InputError(f"{start}: {what} '{key}' is missing; give it")
+    built = {key: as_argument(cls, key, value, path) for key, value in arguments.items()}
     return cls(**built)
 
 
@@ -39,19 +46,38 @@ def signature(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def as_argument(cls: Callable[..., Any], key: str, value: Any) -> Any:
-    """Turn a mapping into the options dataclass that ``cls`` annotates for ``key``, if any."""
+def as_argument(cls: Callable[..., Any], key: str, value: Any, path: str = "") -> Any:
+    """Turn a mapping into the options dataclass that ``cls`` annotates for ``key``, if any.
+
+    ``path`` as for :func:`build`.
+    """
     constructor = cls.__init__ if inspect.isclass(cls) else cls
     hint = typing.get_type_hints(constructor).get(key)
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     members = typing.get_args(hint) if union else (hint,)
     options = [m for m in members if dataclasses.is_dataclass(m) and isinstance(m, type)]
-    if options and isinstance(value, Mapping):
-        return build(options[0], value)
     only = options and set(members) <= {*options, type(None)}
-    if only and not isinstance(value, tuple(members)):
-        raise InputError(f"{key}: {value!r} is not a mapping of options; write name: value")
+    if options and (only or isinstance(value, Mapping)) and not (union and value is None):
+        return as_options(f"{path}.{key}" if path else key, value, options[0])
     return value
+
+
+def as_options(field: str, value: Any, options: type[T]) -> T:
+    """Return options that are given as they are, or as a mapping.
+
+    Args:
+        field: where a configuration has them.
+        value: what was given.
+        options: their class.
+
+    Raises:
+        InputError: it is neither; or a mapping names an option that there is not.
+    """
+    if isinstance(value, options):
+        return value
+    if not isinstance(value, Mapping):
+        raise InputError(f"{field}: {value!r} is not a mapping of options; write name: value")
+    return build(options, value, field)
 
 
 def plain(value: Any) -> Any:

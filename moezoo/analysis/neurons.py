@@ -19,8 +19,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from moezoo.analysis.around_experts import Around, around
 from moezoo.analysis.choices import SlotChoices, router_tokens, slot_choices, unlimited
 from moezoo.analysis.watching import Context, input_of, token_mask
 from moezoo.errors import InputError
@@ -164,12 +165,9 @@ def _stacked(
     choose: Callable[[Tensor, Context], SlotChoices],
     unit: str,
     weigh_inputs: bool = False,
-    maps: tuple[nn.Linear, nn.Linear] | None = None,
+    within: Around = Around(),  # noqa: B008 - immutable
 ) -> Neurons:
-    """Describe stacked MLPs of which each token has some, weighed by their outputs or inputs.
-
-    They may lie between two linear maps.
-    """
+    """Describe stacked MLPs of which each token has some, weighed by their outputs or inputs."""
     width = experts.d_expert
 
     def read(hidden: Tensor, context: Context) -> Iterator[NeuronBlock]:
@@ -186,15 +184,15 @@ def _stacked(
                 if weigh_inputs:
                     x_RD = x_RD * weights_R1.to(x_RD.dtype)
                     weights_R1 = torch.ones_like(weights_R1)
-                up = _expert_up(experts, e, x_RD if maps is None else maps[0](x_RD))
+                up = _expert_up(experts, e, within.read(x_RD))
                 inner_RF = experts.activate(up)
+                weights_R1 = weights_R1 * within.factors(experts, e, inner_RF)
                 before_RF = experts.before_activation(up)
                 yield NeuronBlock(rows[part], neurons_F, inner_RF, weights_R1, before_RF)
 
     def values(neurons: Tensor, _: Tensor | None = None, /) -> Tensor:
         expert = neurons.div(width, rounding_mode="floor")
-        found = experts.down_proj[expert, :, neurons % width]
-        return found if maps is None else maps[1](found)
+        return within.written(experts.down_proj[expert, :, neurons % width])
 
     return Neurons("", experts.num_experts * width, width, unit, read, values)
 
@@ -255,8 +253,7 @@ def _(layer: SparseMoE) -> list[Neurons]:
         return weights_TS.repeat_interleave(layer.d_shared // weights_TS.shape[-1], dim=-1)
 
     how = layer.router.weights
-    maps = None if layer.d_latent is None else (layer.latent_down, layer.latent_up)
-    found = [_stacked(layer.experts, choose, "expert", how.apply_to == "input", maps)]
+    found = [_stacked(layer.experts, choose, "expert", how.apply_to == "input", around(layer))]
     if layer.d_shared:
         scaled = scale if layer.shared_gate or how.with_shared else None
         found.append(_dense(layer.shared_expert, "shared expert", scaled))

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moezoo.experts.around import Choices, OfRows, Weights, run_around, run_slot_by_slot
 from moezoo.init import output_std
 from moezoo_kernels import grouped_mlp
 from moezoo_kernels.activations import PLAIN_GLU, GLUOptions, activate, split_gate
 from moezoo_kernels.dtypes import autocast
+from moezoo_kernels.grouped_linear.by_slot import is_few
 from moezoo_kernels.grouped_mlp.direct import grouped_mlp_directly, is_direct
 
 if TYPE_CHECKING:
@@ -110,17 +112,20 @@ class MLPExperts(nn.Module):
         max_assignments: int,
         output_bias: bool = True,
         dispatched: DispatchedTokens | None = None,
+        after: OfRows | None = None,
     ) -> Tensor:
         """Sum the weighted outputs of each token's experts, ``(T, D)``; index -1 adds nothing.
 
         Without ``output_bias`` the experts' ``down_bias`` is left out. ``dispatched`` is what
-        :meth:`dispatch` returned for these tokens, if it was called.
+        :meth:`dispatch` returned for these tokens, if it was called. ``after`` is applied to the
+        outputs ``(N, D)`` before they are weighed, where their experts are; see
+        :func:`moezoo.experts.around.run_around`.
         """
         sent = dispatched or self.dispatch(x_TD, indices_TK, weights_TK)
         if sent is None:
-            return self._run(x_TD, indices_TK, weights_TK, max_assignments, output_bias)
-        outputs = self._run(sent.x, sent.indices, sent.weights, sent.assignments, output_bias)
-        return sent.combine(outputs)
+            return self._run(x_TD, indices_TK, weights_TK, max_assignments, output_bias, after)
+        how = (sent.assignments, output_bias, after)
+        return sent.combine(self._run(sent.x, sent.indices, sent.weights, *how))
 
     def infer(
         self,
@@ -129,10 +134,15 @@ class MLPExperts(nn.Module):
         weights_TK: Tensor,
         max_assignments: int,
         output_bias: bool = True,
+        after: OfRows | None = None,
     ) -> Tensor:
         """Return what a call returns; the indices are a router's and not checked."""
-        if self.mesh is not None or not is_direct(x_TD, indices_TK, self.gate_up_proj):
-            return self(x_TD, indices_TK, weights_TK, max_assignments, output_bias)
+        if after is not None and self.mesh is None and is_few(indices_TK, self.num_experts):
+            choices = Choices(indices_TK, weights_TK, self.num_experts)
+            return run_slot_by_slot(x_TD, self._weights(output_bias), choices, self.activate, after)
+        usual = self.mesh is None and after is None
+        if not (usual and is_direct(x_TD, indices_TK, self.gate_up_proj)):
+            return self(x_TD, indices_TK, weights_TK, max_assignments, output_bias, None, after)
         return grouped_mlp_directly(
             x_TD,
             self.gate_up_proj,
@@ -154,22 +164,36 @@ class MLPExperts(nn.Module):
         weights_TK: Tensor,
         max_assignments: int,
         output_bias: bool,
+        after: OfRows | None = None,
     ) -> Tensor:
         """Run the experts of this rank."""
-        down_bias = self.down_bias if output_bias else None
+        weights = self._weights(output_bias)
+        if after is not None:
+            choices = Choices(indices_TK, weights_TK, len(weights.w_in))
+            return run_around(x_TD, weights, choices, max_assignments, self.activate, after)
         return grouped_mlp(
             x_TD,
-            self._own(self.gate_up_proj),
-            self._own(self.down_proj),
+            weights.w_in,
+            weights.w_out,
             indices_TK,
             weights_TK,
             activation=self.activation,
             gated=self.gated,
-            bias_in=None if self.gate_up_bias is None else self._own(self.gate_up_bias),
-            bias_out=None if down_bias is None else self._own(down_bias),
+            bias_in=weights.bias_in,
+            bias_out=weights.bias_out,
             max_assignments=max_assignments,
             glu=self.glu,
             interleaved=self.interleaved,
+        )
+
+    def _weights(self, output_bias: bool) -> Weights:
+        """Return the weights of this rank's experts."""
+        down_bias = self.down_bias if output_bias else None
+        return Weights(
+            self._own(self.gate_up_proj),
+            self._own(self.down_proj),
+            None if self.gate_up_bias is None else self._own(self.gate_up_bias),
+            None if down_bias is None else self._own(down_bias),
         )
 
     def _own(self, parameter: Tensor) -> Tensor:
@@ -193,10 +217,11 @@ class MLPExperts(nn.Module):
         weights_TK: Tensor,
         output_bias: bool = True,
         scale_TEF: Tensor | None = None,
+        after: OfRows | None = None,
     ) -> Tensor:
         """Run every expert on every token and weight the outputs by a dense (T, E) matrix.
 
-        ``scale_TEF`` multiplies hidden units, as dropout does.
+        ``scale_TEF`` multiplies hidden units, as dropout does. ``after`` as for a call.
         """
         up_proj, down_proj = self._whole(self.gate_up_proj), self._whole(self.down_proj)
         assert up_proj is not None
@@ -212,6 +237,8 @@ class MLPExperts(nn.Module):
             if scale_TEF is not None:
                 inner = inner * scale_TEF[:, e]
             answer = F.linear(inner, down_proj[e], _row(down_bias, e))
+            if after is not None:
+                answer = after(answer)
             output = output + dense_TE[:, e : e + 1] * answer
         return output
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from moezoo.arguments import as_options
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import (
     Cost,
@@ -35,11 +36,12 @@ def default_width(d_model: int, gated: bool) -> int:
 
 
 def check_glu(glu: GLUOptions, activation: str, gated: bool, name: str = "glu") -> GLUOptions:
-    """Return the bounds of a gated linear unit if they fit together.
+    """Return the bounds of a gated linear unit, given as they are or as a mapping, if they fit.
 
     Raises:
-        InputError: they do not; the message calls them ``name``.
+        InputError: they do not, or are neither; the message calls them ``name``.
     """
+    glu = as_options(name, glu, GLUOptions)
     try:
         glu.check(activation, gated, name)
     except ValueError as error:

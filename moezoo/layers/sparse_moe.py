@@ -8,40 +8,24 @@ them, each from its paper.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from moezoo.errors import InputError, check_choice, check_int
-from moezoo.experts import MLPExperts
+from moezoo.arguments import as_options
+from moezoo.errors import InputError, check_choice, check_flag, check_int
+from moezoo.experts import ExpertNormOptions, MLPExperts
+from moezoo.experts.norms import InputNorm, OutputNorm
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, TokenContext
 from moezoo.init import init_linear
-from moezoo.layers.dense import Activation, DenseFFN, check_glu, default_width
+from moezoo.layers.dense import Activation, DenseFFN, check_glu
+from moezoo.layers.mixture_options import check_shared, experts_per_token, width_of_experts
 from moezoo.layers.weighed import Operands, operands_of, outputs_of, weighed_shared
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
 from moezoo.routing.options import check_top_k
 from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions
-
-
-def _check_weighed_shared(layer: SparseMoE) -> None:
-    """Raise :class:`InputError` unless each shared expert can have a weight of its own."""
-    if not layer.num_shared_experts:
-        raise InputError(
-            "router.weights.with_shared: there is no shared expert; set num_shared_experts"
-        )
-    if layer.shared_gate:
-        raise InputError("shared_gate: the router weighs the shared experts; set it to false")
-    if layer.bias if layer.shared_bias is None else layer.shared_bias:
-        raise InputError(
-            "bias: shared experts have one output bias, which no weight of theirs belongs to; set "
-            "it or shared_bias to false, or router.weights.with_shared"
-        )
-    if layer.d_shared % layer.num_shared_experts:
-        raise InputError(
-            f"d_shared: {layer.d_shared} neurons are not {layer.num_shared_experts} experts of one "
-            "width; give a multiple"
-        )
 
 
 def _sequences(hidden: Tensor) -> tuple[int, int] | None:
@@ -74,6 +58,9 @@ class SparseMoE(FeedForward):
         d_latent: width that the routed experts read and write, between two linear maps without
             biases that they share (Nemotron-H); router and shared expert stay at ``d_model``.
             None: ``d_model``, and no maps.
+        interleaved: rows of the experts' gate and linear half lie in turn in ``gate_up_proj`` and
+            its bias, as GPT-OSS stores them, instead of all gates first.
+        expert_norms: norms before and after the routed experts (Muse Spark).
         num_identity_experts: experts I that return the token itself and cost nothing, beside the
             ``num_experts`` that compute (LongCat-Flash, arXiv:2509.01322); slots E to E + I - 1 of
             the router, the statistics and the losses. Without capacity, in token choice.
@@ -102,6 +89,8 @@ class SparseMoE(FeedForward):
         gated: bool = True,
         bias: bool = False,
         d_latent: int | None = None,
+        interleaved: bool = False,
+        expert_norms: ExpertNormOptions = ExpertNormOptions(),  # noqa: B008 - frozen
         num_identity_experts: int = 0,
         num_shared_experts: int = 0,
         d_shared: int | None = None,
@@ -114,51 +103,44 @@ class SparseMoE(FeedForward):
         capacity: CapacityOptions | None = None,
     ) -> None:
         super().__init__(d_model)
+        router = as_options("router", router, RouterOptions)
+        balance = as_options("balance", balance, BalanceOptions)
         self.num_experts = check_int("num_experts", num_experts)
         self.num_identity_experts = check_int(
             "num_identity_experts", num_identity_experts, minimum=0
         )
         slots = num_experts + num_identity_experts
         self.top_k = check_top_k(top_k, slots)
+        router.check(slots, top_k, num_identity_experts)
+        self.router = router
         self.num_shared_experts = check_int("num_shared_experts", num_shared_experts, minimum=0)
         self.d_latent = None if d_latent is None else check_int("d_latent", d_latent)
-        width = self.d_latent or d_model
-        if d_expert is None:
-            weights = default_width(d_model, gated) * d_model * slots
-            running = top_k * num_experts + num_shared_experts * slots  # on average, times slots
-            d_expert = -(-weights // (16 * running * width)) * 16
-        self.d_expert = check_int("d_expert", d_expert)
-        if d_shared is None:
-            d_shared = num_shared_experts * d_expert
-        self.d_shared = check_int("d_shared", d_shared, minimum=0)
-        if bool(self.d_shared) != bool(num_shared_experts):
-            raise InputError("d_shared: goes with num_shared_experts; set both or neither")
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.gated = gated
         self.bias = bias
+        self.interleaved = check_flag("interleaved", interleaved)
+        if interleaved and not gated:
+            raise InputError("interleaved: there is no gate to lie in turn with; set gated to true")
+        self.d_expert = width_of_experts(self) if d_expert is None else d_expert
+        check_int("d_expert", self.d_expert)
         self.glu = check_glu(glu, activation, gated)
+        self.expert_norms = as_options("expert_norms", expert_norms, ExpertNormOptions)
+        self.expert_norms.check(weigh_inputs=router.weights.apply_to == "input")
+        self.d_shared = num_shared_experts * self.d_expert if d_shared is None else d_shared
+        self.shared_gate = shared_gate
+        self.shared_bias = shared_bias
         self.shared_glu = shared_glu
         if shared_glu is not None:
-            check_glu(shared_glu, activation, gated, "shared_glu")
-            if shared_glu != PLAIN_GLU:
-                self._needs_shared("shared_glu", "to bound")
-        self.shared_gate = shared_gate
-        if shared_gate:
-            self._needs_shared("shared_gate", "to gate")
-        self.shared_bias = shared_bias
-        if shared_bias is not None:
-            self._needs_shared("shared_bias", "to have biases")
-        router.check(slots, top_k, num_identity_experts)
-        if router.weights.with_shared:
-            _check_weighed_shared(self)
+            self.shared_glu = as_options("shared_glu", shared_glu, GLUOptions)
+        check_shared(self)
         if num_identity_experts and capacity is not None:
             raise InputError("capacity: is not defined with num_identity_experts; set it to null")
-        balance.check()
-        if capacity is not None:
-            capacity.check(router)
+        balance.check(router)
         self.balance = balance
+        if capacity is not None:
+            capacity = as_options("capacity", capacity, CapacityOptions)
+            capacity.check(router, top_k)
         self.capacity = capacity
-        self.router = router
 
         self.gate = Router(
             d_model,
@@ -170,6 +152,7 @@ class SparseMoE(FeedForward):
             num_shared=num_shared_experts,
             num_identity=num_identity_experts,
         )
+        width = self.d_latent or d_model
         self.experts = MLPExperts(
             width,
             self.d_expert,
@@ -177,8 +160,12 @@ class SparseMoE(FeedForward):
             activation=activation,
             gated=gated,
             bias=bias,
-            glu=glu,
+            glu=self.glu,
+            interleaved=interleaved,
         )
+        norms = self.expert_norms
+        self.input_norm = InputNorm(width, norms.input_eps) if norms.input else None
+        self.output_norm = OutputNorm(width, norms.output_eps) if norms.output else None
         if d_latent is not None:
             self.latent_down = nn.Linear(d_model, d_latent, bias=False)
             self.latent_up = nn.Linear(d_latent, d_model, bias=False)
@@ -190,17 +177,11 @@ class SparseMoE(FeedForward):
                 activation=activation,
                 gated=gated,
                 bias=bias if shared_bias is None else shared_bias,
-                glu=glu if shared_glu is None else shared_glu,
+                glu=self.glu if self.shared_glu is None else self.shared_glu,
             )
         if shared_gate:
             self.shared_expert_gate = nn.Linear(d_model, 1, bias=False)
             self._reset_shared_gate()
-
-    def _needs_shared(self, option: str, purpose: str) -> None:
-        if not self.d_shared:
-            raise InputError(
-                f"{option}: there is no shared expert {purpose}; set num_shared_experts"
-            )
 
     @property
     def causal(self) -> bool:
@@ -218,12 +199,17 @@ class SparseMoE(FeedForward):
         """Initialise router, experts and shared expert; outputs scale with 1/sqrt(num_layers)."""
         self.gate.reset_parameters()
         self.experts.reset_parameters(num_layers)
+        for norm in self._norms():
+            norm.reset_parameters()
         if self.d_latent is not None:
             self._reset_latent()
         if self.d_shared:
             self.shared_expert.reset_parameters(num_layers)
         if self.shared_gate:
             self._reset_shared_gate()
+
+    def _norms(self) -> list[InputNorm | OutputNorm]:
+        return [norm for norm in (self.input_norm, self.output_norm) if norm is not None]
 
     def _reset_latent(self) -> None:
         """Draw both maps from N(0, 1/fan_in); the experts' outputs are scaled already."""
@@ -300,9 +286,10 @@ class SparseMoE(FeedForward):
         if self.d_shared:
             shared = self._shared(tokens, flat_mask, routing.shared_weights, brute_force)
         if brute_force:
-            output = self.experts.reference(*chosen)
+            output = self.experts.reference(*chosen, after=self.output_norm)
         else:
-            output = self.experts(*chosen, routing.max_assignments, dispatched=dispatched)
+            run = (routing.max_assignments, True, dispatched, self.output_norm)
+            output = self.experts(*chosen, *run)
         output = self._from_experts(output, tokens, routing)
         if shared is not None:
             output = output + shared
@@ -327,7 +314,7 @@ class SparseMoE(FeedForward):
         routing = self.gate.select(router_TD, flat_mask, _sequences(hidden))
         routing = self.adjust(routing, tokens, context)
         chosen = self._to_experts(tokens, routing)
-        output = self.experts.infer(*chosen, routing.max_assignments)
+        output = self.experts.infer(*chosen, routing.max_assignments, after=self.output_norm)
         output = self._from_experts(output, tokens, routing)
         if self.d_shared:
             shared = self._shared(tokens, flat_mask, routing.shared_weights, brute_force=False)
@@ -338,6 +325,8 @@ class SparseMoE(FeedForward):
         """Return what the experts that compute get: tokens at their width, choices, weights."""
         if self.d_latent is not None:
             tokens = self.latent_down(tokens)
+        if self.input_norm is not None:
+            tokens = self.input_norm(tokens)
         if self.num_identity_experts:
             computed = routing.indices.masked_fill(routing.indices >= self.num_experts, -1)
             routing = routing._replace(indices=computed)
@@ -372,12 +361,13 @@ class SparseMoE(FeedForward):
         """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on.
 
         With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l. With I identity
-        experts, k E / (E + I) stands for k: the mean at an even load, to which the selection bias
-        steers; what a text takes follows from its choices. Where experts take or round: k.
+        experts, k E / (E + I) stands for k, or ``router.expected_experts``: the mean to which the
+        selection bias steers; what a text takes follows from its choices. Where experts take or
+        round: k.
         """
-        slots = self.gate.num_experts
         routing = sum(p.numel() for p in self.gate.parameters())
         always_parameters, always_flops = routing, self.gate.flops_per_token()
+        always_parameters += sum(norm.weight.numel() for norm in self._norms())
         if self.d_shared:
             shared = self.shared_expert.cost()
             always_parameters += shared.total_parameters
@@ -388,13 +378,11 @@ class SparseMoE(FeedForward):
         if self.d_latent is not None:
             always_parameters += 2 * self.d_model * self.d_latent
             always_flops += 4 * self.d_model * self.d_latent
-        per_expert = self.experts.parameters_per_expert()
-        computing = self.top_k * self.num_experts  # times slots
-        active = always_parameters + -(-computing * per_expert // slots)
+        per_expert, computing = self.experts.parameters_per_expert(), experts_per_token(self)
+        active = always_parameters + ceil(computing * per_expert)
         return Cost(
             total_parameters=always_parameters + self.num_experts * per_expert,
             active_parameters=active,
-            flops_per_token=always_flops
-            + -(-computing * self.experts.flops_per_assignment() // slots),
+            flops_per_token=always_flops + ceil(computing * self.experts.flops_per_assignment()),
             bytes_per_token=active * self.experts.down_proj.element_size(),
         )

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo.routing.option_groups import refuse_idle
 from moezoo.routing.options import RouterOptions
+
+_LOSSES = ("load_balancing", "importance", "load", "sequence", "entropy")
+"""Coefficients of losses that are defined where each token takes top_k experts."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +47,46 @@ class BalanceOptions:
     scope: Literal["global", "local"] = "global"
     count: Literal["selected", "first_choice"] = "selected"
 
-    def check(self) -> None:
+    def check(self, router: RouterOptions | None = None) -> None:
         """Check the options.
 
+        Args:
+            router: options of the router that is balanced; None: not known yet.
+
         Raises:
-            InputError: a value is out of range.
+            InputError: a value is out of range, or has no effect.
         """
-        for name in (
-            "load_balancing",
-            "z_loss",
-            "importance",
-            "load",
-            "sequence",
-            "entropy",
-            "sparsity",
-        ):
+        for name in (*_LOSSES, "z_loss", "sparsity"):
             check_number(f"balance.{name}", getattr(self, name))
         check_number("balance.sparsity_growth", self.sparsity_growth, minimum=1.0)
         check_choice("balance.scope", self.scope, ("global", "local"))
         check_choice("balance.count", self.count, ("selected", "first_choice"))
+        if router is not None:
+            self._check_effect(router)
+
+    def _check_effect(self, router: RouterOptions) -> None:
+        if router.is_ragged:
+            of = "relu scores" if router.score == "relu" else f"{router.choice} choice"
+            self._refuse_idle(_LOSSES, f"has no meaning in {of}; set it to 0")
+        if router.score != "relu":
+            reason = "is the loss of relu scores; set router.score to relu, or leave it out"
+            self._refuse_idle(("sparsity", "sparsity_growth"), reason)
+        if self.load and not router.noise:
+            raise InputError(
+                "balance.load: has no gradient without noise; set router.noise to true, or it to 0"
+            )
+        by_tokens = not router.is_ragged
+        if not (by_tokens and self.load_balancing):
+            reason = "says what load_balancing counts, which is not there; leave it out"
+            self._refuse_idle(("count",), reason)
+        sums = router.score == "relu" or (by_tokens and (self.load_balancing or self.entropy))
+        if not sums:
+            reason = "there is no loss that is summed over ranks; leave it out"
+            self._refuse_idle(("scope",), reason)
+
+    def _refuse_idle(self, names: tuple[str, ...], reason: str) -> None:
+        """Refuse what has no effect; a coefficient of 0 asks for none."""
+        refuse_idle("balance", self, tuple(n for n in names if getattr(self, n)), reason)
 
 
 @dataclass(frozen=True)
@@ -97,14 +122,15 @@ class CapacityOptions:
     order: Literal["position", "score"] = "position"
     normalize: Literal["before", "after"] = "before"
 
-    def check(self, router: RouterOptions) -> None:
+    def check(self, router: RouterOptions, top_k: int) -> None:
         """Check the options.
 
         Args:
             router: options of the router whose choices are limited.
+            top_k: experts per token.
 
         Raises:
-            InputError: a value is out of range, or contradicts the router's.
+            InputError: a value is out of range, has no effect, or contradicts the router's.
         """
         if router.choice == "expert":
             raise InputError("capacity: expert choice fills every expert exactly; set it to null")
@@ -119,6 +145,11 @@ class CapacityOptions:
         check_number("capacity.second_choice_threshold", self.second_choice_threshold)
         if self.fixed is not None:
             check_int("capacity.fixed", self.fixed)
+            reason = "fixed is the capacity, whatever the factors; leave either out"
+            refuse_idle("capacity", self, ("factor", "eval_factor", "minimum"), reason)
+        if top_k == 1:
+            reason = "there are no second choices; leave it out, or raise top_k"
+            refuse_idle("capacity", self, ("second_choice_threshold",), reason)
         check_choice("capacity.scope", self.scope, ("batch", "sequence"))
         check_choice("capacity.order", self.order, ("position", "score"))
         check_choice("capacity.normalize", self.normalize, ("before", "after"))

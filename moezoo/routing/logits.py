@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moezoo.routing.options import LogitOptions
+from moezoo.routing.option_groups import LogitOptions
 from moezoo_kernels.dtypes import at_least_fp32
 
 

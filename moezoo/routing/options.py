@@ -1,11 +1,14 @@
-"""The options of a learned router, in groups that a configuration may leave out."""
+"""The options of a learned router."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
+from moezoo.arguments import as_options
 from moezoo.errors import InputError, check_choice, check_flag, check_int, check_number
+from moezoo.routing.option_groups import LogitOptions, WeightOptions, refuse_idle
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:
@@ -24,89 +27,6 @@ def check_top_k(top_k: int, num_experts: int) -> int:
 
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus", "sparse_mixer", "relu")
-
-
-@dataclass(frozen=True)
-class LogitOptions:
-    """From what the router reads to a logit per expert: ``cap(scale * (W x + b))``.
-
-    Attributes:
-        bias: add a learned bias to the logits (GPT-OSS).
-        norm: normalise the router's input first, ``x / rms(x) * g / sqrt(d)`` with a learned g
-            (Gemma 4).
-        mlp: width of an MLP of three layers before the linear map, ZAYA's; 0 for none.
-        norm_eps: added to the mean square where the router's input or the MLP is normalised.
-        scale: factor on the logits (Muse Spark's output multiplier).
-        softcap: cap c of the logits, ``c tanh(l / c)`` (Laguna); 0 for none.
-    """
-
-    bias: bool = False
-    norm: bool = False
-    mlp: int = 0
-    norm_eps: float = 1e-6
-    scale: float = 1.0
-    softcap: float = 0.0
-
-    def check(self) -> None:
-        """Check the options.
-
-        Raises:
-            InputError: a value is out of range.
-        """
-        for name in ("bias", "norm"):
-            check_flag(f"router.logits.{name}", getattr(self, name))
-        check_int("router.logits.mlp", self.mlp, minimum=0)
-        for name in ("norm_eps", "scale", "softcap"):
-            check_number(f"router.logits.{name}", getattr(self, name))
-        if not self.scale:
-            raise InputError("router.logits.scale: 0 makes all experts equal; give 1 for no factor")
-
-
-@dataclass(frozen=True)
-class WeightOptions:
-    """From the scores s of the chosen experts to weights, ``w = scale * s / (max(Σ s, m) + eps)``.
-
-    Attributes:
-        eps: added to the sum. None: 1e-20, as DeepSeek-V3 has it, or 0 with softmax.
-        minimum: the sum is never taken to be less, m (Ernie 4.5).
-        p: divide by the p-norm ``(Σ s^p)^(1/p)`` in place of the sum (DBRX).
-        with_shared: the sum is over the shared experts too; each has a score from a row of its own
-            in the router, and a weight (Inkling).
-        learned_scale: a learned factor on all weights (Inkling).
-        expert_scale: a learned factor on the weights of each expert (Gemma 4).
-        apply_to: whether a weight multiplies the expert's ``output``, or its ``input`` (Llama 4),
-            where ``E(w x)`` is not ``w E(x)``.
-    """
-
-    eps: float | None = None
-    minimum: float = 0.0
-    p: float = 1.0
-    with_shared: bool = False
-    learned_scale: bool = False
-    expert_scale: bool = False
-    apply_to: Literal["output", "input"] = "output"
-
-    def check(self, normalize: bool) -> None:
-        """Check the options.
-
-        Args:
-            normalize: whether weights are divided by anything.
-
-        Raises:
-            InputError: a value is out of range, or has no meaning without ``normalize``.
-        """
-        for name in ("with_shared", "learned_scale", "expert_scale"):
-            check_flag(f"router.weights.{name}", getattr(self, name))
-        if self.eps is not None:
-            check_number("router.weights.eps", self.eps)
-        check_number("router.weights.minimum", self.minimum)
-        check_number("router.weights.p", self.p, minimum=1.0)
-        check_choice("router.weights.apply_to", self.apply_to, ("output", "input"))
-        for name in ("eps", "minimum", "p", "with_shared"):
-            if not normalize and getattr(self, name) != getattr(WeightOptions, name):
-                raise InputError(
-                    f"router.weights.{name}: says how weights are normalized; set normalize to true"
-                )
 
 
 @dataclass(frozen=True)
@@ -147,6 +67,9 @@ class RouterOptions:
             ``bias_update_rate``. ``quantile``: to where the scores of that step would have given
             each expert the same load, with no rate (quantile balancing, Su 2026).
         bias_update_rate: how far ``sign`` moves the bias per optimizer step.
+        expected_experts: with identity experts, how many of a token's top_k are to compute on
+            average, to which the selection bias steers: LongCat-Flash's K_e (arXiv:2509.01322).
+            None: the share E / (E + I) of them.
         bias_recentre: after each step take the bias's mean away, which ``sign`` lets drift. Which
             experts are chosen changes with ``closed_groups: zero`` alone. ``quantile`` does so
             always.
@@ -177,12 +100,32 @@ class RouterOptions:
     bias_rule: Literal["sign", "quantile"] = "sign"
     bias_update_rate: float = 1e-3
     bias_recentre: bool = False
+    expected_experts: float | None = None
     threshold_decay: float = 0.9
     expert_dropout: float = 0.0
     select_on: Literal["score", "logit"] = "score"
     rounding: int = 0
-    logits: LogitOptions = LogitOptions()
-    weights: WeightOptions = WeightOptions()
+    logits: LogitOptions = LogitOptions()  # noqa: RUF009 - frozen
+    weights: WeightOptions = WeightOptions()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        """Take groups of options that are given as mappings.
+
+        Raises:
+            InputError: a group is neither a mapping nor its options.
+        """
+        for name, options in (("logits", LogitOptions), ("weights", WeightOptions)):
+            given = as_options(f"router.{name}", getattr(self, name), options)
+            object.__setattr__(self, name, given)
+
+    def computing(self, num_experts: int, top_k: int, num_identity: int) -> Fraction:
+        """Return how many of a token's experts compute on average; arguments as of :meth:`check`.
+
+        With identity experts that is what the selection bias steers to, or would.
+        """
+        if self.expected_experts is not None:
+            return Fraction(str(self.expected_experts))
+        return Fraction(top_k * (num_experts - num_identity), num_experts)
 
     @property
     def is_ragged(self) -> bool:
@@ -213,7 +156,12 @@ class RouterOptions:
         check_number("router.mixer_eps", self.mixer_eps)
         if self.score == "sparse_mixer":
             self._check_sparse_mixer()
+        else:
+            reason = "is sparse_mixer's; set score to sparse_mixer, or leave it out"
+            refuse_idle("router", self, ("mixer_eps",), reason)
         self._check_selection_bias(num_identity)
+        if self.expected_experts is not None:
+            self._check_expected(num_experts, top_k, num_identity)
         check_number("router.expert_dropout", self.expert_dropout, maximum=1.0)
         if self.expert_dropout and self.score != "sigmoid":
             raise InputError("router.expert_dropout: is defined for sigmoid scores; use sigmoid")
@@ -226,8 +174,9 @@ class RouterOptions:
         if self.group_score is not None:
             check_choice("router.group_score", self.group_score, ("max", "sum_of_two"))
         check_choice("router.closed_groups", self.closed_groups, ("exclude", "zero"))
-        if self.closed_groups == "zero" and self.num_groups == 1:
-            raise InputError("router.closed_groups: there is one group only; set num_groups")
+        if self.num_groups == 1:
+            reason = "there is one group only; set num_groups"
+            refuse_idle("router", self, ("group_score", "closed_groups"), reason)
         group = num_experts // self.num_groups
         if num_experts % self.num_groups:
             raise InputError(
@@ -254,6 +203,9 @@ class RouterOptions:
                 "output, or set with_shared to false"
             )
         check_number("router.threshold_decay", self.threshold_decay, maximum=1.0)
+        if self.choice != "threshold":
+            reason = "is threshold choice's; set choice to threshold, or leave it out"
+            refuse_idle("router", self, ("threshold_decay",), reason)
         check_int("router.rounding", self.rounding, minimum=0)
         if self.rounding:
             self._check_rounding(num_identity)
@@ -264,27 +216,45 @@ class RouterOptions:
                 "router.normalize: with top_k=1 a normalized weight is always 1 and the router "
                 "never learns; set normalize to false"
             )
+        if self.num_groups == self.top_groups > 1:
+            raise InputError(
+                f"router.top_groups: a token takes experts from all {self.num_groups} groups; "
+                "lower it, or set num_groups and top_groups to 1"
+            )
 
     def _check_selection_bias(self, num_identity: int) -> None:
         check_choice("router.bias_rule", self.bias_rule, ("sign", "quantile"))
         check_number("router.bias_update_rate", self.bias_update_rate)
         check_flag("router.bias_recentre", self.bias_recentre)
-        for name in ("bias_rule", "bias_recentre"):
-            if getattr(self, name) == getattr(RouterOptions, name):
-                continue
-            if not self.selection_bias:
-                raise InputError(
-                    f"router.{name}: there is no selection bias; set selection_bias to true"
-                )
-            if num_identity:
-                raise InputError(
-                    f"router.{name}: LongCat's rule moves the bias where there are identity "
-                    f"experts; leave it at {str(getattr(RouterOptions, name)).lower()}"
-                )
+        if not self.selection_bias:
+            reason = "there is no selection bias; set selection_bias to true"
+            names = ("bias_rule", "bias_update_rate", "bias_recentre", "expected_experts")
+            refuse_idle("router", self, names, reason)
+        if num_identity:
+            reason = "LongCat's rule moves the bias where there are identity experts; leave it out"
+            refuse_idle("router", self, ("bias_rule", "bias_recentre"), reason)
+        if self.bias_rule == "quantile":
+            reason = "quantile has no rate and centres the bias itself; leave it out"
+            refuse_idle("router", self, ("bias_update_rate", "bias_recentre"), reason)
         if self.bias_rule == "quantile" and self.num_groups > 1:
             raise InputError(
                 "router.bias_rule: quantile is not defined within groups; set num_groups to 1, or "
                 "use sign"
+            )
+
+    def _check_expected(self, num_experts: int, top_k: int, num_identity: int) -> None:
+        most = min(top_k, num_experts - num_identity)
+        if not num_identity:
+            raise InputError(
+                "router.expected_experts: all experts compute; set num_identity_experts"
+            )
+        check_number("router.expected_experts", self.expected_experts, maximum=most)
+        least = max(top_k - num_identity, 0)
+        if not self.expected_experts or self.expected_experts < least:
+            raise InputError(
+                f"router.expected_experts: {self.expected_experts:g} leaves more to the "
+                f"{num_identity} identity experts than there are; give more than 0, and {least} or "
+                "more"
             )
 
     def _check_sparse_mixer(self) -> None:

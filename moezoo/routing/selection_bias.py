@@ -62,9 +62,9 @@ def move_bias(
 
     By ``sign``, ``b_e += rate * sign(mean(c) - c_e)`` with c summed over ranks and micro-batches
     (arXiv:2408.15664, algorithm 1). With identity experts it is LongCat-Flash's
-    ``b_e += rate * (1 / E - c_e / Σ c)`` (arXiv:2509.01322, as its readers quote it), for the
-    experts that compute alone, so that those of identity take the rest: on average a token then
-    has ``K (E - I) / E`` experts that compute.
+    ``b_e += rate * (K_e / (K N) - c_e / Σ c)`` (arXiv:2509.01322, as its readers quote it), for
+    the N = E - I experts that compute alone, so that those of identity take the rest: on average a
+    token then has K_e experts that compute: ``expected_experts``, or ``K N / E``.
 
     By ``quantile`` (Su 2026), ``b_e = -Q_e`` with Q_e the number that a share k / E
     of the ``s_e - α`` exceed, α the (k+1)-th largest of a token's ``s + b``; then b is centred.
@@ -89,7 +89,9 @@ def move_bias(
     counts_E = L.sum_over_ranks(load.counts).float()
     direction_E = (counts_E.mean() - counts_E).sign()
     if num_identity:
-        direction_E = 1 / len(counts_E) - counts_E / counts_E.sum().clamp(min=1)
+        computing = options.computing(len(counts_E), top_k, num_identity)
+        share = float(computing / (top_k * (len(counts_E) - num_identity)))
+        direction_E = share - counts_E / counts_E.sum().clamp(min=1)
         direction_E[-num_identity:] = 0.0
     bias_E += options.bias_update_rate * direction_E
     if options.bias_recentre:

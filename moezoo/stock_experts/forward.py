@@ -1,38 +1,20 @@
 """The experts of transformers' mixtures by the kernels here, in every layout that it has.
 
-Shapes: T tokens, K choices, E experts, D width, F hidden width, I = 2 F if gated else F, N
-assignments in expert order.
+Shapes: T tokens, K choices, E experts, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from moezoo.experts.around import Choices, Weights, run_around, run_slot_by_slot
 from moezoo.stock_experts.gates import Gate, known_gate
 from moezoo_kernels import grouped_mlp
-from moezoo_kernels.dtypes import autocast
-from moezoo_kernels.grouped_linear import (
-    assign,
-    grouped_linear,
-    grouped_linear_sum,
-    sum_by_token,
-)
-from moezoo_kernels.grouped_linear.by_slot import is_few, linear_by_slot, sum_by_slot
+from moezoo_kernels.grouped_linear.by_slot import is_few
 from moezoo_kernels.grouped_mlp.direct import grouped_mlp_directly, is_direct
-
-
-class Weights(NamedTuple):
-    """The stacked weights of experts, as the kernels want them."""
-
-    w_in: Tensor  # (E, I, D)
-    w_out: Tensor  # (E, D, F)
-    bias_in: Tensor | None  # (E, I)
-    bias_out: Tensor | None  # (E, D)
 
 
 def experts_forward(
@@ -73,13 +55,17 @@ def experts_forward(
             interleaved=gate.interleaved,
         )
         return y if y.dtype == hidden_states.dtype else y.to(hidden_states.dtype)
+    between = self._apply_gate if self.has_gate else self.act_fn
+    after = self.post_expert_norm if self.has_post_expert_norm else None
     if (gate is None or self.is_transposed) and is_few(indices, self.num_experts):
-        return _slot_by_slot(self, x, weights, indices, top_k_weights).to(hidden_states.dtype)
+        choices = Choices(indices, top_k_weights, self.num_experts)
+        return run_slot_by_slot(x, weights, choices, between, after).to(hidden_states.dtype)
     indices, rows = _present(indices, self.num_experts)
     if gate is not None:
         y = _fused(x, weights, indices, top_k_weights, gate, rows)
     else:
-        y = _around(self, x, weights, indices, top_k_weights, rows)
+        choices = Choices(indices, top_k_weights, self.num_experts)
+        y = run_around(x, weights, choices, rows, between, after)
     return y.to(hidden_states.dtype)
 
 
@@ -123,59 +109,3 @@ def _fused(
         glu=gate.glu,
         interleaved=gate.interleaved,
     )
-
-
-def _around(
-    experts: Any,
-    x: Tensor,
-    weights: Weights,
-    indices: Tensor,
-    top_k_weights: Tensor,
-    rows: int,
-) -> Tensor:
-    """Run the experts' own gate, and their norm, between and after two products."""
-    assignments = assign(indices, experts.num_experts, rows)
-    inner_NI = grouped_linear(x, weights.w_in, assignments, weights.bias_in)
-    gate = experts._apply_gate if experts.has_gate else experts.act_fn
-    hidden_NF = _recomputed(gate, inner_NI)
-    if hidden_NF.dtype != inner_NI.dtype:
-        hidden_NF = hidden_NF.to(inner_NI.dtype)
-    if not experts.has_post_expert_norm:
-        return grouped_linear_sum(
-            hidden_NF, weights.w_out, top_k_weights, assignments, weights.bias_out
-        )
-    answer_ND = grouped_linear(
-        hidden_NF, weights.w_out, assignments, weights.bias_out, gather=False
-    )
-
-    def finish(answer_ND: Tensor, weights_TK: Tensor) -> Tensor:
-        return sum_by_token(experts.post_expert_norm(answer_ND), weights_TK, assignments)
-
-    return _recomputed(finish, answer_ND, top_k_weights)
-
-
-def _slot_by_slot(
-    experts: Any, x: Tensor, weights: Weights, indices: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """Do what :func:`_around` does, for a handful of tokens in inference."""
-    w_in, w_out, bias_in, bias_out = (None if t is None else autocast(t) for t in weights)
-    assert w_in is not None
-    assert w_out is not None
-    numbers = indices.reshape(-1).tolist()
-    inner_SI = linear_by_slot(autocast(x), w_in, numbers, bias_in, indices.shape[1])
-    hidden_SF = experts._apply_gate(inner_SI) if experts.has_gate else experts.act_fn(inner_SI)
-    answer_SD = linear_by_slot(hidden_SF.to(inner_SI.dtype), w_out, numbers, bias_out)
-    if experts.has_post_expert_norm:
-        answer_SD = experts.post_expert_norm(answer_SD)
-    return sum_by_slot(answer_SD, top_k_weights, numbers, experts.num_experts)
-
-
-def _recomputed(function: Callable[..., Tensor], rows: Tensor, *others: Tensor) -> Tensor:
-    """Apply a function of rows, of which the backward keeps only what it was given.
-
-    A compiler decides itself what it keeps.
-    """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and rows.requires_grad):
-        return function(rows, *others)
-    found: Tensor = checkpoint(function, rows, *others, use_reentrant=False)
-    return found

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moezoo
 import moezoo_kernels
-from moezoo import BalanceOptions, GLUOptions, RouterOptions, SparseMoE
+from moezoo import BalanceOptions, ExpertNormOptions, GLUOptions, RouterOptions, SparseMoE
 from moezoo.experts import MLPExperts
 
 D = 24
@@ -21,6 +21,9 @@ def moe(**options) -> SparseMoE:
         layer.gate.weight.normal_()
         if layer.router.selection_bias:
             layer.gate.selection_bias.normal_(std=0.05)
+        for name, parameter in layer.named_parameters():
+            if name.endswith(("norm.weight", "_bias")):
+                parameter.normal_(std=0.3)
     return layer
 
 
@@ -28,6 +31,9 @@ VARIANTS = {
     "identity": {"num_identity_experts": 3, "router": RAW},
     "latent": {"d_latent": 7, "num_shared_experts": 1, "shared_bias": True},
     "both": {"num_identity_experts": 3, "d_latent": 30, "router": RAW},
+    "norms": {"d_latent": 7, "expert_norms": ExpertNormOptions(input=True, output=True)},
+    "norm of outputs": {"gated": False, "expert_norms": ExpertNormOptions(output=True)},
+    "rows in turn": {"interleaved": True, "bias": True},
     "bounded": {"glu": GLUOptions(limit=0.3, up_shift=1.0), "num_shared_experts": 1},
 }
 
@@ -129,7 +135,7 @@ def test_the_rule_brings_experts_to_their_share():
     assert abs(float(shares[-1][6:].sum()) - 3 / 9) < 0.02
 
 
-@pytest.mark.parametrize("name", ["latent", "both"])
+@pytest.mark.parametrize("name", ["latent", "both", "norms"])
 def test_cost_counts_the_maps(name):
     layer = moe(**VARIANTS[name])
     cost = layer.cost()

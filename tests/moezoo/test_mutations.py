@@ -91,6 +91,7 @@ UNSEEN = {
     "router.bias_recentre": "acts in step()",
     "router.bias_rule": "acts in step()",
     "router.bias_update_rate": "acts in step()",
+    "router.expected_experts": "acts in step()",
     "router.threshold_decay": "acts in step()",
     "router_lr_multiplier": "the optimizer's",
     "seed": "of the table, which is a weight",

@@ -39,6 +39,14 @@ VARIANTS = {
     "latent": lambda d: moezoo.SparseMoE(
         d, num_experts=3, top_k=2, d_expert=5, d_latent=9, num_shared_experts=1
     ),
+    "norms": lambda d: moezoo.SparseMoE(
+        d,
+        num_experts=3,
+        d_expert=5,
+        d_latent=9,
+        expert_norms=moezoo.ExpertNormOptions(input=True, output=True),
+    ),
+    "rows in turn": lambda d: moezoo.SparseMoE(d, num_experts=3, d_expert=5, interleaved=True),
     "bounded gates": lambda d: moezoo.SparseMoE(
         d,
         num_experts=3,

@@ -224,12 +224,12 @@ ONE = RouterOptions(score="sigmoid", normalize=False, selection_bias=True, bias_
         (
             {"bias_rule": "quantile", "selection_bias": True},
             {"num_identity_experts": 2},
-            "router.bias_rule: LongCat's rule moves the bias .* leave it at sign",
+            "router.bias_rule: LongCat's rule moves the bias .* leave it out",
         ),
         (
             {"bias_recentre": True, "selection_bias": True},
             {"num_identity_experts": 2},
-            "router.bias_recentre: LongCat's rule moves the bias .* leave it at false",
+            "router.bias_recentre: LongCat's rule moves the bias .* leave it out",
         ),
     ],
 )

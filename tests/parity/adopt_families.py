@@ -81,6 +81,7 @@ CONFIGS = {
     "Dots3NoteVisionMoE": "Dots3NoteVisionConfig",
     "Glm4vMoeTextMoE": "Glm4vMoeTextConfig",
     "MistralLarge4TextMoE": "MistralLarge4TextConfig",
+    "MuseSparkMoE": "MuseSparkTextConfig",
     "Qwen3OmniMoeTalkerTextSparseMoeBlock": "Qwen3OmniMoeTalkerTextConfig",
     "Qwen3OmniMoeThinkerTextSparseMoeBlock": "Qwen3OmniMoeTextConfig",
     "Qwen3VLMoeTextSparseMoeBlock": "Qwen3VLMoeTextConfig",
@@ -129,6 +130,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"scoring_func": score, "mlp_layer_types": ["moe"] * 4}
         for score in ("sqrtsoftplus", "sigmoid")
     ],
+    "MuseSparkMoE": [{"moe_hidden_size": 20, "post_norm_eps": 0.01, "rms_norm_eps": 0.1}],
     "NemotronHMoE": [{}, {"moe_latent_size": 16}],
     "LongcatFlashMoE": [{"zero_expert_num": 4}, {"zero_expert_num": 0}],
     "PhimoeSparseMoeBlock": [{"num_experts_per_tok": 2}],

@@ -80,35 +80,37 @@ def _ernie(router: Any, block: Any) -> Options:
     return {"selection_bias": True, "weights": WeightOptions(minimum=router.norm_min)}
 
 
-def _groups(router: Any, **options: Any) -> Options:
-    return {"num_groups": router.num_group, "top_groups": router.topk_group, **options}
+def _groups(router: Any, group_score: str, closed_groups: str, **options: Any) -> Options:
+    """Return how groups are chosen, if a token does not take experts from all of them."""
+    if router.topk_group >= router.num_group:
+        return options
+    how = {"group_score": group_score, "closed_groups": closed_groups}
+    return {**options, "num_groups": router.num_group, "top_groups": router.topk_group, **how}
 
 
 def _softmax_groups(router: Any, block: Any) -> Options:
     options = {"normalize": False, "scale": _scale(router, block)}
     if router.topk_method == "greedy":
         return options
-    return _groups(router, group_score="max", **options)
+    return _groups(router, "max", "exclude", **options)
 
 
 def _softmax_group_pairs(router: Any, block: Any) -> Options:
     normalize = _normalize(router)
     options = {"normalize": normalize, "scale": _scale(router, block)}
-    closed = {"closed_groups": "zero"} if router.num_group > 1 else {}
     weights = _eps(normalize, 1e-20)
-    return _groups(router, group_score="sum_of_two", weights=weights, **options, **closed)
+    return _groups(router, "sum_of_two", "zero", weights=weights, **options)
 
 
-def _sigmoid_groups(router: Any, block: Any) -> Options:
+def _sigmoid_groups(router: Any, block: Any, closed_groups: str = "exclude") -> Options:
     options = {**_sigmoid(router, block, 1e-20), "selection_bias": True}
-    return _groups(router, group_score="sum_of_two", **options)
+    return _groups(router, "sum_of_two", closed_groups, **options)
 
 
 def _sigmoid_groups_zero(router: Any, block: Any) -> Options:
     if router.num_group is None:
         return {**_sigmoid(router, block, 1e-20), "selection_bias": True}
-    closed = {"closed_groups": "zero"} if router.num_group > 1 else {}
-    return _sigmoid_groups(router, block) | closed
+    return _sigmoid_groups(router, block, "zero")
 
 
 def _sigmoid(router: Any, block: Any, eps: float = 0.0) -> Options:
@@ -136,6 +138,12 @@ def _lfm(router: Any, block: Any) -> Options:
 def _laguna(router: Any, block: Any) -> Options:
     cap = max(float(router.router_logit_softcapping), 0.0)
     return {**_sigmoid_bias(router, block), "logits": LogitOptions(softcap=cap)}
+
+
+def _muse(router: Any, block: Any) -> Options:
+    logits = LogitOptions(scale=float(router.output_multiplier))
+    eps = float(router.norm_topk_prob_eps)
+    return {**_sigmoid(router, block, eps), "selection_bias": True, "logits": logits}
 
 
 def _kolibri(router: Any, block: Any) -> Options:
@@ -270,6 +278,13 @@ CONVENTIONS = {
         "s = sigmoid(c tanh(l / c)); top-k of s + b; w = scale s / sum",
         "the cap is on the logits, so that no s is near 0 or 1; 0 means none",
         _laguna,
+    ),
+    "muse": Convention(
+        "scaled logits, sigmoid, selection bias",
+        "s = sigmoid(m l); top-k of s + b; w = scale s / (sum + 1e-15)",
+        "m is output_multiplier, 1 / sqrt(hidden_size / 256); each expert's output is divided by "
+        "its root mean square before it is weighed, so that its size says nothing",
+        _muse,
     ),
     "kolibri": Convention(
         "selection bias on the logit, sigmoid",

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moezoo.errors import InputError
+from moezoo.experts import ExpertNormOptions
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import BalanceOptions, RouterOptions
 from moezoo_kernels.activations import PLAIN_GLU, GLUOptions
@@ -131,11 +132,12 @@ def hold(block: nn.Module, entry: Block, name: str, balance: BalanceOptions | No
         "activation": activation,
         "gated": layout.gated,
         "bias": "down_bias" in layout.tensors,
+        "interleaved": layout.interleaved,
         "glu": glu,
         "num_identity_experts": slots - num_experts,
         "balance": balance or BalanceOptions(load_balancing=0.0),
     }
-    arguments |= _latent(block, entry, found)
+    arguments |= _latent(block, entry, found) | _norms(block, entry, found)
     arguments |= _shared_expert(block, entry, d_expert, found, refuse)
     if "d_shared" in arguments and shared_glu != glu:
         arguments["shared_glu"] = shared_glu
@@ -143,7 +145,6 @@ def hold(block: nn.Module, entry: Block, name: str, balance: BalanceOptions | No
         layer = build_layer(d_model, arguments | {"router": RouterOptions(**options)})
     except InputError as error:
         return cast("Held", refuse(f"has options that a SparseMoE refuses ({error})"))
-    layer.experts.interleaved = layout.interleaved
     _check_all_are_shared(block, entry, layer, found, refuse)
     if entry.in_layer:
         return HeldInLayer(block, entry, layer, found)
@@ -187,6 +188,17 @@ def _latent(block: Any, entry: Block, found: list[Shared]) -> dict[str, Any]:
     found += [Shared("latent_down.weight", f"{down}.weight")]
     found += [Shared("latent_up.weight", f"{up}.weight")]
     return {"d_latent": getattr(block, down).out_features}
+
+
+def _norms(block: nn.Module, entry: Block, found: list[Shared]) -> dict[str, Any]:
+    """Return the norms around experts, and add their scales to the tensors found."""
+    if entry.norms is None:
+        return {}
+    before, after = entry.norms
+    found += [Shared("input_norm.weight", f"{before}.weight")]
+    found += [Shared("output_norm.weight", f"{after}.weight")]
+    eps: list[Any] = [block.get_submodule(name).eps for name in entry.norms]
+    return {"expert_norms": ExpertNormOptions(True, True, float(eps[0]), float(eps[1]))}
 
 
 def _routed(

@@ -18,7 +18,6 @@ _NOT_HELD = {
     ("ernie4_5_vl_moe", "Ernie4_5_VLMoeMoeBlock"): "has other experts for image tokens, which it "
     "is told apart by an argument of its own",
     ("ernie4_5_vl_moe", "Ernie4_5_VLMoeSparseMoeBlock"): "is one of two that a block chooses from",
-    ("muse_spark", "MuseSparkMoE"): "normalizes what its experts read and return",
     ("nllb_moe", "NllbMoeSparseMLP"): _APART,
     ("switch_transformers", "SwitchTransformersSparseMLP"): _APART,
     ("vitpose_backbone", "VitPoseBackboneMoeMLP"): "has no router: the data set of an image "

@@ -30,7 +30,7 @@ from moezoo_models.files.model_files import existing, read_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = 64 << 20
 _RUNS, _BUDGET = 7, 5.0
-_FLAGS = ("bias", "shared_bias", "shared_gate", "d_latent", "num_identity_experts")
+_FLAGS = ("bias", "shared_bias", "shared_gate", "interleaved", "d_latent", "num_identity_experts")
 
 
 class Row(NamedTuple):
@@ -150,7 +150,7 @@ def _options(layer: SparseMoE) -> str:
     for name in _FLAGS:
         if value := getattr(layer, name):
             parts.append(name if value is True else f"{name} {value}")
-    for name in ("glu", "shared_glu"):
+    for name in ("glu", "shared_glu", "expert_norms"):
         if (bounds := getattr(layer, name)) is not None:
             parts += _told(name, bounds)
     for field in dataclasses.fields(layer.router):

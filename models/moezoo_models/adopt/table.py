@@ -34,6 +34,7 @@ class Block:
         shared: name of the shared expert, which a configuration may leave out.
         shared_unit: of the shared expert, where it differs.
         latent: names of the linear maps between which the experts work, if there are any.
+        norms: names of the norms of what experts read and of what each returns, if there are any.
         shared_form: a key of :data:`moezoo_models.adopt.layouts.SHARED`.
         shared_gate: name of the linear map whose sigmoid weighs the shared expert.
         passed: attributes of the block that its router is called with, after hidden states.
@@ -61,6 +62,7 @@ class Block:
     shared_form: str = "linears"
     shared_unit: str | None = None
     latent: tuple[str, str] | None = None
+    norms: tuple[str, str] | None = None
     shared_gate: str | None = None
     passed: tuple[str, ...] = ()
     flat: bool = True
@@ -188,6 +190,14 @@ BLOCKS = (
         layout="ungated",
         shared_form="ungated",
         latent=("fc1_latent_proj", "fc2_latent_proj"),
+    ),
+    _grouped(
+        "muse_spark",
+        "MuseSpark",
+        convention="muse",
+        shared=None,
+        latent=("pre_expert_proj", "post_expert_proj"),
+        norms=("pre_expert_norm", "experts.post_expert_norm"),
     ),
     _grouped("glm5_next", "Glm5NextText", unit="limited_silu"),
     _grouped("hy_v4", "HYV4", unit="limited_silu", shared_unit="plain"),

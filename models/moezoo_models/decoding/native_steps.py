@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from moezoo.experts import ExpertNormOptions
 from moezoo.feed_forward import FeedForward
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.sigma_moe import SigmaMoE
@@ -71,6 +72,7 @@ def native_feed_forward(
 def _is_routed_only(layer: SparseMoE) -> bool:
     """Return whether the mixture is a router and experts at full width, and no more."""
     more = layer.d_shared or layer.d_latent or layer.num_identity_experts
+    more = more or layer.expert_norms != ExpertNormOptions()
     return not more and layer.gate.capacity is None
 
 

@@ -358,6 +358,8 @@ VARIANTS = {
     "softcaps": {"glu": {"gate_softcap": 0.4, "up_softcap": 0.5}},
     "shared": {"glu": {"limit": 0.2}, "num_shared_experts": 1, "shared_glu": {}},
     "latent": {"d_latent": 9},
+    "norms": {"expert_norms": {"input": True, "output": True}},
+    "rows in turn": {"interleaved": True},
     "identity": {
         "num_identity_experts": 3,
         "router": {"normalize": False, "scale": 6.0, "selection_bias": True},
@@ -374,7 +376,7 @@ def test_experts_of_every_kind_step_as_they_are_called(build, name, dtype):
     rerouted = 3 if dtype == torch.bfloat16 else 0  # of 30 positions
     assert_steps_are_the_forward_pass(model, *left_padded(2), rerouted=rerouted)
     stepped = all(block.feed for block in Decoder(model, *left_padded(2), 4)._blocks)
-    known = {"limits", "limit after", "softcaps"}
+    known = {"limits", "limit after", "softcaps", "rows in turn"}
     usable = native.unusable(torch.device("cpu"), dtype) is None
     assert stepped == (name in known and usable)
 

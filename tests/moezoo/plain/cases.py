@@ -8,7 +8,7 @@ from typing import Any
 from plain.compare import VOCABULARY, randomize
 
 import moezoo
-from moezoo import GLUOptions
+from moezoo import ExpertNormOptions, GLUOptions
 from moezoo.feed_forward import FeedForward
 from moezoo.routing import (
     BalanceOptions,
@@ -306,6 +306,29 @@ CONVENTIONS = {
     "bias_of_shared": _moe(num_shared_experts=2, bias=False, shared_bias=True),
     "latent": _moe(d_latent=7, num_shared_experts=1, bias=False),
     "latent_capacity": _moe(d_latent=30, capacity=CapacityOptions(factor=0.6, eval_factor=0.7)),
+    "norms_around_experts": _moe(
+        top_k=3,
+        num_shared_experts=1,
+        d_latent=9,
+        expert_norms=ExpertNormOptions(True, True, 0.2, 0.3),
+        capacity=CapacityOptions(factor=0.8, eval_factor=0.9),
+    ),
+    "norm_of_outputs_of_threshold": _moe(
+        top_k=2,
+        gated=False,
+        router=RouterOptions(choice="threshold", score="sigmoid", normalize=False),
+        expert_norms=ExpertNormOptions(output=True, output_eps=0.3),
+        balance=BalanceOptions(0.0),
+    ),
+    "gpt_oss_rows_in_turn": _moe(
+        activation="quick_gelu", interleaved=True, glu=GLUOptions(limit=0.6, up_shift=1.0)
+    ),
+    "identity_expected": _moe(
+        num_experts=5,
+        num_identity_experts=3,
+        top_k=4,
+        router=RouterOptions(normalize=False, selection_bias=True, expected_experts=1.5),
+    ),
     "identity": _moe(
         num_experts=5,
         num_identity_experts=3,

@@ -136,6 +136,7 @@ class Experts:
         self.activation = options["activation"]
         self.gated = options.get("gated", False)
         self.glu = options.get("glu", UNBOUNDED)
+        self.in_turn = options.get("interleaved", False)
         names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
         self.up, self.down, self.up_bias, self.down_bias = (
             weights[prefix + name].unbind() if prefix + name in weights else None for name in names
@@ -148,9 +149,12 @@ class Experts:
         inner_F = self.up[expert] @ x_D
         if self.up_bias is not None:
             inner_F = inner_F + self.up_bias[expert]
-        if self.gated:  # the gate's rows come first
+        if self.gated:  # the gate's rows come first, or are the even ones
             half = len(inner_F) // 2
-            inner_F = gated_unit(self.activation, inner_F[:half], inner_F[half:], self.glu)
+            gate_F, up_F = inner_F[:half], inner_F[half:]
+            if self.in_turn:
+                gate_F, up_F = inner_F[::2], inner_F[1::2]
+            inner_F = gated_unit(self.activation, gate_F, up_F, self.glu)
         else:
             inner_F = activation(self.activation, inner_F)
         if scale_F is not None:

@@ -77,8 +77,18 @@ def _routed(
     read = gate * x_D if of_input else x_D
     if options["d_latent"] is not None:
         read = weights["latent_down.weight"] @ read
-    added = answer(e, read) if of_input else gate * answer(e, read)
+    norms = options["expert_norms"]
+    if norms["input"]:
+        read = _by_rms(read, norms["input_eps"]) * (1 + weights["input_norm.weight"])
+    found = answer(e, read)
+    if norms["output"]:
+        found = _by_rms(found * (1 + weights["output_norm.weight"]), norms["output_eps"])
+    added = found if of_input else gate * found
     return added if options["d_latent"] is None else weights["latent_up.weight"] @ added
+
+
+def _by_rms(x: Tensor, eps: float) -> Tensor:
+    return x / ((x * x).sum() / len(x) + eps) ** 0.5
 
 
 def _tokens_choose(
@@ -182,15 +192,13 @@ def _rounded(
 def _router_input(weights: Weights, options: Options, x_D: Tensor) -> Tensor:
     """Return what the linear map reads: normalised as by Gemma 4, through an MLP as in ZAYA."""
 
-    def by_rms(x: Tensor) -> Tensor:
-        return x / ((x * x).sum() / len(x) + options["norm_eps"]) ** 0.5
-
+    eps = options["norm_eps"]
     if options["norm"]:
-        x_D = by_rms(x_D) * weights["gate.input_scale"] / math.sqrt(len(x_D))
+        x_D = _by_rms(x_D, eps) * weights["gate.input_scale"] / math.sqrt(len(x_D))
     if options["mlp"]:
         parts = {n: weights[f"gate.mlp.{n}.weight"] for n in ("down", "fc1", "fc2")}
         biases = {n: weights[f"gate.mlp.{n}.bias"] for n in parts}
-        x_D = by_rms(parts["down"] @ x_D + biases["down"]) * weights["gate.mlp.norm_scale"]
+        x_D = _by_rms(parts["down"] @ x_D + biases["down"], eps) * weights["gate.mlp.norm_scale"]
         for name in ("fc1", "fc2"):
             x_D = activation("gelu", parts[name] @ x_D + biases[name])
     return x_D
