@@ -107,6 +107,8 @@ class LayerPlan:
             ``|act(router @ x + router_bias)|`` of a plain MLP. None for a linear router.
         router_up: ``(N, D)`` fp32, those neurons' rows of ``up``, if the block is gated.
         signed: leave the sign of those neurons' activations.
+        reads_shared: the router reads the shared expert's absolute activations beside x, and is
+            ``(N, D + d_shared)``.
         weighting: of the chosen experts: ``normalized`` to sum 1 (softmax over the chosen), the
             plain ``softmax`` over all experts, or ``unit``: each counts fully.
         shared: an expert that runs on every token.
@@ -123,6 +125,7 @@ class LayerPlan:
     router_neurons: Tensor | None = None
     router_up: Tensor | None = None
     signed: bool = False
+    reads_shared: bool = False
     weighting: Literal["normalized", "softmax", "unit"] = "normalized"
     shared: Expert | None = None
     down: Tensor | None = None
@@ -172,22 +175,54 @@ class LayerPlan:
         offset = bias_out if self.bias is None else self.bias
 
         def answer(expert: Expert) -> Tensor:
-            row_bias = None if bias_in is None else expert.cut_bias(bias_in).to(x.dtype)
-            inner = F.linear(x, expert.cut("up", up).to(x.dtype), row_bias)
-            if gate is None:
-                inner = act(inner)
-            else:
-                inner = act(x @ expert.cut("gate", gate).to(x.dtype).t()) * inner
+            inner = self._inner(expert, x, gate, up, act, bias_in)
             return inner @ expert.cut("down", refitted).to(x.dtype).t()
 
-        dense_TN = self.weights(x, act).to(x.dtype)
+        dense_TN = self.weights(self.router_input(x, gate, up, act, bias_in), act).to(x.dtype)
         output = torch.zeros_like(x) if self.shared is None else answer(self.shared)
         for e, expert in enumerate(self.experts):
             output = output + dense_TN[:, e : e + 1] * answer(expert)
         return output if offset is None else output + offset.to(x.dtype)
 
+    def router_input(
+        self,
+        x: Tensor,
+        gate: Tensor | None,
+        up: Tensor,
+        act: Callable[[Tensor], Tensor] = F.silu,
+        bias_in: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the router reads: x, and ``|h|`` of the shared neurons if it ``reads_shared``.
+
+        Arguments are those of :meth:`run`.
+        """
+        if not self.reads_shared:
+            return x
+        assert self.shared is not None
+        return torch.cat([x, self._inner(self.shared, x, gate, up, act, bias_in).abs()], dim=1)
+
+    def _inner(
+        self,
+        expert: Expert,
+        x: Tensor,
+        gate: Tensor | None,
+        up: Tensor,
+        act: Callable[[Tensor], Tensor],
+        bias_in: Tensor | None,
+    ) -> Tensor:
+        row_bias = None if bias_in is None else expert.cut_bias(bias_in).to(x.dtype)
+        inner = F.linear(x, expert.cut("up", up).to(x.dtype), row_bias)
+        if gate is None:
+            return act(inner)
+        return act(x @ expert.cut("gate", gate).to(x.dtype).t()) * inner
+
     def logits(self, x: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
-        """Score every expert for every token, ``(T, N)`` fp32, or fp64 for fp64 inputs."""
+        """Score every expert for every token, ``(T, N)`` fp32, or fp64 for fp64 inputs.
+
+        Args:
+            x: what the router reads, of :meth:`router_input`.
+            act: the activation.
+        """
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         bias = None if self.router_bias is None else self.router_bias.to(wide.dtype)
         logits_TN = F.linear(wide, self.router.to(wide.dtype), bias)
@@ -199,7 +234,10 @@ class LayerPlan:
         return logits_TN if self.signed else logits_TN.abs()
 
     def weights(self, x: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
-        """Return every expert's weight for every token, ``(T, N)``; 0 where it is not chosen."""
+        """Return every expert's weight for every token, ``(T, N)``; 0 where it is not chosen.
+
+        Arguments are those of :meth:`logits`.
+        """
         logits_TN = self.logits(x, act)
         # By a stable sort, ties go to the lower expert: copies of one row stay together.
         chosen_TK = logits_TN.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moezoo.errors import check_choice, check_int, check_number
+from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.experts import MLPExperts
 from moezoo.feed_forward import (
     Cost,
@@ -54,7 +54,8 @@ class CarvedMoE(FeedForward):
         bias: whether hidden neurons have biases.
         output_bias: whether the output has a bias, once for all parts.
         router: ``neuron``: an expert's score is the activation of a neuron of its own (eq. 8).
-            ``linear``: it is linear in x, with an intercept.
+            ``linear``: it is linear in x, with an intercept. ``shared``: linear in x and in the
+            absolute activations of the shared part's neurons, which are computed anyway.
         signed: leave the sign of the neurons' activations, as in eq. 8; the authors' code takes
             absolute values.
         bias_update_rate: γ, how far the balance bias moves per optimizer step.
@@ -78,7 +79,7 @@ class CarvedMoE(FeedForward):
         gated: bool = True,
         bias: bool = False,
         output_bias: bool = False,
-        router: Literal["neuron", "linear"] = "neuron",
+        router: Literal["neuron", "linear", "shared"] = "neuron",
         signed: bool = False,
         bias_update_rate: float = 1e-3,
         u_lr_multiplier: float = 1.0,
@@ -96,17 +97,23 @@ class CarvedMoE(FeedForward):
         self.gated = gated
         self.bias = bias
         self.output_bias = output_bias
-        self.router = check_choice("router", router, ("neuron", "linear"))
+        self.router = check_choice("router", router, ("neuron", "linear", "shared"))
+        if router == "shared" and not num_shared_experts:
+            raise InputError(
+                "router: shared reads neurons of the shared part, and there is none; give "
+                "num_shared_experts, or router linear"
+            )
         self.signed = signed
         self.bias_update_rate = check_number("bias_update_rate", bias_update_rate)
         self.u_lr_multiplier = check_number("u_lr_multiplier", u_lr_multiplier)
         self.router_lr_multiplier = check_number("router_lr_multiplier", router_lr_multiplier)
 
+        read = d_model + (num_shared_experts * self.d_expert if router == "shared" else 0)
         self.gate = NeuronRouter(
-            d_model,
+            read,
             num_experts,
             top_k,
-            score=router,
+            score="neuron" if router == "neuron" else "linear",
             activation=activation,
             gated=gated,
             bias=bias,
@@ -143,18 +150,27 @@ class CarvedMoE(FeedForward):
     ) -> Routing:
         """Return the routing without running the experts: indices, scores s', statistics."""
         _, router_TD, flat_mask = self._flatten(hidden, TokenContext(None, router_input, mask))
-        return self.gate(router_TD, flat_mask)
+        return self.gate(self._seen(router_TD)[0], flat_mask)
+
+    def _seen(self, router_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the router reads; and the shared neurons' activations, if it reads them."""
+        if self.router != "shared":
+            return router_TD, None
+        inner_TF = self.shared_expert.inner(router_TD)
+        return torch.cat([router_TD, inner_TF.abs()], dim=1), inner_TF
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Run the shared part and each token's experts; by brute force, all on all tokens."""
         tokens, router_TD, flat_mask = self._flatten(hidden, context)
-        routing = self.gate(router_TD, flat_mask)
+        seen_TP, inner_TF = self._seen(router_TD)
+        routing = self.gate(seen_TP, flat_mask)
         chosen = (tokens, routing.indices, self._gates(routing.indices, routing.weights))
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared part runs while tokens travel to experts on other ranks.
-        always = self._always(tokens, brute_force)
+        of_tokens = None if brute_force or router_TD is not tokens else inner_TF
+        always = self._always(tokens, brute_force, of_tokens)
         if brute_force:
             output = self.experts.reference(*chosen)
         else:
@@ -174,10 +190,12 @@ class CarvedMoE(FeedForward):
         tokens = hidden.reshape(-1, self.d_model)
         flat_mask = None if mask is None else mask.flatten()
         router_TD = tokens if router_input is None else router_input.reshape(-1, self.d_model)
-        routing = self.gate.select(router_TD, flat_mask)
+        seen_TP, inner_TF = self._seen(router_TD)
+        routing = self.gate.select(seen_TP, flat_mask)
         gates = self._gates(routing.indices, routing.weights)
         output = self.experts.infer(tokens, routing.indices, gates, routing.max_assignments)
-        output = _added(output, self._always(tokens, brute_force=False), flat_mask)
+        always = self._always(tokens, False, inner_TF if router_input is None else None)
+        output = _added(output, always, flat_mask)
         return output.reshape(hidden.shape)
 
     def _gates(self, indices_TK: Tensor, scores_TK: Tensor) -> Tensor:
@@ -187,10 +205,20 @@ class CarvedMoE(FeedForward):
         gates_TK = 1.0 + scores_TK * u_TK.to(scores_TK.dtype)
         return gates_TK.masked_fill(indices_TK < 0, 0.0)
 
-    def _always(self, tokens: Tensor, brute_force: bool) -> Tensor | None:
-        """Compute what every token gets: the shared part, the output bias."""
-        answer = None
-        if self.num_shared_experts:
+    def _always(
+        self, tokens: Tensor, brute_force: bool, inner_TF: Tensor | None = None
+    ) -> Tensor | None:
+        """Compute what every token gets: the shared part, the output bias.
+
+        Args:
+            tokens: ``(T, D)``.
+            brute_force: whether by the shared part's reference.
+            inner_TF: its neurons' activations at these tokens, if they are known.
+        """
+        answer: Tensor | None = None
+        if inner_TF is not None:
+            answer = self.shared_expert.down_proj(inner_TF)
+        elif self.num_shared_experts:
             expert = self.shared_expert
             answer = (expert.reference if brute_force else expert)(tokens).hidden
         if self.b_out is None:

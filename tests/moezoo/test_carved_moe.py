@@ -34,7 +34,7 @@ def carved(gated=True, biases=False, sizes=(2, 2, 8), activation="silu", **optio
 VARIANTS = [
     {"router": router, "refit": refit, "gated": gated, "biases": biases, "activation": activation}
     for router, refit, (gated, biases, activation) in itertools.product(
-        ("ridge", "cmoe", "gate_mean"),
+        ("ridge", "ridge_shared", "cmoe", "gate_mean"),
         (False, True),
         (
             (True, False, "silu"),
@@ -49,6 +49,10 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 @pytest.mark.parametrize("sizes", [(2, 2, 8), (0, 3, 8), (3, 5, 8)])
 def test_begins_as_the_plan(variant, sizes):
+    if variant["router"] == "ridge_shared" and not sizes[0]:
+        with pytest.raises(InputError, match="router: ridge_shared reads shared neurons"):
+            carved(sizes=sizes, split="random", **variant)
+        return
     layer, _, x, expected = carved(sizes=sizes, split="random", **variant)
     assert not layer.u.any()
     for call in (layer, layer.reference, layer.train()):
@@ -59,6 +63,8 @@ def test_begins_as_the_plan(variant, sizes):
     "arguments",
     [
         {"router": "linear"},
+        {"router": "shared"},
+        {"router": "shared", "gated": False, "bias": True, "activation": "gelu"},
         {"gated": False, "bias": True, "output_bias": True, "activation": "relu"},
         {"output_bias": True, "num_shared_experts": 0, "signed": True},
         {"top_k": 5, "router": "linear", "gated": False, "activation": "gelu"},
@@ -212,6 +218,8 @@ def test_mistakes_are_named():
         CarvedMoE(D, top_k=6)
     with pytest.raises(InputError, match=r"router: 'glu' is not known"):
         CarvedMoE(D, router="glu")
+    with pytest.raises(InputError, match="router: shared reads neurons of the shared part"):
+        CarvedMoE(D, router="shared", num_shared_experts=0)
     plan = carved()[1]
     weights = torch.randn(WIDTH, D), torch.randn(WIDTH, D), torch.randn(D, WIDTH)
     upcycled = LayerPlan(plan.experts, 2, plan.router)

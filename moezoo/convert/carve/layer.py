@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def carved_layer(
             "use SparseMoE for others"
         )
     offset = bias_out if plan.bias is None else plan.bias
-    neuron = plan.router_neurons is not None
+    linear: Literal["linear", "shared"] = "shared" if plan.reads_shared else "linear"
     layer = CarvedMoE(
         up.shape[1],
         num_experts=plan.num_experts,
@@ -56,7 +58,7 @@ def carved_layer(
         gated=gate is not None,
         bias=bias_in is not None,
         output_bias=offset is not None,
-        router="neuron" if neuron else "linear",
+        router=linear if plan.router_neurons is None else "neuron",
         signed=plan.signed,
     ).to(up.dtype)
     weights = {"up": up, "down": down if plan.down is None else plan.down.to(down.dtype)}

@@ -1,6 +1,6 @@
-"""Ridge regression by normal equations, and the refit of ``down`` with it.
+"""Ridge regression by normal equations.
 
-Shapes: T tokens, D d_model, F neurons, P regressors, Q targets, N routed experts.
+Shapes: P regressors, Q targets, k rows.
 """
 
 from __future__ import annotations
@@ -16,17 +16,72 @@ from moezoo.errors import InputError
 _BLOCK = 512
 
 
+class Moments:
+    """Second moments of regressors and targets, from which a ridge of any strength is solved.
+
+    Args:
+        intercept: whether to fit one. It is not regularised: both sides are centred.
+    """
+
+    def __init__(self, intercept: bool) -> None:
+        self._intercept = intercept
+        self._count = 0
+        self._gram = self._rhs = self._sum_p = self._sum_q = torch.empty(0)
+        self._mean_p = self._mean_q = torch.empty(0)
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[Tensor, Tensor]], intercept: bool) -> Moments:
+        """Return those of pairs ``(t, P)`` and ``(t, Q)`` of consecutive tokens."""
+        moments = cls(intercept)
+        for regressors, targets in parts:
+            moments._add(regressors, targets)
+        moments._centre()
+        return moments
+
+    def _add(self, regressors: Tensor, targets: Tensor) -> None:
+        if not self._count:
+            self._gram = regressors.new_zeros(regressors.shape[1], regressors.shape[1])
+            self._rhs = regressors.new_zeros(regressors.shape[1], targets.shape[1])
+            self._sum_p = torch.zeros_like(self._rhs[:, 0])
+            self._sum_q = torch.zeros_like(self._rhs[0])
+        _add_gram(self._gram, regressors)
+        self._rhs.addmm_(regressors.t(), targets)
+        self._sum_p += regressors.sum(0)
+        self._sum_q += targets.sum(0)
+        self._count += len(regressors)
+
+    def _centre(self) -> None:
+        if self._intercept:
+            self._mean_p, self._mean_q = self._sum_p / self._count, self._sum_q / self._count
+            self._gram.addr_(self._sum_p, self._mean_p, alpha=-1.0)
+            self._rhs.addr_(self._sum_p, self._mean_q, alpha=-1.0)
+
+    def solve(self, strength: float) -> tuple[Tensor, Tensor | None]:
+        """Return W ``(Q, P)`` and b ``(Q,)`` or None; arguments and errors as of :func:`ridge`."""
+        diagonal = self._gram.diagonal().clone()
+        weight = solve(self._gram, self._rhs, strength).t()
+        self._gram.diagonal().copy_(diagonal)
+        if not self._intercept:
+            return weight, None
+        return weight, self._mean_q - weight @ self._mean_p
+
+    def whiten(self, rows: Tensor, strength: float) -> Tensor:
+        """Return ``(gram + strength mean(diag) I)^-1 rows^T``, ``(P, k)``, of ``(k, P)`` rows."""
+        diagonal = self._gram.diagonal().clone()
+        answer = solve(self._gram, rows.t(), strength)
+        self._gram.diagonal().copy_(diagonal)
+        return answer
+
+
 def ridge(
     parts: Iterable[tuple[Tensor, Tensor]], strength: float, intercept: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Fit ``targets ≈ regressors @ W^T + b`` with a penalty on ``||W||²``.
 
-    The intercept is not regularised: it is fitted by centring both sides.
-
     Args:
         parts: pairs ``(t, P)`` and ``(t, Q)`` of consecutive tokens; only their moments are kept.
         strength: regularisation, over the mean of the diagonal of the Gram matrix.
-        intercept: whether to fit b.
+        intercept: whether to fit b; it is not regularised.
 
     Returns:
         W ``(Q, P)``, and b ``(Q,)`` or None.
@@ -34,24 +89,7 @@ def ridge(
     Raises:
         InputError: the Gram matrix cannot be factored, not even in fp64.
     """
-    gram = rhs = sum_p = sum_q = torch.empty(0)
-    count = 0
-    for regressors, targets in parts:
-        if not count:
-            gram = regressors.new_zeros(regressors.shape[1], regressors.shape[1])
-            rhs = regressors.new_zeros(regressors.shape[1], targets.shape[1])
-            sum_p, sum_q = torch.zeros_like(rhs[:, 0]), torch.zeros_like(rhs[0])
-        _add_gram(gram, regressors)
-        rhs.addmm_(regressors.t(), targets)
-        sum_p += regressors.sum(0)
-        sum_q += targets.sum(0)
-        count += len(regressors)
-    if not intercept:
-        return solve(gram, rhs, strength).t(), None
-    mean_p, mean_q = sum_p / count, sum_q / count
-    gram.addr_(sum_p, mean_p, alpha=-1.0)
-    weight = solve(gram, rhs.addr_(sum_p, mean_q, alpha=-1.0), strength).t()
-    return weight, mean_q - weight @ mean_p
+    return Moments.of(parts, intercept).solve(strength)
 
 
 def _add_gram(gram_PP: Tensor, regressors_TP: Tensor) -> None:
@@ -98,48 +136,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def refit_down(
-    hidden_TF: Tensor,
-    scale_TN: Tensor,
-    labels_F: Tensor,
-    down_DF: Tensor,
-    output_TD: Tensor,
-    strength: float,
-    bias: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Correct ``down`` for what is left out: ``R = argmin ||Y - H' (down + R)^T||² + λ ||R||²``.
-
-    H' are the activations that count, zero where their expert is not chosen. Where nothing is left
-    out there is no residual, and R is zero.
-
-    Args:
-        hidden_TF: all activations.
-        scale_TN: what each expert's output is multiplied with at each token; 0 if not chosen.
-        labels_F: each neuron's expert; -1 for the shared one.
-        down_DF: the dense block's.
-        output_TD: its outputs Y, without its bias.
-        strength: λ over the mean square of H'.
-        bias: fit a constant too, for activations whose mean is not zero.
-
-    Returns:
-        The new ``down``, ``(D, F)``, and the constant ``(D,)`` or None.
-    """
-    parts = (
-        (counted, y - counted @ down_DF.t())
-        for counted, y in _counted_parts(hidden_TF, scale_TN, labels_F, output_TD)
-    )
-    change, constant = ridge(parts, strength, bias)
-    return down_DF + change, constant
-
-
-def _counted_parts(
-    hidden_TF: Tensor, scale_TN: Tensor, labels_F: Tensor, output_TD: Tensor, size: int = 4096
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield the activations that count and the dense outputs, of some tokens at a time."""
-    everywhere = scale_TN.new_ones(len(scale_TN), 1)
-    scale_TE = torch.cat([scale_TN, everywhere], dim=1)  # label -1 is the last column
-    pieces = zip(hidden_TF.split(size), scale_TE.split(size), output_TD.split(size), strict=True)
-    for hidden, scale, output in pieces:
-        yield hidden * scale[:, labels_F], output

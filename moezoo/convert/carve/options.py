@@ -8,11 +8,11 @@ from typing import Literal
 from moezoo.errors import InputError, check_choice, check_int, check_number
 
 Split = Literal["contribution", "cmoe", "random", "contiguous", "weight_kmeans", "coactivation"]
-RouterKind = Literal["ridge", "cmoe", "gate_mean", "prior_approximate"]
+RouterKind = Literal["ridge", "ridge_shared", "cmoe", "gate_mean", "prior_approximate"]
 SharedBy = Literal["split", "contribution", "cmoe"]
 
 SPLITS = ("contribution", "cmoe", "random", "contiguous", "weight_kmeans", "coactivation")
-ROUTERS = ("ridge", "cmoe", "gate_mean", "prior_approximate")
+ROUTERS = ("ridge", "ridge_shared", "cmoe", "gate_mean", "prior_approximate")
 SHARED_BY = ("split", "contribution", "cmoe")
 
 
@@ -38,9 +38,10 @@ class CarveOptions:
             ``contiguous`` have none and deal them out like the others; ``contribution``'s, those
             whose contribution varies most; or ``cmoe``'s, those most often among the K_a strongest.
         router: what scores the experts. ``ridge``: a linear map fitted to the size of their
-            contributions. ``cmoe``: one representative neuron each. ``gate_mean``: the mean of
-            their neurons' gate vectors (ExpertWeaver). ``prior_approximate``: a linear map trained
-            with FactorLLM's loss.
+            contributions. ``ridge_shared``: the same of the input and of the absolute activations
+            of the shared neurons, which are computed anyway. ``cmoe``: one representative neuron
+            each. ``gate_mean``: the mean of their neurons' gate vectors (ExpertWeaver).
+            ``prior_approximate``: a linear map trained with FactorLLM's loss.
         refit: fit ``down`` anew, by least squares, to the outputs of the dense block.
         bias: let the refit add an output bias; default: where the dense block has one.
         output_scale: factor on the routed experts' outputs. LLaMA-MoE and FactorLLM take the
@@ -59,7 +60,8 @@ class CarveOptions:
             the routed experts' sum; default ``active`` over their number, as in the authors' code.
             Below one half that favours experts of small outputs, and 1 those of the largest.
         features: dimensions that neurons' activities are projected to before clustering.
-        router_ridge: regularisation of the ridge router, over the mean of the Gram's diagonal.
+        router_ridge: regularisation of the ridge router, over the mean of the Gram's diagonal;
+            None for the best on the held-out tokens.
         refit_ridge: the same of the refit.
         held_out: share of the calibration tokens, the last, that figures are measured on and
             nothing is fitted to.
@@ -83,8 +85,8 @@ class CarveOptions:
     iterations: int | None = None
     teacher_share: float | None = None
     features: int = 256
-    router_ridge: float = 1e-2
-    refit_ridge: float = 1e-1
+    router_ridge: float | None = 1e-2
+    refit_ridge: float | None = 1e-1
     held_out: float = 0.1
     seed: int = 0
 
@@ -124,9 +126,21 @@ class CarveOptions:
         if self.teacher_share is not None:
             check_number("teacher_share", self.teacher_share)
         check_int("features", self.features)
-        check_number("router_ridge", self.router_ridge)
-        check_number("refit_ridge", self.refit_ridge)
         check_number("held_out", self.held_out, maximum=0.9)
+        for name in ("router_ridge", "refit_ridge"):
+            strength = getattr(self, name)
+            if strength is not None:
+                check_number(name, strength)
+            elif not self.held_out:
+                raise InputError(
+                    f"{name}: is chosen on held-out tokens, and there are none; give a number, or "
+                    "held_out"
+                )
+        if self.router == "ridge_shared" and not self.shared:
+            raise InputError(
+                "router: ridge_shared reads shared neurons, and there are none; give shared, or "
+                "router ridge"
+            )
         check_int("seed", self.seed, minimum=0)
         if self.bias and not self.refit:
             raise InputError("bias: comes from the refit; set refit, or leave bias out")

@@ -1,6 +1,7 @@
 """Routers of a carved block.
 
-Shapes: T tokens, D d_model, F neurons, N routed experts, m neurons of an expert.
+Shapes: T tokens, D d_model, F neurons, N routed experts, m neurons of an expert, P what a router
+reads.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from moezoo.convert.carve.activity import mark_distances, rates
 from moezoo.convert.carve.block import Block
-from moezoo.convert.carve.least_squares import ridge
+from moezoo.convert.carve.least_squares import Moments
 from moezoo.convert.carve.options import CarveOptions
-from moezoo.convert.carve.oracle import contributions
+from moezoo.convert.carve.oracle import contributions, top_mask
 from moezoo.convert.carve.prior_approximate import expert_errors, fit_prior_approximate
+from moezoo.convert.carve.samples import Sample, Samples
 from moezoo.convert.carve.splits import Partition, cmoe_marks
 
 _FLATTEST = 0.01  # the largest difference of logits where unit weights are written as sigmoids
+_STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -31,27 +35,74 @@ class _FittedRouter:
     router_neurons: Tensor | None = None
     router_up: Tensor | None = None
     signed: bool = False
+    reads_shared: bool = False
     flatness: float = 2.0**-8
 
 
 def fit_router(
-    block: Block, x_TD: Tensor, hidden_TF: Tensor, partition: Partition, options: CarveOptions
+    block: Block, samples: Samples, partition: Partition, options: CarveOptions
 ) -> tuple[_FittedRouter, dict[str, float]]:
     """Make the router the options ask for, and figures of it."""
+    fitted_to = samples.fitted
+    x_TD, hidden_TF = fitted_to.x, fitted_to.hidden
     if options.router == "cmoe":
         return _neuron_router(block, x_TD, hidden_TF, partition, options)
+    figures = {}
     if options.router == "gate_mean":
         fitted = _gate_mean_router(block, partition)
-    elif options.router == "ridge":
-        size_TN = contributions(hidden_TF, partition.experts, block.down)
-        pairs = zip(x_TD.split(4096), size_TN.split(4096), strict=True)
-        weight, bias = ridge(pairs, options.router_ridge, intercept=True)
-        fitted = _FittedRouter(weight, bias)
-    else:
+    elif options.router == "prior_approximate":
         errors_TN = expert_errors(block, hidden_TF, partition, options)
         weight, bias = fit_prior_approximate(x_TD, errors_TN, options.active, options.seed)
         fitted = _FittedRouter(weight, bias)
-    return _even_out(fitted, x_TD), {}
+    else:
+        fitted, figures["router_ridge"] = _ridge_router(block, samples, partition, options)
+        x_TD = _seen(fitted_to, partition, options)
+    return _even_out(fitted, x_TD), figures
+
+
+def _seen(sample: Sample, partition: Partition, options: CarveOptions) -> Tensor:
+    """Return what a ridge router reads: inputs, and how active shared neurons are."""
+    if options.router == "ridge":
+        return sample.x
+    return torch.cat([sample.x, sample.hidden[:, partition.shared].abs()], dim=1)
+
+
+def _ridge_router(
+    block: Block, samples: Samples, partition: Partition, options: CarveOptions
+) -> tuple[_FittedRouter, float]:
+    """Fit a linear map to the size of experts' contributions.
+
+    What it reads of shared neurons is not of one size: it is scaled before it is penalised.
+
+    Returns:
+        The router, and the strength of the ridge: where none is given, the one with which the
+        chosen experts' contributions have the largest sum of squares on the held-out tokens.
+    """
+    seen_TP = _seen(samples.fitted, partition, options)
+    size_TN = contributions(samples.fitted.hidden, partition.experts, block.down)
+    scale_P = torch.ones_like(seen_TP[0])
+    if options.router != "ridge":
+        scale_P = seen_TP.std(dim=0).clamp(min=1e-30)
+        scale_P = torch.where(scale_P < 1e-6 * scale_P.max(), scale_P.max(), scale_P)
+    parts = zip((seen_TP / scale_P).split(_CHUNK), size_TN.split(_CHUNK), strict=True)
+    moments = Moments.of(parts, intercept=True)
+
+    def solved(strength: float) -> _FittedRouter:
+        weight, bias = moments.solve(strength)
+        return _FittedRouter(weight / scale_P, bias, reads_shared=options.router != "ridge")
+
+    if options.router_ridge is not None:
+        return solved(options.router_ridge), options.router_ridge
+    judged_TP = _seen(samples.held_out, partition, options)
+    gain_TN = contributions(samples.held_out.hidden, partition.experts, block.down).square()
+
+    def gain(strength: float) -> float:
+        router = solved(strength)
+        logits_TN = F.linear(judged_TP, router.router, router.router_bias)
+        return float((gain_TN * top_mask(logits_TN, options.active)).sum())
+
+    best = max(sorted(_STRENGTHS, reverse=True), key=gain)
+    return solved(best), best
 
 
 def _gate_mean_router(block: Block, partition: Partition) -> _FittedRouter:

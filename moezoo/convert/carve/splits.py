@@ -18,6 +18,7 @@ from moezoo.convert.carve.activity import (
 from moezoo.convert.carve.block import Block
 from moezoo.convert.carve.clusters import balanced_kmeans, cluster_marks
 from moezoo.convert.carve.options import CarveOptions
+from moezoo.convert.carve.samples import Samples, always_first
 
 _CMOE_MARKS = 10
 _SHARED_BY = {
@@ -49,17 +50,15 @@ class Partition:
         return labels
 
 
-def split_neurons(
-    block: Block, x_TD: Tensor, hidden_TF: Tensor, options: CarveOptions
-) -> Partition:
+def split_neurons(block: Block, samples: Samples, options: CarveOptions) -> Partition:
     """Cut the block's neurons into a shared part and N experts of equal size.
 
     Args:
         block: the dense block.
-        x_TD: calibration inputs.
-        hidden_TF: the block's activations on them.
+        samples: calibration tokens. Neurons that those kept exact need are shared first.
         options: which rule.
     """
+    x_TD, hidden_TF = samples.fitted.x, samples.fitted.hidden
     rule = options.shared_by if options.shared_by != "split" else _SHARED_BY.get(options.split)
     marks_TK = None
     if "cmoe" in (options.split, rule):
@@ -69,7 +68,7 @@ def split_neurons(
         everyone = _deal(torch.arange(block.width), options)
         shared, candidates = everyone[:count], everyone[count:]
     else:
-        order = _order(block, hidden_TF, marks_TK, rule)
+        order = always_first(_order(block, hidden_TF, marks_TK, rule), samples.needed)
         shared, candidates = order[:count].cpu(), order[count:].sort().values
     size = block.width // options.experts
     if options.split in ("random", "contiguous"):

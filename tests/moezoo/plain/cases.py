@@ -382,6 +382,8 @@ CONVENTIONS = {
     "leaky_relu": _moe(activation="leaky_relu"),
     "sigma_dropout": _layer("SigmaMoE", expert_dropout=0.4, entropy=0.3, activation="gelu"),
     "cmoe_linear": _layer("CarvedMoE", router="linear", output_bias=False),
+    "cmoe_shared": _layer("CarvedMoE", router="shared", num_shared_experts=2),
+    "cmoe_shared_ungated": _layer("CarvedMoE", router="shared", gated=False, activation="gelu"),
     "cmoe_signed": _layer("CarvedMoE", signed=True, num_shared_experts=0),
     "cmoe_ungated": _layer("CarvedMoE", gated=False, activation="relu2", bias=False),
     "hash_previous": _layer("hash", key="previous", gated=True),

@@ -577,7 +577,10 @@ def carved_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
         if not real[t]:
             rows.append(y_D)
             continue
-        score_E = weights["gate.weight"] @ asking[t]
+        read = asking[t]
+        if options["router"] == "shared":
+            read = torch.cat([read, *_shared_sizes(weights, options, read)])
+        score_E = weights["gate.weight"] @ read
         if "gate.bias" in weights:
             score_E = score_E + weights["gate.bias"]
         if options["router"] == "neuron":  # eq. 8
@@ -597,3 +600,21 @@ def carved_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
             y_D = y_D + weights["b_out"]
         rows.append(y_D)
     return Answer(stacked(rows, hidden), {}, counts)
+
+
+def _shared_sizes(weights: Weights, options: Options, x_D: Tensor) -> list[Tensor]:
+    """Return how active each neuron of the shared part is, whatever its sign."""
+    sizes = []
+    for i in range(len(weights["shared_expert.up_proj.weight"])):
+        up = (weights["shared_expert.up_proj.weight"][i] * x_D).sum()
+        if "shared_expert.up_proj.bias" in weights:
+            up = up + weights["shared_expert.up_proj.bias"][i]
+        gate = up
+        if options["gated"]:
+            gate = (weights["shared_expert.gate_proj.weight"][i] * x_D).sum()
+            if "shared_expert.gate_proj.bias" in weights:
+                gate = gate + weights["shared_expert.gate_proj.bias"][i]
+        value = activation(options["activation"], gate)
+        value = value * up if options["gated"] else value
+        sizes.append(torch.where(value < 0, -value, value).reshape(1))
+    return sizes

@@ -1,0 +1,132 @@
+"""The refit of ``down``: what is left out is made up for, as far as what is left can.
+
+Shapes: T tokens, D d_model, F neurons, N routed experts, k tokens that are kept exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moezoo.convert.carve.least_squares import Moments
+
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Those that are tried where held-out tokens choose."""
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What counts at some tokens, and what is missing there.
+
+    Attributes:
+        counted: ``(T, F)`` activations that count, zero where their expert is not chosen.
+        residual: ``(T, D)``, the wanted output less that of the dense ``down`` on ``counted``.
+    """
+
+    counted: Tensor
+    residual: Tensor
+
+    def error(self, change_DF: Tensor, constant_D: Tensor | None) -> float:
+        """Return the length of what is still missing after a change."""
+        left = self.residual - self.counted @ change_DF.t()
+        return float((left if constant_D is None else left - constant_D).norm())
+
+
+def missing(
+    hidden_TF: Tensor, scale_TN: Tensor, labels_F: Tensor, down_DF: Tensor, wanted_TD: Tensor
+) -> Iterator[Missing]:
+    """Yield what counts and what is missing, of some tokens at a time.
+
+    Args:
+        hidden_TF: all activations.
+        scale_TN: what each expert's output is multiplied with at each token; 0 if not chosen.
+        labels_F: each neuron's expert; -1 for the shared one.
+        down_DF: the dense block's.
+        wanted_TD: the output that is wanted, without a constant that stays.
+    """
+    everywhere = scale_TN.new_ones(len(scale_TN), 1)
+    scale_TE = torch.cat([scale_TN, everywhere], dim=1)  # label -1 is the last column
+    pieces = (hidden_TF.split(_CHUNK), scale_TE.split(_CHUNK), wanted_TD.split(_CHUNK))
+    for hidden, scale, wanted in zip(*pieces, strict=True):
+        counted = hidden * scale[:, labels_F]
+        yield Missing(counted, wanted - counted @ down_DF.t())
+
+
+def whole(parts: Iterator[Missing]) -> Missing:
+    """Join the pieces."""
+    found = list(parts)
+    return Missing(
+        torch.cat([part.counted for part in found]), torch.cat([part.residual for part in found])
+    )
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of ``down``.
+
+    Attributes:
+        weight: ``(D, F)``, to be added.
+        constant: ``(D,)``, to be added to the output; None for none.
+        strength: of the ridge.
+    """
+
+    weight: Tensor
+    constant: Tensor | None
+    strength: float
+
+
+def fit_change(
+    fitted: Iterator[Missing],
+    strengths: Sequence[float],
+    bias: bool,
+    held_out: Missing | None = None,
+    exact: Missing | None = None,
+) -> Change:
+    """Fit ``R = argmin ||residual - counted R^T||² + λ ||R||²``.
+
+    Where nothing is left out there is no residual, and R is zero.
+
+    Args:
+        fitted: the tokens that R is fitted to.
+        strengths: λ over the mean square of ``counted``; the best on ``held_out`` is taken, the
+            larger one among equals.
+        bias: fit a constant too, for activations whose mean is not zero.
+        held_out: tokens to choose the strength on; not read if there is only one.
+        exact: tokens at which nothing may be missing afterwards. Of all changes that see to it,
+            that is taken which moves the outputs at the other tokens least.
+    """
+    moments = Moments.of(((part.counted, part.residual) for part in fitted), bias)
+    best: tuple[float, Change] | None = None
+    for strength in sorted(strengths, reverse=True):
+        weight_DF, constant_D = moments.solve(strength)
+        if exact is not None and len(exact.counted):
+            weight_DF = weight_DF + _to_be_exact(moments, strength, weight_DF, constant_D, exact)
+        change = Change(weight_DF, constant_D, strength)
+        if held_out is None or len(strengths) == 1:
+            return change
+        error = held_out.error(weight_DF, constant_D)
+        if best is None or error < best[0]:
+            best = (error, change)
+    assert best is not None
+    return best[1]
+
+
+def _to_be_exact(
+    moments: Moments, strength: float, weight_DF: Tensor, constant_D: Tensor | None, exact: Missing
+) -> Tensor:
+    """Return the change ``(D, F)`` after which nothing is missing at the exact tokens.
+
+    With A the ridge's matrix and K what counts there, ``A^-1 K^T (K A^-1 K^T)^-1`` times what is
+    still missing. Tokens may be alike: what they have in common is found by eigenvalues.
+    """
+    left_kD = exact.residual - exact.counted @ weight_DF.t()
+    if constant_D is not None:
+        left_kD = left_kD - constant_D
+    whitened_Fk = moments.whiten(exact.counted, strength)
+    gram_kk = exact.counted @ whitened_Fk
+    inverse_kk = torch.linalg.pinv(gram_kk.double(), rtol=1e-6, hermitian=True).to(gram_kk)
+    return (whitened_Fk @ (inverse_kk @ left_kD)).t()
