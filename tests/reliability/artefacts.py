@@ -102,7 +102,7 @@ def model_commands(fit: Any, text: Path, kind: str) -> Callable[[Path, Path], di
         if kind == "Llama":
             found["upcycle"] = ["upcycle", str(item), str(work / "mixture"), "--experts=2"]
             found["carve"] = [
-                *("carve", str(item), str(work / "out"), "--shared=1", "--active=1", "--experts=4"),
+                *("carve", str(item), str(work / "out"), "--shared=1", "--active=2", "--experts=4"),
                 *(f"--calibration={text}", "--calibration_tokens=64", "--held_out_tokens=32"),
                 "--window=16",
             ]

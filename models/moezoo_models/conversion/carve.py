@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import torch
-from torch import Tensor
+from typing import Literal, cast
 
 from moezoo.command.messages import size
-from moezoo.convert import (
-    Block,
-    Carved,
-    CarveOptions,
-    LayerPlan,
-    carve_block,
-    prune_block,
-)
-from moezoo.convert.carve.options import Split
-from moezoo.convert.carve.prune import PruneMethod
+from moezoo.convert import CarveOptions
+from moezoo.convert.carve.options import RouterKind, Split
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.conversion.calibration import Calibration, read_calibration
+from moezoo_models.conversion.carving import Carving
 from moezoo_models.conversion.convert import Conversion, convert
-from moezoo_models.conversion.drift import load_any
-from moezoo_models.conversion.plans import Plans, writable
-from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.source import Source, open_source
-from moezoo_models.conversion.stage import Answer, next_token_nats
-from moezoo_models.conversion.targets import TARGETS, Mixture
+from moezoo_models.conversion.targets import TARGETS, Mixture, Target
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.model.config import check_trained_length
-from moezoo_models.progress import progress_bar
 
 _FORMATS = ("glm4_moe", "moezoo")
 """Formats in which every chosen expert can count fully."""
+_BUDGETS = ("auto", "equal", "measured")
 _LONGEST_WINDOW = 2048
+_MOST_PARTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +48,23 @@ class CMoEOptions:
 def carve(
     source: str | Path,
     target: str | Path,
-    shared: int = 3,
-    active: int = 3,
-    experts: int = 8,
+    shared: int | None = None,
+    active: int | None = None,
+    experts: int | None = None,
     calibration: str | list[str] = "stdlib",
     calibration_tokens: int = 32768,
     held_out_tokens: int = 8192,
     window: int | None = None,
     split: str = "contribution",
     shared_by: Literal["split", "contribution", "cmoe"] = "split",
-    router: Literal["ridge", "gate_mean", "prior_approximate", "cmoe"] = "ridge",
+    router: str | None = None,
+    router_ridge: float | None = None,
     refit: bool = True,
+    refit_ridge: float | None = None,
+    follow: bool = True,
     bias: bool | None = None,
+    budgets: Literal["auto", "equal", "measured"] = "auto",
+    accept_loss: bool = False,
     output_scale: float = 1.0,
     top_activations: int | None = None,
     cmoe: CMoEOptions = CMoEOptions(),
@@ -96,9 +86,10 @@ def carve(
     Args:
         source: directory of a dense model of one of the families that the documentation lists.
         target: directory to make.
-        shared: parts that run on every token.
-        active: further parts that a token is routed to.
-        experts: parts in all; they divide the block's neurons.
+        shared: parts that run on every token; default: a quarter.
+        active: further parts that a token is routed to; default: three quarters less shared.
+        experts: parts in all; they divide the block's neurons. Default: up to 64, as many as
+            leave whole multiples of 8 neurons, or of what divides them.
         calibration: text files, folders or globs, or "stdlib", the Python standard library's own
             source. Text like that which the model will see serves best.
         calibration_tokens: tokens that everything is fitted to.
@@ -109,11 +100,18 @@ def carve(
             contiguous, weight_kmeans, coactivation (arXiv:2110.01786).
         shared_by: whose rule picks the shared neurons: the split's own (random and contiguous have
             none), contribution's or cmoe's.
-        router: ridge, a linear map fitted to the size of experts' contributions (ours); gate_mean
-            (arXiv:2602.15521); prior_approximate (arXiv:2408.11855); cmoe, one neuron per expert
-            (arXiv:2502.04416), which only moezoo holds.
+        router: ridge, a linear map fitted to the size of experts' contributions (ours);
+            ridge_shared, the same with shared neurons' activations as further inputs (the default
+            in moezoo, which alone holds it); gate_mean (arXiv:2602.15521); prior_approximate
+            (arXiv:2408.11855); cmoe, one neuron per expert (arXiv:2502.04416), only in moezoo.
+        router_ridge: regularisation of ridge routers; default: per layer, on held-out tokens.
         refit: fit the output projection anew to the dense block's output, by least squares.
+        refit_ridge: regularisation of the refit; default as router_ridge's.
+        follow: refit to what makes up for earlier layers' errors too.
         bias: let the refit add an output bias, which only moezoo holds.
+        budgets: equal, as many active parts in every layer; or measured, more where leaving some
+            out costs more, active on average, which only moezoo holds; auto: measured there.
+        accept_loss: carve though a token keeps no more than half of the neurons.
         output_scale: factor on routed experts' outputs (LLaMA-MoE: routed over active).
         top_activations: neurons per token that count as active for cmoe (10) and coactivation.
         cmoe: options that only cmoe's split and router read.
@@ -134,45 +132,52 @@ def carve(
         InputError: the source cannot be converted, the options contradict each other, there is
             too little text, or the target cannot hold the result.
     """
-    options = CarveOptions(
-        shared,
-        active,
-        experts,
-        split=cast(Split, split),  # a Literal here would not fit the help's lines
-        shared_by=shared_by,
-        router=router,
-        refit=refit,
-        bias=bias,
-        output_scale=output_scale,
-        top_activations=top_activations,
-        **dataclasses.asdict(cmoe),
-        seed=check_int("seed", seed, minimum=0),
-    )
-    families = dict.fromkeys(each for name in _FORMATS for each in TARGETS[name].families)
-    with open_source(source, families) as dense:
+    with open_source(source, _families()) as dense:
+        sizes = _sizes(dense.width, shared, active, experts)
+        options = CarveOptions(
+            *sizes,
+            split=cast(Split, split),  # a Literal here would not fit the help's lines
+            shared_by=shared_by,
+            router=_router(router, to, budgets, sizes[0]),
+            refit=refit,
+            bias=bias,
+            output_scale=output_scale,
+            top_activations=top_activations,
+            **dataclasses.asdict(cmoe),
+            router_ridge=router_ridge,
+            refit_ridge=refit_ridge,
+            seed=check_int("seed", seed, minimum=0),
+        )
         options.check(dense.width)
+        _check_share(options, accept_loss)
         _check_memory(dense, calibration_tokens)
         chosen = dense.select(layers)
+        part = dense.width // options.experts
         mixture = Mixture(
             num_experts=options.routed,
-            top_k=active,
-            d_expert=dense.width // experts,
-            d_shared=dense.width // experts * shared,
+            top_k=options.active,
+            d_expert=part,
+            d_shared=part * options.shared,
             weighting="unit",
             layers=chosen,
             d_model=dense.config.hidden_size,
             dtype=dense.dtype,
-            neuron_router=router == "cmoe",
+            neuron_router=options.router == "cmoe",
+            reads_shared=options.router == "ridge_shared",
             signed=cmoe.signed,
             output_bias=bool(bias) or dense.ffn["bias"],
             **dense.block_options(),
         )
-        kind = TARGETS[check_choice("to", to or _format(dense, mixture), _FORMATS)]
+        to = to or _format(dense, mixture, check_choice("budgets", budgets, _BUDGETS))
+        kind = TARGETS[check_choice("to", to, _FORMATS)]
         kind.check(dense, mixture)
+        measured = _measured(budgets, kind)
         text = calibrate(
             dense, calibration, calibration_tokens, held_out_tokens, window, options.seed
         )
-        run = Carving(dense, text, options, mixture, kind.flat, pick_device(device))
+        run = Carving(
+            dense, text, options, mixture, kind.flat, measured, follow, pick_device(device)
+        )
         return convert(
             dense,
             Path(target),
@@ -180,13 +185,16 @@ def carve(
             mixture,
             run.plan,
             method="carve",
-            options=dataclasses.asdict(options) | {"calibration": text.describe()},
-            exact=active == options.routed and output_scale == 1.0,
+            options=dataclasses.asdict(options)
+            | {"budgets": "measured" if measured else "equal", "follow": follow}
+            | {"calibration": text.describe()},
+            exact=options.active == options.routed and output_scale == 1.0,
             max_shard_size=max_shard_size,
             check=check,
             force=force,
             scratch_bytes=run.scratch_bytes,
             prepare=run.prepare,
+            settled=run.settled,
             extra=run.report,
         )
 
@@ -228,10 +236,68 @@ def calibrate(
     )
 
 
+def _families() -> dict[str, None]:
+    """Return the architectures that some format holds."""
+    return dict.fromkeys(each for name in _FORMATS for each in TARGETS[name].families)
+
+
+def _sizes(
+    width: int, shared: int | None, active: int | None, experts: int | None
+) -> tuple[int, int, int]:
+    """Return shared, active and all parts: what is not given makes a quarter idle.
+
+    Fine experts leave out what a token can do without more exactly than coarse ones.
+    """
+    if experts is None:
+        experts = _parts(width)
+    if shared is None:
+        shared = experts // 4
+    if active is None:
+        active = max(3 * experts // 4 - shared, 1)
+    return shared, active, experts
+
+
+def _parts(width: int) -> int:
+    """Return a number of parts that are multiples of 8 neurons, as kernels want; or of fewer."""
+    for step in (8, 4, 2, 1):
+        for parts in range(_MOST_PARTS, 3, -4):
+            if width % (parts * step) == 0 and width // parts >= min(16, width // 8):
+                return parts
+    raise InputError(f"experts: no default divides the block's {width} neurons; give a divisor")
+
+
+def _router(router: str | None, to: str | None, budgets: str, shared: int) -> RouterKind:
+    """Return the router; by default the best that the format holds."""
+    if router is None:
+        ours = to == "moezoo" or (to is None and budgets == "measured")
+        router = "ridge_shared" if ours and shared else "ridge"
+    return cast(RouterKind, router)
+
+
+def _measured(budgets: str, kind: Target) -> bool:
+    """Return whether layers get budgets of their own."""
+    if budgets == "measured" and not kind.carved:
+        raise InputError(
+            f"budgets: {kind.name} has as many active experts in every layer; choose --to moezoo, "
+            "or budgets equal"
+        )
+    return kind.carved and budgets != "equal"
+
+
+def _check_share(options: CarveOptions, accepted: bool) -> None:
+    """Refuse to leave out half or more: untrained, that doubles a real model's perplexity."""
+    kept = options.shared + options.active
+    if 2 * kept <= options.experts and not accepted:
+        raise InputError(
+            f"active: a token would use {kept} of {options.experts} parts; untrained, one half "
+            "doubled the perplexity of a real model; raise active, or give --accept_loss"
+        )
+
+
 def _check_memory(source: Source, tokens: int) -> None:
     """Refuse more calibration tokens than memory has room for: inputs, activations, a Gram."""
     width, d_model = source.width, source.config.hidden_size
-    needed = 4 * tokens * (width + 4 * d_model) + 12 * width**2
+    needed = 4 * tokens * (width + 6 * d_model) + 12 * width**2
     if needed > (free := free_memory()):
         raise InputError(
             f"calibration_tokens: {tokens:,} need about {size(needed)} of memory, and "
@@ -239,141 +305,8 @@ def _check_memory(source: Source, tokens: int) -> None:
         )
 
 
-def _format(source: Source, mixture: Mixture) -> str:
-    """Choose stock transformers if it can hold the model and its routers."""
-    stock = not (mixture.neuron_router or mixture.output_bias)
-    return "glm4_moe" if stock and TARGETS["glm4_moe"].refuses(source) is None else "moezoo"
-
-
-class Carving:
-    """The calibration of one carve, and its figures.
-
-    Args:
-        source: the dense model.
-        calibration: the text.
-        options: what to carve.
-        mixture: the shapes.
-        flat: whether unit weights are written as sigmoids of small logits.
-        device: where to compute.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        calibration: Calibration,
-        options: CarveOptions,
-        mixture: Mixture,
-        flat: bool,
-        device: torch.device,
-    ) -> None:
-        self._source, self._calibration = source, calibration
-        self._options, self._mixture = options, mixture
-        self._flat, self._device = flat, device
-        self._nats: dict[str, Tensor] = {}
-        self._plans = Plans(Path())
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Room for hidden states and refitted projections until the checkpoint is complete."""
-        refits = len(self._mixture.layers) if self._options.refit else 0
-        per_refit = self._source.width * self._mixture.d_model * self._mixture.dtype.itemsize
-        return self._propagation(Path()).bytes + refits * per_refit
-
-    def prepare(self, directory: Path) -> None:
-        """Plan all layers, going on from what an earlier run left in ``directory``."""
-        self._plans = Plans(directory)
-        with progress_bar() as bar:
-            task = bar.add_task("carving", total=self._source.num_layers)
-            run = self._propagation(directory)
-            self._nats = run.run(lambda: bar.advance(task))
-
-    def plan(self, layer: int) -> LayerPlan:
-        """Return a layer's plan."""
-        return self._plans.read(layer)
-
-    def report(self, written: Path, loads: bool) -> dict[str, Any]:
-        """Return the measurements.
-
-        Args:
-            written: the checkpoint, which this process has written.
-            loads: whether it fits into memory.
-        """
-        perplexity = {name: math.exp(nats.mean()) for name, nats in self._nats.items()}
-        if loads:
-            model = load_any(written, sound=True)
-            perplexity["loaded"] = math.exp(model_nats(model, self._calibration).mean())
-        rival = "static_refit" if self._options.refit else "static"
-        return {
-            "calibration": self._calibration.describe(),
-            "perplexity": perplexity,
-            # With all parts active there is nothing to prune: both are the dense model.
-            "beats": {rival: perplexity["carved"] < perplexity[rival]} if self._drops() else {},
-            "plan": dataclasses.asdict(self._mixture) | {"dtype": str(self._mixture.dtype)},
-            "layers": {str(layer): self._plans.figures(layer) for layer in self._mixture.layers},
-        }
-
-    def _drops(self) -> bool:
-        """Return whether a token leaves out any of the dense model's neurons."""
-        return self._kept() < self._source.width
-
-    def _kept(self) -> int:
-        return self._mixture.d_shared + self._options.active * self._mixture.d_expert
-
-    def _propagation(self, directory: Path) -> Propagation:
-        keep = self._kept()
-        variants = (
-            Variant("dense", None),
-            Variant("static", partial(pruned, keep, "static")),
-            Variant("static_refit", partial(pruned, keep, "static_ls")),
-            Variant("carved", self._carved),
-        )
-        layers = self._mixture.layers
-        return Propagation(
-            self._source, self._calibration, variants, layers, directory, self._device
-        )
-
-    def _carved(self, layer: int, x: Tensor, block: Block) -> Answer:
-        if layer not in self._plans:
-            carved = carve_layer(layer, x, block, self._options)
-            plan = writable(carved.plan, x, self._mixture.dtype, self._flat)
-            self._plans.save(layer, plan, carved.figures)
-        return answer_of(self._plans.read(layer, self._device), block)
-
-
-def carve_layer(layer: int, x: Tensor, block: Block, options: CarveOptions) -> Carved:
-    """Carve one block; every layer has draws of its own.
-
-    Args:
-        layer: its number.
-        x: ``(T, D)``, its inputs on the calibration tokens.
-        block: the dense block.
-        options: what to carve.
-    """
-    own = dataclasses.replace(options, seed=options.seed * 1_000_003 + layer)
-    biases = (block.bias_in, block.bias_out)
-    return carve_block(x, block.gate, block.up, block.down, own, block.act, *biases)
-
-
-def answer_of(plan: LayerPlan, block: Block) -> Answer:
-    """Return the function that computes a plan's output in the place of a block's."""
-    biases = (block.bias_in, block.bias_out)
-    return lambda x: plan.run(x, block.gate, block.up, block.down, block.act, *biases)
-
-
-def pruned(keep: int, method: PruneMethod, layer: int, x: Tensor, block: Block) -> Answer:
-    """Keep some of a block's neurons for all tokens; arguments as of :func:`carve_layer`."""
-    biases = (block.bias_in, block.bias_out)
-    made = prune_block(x, block.gate, block.up, block.down, keep, method, block.act, *biases)
-    return made.run
-
-
-@torch.no_grad()
-def model_nats(model: Any, calibration: Calibration) -> Tensor:
-    """Measure a model of transformers or ours, in its dtype, on the held-out tokens.
-
-    Returns:
-        As :meth:`~moezoo_models.conversion.propagate.Propagation.run` gives for one variant.
-    """
-    tokens, skipped = calibration.held_out, calibration.skipped
-    rows = (model(input_ids=row[None], use_cache=False).logits[0] for row in tokens)
-    return torch.stack([next_token_nats(*each, skipped) for each in zip(rows, tokens, strict=True)])
+def _format(source: Source, mixture: Mixture, budgets: str) -> str:
+    """Choose stock transformers if it can hold the model, its routers and its budgets."""
+    stock = not (mixture.neuron_router or mixture.reads_shared or mixture.output_bias)
+    stock = stock and budgets != "measured" and TARGETS["glm4_moe"].refuses(source) is None
+    return "glm4_moe" if stock else "moezoo"

@@ -37,7 +37,7 @@ from moezoo_models.devices import free_memory
 from moezoo_models.progress import progress_bar
 
 REPORT = "moezoo_conversion.json"
-FORMAT = 1  # of what is written; another number never continues an earlier run's files
+FORMAT = 2  # of what is written; another number never continues an earlier run's files
 COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -96,6 +96,7 @@ def convert(
     others: Sequence[Source] = (),
     scratch_bytes: int = 0,
     prepare: Callable[[Path], None] = lambda _: None,
+    settled: Callable[[], Mixture] | None = None,
     extra: Callable[[Path, bool], dict[str, Any]] = lambda _, __: {},
 ) -> Conversion:
     """Write a mixture, atomically, and compare it with the dense model.
@@ -116,6 +117,8 @@ def convert(
         scratch_bytes: room that ``prepare`` needs.
         prepare: called before anything is planned, with a directory for files that are needed only
             until the end; what an earlier run left there is kept.
+        settled: gives the shapes once ``prepare`` is through, where it decides on experts per
+            token; no tensor's shape depends on those.
         extra: asked for more figures at the end, with the directory that was written and whether
             its model fits into memory.
 
@@ -139,7 +142,8 @@ def convert(
             for shard in shards:
                 work.write(shard, partial(bar.advance, task))
         work.write_index(shards)
-        work.write_json(CONFIG, kind.config(source, mixture))
+        shapes = mixture if settled is None else settled()
+        work.write_json(CONFIG, kind.config(source, shapes))
         _copy_files(source.directory, work.directory)
         if check == "auto":
             check = "logits" if 2 * total < free_memory() else "layers"
@@ -203,6 +207,7 @@ def _perplexities(extra: dict[str, Any]) -> Iterator[str]:
     if "perplexity" not in extra:
         return
     found = extra["perplexity"]
+    yield f"work    {extra['work']:.3f} of the dense blocks' FLOPs, routers included"
     yield f"perplexity on {extra['calibration']['held_out_tokens']:,} held-out tokens"
     names = {
         "dense": "dense",

@@ -41,6 +41,7 @@ class Plans:
             "weighting": plan.weighting,
             "flatness": plan.flatness,
             "signed": plan.signed,
+            "reads_shared": plan.reads_shared,
             "out_scale": plan.experts[0].out_scale,
             "figures": figures,
         }
@@ -72,6 +73,7 @@ class Plans:
             shared=None if shared is None else Expert(shared),
             flatness=scalars["flatness"],
             signed=scalars["signed"],
+            reads_shared=scalars["reads_shared"],
             **{name: tensors.get(name) for name in _OPTIONAL},
         )
 

@@ -7,7 +7,7 @@ layer is complete, and a run that was killed goes on from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moezoo.convert import Block
 from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.source import Source
 from moezoo_models.conversion.stage import Answer, Head, Stage, embed
@@ -36,10 +35,14 @@ class Variant:
         name: its name.
         convert: given a layer's number, its inputs ``(T, D)`` on the calibration tokens and its
             dense block, gives the block to use; None for the dense model itself.
+        follows: name of the variant without changes; ``convert`` is then also given the outputs
+            ``(T, D)`` with which the layer would put out what it puts out there: what earlier
+            layers are off by is made up for.
     """
 
     name: str
-    convert: Callable[[int, Tensor, Block], Answer] | None
+    convert: Callable[..., Answer] | None
+    follows: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Propagation:
     def bytes(self) -> int:
         """Room for hidden states: those that come into a layer and those that come out."""
         windows = 2 * sum(len(tokens) for _, tokens in self._parts())
-        windows += len(self.calibration.fitted)  # between attention and the block to be found
+        # Between attention and the block to be found, and what is to be followed.
+        windows += (1 + bool(self._followed)) * len(self.calibration.fitted)
         length, width = self.calibration.fitted.shape[1], self.source.config.hidden_size
         return windows * length * width * torch.float32.itemsize
 
@@ -93,6 +97,10 @@ class Propagation:
                 for variant in self.variants
             }
 
+    @property
+    def _followed(self) -> set[str]:
+        return {variant.follows for variant in self.variants if variant.follows is not None}
+
     def _parts(self, layer: int = 0) -> Iterator[tuple[str, Tensor]]:
         """List the names of hidden states, a variant's fitted ones first, and their tokens.
 
@@ -100,30 +108,46 @@ class Propagation:
             layer: into which they come; nothing is fitted to what comes out of the last one.
         """
         for variant in self.variants:
-            if variant.convert is not None and layer < self.source.num_layers:
+            needed = variant.convert is not None or variant.name in self._followed
+            if needed and layer < self.source.num_layers:
                 yield f"{variant.name}.fitted", self.calibration.fitted
             yield f"{variant.name}.held_out", self.calibration.held_out
 
     def _advance(self, layer: int) -> None:
         stage = Stage(self.source, layer, self.device)
         self.directory.mkdir(parents=True, exist_ok=True)
-        attended = _Attended(self.directory / ".attended")
+        attended = _Kept(self.directory / ".attended")
+        followed = _Kept(self.directory / ".followed")
+        by_name = {variant.name: variant for variant in self.variants}
         with self._states(layer) as states:
+
+            @lru_cache(maxsize=1)
+            def follow(name: str) -> _Kept:
+                followed.fill(stage.outputs(states[f"{name}.fitted"], stage.block.run))
+                return followed
+
+            def wanted(variant: Variant) -> tuple[Tensor, ...]:
+                if variant.follows is None:
+                    return ()
+                pairs = zip(follow(variant.follows).read(), attended.read(), strict=True)
+                return (torch.cat([(out - seen).flatten(0, 1) for out, seen in pairs]),)
 
             @lru_cache(maxsize=1)
             def answer(variant: Variant) -> Answer:
                 if variant.convert is None or layer not in self.layers:
                     return stage.block.run
-                inputs = attended.fill(stage, states[f"{variant.name}.fitted"])
-                return variant.convert(layer, inputs, stage.block)
+                attended.fill(stage.attended(states[f"{variant.name}.fitted"]))
+                inputs = torch.cat([stage.inputs(each) for each in attended.read()])
+                return variant.convert(layer, inputs, stage.block, *wanted(variant))
 
             def pieces(variant: Variant, part: str) -> Iterator[Tensor]:
+                if variant.name in self._followed and "fitted" in part:
+                    return follow(variant.name).read()
                 block = answer(variant)
                 if variant.convert is None or layer not in self.layers or "fitted" not in part:
                     return stage.outputs(states[part], block)
                 return (stage.answered(each, block) for each in attended.read())
 
-            by_name = {variant.name: variant for variant in self.variants}
             outputs = [
                 Output(
                     part,
@@ -137,7 +161,8 @@ class Propagation:
             write_safetensors(temporary, outputs)
             temporary.rename(self._file(layer + 1))
         self._file(layer).unlink(missing_ok=True)
-        attended.file.unlink(missing_ok=True)
+        for kept in (attended, followed):
+            kept.file.unlink(missing_ok=True)
 
     @contextmanager
     def _states(self, layer: int) -> Iterator[States]:
@@ -160,11 +185,12 @@ class Propagation:
         )
 
 
-class _Attended:
-    """Hidden states of one variant between attention and its block, in a file.
+class _Kept:
+    """Hidden states of one variant within a layer, in a file.
 
-    They would else be computed twice: for the inputs on which the block is found, and for its
-    outputs. In memory they would be needed beside the activations that it is found on.
+    Those between attention and a block would else be computed twice: for the inputs on which the
+    block is found, and for its outputs. In memory they would be needed beside the activations that
+    it is found on.
 
     Args:
         file: where; what is there is replaced.
@@ -174,19 +200,16 @@ class _Attended:
         self.file = file
         self._shapes: list[torch.Size] = []
 
-    def fill(self, stage: Stage, states: Tensor) -> Tensor:
-        """Pass states ``(W, L, D)`` through attention; return the block's inputs, ``(T, D)``."""
-        inputs: list[Tensor] = []
+    def fill(self, states: Iterable[Tensor]) -> None:
+        """Keep states, ``(w, L, D)`` each, on the CPU."""
         self._shapes = []
         with self.file.open("wb") as file:
-            for attended in stage.attended(states):
-                file.write(attended.numpy().data)
-                self._shapes.append(attended.shape)
-                inputs.append(stage.inputs(attended))
-        return torch.cat(inputs)
+            for each in states:
+                file.write(each.contiguous().numpy().data)
+                self._shapes.append(each.shape)
 
     def read(self) -> Iterator[Tensor]:
-        """Yield the states after attention, ``(w, L, D)``, as they were computed."""
+        """Yield the states as they were computed."""
         with self.file.open("rb") as file:
             for shape in self._shapes:
                 content = bytearray(file.read(shape.numel() * torch.float32.itemsize))

@@ -129,6 +129,12 @@ class Head:
         _place(self.lm_head, "weight", source.read(projection), device)
 
     @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the logits ``(L, V)`` of one window's last states ``(L, D)``."""
+        logits = self.lm_head(self.norm(states.to(self.lm_head.weight.device)))
+        return shaped_logits(logits, self.config)
+
+    @torch.no_grad()
     def nats(self, states: Tensor, tokens: Tensor, skipped: int) -> Tensor:
         """Return the cross-entropy of all windows' tokens after their first, ``(W, ≤ L - 1)`` fp32.
 
@@ -137,10 +143,7 @@ class Head:
             tokens: ``(W, L)``.
             skipped: tokens at the start of a window that need not be predicted.
         """
-        device = self.lm_head.weight.device
-        rows = (
-            shaped_logits(self.lm_head(self.norm(row.to(device))), self.config) for row in states
-        )
+        rows = (self.logits(row) for row in states)
         return torch.stack(
             [next_token_nats(*each, skipped) for each in zip(rows, tokens, strict=True)]
         )

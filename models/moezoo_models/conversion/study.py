@@ -19,7 +19,8 @@ from moezoo.convert import Block, CarveOptions
 from moezoo.errors import InputError, check_int
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import check_file
-from moezoo_models.conversion.carve import answer_of, calibrate, carve_layer, pruned
+from moezoo_models.conversion.carve import calibrate
+from moezoo_models.conversion.carving import answer_of, carve_layer, pruned
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.stage import Answer

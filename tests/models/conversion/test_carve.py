@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 
 from moezoo import InputError
 from moezoo.__main__ import main
-from moezoo_models.conversion import carve as carving
-from moezoo_models.conversion.carve import CMoEOptions, calibrate, carve, model_nats
+from moezoo_models.conversion import carving
+from moezoo_models.conversion.carve import CMoEOptions, calibrate, carve
+from moezoo_models.conversion.carving import model_nats
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.plans import writable
 from moezoo_models.conversion.source import open_source
 
 NATIVE = ("llama", "llama_heads", "mistral", "qwen2", "qwen3")
 OURS = ("llama_bias", "mistral_window", "qwen2_window")
-SMALL = {"shared": 1, "active": 2, "experts": 6}
+SMALL = {"shared": 1, "active": 2, "experts": 6, "accept_loss": True}
 
 
 def logits(directory, dtype=torch.float32):
@@ -79,7 +80,7 @@ def test_stock_transformers_and_our_layer_agree(family, dtype, readable, text, t
     # the logits. Where two logits are nearly equal they may choose differently.
     source = readable(family, dtype)
     for to in ("glm4_moe", "moezoo"):
-        carve(source, tmp_path / to, **SMALL, to=to, **text)
+        carve(source, tmp_path / to, **SMALL, to=to, router="ridge", budgets="equal", **text)
     if dtype == torch.float32:
         ours, stock = logits(tmp_path / "moezoo"), logits(tmp_path / "glm4_moe")
         off = (stock - ours).abs().amax(-1) / ours.abs().max()
@@ -103,6 +104,7 @@ def test_stock_transformers_and_our_layer_agree(family, dtype, readable, text, t
         {"bias": True},
         {"shared": 0, "active": 3, "output_scale": 2.0},
         {"layers": [1]},
+        {"budgets": "equal", "router_ridge": 0.1, "refit_ridge": 0.3, "follow": False},
     ],
 )
 def test_our_format_computes_what_was_planned(options, readable, text, tmp_path):
@@ -124,6 +126,8 @@ def test_formats_are_chosen_by_what_they_can_hold(readable, text, tmp_path):
             ("llama", {"router": "cmoe"}, "moezoo"),
             ("llama", {"bias": True}, "moezoo"),
             ("llama", {"layers": [1, 2]}, "glm4_moe"),
+            ("llama", {"router": "ridge_shared"}, "moezoo"),
+            ("llama", {"budgets": "measured"}, "moezoo"),
         ]
     ):
         done = carve(readable(family), tmp_path / str(number), **quick, **options)
@@ -248,14 +252,15 @@ def test_when_only_writing_is_left_nothing_is_carved_again(readable, text, tmp_p
 KILLED = """
 import os, sys
 from moezoo_models.checkpoints.directory import read_tokenizer
-from moezoo_models.conversion import carve as carving
+from moezoo_models.conversion import carving
+from moezoo_models.conversion.carve import carve
 original = carving.carve_layer
 def killed(layer, *arguments):
     if layer == 2:
         os.kill(os.getpid(), 9)
     return original(layer, *arguments)
 carving.carve_layer = killed
-carving.carve(sys.argv[1], sys.argv[2], 1, 2, 6, sys.argv[3], 768, 256, 64)
+carve(sys.argv[1], sys.argv[2], 1, 2, 6, sys.argv[3], 768, 256, 64, accept_loss=True)
 """
 
 
@@ -294,6 +299,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(readable, text, tmp_path):
         ({"calibration_tokens": 10**6}, "calibration: .* has too little text"),
         ({"calibration": "nowhere.txt"}, "calibration: 'nowhere.txt' does not exist"),
         ({"window": 300}, "window: 300 is out of range"),
+        ({"active": 2, "shared": 2}, "active: a token would use 4 of 8 parts; .* --accept_loss"),
+        ({"router": "ridge_shared", "to": "glm4_moe"}, "router: ridge_shared has no place in glm4"),
+        ({"router": "ridge_shared", "shared": 0}, "router: ridge_shared reads shared neurons"),
+        ({"budgets": "measured", "to": "glm4_moe"}, "budgets: glm4_moe has as many active experts"),
+        ({"budgets": "free"}, "budgets: 'free' is not known"),
+        ({"refit_ridge": -1.0}, "refit_ridge: -1 is out of range"),
+        ({"router_ridge": -1.0}, "router_ridge: -1 is out of range"),
         ({"device": "abacus"}, "device: 'abacus' cannot be used"),
         ({"seed": -1}, "seed: -1 is out of range"),
     ],

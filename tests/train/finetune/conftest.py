@@ -86,7 +86,7 @@ def directory(tmp_path_factory, corpus):
             text.write_text(inspect.getsource(argparse))
             options = {"calibration_tokens": 512, "held_out_tokens": 128, "window": 32}
             split = {"split": "cmoe", "router": "cmoe", "refit": False, "to": "moezoo"}
-            carve(make("llama"), target, 1, 2, 6, calibration=str(text), **options, **split)
+            carve(make("llama"), target, 1, 3, 6, calibration=str(text), **options, **split)
         elif name == "ours":
             upcycle(make("llama"), target, experts=4, top_k=2, to="moezoo")
         else:

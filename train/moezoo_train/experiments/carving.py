@@ -49,6 +49,15 @@ from moezoo_train.run.precision import precision_here
 STAGES = {"before": "carved, untrained", "after": "fine-tuned"}
 DENSE = "dense"
 _SET_HERE = ("shared", "active", "experts", "seed")
+_PLAIN: dict[str, Any] = {
+    "router": "ridge",
+    "router_ridge": 1e-2,
+    "refit_ridge": 1e-1,
+    "follow": False,
+    "budgets": "equal",
+    "accept_loss": True,
+}
+"""Every layer saves as much, whatever the grouping; what is lost is tuned away afterwards."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +226,7 @@ def _carved(
             calibration_tokens=setting.calibration_tokens,
             seed=seed,
             to="moezoo",
-            **options,
+            **{**_PLAIN, **options},
         )
     layers = json.loads((start / REPORT).read_text(encoding="utf-8"))["extra"]["layers"].values()
     figures = _train(setting, seed, start, place)

@@ -46,6 +46,8 @@ class Mixture:
         activation: of the dense blocks, by our name.
         gated: whether they are gated linear units.
         bias: whether their projections have biases.
+        reads_shared: whether the router reads the shared expert's activations too.
+        top_ks: ``top_k`` of each of ``layers``, where they differ; None where they do not.
     """
 
     num_experts: int
@@ -62,11 +64,29 @@ class Mixture:
     activation: str = "silu"
     gated: bool = True
     bias: bool = False
+    reads_shared: bool = False
+    top_ks: tuple[int, ...] | None = None
 
     @property
     def inner(self) -> tuple[Projection, ...]:
         """The projections before the activation."""
         return ("gate", "up") if self.gated else ("up",)
+
+    @property
+    def d_router(self) -> int:
+        """Width of what a router reads."""
+        return self.d_model + (self.d_shared if self.reads_shared else 0)
+
+    def top_k_of(self, layer: int) -> int:
+        """Return how many experts a token is routed to in a layer."""
+        return self.top_k if self.top_ks is None else self.top_ks[self.layers.index(layer)]
+
+    def work(self, width: int) -> float:
+        """Return FLOPs per token over those of the dense blocks of ``width``, routers included."""
+        used = [self.d_shared + self.top_k_of(layer) * self.d_expert for layer in self.layers]
+        router = self.num_experts * self.d_router * (2 if self.neuron_router else 1)
+        matrices = len(self.inner) + 1
+        return (sum(used) / len(used) + router / (matrices * self.d_model)) / width
 
     def shape(self, projection: Projection, width: int) -> tuple[int, int]:
         """Return the shape of an expert's projection, if it has ``width`` neurons."""
@@ -107,7 +127,8 @@ class Target:
         weightings: of the chosen experts, that it has.
         converts: which layers it can convert, in words.
         flat: whether it writes unit weights as normalized sigmoids of small logits.
-        carved: whether it holds CMoE's router, and biases of the output.
+        carved: whether it holds routers of carved blocks that are not linear in their input, as
+            many experts per token in each layer as it needs, and biases of the output.
     """
 
     name: str
@@ -131,8 +152,13 @@ class Target:
                 f"weighting: {self.name} has no '{mixture.weighting}' weights; "
                 f"it has {', '.join(self.weightings)}"
             )
-        if (mixture.neuron_router or mixture.output_bias) and not self.carved:
-            what = "router: cmoe" if mixture.neuron_router else "bias: an output bias"
+        kept = (
+            ("router: cmoe", mixture.neuron_router),
+            ("router: ridge_shared", mixture.reads_shared),
+            ("bias: an output bias", mixture.output_bias),
+        )
+        if any(asked for _, asked in kept) and not self.carved:
+            what = next(name for name, asked in kept if asked)
             others = alternatives(source, lambda target: target.carved)
             raise InputError(f"{what} has no place in {self.name}; {others}")
         every = tuple(range(source.num_layers))
@@ -224,7 +250,7 @@ def constant_output(
 
 
 def router_output(name: str, plan: Plan, mixture: Mixture, flat: bool = False) -> Output:
-    """Describe the router's weight, ``(N, D)``.
+    """Describe the router's weight, ``(N, D)``, wider if it reads the shared expert.
 
     Args:
         name: in the file.
@@ -236,7 +262,7 @@ def router_output(name: str, plan: Plan, mixture: Mixture, flat: bool = False) -
     def pieces() -> Iterator[Tensor]:
         yield planned_router(plan(), mixture.dtype, flat)
 
-    return Output(name, (mixture.num_experts, mixture.d_model), mixture.dtype, pieces)
+    return Output(name, (mixture.num_experts, mixture.d_router), mixture.dtype, pieces)
 
 
 def planned_router(plan: LayerPlan, dtype: torch.dtype, flat: bool) -> Tensor:

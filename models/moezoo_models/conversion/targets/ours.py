@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -61,8 +62,15 @@ class Moezoo(Target):
     def config(self, source: Source, mixture: Mixture) -> dict[str, Any]:
         """Add a rule for the mixtures to what the dense model is as ours."""
         config = dense_config(source.raw)
-        rule = _carved_rule(mixture) if mixture.weighting == "unit" else _sparse_rule(mixture)
-        config.ffn = [*config.ffn, {"layers": list(mixture.layers), **rule}]
+        by_top_k: dict[int, list[int]] = {}
+        for layer in mixture.layers:
+            by_top_k.setdefault(mixture.top_k_of(layer), []).append(layer)
+        make = _carved_rule if mixture.weighting == "unit" else _sparse_rule
+        rules = [
+            {"layers": layers, **make(replace(mixture, top_k=top_k))}
+            for top_k, layers in by_top_k.items()
+        ]
+        config.ffn = [*config.ffn, *rules]
         config.check()
         config.architectures = ["MoezooForCausalLM"]
         return config.to_diff_dict()
@@ -142,13 +150,14 @@ def _sparse_rule(mixture: Mixture) -> dict[str, Any]:
 
 def _carved_rule(mixture: Mixture) -> dict[str, Any]:
     """Describe a mixture whose chosen experts count fully."""
+    linear = "shared" if mixture.reads_shared else "linear"
     arguments = {
         "num_experts": mixture.num_experts,
         "top_k": mixture.top_k,
         "d_expert": mixture.d_expert,
         "num_shared_experts": mixture.d_shared // mixture.d_expert,
         "output_bias": mixture.output_bias,
-        "router": "neuron" if mixture.neuron_router else "linear",
+        "router": "neuron" if mixture.neuron_router else linear,
         "signed": mixture.signed,
         **_block_options(mixture),
     }

@@ -1,0 +1,242 @@
+"""The calibration of one carve: budgets, plans of all layers, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moezoo.convert import Block, Carved, CarveOptions, LayerPlan, carve_block, prune_block
+from moezoo.convert.carve.prune import PruneMethod
+from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.conversion.budgets import TOKENS, layer_costs, share_out
+from moezoo_models.conversion.calibration import Calibration
+from moezoo_models.conversion.drift import load_any
+from moezoo_models.conversion.plans import Plans, writable
+from moezoo_models.conversion.propagate import Propagation, Variant
+from moezoo_models.conversion.source import Source
+from moezoo_models.conversion.stage import Answer, next_token_nats
+from moezoo_models.conversion.targets import Mixture
+from moezoo_models.progress import progress_bar
+
+
+_BUDGETS = "budgets.json"
+
+
+class Carving:
+    """The calibration of one carve, and its figures.
+
+    Args:
+        source: the dense model.
+        calibration: the text. The first token of each window is kept exact, and apart from every
+            statistic: all others attend to it, and some layers put out a thousand times more at it.
+        options: what to carve.
+        mixture: the shapes.
+        flat: whether unit weights are written as sigmoids of small logits.
+        measured: share the experts per token out among layers by what saving costs in each.
+        follow: let refits make up for what earlier layers are off by.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        calibration: Calibration,
+        options: CarveOptions,
+        mixture: Mixture,
+        flat: bool,
+        measured: bool,
+        follow: bool,
+        device: torch.device,
+    ) -> None:
+        self._source, self._calibration = source, calibration
+        self._options, self._mixture = options, mixture
+        self._flat, self._device = flat, device
+        self._nats: dict[str, Tensor] = {}
+        self._plans = Plans(Path())
+        self._drops = options.active < options.routed
+        self._measured = measured and self._drops
+        self._follow = "dense" if follow and options.refit and self._drops else None
+        self._costs: dict[int, float] = {}
+        self._active = dict.fromkeys(mixture.layers, options.active)
+        first = torch.zeros(calibration.fitted.shape, dtype=torch.bool)
+        first[:, 0] = True
+        self._apart = first.flatten()
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Room for hidden states and refitted projections until the checkpoint is complete."""
+        refits = len(self._mixture.layers) if self._options.refit else 0
+        per_refit = self._source.width * self._mixture.d_model * self._mixture.dtype.itemsize
+        return self._propagation(Path()).bytes + refits * per_refit
+
+    def prepare(self, directory: Path) -> None:
+        """Plan all layers, going on from what an earlier run left in ``directory``."""
+        self._plans = Plans(directory)
+        with progress_bar() as bar:
+            passes = 1 + self._measured
+            task = bar.add_task("carving", total=passes * self._source.num_layers)
+            if self._measured:
+                self._share_out(directory, partial(bar.advance, task))
+            run = self._propagation(directory)
+            self._nats = run.run(partial(bar.advance, task))
+
+    def settled(self) -> Mixture:
+        """Return the shapes with each layer's own number of experts per token."""
+        if len(set(self._active.values())) == 1 and not self._measured:
+            return self._mixture
+        top_ks = tuple(self._active[layer] for layer in self._mixture.layers)
+        return dataclasses.replace(self._mixture, top_ks=top_ks)
+
+    def plan(self, layer: int) -> LayerPlan:
+        """Return a layer's plan."""
+        return self._plans.read(layer)
+
+    def report(self, written: Path, loads: bool) -> dict[str, Any]:
+        """Return the measurements.
+
+        Args:
+            written: the checkpoint, which this process has written.
+            loads: whether it fits into memory.
+        """
+        perplexity = {name: math.exp(nats.mean()) for name, nats in self._nats.items()}
+        if loads:
+            model = load_any(written, sound=True)
+            perplexity["loaded"] = math.exp(model_nats(model, self._calibration).mean())
+        rival = "static_refit" if self._options.refit else "static"
+        mixture = self.settled()
+        return {
+            "calibration": self._calibration.describe(),
+            "perplexity": perplexity,
+            # With all parts active there is nothing to prune: both are the dense model.
+            "beats": {rival: perplexity["carved"] < perplexity[rival]} if self._drops else {},
+            "work": mixture.work(self._source.width),
+            "costs": {str(layer): cost for layer, cost in self._costs.items()},
+            "plan": dataclasses.asdict(mixture) | {"dtype": str(mixture.dtype)},
+            "layers": {str(layer): self._plans.figures(layer) for layer in mixture.layers},
+        }
+
+    def _share_out(self, directory: Path, progress: Callable[[], None]) -> None:
+        """Measure the layers' costs, unless an earlier run has, and share out what is saved."""
+        file = directory / _BUDGETS
+        if file.is_file():
+            costs = {int(each): cost for each, cost in json.loads(file.read_text()).items()}
+        else:
+            windows = -(-TOKENS // self._calibration.fitted.shape[1])
+            tokens = self._calibration.fitted[:windows]
+            keep = self._kept(self._mixture.layers[0])
+            costs = layer_costs(
+                self._source, tokens, self._mixture.layers, keep, self._device, progress
+            )
+            directory.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file, "w") as opened:
+                json.dump(costs, opened)
+        self._costs = costs
+        self._active = share_out(costs, self._options.active, self._options.routed)
+
+    def _kept(self, layer: int) -> int:
+        """Return how many neurons a token uses."""
+        return self._mixture.d_shared + self._active[layer] * self._mixture.d_expert
+
+    def _propagation(self, directory: Path) -> Propagation:
+        variants = (
+            Variant("dense", None),
+            Variant("static", partial(self._pruned, "static")),
+            Variant("static_refit", partial(self._pruned, "static_ls"), self._follow),
+            Variant("carved", self._carved, self._follow),
+        )
+        layers = self._mixture.layers
+        return Propagation(
+            self._source, self._calibration, variants, layers, directory, self._device
+        )
+
+    def _pruned(
+        self,
+        method: PruneMethod,
+        layer: int,
+        x: Tensor,
+        block: Block,
+        target: Tensor | None = None,
+    ) -> Answer:
+        """Prune with the same means: strength of the ridge, target, first tokens apart."""
+        small = prune_block(
+            x,
+            block.gate,
+            block.up,
+            block.down,
+            self._kept(layer),
+            method,
+            block.act,
+            block.bias_in,
+            block.bias_out,
+            refit_ridge=self._options.refit_ridge,
+            target=target,
+            apart=self._apart,
+        )
+        return small.run
+
+    def _carved(
+        self, layer: int, x: Tensor, block: Block, target: Tensor | None = None
+    ) -> Answer:
+        if layer not in self._plans:
+            own = dataclasses.replace(self._options, active=self._active[layer])
+            carved = carve_layer(layer, x, block, own, target, self._apart)
+            plan = writable(carved.plan, x, self._mixture.dtype, self._flat)
+            self._plans.save(layer, plan, carved.figures)
+        return answer_of(self._plans.read(layer, self._device), block)
+
+
+def carve_layer(
+    layer: int,
+    x: Tensor,
+    block: Block,
+    options: CarveOptions,
+    target: Tensor | None = None,
+    apart: Tensor | None = None,
+) -> Carved:
+    """Carve one block; every layer has draws of its own.
+
+    Args:
+        layer: its number.
+        x: ``(T, D)``, its inputs on the calibration tokens.
+        block: the dense block.
+        options: what to carve.
+        target: as of :func:`moezoo.convert.carve_block`.
+        apart: as there.
+    """
+    own = dataclasses.replace(options, seed=options.seed * 1_000_003 + layer)
+    biases = (block.bias_in, block.bias_out)
+    matrices = (block.gate, block.up, block.down)
+    return carve_block(x, *matrices, own, block.act, *biases, target=target, apart=apart)
+
+
+def answer_of(plan: LayerPlan, block: Block) -> Answer:
+    """Return the function that computes a plan's output in the place of a block's."""
+    biases = (block.bias_in, block.bias_out)
+    return lambda x: plan.run(x, block.gate, block.up, block.down, block.act, *biases)
+
+
+def pruned(keep: int, method: PruneMethod, layer: int, x: Tensor, block: Block) -> Answer:
+    """Keep some of a block's neurons for all tokens; arguments as of :func:`carve_layer`."""
+    biases = (block.bias_in, block.bias_out)
+    made = prune_block(x, block.gate, block.up, block.down, keep, method, block.act, *biases)
+    return made.run
+
+
+@torch.no_grad()
+def model_nats(model: Any, calibration: Calibration) -> Tensor:
+    """Measure a model of transformers or ours, in its dtype, on the held-out tokens.
+
+    Returns:
+        As :meth:`~moezoo_models.conversion.propagate.Propagation.run` gives for one variant.
+    """
+    tokens, skipped = calibration.held_out, calibration.skipped
+    rows = (model(input_ids=row[None], use_cache=False).logits[0] for row in tokens)
+    return torch.stack([next_token_nats(*each, skipped) for each in zip(rows, tokens, strict=True)])
