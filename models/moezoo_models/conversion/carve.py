@@ -9,7 +9,7 @@ from typing import Literal, cast
 
 from moezoo.command.messages import size
 from moezoo.convert import CarveOptions
-from moezoo.convert.carve.options import RouterKind, Split
+from moezoo.convert.carve.options import RouterKind, SharedBy, Split
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.conversion.calibration import Calibration, read_calibration
@@ -24,7 +24,7 @@ _FORMATS = ("glm4_moe", "moezoo")
 """Formats in which every chosen expert can count fully."""
 _BUDGETS = ("auto", "equal", "measured")
 _LONGEST_WINDOW = 2048
-_MOST_PARTS = 64
+_MOST_PARTS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def carve(
     held_out_tokens: int = 8192,
     window: int | None = None,
     split: str = "contribution",
-    shared_by: Literal["split", "contribution", "cmoe"] = "split",
+    shared_by: Literal["split", "contribution", "elimination", "cmoe"] | None = None,
     router: str | None = None,
     router_ridge: float | None = None,
     refit: bool = True,
@@ -86,10 +86,10 @@ def carve(
     Args:
         source: directory of a dense model of one of the families that the documentation lists.
         target: directory to make.
-        shared: parts that run on every token; default: a quarter.
+        shared: parts that run on every token; default: five eighths.
         active: further parts that a token is routed to; default: three quarters less shared.
-        experts: parts in all; they divide the block's neurons. Default: up to 64, as many as
-            leave whole multiples of 8 neurons, or of what divides them.
+        experts: parts in all; they divide the block's neurons. Default: up to 128, of 16 neurons
+            or more and multiples of 8, or of what divides the block's.
         calibration: text files, folders or globs, or "stdlib", the Python standard library's own
             source. Text like that which the model will see serves best.
         calibration_tokens: tokens that everything is fitted to.
@@ -98,8 +98,9 @@ def carve(
             if its config.json does not say, what it is made for; at most 2048.
         split: which neurons go together: contribution (ours), cmoe (arXiv:2502.04416), random,
             contiguous, weight_kmeans, coactivation (arXiv:2110.01786).
-        shared_by: whose rule picks the shared neurons: the split's own (random and contiguous have
-            none), contribution's or cmoe's.
+        shared_by: which neurons are shared: elimination, those that the others make up for least
+            (arXiv:2302.04089), the default with contribution and a refit; the split's own (random
+            and contiguous have none), contribution's or cmoe's.
         router: ridge, a linear map fitted to the size of experts' contributions (ours);
             ridge_shared, the same with shared neurons' activations as further inputs (the default
             in moezoo, which alone holds it); gate_mean (arXiv:2602.15521); prior_approximate
@@ -137,7 +138,7 @@ def carve(
         options = CarveOptions(
             *sizes,
             split=cast(Split, split),  # a Literal here would not fit the help's lines
-            shared_by=shared_by,
+            shared_by=_shared_by(shared_by, split, refit),
             router=_router(router, to, budgets, sizes[0]),
             refit=refit,
             bias=bias,
@@ -246,12 +247,13 @@ def _sizes(
 ) -> tuple[int, int, int]:
     """Return shared, active and all parts: what is not given makes a quarter idle.
 
-    Fine experts leave out what a token can do without more exactly than coarse ones.
+    Fine experts leave out what a token can do without more exactly than coarse ones; and the more
+    is shared, the better a refit makes up for what is not.
     """
     if experts is None:
         experts = _parts(width)
     if shared is None:
-        shared = experts // 4
+        shared = 5 * experts // 8
     if active is None:
         active = max(3 * experts // 4 - shared, 1)
     return shared, active, experts
@@ -260,7 +262,7 @@ def _sizes(
 def _parts(width: int) -> int:
     """Return a number of parts that are multiples of 8 neurons, as kernels want; or of fewer."""
     for step in (8, 4, 2, 1):
-        for parts in range(_MOST_PARTS, 3, -4):
+        for parts in range(_MOST_PARTS, 7, -8):
             if width % (parts * step) == 0 and width // parts >= min(16, width // 8):
                 return parts
     raise InputError(f"experts: no default divides the block's {width} neurons; give a divisor")
@@ -272,6 +274,12 @@ def _router(router: str | None, to: str | None, budgets: str, shared: int) -> Ro
         ours = to == "moezoo" or (to is None and budgets == "measured")
         router = "ridge_shared" if ours and shared else "ridge"
     return cast(RouterKind, router)
+
+
+def _shared_by(shared_by: str | None, split: str, refit: bool) -> SharedBy:
+    """Return the rule; elimination supposes that what is left is refitted."""
+    default = "elimination" if split == "contribution" and refit else "split"
+    return cast(SharedBy, shared_by or default)
 
 
 def _measured(budgets: str, kind: Target) -> bool:
@@ -297,7 +305,7 @@ def _check_share(options: CarveOptions, accepted: bool) -> None:
 def _check_memory(source: Source, tokens: int) -> None:
     """Refuse more calibration tokens than memory has room for: inputs, activations, a Gram."""
     width, d_model = source.width, source.config.hidden_size
-    needed = 4 * tokens * (width + 6 * d_model) + 12 * width**2
+    needed = 4 * tokens * (width + 6 * d_model) + 28 * width**2
     if needed > (free := free_memory()):
         raise InputError(
             f"calibration_tokens: {tokens:,} need about {size(needed)} of memory, and "

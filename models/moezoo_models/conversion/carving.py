@@ -146,10 +146,12 @@ class Carving:
         return self._mixture.d_shared + self._active[layer] * self._mixture.d_expert
 
     def _propagation(self, directory: Path) -> Propagation:
+        elimination = self._options.shared_by == "elimination"
+        rival: PruneMethod = "eliminated" if elimination else "static_ls"
         variants = (
             Variant("dense", None),
             Variant("static", partial(self._pruned, "static")),
-            Variant("static_refit", partial(self._pruned, "static_ls"), self._follow),
+            Variant("static_refit", partial(self._pruned, rival), self._follow),
             Variant("carved", self._carved, self._follow),
         )
         layers = self._mixture.layers

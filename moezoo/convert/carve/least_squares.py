@@ -21,18 +21,22 @@ class Moments:
 
     Args:
         intercept: whether to fit one. It is not regularised: both sides are centred.
+        scaled: penalise each regressor's weight over that regressor's own mean square.
     """
 
-    def __init__(self, intercept: bool) -> None:
-        self._intercept = intercept
+    def __init__(self, intercept: bool, scaled: bool) -> None:
+        self._intercept, self._scaled = intercept, scaled
+        self._scale_p: Tensor | None = None
         self._count = 0
         self._gram = self._rhs = self._sum_p = self._sum_q = torch.empty(0)
         self._mean_p = self._mean_q = torch.empty(0)
 
     @classmethod
-    def of(cls, parts: Iterable[tuple[Tensor, Tensor]], intercept: bool) -> Moments:
+    def of(
+        cls, parts: Iterable[tuple[Tensor, Tensor]], intercept: bool, scaled: bool = False
+    ) -> Moments:
         """Return those of pairs ``(t, P)`` and ``(t, Q)`` of consecutive tokens."""
-        moments = cls(intercept)
+        moments = cls(intercept, scaled)
         for regressors, targets in parts:
             moments._add(regressors, targets)
         moments._centre()
@@ -55,11 +59,17 @@ class Moments:
             self._mean_p, self._mean_q = self._sum_p / self._count, self._sum_q / self._count
             self._gram.addr_(self._sum_p, self._mean_p, alpha=-1.0)
             self._rhs.addr_(self._sum_p, self._mean_q, alpha=-1.0)
+        if self._scaled:
+            square_p = self._gram.diagonal().clamp(min=0)
+            dead = square_p <= 1e-12 * square_p.max()
+            self._scale_p = square_p.sqrt().masked_fill(dead, torch.inf)  # they get no weight
+            self._gram.div_(self._scale_p).div_(self._scale_p.unsqueeze(1))
+            self._rhs.div_(self._scale_p.unsqueeze(1))
 
     def solve(self, strength: float) -> tuple[Tensor, Tensor | None]:
         """Return W ``(Q, P)`` and b ``(Q,)`` or None; arguments and errors as of :func:`ridge`."""
         diagonal = self._gram.diagonal().clone()
-        weight = solve(self._gram, self._rhs, strength).t()
+        weight = self._scaled_back(solve(self._gram, self._rhs, strength)).t()
         self._gram.diagonal().copy_(diagonal)
         if not self._intercept:
             return weight, None
@@ -68,9 +78,13 @@ class Moments:
     def whiten(self, rows: Tensor, strength: float) -> Tensor:
         """Return ``(gram + strength mean(diag) I)^-1 rows^T``, ``(P, k)``, of ``(k, P)`` rows."""
         diagonal = self._gram.diagonal().clone()
-        answer = solve(self._gram, rows.t(), strength)
+        scaled = rows if self._scale_p is None else rows / self._scale_p
+        answer = self._scaled_back(solve(self._gram, scaled.t(), strength))
         self._gram.diagonal().copy_(diagonal)
         return answer
+
+    def _scaled_back(self, weight_PQ: Tensor) -> Tensor:
+        return weight_PQ if self._scale_p is None else weight_PQ / self._scale_p.unsqueeze(1)
 
 
 def ridge(

@@ -9,11 +9,11 @@ from moezoo.errors import InputError, check_choice, check_int, check_number
 
 Split = Literal["contribution", "cmoe", "random", "contiguous", "weight_kmeans", "coactivation"]
 RouterKind = Literal["ridge", "ridge_shared", "cmoe", "gate_mean", "prior_approximate"]
-SharedBy = Literal["split", "contribution", "cmoe"]
+SharedBy = Literal["split", "contribution", "elimination", "cmoe"]
 
 SPLITS = ("contribution", "cmoe", "random", "contiguous", "weight_kmeans", "coactivation")
 ROUTERS = ("ridge", "ridge_shared", "cmoe", "gate_mean", "prior_approximate")
-SHARED_BY = ("split", "contribution", "cmoe")
+SHARED_BY = ("split", "contribution", "elimination", "cmoe")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class CarveOptions:
             ``coactivation``: those active together (MoEfication, arXiv:2110.01786).
         shared_by: whose rule picks the shared neurons: that of the ``split``, where ``random`` and
             ``contiguous`` have none and deal them out like the others; ``contribution``'s, those
-            whose contribution varies most; or ``cmoe``'s, those most often among the K_a strongest.
+            whose contribution varies most; ``elimination``: those that the others make up for
+            least, the refit included (optimal brain surgeon; ZipLM, arXiv:2302.04089); or
+            ``cmoe``'s, those most often among the K_a strongest.
         router: what scores the experts. ``ridge``: a linear map fitted to the size of their
             contributions. ``ridge_shared``: the same of the input and of the absolute activations
             of the shared neurons, which are computed anyway. ``cmoe``: one representative neuron
@@ -62,7 +64,8 @@ class CarveOptions:
         features: dimensions that neurons' activities are projected to before clustering.
         router_ridge: regularisation of the ridge router, over the mean of the Gram's diagonal;
             None for the best on the held-out tokens.
-        refit_ridge: the same of the refit.
+        refit_ridge: the same of the refit; where it is chosen, each neuron is penalised over its
+            own mean square.
         held_out: share of the calibration tokens, the last, that figures are measured on and
             nothing is fitted to.
         seed: of everything drawn.

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from moezoo.convert.carve.activity import importance
 from moezoo.convert.carve.block import Block
+from moezoo.convert.carve.elimination import elimination_order
 from moezoo.convert.carve.refit import Missing, fit_change, whole
 from moezoo.convert.carve.samples import Sample, Samples, always_first
 
-PruneMethod = Literal["static", "static_mean", "static_ls"]
-PRUNE_METHODS = ("static", "static_mean", "static_ls")
+PruneMethod = Literal["static", "static_mean", "static_ls", "eliminated"]
+PRUNE_METHODS = ("static", "static_mean", "static_ls", "eliminated")
 
 
 def prune(
@@ -38,7 +39,8 @@ def prune(
         method: ``static`` keeps those with the largest ``mean|h_i| ||down_i||`` as they are.
             ``static_mean`` goes by ``std(h_i)`` instead, and adds the others' mean contribution to
             the output bias (FLAP, An et al. 2023, arXiv:2312.11983). ``static_ls`` fits ``down``
-            anew by least squares, with a bias if ``bias``.
+            anew by least squares, with a bias if ``bias``; ``eliminated`` does so with the neurons
+            that the others make up for least (ZipLM, arXiv:2302.04089).
         strengths: regularisation of the fit; of several the best on held-out tokens.
         bias: see there.
     """
@@ -47,7 +49,10 @@ def prune(
     length_F = block.down.norm(dim=0)
     size_F = torch.linalg.vector_norm(hidden_TF, ord=1, dim=0) / len(hidden_TF)
     rating_F = importance(hidden_TF, block) if varying else size_F * length_F
-    order = always_first(rating_F.argsort(descending=True, stable=True), samples.needed)
+    order = rating_F.argsort(descending=True, stable=True)
+    if method == "eliminated":
+        order = elimination_order(hidden_TF, block.down, block.width - keep)
+    order = always_first(order, samples.needed)
     kept, rest = order[:keep].sort().values, order[keep:]
     small = block.take(kept)
     if method == "static":

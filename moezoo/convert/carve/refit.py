@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moezoo.convert.carve.least_squares import Moments
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+STRENGTHS = (0.03, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0)
 """Those that are tried where held-out tokens choose."""
 _CHUNK = 4096
 
@@ -92,25 +92,28 @@ def fit_change(
 
     Args:
         fitted: the tokens that R is fitted to.
-        strengths: λ over the mean square of ``counted``; the best on ``held_out`` is taken, the
-            larger one among equals.
+        strengths: λ over the mean square of ``counted``, or where there are several, of each of
+            its columns by itself. From the largest on they are tried while it gets better on
+            ``held_out``.
         bias: fit a constant too, for activations whose mean is not zero.
         held_out: tokens to choose the strength on; not read if there is only one.
         exact: tokens at which nothing may be missing afterwards. Of all changes that see to it,
             that is taken which moves the outputs at the other tokens least.
     """
-    moments = Moments.of(((part.counted, part.residual) for part in fitted), bias)
+    several = held_out is not None and len(strengths) > 1
+    moments = Moments.of(((part.counted, part.residual) for part in fitted), bias, several)
     best: tuple[float, Change] | None = None
     for strength in sorted(strengths, reverse=True):
         weight_DF, constant_D = moments.solve(strength)
         if exact is not None and len(exact.counted):
             weight_DF = weight_DF + _to_be_exact(moments, strength, weight_DF, constant_D, exact)
         change = Change(weight_DF, constant_D, strength)
-        if held_out is None or len(strengths) == 1:
+        if held_out is None or not several:
             return change
         error = held_out.error(weight_DF, constant_D)
-        if best is None or error < best[0]:
-            best = (error, change)
+        if best is not None and error >= best[0]:
+            break  # each smaller one fits the noise more
+        best = (error, change)
     assert best is not None
     return best[1]
 

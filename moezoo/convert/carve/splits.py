@@ -17,6 +17,7 @@ from moezoo.convert.carve.activity import (
 )
 from moezoo.convert.carve.block import Block
 from moezoo.convert.carve.clusters import balanced_kmeans, cluster_marks
+from moezoo.convert.carve.elimination import elimination_order
 from moezoo.convert.carve.options import CarveOptions
 from moezoo.convert.carve.samples import Samples, always_first
 
@@ -68,7 +69,8 @@ def split_neurons(block: Block, samples: Samples, options: CarveOptions) -> Part
         everyone = _deal(torch.arange(block.width), options)
         shared, candidates = everyone[:count], everyone[count:]
     else:
-        order = always_first(_order(block, hidden_TF, marks_TK, rule), samples.needed)
+        order = _order(block, hidden_TF, marks_TK, rule, block.width - count)
+        order = always_first(order, samples.needed)
         shared, candidates = order[:count].cpu(), order[count:].sort().values
     size = block.width // options.experts
     if options.split in ("random", "contiguous"):
@@ -94,8 +96,12 @@ def _deal(neurons: Tensor, options: CarveOptions) -> Tensor:
     return neurons[torch.randperm(len(neurons), generator=generator)]
 
 
-def _order(block: Block, hidden_TF: Tensor, marks_TK: Tensor | None, rule: str) -> Tensor:
-    """Sort all neurons, those to be shared first."""
+def _order(
+    block: Block, hidden_TF: Tensor, marks_TK: Tensor | None, rule: str, rest: int
+) -> Tensor:
+    """Sort all neurons, those to be shared first; ``rest`` of them will not be."""
+    if rule == "elimination":
+        return elimination_order(hidden_TF, block.down, rest)
     if rule == "cmoe":
         assert marks_TK is not None
         return rates(marks_TK, block.width).argsort(descending=True, stable=True)
