@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moezoo.layers.peer import PEER
     from moezoo.layers.persistent_memory import PersistentMemoryAttention
     from moezoo.layers.product_key_memory import ProductKeyMemory
+    from moezoo.layers.selective_ffn import SelectiveFFN
     from moezoo.layers.sigma_moe import SigmaMoE
     from moezoo.layers.sparse_moe import SparseMoE
     from moezoo.layers.top_k_ffn import TopKFFN
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         RouterOptions,
         WeightOptions,
     )
+    from moezoo.selection import Thresholds
     from moezoo.stock_experts import register_experts
     from moezoo.swap_layers import swap
 
@@ -72,6 +74,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "layers.peer": ("PEER",),
     "layers.persistent_memory": ("PersistentMemoryAttention",),
     "layers.product_key_memory": ("ProductKeyMemory",),
+    "layers.selective_ffn": ("SelectiveFFN",),
     "layers.sigma_moe": ("SigmaMoE",),
     "layers.sparse_moe": ("SparseMoE",),
     "layers.top_k_ffn": ("TopKFFN",),
@@ -83,6 +86,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "RouterOptions",
         "WeightOptions",
     ),
+    "selection": ("Thresholds",),
     "stock_experts": ("register_experts",),
     "swap_layers": ("swap",),
 }
@@ -135,8 +139,10 @@ __all__ = [
     "PersistentMemoryAttention",
     "ProductKeyMemory",
     "RouterOptions",
+    "SelectiveFFN",
     "SigmaMoE",
     "SparseMoE",
+    "Thresholds",
     "TopKFFN",
     "UltraFastFFF",
     "WeightOptions",

@@ -58,7 +58,11 @@ def as_argument(cls: Callable[..., Any], key: str, value: Any, path: str = "") -
     options = [m for m in members if dataclasses.is_dataclass(m) and isinstance(m, type)]
     only = options and set(members) <= {*options, type(None)}
     if options and (only or isinstance(value, Mapping)) and not (union and value is None):
-        return as_options(f"{path}.{key}" if path else key, value, options[0])
+        if isinstance(value, tuple(options)):
+            return value
+        field = f"{path}.{key}" if path else key
+        chosen = _of_kind(field, options, value) if isinstance(value, Mapping) else options[0]
+        return as_options(field, value, chosen)
     return value
 
 
@@ -78,6 +82,29 @@ def as_options(field: str, value: Any, options: type[T]) -> T:
     if not isinstance(value, Mapping):
         raise InputError(f"{field}: {value!r} is not a mapping of options; write name: value")
     return build(options, value, field)
+
+
+def _of_kind(field: str, options: list[type], value: Mapping[str, Any]) -> type:
+    """Choose among options classes the one whose field ``kind`` can be the mapping's.
+
+    A class without such a field is chosen where it is the first; a mapping without ``kind`` is the
+    first class's too.
+
+    Raises:
+        InputError: no class is of that kind; the nearest is proposed.
+    """
+    kinds = {
+        kind: each
+        for each in options
+        for kind in typing.get_args(typing.get_type_hints(each).get("kind"))
+    }
+    if "kind" not in value or not kinds:
+        return options[0]
+    if value["kind"] not in kinds:
+        raise InputError(
+            f"{field}.kind: {value['kind']!r} is not known{nearest(str(value['kind']), kinds)}"
+        )
+    return kinds[value["kind"]]
 
 
 def plain(value: Any) -> Any:

@@ -27,8 +27,8 @@ def checked(method: Callable[..., R]) -> Callable[..., R]:
     Raises:
         InputError: from the wrapped method: ``hidden`` or ``router_input`` is not floating point
             or not ``(..., d_model)``, ``router_input`` or ``mask`` is of another shape,
-            ``token_ids`` are no whole numbers, ``mask`` is not bool, or losses would be lost (see
-            :func:`refuse_lost_losses`).
+            ``token_ids`` are no whole numbers, ``mask`` is not bool, ``positions`` are no whole
+            numbers or of another shape, or losses would be lost (see :func:`refuse_lost_losses`).
     """
 
     @functools.wraps(method)
@@ -65,6 +65,7 @@ def check_context(
     token_ids: Tensor | None = None,
     router_input: Tensor | None = None,
     mask: Tensor | None = None,
+    positions: Tensor | None = None,
     **others: Any,
 ) -> None:
     """Refuse what is given beside the hidden states and does not fit them.
@@ -91,6 +92,14 @@ def check_context(
             f"mask: {mask.dtype} is not bool; give torch.bool, true at real tokens (not a mask "
             "to be added)"
         )
+    if positions is not None:
+        if positions.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"positions: {positions.dtype} holds no positions; give int64")
+        if positions.shape != hidden.shape[:-1]:
+            raise InputError(
+                f"positions: shape {tuple(positions.shape)} does not match hidden's "
+                f"{tuple(hidden.shape[:-1])}"
+            )
 
 
 def flatten_tokens(

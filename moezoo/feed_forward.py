@@ -48,6 +48,7 @@ class TokenContext(NamedTuple):
     token_ids: Tensor | None = None
     router_input: Tensor | None = None
     mask: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ class FeedForward(TrainingState):
     Attributes:
         needs_token_ids: whether a call without ``token_ids`` raises; true where routing reads them.
         reads_router_input: whether ``router_input`` decides which experts a token is routed to.
+        reads_positions: whether ``positions`` change anything; only such layers are given them.
     """
 
     kind: ClassVar[str] = "feed_forward"
     needs_token_ids: ClassVar[bool] = False
     reads_router_input: ClassVar[bool] = False
+    reads_positions: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -120,6 +123,7 @@ class FeedForward(TrainingState):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> FeedForwardOutput:
         """Apply the layer.
 
@@ -130,11 +134,13 @@ class FeedForward(TrainingState):
                 read ``hidden``. Ignored without ``reads_router_input``.
             mask: ``(...)`` bool, true at real tokens. Padding is excluded from routing, losses and
                 statistics, and comes back as zeros from routed layers.
+            positions: ``(...)`` int64, how many tokens of its document come before a token. Ignored
+                without ``reads_positions``.
 
         Raises:
             InputError: an argument is of a wrong shape or dtype; the message names it.
         """
-        return self._compute(hidden, TokenContext(token_ids, router_input, mask), False)
+        return self._compute(hidden, TokenContext(token_ids, router_input, mask, positions), False)
 
     def infer(
         self,
@@ -160,6 +166,7 @@ class FeedForward(TrainingState):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> FeedForwardOutput:
         """Compute the same numbers by brute force, in plain differentiable torch, any dtype.
 
@@ -168,6 +175,7 @@ class FeedForward(TrainingState):
             token_ids: ``(...)`` int64.
             router_input: ``(..., d_model)``.
             mask: ``(...)`` bool.
+            positions: ``(...)`` int64.
 
         Returns:
             Output, losses and statistics of :meth:`forward`, equal but for rounding.
@@ -175,7 +183,7 @@ class FeedForward(TrainingState):
         Raises:
             InputError: as :meth:`forward`.
         """
-        return self._compute(hidden, TokenContext(token_ids, router_input, mask), True)
+        return self._compute(hidden, TokenContext(token_ids, router_input, mask, positions), True)
 
     @checked
     @torch.no_grad()
@@ -186,6 +194,7 @@ class FeedForward(TrainingState):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> SlotLoad | None:
         """Return the load of each expert, value or neuron in a pass, however many there are.
 
@@ -196,6 +205,7 @@ class FeedForward(TrainingState):
             token_ids: ``(...)`` int64.
             router_input: ``(..., d_model)``.
             mask: ``(...)`` bool.
+            positions: ``(...)`` int64.
 
         Returns:
             How many tokens are routed to each of N slots, and with what total weight; None where
@@ -204,7 +214,7 @@ class FeedForward(TrainingState):
         Raises:
             InputError: as :meth:`forward`.
         """
-        return self._slot_load(hidden, TokenContext(token_ids, router_input, mask))
+        return self._slot_load(hidden, TokenContext(token_ids, router_input, mask, positions))
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool

@@ -156,10 +156,11 @@ def gated_unit(gate: Tensor, up: Tensor, activation: str, glu: GLUOptions = PLAI
         activation: a key of :data:`ACTIVATIONS`.
         glu: bounds of the factors.
     """
-    return _gate_value(gate, activation, glu) * _up_value(up, glu)
+    return gate_value(gate, activation, glu) * up_value(up, glu)
 
 
-def _gate_value(gate: Tensor, activation: str, glu: GLUOptions) -> Tensor:
+def gate_value(gate: Tensor, activation: str, glu: GLUOptions = PLAIN_GLU) -> Tensor:
+    """Return the first factor of :func:`gated_unit`, ``act(gate)`` with its bounds."""
     if glu.gate_softcap is not None:
         return _capped(gate, glu.gate_softcap) * torch.sigmoid(gate)
     if glu.limit is not None and not glu.limit_after:
@@ -168,7 +169,8 @@ def _gate_value(gate: Tensor, activation: str, glu: GLUOptions) -> Tensor:
     return value.clamp(max=glu.limit) if glu.limit_after else value
 
 
-def _up_value(up: Tensor, glu: GLUOptions) -> Tensor:
+def up_value(up: Tensor, glu: GLUOptions = PLAIN_GLU) -> Tensor:
+    """Return the second factor of :func:`gated_unit`, ``up`` with its bounds."""
     if glu.up_softcap is not None:
         up = _capped(up, glu.up_softcap)
     if glu.limit is not None:
@@ -244,7 +246,7 @@ def activate_backward(
     if not gated:
         return ACTIVATIONS[activation](x), _BACKWARDS[activation](grad, x)
     gate, up = split_gate(x, interleaved)
-    activated, factor = _gate_value(gate, activation, glu), _up_value(up, glu)
+    activated, factor = gate_value(gate, activation, glu), up_value(up, glu)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_gate, grad_up = split_gate(grad_x, interleaved)
     torch.mul(grad, activated, out=grad_up)

@@ -34,12 +34,10 @@ from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
-from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, usage
+from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
 from moezoo_kernels import statistical_top_k
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.statistical_top_k.plain import excess
-
-_STATISTICS_BLOCK = 1024  # tokens
 
 
 class TopKFFN(FeedForward):
@@ -139,7 +137,7 @@ class TopKFFN(FeedForward):
         """Count how often each neuron is not zero, and sum up its magnitude."""
         _, _, mask_T = self._flatten(hidden, context)
         inner_TF = self._kept(hidden, context.router_input).reshape(-1, self.d_ff)
-        return _neuron_load(inner_TF, mask_T)[0]
+        return neuron_load(inner_TF, mask_T)[0]
 
     def _kept(self, hidden: Tensor, router_input: Tensor | None) -> Tensor:
         """Compute the hidden layer ``(..., F)``, zero where it is not kept."""
@@ -183,7 +181,7 @@ class TopKFFN(FeedForward):
         return torch.zeros_like(inner).scatter(-1, kept, inner.gather(-1, kept))
 
     def _stats(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
-        load, active_T = _neuron_load(inner_TF, mask_T)
+        load, active_T = neuron_load(inner_TF, mask_T)
         tokens = load.counts.new_tensor(len(inner_TF)) if mask_T is None else mask_T.sum()
         stats = {
             "tokens": tokens,
@@ -248,26 +246,6 @@ class TopKFFN(FeedForward):
             flops_per_token=2 * (inputs + self.d_ff * self.d_model),
             bytes_per_token=active * self.down_proj.weight.element_size(),
         )
-
-
-def _neuron_load(inner_TF: Tensor, mask_T: Tensor | None) -> tuple[SlotLoad, Tensor]:
-    """Return the neurons' load, and how many each token has that are not zero, ``(T,)``.
-
-    A block of tokens at a time, as what is compared and counted would not fit into a cache.
-    """
-    wide = torch.promote_types(inner_TF.dtype, torch.float32)
-    mass_F = inner_TF.new_zeros(inner_TF.shape[-1], dtype=wide)
-    counts_F = inner_TF.new_zeros(inner_TF.shape[-1], dtype=torch.int64)
-    active = []
-    for i, block_TF in enumerate(inner_TF.split(_STATISTICS_BLOCK)):
-        if mask_T is not None:
-            mask = mask_T[i * _STATISTICS_BLOCK :][: len(block_TF)]
-            block_TF = block_TF.masked_fill(~mask.unsqueeze(-1), 0.0)
-        mass_F += block_TF.abs().sum(dim=0, dtype=wide)
-        is_active_TF = block_TF != 0
-        counts_F += is_active_TF.sum(dim=0)
-        active.append(is_active_TF.sum(dim=-1))
-    return SlotLoad(counts_F, mass_F, None, "neurons", (inner_TF.shape[-1],)), torch.cat(active)
 
 
 register(

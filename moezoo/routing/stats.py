@@ -14,6 +14,7 @@ from torch import Tensor
 
 MOST_COUNTS = 4096
 """Layers with more slots than this return no counts with every step, only their summary."""
+_STATISTICS_BLOCK = 1024  # tokens
 
 
 class SlotLoad(NamedTuple):
@@ -214,3 +215,23 @@ def slot_usage(weight_N: Tensor) -> dict[str, Tensor]:
 def _at_least_fp32(x: Tensor) -> Tensor:
     """Promote integers, bf16 and fp16 to fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def neuron_load(inner_TF: Tensor, mask_T: Tensor | None) -> tuple[SlotLoad, Tensor]:
+    """Return the neurons' load, and how many each token has that are not zero, ``(T,)``.
+
+    A block of tokens at a time, as what is compared and counted would not fit into a cache.
+    """
+    wide = torch.promote_types(inner_TF.dtype, torch.float32)
+    mass_F = inner_TF.new_zeros(inner_TF.shape[-1], dtype=wide)
+    counts_F = inner_TF.new_zeros(inner_TF.shape[-1], dtype=torch.int64)
+    active = []
+    for i, block_TF in enumerate(inner_TF.split(_STATISTICS_BLOCK)):
+        if mask_T is not None:
+            mask = mask_T[i * _STATISTICS_BLOCK :][: len(block_TF)]
+            block_TF = block_TF.masked_fill(~mask.unsqueeze(-1), 0.0)
+        mass_F += block_TF.abs().sum(dim=0, dtype=wide)
+        is_active_TF = block_TF != 0
+        counts_F += is_active_TF.sum(dim=0)
+        active.append(is_active_TF.sum(dim=-1))
+    return SlotLoad(counts_F, mass_F, None, "neurons", (inner_TF.shape[-1],)), torch.cat(active)

@@ -413,6 +413,12 @@ CONVENTIONS = {
     "top_k_contribution": _layer("top_k_ffn", rank="contribution", activation="gelu", gated=True),
     "top_k_split": _layer("top_k_ffn", gated=True, split_input=True, activation="silu"),
     "top_k_threshold": _layer("top_k_ffn", selection="statistical", activation="gelu"),
+    "selective_limit": _layer("SelectiveFFN", glu=GLUOptions(limit=0.4, up_shift=0.5)),
+    "selective_limit_after": _layer("SelectiveFFN", glu=GLUOptions(limit=0.3, limit_after=True)),
+    "selective_softcaps": _layer(
+        "SelectiveFFN", glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9), first_tokens=3
+    ),
+    "selective_mlp": _layer("SelectiveFFN", gated=False, activation="relu2", bias=False),
     "earlier_only": _layer("persistent_memory", include_self=False),
     "dense_limit": _layer("dense_glu", glu=GLUOptions(limit=0.5, up_shift=0.5)),
     "dense_limit_after": _layer("dense_glu", glu=GLUOptions(limit=0.3, limit_after=True)),

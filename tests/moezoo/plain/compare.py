@@ -25,6 +25,7 @@ PLAIN: dict[str, Callable[[Weights, Options, Tensor, Call], Answer]] = {
     "PEER": product_key.peer,
     "PersistentMemoryAttention": dense.persistent_memory,
     "ProductKeyMemory": product_key.product_key_memory,
+    "SelectiveFFN": neurons.selective_ffn,
     "SigmaMoE": sparse.sigma_moe,
     "SparseMoE": sparse.sparse_moe,
     "TopKFFN": neurons.top_k_ffn,
@@ -87,6 +88,7 @@ def inputs(layer: FeedForward, situation: Mapping[str, Any]) -> tuple[Tensor, Ca
         mask=mask,
         router_input=router_input if situation.get("router_input") else None,
         token_ids=torch.randint(VOCABULARY, shape, generator=generator),
+        positions=torch.arange(shape[-1]).expand(shape) if situation.get("masked") else None,
     )
 
 
@@ -131,7 +133,11 @@ def by_layer(
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     torch.manual_seed(7)
     outcome = (layer.reference if brute_force else layer)(
-        hidden, token_ids=call.token_ids, router_input=call.router_input, mask=call.mask
+        hidden,
+        token_ids=call.token_ids,
+        router_input=call.router_input,
+        mask=call.mask,
+        positions=call.positions,
     )
     found: dict[str, Any] = gradients(outcome, hidden, call, dict(layer.named_parameters()))
     for name, buffer in layer.named_buffers():

@@ -5,7 +5,18 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import torch
-from plain.parts import Answer, Call, Options, Weights, activation, best, stacked, tokens_of
+from plain.parts import (
+    Answer,
+    Call,
+    Options,
+    Weights,
+    activation,
+    best,
+    gate_factor,
+    gated_unit,
+    stacked,
+    tokens_of,
+)
 from torch import Tensor
 
 
@@ -58,3 +69,45 @@ def _excess(u_F: Tensor, top_k: int) -> Tensor:
     mean = u_F.sum() / size
     deviation = torch.sqrt(((u_F - mean) ** 2).sum() / size)
     return u_F - (mean + deviation * NormalDist().inv_cdf(1 - top_k / size))
+
+
+def selective_ffn(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
+    """``y = W_down h``, of inputs, gates and hidden values those above their thresholds.
+
+    CATS (arXiv:2404.08763, eq. 5) has one on the gates, TEAL (arXiv:2408.14690, eq. 3) one on what
+    each matrix multiplies. The first tokens of a document read all.
+    """
+    tokens, _, real = tokens_of(hidden, call)
+    places = [None] * len(tokens) if call.positions is None else call.positions.reshape(-1).tolist()
+    width = weights["down_proj.weight"].shape[1]
+    rows, counts = [], [0] * width
+    for x_D, place, is_real in zip(tokens, places, real, strict=True):
+        dense = place is not None and place < options["first_tokens"]
+
+        def large(value: Tensor, name: str, i: int, dense: bool = dense) -> bool:
+            return dense or bool(value.abs() > weights[f"selector.{name}"][i])
+
+        def product(name: str, i: int, which: str, x_D: Tensor = x_D) -> Tensor:
+            row = weights[f"{name}.weight"][i]
+            parts = [row[j] * x_D[j] for j in range(len(x_D)) if large(x_D[j], which, j)]
+            bias = weights.get(f"{name}.bias")
+            return sum(parts, x_D.new_zeros(()) if bias is None else bias[i])
+
+        y_D = torch.zeros_like(x_D)
+        for i in range(width):
+            if options["gated"]:
+                glu = options["glu"]
+                gate = product("gate_proj", i, "input")
+                if not large(gate_factor(options["activation"], gate, glu), "gate", i):
+                    continue
+                up = product("up_proj", i, "up_input")
+                value = gated_unit(options["activation"], gate, up, glu)
+            else:
+                value = activation(options["activation"], product("up_proj", i, "input"))
+            if large(value, "hidden", i):
+                y_D = y_D + value * weights["down_proj.weight"][:, i]
+                counts[i] += is_real and bool(value != 0)
+        if "down_proj.bias" in weights:
+            y_D = y_D + weights["down_proj.bias"]
+        rows.append(y_D)
+    return Answer(stacked(rows, hidden), {}, counts)

@@ -27,6 +27,7 @@ class Call(NamedTuple):
     mask: Tensor | None = None
     router_input: Tensor | None = None
     token_ids: Tensor | None = None
+    positions: Tensor | None = None
     earlier: list[int] | None = None
 
 
@@ -62,22 +63,26 @@ def activation(name: str, x: Tensor) -> Tensor:
     return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-def gated_unit(name: str, gate: Tensor, up: Tensor, glu: Options) -> Tensor:
-    """Multiply activation and linear factor, bounded as GPT-OSS, Step-3.7 or Inkling 2 do it."""
+def gate_factor(name: str, gate: Tensor, glu: Options) -> Tensor:
+    """Return a gated unit's activation, bounded as GPT-OSS, Step-3.7 or Inkling 2 do it."""
     if (cap := glu["gate_softcap"]) is not None:
         assert name == "silu"
-        value = cap * torch.tanh(gate / cap) * sigmoid(gate)
+        return cap * torch.tanh(gate / cap) * sigmoid(gate)
+    if (limit := glu["limit"]) is None:
+        return activation(name, gate)
+    if not glu["limit_after"]:
+        return activation(name, torch.where(gate > limit, limit, gate))
+    value = activation(name, gate)
+    return torch.where(value > limit, limit, value)
+
+
+def gated_unit(name: str, gate: Tensor, up: Tensor, glu: Options) -> Tensor:
+    """Multiply activation and linear factor, both bounded."""
+    if glu["gate_softcap"] is not None:
         up = glu["up_softcap"] * torch.tanh(up / glu["up_softcap"])
     elif (limit := glu["limit"]) is not None:
         up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
-        if not glu["limit_after"]:
-            gate = torch.where(gate > limit, limit, gate)
-        value = activation(name, gate)
-        if glu["limit_after"]:
-            value = torch.where(value > limit, limit, value)
-    else:
-        value = activation(name, gate)
-    return value * (up + glu["up_shift"])
+    return gate_factor(name, gate, glu) * (up + glu["up_shift"])
 
 
 UNBOUNDED = {"limit": None, "limit_after": False, "up_shift": 0.0, "gate_softcap": None}
