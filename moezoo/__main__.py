@@ -89,6 +89,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "a dense checkpoint's own neurons as shared and routed experts",
             positional=True,
         ),
+        "sparsify": Command(
+            "moezoo_models.conversion.sparsify:sparsify",
+            "a dense checkpoint whose tokens skip what counts for little",
+            positional=True,
+        ),
         "adopt": Command(
             "moezoo_models.adopt.report:report_adoption",
             "which layers would compute a mixture of transformers, how fast",
@@ -146,6 +151,7 @@ EXAMPLES = (
     'moezoo generate --checkpoint runs/demo/model --prompt "def "',
     "moezoo upcycle path/to/llama runs/mixtral --experts 8 --top_k 2",
     "moezoo carve path/to/llama runs/carved --shared 3 --active 3 --experts 8",
+    "moezoo sparsify path/to/llama runs/sparse --work 0.57",
 )
 # Top-level modules of the optional dependencies, and the extra that brings each.
 EXTRAS = {

@@ -13,9 +13,9 @@ from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward
 
 Context = dict[str, Tensor | None]
-"""What a layer is given beside hidden states: ``token_ids``, ``router_input``, ``mask``."""
+"""What a layer is given beside hidden states: ``token_ids``, ``router_input``, ``mask``, ``positions``."""
 
-_CONTEXT = ("token_ids", "router_input", "mask")
+_CONTEXT = ("token_ids", "router_input", "mask", "positions")
 
 See = Callable[[str, FeedForward, Tensor, Context], None]
 """Told the name of a layer, the layer, its hidden states ``(..., d_model)``, and the context."""

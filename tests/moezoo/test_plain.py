@@ -40,7 +40,8 @@ def test_other_paths_of_a_convention_equal_its_forward_pass(name):
     call = call._replace(router_input=None)
     forward = by_layer(layer, hidden, call)
     with torch.no_grad():
-        found = layer.infer(hidden, token_ids=call.token_ids, mask=call.mask)
+        where = {"positions": call.positions} if layer.reads_positions else {}
+        found = layer.infer(hidden, token_ids=call.token_ids, mask=call.mask, **where)
     torch.testing.assert_close(found, forward["hidden"], rtol=1e-12, atol=1e-12)
 
 

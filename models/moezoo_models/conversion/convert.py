@@ -144,7 +144,7 @@ def convert(
         work.write_index(shards)
         shapes = mixture if settled is None else settled()
         work.write_json(CONFIG, kind.config(source, shapes))
-        _copy_files(source.directory, work.directory)
+        copy_files(source.directory, work.directory)
         if check == "auto":
             check = "logits" if 2 * total < free_memory() else "layers"
         drift = _measure(models, work.directory, kind, mixture, remember, check)
@@ -264,7 +264,7 @@ def _identity(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def copy_files(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template and generation settings byte for byte."""
     for name in COPIED_FILES:
         if (source / name).is_file():

@@ -139,6 +139,8 @@ class Decoder:
             elif block.second_norm is not None:
                 looks_back = block.looks_back
                 read = {} if block.read is None else {"router_input": block.read[:, None]}
+                if block.mlp.reads_positions:
+                    read["positions"] = self._next[:, None]
                 answer = block.mlp.infer(
                     block.second_norm(hidden)[:, None],
                     token_ids=context if looks_back else token_ids,

@@ -84,6 +84,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             token_ids=token_ids,
             router_input=self._read_by_router(entering, hidden),
             mask=token_mask,
+            **self._positions(hidden, kwargs.get("position_ids")),
         )
         return self.with_answer(hidden, answer.hidden), answer.losses, answer.stats
 
@@ -109,6 +110,12 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def _added(self, residual: Tensor, x: Tensor) -> Tensor:
         return residual + (x if self.residual_multiplier == 1.0 else x * self.residual_multiplier)
+
+    def _positions(self, hidden: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+        """Return the positions ``(batch, sequence)`` if the feed-forward block reads them."""
+        if positions is None or not self.mlp.reads_positions:
+            return {}
+        return {"positions": positions.expand(hidden.shape[:2])}
 
     def _read_by_router(self, entering: Tensor, attended: Tensor) -> Tensor | None:
         """Return what the router reads; None if that is what the experts read."""

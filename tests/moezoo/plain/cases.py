@@ -27,6 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "PEER": {"num_experts": 81, "top_k": 4, "num_heads": 3},
     "PersistentMemoryAttention": {"num_heads": 3, "num_slots": 11},
     "ProductKeyMemory": {"num_keys": 9, "top_k": 5},
+    "SelectiveFFN": {"d_ff": 17},
     "SparseMoE": {"d_expert": 5},
 }
 

@@ -84,29 +84,26 @@ def selective_ffn(weights: Weights, options: Options, hidden: Tensor, call: Call
     for x_D, place, is_real in zip(tokens, places, real, strict=True):
         dense = place is not None and place < options["first_tokens"]
 
-        def large(value: Tensor, name: str, i: int, dense: bool = dense) -> bool:
-            return dense or bool(value.abs() > weights[f"selector.{name}"][i])
+        def large(value: Tensor, name: str, dense: bool = dense) -> Tensor:
+            return (value.abs() > weights[f"selector.{name}"]) | dense
 
-        def product(name: str, i: int, which: str, x_D: Tensor = x_D) -> Tensor:
-            row = weights[f"{name}.weight"][i]
-            parts = [row[j] * x_D[j] for j in range(len(x_D)) if large(x_D[j], which, j)]
-            bias = weights.get(f"{name}.bias")
-            return sum(parts, x_D.new_zeros(()) if bias is None else bias[i])
+        def products(name: str, which: str, x_D: Tensor = x_D) -> Tensor:
+            read = large(x_D, which)
+            made_F = weights[f"{name}.weight"][:, read] @ x_D[read]
+            return made_F + weights[f"{name}.bias"] if f"{name}.bias" in weights else made_F
 
+        if options["gated"]:
+            gate_F, up_F = products("gate_proj", "input"), products("up_proj", "up_input")
+            value_F = gated_unit(options["activation"], gate_F, up_F, options["glu"])
+            factor_F = gate_factor(options["activation"], gate_F, options["glu"])
+            kept_F = large(factor_F, "gate") & large(value_F, "hidden")
+        else:
+            value_F = activation(options["activation"], products("up_proj", "input"))
+            kept_F = large(value_F, "hidden")
         y_D = torch.zeros_like(x_D)
-        for i in range(width):
-            if options["gated"]:
-                glu = options["glu"]
-                gate = product("gate_proj", i, "input")
-                if not large(gate_factor(options["activation"], gate, glu), "gate", i):
-                    continue
-                up = product("up_proj", i, "up_input")
-                value = gated_unit(options["activation"], gate, up, glu)
-            else:
-                value = activation(options["activation"], product("up_proj", i, "input"))
-            if large(value, "hidden", i):
-                y_D = y_D + value * weights["down_proj.weight"][:, i]
-                counts[i] += is_real and bool(value != 0)
+        for i in kept_F.nonzero().flatten().tolist():
+            y_D = y_D + value_F[i] * weights["down_proj.weight"][:, i]
+            counts[i] += is_real and bool(value_F[i] != 0)
         if "down_proj.bias" in weights:
             y_D = y_D + weights["down_proj.bias"]
         rows.append(y_D)

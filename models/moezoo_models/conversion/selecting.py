@@ -1,0 +1,275 @@
+"""Finding a checkpoint's thresholds: what errors of each layer cost, budgets, calibration.
+
+Shapes: W windows, L tokens each, D d_model; T = W L.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from moezoo.convert import Block
+from moezoo.convert.select import (
+    Curves,
+    LayerThresholds,
+    SelectMethod,
+    allocate,
+    calibrate,
+    error_curves,
+    keys_of,
+    uniform,
+)
+from moezoo.convert.select.budget import Count
+from moezoo.selection import Shares
+from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.conversion.calibration import Calibration
+from moezoo_models.conversion.propagate import Propagation, Variant
+from moezoo_models.conversion.source import Source
+from moezoo_models.conversion.stage import Answer, Head, Stage, embed
+from moezoo_models.conversion.targets import TARGETS
+
+_CURVE_TOKENS = 512
+_TRIAL = Shares(0.8, 0.75, 0.9, 0.5)
+"""What a layer keeps while its cost to the model is measured: about half of the work."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors of each layer cost.
+
+    Attributes:
+        curves: of each layer, its errors by what is kept.
+        nats: of each layer, the divergence of the next tokens' distribution from the dense
+            model's while this layer alone is on trial.
+        errors: of each layer, the error of its output on trial.
+    """
+
+    curves: list[Curves]
+    nats: list[float]
+    errors: list[float]
+
+    @property
+    def weights(self) -> list[float]:
+        """Return the cost of one unit of each layer's error, in nats."""
+        return [nats / max(e, 1e-30) for nats, e in zip(self.nats, self.errors, strict=True)]
+
+
+def first_of_windows(tokens: int, length: int) -> Tensor:
+    """Mark the first token of each window, ``(T,)``."""
+    return torch.arange(tokens) % length == 0
+
+
+@torch.no_grad()
+def measure(
+    source: Source,
+    tokens: Tensor,
+    layers: Sequence[int],
+    device: torch.device,
+    progress: Callable[[], None] = lambda: None,
+) -> Sensitivity:
+    """Measure what errors of each layer cost the model, layer by layer in the memory of one.
+
+    Each layer is put on trial alone, and the states that come of it pass through all later layers
+    beside the dense ones: for n layers that is half of n passes of the model, over few tokens.
+
+    Args:
+        source: the dense model.
+        tokens: ``(W, L)``; a thousand tell layers apart.
+        layers: those that may be changed.
+        device: where to compute.
+        progress: called after each layer.
+    """
+    dense, on_trial = embed(source, tokens), dict[int, Tensor]()
+    curves, errors = [], []
+    first = first_of_windows(tokens.numel(), tokens.shape[1]).to(device)
+    for layer in range(source.num_layers):
+        stage = Stage(source, layer, device)
+        on_trial = {
+            each: torch.cat(list(stage.outputs(states, stage.block.run)))
+            for each, states in on_trial.items()
+        }
+        attended = torch.cat(list(stage.attended(dense)))
+        inputs = stage.inputs(attended)
+        output = stage.block.run(inputs)
+        if layer in layers:
+            x_TD = inputs[~first]
+            keys = keys_of("mix", stage.block, x_TD)
+            curves.append(error_curves(stage.block, _some(x_TD), keys))
+            found = calibrate(stage.block, x_TD, keys, _TRIAL)
+            changed = found.run(stage.block, inputs, first)
+            errors.append(float((changed - output).double().square().sum(dim=-1).mean()))
+            on_trial[layer] = attended + changed.view_as(attended).cpu()
+        dense = attended + output.view_as(attended).cpu()
+        progress()
+    head = Head(source, device)
+    nats = [0.0] * len(layers)
+    for row in range(len(tokens)):
+        right = _log_probabilities(head, dense[row])
+        for place, layer in enumerate(layers):
+            found_nats = _log_probabilities(head, on_trial[layer][row])
+            divergence = (right.exp() * (right - found_nats)).sum(dim=-1)
+            nats[place] += float(divergence.double().mean()) / len(tokens)
+    return Sensitivity(curves, nats, errors)
+
+
+def _some(x_TD: Tensor) -> Tensor:
+    """Take tokens at even distances."""
+    return x_TD[:: max(len(x_TD) // _CURVE_TOKENS, 1)]
+
+
+def _log_probabilities(head: Head, states: Tensor) -> Tensor:
+    logits = head.lm_head(head.norm(states.to(head.lm_head.weight.device)))
+    return logits.float().log_softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """A method at one budget, as a variant of the dense model.
+
+    Attributes:
+        method: the method.
+        budgets: what each layer keeps, by its number.
+        length: tokens L of a window.
+        dtype: in which the model will be computed.
+        directory: where thresholds are kept; None keeps none.
+    """
+
+    method: SelectMethod
+    budgets: dict[int, Shares]
+    length: int
+    dtype: torch.dtype
+    directory: Path | None = None
+
+    def __call__(self, layer: int, x_TD: Tensor, block: Block) -> Answer:
+        """Find a layer's thresholds, or read those of an earlier run; return its block."""
+        first = first_of_windows(len(x_TD), self.length).to(x_TD.device)
+        file = None if self.directory is None else thresholds_file(self.directory, layer)
+        if file is not None and file.is_file():
+            found = read_thresholds(file)
+        else:
+            real = x_TD[~first]
+            keys = keys_of(self.method, block, real)
+            found = calibrate(block, real, keys, self.budgets[layer], self.dtype)
+            if file is not None:
+                save_thresholds(file, found)
+        return partial(self._run, found, block)
+
+    def _run(self, found: LayerThresholds, block: Block, x_TD: Tensor) -> Tensor:
+        first = first_of_windows(len(x_TD), self.length)
+        return found.run(block, x_TD, first.to(x_TD.device))
+
+
+def budgets_of(
+    method: SelectMethod,
+    share: float,
+    layers: Sequence[int],
+    sensitivity: Sensitivity | None,
+    count: Count = "work",
+) -> dict[int, Shares]:
+    """Return what each layer keeps.
+
+    Args:
+        method: the method.
+        share: of the layers' work.
+        layers: their numbers.
+        sensitivity: of these layers, in their order; only mix reads it.
+        count: what the share is of.
+
+    Raises:
+        InputError: the method cannot do with so little.
+    """
+    if method != "mix":
+        return dict.fromkeys(layers, uniform(method, share))
+    assert sensitivity is not None
+    budgets = allocate(sensitivity.curves, sensitivity.weights, share, count)
+    return dict(zip(layers, budgets, strict=True))
+
+
+def selected_nats(
+    source: Source,
+    calibration: Calibration,
+    method: SelectMethod,
+    shares: Sequence[float],
+    directory: Path,
+    layers: Sequence[int] | None = None,
+    device: torch.device = torch.device("cpu"),
+    sensitivity: Sensitivity | None = None,
+) -> list[Tensor]:
+    """Return the cross-entropy on held-out tokens that a method leaves at shares of the work.
+
+    ``moezoo carve`` and ``moezoo inspect frontier`` set it beside their own figures.
+
+    Args:
+        source: the dense model.
+        calibration: text that thresholds are found on, and text that they are judged by.
+        method: the method.
+        shares: of the FFN's work.
+        directory: for hidden states.
+        layers: those that are changed; default: all.
+        device: where to compute.
+        sensitivity: for mix, if it is known already.
+
+    Returns:
+        For each share what :meth:`~moezoo_models.conversion.propagate.Propagation.run` gives.
+    """
+    layers = tuple(range(source.num_layers) if layers is None else layers)
+    if method == "mix" and sensitivity is None:
+        sensitivity = measure(source, trial_tokens(calibration), layers, device)
+    length = calibration.fitted.shape[1]
+    variants = [
+        Variant(
+            f"{share:g}",
+            Selecting(
+                method,
+                budgets_of(method, share, layers, sensitivity),
+                length,
+                source.dtype,
+            ),
+        )
+        for share in dict.fromkeys(shares)
+    ]
+    found = Propagation(source, calibration, variants, layers, directory, device).run()
+    return [found[f"{share:g}"] for share in shares]
+
+
+def trial_tokens(calibration: Calibration, tokens: int = 1024) -> Tensor:
+    """Return the windows that layers are put on trial with."""
+    count = max(tokens // calibration.fitted.shape[1], 1)
+    return calibration.fitted[:count]
+
+
+def sparsifiable() -> tuple[str, ...]:
+    """Return the families of dense models whose blocks can be made selective."""
+    return TARGETS["moezoo"].families
+
+
+def thresholds_file(directory: Path, layer: int) -> Path:
+    """Return where a layer's thresholds are kept."""
+    return directory / f"thresholds-{layer:05d}.safetensors"
+
+
+def save_thresholds(file: Path, found: LayerThresholds) -> None:
+    """Keep a layer's thresholds; atomically."""
+    tensors = {name: getattr(found, name).cpu().contiguous() for name in _TENSORS}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as handle:
+        handle.write(save(tensors, {"shares": json.dumps(found.shares)}))
+
+
+def read_thresholds(file: Path) -> LayerThresholds:
+    """Read what :func:`save_thresholds` wrote."""
+    with safe_open(file, framework="pt") as opened:
+        tensors: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
+        return LayerThresholds(**tensors, shares=Shares(*json.loads(opened.metadata()["shares"])))
+
+
+_TENSORS = ("input", "gate", "up_input", "hidden")
