@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import InputError, check_int, check_number, check_text
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
+from moezoo_models.decoding.griffin import check_decoded
 from moezoo_models.decoding.loop import continue_ids
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.mode import evaluating
@@ -46,6 +47,7 @@ def generate(
     attention: str | None = None,
     tokenizer: str | Path | None = None,
     dtype: str = "auto",
+    griffin: float | None = None,
 ) -> str:
     """Continue a prompt with a checkpoint's model.
 
@@ -67,6 +69,8 @@ def generate(
         tokenizer: directory of the tokenizer; default: the checkpoint's own.
         dtype: of the weights: float32, bfloat16, float16, or auto: as saved, but float32 on a CPU
             that is slow in that.
+        griffin: share of each dense block's neurons that go on after the prompt: those that it
+            used most (GRIFFIN, arXiv:2404.01365); default: all of them.
 
     Returns:
         The prompt and its continuation.
@@ -82,6 +86,8 @@ def generate(
     model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention, dtype)
     # Options that do not fit this model are refused before the prompt is printed.
     _start(model, words, prompt, max_new_tokens)
+    if griffin is not None:
+        check_decoded(model, griffin)
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)
@@ -99,6 +105,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         on_text=show if stream else None,
+        griffin=griffin,
     )
     if stream:
         show("\n")
@@ -116,6 +123,7 @@ def continue_text(
     top_p: float = 1.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    griffin: float | None = None,
 ) -> str:
     """Continue a prompt with a model in memory; it stays in the mode and random state it was in.
 
@@ -129,6 +137,7 @@ def continue_text(
         top_p: as there.
         seed: as there.
         on_text: called with each piece of text as soon as its characters are whole.
+        griffin: as for :func:`generate`.
 
     Returns:
         The continuation, without the prompt.
@@ -156,6 +165,7 @@ def continue_text(
             config,
             processors=LogitsProcessorList([FiniteLogits()]),
             streamer=WholeCharacterStreamer(tokenizer, collect),
+            griffin=griffin,
         )
     return "".join(pieces)
 

@@ -120,6 +120,29 @@ class DenseFFN(FeedForward):
             return ACTIVATIONS[self.activation](up)
         return gated_unit(self.gate_proj(hidden), up, self.activation, self.glu)
 
+    @torch.no_grad()
+    def take(self, neurons: Tensor) -> DenseFFN:
+        """Return a block of some of the neurons, ``(K,)`` int64, with copies of their weights."""
+        with torch.device("meta"):
+            small = DenseFFN(
+                self.d_model,
+                neurons.numel(),
+                activation=self.activation,  # type: ignore[arg-type]
+                gated=self.gated,
+                bias=self.bias,
+                glu=self.glu,
+            )
+        for name, parameter in self.named_parameters():
+            if name == "down_proj.weight":
+                taken = parameter.index_select(1, neurons)
+            elif name == "down_proj.bias":
+                taken = parameter.clone()
+            else:
+                taken = parameter.index_select(0, neurons)
+            path, _, last = name.rpartition(".")
+            setattr(small.get_submodule(path), last, nn.Parameter(taken, requires_grad=False))
+        return small.train(self.training)
+
     def _neuron_by_neuron(self, tokens: Tensor) -> Tensor:
         """Sum over hidden neurons one by one: ``y = Σ_j act_j(x) W_down[:, j]``."""
         act = ACTIVATIONS[self.activation]

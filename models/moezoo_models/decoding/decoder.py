@@ -13,6 +13,8 @@ Shapes: B sequences, S tokens of a prompt, L positions, D hidden_size, V vocab_s
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,8 +23,15 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from moezoo.feed_forward import FeedForward
+from moezoo.layers.dense import DenseFFN
 from moezoo_kernels.token_step import Angles, Cache
 from moezoo_models.decoding.attending import Attending, signed
+from moezoo_models.decoding.griffin import (
+    Chosen,
+    dense_blocks,
+    one_prompt,
+    reading_prompt,
+)
 from moezoo_models.decoding.native_steps import (
     native_attention,
     native_feed_forward,
@@ -53,12 +62,25 @@ class Decoder:
         ids: ``(B, S)`` int64, the prompts.
         mask: ``(B, S)``, nonzero at real tokens.
         new_tokens: how many tokens follow at most; the cache has room for all but the last.
+        griffin: share of a dense block's neurons that the prompt keeps for what follows; None for
+            all of them.
+
+    Raises:
+        InputError: the share is out of range, there is no dense block, or prompts differ.
     """
 
     def __init__(
-        self, model: MoezooForCausalLM, ids: Tensor, mask: Tensor, new_tokens: int
+        self,
+        model: MoezooForCausalLM,
+        ids: Tensor,
+        mask: Tensor,
+        new_tokens: int,
+        griffin: float | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._griffin = model, griffin
+        if griffin is not None:
+            dense_blocks(model, griffin)
+            one_prompt(ids, mask)
         batch, length = ids.shape
         positions = length + new_tokens - 1
         self._at, self._prompt = length, (ids, mask)
@@ -100,14 +122,20 @@ class Decoder:
         """Read the prompts by the model's own forward pass; return the next logits ``(B, V)``."""
         ids, mask = self._prompt
         cache = DynamicCache(config=self._model.config)
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=self._prompt_places,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        reading: AbstractContextManager[Chosen] = nullcontext({})
+        if self._griffin is not None:
+            reading = reading_prompt(self._model, self._griffin, mask)
+        with reading as chosen:
+            output = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=self._prompt_places,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        for number, neurons in chosen.items():
+            self._blocks[number].keep(neurons)
         for block in self._blocks:
             layer: Any = cache.layers.pop(0)  # and with it its memory
             block.attending.remember(layer.keys, layer.values, self._at)
@@ -204,7 +232,13 @@ class _Block:
         self.second_norm = self.feed = None
         if second is not None:
             self.second_norm = norm_of(second)
-            self.feed = native_feed_forward(block.mlp, second, hidden, self.read)
+            self._native = partial(native_feed_forward, norm=second, hidden=hidden)
+            self.feed = self._native(block.mlp, router_input=self.read)
+
+    def keep(self, neurons: Tensor) -> None:
+        """Go on with some neurons of a dense block, ``(K,)`` int64, whose weights are copied."""
+        self.mlp = cast("DenseFFN", self.mlp).take(neurons)
+        self.feed = self._native(self.mlp)
 
 
 def norm_of(norm: RMSNorm) -> Callable[[Tensor], Tensor]:

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moezoo_models.decoding.decoder import Decoder
 from moezoo_models.decoding.eligible import ineligible, turns_anew
+from moezoo_models.decoding.griffin import check_decoded
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 
 
@@ -35,6 +36,7 @@ def continue_ids(
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList | None = None,
     streamer: BaseStreamer | None = None,
+    griffin: float | None = None,
 ) -> Tensor:
     """Continue prompts: as ``model.generate`` does, by :class:`Decoder` where that can.
 
@@ -46,14 +48,22 @@ def continue_ids(
         processors: applied to the logits before temperature, top-k and top-p.
         criteria: end texts beside the tokens that do.
         streamer: given the prompt, then each token; for a batch of one.
+        griffin: share of a dense block's neurons that the prompt keeps for what follows (GRIFFIN);
+            None for all of them.
 
     Returns:
         ``(batch, length + new)`` int64, prompts and continuations; after its end a text has
         ``pad_token_id``.
+
+    Raises:
+        InputError: ``griffin`` is out of range, or fits neither the model nor the prompts.
     """
     new_tokens = config.max_new_tokens
+    if griffin is not None:
+        check_decoded(model, griffin, ids.shape[1], new_tokens)
     if ineligible(model) is None and not turns_anew(model.config, ids.shape[1], new_tokens):
-        steps = Decoder(cast("MoezooForCausalLM", model), ids, mask, new_tokens)
+        whole = cast("MoezooForCausalLM", model)
+        steps = Decoder(whole, ids, mask, new_tokens, griffin)
         return _continue(steps, ids, config, processors, criteria, streamer)
     written: Tensor = cast(Any, model).generate(
         ids,

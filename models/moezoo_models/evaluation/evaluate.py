@@ -33,6 +33,7 @@ def evaluate(
     num_fewshot: int | None = None,
     output: str | Path | None = None,
     dtype: str = "auto",
+    griffin: float | None = None,
 ) -> Evaluation | TaskEvaluation:
     """Print how well a checkpoint's model predicts a text file, or answers lm-eval's tasks.
 
@@ -64,6 +65,9 @@ def evaluate(
             tasks, and none for a text.
         dtype: of the weights: float32, bfloat16, float16, or auto: as saved, but float32 on a CPU
             that is slow in that.
+        griffin: of a text, share of each dense block's neurons that predict what is new in a
+            window, those that the tokens before it used most (GRIFFIN, arXiv:2404.01365); in the
+            first window the first half chooses for the second. Default: all of them.
 
     Returns:
         The figures that are printed.
@@ -94,6 +98,7 @@ def evaluate(
             sequence_length=sequence_length,
             stride=stride,
             batch_size=batch_size,
+            griffin=griffin,
         )
         print(result.table())
         if output is not None:
@@ -101,7 +106,7 @@ def evaluate(
             _write_json(Path(output), {**what, **asdict(result)})
         return result
 
-    _refuse("text", stride=stride)
+    _refuse("text", stride=stride, griffin=griffin)
     # Before the weights are read, as that takes long and tasks are where users err.
     questions = Questions.find(str(tasks).split(","), task_path, limit, num_fewshot)
     model, words = load_any_with_tokenizer(

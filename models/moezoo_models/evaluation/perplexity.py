@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
+from moezoo_models.decoding.griffin import dense_blocks, kept_after
 from moezoo_models.evaluation.scoring import logits_of, window_length
 from moezoo_models.mode import evaluating
 from moezoo_models.model.decoder import check_token_ids
@@ -33,6 +35,7 @@ class Evaluation:
         bytes: length of the text in bytes.
         sequence_length: tokens that the model saw at once.
         stride: tokens by which the window moved.
+        griffin: share of dense blocks' neurons that each window's prompt kept; None for all.
     """
 
     loss: float
@@ -42,6 +45,7 @@ class Evaluation:
     bytes: int
     sequence_length: int
     stride: int
+    griffin: float | None = None
 
     def table(self) -> str:
         """Return the figures as a table, a line each."""
@@ -53,6 +57,8 @@ class Evaluation:
             ("bytes", f"{self.bytes:,}"),
             ("window, stride (tokens)", f"{self.sequence_length:,}, {self.stride:,}"),
         )
+        if self.griffin is not None:
+            rows = (*rows, ("neurons kept (GRIFFIN)", f"{self.griffin:.1%}"))
         return "\n".join(f"{name:<24}{value:>14}" for name, value in rows)
 
 
@@ -64,6 +70,7 @@ def evaluate_text(
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    griffin: float | None = None,
 ) -> Evaluation:
     """Evaluate a model in memory on a text; see :func:`evaluate`.
 
@@ -76,6 +83,8 @@ def evaluate_text(
             what it is made for; at most 2048.
         stride: tokens by which the window moves; default: half of ``sequence_length``.
         batch_size: windows computed at once.
+        griffin: share of dense blocks' neurons that stay after a window's prompt, as in decoding:
+            the prompt is what other windows predict, in the first one its first half; None for all.
 
     Raises:
         InputError: the text is empty, an option is out of range, or a token id is outside the
@@ -90,6 +99,7 @@ def evaluate_text(
         sequence_length=sequence_length,
         stride=stride,
         batch_size=batch_size,
+        griffin=griffin,
     )
 
 
@@ -103,6 +113,7 @@ def evaluate_tokens(
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    griffin: float | None = None,
 ) -> Evaluation:
     """Evaluate a model in memory on tokens; see :func:`evaluate`.
 
@@ -114,6 +125,7 @@ def evaluate_tokens(
         sequence_length: as for :func:`evaluate_text`.
         stride: as there.
         batch_size: as there.
+        griffin: as there.
 
     Raises:
         InputError: there are no tokens, an option is out of range, or a token id is outside the
@@ -127,11 +139,19 @@ def evaluate_tokens(
     length = window_length(model, sequence_length)
     step = max(length // 2, 1) if stride is None else check_int("stride", stride, maximum=length)
     check_int("batch_size", batch_size)
+    if griffin is not None:
+        dense_blocks(model, griffin)
+        if step == length:
+            raise InputError(
+                f"griffin: windows of {length} tokens that move by {step} have no prompt to choose "
+                "neurons by; lower the stride"
+            )
 
     windows = _windows(num_tokens, length, step)
     batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
     with evaluating(model):
-        nats = math.fsum(loss for batch in batches for loss in _losses(model, stream, batch))
+        losses = (_losses(model, stream, batch, griffin) for batch in batches)
+        nats = math.fsum(loss for batch in losses for loss in batch)
     check_loss(nats)
     loss = nats / num_tokens
     return Evaluation(
@@ -142,6 +162,7 @@ def evaluate_tokens(
         bytes=num_bytes,
         sequence_length=length,
         stride=step,
+        griffin=griffin,
     )
 
 
@@ -172,11 +193,16 @@ def _windows(num_tokens: int, length: int, stride: int) -> list[Window]:
     return windows
 
 
-def _losses(model: PreTrainedModel, stream: Tensor, windows: list[Window]) -> list[float]:
+def _losses(
+    model: PreTrainedModel, stream: Tensor, windows: list[Window], griffin: float | None
+) -> list[float]:
     """Return the nats of each window's positions that count; logits are made for those only."""
     inputs = torch.stack([stream[begin:end] for begin, end, _ in windows]).to(model.device)
     whole: Any = model
-    hidden = whole.model(input_ids=inputs, use_cache=False).last_hidden_state
+    prompts = [max(counted - begin or (end - begin) // 2, 1) for begin, end, counted in windows]
+    kept = nullcontext() if griffin is None else kept_after(model, griffin, prompts)
+    with kept:
+        hidden = whole.model(input_ids=inputs, use_cache=False).last_hidden_state
     losses = []
     for row, (begin, end, counted) in zip(hidden, windows, strict=True):
         logits = logits_of(model, row[counted - begin :])
