@@ -2,6 +2,10 @@
 
 MLP: ``y = W_down act(W_up x)`` (Vaswani et al. 2017, arXiv:1706.03762, eq. 2).
 GLU: ``y = W_down (act(W_gate x) * W_up x)`` (Shazeer 2020, arXiv:2002.05202, eq. 6).
+dReLU: ``y = W_down (relu(W_gate x) * relu(W_up x))`` (Song et al. 2024, arXiv:2406.05955, eq. 4).
+
+Blocks that train to be sparse add ``c mean_t Σ_j |h_tj|`` to the loss, h the hidden activations
+(Cetin et al. 2026, arXiv:2603.23198). It is a sum over neurons: twice as many want half of c.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.arguments import as_options
-from moezoo.errors import InputError, check_choice, check_int
+from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.feed_forward import (
     Cost,
     FeedForward,
@@ -23,6 +27,9 @@ from moezoo.feed_forward import (
     register,
 )
 from moezoo.init import init_linear, output_std
+from moezoo.routing.deferred import statistics
+from moezoo.routing.losses import masked_mean
+from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gated_unit
 
 Activation = Literal[
@@ -49,6 +56,19 @@ def check_glu(glu: GLUOptions, activation: str, gated: bool, name: str = "glu") 
     return glu
 
 
+def _check_activation_up(
+    name: Literal["relu"] | None, gated: bool, glu: GLUOptions
+) -> Literal["relu"] | None:
+    if name is None:
+        return None
+    check_choice("activation_up", name, ("relu",))
+    if not gated:
+        raise InputError("activation_up: an MLP has one factor; set gated: true, or leave it out")
+    if glu != PLAIN_GLU:
+        raise InputError("activation_up: it bounds the factor that glu bounds; leave out one")
+    return name
+
+
 class DenseFFN(FeedForward):
     """Dense MLP or gated linear unit, under Llama's tensor names.
 
@@ -60,7 +80,20 @@ class DenseFFN(FeedForward):
         gated: a gated linear unit (three matrices) instead of an MLP (two).
         bias: whether the projections have biases.
         glu: bounds of the gated linear unit's factors (GPT-OSS, DeepSeek-V4, Step-3.7).
+        activation_up: ``relu``: the gated linear unit's other factor passes a ReLU too (dReLU);
+            None: it is linear.
+        l1: coefficient c of the hidden activations' L1 norm in the loss; 0 for none. The model adds
+            up its blocks: what a paper gives for their mean is to be divided by their number.
+        l1_warmup: optimizer steps in which c rises from ``l1 / l1_warmup``; 0 for none.
+
+    A block with ``activation_up`` or ``l1`` has ``stats``: ``tokens``; ``density``, the mean share
+    of neurons that are not zero; ``usage``, the share of neurons that were not zero for some token,
+    so that ``1 - usage`` are dead; ``unevenness``, the divergence of the neurons' summed magnitudes
+    from uniform, in nats; and up to 4096 neurons, ``expert_counts`` (F,), how often each was not
+    zero. Others have none.
     """
+
+    l1_step: Tensor
 
     def __init__(
         self,
@@ -71,6 +104,9 @@ class DenseFFN(FeedForward):
         gated: bool = True,
         bias: bool = False,
         glu: GLUOptions = PLAIN_GLU,
+        activation_up: Literal["relu"] | None = None,
+        l1: float = 0.0,
+        l1_warmup: int = 0,
     ) -> None:
         super().__init__(d_model)
         self.d_ff = default_width(d_model, gated) if d_ff is None else check_int("d_ff", d_ff)
@@ -78,6 +114,13 @@ class DenseFFN(FeedForward):
         self.gated = gated
         self.bias = bias
         self.glu = check_glu(glu, activation, gated)
+        self.activation_up = _check_activation_up(activation_up, gated, glu)
+        self.l1 = check_number("l1", l1)
+        self.l1_warmup = check_int("l1_warmup", l1_warmup, minimum=0)
+        if l1_warmup and not l1:
+            raise InputError("l1_warmup: there is no l1 to warm up; set l1, or leave it out")
+        if l1_warmup:
+            self.register_buffer("l1_step", torch.zeros((), dtype=torch.int64))
         if gated:
             self.gate_proj = nn.Linear(d_model, self.d_ff, bias=bias)
         self.up_proj = nn.Linear(d_model, self.d_ff, bias=bias)
@@ -89,17 +132,75 @@ class DenseFFN(FeedForward):
         if self.gated:
             init_linear(self.gate_proj, self.d_model**-0.5)
         init_linear(self.up_proj, self.d_model**-0.5)
-        init_linear(self.down_proj, output_std(self.d_ff, num_layers))
+        # Half of the linear factors are cut off, and with them half of the variance.
+        gain = 2**0.5 if self.activation_up else 1.0
+        init_linear(self.down_proj, gain * output_std(self.d_ff, num_layers))
+        if self.l1_warmup:
+            nn.init.zeros_(self.l1_step)
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Apply the block to every token; a mask changes nothing, as no token sees another."""
-        tokens, _, _ = self._flatten(hidden, context)
+        tokens, _, mask_T = self._flatten(hidden, context)
         if brute_force:
-            output = self._neuron_by_neuron(tokens).reshape(hidden.shape)
+            inner_TF = torch.stack([self._neuron(tokens, j) for j in range(self.d_ff)], dim=-1)
+            output = self._sum_of_neurons(inner_TF).reshape(hidden.shape)
+            size_T = sum((value_T.abs() for value_T in inner_TF.unbind(-1)), tokens.new_zeros(()))
+            losses = (
+                {"l1": self._coefficient(size_T) * masked_mean(size_T, mask_T)} if self.l1 else {}
+            )
+            stats = self._stats(inner_TF.detach(), mask_T) if self.trains_sparse else {}
+            return FeedForwardOutput(output, losses, stats)
+        inner = self.inner(hidden)
+        output = self.down_proj(inner)
+        if not self.trains_sparse:
             return FeedForwardOutput(output, {}, {})
-        return FeedForwardOutput(self.infer(hidden), {}, {})
+        inner_TF = inner.reshape(-1, self.d_ff)
+        deferred = statistics(self, self._stats, inner_TF, mask_T)
+        return FeedForwardOutput(output, self._losses(inner_TF, mask_T), deferred)
+
+    @property
+    def trains_sparse(self) -> bool:
+        """Whether it has ``l1`` or ``activation_up``, and so counts the neurons that are active."""
+        return self.l1 > 0 or self.activation_up is not None
+
+    def _losses(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
+        if not self.l1:
+            return {}
+        wide = torch.promote_types(inner_TF.dtype, torch.float32)
+        size_T = torch.linalg.vector_norm(inner_TF, ord=1, dim=-1, dtype=wide)
+        return {"l1": self._coefficient(size_T) * masked_mean(size_T, mask_T)}
+
+    def _coefficient(self, like: Tensor) -> float | Tensor:
+        """Return c of the step that is being computed, in the dtype of a tensor."""
+        if not self.l1_warmup:
+            return self.l1
+        return self.l1 * ((self.l1_step + 1).to(like.dtype) / self.l1_warmup).clamp(max=1.0)
+
+    def step(self) -> None:
+        """Count an optimizer step that is taken, in the warm-up of the L1 loss."""
+        super().step()
+        if self.l1_warmup:
+            self.l1_step += 1
+
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad | None:
+        """Count how often each neuron is not zero, and sum up its magnitude."""
+        if not self.trains_sparse:
+            return None
+        _, _, mask_T = self._flatten(hidden, context)
+        return neuron_load(self.inner(hidden).reshape(-1, self.d_ff), mask_T)[0]
+
+    def _stats(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
+        load, active_T = neuron_load(inner_TF, mask_T)
+        tokens = load.counts.new_tensor(len(inner_TF)) if mask_T is None else mask_T.sum()
+        stats = {
+            "tokens": tokens,
+            "density": masked_mean(active_T / self.d_ff, mask_T),
+            "usage": usage(load.counts),
+            "unevenness": kl_to_uniform(load.mass),
+        }
+        return {"expert_counts": load.counts, **stats} if self.d_ff <= MOST_COUNTS else stats
 
     def infer(
         self,
@@ -118,6 +219,8 @@ class DenseFFN(FeedForward):
         up: Tensor = self.up_proj(hidden)
         if not self.gated:
             return ACTIVATIONS[self.activation](up)
+        if self.activation_up is not None:
+            up = ACTIVATIONS[self.activation_up](up)
         return gated_unit(self.gate_proj(hidden), up, self.activation, self.glu)
 
     @torch.no_grad()
@@ -131,6 +234,7 @@ class DenseFFN(FeedForward):
                 gated=self.gated,
                 bias=self.bias,
                 glu=self.glu,
+                activation_up=self.activation_up,
             )
         for name, parameter in self.named_parameters():
             if name == "down_proj.weight":
@@ -143,21 +247,26 @@ class DenseFFN(FeedForward):
             setattr(small.get_submodule(path), last, nn.Parameter(taken, requires_grad=False))
         return small.train(self.training)
 
-    def _neuron_by_neuron(self, tokens: Tensor) -> Tensor:
-        """Sum over hidden neurons one by one: ``y = Σ_j act_j(x) W_down[:, j]``."""
+    def _neuron(self, tokens: Tensor, j: int) -> Tensor:
+        """Return one neuron's values, ``(T,)``."""
         act = ACTIVATIONS[self.activation]
-        output = torch.zeros_like(tokens)
+        up = tokens @ self.up_proj.weight[j]
+        if self.up_proj.bias is not None:
+            up = up + self.up_proj.bias[j]
+        if not self.gated:
+            return act(up)
+        gate = tokens @ self.gate_proj.weight[j]
+        if self.gate_proj.bias is not None:
+            gate = gate + self.gate_proj.bias[j]
+        if self.activation_up is not None:
+            return act(gate) * up.where(up > 0, 0.0)
+        return gated_unit(gate, up, self.activation, self.glu)
+
+    def _sum_of_neurons(self, inner_TF: Tensor) -> Tensor:
+        """Sum over hidden neurons one by one: ``y = Σ_j h_j W_down[:, j]``."""
+        output = inner_TF.new_zeros(len(inner_TF), self.d_model)
         for j in range(self.d_ff):
-            up = tokens @ self.up_proj.weight[j]
-            if self.up_proj.bias is not None:
-                up = up + self.up_proj.bias[j]
-            value = up if self.gated else act(up)
-            if self.gated:
-                gate = tokens @ self.gate_proj.weight[j]
-                if self.gate_proj.bias is not None:
-                    gate = gate + self.gate_proj.bias[j]
-                value = gated_unit(gate, up, self.activation, self.glu)
-            output = output + value[:, None] * self.down_proj.weight[:, j]
+            output = output + inner_TF[:, j, None] * self.down_proj.weight[:, j]
         if self.down_proj.bias is not None:
             output = output + self.down_proj.bias
         return output
@@ -186,5 +295,27 @@ register(
         "dense_glu",
         DenseFFN,
         Paper("Shazeer", 2020, "GLU Variants Improve Transformer", "2002.05202"),
+    ),
+    Method(
+        "drelu",
+        DenseFFN,
+        Paper(
+            "Song et al.",
+            2024,
+            "Turbo Sparse: Achieving LLM SOTA Performance with Minimal Activated Parameters",
+            "2406.05955",
+        ),
+        {"activation": "relu", "activation_up": "relu"},
+    ),
+    Method(
+        "l1_reglu",
+        DenseFFN,
+        Paper(
+            "Cetin et al.",
+            2026,
+            "Sparser, Faster, Lighter Transformer Language Models",
+            "2603.23198",
+        ),
+        {"activation": "relu", "l1": 2e-5},
     ),
 )

@@ -23,7 +23,7 @@ METHODS = [pytest.param(method, id=method.name) for method in moezoo.zoo()]
 D = 24
 # These select among the very activations that autocast rounds: a neuron at the edge may go either
 # way. Everyone else decides in fp32.
-SELECT_AMONG_ROUNDED = {"top_k_ffn", "spark_ffn", "cats", "teal"}
+SELECT_AMONG_ROUNDED = {"top_k_ffn", "spark_ffn", "cats", "teal", "drelu", "l1_reglu"}
 
 
 def make(method: Method, dtype: torch.dtype = torch.float32, seed: int = 0) -> FeedForward:

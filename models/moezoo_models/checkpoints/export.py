@@ -101,7 +101,9 @@ def save_stock(
     config = stock_config(model)
     with torch.device("meta"):
         stock: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    stock.load_state_dict(model.state_dict(), assign=True)
+    # A warm-up's count of steps belongs to training.
+    tensors = {k: t for k, t in model.state_dict().items() if not k.endswith(".l1_step")}
+    stock.load_state_dict(tensors, assign=True)
     stock.tie_weights()
     with replacing_directory(target, "target") as fresh:
         write_model(fresh, target, stock)
@@ -138,6 +140,11 @@ def _block(model: MoezooForCausalLM) -> tuple[int, str, bool]:
             raise InputError(
                 f"checkpoint: layer {number} bounds its gated linear units (glu); the stock "
                 "architectures have no such option, so keep it as it is"
+            )
+        if block.activation_up is not None:
+            raise InputError(
+                f"checkpoint: layer {number} has a ReLU on both factors (activation_up); the stock "
+                "architectures have none, so keep it as it is"
             )
         if not block.gated or block.config() != blocks[0].config():
             raise InputError(

@@ -60,7 +60,7 @@ def native_feed_forward(
     ``router_input``, of the same shape, is what the router reads if not what the experts read.
     """
     before = Norm(norm.weight, norm.eps)
-    if type(layer) is DenseFFN:
+    if type(layer) is DenseFFN and layer.activation_up is None:
         return _dense(layer, before, hidden)
     if type(layer) is SparseMoE and _is_routed_only(layer):
         return _mixture(layer, before, hidden, router_input)

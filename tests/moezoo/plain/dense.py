@@ -5,14 +5,41 @@ from __future__ import annotations
 import math
 
 import torch
-from plain.parts import Answer, Call, Options, Weights, dense_block, softmax, stacked, tokens_of
+from plain.parts import (
+    Answer,
+    Call,
+    Options,
+    Weights,
+    dense_block,
+    dense_hidden,
+    softmax,
+    stacked,
+    tokens_of,
+)
 from torch import Tensor
 
 
 def dense_ffn(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
-    """Apply the block to every token, padding too."""
-    tokens, _, _ = tokens_of(hidden, call)
-    return Answer(stacked([dense_block(weights, "", options, x_D) for x_D in tokens], hidden), {})
+    """Apply the block to every token, padding too.
+
+    A block that trains to be sparse counts the neurons of real tokens that are not zero, and adds
+    the coefficient, perhaps of a step of the warm-up, times the mean of their summed magnitudes
+    (arXiv:2603.23198).
+    """
+    tokens, _, real = tokens_of(hidden, call)
+    output = stacked([dense_block(weights, "", options, x_D) for x_D in tokens], hidden)
+    if not options["l1"] and options["activation_up"] is None:
+        return Answer(output, {})
+    inner = [dense_hidden(weights, "", options, x_D) for x_D in tokens]
+    kept = [h_F for h_F, is_real in zip(inner, real, strict=True) if is_real]
+    counts = [sum(bool(h_F[j] != 0) for h_F in kept) for j in range(len(inner[0]))]
+    if not options["l1"]:
+        return Answer(output, {}, counts)
+    share = options["l1"]
+    if options["l1_warmup"]:
+        share *= min(1.0, (int(weights["l1_step"]) + 1) / options["l1_warmup"])
+    size = sum(torch.where(h_F < 0, -h_F, h_F).sum() for h_F in kept)
+    return Answer(output, {"l1": share * size / len(kept)}, counts)
 
 
 def persistent_memory(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:

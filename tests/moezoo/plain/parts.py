@@ -119,19 +119,26 @@ def stacked(rows: Sequence[Tensor], hidden: Tensor) -> Tensor:
 
 def dense_block(weights: Weights, prefix: str, options: Options, x_D: Tensor) -> Tensor:
     """Apply one dense block, ``W_down act(W_up x)`` or ``W_down (act(W_gate x) * W_up x)``."""
+    return _project(weights, f"{prefix}down_proj", dense_hidden(weights, prefix, options, x_D))
 
-    def project(name: str, read: Tensor) -> Tensor:
-        made = weights[f"{prefix}{name}.weight"] @ read
-        bias = weights.get(f"{prefix}{name}.bias")
-        return made if bias is None else made + bias
 
-    inner_F = project("up_proj", x_D)
-    if options["gated"]:
-        glu = options.get("glu", UNBOUNDED)
-        inner_F = gated_unit(options["activation"], project("gate_proj", x_D), inner_F, glu)
-    else:
-        inner_F = activation(options["activation"], inner_F)
-    return project("down_proj", inner_F)
+def dense_hidden(weights: Weights, prefix: str, options: Options, x_D: Tensor) -> Tensor:
+    """Return the hidden activations of one dense block."""
+    inner_F = _project(weights, f"{prefix}up_proj", x_D)
+    if not options["gated"]:
+        return activation(options["activation"], inner_F)
+    if (name := options.get("activation_up")) is not None:
+        inner_F = activation(name, inner_F)
+    glu = options.get("glu", UNBOUNDED)
+    return gated_unit(
+        options["activation"], _project(weights, f"{prefix}gate_proj", x_D), inner_F, glu
+    )
+
+
+def _project(weights: Weights, name: str, read: Tensor) -> Tensor:
+    made = weights[f"{name}.weight"] @ read
+    bias = weights.get(f"{name}.bias")
+    return made if bias is None else made + bias
 
 
 class Experts:
