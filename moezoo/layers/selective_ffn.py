@@ -35,8 +35,18 @@ from moezoo.layers.dense import Activation, check_glu, default_width
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
-from moezoo.selection import Kept, Selection, Selector, Thresholds, ThresholdSelector, kept
-from moezoo.selection.selector import both, or_dense, share
+from moezoo.selection import (
+    Kept,
+    Predictor,
+    PredictorSelector,
+    Selection,
+    Selector,
+    Thresholds,
+    ThresholdSelector,
+    kept,
+)
+from moezoo.selection.options import READ_ALL
+from moezoo.selection.selector import Matrix, added, both, dropped, or_dense, share
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gate_value, up_value
 
 
@@ -73,7 +83,7 @@ class SelectiveFFN(FeedForward):
         gated: bool = True,
         bias: bool = False,
         glu: GLUOptions = PLAIN_GLU,
-        selection: Selection = Thresholds(),
+        selection: Selection = READ_ALL,
         first_tokens: int = 1,
     ) -> None:
         super().__init__(d_model)
@@ -89,8 +99,14 @@ class SelectiveFFN(FeedForward):
             self.gate_proj = nn.Linear(d_model, self.d_ff, bias=bias)
         self.up_proj = nn.Linear(d_model, self.d_ff, bias=bias)
         self.down_proj = nn.Linear(self.d_ff, d_model, bias=bias)
-        self.selector: Selector = ThresholdSelector(d_model, self.d_ff, gated, selection)
+        self.selector = self._build_selector()
         self.reset_parameters()
+
+    def _build_selector(self) -> Selector:
+        if isinstance(self.selection, Predictor):
+            act, glu = self.activation, self.glu
+            return PredictorSelector(self.d_model, self.d_ff, self.selection, act, glu)
+        return ThresholdSelector(self.d_model, self.d_ff, self.gated, self.selection)
 
     def reset_parameters(self, num_layers: int = 1) -> None:
         """Draw weights from N(0, 1/fan_in); the output's further / sqrt(2 num_layers)."""
@@ -106,13 +122,13 @@ class SelectiveFFN(FeedForward):
         """Compute what is kept; a mask only keeps padding out of the statistics."""
         x_TD, _, mask_T = self._flatten(hidden, context)
         inner = self._brute_force_hidden if brute_force else self._hidden
-        hidden_TF, masks = inner(x_TD, context)
+        hidden_TF, rest_TD, masks = inner(x_TD, context)
         if brute_force:
-            output = self._neuron_by_neuron(hidden_TF)
+            output = added(self._neuron_by_neuron(hidden_TF), rest_TD)
             stats = self._stats(hidden_TF.detach(), mask_T, *masks)
             return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
         deferred = statistics(self, self._stats, hidden_TF, mask_T, *masks)
-        output = self.down_proj(hidden_TF).reshape(hidden.shape)
+        output = added(self.down_proj(hidden_TF), rest_TD).reshape(hidden.shape)
         return FeedForwardOutput(output, {}, deferred)
 
     def infer(
@@ -126,29 +142,40 @@ class SelectiveFFN(FeedForward):
     ) -> Tensor:
         """Compute what is kept, without checks and statistics."""
         context = TokenContext(token_ids, router_input, mask, positions)
-        hidden_TF, _ = self._hidden(hidden.reshape(-1, self.d_model), context)
-        output: Tensor = self.down_proj(hidden_TF)
-        return output.reshape(hidden.shape)
+        hidden_TF, rest_TD, _ = self._hidden(hidden.reshape(-1, self.d_model), context)
+        return added(self.down_proj(hidden_TF), rest_TD).reshape(hidden.shape)
 
-    def _hidden(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Kept]:
-        """Return hidden values ``(T, F)``, zero where they are not kept, and what was read."""
+    def _hidden(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Tensor | None, Kept]:
+        """Return hidden values ``(T, F)``, zero where not kept, the others' part, what was read."""
         rule, dense_T = self.selector, self._dense(context)
-        chosen = rule.keep_neurons(x_TD, context)
+        neurons = or_dense(rule.keep_neurons(x_TD, context), dense_T)
         by_input = or_dense(rule.keep_input(x_TD), dense_T)
         by_gate = by_up_input = None
+        chosen = neurons
         if self.gated:
-            gate_TF = self.gate_proj(kept(x_TD, by_input))
+            gate_TF = self._product(self.gate_proj, "gate", x_TD, by_input)
             gate_TF = gate_value(gate_TF, self.activation, self.glu)
-            chosen = both(chosen, rule.keep_gate(gate_TF))
-            by_gate = chosen = or_dense(chosen, dense_T)
+            by_gate = chosen = both(chosen, or_dense(rule.keep_gate(gate_TF), dense_T))
             by_up_input = or_dense(rule.keep_up_input(x_TD), dense_T)
-            up_TF = up_value(self.up_proj(kept(x_TD, by_up_input)), self.glu)
-            hidden_TF = gate_TF * up_TF
+            up_TF = self._product(self.up_proj, "up", x_TD, by_up_input)
+            hidden_TF = gate_TF * up_value(up_TF, self.glu)
         else:
-            chosen = or_dense(chosen, dense_T)
-            hidden_TF = ACTIVATIONS[self.activation](self.up_proj(kept(x_TD, by_input)))
-        by_hidden = both(chosen, or_dense(rule.keep_hidden(hidden_TF), dense_T))
-        return kept(hidden_TF, by_hidden), Kept(by_input, by_gate, by_up_input, by_hidden)
+            up_TF = self._product(self.up_proj, "up", x_TD, by_input)
+            hidden_TF = ACTIVATIONS[self.activation](up_TF)
+        hidden_TF = kept(hidden_TF, chosen)
+        by_hidden = or_dense(rule.keep_hidden(hidden_TF), dense_T)
+        others = dropped(hidden_TF, by_hidden)
+        rest_TD = None if others is None else rule.rest("down", others)
+        masks = Kept(by_input, by_gate, by_up_input, both(chosen, by_hidden), neurons)
+        return kept(hidden_TF, by_hidden), rest_TD, masks
+
+    def _product(
+        self, linear: nn.Linear, matrix: Matrix, x_TD: Tensor, mask_TD: Tensor | None
+    ) -> Tensor:
+        """Multiply what is kept, and what is not by the rule's own factors, if it has some."""
+        others = dropped(x_TD, mask_TD)
+        product_TF = linear(kept(x_TD, mask_TD))
+        return added(product_TF, None if others is None else self.selector.rest(matrix, others))
 
     def _dense(self, context: TokenContext) -> Tensor | None:
         """Mark the tokens that read all, ``(T,)``; None if no positions are known."""
@@ -156,7 +183,9 @@ class SelectiveFFN(FeedForward):
             return None
         return context.positions.reshape(-1) < self.first_tokens
 
-    def _brute_force_hidden(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Kept]:
+    def _brute_force_hidden(
+        self, x_TD: Tensor, context: TokenContext
+    ) -> tuple[Tensor, Tensor | None, Kept]:
         """Return what :meth:`_hidden` does, neuron by neuron."""
         rule, every = self.selector, torch.ones(len(x_TD), 1, dtype=torch.bool, device=x_TD.device)
         positions = context.positions
@@ -170,23 +199,30 @@ class SelectiveFFN(FeedForward):
         neurons = mask(rule.keep_neurons(x_TD, context)).expand(-1, self.d_ff)
         by_input = mask(rule.keep_input(x_TD)).expand_as(x_TD)
         if not self.gated:
-            pre = [self._pre(self.up_proj, x_TD, by_input, i) for i in range(self.d_ff)]
-            value_TF = ACTIVATIONS[self.activation](torch.stack(pre, dim=-1))
-            neurons = neurons & mask(rule.keep_hidden(value_TF))
-            return torch.where(neurons, value_TF, 0.0), Kept(by_input, None, None, neurons)
-        by_up = mask(rule.keep_up_input(x_TD)).expand_as(x_TD)
-        pre = [self._pre(self.gate_proj, x_TD, by_input, i) for i in range(self.d_ff)]
-        gate_TF = gate_value(torch.stack(pre, dim=-1), self.activation, self.glu)
-        by_gate = neurons & mask(rule.keep_gate(gate_TF))
-        up = [self._pre(self.up_proj, x_TD, by_up, i) for i in range(self.d_ff)]
-        value_TF = gate_TF * up_value(torch.stack(up, dim=-1), self.glu)
-        last = by_gate & mask(rule.keep_hidden(value_TF))
-        return torch.where(last, value_TF, 0.0), Kept(by_input, by_gate, by_up, last)
+            pre_TF = self._pre(self.up_proj, "up", x_TD, by_input)
+            value_TF = ACTIVATIONS[self.activation](pre_TF)
+            by_gate = by_up = None
+            chosen = neurons
+        else:
+            by_up = mask(rule.keep_up_input(x_TD)).expand_as(x_TD)
+            pre_TF = self._pre(self.gate_proj, "gate", x_TD, by_input)
+            gate_TF = gate_value(pre_TF, self.activation, self.glu)
+            by_gate = chosen = neurons & mask(rule.keep_gate(gate_TF))
+            up_TF = self._pre(self.up_proj, "up", x_TD, by_up)
+            value_TF = gate_TF * up_value(up_TF, self.glu)
+        last = chosen & mask(rule.keep_hidden(value_TF))
+        rest_TD = rule.rest("down", torch.where(chosen & ~last, value_TF, 0.0))
+        masks = Kept(by_input, by_gate, by_up, last, neurons)
+        return torch.where(last, value_TF, 0.0), rest_TD, masks
 
-    def _pre(self, linear: nn.Linear, x_TD: Tensor, mask_TD: Tensor, neuron: int) -> Tensor:
-        """Return one neuron's pre-activation ``(T,)`` from the inputs that are kept."""
-        product = (torch.where(mask_TD, x_TD, 0.0) * linear.weight[neuron]).sum(dim=-1)
-        return product if linear.bias is None else product + linear.bias[neuron]
+    def _pre(self, linear: nn.Linear, matrix: Matrix, x_TD: Tensor, mask_TD: Tensor) -> Tensor:
+        """Return the pre-activations ``(T, F)``, neuron by neuron, of the inputs that are kept."""
+        kept_TD = torch.where(mask_TD, x_TD, 0.0)
+        neurons = [(kept_TD * row).sum(dim=-1) for row in linear.weight]
+        product_TF = torch.stack(neurons, dim=-1)
+        if linear.bias is not None:
+            product_TF = product_TF + linear.bias
+        return added(product_TF, self.selector.rest(matrix, torch.where(mask_TD, 0.0, x_TD)))
 
     def _neuron_by_neuron(self, hidden_TF: Tensor) -> Tensor:
         """Sum over hidden neurons one by one: ``y = Σ_i h_i W_down[:, i]``."""
@@ -203,15 +239,16 @@ class SelectiveFFN(FeedForward):
         by_gate: Tensor | None,
         by_up_input: Tensor | None,
         by_hidden: Tensor | None,
+        neurons: Tensor | None,
     ) -> dict[str, Tensor]:
         load, active_T = neuron_load(hidden_TF, mask_T)
         tokens = load.counts.new_tensor(len(hidden_TF)) if mask_T is None else mask_T.sum()
         products = {"down": share(by_hidden, active_T)}
         if self.gated:
-            products["gate"] = share(by_input, active_T)
+            products["gate"] = share(by_input, active_T) * share(neurons, active_T)
             products["up"] = share(by_gate, active_T) * share(by_up_input, active_T)
         else:
-            products["up"] = share(by_input, active_T)
+            products["up"] = share(by_input, active_T) * share(neurons, active_T)
         stats = {
             "tokens": tokens,
             "density": masked_mean(active_T / self.d_ff, mask_T),
@@ -227,24 +264,25 @@ class SelectiveFFN(FeedForward):
         return neuron_load(self._hidden(x_TD, context)[0], mask_T)[0]
 
     def cost(self) -> Cost:
-        """Products as computed, which are dense: 4 d F FLOPs, 6 d F if gated.
+        """Products as computed, which are dense: 4 d F FLOPs, 6 d F if gated, and the rule's own.
 
         A token's active parameters are those its products need on average, by the shares that were
         found in calibration; all, where there was none.
         """
         found = self.selector.calibrated()
         matrix = self.d_model * self.d_ff
-        products = {"down": found.hidden, "up": found.input}
+        first = found.input * self.selector.chosen_share()
+        products = {"down": found.hidden, "up": first}
         if self.gated:
-            products |= {"gate": found.input, "up": found.gate * found.up_input}
+            products |= {"gate": first, "up": found.gate * found.up_input}
         total = sum(p.numel() for p in self.parameters())
-        dense = matrix * len(products)
+        dense, own = matrix * len(products), self.selector.numbers()
         active = total - dense + round(matrix * sum(products.values()))
         return Cost(
             total_parameters=total,
             active_parameters=active,
-            flops_per_token=2 * dense,
-            bytes_per_token=active * self.up_proj.weight.element_size(),
+            flops_per_token=2 * (dense + own),
+            bytes_per_token=(active + own) * self.up_proj.weight.element_size(),
         )
 
 

@@ -5,12 +5,14 @@ Shapes: T tokens, D d_model, F hidden width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moezoo.feed_forward import TokenContext
+
+Matrix = Literal["gate", "up", "down"]
 
 
 class Kept(NamedTuple):
@@ -21,12 +23,14 @@ class Kept(NamedTuple):
         gate: ``(T, F)``, neurons that go on to the product with W_up.
         up_input: ``(T, D)``, of what the product with W_up reads, in gated blocks.
         hidden: ``(T, F)``, of the hidden values that the product with W_down reads.
+        neurons: ``(T, F)``, those of which anything is computed.
     """
 
     input: Tensor | None
     gate: Tensor | None
     up_input: Tensor | None
     hidden: Tensor | None
+    neurons: Tensor | None = None
 
 
 class Shares(NamedTuple):
@@ -64,6 +68,23 @@ class Selector(nn.Module):
         """Choose among hidden values, ``(T, F)``."""
         return None
 
+    def rest(self, matrix: Matrix, dropped: Tensor) -> Tensor | None:
+        """Return what a matrix's product makes of the inputs that are not kept; None for nothing.
+
+        Args:
+            matrix: which one: ``gate``, ``up`` or ``down``.
+            dropped: its inputs, ``(T, D)`` or ``(T, F)``, with zeros where they are kept.
+        """
+        return None
+
+    def chosen_share(self) -> float:
+        """Return the share of neurons that are computed at all."""
+        return 1.0
+
+    def numbers(self) -> int:
+        """Count the numbers that a token's choice, or the rest, multiplies with."""
+        return 0
+
     def calibrated(self) -> Shares:
         """Return what tokens keep on average, as calibrated; all, where nothing is known."""
         return Shares()
@@ -75,6 +96,16 @@ class Selector(nn.Module):
 def kept(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the values with zeros where the mask is false."""
     return values if mask is None else values.masked_fill(~mask, 0.0)
+
+
+def dropped(values: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return the values with zeros where the mask is true; None stands for zeros alone."""
+    return None if mask is None else values.masked_fill(mask, 0.0)
+
+
+def added(product: Tensor, rest: Tensor | None) -> Tensor:
+    """Return a sum of which the second part may be nothing."""
+    return product if rest is None else product + rest
 
 
 def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:

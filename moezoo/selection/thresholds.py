@@ -6,6 +6,7 @@
 | CHESS (He et al. 2024, arXiv:2409.01366, eq. 8) | ``√(τ / E[u_i²])`` on ``|act(gate_i)|`` |
 | TEAL (Liu et al. 2024, arXiv:2408.14690, eq. 3) | one on each product's input |
 | WINA (Chen et al. 2025, arXiv:2505.19427, eq. 4) | ``t / ‖W_:j‖`` on each product's input |
+| R-Sparse (Zhang et al. 2025, arXiv:2504.19449, eq. 4) | as WINA; the others at low rank |
 
 Shapes: T tokens, D d_model, F hidden width.
 """
@@ -13,14 +14,16 @@ Shapes: T tokens, D d_model, F hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moezoo.errors import check_int
 from moezoo.routing.selection_bias import kept_in_fp32
 from moezoo.selection.options import Thresholds
-from moezoo.selection.selector import Selector, Shares
+from moezoo.selection.selector import Matrix, Selector, Shares
 
 
 def passes(values: Tensor, thresholds: Tensor) -> Tensor:
@@ -31,6 +34,37 @@ def passes(values: Tensor, thresholds: Tensor) -> Tensor:
         thresholds: ``(C,)`` fp32.
     """
     return (values.detach().abs() <= thresholds).logical_not()
+
+
+class LowRank(nn.Module):
+    """A matrix at low rank, ``U V x``, made from the matrix and not trained (R-Sparse).
+
+    Args:
+        inputs: I.
+        outputs: O.
+        rank: R.
+
+    Attributes:
+        left: U, ``(O, R)``.
+        right: V, ``(R, I)``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.register_buffer("left", torch.empty(outputs, rank))
+        self.register_buffer("right", torch.empty(rank, inputs))
+
+    def reset_parameters(self) -> None:
+        """Fill the factors with zeros: until they are made, what is not kept is not read."""
+        nn.init.zeros_(self.left)
+        nn.init.zeros_(self.right)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``(T, I)`` with both, ``(T, O)``."""
+        return F.linear(F.linear(x, self.right), self.left)
 
 
 class ThresholdSelector(Selector):
@@ -65,6 +99,12 @@ class ThresholdSelector(Selector):
             sizes |= {"gate": d_ff, "up_input": d_model}
         for name, size in sizes.items():
             self.register_buffer(name, torch.empty(size, dtype=torch.float32))
+        self.factors = nn.ModuleDict()
+        if options.remainder:
+            rank = check_int("selection.remainder", options.remainder, maximum=min(d_model, d_ff))
+            for matrix in ("gate", "up") if gated else ("up",):
+                self.factors[matrix] = LowRank(d_model, d_ff, rank)
+            self.factors["down"] = LowRank(d_ff, d_model, rank)
         self.register_buffer("shares", torch.empty(len(Shares._fields), dtype=torch.float32))
         self.reset_parameters()
 
@@ -72,6 +112,8 @@ class ThresholdSelector(Selector):
         """Fill the thresholds with the options' numbers, and the shares with ones."""
         for name, buffer in self.named_buffers(recurse=False):
             nn.init.constant_(buffer, getattr(self._options, name, 1.0))
+        for factors in self.factors.values():
+            cast("LowRank", factors).reset_parameters()
 
     def keep_input(self, x_TD: Tensor) -> Tensor:
         """Keep ``|x_j| > input_j``."""
@@ -88,6 +130,14 @@ class ThresholdSelector(Selector):
     def keep_hidden(self, hidden_TF: Tensor) -> Tensor:
         """Keep ``|h_i| > hidden_i``."""
         return passes(hidden_TF, self.hidden)
+
+    def rest(self, matrix: Matrix, dropped: Tensor) -> Tensor | None:
+        """Pass what is not kept through the matrix's low-rank factors, if it has some."""
+        return self.factors[matrix](dropped) if matrix in self.factors else None
+
+    def numbers(self) -> int:
+        """Count the numbers of the low-rank factors."""
+        return sum(buffer.numel() for buffer in self.factors.buffers())
 
     def calibrated(self) -> Shares:
         """Return the calibrated shares; all, without numbers on a device."""

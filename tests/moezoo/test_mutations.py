@@ -329,7 +329,8 @@ def other_values(cls: type, arguments: dict[str, Any]) -> Iterator[tuple[str, li
             continue
         if isinstance(value, dict):
             members = (hints[name], *typing.get_args(hints[name]))
-            group = next(member for member in members if dataclasses.is_dataclass(member))
+            groups = [member for member in members if dataclasses.is_dataclass(member)]
+            group = next(g for g in groups if {f.name for f in dataclasses.fields(g)} == {*value})
             for key, values in other_values(group, value):
                 yield f"{name}.{key}", values
         elif isinstance(value, bool):

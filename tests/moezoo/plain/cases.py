@@ -17,6 +17,7 @@ from moezoo.routing import (
     RouterOptions,
     WeightOptions,
 )
+from moezoo.selection import Predictor, Thresholds
 
 D = 21
 NO_BALANCE = BalanceOptions(load_balancing=0.0)
@@ -418,6 +419,19 @@ CONVENTIONS = {
     "selective_limit_after": _layer("SelectiveFFN", glu=GLUOptions(limit=0.3, limit_after=True)),
     "selective_softcaps": _layer(
         "SelectiveFFN", glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9), first_tokens=3
+    ),
+    "selective_remainder": _layer("SelectiveFFN", selection=Thresholds(remainder=3)),
+    "selective_remainder_mlp": _layer(
+        "SelectiveFFN", gated=False, selection=Thresholds(remainder=2)
+    ),
+    "selective_guess": _layer("SelectiveFFN", selection=Predictor(top_k=13, rank=4, norm=True)),
+    "selective_guess_gate": _layer(
+        "SelectiveFFN",
+        selection=Predictor(rank=5, score="gate"),
+        glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9),
+    ),
+    "selective_guess_mlp": _layer(
+        "SelectiveFFN", gated=False, activation="relu", selection=Predictor(top_k=20)
     ),
     "selective_mlp": _layer("SelectiveFFN", gated=False, activation="relu2", bias=False),
     "earlier_only": _layer("persistent_memory", include_self=False),

@@ -75,7 +75,9 @@ def selective_ffn(weights: Weights, options: Options, hidden: Tensor, call: Call
     """``y = W_down h``, of inputs, gates and hidden values those above their thresholds.
 
     CATS (arXiv:2404.08763, eq. 5) has one on the gates, TEAL (arXiv:2408.14690, eq. 3) one on what
-    each matrix multiplies. The first tokens of a document read all.
+    each matrix multiplies; R-Sparse (arXiv:2504.19449, eq. 4) passes what is not kept through low
+    rank factors. Deja Vu (arXiv:2310.17157, section 4.1) computes the neurons of the best scores.
+    The first tokens of a document read all.
     """
     tokens, _, real = tokens_of(hidden, call)
     places = [None] * len(tokens) if call.positions is None else call.positions.reshape(-1).tolist()
@@ -83,28 +85,72 @@ def selective_ffn(weights: Weights, options: Options, hidden: Tensor, call: Call
     rows, counts = [], [0] * width
     for x_D, place, is_real in zip(tokens, places, real, strict=True):
         dense = place is not None and place < options["first_tokens"]
-
-        def large(value: Tensor, name: str, dense: bool = dense) -> Tensor:
-            return (value.abs() > weights[f"selector.{name}"]) | dense
-
-        def products(name: str, which: str, x_D: Tensor = x_D) -> Tensor:
-            read = large(x_D, which)
-            made_F = weights[f"{name}.weight"][:, read] @ x_D[read]
-            return made_F + weights[f"{name}.bias"] if f"{name}.bias" in weights else made_F
-
-        if options["gated"]:
-            gate_F, up_F = products("gate_proj", "input"), products("up_proj", "up_input")
-            value_F = gated_unit(options["activation"], gate_F, up_F, options["glu"])
-            factor_F = gate_factor(options["activation"], gate_F, options["glu"])
-            kept_F = large(factor_F, "gate") & large(value_F, "hidden")
-        else:
-            value_F = activation(options["activation"], products("up_proj", "input"))
-            kept_F = large(value_F, "hidden")
-        y_D = torch.zeros_like(x_D)
-        for i in kept_F.nonzero().flatten().tolist():
-            y_D = y_D + value_F[i] * weights["down_proj.weight"][:, i]
-            counts[i] += is_real and bool(value_F[i] != 0)
-        if "down_proj.bias" in weights:
-            y_D = y_D + weights["down_proj.bias"]
+        y_D, active = _selected_token(weights, options, x_D, dense)
+        for i in active:
+            counts[i] += is_real
         rows.append(y_D)
     return Answer(stacked(rows, hidden), {}, counts)
+
+
+def _selected_token(
+    weights: Weights, options: Options, x_D: Tensor, dense: bool
+) -> tuple[Tensor, list[int]]:
+    """Return a token's output and its active neurons."""
+    width = weights["down_proj.weight"].shape[1]
+    rule = options["selection"]
+    thresholds = rule["kind"] == "threshold"
+
+    def large(value: Tensor, name: str, i: int) -> bool:
+        if dense or not thresholds:
+            return True
+        return bool(value.abs() > weights[f"selector.{name}"][i])
+
+    def product(name: str, i: int, which: str) -> Tensor:
+        row = weights[f"{name}_proj.weight"][i].clone()
+        if thresholds and rule["remainder"]:
+            left = weights[f"selector.factors.{name}.left"][i]
+            other = left @ weights[f"selector.factors.{name}.right"]
+        else:
+            other = torch.zeros_like(row)
+        parts = [(row if large(x_D[j], which, j) else other)[j] * x_D[j] for j in range(len(x_D))]
+        bias = weights.get(f"{name}_proj.bias")
+        return sum(parts, x_D.new_zeros(()) if bias is None else bias[i])
+
+    neurons = list(range(width))
+    if not thresholds and not dense:
+        neurons = _guessed(weights, options, x_D.detach())
+    y_D, active = torch.zeros_like(x_D), []
+    for i in neurons:
+        if options["gated"]:
+            glu = options["glu"]
+            gate = product("gate", i, "input")
+            if not large(gate_factor(options["activation"], gate, glu), "gate", i):
+                continue
+            value = gated_unit(options["activation"], gate, product("up", i, "up_input"), glu)
+        else:
+            value = activation(options["activation"], product("up", i, "input"))
+        column = weights["down_proj.weight"][:, i]
+        if large(value, "hidden", i):
+            y_D = y_D + value * column
+            active += [i] if value != 0 else []
+        elif rule["remainder"]:
+            right = weights["selector.factors.down.right"][:, i]
+            y_D = y_D + value * (weights["selector.factors.down.left"] @ right)
+    if "down_proj.bias" in weights:
+        y_D = y_D + weights["down_proj.bias"]
+    return y_D, active
+
+
+def _guessed(weights: Weights, options: Options, x_D: Tensor) -> list[int]:
+    """Return the neurons with the best scores of a low-rank map."""
+    rule = options["selection"]
+    inner_R = weights["selector.reduce"] @ x_D
+    if rule["norm"]:
+        mean = inner_R.sum() / len(inner_R)
+        variance = ((inner_R - mean) ** 2).sum() / len(inner_R)
+        inner_R = (inner_R - mean) / torch.sqrt(variance + 1e-5)
+    score_F = weights["selector.expand"] @ inner_R + weights["selector.bias"]
+    if rule["score"] == "gate":
+        value_F = gate_factor(options["activation"], score_F, options["glu"])
+        score_F = torch.sqrt(value_F**2) * weights["selector.length"]
+    return best(score_F, rule["top_k"] or len(score_F) // 2)
