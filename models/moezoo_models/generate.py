@@ -85,9 +85,9 @@ def generate(
     place = pick_device(device)
     model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention, dtype)
     # Options that do not fit this model are refused before the prompt is printed.
-    _start(model, words, prompt, max_new_tokens)
+    ids, count = _start(model, words, prompt, max_new_tokens)
     if griffin is not None:
-        check_decoded(model, griffin)
+        check_decoded(model, griffin, ids.shape[1], count)
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)
