@@ -11,6 +11,7 @@ from moezoo_kernels.grouped_mlp import grouped_mlp
 from moezoo_kernels.linear_cross_entropy import linear_cross_entropy
 from moezoo_kernels.product_key_top_k import product_key_top_k
 from moezoo_kernels.rank_one_experts import rank_one_experts
+from moezoo_kernels.selective_mlp import selective_mlp
 from moezoo_kernels.statistical_top_k import statistical_top_k
 from moezoo_kernels.tree_descent import leaf_mlp, path_neurons, tree_descent
 from moezoo_kernels.weighted_bag import weighted_bag
@@ -23,6 +24,7 @@ __all__ = [
     "path_neurons",
     "product_key_top_k",
     "rank_one_experts",
+    "selective_mlp",
     "statistical_top_k",
     "tree_descent",
     "use",

@@ -13,6 +13,16 @@ def is_transposed(w: Tensor) -> bool:
     return w.ndim == 3 and not w.is_contiguous() and w.transpose(1, 2).is_contiguous()
 
 
+def is_column_major(w: Tensor) -> bool:
+    """Return whether a matrix ``(B, A)`` lies in memory as ``(A, B)``."""
+    return w.ndim == 2 and not w.is_contiguous() and w.t().is_contiguous()
+
+
+def column_major(w: Tensor) -> Tensor:
+    """Return a matrix of the same numbers whose columns lie side by side in memory."""
+    return w if is_column_major(w) else w.t().contiguous().t()
+
+
 def like(tensor: Tensor) -> Tensor:
     """Return an uninitialised gradient of a tensor, in its layout if that is a transposed one."""
     if is_transposed(tensor):

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from moezoo_kernels import backends, native
 from moezoo_kernels.activations import ACTIVATION_CODES, PLAIN_GLU, GLUOptions
+from moezoo_kernels.selective_mlp.cpu import laid, layouts
+from moezoo_kernels.selective_mlp.thresholds import Thresholds
 
 MOST_SEQUENCES = 16
 """With more, products of matrices are faster elsewhere."""
@@ -183,6 +185,54 @@ def dense_step(
         hidden_width,
         ACTIVATION_CODES[activation],
         *glu.encode(),
+        float(norm.eps),
+    )
+
+
+def selective_step(
+    hidden: Tensor,
+    norm: Norm,
+    gate: Linear | None,
+    up: Linear,
+    down: Linear,
+    thresholds: Thresholds,
+    activation: str,
+    glu: GLUOptions = PLAIN_GLU,
+) -> Callable[[], None]:
+    """Prepare what :func:`dense_step` does, of the numbers that exceed thresholds alone.
+
+    It is :func:`moezoo_kernels.selective_mlp` of ``norm(hidden)``. Gate and down (and up, where
+    there is no gate or no threshold for it) are read in part where they lie column by column.
+
+    Args:
+        hidden: ``(B, D)``.
+        norm: before the block.
+        gate: ``(F, D)``, or None if the block is not gated.
+        up: ``(F, D)``.
+        down: ``(D, F)``.
+        thresholds: per channel; they are read at each call.
+        activation: a key of :data:`moezoo_kernels.activations.ACTIVATIONS`.
+        glu: bounds of the factors, if there is a gate.
+    """
+    batch, width = hidden.shape
+    hidden_width = up.weight.shape[0]
+    parts = (gate or Linear(None, None), up, down)  # type: ignore[arg-type]
+    weights = [part.weight for part in parts]
+    return native.Prepared(
+        "moezoo_selective_step",
+        hidden,
+        norm.weight,
+        *laid(*weights),
+        *(part.bias for part in parts),
+        *thresholds,
+        native.floats(batch * (3 * width + 2 * hidden_width)),
+        native.dtype_code(hidden.dtype),
+        batch,
+        width,
+        hidden_width,
+        ACTIVATION_CODES[activation],
+        *glu.encode(),
+        *layouts(*weights),
         float(norm.eps),
     )
 
