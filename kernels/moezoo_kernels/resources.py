@@ -47,8 +47,8 @@ class Row(NamedTuple):
 
 
 def launches() -> list[Launch]:
-    """List every kernel: d 2048, experts of 768, 16 neurons of 8 heads, 512² rows, trees of 768."""
-    return [*_experts(), *_tables(), *_trees()]
+    """List every kernel: d 2048, blocks of 6144, experts of 768, 16 neurons of 8 heads, 512²."""
+    return [*_experts(), *_selective(), *_tables(), *_trees()]
 
 
 def _pointers(names: str, kind: str) -> dict[str, str]:
@@ -76,6 +76,26 @@ def _experts() -> Iterator[Launch]:
     types = _pointers("grad inner weighted grad_inner", "bf16")
     types |= _pointers("weights grad_weights", "fp32")
     yield Launch("grouped_mlp", triton_stages._activate_backward, types, constants)
+
+
+def _selective() -> Iterator[Launch]:
+    from moezoo_kernels.selective_mlp import triton_selective
+
+    tile = {"width": 2048, "units": 6144, "HAS_DENSE": False, "UNITS": 64, "DEPTH": 32}
+    types = _pointers("x w_gate w_up bias_gate bias_up hidden", "bf16")
+    types |= _pointers("least_input least_up_input least_gate", "fp32")
+    types |= _pointers("gates dense", "i8")
+    strides = ("stride_gate", "stride_gate_column", "stride_up", "stride_up_column")
+    types |= dict.fromkeys(strides, "i64")
+    has = dict.fromkeys(("HAS_INPUT", "HAS_UP_INPUT", "HAS_GATE"), True)
+    has |= {"HAS_BIAS_GATE": False, "HAS_BIAS_UP": False, "GATED": True, "ACTIVATION": 3}
+    bounds = {"BOUND": 0, "GATE": 0.0, "UP": 0.0, "SHIFT": 0.0}
+    yield Launch("selective_mlp", triton_selective._hide, types, tile | has | bounds)
+    types = _pointers("hidden w_down bias_down output", "bf16")
+    types |= _pointers("least_hidden", "fp32") | _pointers("dense", "i8")
+    types |= dict.fromkeys(("stride_row", "stride_column"), "i64")
+    has = {"HAS_BIAS": False, "HAS_HIDDEN": True}
+    yield Launch("selective_mlp", triton_selective._answer, types, tile | has)
 
 
 def _tables() -> Iterator[Launch]:

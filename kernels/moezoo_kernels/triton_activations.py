@@ -67,3 +67,30 @@ def slope_of(x: tl.tensor, share: tl.tensor, ACTIVATION: tl.constexpr) -> tl.ten
     if ACTIVATION == 6:
         return tanh_slope(x)
     return share
+
+
+@triton.jit
+def bounded_gate(
+    gate: tl.tensor, share: tl.tensor, BOUND: tl.constexpr, GATE: tl.constexpr
+) -> tl.tensor:
+    """Return the bounded value of act(gate); ``BOUND`` is the kind of ``GLUOptions.encode``."""
+    if BOUND == 3:
+        return gate * tanh_share(gate / GATE) * share
+    value = gate * share
+    if BOUND == 2:
+        value = tl.where(value > GATE, GATE, value)
+    return value
+
+
+@triton.jit
+def bounded_up(
+    up: tl.tensor, BOUND: tl.constexpr, UP: tl.constexpr, SHIFT: tl.constexpr
+) -> tl.tensor:
+    """Return the bounded linear factor of a gated unit."""
+    if BOUND == 3:
+        up = up * tanh_share(up / UP)
+    elif BOUND != 0:
+        up = tl.where(up > UP, UP, tl.where(up < -UP, -UP, up))
+    if SHIFT != 0.0:
+        up += SHIFT
+    return up

@@ -14,23 +14,17 @@ from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import Unit
 from moezoo_kernels.grouped_mlp.stages import HiddenGradients, Rows, Stages, is_padding
 from moezoo_kernels.grouped_mlp.triton_matmul import matmul, outer
-from moezoo_kernels.triton_activations import share_of, slope_of, tanh_share, tanh_slope
+from moezoo_kernels.triton_activations import (
+    bounded_gate,
+    bounded_up,
+    share_of,
+    slope_of,
+    tanh_share,
+    tanh_slope,
+)
 from moezoo_kernels.weighted_bag import triton_bag
 
 _MOST_COLUMNS = 1024
-
-
-@triton.jit
-def _gate_value(
-    gate: tl.tensor, share: tl.tensor, BOUND: tl.constexpr, GATE: tl.constexpr
-) -> tl.tensor:
-    """Return the bounded value of act(gate); ``BOUND`` is the kind of ``GLUOptions.encode``."""
-    if BOUND == 3:
-        return gate * tanh_share(gate / GATE) * share
-    value = gate * share
-    if BOUND == 2:
-        value = tl.where(value > GATE, GATE, value)
-    return value
 
 
 @triton.jit
@@ -48,19 +42,6 @@ def _gate_slope(
     if BOUND == 2:
         slope = tl.where(gate * share > GATE, 0.0, slope)
     return slope
-
-
-@triton.jit
-def _up_value(
-    up: tl.tensor, BOUND: tl.constexpr, UP: tl.constexpr, SHIFT: tl.constexpr
-) -> tl.tensor:
-    if BOUND == 3:
-        up = up * tanh_share(up / UP)
-    elif BOUND != 0:
-        up = tl.where(up > UP, UP, tl.where(up < -UP, -UP, up))
-    if SHIFT != 0.0:
-        up += SHIFT
-    return up
 
 
 @triton.jit
@@ -92,11 +73,11 @@ def _activate(
     gate = tl.load(first + gates, mask=inside, other=0.0).to(tl.float32)
     if BOUND == 1:
         gate = tl.where(gate > GATE, GATE, gate)
-    value = _gate_value(gate, share_of(gate, ACTIVATION), BOUND, GATE)
+    value = bounded_gate(gate, share_of(gate, ACTIVATION), BOUND, GATE)
     if GATED:
         ups = gates + 1 if INTERLEAVED else width + columns
         up = tl.load(first + ups, mask=inside, other=0.0).to(tl.float32)
-        value *= _up_value(up, BOUND, UP, SHIFT)
+        value *= bounded_up(up, BOUND, UP, SHIFT)
     tl.store(hidden + row * width + columns, value.to(hidden.dtype.element_ty), mask=inside)
 
 
@@ -132,7 +113,7 @@ def _activate_backward(
         if BOUND == 1:
             gate = tl.where(raw > GATE, GATE, raw)
         share = share_of(gate, ACTIVATION)
-        value = _gate_value(gate, share, BOUND, GATE)
+        value = bounded_gate(gate, share, BOUND, GATE)
         of_gate = weight * g * _gate_slope(gate, share, ACTIVATION, BOUND, GATE)
         if BOUND == 1:
             of_gate = tl.where(raw > GATE, 0.0, of_gate)
@@ -143,7 +124,7 @@ def _activate_backward(
             if BOUND != 0:
                 of_up *= _up_slope(up, BOUND, UP)
             tl.store(grad_inner + ups, of_up.to(grad_inner.dtype.element_ty), mask=inside)
-            factor = _up_value(up, BOUND, UP, SHIFT)
+            factor = bounded_up(up, BOUND, UP, SHIFT)
             of_gate *= factor
             value *= factor
         tl.store(grad_inner + gates, of_gate.to(grad_inner.dtype.element_ty), mask=inside)
