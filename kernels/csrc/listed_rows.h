@@ -33,35 +33,21 @@ std::vector<const T*> listed_rows(const T* matrix, int64_t width,
   return rows;
 }
 
-// out[t][c] += Σ factors[t][r] rows[r][c] over kRows rows, for first <= c < last. With several
-// vectors, two registers' columns share each factor that is loaded.
+// out[t][c] += Σ factors[t][r] rows[r][c] over kRows rows, for first <= c < last.
 template <int kRows, int kVectors, class T>
 inline void add_several(const T* const* rows, const T* const* ahead, int64_t rows_ahead,
                         const float* const* factors, int64_t first, int64_t last,
                         float* const* out) {
-  const auto columns = [&](int64_t c, auto count, auto lanes) {
-    Floats weights[count()][kRows];
-    for (int i = 0; i < count(); ++i)
-      for (int r = 0; r < kRows; ++r) weights[i][r] = load(rows[r] + c + i * kLanes, lanes);
-    for (int64_t a = 0; a < rows_ahead; ++a)
-      for (int i = 0; i < count(); ++i) __builtin_prefetch(ahead[a] + c + i * kLanes);
+  by_registers(last - first, [&](int64_t column, auto lanes) {
+    const int64_t c = first + column;
+    Floats weights[kRows];
+    for (int r = 0; r < kRows; ++r) weights[r] = load(rows[r] + c, lanes);
+    for (int64_t a = 0; a < rows_ahead; ++a) __builtin_prefetch(ahead[a] + c);
     for (int t = 0; t < kVectors; ++t) {
-      Floats sums[count()];
-      for (int i = 0; i < count(); ++i) sums[i] = weights[i][0] * factors[t][0];
-      for (int r = 1; r < kRows; ++r)
-        for (int i = 0; i < count(); ++i) sums[i] += weights[i][r] * factors[t][r];
-      for (int i = 0; i < count(); ++i) {
-        float* const at = out[t] + c + i * kLanes;
-        store(at, load(at, lanes) + sums[i], lanes);
-      }
+      Floats sum = weights[0] * factors[t][0];
+      for (int r = 1; r < kRows; ++r) sum += weights[r] * factors[t][r];
+      store(out[t] + c, load(out[t] + c, lanes) + sum, lanes);
     }
-  };
-  int64_t c = first;
-  if constexpr (kVectors > 1 && kLanes >= 16)
-    for (; c + 2 * kLanes <= last; c += 2 * kLanes)
-      columns(c, std::integral_constant<int, 2>{}, Full{});
-  by_registers(last - c, [&](int64_t rest, auto lanes) {
-    columns(c + rest, std::integral_constant<int, 1>{}, lanes);
   });
 }
 

@@ -22,8 +22,8 @@ struct Laid {
   bool transposed;
 };
 
-// kept (width,) = values where their size exceeds the thresholds, zero elsewhere; all of them where
-// there are no thresholds. Returns how many are kept. The two may be the same.
+// kept (width,) = values where their size exceeds the thresholds, or they are no number; zero
+// elsewhere. All where there are no thresholds. Returns how many are kept. The two may be the same.
 int64_t keep(const float* values, const float* thresholds, int64_t width, float* kept) {
   if (!thresholds) {
     std::copy(values, values + width, kept);
@@ -32,7 +32,7 @@ int64_t keep(const float* values, const float* thresholds, int64_t width, float*
   Ints none{};
   by_registers(width, [&](int64_t c, auto lanes) {
     const Floats x = load(values + c, lanes), size = x < 0.0f ? -x : x;
-    const Ints passes = reinterpret_cast<Ints>(size > load(thresholds + c, lanes));
+    const Ints passes = ~reinterpret_cast<Ints>(size <= load(thresholds + c, lanes));
     store(kept + c, passes ? x : broadcast(0.0f), lanes);
     // Lanes behind the row's end hold zeros, of which none exceeds the zero beside it.
     none += passes;

@@ -31,7 +31,7 @@ def selective_mlp(
 ) -> Tensor:
     """Compute a feed-forward block of the numbers that exceed thresholds; others count as zeros.
 
-    With ``keep(v, t)`` being v where ``|v| > t``, else 0, of each token::
+    With ``keep(v, t)`` being v where ``|v| > t`` or v is NaN, else 0, of each token::
 
         g = act(w_gate @ keep(x, input) + bias_gate)
         u = w_up @ keep(x, up_input) + bias_up

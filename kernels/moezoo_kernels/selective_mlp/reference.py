@@ -30,7 +30,7 @@ def selective_mlp(
             if threshold is None:
                 return torch.ones_like(values)
             wide = values.to(torch.promote_types(values.dtype, torch.float32))
-            kept = ((wide > threshold) | (wide < -threshold)).to(values.dtype)
+            kept = ((wide > threshold) | (wide < -threshold) | wide.isnan()).to(values.dtype)
             return kept if dense is None else kept.clamp(min=dense[:, None].to(values.dtype))
 
     def product(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

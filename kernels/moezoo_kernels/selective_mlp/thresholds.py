@@ -33,7 +33,7 @@ NO_THRESHOLDS = Thresholds()
 
 
 def keeps(values: Tensor, thresholds: Tensor | None, dense: Tensor | None) -> Tensor | None:
-    """Return which numbers are used, ``(T, K)`` bool; None for all. There is no gradient.
+    """Return which numbers are used, ``(T, K)`` bool; None for all. A NaN is, so that it is seen.
 
     Args:
         values: ``(T, K)``.
@@ -42,7 +42,7 @@ def keeps(values: Tensor, thresholds: Tensor | None, dense: Tensor | None) -> Te
     """
     if thresholds is None:
         return None
-    passes = at_least_fp32(values.detach()).abs() > thresholds
+    passes = (at_least_fp32(values.detach()).abs() <= thresholds).logical_not()
     return passes if dense is None else passes | dense.unsqueeze(1)
 
 

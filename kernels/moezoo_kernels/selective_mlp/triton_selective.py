@@ -27,8 +27,8 @@ _DEPTH = 32
 
 @triton.jit
 def _passes(values: tl.tensor, least: tl.tensor, everything: tl.tensor) -> tl.tensor:
-    """Return which numbers exceed the thresholds, or all of them."""
-    return tl.where(everything, 1, (tl.abs(values) > least).to(tl.int32)) != 0
+    """Return which numbers exceed the thresholds or are none, or all of them."""
+    return tl.where(everything, 0, (tl.abs(values) <= least).to(tl.int32)) == 0
 
 
 @triton.jit
