@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moezoo import (
     PEER,
+    BalanceOptions,
     CarvedMoE,
+    ExpertNormOptions,
     FeedForward,
     GLUOptions,
     HashLayer,
@@ -51,6 +53,31 @@ LAYERS = {
             weights=WeightOptions(with_shared=True, learned_scale=True, expert_scale=True),
         ),
     ),
+    "norms": partial(
+        SparseMoE,
+        num_experts=4,
+        top_k=2,
+        d_expert=8,
+        d_latent=7,
+        expert_norms=ExpertNormOptions(input=True, output=True),
+    ),
+    "thresholds": partial(
+        SparseMoE,
+        num_experts=4,
+        d_expert=8,
+        router=RouterOptions(choice="threshold", score="sigmoid", normalize=False),
+    ),
+    "relu": partial(
+        SparseMoE,
+        num_experts=4,
+        d_expert=8,
+        router=RouterOptions(score="relu", normalize=False),
+        balance=BalanceOptions(load_balancing=0.0),
+    ),
+    "rounding": partial(
+        SparseMoE, num_experts=4, top_k=2, d_expert=8, router=RouterOptions(rounding=2)
+    ),
+    "rows in turn": partial(SparseMoE, num_experts=4, d_expert=8, bias=True, interleaved=True),
     "latent": partial(SparseMoE, num_experts=4, top_k=2, d_expert=8, d_latent=7),
     "identity": partial(
         SparseMoE,
@@ -78,7 +105,14 @@ Outcome = dict[str, torch.Tensor]
 def build(name: str) -> FeedForward:
     """Build a layer, the same every time."""
     torch.manual_seed(0)
-    return LAYERS[name](WIDTH).double().eval()
+    layer = LAYERS[name](WIDTH).double().train(name == "rounding")
+    with torch.no_grad():
+        for key, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+            if key.endswith("norm.weight"):
+                tensor.normal_()
+            elif key.endswith("threshold"):
+                tensor.fill_(0.5)
+    return layer
 
 
 def inputs(sizes: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -72,8 +72,8 @@ class Adopted:
 
     def step(self) -> None:
         """Move selection biases by the load since the last step; call it after the optimizer."""
-        for layer in self.layers.values():
-            layer.step()
+        for held in self._held.values():
+            held.step()
 
     def discard(self) -> None:
         """Forget the load since the last step, as when a step is skipped."""

@@ -98,6 +98,16 @@ class Held:
         if self.layer.training != self.block.training:
             self.layer.train(self.block.training)
 
+    def step(self) -> None:
+        """Move the layer's state by its load, in the block too: a bias of 16 bits is widened."""
+        for link in self._links:
+            bias = getattr(link.owner, link.name)
+            if link.ours == "selection_bias" and bias.itemsize < 4:
+                with torch.no_grad():
+                    bias.data = bias.data.float()
+        self.bind()
+        self.layer.step()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Held:
         """Copy with the model; views of its parameters are made anew from the copy's."""
         for link in self._links:

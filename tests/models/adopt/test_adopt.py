@@ -284,6 +284,46 @@ def test_selection_biases_move_in_the_model():
         assert dict(model.named_buffers())[name] is bias
 
 
+@pytest.mark.parametrize("family", ["DeepseekV3", "Ernie4_5_Moe"])
+def test_a_bias_of_16_bits_is_widened_and_moves(family, monkeypatch):
+    """A step of 1e-3 would be rounded away, or stay in the layer alone."""
+    sizes = {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1, "use_bias": False}
+    monkeypatch.setitem(FAMILIES, "Ernie4_5_Moe", sizes)
+    model = model_of(family).bfloat16().train()
+    adopted = moezoo.adopt(model)
+
+    def biases():
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return {name: t.clone() for name, t in tensors if name.endswith("correction_bias")}
+
+    for _ in range(3):
+        before = biases()
+        with adopted.collect() as outputs:
+            model(**batch())
+        adopted.step()
+        for (name, bias), output in zip(biases().items(), outputs, strict=True):
+            counts = output.stats["expert_counts"].float()
+            moved = before[name].float() + 1e-3 * (counts.mean() - counts).sign()
+            assert bias.dtype == torch.float32
+            torch.testing.assert_close(bias, moved.reshape(bias.shape), rtol=0, atol=1e-9)
+
+
+def test_a_saved_deepseek_v3_has_the_whole_bias(tmp_path):
+    model = model_of("DeepseekV3").bfloat16().train()
+    adopted = moezoo.adopt(model)
+    for _ in range(3):
+        with adopted.collect():
+            model(**batch())
+        adopted.step()
+    saved = {n: b.clone() for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    assert any(not torch.equal(bias.bfloat16().float(), bias) for bias in saved.values())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    found = dict(again.named_buffers())
+    assert all(torch.equal(found[name], bias) for name, bias in saved.items())
+    assert again.model.layers[1].mlp.experts.down_proj.dtype == torch.bfloat16
+
+
 def test_a_model_without_mixtures_is_refused():
     config = transformers.LlamaConfig(**{k: v for k, v in COMMON.items() if "moe" not in k})
     model = transformers.LlamaForCausalLM(config)

@@ -69,6 +69,14 @@ def test_load_of_slots_too_many_to_count_is_a_mean_over_tokens():
     assert load.top1_usage == pytest.approx(0.15)
 
 
+def test_tokens_without_an_expert_are_a_mean_over_tokens():
+    counter = LoadCounter()
+    for tokens, share in ((30, 0.1), (10, 0.5)):
+        stats = {"tokens": torch.tensor(tokens), "without_expert": torch.tensor(share)}
+        counter.add(({**stats, "expert_counts": torch.tensor([1, 2])},))
+    assert counter.take()[0].without_expert == pytest.approx(0.2)
+
+
 def test_training_logs_the_usage_of_every_layer_that_chooses(
     make_model, make_trainer, random_tokens, tmp_path
 ):
@@ -184,6 +192,7 @@ def test_table_shows_what_is_missing_as_missing():
             ExpertLoad(2, 1.5, 0.75, 0.5, 0.25, usage=1.0, unevenness=0.1),
             ExpertLoad(3, 1.5, 0.75, None, None, usage=0.5, unevenness=0.1, top1_usage=0.25),
             ExpertLoad(4, None, None, None, None, usage=1.0, unevenness=0.123),
+            ExpertLoad(5, 1.5, 0.75, None, None, without_expert=0.125, usage=1.0),
         ],
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=100)
@@ -195,6 +204,7 @@ def test_table_shows_what_is_missing_as_missing():
     assert "skipped steps" in text
     assert "busiest 1.50 × mean, evenness 0.750, 25.0% dropped" in text
     assert "0.750, usage 50.0% (best 25.0%) per batch" in text
+    assert "evenness 0.750, 12.5% of tokens without an expert" in text
     assert "layer 4 │ usage 100.0% per batch, unevenness 0.12 nats" in " ".join(text.split())
 
 

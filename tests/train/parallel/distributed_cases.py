@@ -77,6 +77,7 @@ CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
     "activation checkpointing": Case("moe", 6, model={"activation_checkpointing": True}),
     "before attention": Case("moe", 6, model={"router_input": "pre_attention"}),
     "bf16": Case("moe", 6, trainer={"precision": "bf16-mixed"}),
+    "biased": Case("biased", 6, trainer={"precision": "bf16-mixed"}),
     "sparse memory": Case("sparse memory", 6),
     "sparse peer": Case("sparse peer", 6),
     "adapters": Case("moe", 6, adapters=True),

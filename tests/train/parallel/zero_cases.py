@@ -19,6 +19,7 @@ TWO_PROCESSES = [(layer, stage) for layer in LAYERS for stage in STAGES]
 TWO_PROCESSES += [("accumulation", stage) for stage in STAGES]
 # What stages 1 and 2 do between a forward pass and its backward pass is nothing.
 TWO_PROCESSES += [("activation checkpointing", 3), ("bf16", 2), ("bf16", 3)]
+TWO_PROCESSES += [("biased", 2), ("biased", 3)]
 CASES = {name: replace(case, steps=min(case.steps, 8)) for name, case in cases.CASES.items()}
 INTERRUPTED = cases.Case("memory", 4)  # clip groups, learning rates and decay of their own
 READINGS: list[tuple[str | int, str | int]] = [(stage, stage) for stage in STAGES]

@@ -34,6 +34,7 @@ class ExpertLoad:
         router_entropy: mean entropy of a token's routing probabilities, divided by log E; None
             where nothing is learned, as in a hash layer.
         dropped: share of assignments dropped for lack of capacity; None where there is no such.
+        without_expert: share of tokens that no expert takes; None where every token has some.
         usage: share of the slots that had any weight.
         unevenness: divergence of the slots' weights from uniform, in nats.
         top1_usage: share of the slots that were some head's best; None where there are no heads.
@@ -46,6 +47,7 @@ class ExpertLoad:
     entropy: float | None
     router_entropy: float | None
     dropped: float | None
+    without_expert: float | None = None
     usage: float | None = None
     unevenness: float | None = None
     top1_usage: float | None = None
@@ -53,7 +55,15 @@ class ExpertLoad:
     node_entropy: float | None = None
 
 
-_MEANS = ("router_entropy", "usage", "unevenness", "top1_usage", "density", "node_entropy")
+_MEANS = (
+    "router_entropy",
+    "without_expert",
+    "usage",
+    "unevenness",
+    "top1_usage",
+    "density",
+    "node_entropy",
+)
 """Statistics of a micro-batch that are averaged over tokens."""
 
 

@@ -198,6 +198,8 @@ def _describe(load: ExpertLoad) -> str:
         parts.append(f"unevenness {load.unevenness:.2f} nats")
     if load.dropped:
         parts.append(f"{load.dropped:.1%} dropped")
+    if load.without_expert:
+        parts.append(f"{load.without_expert:.1%} of tokens without an expert")
     return ", ".join(parts)
 
 
