@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_int
+from moezoo.routing.model_sparsity import shared_sparsity
 from moezoo_kernels import weighted_bag
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ _POOLS: ContextVar[dict[str, ValueTable] | None] = ContextVar("moezoo_value_pool
 def shared_values() -> Iterator[None]:
     """Share the values of layers built inside that name the same ``value_pool``.
 
+    Those with ``balance.sparsity_scope: model`` share one sparsity.
+
     The first layer of a pool owns the table: it alone holds it in ``parameters()``,
     ``state_dict()`` and ``cost()``. The others refer to it, and follow it when the model that
     holds them all is moved, copied or loaded. Each block is a world of its own, so two models never
@@ -128,7 +131,8 @@ def shared_values() -> Iterator[None]:
     """
     token = _POOLS.set({})
     try:
-        yield
+        with shared_sparsity():
+            yield
     finally:
         _POOLS.reset(token)
 

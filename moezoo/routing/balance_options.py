@@ -30,6 +30,9 @@ class BalanceOptions:
             (arXiv:2412.14711); no other loss but ``z_loss`` is taken then.
         sparsity_growth: λ is multiplied by it after a step in which tokens had more than k experts
             on average, and divided by it otherwise.
+        sparsity_scope: whose sparsity λ follows: that of each ``layer``, or the mean of the layers
+            of a ``model``, as in the paper, whose loss is the mean of theirs. The layers are those
+            that the decoder, :func:`moezoo.swap` or one :func:`moezoo.shared_values` builds.
         scope: take f over the ``global`` batch (all ranks, all micro-batches so far) or the
             ``local`` one; global leaves experts free to specialise (arXiv:2501.11873). The p of
             ``entropy`` is then over all ranks.
@@ -44,6 +47,7 @@ class BalanceOptions:
     entropy: float = 0.0
     sparsity: float = 1e-8
     sparsity_growth: float = 1.2
+    sparsity_scope: Literal["layer", "model"] = "layer"
     scope: Literal["global", "local"] = "global"
     count: Literal["selected", "first_choice"] = "selected"
 
@@ -59,6 +63,7 @@ class BalanceOptions:
         for name in (*_LOSSES, "z_loss", "sparsity"):
             check_number(f"balance.{name}", getattr(self, name))
         check_number("balance.sparsity_growth", self.sparsity_growth, minimum=1.0)
+        check_choice("balance.sparsity_scope", self.sparsity_scope, ("layer", "model"))
         check_choice("balance.scope", self.scope, ("global", "local"))
         check_choice("balance.count", self.count, ("selected", "first_choice"))
         if router is not None:
@@ -70,7 +75,7 @@ class BalanceOptions:
             self._refuse_idle(_LOSSES, f"has no meaning in {of}; set it to 0")
         if router.score != "relu":
             reason = "is the loss of relu scores; set router.score to relu, or leave it out"
-            self._refuse_idle(("sparsity", "sparsity_growth"), reason)
+            self._refuse_idle(("sparsity", "sparsity_growth", "sparsity_scope"), reason)
         if self.load and not router.noise:
             raise InputError(
                 "balance.load: has no gradient without noise; set router.noise to true, or it to 0"

@@ -19,6 +19,7 @@ from moezoo.routing.balance import mean_probability
 from moezoo.routing.balance_options import BalanceOptions
 from moezoo.routing.choose import best_tokens
 from moezoo.routing.margins import margin_histogram, upper_quantile
+from moezoo.routing.model_sparsity import SparsityScope
 from moezoo.routing.options import RouterOptions
 from moezoo.routing.scores import scores_of
 from moezoo.routing.selection_bias import StepLoad
@@ -137,14 +138,25 @@ def sparsity_loss(
     return torch.dot(f_E, mean_probability(balance, taken.scores, mask_T))
 
 
-def move_sparsity(weight_1: Tensor, load: StepLoad, balance: BalanceOptions, top_k: int) -> None:
+def move_sparsity(
+    weight_1: Tensor,
+    load: StepLoad,
+    balance: BalanceOptions,
+    top_k: int,
+    scope: SparsityScope | None = None,
+) -> None:
     """Raise the loss's coefficient λ, in place, if tokens had more than k experts, or lower it.
 
     ``λ <- λ growth^sign(Σ_e c_e - k T)`` over all ranks and micro-batches of the step: the paper's
     rule (arXiv:2412.14711) for the sparsity of this layer, where the paper has one λ and the
-    mean sparsity of all layers.
+    mean sparsity of all layers. With a ``scope`` it is that: the mean over its layers of
+    ``Σ_e c_e / (T E) - k / E``. Without any load of the layer λ stays.
     """
     if load.counts is None or load.tokens is None:
+        return
+    if scope is not None:
+        if (direction := scope.direction()) is not None:
+            weight_1 *= balance.sparsity_growth ** direction.to(weight_1.dtype)
         return
     excess = L.sum_over_ranks(load.counts).sum() - top_k * L.sum_over_ranks(load.tokens)
     weight_1 *= balance.sparsity_growth ** excess.sign().to(weight_1.dtype)

@@ -22,6 +22,7 @@ from moezoo.routing.deferred import statistics
 from moezoo.routing.logits import normed_input, scaled_logits
 from moezoo.routing.margins import margin_histogram
 from moezoo.routing.mlp import RouterMLP
+from moezoo.routing.model_sparsity import joined_scope
 from moezoo.routing.options import RouterOptions
 from moezoo.routing.rounding import round_tokens
 from moezoo.routing.routing import Routing
@@ -99,6 +100,7 @@ class Router(TrainingState):
             size = 1 if name == "sparsity_weight" else num_experts
             self.register_buffer(name, torch.empty(size, dtype=torch.float32))
         self._load = StepLoad()
+        self._scope = joined_scope(balance) if options.score == "relu" else None
         self.reset_parameters()
 
     @property
@@ -124,11 +126,10 @@ class Router(TrainingState):
             self._draw(self.shared_weight)
         if self.options.logits.mlp:
             self.mlp.reset_parameters()
-        for name in ("input_scale", "learned_scale", "expert_scale"):
-            if (scale := self._parameters.get(name)) is not None:
-                nn.init.ones_(scale)
-        if (bias := self._parameters.get("bias")) is not None:
-            nn.init.zeros_(bias)
+        factors = dict.fromkeys(("input_scale", "learned_scale", "expert_scale"), 1.0)
+        for name, start in {**factors, "bias": 0.0}.items():
+            if (parameter := self._parameters.get(name)) is not None:
+                nn.init.constant_(parameter, start)
         starts = {"threshold": ragged.COLD, "sparsity_weight": self.balance.sparsity}
         for name in self._wide_buffers():
             nn.init.constant_(getattr(self, name), starts.get(name, 0.0))
@@ -352,6 +353,7 @@ class Router(TrainingState):
             aux["router_z"] = self.balance.z_loss * L.z_loss(logits_TE, mask_T)
         if self.options.score == "relu":
             loss = ragged.sparsity_loss(taken, mask_T, self._load, self.balance, self.top_k)
+            loss = loss if self._scope is None else loss / self._scope.layers
             aux["sparsity"] = self.sparsity_weight.to(loss.dtype).squeeze(0) * loss
         shares_TE = shares_of(taken.scores, self.options.score)
         asked = (shares_TE, taken.indices, taken.weights, mask_T, None)
@@ -364,6 +366,8 @@ class Router(TrainingState):
     def observe(self, stats: Mapping[str, Tensor]) -> None:
         """Add one micro-batch's expert counts to those of this optimizer step."""
         self._load.add(stats)
+        if self._scope is not None:
+            self._scope.add(stats, self.top_k)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -376,12 +380,15 @@ class Router(TrainingState):
             decay = self.options.threshold_decay
             ragged.move_threshold(self.threshold, self._load, self.top_k, decay)
         if self.options.score == "relu":
-            ragged.move_sparsity(self.sparsity_weight, self._load, self.balance, self.top_k)
+            how = (self.balance, self.top_k, self._scope)
+            ragged.move_sparsity(self.sparsity_weight, self._load, *how)
         self._load = StepLoad()
 
     def discard(self) -> None:
         """Forget the load since the last step."""
         self._load = StepLoad()
+        if self._scope is not None:
+            self._scope.forget()
 
     def defer_state(self) -> None:
         """Do nothing: such state is moved by :meth:`step` alone, whoever trains."""

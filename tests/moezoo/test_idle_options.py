@@ -53,6 +53,7 @@ IDLE = [
     ({"router": {**RAW, "weights": {"eps": 0.1}}}, "router.weights.eps: says how weights are"),
     ({"balance": {"sparsity": 1e-3}}, "balance.sparsity: is the loss of relu scores; set router"),
     ({"balance": {"sparsity_growth": 2.0}}, "balance.sparsity_growth: is the loss of relu scores"),
+    ({"balance": {"sparsity_scope": "model"}}, "balance.sparsity_scope: is the loss of relu sc"),
     ({"balance": {"load": 0.1}}, "balance.load: has no gradient without noise; set router.noise"),
     (
         {"balance": {"load_balancing": 0.0, "count": "first_choice"}},
@@ -113,6 +114,7 @@ def test_every_default_that_is_written_out_is_accepted(method):
     for name in ("interleaved", "expert_norms"):  # what a configuration from before has not
         del config["init_args"][name]
     del config["init_args"]["router"]["expected_experts"]
+    del config["init_args"]["balance"]["sparsity_scope"]
     assert FeedForward.from_config(config).config() == method.build(D).config()
 
 

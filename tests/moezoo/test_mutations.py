@@ -84,6 +84,7 @@ UNSEEN = {
     "balance.scope": "one process, and one micro-batch",
     "balance.sparsity": "where a buffer begins",
     "balance.sparsity_growth": "acts in step()",
+    "balance.sparsity_scope": "one layer",
     "bias_update_rate": "acts in step()",
     "clip_values_apart": "the optimizer's",
     "expert_lr_multiplier": "the optimizer's",

@@ -1,9 +1,12 @@
 """ReMoE: experts of a positive score run, and a coefficient makes them as many as asked for."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
+import moezoo
 from moezoo import BalanceOptions, CapacityOptions, InputError, RouterOptions, SparseMoE
 
 D, EXPERTS, TOP_K = 12, 8, 2
@@ -87,6 +90,94 @@ def test_micro_batches_share_one_count():
     expected = (counts * EXPERTS / (TOP_K * 63) * gates.mean(dim=0)).sum()
     torch.testing.assert_close(loss, expected)
     assert torch.equal(moved(parts, second), moved(whole, first, second))
+
+
+def pair(scope: str = "model") -> tuple[SparseMoE, SparseMoE]:
+    """Return two layers of a model, of other sizes: 4 of 8 experts asked for, and 1 of 4."""
+    balance = BalanceOptions(load_balancing=0.0, sparsity=1.0, sparsity_scope=scope)
+    with moezoo.shared_values():
+        sizes = ((EXPERTS, 4), (4, 1))
+        return tuple(
+            SparseMoE(D, num_experts=n, top_k=k, d_expert=4, router=OPTIONS, balance=balance)
+            for n, k in sizes
+        )
+
+
+def seen(experts: int, ran: int, of_tokens: int = 10) -> dict[str, Tensor]:
+    counts = torch.zeros(experts, dtype=torch.int64)
+    counts[0] = ran
+    return {"expert_counts": counts, "tokens": torch.tensor(of_tokens)}
+
+
+def coefficients(layers) -> list[float]:
+    return [round(float(layer.gate.sparsity_weight), 6) for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("ran", "model", "layer"),
+    [
+        # Of 10 tokens, 40 and 10 were asked for: shares of 1/2 and 1/4.
+        ((32, 20), 1.2, (1 / 1.2, 1.2)),  # -1 + 2.5
+        ((16, 20), 1 / 1.2, (1 / 1.2, 1.2)),  # -3 + 2.5
+        ((32, 14), 1.0, (1 / 1.2, 1.2)),  # -1 + 1: as many as asked for
+    ],
+)
+def test_the_coefficient_of_a_model_follows_the_mean_share_of_its_layers(ran, model, layer):
+    for scope, expected in (("model", (model, model)), ("layer", layer)):
+        layers = pair(scope)
+        for one, count in zip(layers, ran, strict=True):  # in two micro-batches
+            one.observe(seen(one.num_experts, count - 1, 7))
+        for one in layers:
+            one.observe(seen(one.num_experts, 1, 3))
+        for one in layers:
+            one.step()
+        assert coefficients(layers) == [round(value, 6) for value in expected]
+        for one in layers:  # nothing was observed since
+            one.step()
+        assert coefficients(layers) == [round(value, 6) for value in expected]
+
+
+def test_steps_of_a_model_follow_each_other_and_skipped_ones_leave_nothing():
+    layers = pair()
+    for ran in ((80, 0), (0, 0), (80, 0)):
+        for one, count in zip(layers, ran, strict=True):
+            one.observe(seen(one.num_experts, count))
+        for one in layers:
+            one.step()
+    assert coefficients(layers) == [1.2, 1.2]
+    for one in layers:
+        one.observe(seen(one.num_experts, 0))
+    for one in layers:
+        one.discard()
+    for one, count in zip(layers, (80, 0), strict=True):
+        one.observe(seen(one.num_experts, count))
+    for one in layers:
+        one.step()
+    assert coefficients(layers) == [1.44, 1.44]
+
+
+def test_copies_of_a_model_share_among_themselves():
+    layers = pair()
+    copies = copy.deepcopy(layers)
+    for one in copies:
+        one.observe(seen(one.num_experts, 0))
+    for one in (*copies, *layers):
+        one.step()
+    assert coefficients(copies) == [round(1 / 1.2, 6)] * 2
+    assert coefficients(layers) == [1.0, 1.0]
+
+
+def test_the_loss_of_a_model_is_the_mean_of_its_layers():
+    torch.manual_seed(0)
+    shared, apart = pair()[0].double(), pair("layer")[0].double()
+    apart.load_state_dict(shared.state_dict())
+    hidden = tokens()
+    found, whole = (layer(hidden).losses["sparsity"] for layer in (shared, apart))
+    torch.testing.assert_close(found, whole / 2)
+    alone = BalanceOptions(load_balancing=0.0, sparsity=1.0, sparsity_scope="model")
+    single = SparseMoE(D, num_experts=8, top_k=4, d_expert=4, router=OPTIONS, balance=alone)
+    single.double().load_state_dict(shared.state_dict())
+    torch.testing.assert_close(single(hidden).losses["sparsity"], whole)
 
 
 def test_going_on_from_a_state_dict_changes_no_bit():

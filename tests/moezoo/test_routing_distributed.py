@@ -21,13 +21,17 @@ ROUTERS = {
     "quantile": RouterOptions(score="sigmoid", selection_bias=True, bias_rule="quantile"),
     "threshold": RouterOptions(choice="threshold", normalize=False),
     "relu": RouterOptions(score="relu", normalize=False),
+    "relu of model": RouterOptions(score="relu", normalize=False),
 }
 
 
 def layer(kind: str) -> SparseMoE:
     torch.manual_seed(0)
     router = ROUTERS[kind]
-    balance = BalanceOptions(load_balancing=1.0, z_loss=0.0, sparsity=1.0)
+    by_tokens = {"load_balancing": 0.0 if router.is_ragged else 1.0}
+    scope = "model" if kind == "relu of model" else "layer"
+    of_relu = {"sparsity": 1.0, "sparsity_scope": scope}
+    balance = BalanceOptions(**(of_relu if router.score == "relu" else by_tokens))
     return SparseMoE(D, num_experts=4, router=router, balance=balance).double()
 
 

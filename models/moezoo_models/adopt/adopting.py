@@ -143,7 +143,7 @@ def adopt(
     choices are close may go to other experts than before.
 
     Args:
-        model: as ``from_pretrained`` returns it: mixtures of 65 families, see
+        model: as ``from_pretrained`` returns it: mixtures of 66 families, see
             docs/routers.md.
         balance: auxiliary losses of the layers, caught by :meth:`Adopted.collect`; default: none.
         where: which blocks, by a function of their names in the model; default: all.

@@ -357,3 +357,21 @@ def test_tied_embeddings_are_one_tensor(make, ids):
     assert sum(p.numel() for p in make().parameters()) - sum(
         p.numel() for p in model.parameters()
     ) == (61 * 32)
+
+
+def test_layers_of_relu_scores_share_the_sparsity_of_their_model(build):
+    options = {
+        "num_experts": 4,
+        "d_expert": 4,
+        "router": {"score": "relu", "normalize": False},
+        "balance": {"load_balancing": 0.0, "sparsity_scope": "model"},
+    }
+    rule = {"layers": "all", "class_path": "moezoo.SparseMoE", "init_args": options}
+    layers = [block.mlp for block in build(num_hidden_layers=2, ffn=[rule]).model.layers]
+    for layer, ran in zip(layers, (9, 30), strict=True):  # 20 were asked for
+        counts = torch.tensor([ran, 0, 0, 0])
+        layer.observe({"expert_counts": counts, "tokens": torch.tensor(10)})
+    for layer in layers:
+        layer.step()
+    found = [layer.gate.sparsity_weight for layer in layers]
+    torch.testing.assert_close(found, [torch.tensor([1e-8 / 1.2])] * 2, rtol=1e-6, atol=0)
