@@ -359,7 +359,7 @@ def test_tied_embeddings_are_one_tensor(make, ids):
     ) == (61 * 32)
 
 
-def test_layers_of_relu_scores_share_the_sparsity_of_their_model(build):
+def test_layers_of_relu_scores_share_the_sparsity_of_their_model(make):
     options = {
         "num_experts": 4,
         "d_expert": 4,
@@ -367,7 +367,7 @@ def test_layers_of_relu_scores_share_the_sparsity_of_their_model(build):
         "balance": {"load_balancing": 0.0, "sparsity_scope": "model"},
     }
     rule = {"layers": "all", "class_path": "moezoo.SparseMoE", "init_args": options}
-    layers = [block.mlp for block in build(num_hidden_layers=2, ffn=[rule]).model.layers]
+    layers = [block.mlp for block in make(num_hidden_layers=2, ffn=[rule]).model.layers]
     for layer, ran in zip(layers, (9, 30), strict=True):  # 20 were asked for
         counts = torch.tensor([ran, 0, 0, 0])
         layer.observe({"expert_counts": counts, "tokens": torch.tensor(10)})
