@@ -76,8 +76,8 @@ def dense_config(raw: Mapping[str, Any]) -> MoezooConfig:
     }
     if getattr(config, "rope_parameters", None) is not None:
         common["rope_parameters"] = rope(config)
-    known = {name: value for name, value in common.items() if value is not None}
-    return MoezooConfig(**known | family.options(config))
+    given = {name: value for name, value in common.items() if value is not None}
+    return MoezooConfig(**given | family.options(config))
 
 
 def dense_layout(raw: Mapping[str, Any]) -> tuple[Rule, ...]:

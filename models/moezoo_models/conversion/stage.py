@@ -56,7 +56,7 @@ class Stage:
 
     def __init__(self, source: Source, layer: int, device: torch.device) -> None:
         self.model = _one_layer(source, layer).model
-        self.model.norm = nn.Identity()  # type: ignore[assignment]
+        self.model.norm = nn.Identity()
         self.model.embed_positions = None  # they are added before the first layer
         self.model.rotary_emb = build_rotary(self.model.config)
         self.model.rotary_emb = self.model.rotary_emb and self.model.rotary_emb.to(device)
@@ -181,7 +181,7 @@ def _one_layer(source: Source, layer: int) -> MoezooForCausalLM:
     }
     config = MoezooConfig.from_dict(ours.to_dict() | fields)
     with torch.device("meta"), quiet():
-        return MoezooForCausalLM(config).to(torch.float32).eval()
+        return MoezooForCausalLM(config).float().eval()
 
 
 def _place(module: nn.Module, name: str, weight: Tensor, device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -48,7 +50,7 @@ def ineligible(model: PreTrainedModel) -> str | None:
     return _replaced(model) or _spread(model)
 
 
-_LLAMA = {
+_LLAMA: dict[str, Any] = {
     "positions": "rotary",
     "nope_layers": [],
     "norm": "rms",
@@ -74,7 +76,7 @@ def _beyond_llama(config: MoezooConfig) -> str | None:
     return None if whole else "rope_parameters"
 
 
-def turns_anew(config: MoezooConfig, length: int, new_tokens: int) -> bool:
+def turns_anew(config: Any, length: int, new_tokens: int) -> bool:
     """Return whether a text grows past the length at which longrope turns all its keys anew.
 
     Args:

@@ -123,5 +123,5 @@ class Attention(nn.Module):
     def _normed(self, norm: nn.Module, projected: Tensor, heads: tuple[int, ...]) -> Tensor:
         """Normalise queries or keys, and split them into ``(batch, sequence, heads, head_dim)``."""
         if self.norms_projections:
-            return norm(projected).view(heads)  # type: ignore[no-any-return]
-        return norm(projected.view(heads))  # type: ignore[no-any-return]
+            return norm(projected).view(heads)
+        return norm(projected.view(heads))

@@ -19,7 +19,6 @@ from moezoo_models.model.joint_attention import check_joint_backend
 from moezoo_models.model.norm import NORMS, Norm
 from moezoo_models.model.persistent import JoinedSlots, build_slots
 
-
 _PLACES = {
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
     "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),

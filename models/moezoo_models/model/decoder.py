@@ -205,7 +205,8 @@ class MoezooModel(MoezooPreTrainedModel):
 
         Raises:
             InputError: a token id outside the vocabulary, or a position without a learned embedding
-                (checked on CPU only, where it is free), no input, or no ``input_ids`` or ``context_ids`` for a layer that routes on them.
+                (checked on CPU only, where it is free), no input, or no ``input_ids`` or
+                ``context_ids`` for a layer that routes on them.
         """
         if inputs_embeds is None:
             if input_ids is None:
