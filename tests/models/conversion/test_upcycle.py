@@ -29,7 +29,7 @@ HELD = {
     "qwen2": ("qwen2_moe", "glm4_moe", "moezoo"),
     "qwen2_window": ("qwen2_moe", "moezoo"),
     "qwen3": ("qwen3_moe", "glm4_moe", "moezoo"),
-    "olmo2": ("flex_olmo",),
+    "olmo2": ("flex_olmo", "moezoo"),
 }
 PAIRS = [(source, target) for source, targets in HELD.items() for target in targets]
 WITH_SHARED = [(s, t) for s, t in PAIRS if t in ("qwen2_moe", "glm4_moe", "moezoo")]
@@ -304,7 +304,7 @@ def lie_about_the_header(directory):
 
 DAMAGE = {
     "mlp_bias": (lambda d: change_config(d, mlp_bias=True), "mlp_bias: no stock mixture"),
-    "unknown": (lambda d: change_config(d, model_type="gpt2"), "model_type: 'gpt2' cannot be"),
+    "unknown": (lambda d: change_config(d, model_type="bloom"), "model_type: 'bloom' cannot be"),
     "ours": (
         lambda d: change_config(d, model_type="moezoo"),
         "model_type: 'moezoo' is this library's own; .* first: moezoo export .*llama NEW_DIRECTORY",

@@ -19,7 +19,6 @@ from moezoo_models.model.config import MoezooConfig
 
 from .conftest import CONFIGS, GATED, stock
 
-
 OPTIONS = (
     "nope_layers",
     "norm",

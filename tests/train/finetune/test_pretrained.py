@@ -245,7 +245,7 @@ def test_a_padded_vocabulary_is_no_mismatch(directory, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type: 'gpt2' cannot be loaded; choose from: .*mixtral"),
+        ({"model_type": "bloom"}, "model_type: 'bloom' cannot be loaded; choose from: .*mixtral"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: .*dequantise"),
         ({"num_local_experts": 5}, "the weights have [0-9,]+ elements, by config.json"),
         ({"num_hidden_layers": 3}, "num_hidden_layers: 3, but no tensor of layer 2 is in"),
