@@ -32,6 +32,7 @@ OPTIONAL = {
     "triton": "pip install 'moezoo[gpu]'",
     "xformers": "pip install 'moezoo[xformers]'",
     "deepspeed": "pip install 'moezoo[deepspeed]'",
+    "gguf": "pip install 'moezoo[gguf]'",
     "megablocks": "see 'megablocks' in docs/quickstart.md: built from source, --no-deps",
     "scattermoe": "build it from its source with --no-deps",
 }

@@ -68,6 +68,7 @@ SMALL = {
 """What makes a command small; later options win."""
 ELSEWHERE = {
     "--tasks": "wants lm-eval, and the first of the two a network: test_harness.py has tasks",
+    "path/to/model.gguf": "is read with a package that may be missing: test_gguf.py has such files",
 }
 
 
@@ -146,6 +147,10 @@ def workshop(tmp_path_factory) -> Path:
             "moezoo export runs/dense/model path/to/llama",
         ):
             assert run(shlex.split(line)) == 0
+    prompts = [{"positive": [f"def f{n}(a, b):"]} for n in range(3)]
+    (folder / "prompts.yaml").write_text(yaml.safe_dump({"experts": prompts}))
+    for name in ("code", "prose"):
+        shutil.copytree(folder / "path" / "to" / "llama", folder / "path" / "to" / name)
     return folder
 
 

@@ -177,7 +177,7 @@ def _write_weights(model: GGUFModel, folder: Path) -> None:
     if len(shards) == 1:
         shards[0][0].rename(folder / _WEIGHTS)
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, (file, names) in enumerate(shards, 1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file.rename(folder / final)
