@@ -93,7 +93,7 @@ def _copy_of(file: Path, shown: str, length: int, changed: int, cache: Path) -> 
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     identity = json.dumps([FORMAT, content, versions], sort_keys=True)
     place = cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:24]
-    said = f"{header.describe()}, dequantized; the quality is that of the quantized file"
+    said = header.describe()
     with _alone(place):
         if _complete(place):
             print(f"{shown}: {said}; from {place}", file=sys.stderr, flush=True)
@@ -119,7 +119,8 @@ def _complete(place: Path) -> bool:
 
 def _make(place: Path, header: Header, record: dict[str, Any]) -> None:
     model = read_model(header)
-    needed = header.numel * model.dtype.itemsize + _ROOM
+    needed = header.numel * model.dtype.itemsize
+    needed += min(needed, _SHARD) + _ROOM  # a file is copied once when it gets its checksum
     if needed > (free := shutil.disk_usage(place.parent).free):
         raise InputError(
             f"checkpoint: {header.file} dequantized needs {size(needed)}, and {place.parent} has "

@@ -30,6 +30,7 @@ _NUMBERS |= {12: "d"}
 _LONGEST_NAME = 1 << 16
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = 32
+_MOST_ELEMENTS = 1 << 22  # the largest vocabularies have 2^18 tokens, and twice as many merges
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,17 @@ class Header:
         return sum(tensor.numel for tensor in self.tensors.values())
 
     def describe(self) -> str:
-        """Return how its matrices are written, and in how many bits."""
+        """Return how its matrices are written, in how many bits, and what that means."""
         matrices = [t for t in self.tensors.values() if len(t.shape) > 1]
         kinds = ", ".join(sorted({tensor.kind for tensor in matrices}))
         bits = sorted({round(tensor.bits, 1) for tensor in matrices})
         if not bits:
             return "no matrices"
         span = f"{bits[0]:g}" if len(bits) == 1 else f"{bits[0]:g} to {bits[-1]:g}"
-        return f"{kinds}: {span} bits per weight"
+        found = f"{kinds}: {span} bits per weight"
+        if all(tensor.kind in FLOATS for tensor in matrices):
+            return found
+        return f"{found}, dequantized; the quality is that of the quantized file"
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a key of its architecture, such as ``block_count``."""
@@ -205,6 +209,8 @@ class _Parser:
         if kind != _ARRAY:
             raise _damaged(self._file, f"{what} has type {kind}")
         inner, count = self._unpack("IQ")
+        if count > _MOST_ELEMENTS:
+            raise _damaged(self._file, f"{what} has {count:,} elements")
         if inner in _NUMBERS:
             self._skip(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
         elif inner == _STRING:

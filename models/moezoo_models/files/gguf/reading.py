@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,7 +145,7 @@ def _check_keys(header: Header) -> None:
     """Refuse what transformers would read as something else."""
     file, kind = header.file, header.architecture
     parts = header.keys.get("split.count", 0)
-    if parts > 1:
+    if not isinstance(parts, int) or parts > 1:
         raise InputError(
             f"checkpoint: {file} is one of {parts} parts; join them (llama-gguf-split --merge)"
         )
@@ -172,6 +173,12 @@ def _check_keys(header: Header) -> None:
     for key in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count"):
         if not isinstance(header.get(key), int) or header.get(key) < 1:
             raise InputError(f"{kind}.{key}: {file} has {header.get(key)!r} there; copy it again")
+    blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if (count := header.get("block_count")) != len(blocks):
+        raise InputError(
+            f"{kind}.block_count: {file} has {count} there, and tensors of {len(blocks)}; copy it "
+            "again"
+        )
 
 
 def _more(header: Header) -> dict[str, Any]:
@@ -179,6 +186,9 @@ def _more(header: Header) -> dict[str, Any]:
     fields: dict[str, Any] = {"dtype": "float32"}
     width, heads = header.get("embedding_length"), header.get("attention.head_count")
     fields["head_dim"] = header.get("attention.key_length", width // heads)
+    if isinstance(epsilon := header.get("attention.layer_norm_rms_epsilon"), float):
+        # As it was written in decimals before it became fp32; computed in fp32 it is the same.
+        fields["rms_norm_eps"] = float(str(np.float32(epsilon)))
     if _FREQUENCIES in header.tensors:
         fields["rope_parameters"] = _llama3(header, fields["head_dim"])
     return fields
@@ -261,7 +271,10 @@ def told(file: Path) -> Iterator[None]:
         yield
     except (InputError, ImportError, OSError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # The tokenizers library raises one that is no Exception where it stumbles.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         said = " ".join(str(error).split())[:200] or type(error).__name__
         said = f"{said} is missing from it" if isinstance(error, KeyError) else said
         raise InputError(f"checkpoint: {file}: {said}") from error
