@@ -25,8 +25,8 @@ rise by two metres in a single night, and the lower fields are under water until
 long known how to live with this. They keep their hay on the upper side of the road, and they plant
 potatoes only after the first of June. In 1987 the council built a dam of stone and earth, 240
 metres long and 6 metres high, which cost more than twice as much as had been planned. It held for
-eleven years. Since then the money has gone into something simpler: a strip of land along both banks on
-which nothing may be built, so that the water has somewhere to go.
+eleven years. Since then the money has gone into something simpler: a strip of land along both
+banks on which nothing may be built, so that the water has somewhere to go.
 """
 
 
