@@ -109,7 +109,7 @@ def test_the_model_is_the_one_that_was_written(name, tmp_path, capsys):
     ours, _ = load_checkpoint(file)
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-4)
     said = capsys.readouterr().err
-    assert re.search(r"model.gguf: F32: 32 bits per weight; [\d.]+ MB in .*can be removed", said)
+    assert re.search(r"model.gguf: F32: 32 bits per weight; [\d.]+ kB in .*can be removed", said)
     assert found.config.rms_norm_eps == model.config.rms_norm_eps
 
 
