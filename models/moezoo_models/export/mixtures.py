@@ -8,7 +8,7 @@ ours is one of theirs, and logits are equal but for the order of sums.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -130,10 +130,11 @@ def as_stock_mixture(model: MoezooForCausalLM) -> PreTrainedModel:
         if nearest is None or len(problems) < len(nearest[1]):
             nearest = name, problems
     assert nearest is not None
-    name, problems = nearest
+    name, (first, *more) = nearest
+    others = f", and {len(more)} more differences" if more else ""
     raise InputError(
         f"checkpoint: no stock format holds it exactly; the nearest is {name}, where "
-        f"{'; '.join(problems)}: keep it as it is"
+        f"{first}{others}: keep it as it is"
     )
 
 
@@ -205,9 +206,9 @@ def _block_problems(stock: PreTrainedModel, ours: SparseMoE) -> list[str]:
         return [str(error)]
     one, other = _options(ours), _options(theirs)
     if one["router.score"] == other["router.score"] and not ours.router.selection_bias:
-        other.pop("router.selection_bias")  # a bias of zero will do
-    wrong = [key for key in other if one[key] != other[key]]
-    return [f"{key} is {other[key]} and not {one[key]}" for key in wrong]
+        other["router.selection_bias"] = False  # a bias of zero will do
+    wrong = [key for key in one | other if one.get(key) != other.get(key)]
+    return [f"{key} is {other.get(key)} and not {one.get(key)}" for key in wrong]
 
 
 def _options(layer: SparseMoE) -> dict[str, Any]:
@@ -233,7 +234,15 @@ def _options(layer: SparseMoE) -> dict[str, Any]:
             **router["weights"],
             "eps": 0.0 if router["score"] == "softmax" or not router["normalize"] else 1e-20,
         }
-    return options | {f"router.{key}": value for key, value in router.items()}
+    return dict(_flattened(options | {"router": router}))
+
+
+def _flattened(options: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{start}{key}.")
+        else:
+            yield f"{start}{key}", value
 
 
 @torch.no_grad()

@@ -145,7 +145,8 @@ def _say_rounding(
 ) -> None:
     """Say what rounding costs; of a mixture in Q8_0 also that nobody has measured it."""
     if rounded is not None:
-        print(f"{dtype}: perplexity {rounded.after:.4g}, before rounding {rounded.before:.4g}, {text}")
+        figures = f"perplexity {rounded.after:,.3f}, before rounding {rounded.before:,.3f}"
+        print(f"{dtype}: {figures}, {text}")
     elif dtype == "q8_0" and num_experts_of(admitted.config):
         print(
             "q8_0: what rounding costs was not measured; it can choose other experts, in carved "

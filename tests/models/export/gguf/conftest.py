@@ -153,7 +153,7 @@ def stock(bpe, tmp_path):
 
     def write(kind, folder="model", tokenizer=None, **fields):
         name = kind.partition(",")[0]
-        config = transformers.CONFIG_MAPPING[name](**{**SIZES, **KINDS[kind], **fields})
+        config = transformers.CONFIG_MAPPING[name](**{**SIZES, **KINDS.get(kind, {}), **fields})
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
