@@ -15,7 +15,14 @@ from pathlib import Path
 from moezoo.atomic import atomic_write, named_errors
 from moezoo_models.checkpoints.locks import writing
 
-__all__ = ["atomic_write", "is_there", "publish", "remove_leftovers", "replacing_directory", "replacing_file"]
+__all__ = [
+    "atomic_write",
+    "is_there",
+    "publish",
+    "remove_leftovers",
+    "replacing_directory",
+    "replacing_file",
+]
 
 _CURRENT_DIRECTORY = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE

@@ -94,8 +94,8 @@ class _Mixture:
         widths = {cast(DenseFFN, blocks[n]).d_ff for n in self.dense}
         if len(widths) > 1:
             raise InputError(
-                f"checkpoint: its dense layers are {sorted(widths)} wide, and in stock mixtures all "
-                "have one width; keep it as it is"
+                f"checkpoint: its dense layers are {sorted(widths)} wide, and in stock mixtures "
+                "all have one width; keep it as it is"
             )
         self.width = widths.pop() if widths else self.layer.d_expert
         leading = self.dense == list(range(len(self.dense)))
@@ -319,7 +319,8 @@ def _qwen2_moe(mixture: _Mixture) -> Any:
 
 
 def _qwen3_moe(mixture: _Mixture) -> Any:
-    return Qwen3MoeConfig(
+    make: Callable[..., Any] = Qwen3MoeConfig  # the width of heads is not in its signature
+    return make(
         **_qwen(mixture),
         head_dim=mixture.config.head_dim,
         attention_bias=mixture.config.attention_bias,
@@ -329,7 +330,7 @@ def _qwen3_moe(mixture: _Mixture) -> Any:
 
 def _glm4_moe(mixture: _Mixture) -> Any:
     layer, config = mixture.layer, mixture.config
-    made = Glm4MoeConfig(
+    made: Any = Glm4MoeConfig(
         **_common(
             mixture,
             intermediate_size=mixture.width,

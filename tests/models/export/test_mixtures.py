@@ -33,11 +33,7 @@ KINDS = {
     "mixtral, windows, heads": {"sliding_window": 8, "head_dim": 16, "ffn": [mixture()]},
     "mixtral, trained otherwise": {
         "trained_length": 16,
-        "ffn": [
-            mixture(
-                router={"jitter": 0.1}, balance={"z_loss": 0.1}, activation="gelu"
-            )
-        ],
+        "ffn": [mixture(router={"jitter": 0.1}, balance={"z_loss": 0.1}, activation="gelu")],
     },
     "qwen3_moe": {
         "qk_norm": True,
@@ -71,9 +67,7 @@ KINDS = {
         "ffn": [mixture(router={"score": "sigmoid", "normalize": False})],
     },
     "glm4_moe, groups": {
-        "ffn": [
-            mixture(num_shared_experts=1, router={**SIGMOID, "num_groups": 2, "top_groups": 1})
-        ]
+        "ffn": [mixture(num_shared_experts=1, router={**SIGMOID, "num_groups": 2, "top_groups": 1})]
     },
     "granitemoe": {
         "attention_bias": True,
@@ -192,7 +186,9 @@ def test_what_no_format_holds_is_refused_in_one_line(fields, message, make, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("kind", ["qwen2_moe, no shared expert", "glm4_moe, no bias, not normalized"])
+@pytest.mark.parametrize(
+    "kind", ["qwen2_moe, no shared expert", "glm4_moe, no bias, not normalized"]
+)
 def test_a_shared_expert_without_neurons_is_none_to_adopt(kind, make, tmp_path):
     save_checkpoint(tmp_path / "ours", make(**KINDS[kind]))
     export_stock(tmp_path / "ours", tmp_path / "stock")

@@ -1,4 +1,4 @@
-"""`moezoo export`: training checkpoints as model directories, models as stock ones and GGUF files."""
+"""`moezoo export`: training checkpoints as directories, models as stock ones and GGUF files."""
 
 from __future__ import annotations
 

@@ -251,8 +251,8 @@ ARCHITECTURES = {
 """By transformers' ``model_type``."""
 
 _REFUSED = {
-    "qwen2_moe": "llama.cpp's qwen2moe weighs the shared expert otherwise than transformers (a gate "
-    "of zero gives NaN); convert to glm4_moe instead",
-    "flex_olmo": "llama.cpp does not know flex_olmo; convert a model of another family, or serve it "
-    "with transformers",
+    "qwen2_moe": "llama.cpp's qwen2moe weighs the shared expert otherwise than transformers (a "
+    "gate of zero gives NaN); convert to glm4_moe instead",
+    "flex_olmo": "llama.cpp does not know flex_olmo; convert a model of another family, or serve "
+    "it with transformers",
 }

@@ -73,9 +73,7 @@ def encode(name: str, tensor: Tensor, encoding: str) -> np.ndarray[Any, Any]:
         _check_half(name, tensor)
         return numbers.astype(np.float16)
     gguf = library()
-    encoded: np.ndarray[Any, Any] = gguf.quants.quantize(
-        numbers, gguf.GGMLQuantizationType.Q8_0
-    )
+    encoded: np.ndarray[Any, Any] = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q8_0)
     return encoded
 
 

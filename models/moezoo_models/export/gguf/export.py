@@ -84,7 +84,9 @@ def export_gguf(
         print(f"{architecture.name:<12}{size / 1e6:,.3g} M parameters, {dtype}, {file}")
         halves = [t.name for t in tensors if dtype == "q8_0" and encoding_of(t, dtype) == "f16"]
         if halves:
-            print(f"f16: {len(halves)} tensors, as blocks of 32 do not divide their rows: {halves[0]}")
+            print(
+                f"f16: {len(halves)} tensors, as blocks of 32 do not divide their rows: {halves[0]}"
+            )
         print(f"tokenizer: {compared}")
         if changes_text(words):
             print("tokenizer: it composes characters (NFC); llama.cpp takes a text as it is")

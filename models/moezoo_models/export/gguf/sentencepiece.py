@@ -42,7 +42,9 @@ def read_normalization(model: bytes) -> Normalization:
         trainer = dict(_fields(_as_bytes(parts.get(_TRAINER, b""))))
         normalizer = dict(_fields(_as_bytes(parts.get(_NORMALIZER, b""))))
     except (IndexError, ValueError) as error:
-        raise InputError(f"tokenizer: tokenizer.model is damaged ({error}); copy it again") from error
+        raise InputError(
+            f"tokenizer: tokenizer.model is damaged ({error}); copy it again"
+        ) from error
     problem = None
     if trainer.get(3, 1) != _BPE:
         problem = "is no BPE (model_type)"

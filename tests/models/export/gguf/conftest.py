@@ -49,9 +49,7 @@ KINDS = {
     "llama": {},
     "llama, biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
     "llama, tied": {"tie_word_embeddings": True},
-    "llama, linear": {
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 2.5}
-    },
+    "llama, linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 2.5}},
     "llama, llama3": {
         "head_dim": 32,
         "rope_parameters": {
@@ -197,7 +195,9 @@ class LlamaCpp:
             return json.loads(answer.read())
 
     def encode(self, text, special=False):
-        return self._post("/tokenize", content=text, add_special=special, parse_special=False)["tokens"]
+        return self._post("/tokenize", content=text, add_special=special, parse_special=False)[
+            "tokens"
+        ]
 
     def greedy(self, prompt, steps, vocabulary):
         """Return greedy tokens, and for each step the log-probability of every token."""

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
+from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_models.export.gguf import export_gguf
 from moezoo_models.export.gguf.comparing import SAMPLES
 from moezoo_models.export.gguf.pre_tokenizers import _LLAMA3, _QWEN2
@@ -40,7 +41,7 @@ KINDS = [
 
 
 def test_every_kind_is_here(kinds):
-    assert KINDS == list(kinds)
+    assert list(kinds) == KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +66,10 @@ def split(regex):
 
 PRE_TOKENIZERS = {
     "gpt-2": (ByteLevel(add_prefix_space=False), False),
-    "smollm": (Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]), False),
+    "smollm": (
+        Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+        False,
+    ),
     "llama-bpe": (split(_LLAMA3), True),
     "dbrx": (split(_LLAMA3), False),
     "qwen2": (split(_QWEN2), False),
@@ -102,3 +106,45 @@ def test_a_tokenizer_that_cuts_otherwise_is_caught(stock, llama_cpp, tmp_path, m
     with pytest.raises(ValueError, match=r"tokenizer: llama.cpp encodes .* otherwise, from token"):
         export_gguf(directory, tmp_path / "model.gguf", "f32")
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+SIGMOID = {"score": "sigmoid", "selection_bias": True}
+OURS = {
+    "llama": {"ffn": [{"class_path": "moezoo.DenseFFN", "init_args": {"d_ff": 96}}]},
+    "mixtral": {"ffn": [{"class_path": "moezoo.SparseMoE", "init_args": {"num_experts": 4}}]},
+    "glm4_moe": {
+        "qk_norm": True,
+        "ffn": [
+            {
+                "class_path": "moezoo.SparseMoE",
+                "init_args": {
+                    "num_experts": 4,
+                    "d_expert": 32,
+                    "num_shared_experts": 1,
+                    "router": SIGMOID,
+                },
+            }
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_llama_cpp_computes_what_ours_do(kind, make, bpe, llama_cpp, tmp_path):
+    fields = {"vocab_size": 304, "hidden_size": 64, **OURS[kind]}
+    fields["ffn"] = [{"layers": "all", **each} for each in fields["ffn"]]
+    model = make(**fields).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_checkpoint(tmp_path / "ours", model, bpe())
+    server = llama_cpp(export_gguf(tmp_path / "ours", tmp_path / "model.gguf", "f32"))
+    for prompt in PROMPTS:
+        tokens, found = server.greedy(prompt, STEPS, 304)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + tokens])).logits
+        expected = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+        expected[:, 0] = -torch.inf
+        assert expected.argmax(-1).tolist() == tokens
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "ours"]

@@ -1,6 +1,7 @@
 """What llama.cpp would compute otherwise is refused in one line, and nothing is left behind."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -24,7 +25,11 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     ("kind", "fields", "message"),
     [
         ("qwen2_moe", {"num_experts": 4}, "model_type: llama.cpp's qwen2moe .* glm4_moe instead"),
-        ("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None}, "not know flex_olmo"),
+        (
+            "flex_olmo",
+            {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None},
+            "not know flex_olmo",
+        ),
         ("gemma2", {"head_dim": 16}, "model_type: 'gemma2' has no GGUF export; choose from: "),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: llama.cpp computes silu .* 'gelu'"),
         ("mistral", {"sliding_window": 127}, "sliding_window: .* all of 128 .* and not to 127"),
@@ -73,7 +78,7 @@ def test_numbers(stock, tmp_path):
         export_gguf(directory, tmp_path / "model.gguf", "f16")
     assert export_gguf(directory, tmp_path / "f32.gguf", "f32").is_file()
     spoil(directory, **{name: torch.full((96, 64), torch.nan)})
-    with pytest.raises(InputError, match="'blk.1.ffn_up.weight' in .* holds NaN or infinity"):
+    with pytest.raises(InputError, match=r"'blk.1.ffn_up.weight' in .* holds NaN or infinity"):
         export_gguf(directory, tmp_path / "model.gguf", "f32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f32.gguf", "model"]
 
@@ -204,7 +209,7 @@ def test_the_command(stock, tmp_path, capsys, monkeypatch):
     (directory / "tokenizer.json").unlink()
     (directory / "tokenizer_config.json").unlink()
     assert "holds no tokenizer" in fail(directory, f"{other}.gguf")
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     line = fail(directory, f"{other}.gguf")
     assert line.endswith("run: pip install 'moezoo[gguf]'")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "model", "model.gguf"]
