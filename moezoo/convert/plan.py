@@ -192,7 +192,7 @@ class LayerPlan:
         act: Callable[[Tensor], Tensor] = F.silu,
         bias_in: Tensor | None = None,
     ) -> Tensor:
-        """Return what the router reads: x, and ``|h|`` of the shared neurons if it ``reads_shared``.
+        """Return what the router reads: x, and ``|h|`` of shared neurons if it ``reads_shared``.
 
         Arguments are those of :meth:`run`.
         """

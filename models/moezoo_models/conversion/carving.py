@@ -26,7 +26,6 @@ from moezoo_models.conversion.stage import Answer, next_token_nats
 from moezoo_models.conversion.targets import Mixture
 from moezoo_models.progress import progress_bar
 
-
 _BUDGETS = "budgets.json"
 
 
@@ -184,9 +183,7 @@ class Carving:
         )
         return small.run
 
-    def _carved(
-        self, layer: int, x: Tensor, block: Block, target: Tensor | None = None
-    ) -> Answer:
+    def _carved(self, layer: int, x: Tensor, block: Block, target: Tensor | None = None) -> Answer:
         if layer not in self._plans:
             own = dataclasses.replace(self._options, active=self._active[layer])
             carved = carve_layer(layer, x, block, own, target, self._apart)

@@ -24,7 +24,6 @@ from moezoo.convert.carve.splits import Partition, split_neurons
 from moezoo.convert.plan import Expert, LayerPlan
 from moezoo.errors import InputError, check_choice, check_int, check_number
 
-
 _CHOSEN_ON = 0.1
 """Share of the tokens on which pruning chooses its ridge."""
 

@@ -1,7 +1,7 @@
 """Which neurons the others make up for best: leaving out one after the other, refit included.
 
-With G the Gram matrix of the activations, a refit of ``down`` after neuron i is left out adds
-``||down_i||² / (G^-1)_ii`` to the squared error of the output (Hassibi and Stork 1993, optimal brain
+With G the Gram matrix of activations, a refit of ``down`` after neuron i is left out adds
+``||down_i||² / (G^-1)_ii`` to the squared error of outputs (Hassibi and Stork 1993, optimal brain
 surgeon; for whole neurons ZipLM, Kurtić et al. 2023, arXiv:2302.04089, eq. 2). A large activation
 that others go along with costs nothing.
 

@@ -62,7 +62,9 @@ def prune(
         return replace(small, bias_out=_add(block.bias_out, lost))
 
     def missing(sample: Sample) -> Iterator[Missing]:
-        for hidden, wanted in zip(sample.hidden.split(4096), sample.wanted.split(4096), strict=True):
+        for hidden, wanted in zip(
+            sample.hidden.split(4096), sample.wanted.split(4096), strict=True
+        ):
             counted = hidden[:, kept]
             yield Missing(counted, wanted - counted @ small.down.t())
 

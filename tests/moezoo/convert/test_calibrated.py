@@ -79,7 +79,7 @@ def test_tokens_apart_decide_nothing_and_keep_their_output(planted):
     needed = int((size > wanted[~apart][:540].norm(dim=1).mean()).sum())
     first = set(size.argsort(descending=True)[: min(needed, 80)].tolist())
     shared = set(found.plan.shared.neurons.tolist())
-    assert 0 < needed
+    assert needed > 0
     assert first <= shared
     assert not first <= set(rest.plan.shared.neurons.tolist())
     assert found.figures["held_out_tokens"] == rest.figures["held_out_tokens"]
