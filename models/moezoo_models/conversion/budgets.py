@@ -75,18 +75,19 @@ def layer_costs(
             pruned[layer] = stage.answered(attended, small.run)
         dense = through(dense)
         progress()
-    head = Head(source, device)
-    return {layer: _divergence(head, dense, states) for layer, states in pruned.items()}
+    return _divergences(Head(source, device), dense, pruned)
 
 
-def _divergence(head: Head, dense: Tensor, other: Tensor) -> float:
-    """Return the mean of ``KL(dense || other)`` over the tokens after each window's first."""
-    total, count = 0.0, 0
-    for wanted, found in zip(dense[:, 1:], other[:, 1:], strict=True):
-        wanted_LV, found_LV = (head.logits(each).log_softmax(dim=-1) for each in (wanted, found))
-        total += float(F.kl_div(found_LV, wanted_LV, reduction="sum", log_target=True))
-        count += len(wanted)
-    return max(total / count, 0.0)
+def _divergences(head: Head, dense: Tensor, others: Mapping[int, Tensor]) -> dict[int, float]:
+    """Return the means of ``KL(dense || other)`` over the tokens after each window's first."""
+    total, count = dict.fromkeys(others, 0.0), dense[:, 1:, 0].numel()
+    for window, states in enumerate(dense[:, 1:]):
+        wanted_LV = head.logits(states).log_softmax(dim=-1)
+        for layer, other in others.items():
+            found_LV = head.logits(other[window, 1:]).log_softmax(dim=-1)
+            nats = F.kl_div(found_LV, wanted_LV, reduction="sum", log_target=True)
+            total[layer] += float(nats)
+    return {layer: max(nats / count, 0.0) for layer, nats in total.items()}
 
 
 def share_out(costs: Mapping[int, float], active: int, routed: int) -> dict[int, int]:
