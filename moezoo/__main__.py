@@ -129,6 +129,10 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_train.finetune.background:inspect_background",
             "which values other text reads, for sparse memory finetuning",
         ),
+        "inspect frontier": Command(
+            "moezoo_models.inspect.frontier:inspect_frontier",
+            "what computing less of a dense model costs it, by every method",
+        ),
         "inspect carving": Command(
             "moezoo_models.conversion.study:inspect_carving",
             "what carving and pruning cost a dense model, method by method",

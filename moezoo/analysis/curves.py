@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,4 +177,42 @@ def draw_spectra(
     curves.tick_params(labelsize=7)
     curves.grid(alpha=0.25)
     curves.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def draw_frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]], title: str) -> Figure:
+    """Draw a curve per method: the work that is left, and what that costs.
+
+    Args:
+        curves: by a method's name, its points: share of the work, ratio of perplexities, and the
+            ratio's standard error.
+        title: of the picture.
+    """
+    from matplotlib import colormaps
+
+    figure = _new_figure(6.5, 4.2, title)
+    axes = figure.subplots()
+    colours = colormaps["tab10"](np.arange(10))
+    for i, (name, points) in enumerate(curves.items()):
+        work, ratio, error = (np.array(each) for each in zip(*sorted(points), strict=True))
+        axes.errorbar(
+            100 * work,
+            ratio,
+            yerr=error,
+            color=colours[i % 10],
+            label=name,
+            marker="o",
+            markersize=3.5,
+            linewidth=1.3,
+            capsize=2,
+        )
+    axes.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("feed-forward products that are left (%)", fontsize=8)
+    axes.set_ylabel("perplexity over the dense model's", fontsize=8)
+    axes.tick_params(labelsize=7, which="both")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=7)
     return figure

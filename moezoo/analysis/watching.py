@@ -13,7 +13,7 @@ from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward
 
 Context = dict[str, Tensor | None]
-"""What a layer is given beside hidden states: ``token_ids``, ``router_input``, ``mask``, ``positions``."""
+"""What a layer is given beside hidden states, by name: ``_CONTEXT``."""
 
 _CONTEXT = ("token_ids", "router_input", "mask", "positions")
 

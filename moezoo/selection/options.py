@@ -92,3 +92,6 @@ class Predictor:
 
 Selection: TypeAlias = Thresholds | Predictor
 """The options of any rule."""
+
+EVERYTHING = Thresholds()
+"""The default: thresholds of zero."""

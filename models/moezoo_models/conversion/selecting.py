@@ -37,6 +37,7 @@ from moezoo_models.conversion.source import Source
 from moezoo_models.conversion.stage import Answer, Head, Stage, embed
 from moezoo_models.conversion.targets import TARGETS
 
+CPU = torch.device("cpu")
 _CURVE_TOKENS = 512
 _TRIAL = Shares(0.8, 0.75, 0.9, 0.5)
 """What a layer keeps while its cost to the model is measured: about half of the work."""
@@ -131,7 +132,7 @@ def _log_probabilities(head: Head, states: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selecting:
     """A method at one budget, as a variant of the dense model.
 
@@ -201,7 +202,7 @@ def selected_nats(
     shares: Sequence[float],
     directory: Path,
     layers: Sequence[int] | None = None,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     sensitivity: Sensitivity | None = None,
 ) -> list[Tensor]:
     """Return the cross-entropy on held-out tokens that a method leaves at shares of the work.

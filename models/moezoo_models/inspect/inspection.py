@@ -88,7 +88,7 @@ class Inspection:
             InputError: the files cannot be written.
         """
         head = {"checkpoint": self.checkpoint, "text": self.text, "tokens": len(self.tokens)}
-        with _writing(self.output):
+        with writing(self.output):
             for stem, figure in figures.items():
                 picture = io.BytesIO()
                 figure.savefig(picture, format="png")
@@ -148,7 +148,7 @@ def open_inspection(
         adopt(model)
     check(model)
     directory = Path(output)
-    with _writing(directory):
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     windows = {"sequence_length": sequence_length, "batch_size": batch_size}
     tokens = encode_text(words, content)
@@ -156,7 +156,7 @@ def open_inspection(
 
 
 @contextmanager
-def _writing(directory: Path) -> Iterator[None]:
+def writing(directory: Path) -> Iterator[None]:
     """Turn an error of the system into one line that names the output directory."""
     try:
         yield

@@ -42,10 +42,10 @@ def allocate(
             f"{count}: {share:g} is out of range for mix; give a number above {least:.2f} and "
             "below 1"
         )
-    amounts = torch.tensor(
-        [COUNTS[count](each) for each in _choices()], dtype=torch.float64
-    )
-    errors = [_errors(curve) * max(weight, 0.0) for curve, weight in zip(curves, weights, strict=True)]
+    amounts = torch.tensor([COUNTS[count](each) for each in _choices()], dtype=torch.float64)
+    errors = [
+        _errors(curve) * max(weight, 0.0) for curve, weight in zip(curves, weights, strict=True)
+    ]
 
     def chosen(price: float) -> list[int]:
         return [int((error + price * amounts).argmin()) for error in errors]

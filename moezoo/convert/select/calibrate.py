@@ -93,7 +93,7 @@ def calibrate(
     """
 
     def rounded(values: Tensor) -> Tensor:
-        return values.to(dtype).float()
+        return values.to(dtype).to(values.dtype)
 
     x_TD = rounded(x_TD)
     by_input = threshold(x_TD, keys.input, budget.input)

@@ -1,0 +1,240 @@
+"""`moezoo inspect frontier`: what each way of computing less of a dense model costs it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moezoo.analysis.curves import draw_frontier
+from moezoo.command.tables import markdown_lines, print_table
+from moezoo.convert import CarveOptions
+from moezoo.convert.select import METHODS, work_share
+from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.conversion.carve import answer_of, calibrate, carve_layer, pruned
+from moezoo_models.conversion.propagate import Propagation, Variant
+from moezoo_models.conversion.selecting import (
+    Selecting,
+    Sensitivity,
+    budgets_of,
+    measure,
+    sparsifiable,
+    trial_tokens,
+)
+from moezoo_models.conversion.source import Source, open_source
+from moezoo_models.devices import pick_device
+from moezoo_models.inspect.inspection import writing
+from moezoo_models.progress import progress_bar
+
+WAYS = (*METHODS, "carve", "prune")
+"""Thresholds of each method; experts of `moezoo carve`; fewer neurons, the same for all tokens."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way at one share of the work.
+
+    Attributes:
+        method: the way.
+        asked: share of the feed-forward products that was asked for.
+        work: share that is left, routers aside: experts are cut in whole parts.
+        perplexity: on the held-out tokens.
+        ratio: the same over the dense model's.
+        error: standard error of the ratio, over windows.
+    """
+
+    method: str
+    asked: float
+    work: float
+    perplexity: float
+    ratio: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What each way costs a model.
+
+    Attributes:
+        checkpoint: the dense model.
+        calibration: the text, as its hash and sizes.
+        dense: perplexity of the dense model.
+        points: every way at every share that it can do with.
+    """
+
+    checkpoint: str
+    calibration: dict[str, Any]
+    dense: float
+    points: list[Point]
+
+    def table(self) -> tuple[str, list[str], list[list[str]]]:
+        """Return title, columns and rows: a way in each row, a share of the work in each column."""
+        works = sorted({point.asked for point in self.points}, reverse=True)
+        rows = []
+        for method in dict.fromkeys(point.method for point in self.points):
+            found = {p.asked: p for p in self.points if p.method == method}
+            cells = (_cell(found.get(work)) for work in works)
+            rows.append([method, *cells])
+        title = f"{self.checkpoint}: perplexity over the dense model's {self.dense:.4g}"
+        return title, ["method", *(f">work {work:g}" for work in works)], rows
+
+
+def inspect_frontier(
+    source: str | Path,
+    works: list[float] = [0.75, 0.57, 0.5],  # noqa: B006 - never changed
+    methods: list[str] = list(WAYS),  # noqa: B006 - likewise
+    calibration: str | list[str] = "stdlib",
+    calibration_tokens: int = 8192,
+    held_out_tokens: int = 4096,
+    window: int | None = None,
+    experts: int = 16,
+    layers: str | int | list[int] = "all",
+    seed: int = 0,
+    device: str = "cpu",
+    output: str | Path = "runs/frontier",
+) -> Frontier:
+    """Print and draw what computing less of a dense model costs, method by method.
+
+    Each way is applied without training at each share of the feed-forward work, layer by layer in
+    the memory of about one, and judged by perplexity on the same held-out tokens. Written to the
+    output directory: frontier.json, frontier.csv, frontier.md and frontier.png.
+
+    Args:
+        source: directory of a Llama, Mistral, Qwen2 or Qwen3.
+        works: shares of the feed-forward products that are left.
+        methods: mix, cats, chess, teal and wina, the thresholds of `moezoo sparsify`; carve, the
+            experts of `moezoo carve`; prune, as many neurons for all tokens, refitted.
+        calibration: text files, folders or globs, or "stdlib", the Python standard library's own
+            source.
+        calibration_tokens: tokens that everything is fitted to.
+        held_out_tokens: tokens beside them, from other passages, for perplexities.
+        window: tokens that the model sees at once; default: as for `moezoo carve`.
+        experts: parts into which carve cuts a block; half of those that a token uses are shared.
+        layers: which blocks to change: all, every 2, a number or a list.
+        seed: of everything drawn.
+        device: where to compute: cpu, cuda, ..., or auto for an accelerator if there is one.
+        output: directory that the files are written to.
+
+    Returns:
+        The figures that are printed.
+
+    Raises:
+        InputError: the source cannot be read, an option is out of range, there is too little
+            text, or the output cannot be written.
+    """
+    for method in methods:
+        check_choice("methods", method, WAYS)
+    for work in works:
+        check_number("works", work, minimum=0.1, maximum=0.99)
+    check_int("experts", experts, minimum=2)
+    directory = Path(output)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with open_source(source, sparsifiable()) as model, tempfile.TemporaryDirectory() as scratch:
+        chosen = model.select(layers)
+        text = calibrate(model, calibration, calibration_tokens, held_out_tokens, window, seed)
+        place = pick_device(device)
+        with progress_bar() as bar:
+            passes = 2 if "mix" in methods else 1
+            task = bar.add_task("computing", total=passes * model.num_layers)
+            step = partial(bar.advance, task)
+            sensitivity = None
+            if "mix" in methods:
+                sensitivity = measure(model, trial_tokens(text), chosen, place, step)
+            length = text.fitted.shape[1]
+            ways = {
+                (method, work): variant
+                for method in methods
+                for work in works
+                if (variant := _variant(model, method, work, chosen, sensitivity, length, experts))
+            }
+            variants = [Variant("dense", None), *(variant for variant, _ in ways.values())]
+            run = Propagation(model, text, variants, chosen, Path(scratch), place)
+            nats = run.run(step)
+    dense = math.exp(nats["dense"].mean())
+    points = [
+        _point(method, asked, share, nats[variant.name], nats["dense"])
+        for (method, asked), (variant, share) in ways.items()
+    ]
+    found = Frontier(str(source), text.describe(), dense, points)
+    print_table(*found.table())
+    _write(found, directory)
+    return found
+
+
+def _variant(
+    source: Source,
+    method: str,
+    work: float,
+    layers: Sequence[int],
+    sensitivity: Sensitivity | None,
+    length: int,
+    experts: int,
+) -> tuple[Variant, float] | None:
+    """Return a way at a share of the work, and its own share; None if it cannot do with that."""
+    name, width = f"{method} {work:g}", source.width
+    if method == "prune":
+        keep = max(round(work * width), 1)
+        return Variant(name, partial(pruned, keep, "static_ls")), keep / width
+    if method == "carve":
+        parts = max(round(work * experts), 2)
+        shared = parts // 2
+        options = CarveOptions(shared=shared, active=parts - shared, experts=experts)
+        options.check(width)
+        return Variant(name, partial(_carved, options)), parts / experts
+    try:
+        budgets = budgets_of(method, work, layers, sensitivity)  # type: ignore[arg-type]
+    except InputError:
+        return None
+    share = sum(work_share(kept) for kept in budgets.values()) / len(budgets)
+    selecting = Selecting(method, budgets, length, source.dtype)  # type: ignore[arg-type]
+    return Variant(name, selecting), share
+
+
+def _carved(options: CarveOptions, layer: int, x_TD: Tensor, block: Any) -> Any:
+    return answer_of(carve_layer(layer, x_TD, block, options).plan, block)
+
+
+def _point(method: str, asked: float, work: float, nats: Tensor, dense: Tensor) -> Point:
+    """Compare cross-entropies ``(windows, tokens)``, window by window."""
+    by_window = (nats - dense).double().mean(dim=1)
+    ratio = math.exp(by_window.mean())
+    error = float(by_window.std()) / len(by_window) ** 0.5 if len(by_window) > 1 else 0.0
+    return Point(method, asked, work, math.exp(nats.mean()), ratio, ratio * error)
+
+
+def _cell(point: Point | None) -> str:
+    return "–" if point is None else f"{point.ratio:.3f} ± {point.error:.3f}"
+
+
+def _write(found: Frontier, directory: Path) -> None:
+    title, columns, rows = found.table()
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for point in found.points:
+        curves.setdefault(point.method, []).append((point.work, point.ratio, point.error))
+    picture = io.BytesIO()
+    draw_frontier(curves, f"Frontier: {found.checkpoint}").savefig(picture, format="png")
+    with writing(directory):
+        with atomic_write(directory / "frontier.png") as file:
+            file.write(picture.getvalue())
+        with atomic_write(directory / "frontier.csv", "w") as file:
+            points = [asdict(point) for point in found.points]
+            writer = csv.DictWriter(file, list(Point.__annotations__), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(points)
+        with atomic_write(directory / "frontier.json", "w") as file:
+            json.dump(asdict(found), file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        with atomic_write(directory / "frontier.md", "w") as file:
+            file.write("\n".join([title, "", *markdown_lines(columns, rows), ""]))
+    print(f"frontier.json, frontier.csv, frontier.md and frontier.png are in {directory}")
