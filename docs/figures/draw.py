@@ -290,6 +290,30 @@ def top_k_ffn() -> Canvas:
     return canvas
 
 
+def selective_ffn() -> Canvas:
+    """Draw inputs, gates and hidden values of which the large ones are read."""
+    canvas = Canvas()
+    for x, heights, kept, below in (
+        (9, (6, 1, 2, 8, 1, 5), (0, 3, 5), "inputs"),
+        (43, (1, 7, 2, 1, 9, 1, 4, 2), (1, 4, 6), "activated gates"),
+        (74, (1, 8, 1, 1, 2, 1, 6, 1), (1, 6), "hidden values"),
+    ):
+        canvas.bars(x, 15, heights, kept)
+        half = len(heights) * 0.9 + 1
+        canvas.axes.plot([x - half, x + half], [18.4, 18.4], color=BLUE, lw=0.9, ls=(0, (4, 3)))
+        canvas.text(x, 11.5, below, 7)
+    canvas.box(26, 20, "columns\nof W_gate", w=13, h=9)
+    canvas.box(59, 20, "rows\nof W_up", w=12, h=9)
+    canvas.box(88.5, 20, "columns\nof W_down", w=12, h=9)
+    for start, end in ((16, 19.3), (32.7, 34.8), (51.5, 52.8), (65.2, 66), (82, 82.4)):
+        canvas.arrow((start, 20), (end, 20))
+    canvas.arrow((94.7, 20), (96.8, 20))
+    canvas.text(98.4, 20, "y", 9)
+    canvas.text(50, 34, "what stays below a threshold is taken for zero,\n"
+                "and what would multiply it is not read", 7.5)  # fmt: skip
+    return canvas
+
+
 def persistent_memory() -> Canvas:
     """Draw attention over the context and learned vectors."""
     canvas = Canvas()
@@ -311,7 +335,7 @@ def persistent_memory() -> Canvas:
 
 FIGURES: tuple[Callable[[], Canvas], ...] = (
     sparse_moe, sigma_moe, hash_layer, carved_moe, peer, product_key_memory, memory_plus,
-    fast_feed_forward, ultra_fast_fff, top_k_ffn, persistent_memory,
+    fast_feed_forward, ultra_fast_fff, top_k_ffn, selective_ffn, persistent_memory,
 )  # fmt: skip
 
 

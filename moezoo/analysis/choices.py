@@ -20,6 +20,7 @@ from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.hash import HashLayer
 from moezoo.layers.memory_layer import MemoryLayer
 from moezoo.layers.peer import PEER
+from moezoo.layers.selective_ffn import SelectiveFFN
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.layers.top_k_ffn import TopKFFN
@@ -57,7 +58,7 @@ def slot_choices(layer: FeedForward, hidden: Tensor, context: Context) -> SlotCh
     Args:
         layer: any layer of the zoo that chooses.
         hidden: ``(..., d_model)``.
-        context: what a call of the layer gets by name: ``token_ids``, ``router_input``, ``mask``.
+        context: what a call of the layer gets by name: ``token_ids``, ``mask``, ...
 
     Raises:
         InputError: the layer is of a class that is not known here.
@@ -158,10 +159,11 @@ def _(layer: UltraFastFFF, hidden: Tensor, context: Context) -> SlotChoices:
     return SlotChoices(slots_TP, torch.ones(slots_TP.shape), layer.num_trees * bottoms, "leaves")
 
 
-@_choose.register
-def _(layer: TopKFFN, hidden: Tensor, context: Context) -> SlotChoices:
-    read = context.get("router_input")
-    inner = input_of(layer.down_proj, lambda: layer.forward(hidden, router_input=read))
+@_choose.register(TopKFFN)
+@_choose.register(SelectiveFFN)
+def _(layer: TopKFFN | SelectiveFFN, hidden: Tensor, context: Context) -> SlotChoices:
+    given = {name: context.get(name) for name in ("router_input", "positions")}
+    inner = input_of(layer.down_proj, lambda: layer.forward(hidden, **given))
     size_TF = inner.reshape(-1, layer.d_ff).abs()
     most = max(int((size_TF != 0).sum(dim=-1).max()), 1) if len(size_TF) else 1
     weights_TK, neurons_TK = size_TF.topk(most, dim=-1)

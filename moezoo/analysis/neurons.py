@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.hash import HashLayer
 from moezoo.layers.memory_layer import MemoryLayer
 from moezoo.layers.peer import PEER
+from moezoo.layers.selective_ffn import SelectiveFFN
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.layers.top_k_ffn import TopKFFN
@@ -119,12 +120,15 @@ def neurons_of(layer: FeedForward) -> list[Neurons]:
     )
 
 
+_Dense: TypeAlias = DenseFFN | TopKFFN | SelectiveFFN
+
+
 def _real_rows(hidden: Tensor, context: Context) -> Tensor:
     return token_mask(hidden, context).nonzero().squeeze(-1).to(hidden.device)
 
 
 def _dense(
-    layer: DenseFFN | TopKFFN,
+    layer: _Dense,
     name: str = "",
     scale: Callable[[Tensor, Context], Tensor] | None = None,
 ) -> Neurons:
@@ -135,13 +139,17 @@ def _dense(
         neurons_F = torch.arange(layer.d_ff, device=hidden.device)
         asked = context.get("router_input") if isinstance(layer, TopKFFN) else None
         asked_TD = None if asked is None else flatten_tokens(layer, asked, None)[0]
-        scale_TF = tokens_TD.new_ones(len(tokens_TD), 1)
-        if scale is not None:
-            scale_TF = scale(hidden, context)
+        places = context.get("positions")
+        ones_T1 = tokens_TD.new_ones(len(tokens_TD), 1)
+        scale_TF = ones_T1 if scale is None else scale(hidden, context)
         for rows in _real_rows(hidden, context).split(_DENSE_ROWS):
             x_RD = tokens_TD[rows]
-            router_input = None if asked_TD is None else asked_TD[rows]
-            inner_RF = _inner(layer, x_RD, router_input)
+            inner_RF = _inner(
+                layer,
+                x_RD,
+                router_input=None if asked_TD is None else asked_TD[rows],
+                positions=None if places is None else places.reshape(-1)[rows],
+            )
             yield NeuronBlock(rows, neurons_F, inner_RF, scale_TF[rows], _before(layer, x_RD))
 
     def values(neurons: Tensor, _: Tensor | None = None, /) -> Tensor:
@@ -150,11 +158,14 @@ def _dense(
     return Neurons(name, layer.d_ff, layer.d_ff, None, read, values)
 
 
-def _inner(layer: DenseFFN | TopKFFN, x_RD: Tensor, router_input: Tensor | None) -> Tensor:
-    return input_of(layer.down_proj, lambda: layer.forward(x_RD, router_input=router_input))
+def _inner(layer: _Dense, x_RD: Tensor, **context: Tensor | None) -> Tensor:
+    return input_of(layer.down_proj, lambda: layer.forward(x_RD, **context))
 
 
-def _before(layer: DenseFFN | TopKFFN, x_RD: Tensor) -> Tensor:
+def _before(layer: _Dense, x_RD: Tensor) -> Tensor:
+    if isinstance(layer, SelectiveFFN):
+        first = layer.gate_proj if layer.gated else layer.up_proj
+        return F.linear(input_of(first, lambda: layer.forward(x_RD)), first.weight, first.bias)
     if not layer.gated:
         return layer.up_proj(x_RD)
     return layer.gate_proj(x_RD[:, : layer.gate_proj.in_features])
@@ -236,7 +247,8 @@ def _table(
 
 @neurons_of.register(DenseFFN)
 @neurons_of.register(TopKFFN)
-def _(layer: DenseFFN | TopKFFN) -> list[Neurons]:
+@neurons_of.register(SelectiveFFN)
+def _(layer: _Dense) -> list[Neurons]:
     return [_dense(layer)]
 
 

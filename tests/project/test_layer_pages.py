@@ -20,6 +20,7 @@ PAGES = {
     "PEER": "peer",
     "PersistentMemoryAttention": "persistent_memory",
     "ProductKeyMemory": "product_key_memory",
+    "SelectiveFFN": "selective_ffn",
     "SigmaMoE": "sigma_moe",
     "SparseMoE": "sparse_moe",
     "TopKFFN": "top_k_ffn",

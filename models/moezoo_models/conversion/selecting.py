@@ -111,15 +111,17 @@ def measure(
             on_trial[layer] = attended + changed.view_as(attended).cpu()
         dense = attended + output.view_as(attended).cpu()
         progress()
+    nats = torch.zeros(len(layers), dtype=torch.float64)
     head = Head(source, device)
-    nats = [0.0] * len(layers)
     for row in range(len(tokens)):
-        right = _log_probabilities(head, dense[row])
+        right = _logits(head, dense[row])
+        probable = right.softmax(dim=-1)
+        # Σ p (log p - log q), of which Σ p log p is the same for all.
+        own = _cross_entropy(probable, right)
         for place, layer in enumerate(layers):
-            found_nats = _log_probabilities(head, on_trial[layer][row])
-            divergence = (right.exp() * (right - found_nats)).sum(dim=-1)
-            nats[place] += float(divergence.double().mean()) / len(tokens)
-    return Sensitivity(curves, nats, errors)
+            other = _cross_entropy(probable, _logits(head, on_trial[layer][row]))
+            nats[place] += (other - own).double().mean().cpu() / len(tokens)
+    return Sensitivity(curves, nats.clamp(min=0.0).tolist(), errors)
 
 
 def _some(x_TD: Tensor) -> Tensor:
@@ -127,9 +129,14 @@ def _some(x_TD: Tensor) -> Tensor:
     return x_TD[:: max(len(x_TD) // _CURVE_TOKENS, 1)]
 
 
-def _log_probabilities(head: Head, states: Tensor) -> Tensor:
-    logits = head.lm_head(head.norm(states.to(head.lm_head.weight.device)))
-    return logits.float().log_softmax(dim=-1)
+def _logits(head: Head, states: Tensor) -> Tensor:
+    logits: Tensor = head.lm_head(head.norm(states.to(head.lm_head.weight.device)))
+    return logits.float()
+
+
+def _cross_entropy(probable: Tensor, logits: Tensor) -> Tensor:
+    """Return ``-Σ p log softmax(logits)`` of each token, ``(L,)``."""
+    return logits.logsumexp(dim=-1) - torch.linalg.vecdot(probable, logits)
 
 
 @dataclass(frozen=True, eq=False)

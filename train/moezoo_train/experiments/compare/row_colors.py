@@ -37,6 +37,7 @@ _FAMILY_OF = {
     "FastFeedForward": "trees",
     "UltraFastFFF": "trees",
     "TopKFFN": "strongest neurons",
+    "SelectiveFFN": "strongest neurons",
 }
 _OWN = (BLUE, RED, GREEN, PINK, OCHRE, SKY, INDIGO)
 

@@ -24,6 +24,7 @@ WIDTHS: dict[type[FeedForward], str] = {
     moezoo.FastFeedForward: "d_leaf",
     moezoo.UltraFastFFF: "num_trees",
     moezoo.TopKFFN: "d_ff",
+    moezoo.SelectiveFFN: "d_ff",
 }
 """The argument that is solved for unless a row names another: it sets the active width."""
 
