@@ -262,10 +262,9 @@ class SelectiveFFN(FeedForward):
         """
         found = self.selector.calibrated()
         matrix = self.d_model * self.d_ff
-        first = found.input * self.selector.chosen_share()
-        products = {"down": found.hidden, "up": first}
+        products = {"down": found.hidden, "up": found.input}
         if self.gated:
-            products |= {"gate": first, "up": found.gate * found.up_input}
+            products |= {"gate": found.input, "up": found.gate * found.up_input}
         total = sum(p.numel() for p in self.parameters())
         dense, own = matrix * len(products), self.selector.numbers()
         active = total - dense + round(matrix * sum(products.values()))

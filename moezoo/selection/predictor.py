@@ -87,13 +87,9 @@ class PredictorSelector(Selector):
         return torch.zeros_like(scores_TF, dtype=torch.bool).scatter(-1, best_TK, True)
 
     def calibrated(self) -> Shares:
-        """Return the share of neurons that a token has, on which the other products depend."""
+        """Return the share of neurons that a token has: of each matrix as many rows or columns."""
         share = self.top_k / len(self.expand)
-        return Shares(gate=share, hidden=share)
-
-    def chosen_share(self) -> float:
-        """Return the share of neurons that are computed at all."""
-        return self.top_k / len(self.expand)
+        return Shares(input=share, gate=share, hidden=share)
 
     def numbers(self) -> int:
         """Count the numbers that a choice multiplies with."""

@@ -77,10 +77,6 @@ class Selector(nn.Module):
         """
         return None
 
-    def chosen_share(self) -> float:
-        """Return the share of neurons that are computed at all."""
-        return 1.0
-
     def numbers(self) -> int:
         """Count the numbers that a token's choice, or the rest, multiplies with."""
         return 0

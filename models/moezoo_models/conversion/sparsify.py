@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moezoo.convert.select import METHODS, SelectMethod, read_share, work_share
 from moezoo.convert.select.budget import Count
+from moezoo.convert.select.guess import GUESSES, PLAIN_GUESS, GuessMethod, GuessOptions
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.selection import Shares
 from moezoo_models.checkpoints.dense import dense_config
@@ -25,6 +26,7 @@ from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.carve import calibrate, model_nats
 from moezoo_models.conversion.convert import REPORT, copy_files
 from moezoo_models.conversion.drift import load_any
+from moezoo_models.conversion.guessing import Guessing
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.selecting import (
     Selecting,
@@ -37,6 +39,7 @@ from moezoo_models.conversion.selecting import (
     trial_tokens,
 )
 from moezoo_models.conversion.source import Source, open_source
+from moezoo_models.conversion.sparsified import Sparsified, mean_share, summary
 from moezoo_models.conversion.targets import Output
 from moezoo_models.conversion.writer import (
     check_space,
@@ -48,39 +51,17 @@ from moezoo_models.conversion.writer import (
 from moezoo_models.devices import pick_device
 from moezoo_models.progress import progress_bar
 
+SparsifyMethod = Literal[
+    "mix", "cats", "chess", "teal", "wina", "predictor", "polar", "low_rank_gate", "r_sparse"
+]
 _FORMAT = 1
 _SCRATCH = "calibration"
-_MATRICES = ("gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class Sparsified:
-    """A checkpoint that was made selective, as its report in the directory describes it.
-
-    Attributes:
-        method: sparsify.
-        options: as they were given.
-        calibration: the text.
-        perplexity: on held-out tokens: ``dense``, ``sparse`` as calibrated in fp32, and
-            ``loaded``, of the checkpoint as it was written.
-        work: share of the feed-forward products that tokens need, in all.
-        read: share of the feed-forward weights that tokens read, in whole rows and columns.
-        layers: of each layer, what tokens keep, and its cost to the model if it was measured.
-    """
-
-    method: str
-    options: dict[str, Any]
-    calibration: dict[str, Any]
-    perplexity: dict[str, float]
-    work: float
-    read: float
-    layers: dict[str, dict[str, float]]
 
 
 def sparsify(
     source: str | Path,
     target: str | Path,
-    method: SelectMethod = "mix",
+    method: SparsifyMethod = "mix",
     work: float | None = None,
     read: float | None = None,
     calibration: str | list[str] = "stdlib",
@@ -88,6 +69,7 @@ def sparsify(
     held_out_tokens: int = 4096,
     sensitivity_tokens: int = 1024,
     window: int | None = None,
+    guess: GuessOptions = PLAIN_GUESS,
     layers: str | int | list[int] = "all",
     seed: int = 0,
     device: str = "cpu",
@@ -107,7 +89,9 @@ def sparsify(
         target: directory to make, in this library's format.
         method: mix, all thresholds with budgets by each layer's measured cost (ours); cats
             (arXiv:2404.08763), chess (arXiv:2409.01366), teal (arXiv:2408.14690), wina
-            (arXiv:2505.19427), the same for all layers.
+            (arXiv:2505.19427), the same for all layers. Instead of thresholds predictor
+            (arXiv:2310.17157) and polar (arXiv:2505.14884) guess which neurons are needed, and
+            low_rank_gate does untrained; r_sparse (arXiv:2504.19449) has weak inputs at low rank.
         work: share of the feed-forward products that is left; default 0.57.
         read: in place of work, share of the weights that are read, in whole rows and columns.
         calibration: text files, folders or globs, or "stdlib", the Python standard library's own
@@ -117,6 +101,7 @@ def sparsify(
         sensitivity_tokens: tokens on which the cost of each layer is measured, by mix.
         window: tokens that the model sees at once; default: what it was trained on, or
             if its config.json does not say, what it is made for; at most 2048.
+        guess: options of the methods that guess.
         layers: which blocks to change: all, every 2, a number or a list.
         seed: of the choice of passages.
         device: where to compute: cpu, cuda, ..., or auto for an accelerator if there is one.
@@ -131,11 +116,20 @@ def sparsify(
         InputError: the source cannot be converted, the method cannot do with so little, there is
             too little text, or the target cannot hold the result.
     """
-    check_choice("method", method, METHODS)
+    if method == "griffin":
+        raise InputError(
+            "method: griffin chooses neurons anew for each prompt, which no checkpoint holds; use "
+            "moezoo generate --griffin 0.5 on the dense one"
+        )
+    check_choice("method", method, (*METHODS, *GUESSES))
+    if method not in GUESSES and guess != PLAIN_GUESS:
+        raise InputError(f"guess: {method} guesses nothing; leave it out")
+    if method in GUESSES and read is not None:
+        raise InputError(f"read: {method} has a budget of work only; give work instead")
     check_choice("check", check, ("loaded", "none"))
     check_int("sensitivity_tokens", sensitivity_tokens)
     count, share = _budget(work, read)
-    if method != "mix":
+    if method not in ("mix", *GUESSES):
         budgets_of(method, share, (0,), None)  # refuses too little before anything is read
     check_target(Path(target), force)
     with open_source(source, sparsifiable()) as dense:
@@ -148,8 +142,20 @@ def sparsify(
             window,
             check_int("seed", seed, minimum=0),
         )
+        guessing = None
+        if method in GUESSES:
+            sizes = (text.fitted.shape[1], dense.config.hidden_size, dense.width, dense.dtype)
+            guessing = Guessing(cast("GuessMethod", method), share, guess, *sizes, seed)
         run = _Run(
-            dense, text, method, count, share, chosen, sensitivity_tokens, pick_device(device)
+            dense,
+            text,
+            method,
+            count,
+            share,
+            chosen,
+            sensitivity_tokens,
+            pick_device(device),
+            guessing,
         )
         return run.write(Path(target), max_shard_size, check == "loaded", force)
 
@@ -173,17 +179,18 @@ class _Run:
         self,
         source: Source,
         calibration: Calibration,
-        method: SelectMethod,
+        method: SparsifyMethod,
         count: Count,
         share: float,
         layers: tuple[int, ...],
         sensitivity_tokens: int,
         device: torch.device,
+        guessing: Guessing | None,
     ) -> None:
         self._source, self._calibration, self._device = source, calibration, device
         self._method, self._count, self._share, self._layers = method, count, share, layers
         self._trial = trial_tokens(calibration, sensitivity_tokens)
-        self._scratch = Path()
+        self._scratch, self._guessing = Path(), guessing
         self._sensitivity: Sensitivity | None = None
 
     def write(self, target: Path, max_shard_size: str, loads: bool, force: bool) -> Sparsified:
@@ -225,19 +232,24 @@ class _Run:
                     self._device,
                     lambda: bar.advance(task),
                 )
-            budgets = budgets_of(
-                self._method, self._share, self._layers, self._sensitivity, self._count
-            )
+            budgets: dict[int, Shares] | None = None
+            if self._guessing is None:
+                method = cast("SelectMethod", self._method)
+                budgets = budgets_of(
+                    method, self._share, self._layers, self._sensitivity, self._count
+                )
             return self._propagation(budgets).run(lambda: bar.advance(task))
 
     def _propagation(self, budgets: dict[int, Shares] | None) -> Propagation:
-        selecting = Selecting(
-            self._method,
+        selecting: Selecting | Guessing = Selecting(
+            cast("SelectMethod", self._method),
             budgets or {},
             self._calibration.fitted.shape[1],
             self._source.dtype,
             self._scratch,
         )
+        if self._guessing is not None:
+            selecting = self._guessing.inside(self._scratch)
         return Propagation(
             self._source,
             self._calibration,
@@ -267,21 +279,40 @@ class _Run:
             self._count: self._share,
             "layers": list(self._layers),
             "sensitivity_tokens": self._trial.numel(),
+            **({} if self._guessing is None else {"guess": asdict(self._guessing.options)}),
         }
 
     def _config(self) -> dict[str, Any]:
         """Add a rule for the selective blocks to what the dense model is as ours."""
         config = dense_config(self._source.raw)
         dense = dict(config.ffn[0]["init_args"])
-        rule = {
-            "layers": list(self._layers),
-            "class_path": "moezoo.SelectiveFFN",
-            "init_args": {**dense, "selection": {"kind": "threshold"}},
-        }
-        config.ffn = [*config.ffn, rule]
+        rules = [
+            {
+                "layers": layers,
+                "class_path": "moezoo.SelectiveFFN",
+                "init_args": {**dense, "selection": selection},
+            }
+            for selection, layers in self._selections()
+        ]
+        config.ffn = [*config.ffn, *rules]
         config.check()
         config.architectures = ["MoezooForCausalLM"]
         return config.to_diff_dict()
+
+    def _selections(self) -> list[tuple[dict[str, Any], list[int]]]:
+        """Return the options of each rule, and its layers."""
+        if self._guessing is None:
+            return [({"kind": "threshold"}, list(self._layers))]
+        found: list[tuple[dict[str, Any], list[int]]] = []
+        guessing = self._guessing.inside(self._scratch)
+        for layer in self._layers:
+            selection = guessing.selection(layer)
+            same = next((layers for each, layers in found if each == selection), None)
+            if same is None:
+                found.append((selection, [layer]))
+            else:
+                same.append(layer)
+        return found
 
     def _outputs(self) -> Iterator[Output]:
         """List all tensors: the dense model's own, and thresholds."""
@@ -289,12 +320,16 @@ class _Run:
             yield Output(name, info.shape, info.dtype, partial(self._copied, name))
         width, d_model = self._source.width, self._source.config.hidden_size
         sizes = {"input": d_model, "gate": width, "up_input": d_model, "hidden": width}
+        sizes["shares"] = len(Shares._fields)
+        shapes = {name: ((size,), torch.float32) for name, size in sizes.items()}
         for layer in self._layers:
-            for name, size in {**sizes, "shares": len(Shares._fields)}.items():
+            for name, (shape, dtype) in (
+                shapes if self._guessing is None else self._guessing.shapes()
+            ).items():
                 yield Output(
                     f"model.layers.{layer}.mlp.selector.{name}",
-                    (size,),
-                    torch.float32,
+                    shape,
+                    dtype,
                     partial(self._found, layer, name),
                 )
 
@@ -302,21 +337,27 @@ class _Run:
         yield self._source.read(name)
 
     def _found(self, layer: int, name: str) -> Iterator[Tensor]:
+        if self._guessing is not None:
+            yield self._guessing.inside(self._scratch).tensor(layer, name)
+            return
         value = getattr(read_thresholds(thresholds_file(self._scratch, layer)), name)
         yield value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
 
     def _describe(self, perplexity: dict[str, float]) -> Sparsified:
-        kept = {
-            layer: read_thresholds(thresholds_file(self._scratch, layer)).shares
-            for layer in self._layers
-        }
+        kept = {layer: self._shares(layer) for layer in self._layers}
+        own = 0.0 if self._guessing is None else self._guessing.overhead
         layers: dict[str, dict[str, float]] = {}
         for place, (layer, shares) in enumerate(kept.items()):
             layers[str(layer)] = {
                 **shares._asdict(),
-                "work": work_share(shares),
-                "read": read_share(shares),
+                "work": work_share(shares) + own,
+                "read": read_share(shares) + own,
             }
+            if self._guessing is not None:
+                figures = self._guessing.inside(self._scratch).figures(layer)
+                layers[str(layer)] |= {
+                    name: figures[name] for name in ("count", "recall") if name in figures
+                }
             if self._sensitivity is not None:
                 layers[str(layer)]["trial_nats"] = self._sensitivity.nats[place]
         dense = self._source.num_layers - len(kept)
@@ -325,40 +366,15 @@ class _Run:
             self._options(),
             self._calibration.describe(),
             perplexity,
-            _mean([work_share(each) for each in kept.values()], dense),
-            _mean([read_share(each) for each in kept.values()], dense),
+            mean_share([work_share(each) + own for each in kept.values()], dense),
+            mean_share([read_share(each) + own for each in kept.values()], dense),
             layers,
         )
 
-
-def _mean(shares: Sequence[float], dense: int) -> float:
-    return (sum(shares) + dense) / (len(shares) + dense)
-
-
-def summary(made: Sparsified, target: Path) -> str:
-    """Return a few lines: shares of each matrix, and perplexities."""
-    kept = [Shares(*(each[name] for name in Shares._fields)) for each in made.layers.values()]
-    work = {
-        "gate": [each.input for each in kept],
-        "up": [each.gate * each.up_input for each in kept],
-        "down": [each.hidden for each in kept],
-    }
-    read = {**work, "up": [each.gate if each.gate < 1 else each.up_input for each in kept]}
-    lines = [
-        f"to        {target}, {len(kept)} selective blocks",
-        f"{'share of':<10}{'gate':>8}{'up':>8}{'down':>8}{'all':>8}",
-    ]
-    for name, found, total in (("work", work, made.work), ("read", read, made.read)):
-        cells = "".join(f"{sum(found[m]) / len(kept):>8.3f}" for m in _MATRICES)
-        lines.append(f"{name:<10}{cells}{total:>8.3f}")
-    lines.append(f"perplexity on {made.calibration['held_out_tokens']:,} held-out tokens")
-    names = {"dense": "dense", "sparse": "selective", "loaded": "selective, as loaded"}
-    dense = made.perplexity["dense"]
-    for name, text in names.items():
-        if name in made.perplexity:
-            value = made.perplexity[name]
-            lines.append(f"  {text:<28}{value:>10.4g}  × {value / dense:.3f}")
-    return "\n".join(lines)
+    def _shares(self, layer: int) -> Shares:
+        if self._guessing is not None:
+            return Shares(*self._guessing.inside(self._scratch).figures(layer)["shares"])
+        return read_thresholds(thresholds_file(self._scratch, layer)).shares
 
 
 __all__ = ["Sparsified", "sparsify", "summary"]

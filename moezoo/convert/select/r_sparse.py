@@ -71,8 +71,9 @@ def channel_thresholds(weight_OI: Tensor, x_TI: Tensor, channels: int) -> Tensor
         return torch.zeros_like(lengths_I)
     scores = (x_TI.float().abs() * lengths_I).flatten()
     dropped = round(len(scores) * (1 - channels / inputs))
+    most = torch.finfo(torch.float32).max  # a checkpoint holds finite numbers only
     limit = scores.kthvalue(max(dropped, 1)).values if dropped else scores.new_zeros(())
-    return torch.where(lengths_I > 0, limit / lengths_I, torch.inf)
+    return (limit / lengths_I).nan_to_num(nan=most, posinf=most)
 
 
 def low_rank(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

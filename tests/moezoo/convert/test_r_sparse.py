@@ -80,8 +80,8 @@ def test_a_column_of_zeros_never_passes():
     weight, x = problem()
     weight[:, 3] = 0
     limits = channel_thresholds(weight, x, 10)
-    assert limits[3] == torch.inf
-    assert bool(limits[torch.arange(33) != 3].isfinite().all())
+    assert limits[3] == torch.finfo(torch.float32).max
+    assert float(limits[torch.arange(33) != 3].max()) < 1e3
 
 
 def test_the_budget_is_the_paper_s():
