@@ -11,17 +11,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.analysis.curves import draw_frontier
 from moezoo.command.tables import markdown_lines, print_table
-from moezoo.convert import CarveOptions
+from moezoo.convert import Block, CarveOptions
 from moezoo.convert.select import METHODS, work_share
+from moezoo.convert.select.guess import GUESSES, GuessMethod, GuessOptions
+from moezoo.convert.select.prompt import kept_count as prompt_count
+from moezoo.convert.select.prompt import prompt_neurons
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.conversion.carve import answer_of, calibrate, carve_layer, pruned
+from moezoo_models.conversion.guessing import Guessing
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.selecting import (
     Selecting,
@@ -32,12 +38,14 @@ from moezoo_models.conversion.selecting import (
     trial_tokens,
 )
 from moezoo_models.conversion.source import Source, open_source
+from moezoo_models.conversion.stage import Answer
 from moezoo_models.devices import pick_device
 from moezoo_models.inspect.inspection import writing
 from moezoo_models.progress import progress_bar
 
-WAYS = (*METHODS, "carve", "prune")
-"""Thresholds of each method; experts of `moezoo carve`; fewer neurons, the same for all tokens."""
+WAYS = (*METHODS, "predictor", "low_rank_gate", "r_sparse", "griffin", "carve", "prune")
+"""Thresholds of each method; guesses of neurons; weak inputs at low rank; neurons chosen by the
+first half of a window; experts of `moezoo carve`; fewer neurons, the same for all tokens."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,11 @@ def inspect_frontier(
     Args:
         source: directory of a Llama, Mistral, Qwen2 or Qwen3.
         works: shares of the feed-forward products that are left.
-        methods: mix, cats, chess, teal and wina, the thresholds of `moezoo sparsify`; carve, the
-            experts of `moezoo carve`; prune, as many neurons for all tokens, refitted.
+        methods: mix, cats, chess, teal and wina, the thresholds of `moezoo sparsify`; predictor
+            and low_rank_gate, its guesses, of rank 128 or for half of the work if that is less;
+            r_sparse, its low rank; griffin, neurons that the first half of a window chooses for
+            the second, on which it is judged (arXiv:2404.01365); carve, the experts of `moezoo
+            carve`; prune, as many neurons for all tokens, refitted.
         calibration: text files, folders or globs, or "stdlib", the Python standard library's own
             source.
         calibration_tokens: tokens that everything is fitted to.
@@ -163,7 +174,7 @@ def inspect_frontier(
             nats = run.run(step)
     dense = math.exp(nats["dense"].mean())
     points = [
-        _point(method, asked, share, nats[variant.name], nats["dense"])
+        _point(method, asked, share, *_judged(method, nats[variant.name], nats["dense"], length))
         for (method, asked), (variant, share) in ways.items()
     ]
     found = Frontier(str(source), text.describe(), dense, points)
@@ -183,6 +194,15 @@ def _variant(
 ) -> tuple[Variant, float] | None:
     """Return a way at a share of the work, and its own share; None if it cannot do with that."""
     name, width = f"{method} {work:g}", source.width
+    if method == "griffin":
+        kept_share = prompt_count(width, work) / width
+        return Variant(name, partial(_griffin, work, length)), kept_share
+    if method in GUESSES:
+        d_model = source.config.hidden_size
+        rank = max(min(128, int(work / 2 * d_model * width / (d_model + width))), 1)
+        options = GuessOptions(rank=min(rank, d_model, width))
+        sizes = (length, d_model, width, source.dtype)
+        return Variant(name, Guessing(cast("GuessMethod", method), work, options, *sizes)), work
     if method == "prune":
         keep = max(round(work * width), 1)
         return Variant(name, partial(pruned, keep, "static_ls")), keep / width
@@ -201,8 +221,32 @@ def _variant(
     return Variant(name, selecting), share
 
 
+def _griffin(share: float, length: int, layer: int, x_TD: Tensor, block: Block) -> Answer:
+    """Keep, in the second half of every window, the neurons that its first half uses most."""
+
+    def answer(inputs_TD: Tensor) -> Tensor:
+        rows = []
+        for window_LD in inputs_TD.split(length):
+            hidden_LF = block.hidden(window_LD)
+            dropped_F = torch.ones_like(hidden_LF[0], dtype=torch.bool)
+            dropped_F[prompt_neurons(hidden_LF[: length // 2], share)] = False
+            hidden_LF[length // 2 :].masked_fill_(dropped_F, 0.0)
+            rows.append(F.linear(hidden_LF, block.down, block.bias_out))
+        return torch.cat(rows)
+
+    return answer
+
+
 def _carved(options: CarveOptions, layer: int, x_TD: Tensor, block: Any) -> Any:
     return answer_of(carve_layer(layer, x_TD, block, options).plan, block)
+
+
+def _judged(method: str, nats: Tensor, dense: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return what counts of cross-entropies: of griffin, what the second half predicts."""
+    if method != "griffin":
+        return nats, dense
+    later = nats.shape[1] - (length - 1 - length // 2)
+    return nats[:, later:], dense[:, later:]
 
 
 def _point(method: str, asked: float, work: float, nats: Tensor, dense: Tensor) -> Point:
