@@ -118,7 +118,7 @@ class Guessing:
         return self.directory / f"guess-{layer:05d}.safetensors"
 
     def figures(self, layer: int) -> dict[str, Any]:
-        """Return what was found beside tensors: the shares, and of a guess k and its recall."""
+        """Return what was found beside tensors: the shares, and of a guess k, recall, energy."""
         with safe_open(self._file(layer), framework="pt") as file:
             return json.loads(file.metadata()["figures"])
 
@@ -176,7 +176,7 @@ class Guessing:
 def _figures(found: LayerGuess | LayerRemainder) -> dict[str, Any]:
     figures: dict[str, Any] = {"shares": list(found.shares)}
     if isinstance(found, LayerGuess):
-        figures |= {"count": found.count, "recall": found.recall}
+        figures |= {"count": found.count, "recall": found.recall, "energy": found.energy}
     return figures
 
 
@@ -191,7 +191,7 @@ def _guess_of(
         act=block.act if method == "low_rank_gate" else None,
         length=tensors.get("length"),
     )
-    return LayerGuess(scores, figures["count"], figures["recall"])
+    return LayerGuess(scores, figures["count"], figures["recall"], figures["energy"])
 
 
 def _save(file: Path, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:

@@ -57,12 +57,11 @@ def summary(made: Sparsified, target: Path) -> str:
     for name, found, total in (("work", work, made.work), ("read", read, made.read)):
         cells = "".join(f"{sum(found[m]) / len(kept):>8.3f}" for m in _MATRICES)
         lines.append(f"{name:<10}{cells}{total:>8.3f}")
-    recalls = [each["recall"] for each in made.layers.values() if "recall" in each]
-    if recalls:
-        mean, least = sum(recalls) / len(recalls), min(recalls)
-        lines.append(
-            f"recall    {mean:.3f} at k on tokens held out, {least:.3f} in the worst layer"
-        )
+    for name, what in (("recall", "of needed neurons"), ("energy", "of all neurons'")):
+        found = [each[name] for each in made.layers.values() if name in each]
+        if found:
+            mean, least = sum(found) / len(found), min(found)
+            lines.append(f"{name:<10}{mean:.3f} {what}, on tokens held out; least {least:.3f}")
     lines.append(f"perplexity on {made.calibration['held_out_tokens']:,} held-out tokens")
     names = {"dense": "dense", "sparse": "selective", "loaded": "selective, as loaded"}
     dense = made.perplexity["dense"]

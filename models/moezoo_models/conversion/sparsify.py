@@ -356,7 +356,7 @@ class _Run:
             if self._guessing is not None:
                 figures = self._guessing.inside(self._scratch).figures(layer)
                 layers[str(layer)] |= {
-                    name: figures[name] for name in ("count", "recall") if name in figures
+                    name: figures[name] for name in ("count", "recall", "energy") if name in figures
                 }
             if self._sensitivity is not None:
                 layers[str(layer)]["trial_nats"] = self._sensitivity.nats[place]

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert.carve.block import Block
-from moezoo.convert.select.labels import label, recall_at, smallest_count
+from moezoo.convert.select.labels import (
+    contributions,
+    energy_at,
+    label,
+    recall_at,
+    smallest_count,
+)
 from moezoo.convert.select.predictors import (
     LowRankScores,
     Training,
@@ -71,12 +77,14 @@ class LayerGuess:
         scores: of the neurons.
         count: neurons per token k.
         recall: on tokens that neither its training nor its choice has seen: the share of those that
-            count most that are among the k; None where nothing was held out.
+            count most that are among the k.
+        energy: there, the share of all neurons' squared parts of the output that the k have.
     """
 
     scores: LowRankScores
     count: int
-    recall: float | None = None
+    recall: float = 0.0
+    energy: float = 0.0
 
     @property
     def shares(self) -> Shares:
@@ -204,9 +212,8 @@ def guess(
     share = None if options.labels == "positive" else count / block.width
     if method == "low_rank_gate":
         scores = whitened_scores(block, x_TD[: -2 * part], options.rank)
-        judged = x_TD[-part:]
-        wanted_TF = label(block, judged, "strongest", count / block.width)
-        return LayerGuess(scores, count, recall_at(scores(judged), wanted_TF, count))
+        wanted_TF = label(block, x_TD[-part:], "strongest", count / block.width)
+        return _judged(LayerGuess(scores, count), block, x_TD[-part:], wanted_TF)
     labels_TF = label(block, x_TD, options.labels, share)
     training = Training(options.rank, method == "polar", epochs=options.epochs, seed=seed)
     trained = train_predictor(
@@ -223,8 +230,18 @@ def guess(
         found = replace(
             found, count=smallest_count(scored_TF, wanted_TF, options.recall, _MULTIPLE)
         )
-    judged_TF = trained.scores(x_TD[-part:])
-    return replace(found, recall=recall_at(judged_TF, labels_TF[-part:], found.count))
+    return _judged(found, block, x_TD[-part:], labels_TF[-part:])
+
+
+def _judged(found: LayerGuess, block: Block, x_TD: Tensor, labels_TF: Tensor) -> LayerGuess:
+    """Measure a guess on tokens that it has not seen."""
+    scores_TF = found.scores(x_TD)
+    parts_TF = contributions(block.hidden(x_TD), block.down)
+    return replace(
+        found,
+        recall=recall_at(scores_TF, labels_TF, found.count),
+        energy=energy_at(scores_TF, parts_TF, found.count),
+    )
 
 
 def _remainder(block: Block, x_TD: Tensor, work: float, options: GuessOptions) -> LayerRemainder:

@@ -102,6 +102,21 @@ def recall_at(scores_TF: Tensor, labels_TF: Tensor, count: int) -> float:
     return float(found / labels_TF.sum().clamp(min=1))
 
 
+def energy_at(scores_TF: Tensor, parts_TF: Tensor, count: int) -> float:
+    """Return how much of the squared lengths of neurons' parts the ``count`` best scores keep.
+
+    Recall counts all needed neurons alike; where a few carry most of the output, this tells more.
+
+    Args:
+        scores_TF: of a selector.
+        parts_TF: of :func:`contributions`.
+        count: neurons that are chosen.
+    """
+    squares_TF = parts_TF.square()
+    kept = squares_TF[strongest(scores_TF, count)].sum(dtype=torch.float64)
+    return float(kept / squares_TF.sum(dtype=torch.float64).clamp(min=1e-30))
+
+
 def smallest_count(scores_TF: Tensor, labels_TF: Tensor, recall: float, multiple: int = 1) -> int:
     """Return the fewest neurons by which a selector reaches a recall (Polar Sparsity's k).
 

@@ -50,6 +50,7 @@ def test_the_checkpoint_computes_what_was_found(
         if method != "r_sparse":
             assert mlp.selection.top_k == done.layers[str(layer)]["count"]
             assert 0 < done.layers[str(layer)]["recall"] <= 1
+            assert done.layers[str(layer)]["energy"] > mlp.selection.top_k / mlp.d_ff
     assert not found
     printed = capsys.readouterr().out
     assert ("recall" in printed) == (method != "r_sparse")

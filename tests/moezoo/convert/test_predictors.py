@@ -10,6 +10,7 @@ from moezoo import InputError
 from moezoo.convert import Block
 from moezoo.convert.select.labels import (
     contributions,
+    energy_at,
     label,
     recall_at,
     smallest_count,
@@ -88,6 +89,14 @@ def test_recall_at_k_is_that_of_a_count_by_hand():
     assert recall_at(scores, labels, 2) == pytest.approx(1 / 3)  # 0 of the first; 3, 0 of the rest
     assert recall_at(scores, labels, 3) == pytest.approx(1.0)
     assert recall_at(scores, torch.zeros_like(labels), 2) == 0.0
+
+
+def test_energy_is_the_share_of_squares_and_not_of_neurons():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    parts = torch.tensor([[1.0, 2.0, 4.0, 0.0], [3.0, 0.0, 0.0, 1.0]])
+    assert energy_at(scores, parts, 2) == pytest.approx((1 + 4 + 0 + 1) / 31)
+    assert energy_at(parts, parts, 1) == pytest.approx(25 / 31)
+    assert energy_at(scores, parts, 4) == 1.0
 
 
 def test_calling_everything_needed_does_not_win():
