@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         RouterOptions,
         WeightOptions,
     )
-    from moezoo.selection import Thresholds
+    from moezoo.selection import Predictor, Thresholds
     from moezoo.stock_experts import register_experts
     from moezoo.swap_layers import swap
 
@@ -86,7 +86,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "RouterOptions",
         "WeightOptions",
     ),
-    "selection": ("Thresholds",),
+    "selection": ("Predictor", "Thresholds"),
     "stock_experts": ("register_experts",),
     "swap_layers": ("swap",),
 }
@@ -137,6 +137,7 @@ __all__ = [
     "Paper",
     "ParameterGroup",
     "PersistentMemoryAttention",
+    "Predictor",
     "ProductKeyMemory",
     "RouterOptions",
     "SelectiveFFN",
