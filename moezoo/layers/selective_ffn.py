@@ -35,9 +35,18 @@ from moezoo.layers.dense import Activation, check_glu, default_width
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
-from moezoo.selection import Kept, Selection, Selector, Thresholds, ThresholdSelector, kept
+from moezoo.selection import (
+    Kept,
+    Predictor,
+    PredictorSelector,
+    Selection,
+    Selector,
+    Thresholds,
+    ThresholdSelector,
+    kept,
+)
 from moezoo.selection.options import EVERYTHING
-from moezoo.selection.selector import both, or_dense, share
+from moezoo.selection.selector import Matrix, added, both, dropped, or_dense, share
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gate_value, up_value
 
 

@@ -47,7 +47,8 @@ class Thresholds:
                 )
 
 
-READ_ALL = Thresholds()
+EVERYTHING = Thresholds()
+"""The default: thresholds of zero."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,3 @@ class Predictor:
 
 Selection: TypeAlias = Thresholds | Predictor
 """The options of any rule."""
-
-EVERYTHING = Thresholds()
-"""The default: thresholds of zero."""

@@ -82,63 +82,50 @@ def selective_ffn(weights: Weights, options: Options, hidden: Tensor, call: Call
     tokens, _, real = tokens_of(hidden, call)
     places = [None] * len(tokens) if call.positions is None else call.positions.reshape(-1).tolist()
     width = weights["down_proj.weight"].shape[1]
+    rule = options["selection"]
+    guessed = rule["kind"] == "predictor"
     rows, counts = [], [0] * width
     for x_D, place, is_real in zip(tokens, places, real, strict=True):
         dense = place is not None and place < options["first_tokens"]
-        y_D, active = _selected_token(weights, options, x_D, dense)
-        for i in active:
-            counts[i] += is_real
+
+        def large(value: Tensor, name: str, dense: bool = dense) -> Tensor:
+            if guessed:
+                return torch.ones(len(value), dtype=torch.bool)
+            return (value.abs() > weights[f"selector.{name}"]) | dense
+
+        def rest(name: str, values: Tensor) -> Tensor | float:
+            if guessed or not rule["remainder"]:
+                return 0.0
+            inner_R = weights[f"selector.factors.{name}.right"] @ values
+            return weights[f"selector.factors.{name}.left"] @ inner_R
+
+        def products(name: str, which: str, x_D: Tensor = x_D) -> Tensor:
+            read = large(x_D, which)
+            made_F = weights[f"{name}_proj.weight"][:, read] @ x_D[read]
+            made_F = made_F + rest(name, torch.where(read, 0.0, x_D))
+            bias = weights.get(f"{name}_proj.bias")
+            return made_F if bias is None else made_F + bias
+
+        chosen_F = torch.ones(width, dtype=torch.bool)
+        if guessed and not dense:
+            best_K = _guessed(weights, options, x_D.detach())
+            chosen_F = torch.tensor([f in best_K for f in range(width)])
+        if options["gated"]:
+            gate_F, up_F = products("gate", "input"), products("up", "up_input")
+            value_F = gated_unit(options["activation"], gate_F, up_F, options["glu"])
+            factor_F = gate_factor(options["activation"], gate_F, options["glu"])
+            chosen_F = chosen_F & large(factor_F, "gate")
+        else:
+            value_F = activation(options["activation"], products("up", "input"))
+        kept_F = chosen_F & large(value_F, "hidden")
+        y_D = torch.zeros_like(x_D) + rest("down", torch.where(chosen_F & ~kept_F, value_F, 0.0))
+        for i in kept_F.nonzero().flatten().tolist():
+            y_D = y_D + value_F[i] * weights["down_proj.weight"][:, i]
+            counts[i] += is_real and bool(value_F[i] != 0)
+        if "down_proj.bias" in weights:
+            y_D = y_D + weights["down_proj.bias"]
         rows.append(y_D)
     return Answer(stacked(rows, hidden), {}, counts)
-
-
-def _selected_token(
-    weights: Weights, options: Options, x_D: Tensor, dense: bool
-) -> tuple[Tensor, list[int]]:
-    """Return a token's output and its active neurons."""
-    width = weights["down_proj.weight"].shape[1]
-    rule = options["selection"]
-    thresholds = rule["kind"] == "threshold"
-
-    def large(value: Tensor, name: str, i: int) -> bool:
-        if dense or not thresholds:
-            return True
-        return bool(value.abs() > weights[f"selector.{name}"][i])
-
-    def product(name: str, i: int, which: str) -> Tensor:
-        row = weights[f"{name}_proj.weight"][i].clone()
-        if thresholds and rule["remainder"]:
-            left = weights[f"selector.factors.{name}.left"][i]
-            other = left @ weights[f"selector.factors.{name}.right"]
-        else:
-            other = torch.zeros_like(row)
-        parts = [(row if large(x_D[j], which, j) else other)[j] * x_D[j] for j in range(len(x_D))]
-        bias = weights.get(f"{name}_proj.bias")
-        return sum(parts, x_D.new_zeros(()) if bias is None else bias[i])
-
-    neurons = list(range(width))
-    if not thresholds and not dense:
-        neurons = _guessed(weights, options, x_D.detach())
-    y_D, active = torch.zeros_like(x_D), []
-    for i in neurons:
-        if options["gated"]:
-            glu = options["glu"]
-            gate = product("gate", i, "input")
-            if not large(gate_factor(options["activation"], gate, glu), "gate", i):
-                continue
-            value = gated_unit(options["activation"], gate, product("up", i, "up_input"), glu)
-        else:
-            value = activation(options["activation"], product("up", i, "input"))
-        column = weights["down_proj.weight"][:, i]
-        if large(value, "hidden", i):
-            y_D = y_D + value * column
-            active += [i] if value != 0 else []
-        elif rule["remainder"]:
-            right = weights["selector.factors.down.right"][:, i]
-            y_D = y_D + value * (weights["selector.factors.down.left"] @ right)
-    if "down_proj.bias" in weights:
-        y_D = y_D + weights["down_proj.bias"]
-    return y_D, active
 
 
 def _guessed(weights: Weights, options: Options, x_D: Tensor) -> list[int]:
