@@ -115,7 +115,8 @@ class Decoder:
             for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
         )
         fuse = projections <= _MOST_FUSED_BYTES
-        shared = (self._hidden, self._angles, self._mask, positions, fuse)
+        begin = int(self._next.min())
+        shared = (self._hidden, self._angles, self._mask, positions, begin, fuse)
         return [_Block(block, *shared) for block in blocks]
 
     def prefill(self) -> Tensor:
@@ -209,6 +210,7 @@ class _Block:
         angles: Angles | None,
         mask: Tensor | None,
         positions: int,
+        begin: int,
         fuse: bool,
     ) -> None:
         self.mlp: FeedForward = block.mlp
@@ -233,7 +235,7 @@ class _Block:
         if second is not None:
             self.second_norm = norm_of(second)
             self._native = partial(native_feed_forward, norm=second, hidden=hidden)
-            self.feed = self._native(block.mlp, router_input=self.read)
+            self.feed = self._native(block.mlp, router_input=self.read, first_position=begin)
 
     def keep(self, neurons: Tensor) -> None:
         """Go on with some neurons of a dense block, ``(K,)`` int64, whose weights are copied."""

@@ -12,14 +12,25 @@ from torch import Tensor, nn
 from moezoo.experts import ExpertNormOptions
 from moezoo.feed_forward import FeedForward
 from moezoo.layers.dense import DenseFFN
+from moezoo.layers.selective_ffn import SelectiveFFN
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import LogitOptions, Router, RouterOptions, WeightOptions
+from moezoo.selection import ThresholdSelector
 from moezoo_kernels import token_step
 from moezoo_kernels.grouped_mlp import cpu
+from moezoo_kernels.layouts import column_major
+from moezoo_kernels.selective_mlp import Thresholds
+from moezoo_kernels.selective_mlp.cpu import laid
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.norm import RMSNorm
+
+_MOST_SELECTIVE = 8
+"""With more sequences, nearly every column is kept by one of them, and rows are read faster."""
+
+_ZERO_AT_REST = ("relu", "relu2")
+"""Activations that are zero for half of their inputs, whatever the thresholds."""
 
 
 def native_attention(
@@ -53,15 +64,26 @@ def native_attention(
 
 
 def native_feed_forward(
-    layer: FeedForward, norm: RMSNorm, hidden: Tensor, router_input: Tensor | None = None
+    layer: FeedForward,
+    norm: RMSNorm,
+    hidden: Tensor,
+    router_input: Tensor | None = None,
+    first_position: int = 0,
 ) -> Callable[[], None] | None:
     """Return the step of a feed-forward block, in place on ``hidden``.
 
-    ``router_input``, of the same shape, is what the router reads if not what the experts read.
+    Args:
+        layer: the block.
+        norm: before it.
+        hidden: ``(batch, hidden_size)``.
+        router_input: of the same shape, what the router reads if not what the experts read.
+        first_position: the least position in its text of a token that is to come.
     """
     before = Norm(norm.weight, norm.eps)
     if type(layer) is DenseFFN and layer.activation_up is None:
         return _dense(layer, before, hidden)
+    if type(layer) is SelectiveFFN and layer.first_tokens <= first_position:
+        return _selective(layer, before, hidden)
     if type(layer) is SparseMoE and _is_routed_only(layer):
         return _mixture(layer, before, hidden, router_input)
     if type(layer) is SigmaMoE:
@@ -87,6 +109,49 @@ def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | 
     gate = maps[0] if layer.gated else None
     up, down = maps[-2:]
     return token_step.dense_step(hidden, norm, gate, up, down, layer.activation, layer.glu)
+
+
+def _selective(layer: SelectiveFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
+    parts = [layer.gate_proj] if layer.gated else []
+    parts += [layer.up_proj, layer.down_proj]
+    if type(layer.selector) is not ThresholdSelector or any(
+        type(part) is not nn.Linear for part in parts
+    ):
+        return None
+    tensors = [tensor for part in parts for tensor in (*laid(part.weight), part.bias)]
+    if not token_step.usable(hidden, norm.weight, *tensors):
+        return None
+    if len(hidden) <= _MOST_SELECTIVE:
+        _lay_by_columns(layer)
+    maps = [Linear(part.weight, part.bias) for part in parts]
+    rule, (up, down) = layer.selector, maps[-2:]
+    gate, thresholds = None, Thresholds(input=rule.input, hidden=rule.hidden)
+    if layer.gated:
+        gate = maps[0]
+        thresholds = Thresholds(rule.input, rule.up_input, rule.gate, rule.hidden)
+    options = (thresholds, layer.activation, layer.glu)
+    return token_step.selective_step(hidden, norm, gate, up, down, *options)
+
+
+def _lay_by_columns(layer: SelectiveFFN) -> None:
+    """Lay matrices of which tokens skip inputs column by column, so that these are not read.
+
+    Parameters keep their numbers, shapes and names: only their strides change, once. Up keeps its
+    rows if the gate says which of them are read.
+    """
+    rule = layer.selector
+    sparse = layer.activation in _ZERO_AT_REST
+    by_gate = layer.gated and (sparse or bool(rule.gate.any()))
+    skipping = {"down": by_gate or sparse or bool(rule.hidden.any())}
+    if layer.gated:
+        skipping["gate"] = bool(rule.input.any())
+        skipping["up"] = not by_gate and bool(rule.up_input.any())
+    else:
+        skipping["up"] = bool(rule.input.any())
+    for name, skips in skipping.items():
+        if skips:
+            weight = layer.get_parameter(f"{name}_proj.weight")
+            weight.data = column_major(weight.data)
 
 
 def _mixture(
