@@ -27,6 +27,8 @@ from moezoo_models.conversion.targets import Mixture
 from moezoo_models.progress import progress_bar
 
 _BUDGETS = "budgets.json"
+_TOKENS = 4096
+"""Tokens that are computed at once."""
 
 
 class Carving:
@@ -217,9 +219,30 @@ def carve_layer(
 
 
 def answer_of(plan: LayerPlan, block: Block) -> Answer:
-    """Return the function that computes a plan's output in the place of a block's."""
-    biases = (block.bias_in, block.bias_out)
-    return lambda x: plan.run(x, block.gate, block.up, block.down, block.act, *biases)
+    """Return the function that computes a plan's output in the place of a block's.
+
+    What :meth:`~moezoo.convert.LayerPlan.run` computes expert by expert, with unit weights: all
+    neurons in one product each, times zero where their expert is not chosen. Fine experts are so
+    small that going from one to the next would take most of the time.
+    """
+    experts = plan.experts if plan.shared is None else (plan.shared, *plan.experts)
+    order = torch.cat([expert.neurons for expert in experts])
+    cut = block.take(order)
+    down = (block.down if plan.down is None else plan.down.float())[:, order]
+    size, offset = plan.d_expert, block.bias_out if plan.bias is None else plan.bias
+
+    def answer(x: Tensor) -> Tensor:
+        outputs = []
+        for part in x.split(_TOKENS):
+            seen = plan.router_input(part, block.gate, block.up, block.act, block.bias_in)
+            scale_TN = plan.weights(seen, block.act).to(part.dtype) * plan.experts[0].out_scale
+            hidden = cut.hidden(part)
+            hidden[:, plan.d_shared :] *= scale_TN.repeat_interleave(size, dim=1)
+            output = hidden @ down.t()
+            outputs.append(output if offset is None else output + offset)
+        return torch.cat(outputs)
+
+    return answer
 
 
 def pruned(keep: int, method: PruneMethod, layer: int, x: Tensor, block: Block) -> Answer:

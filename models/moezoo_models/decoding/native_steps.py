@@ -114,9 +114,10 @@ def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | 
 def _selective(layer: SelectiveFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
     parts = [layer.gate_proj] if layer.gated else []
     parts += [layer.up_proj, layer.down_proj]
-    if type(layer.selector) is not ThresholdSelector or any(
-        type(part) is not nn.Linear for part in parts
-    ):
+    rule = layer.selector
+    if type(rule) is not ThresholdSelector or rule.factors:
+        return None
+    if any(type(part) is not nn.Linear for part in parts):
         return None
     tensors = [tensor for part in parts for tensor in (*laid(part.weight), part.bias)]
     if not token_step.usable(hidden, norm.weight, *tensors):
@@ -124,7 +125,7 @@ def _selective(layer: SelectiveFFN, norm: Norm, hidden: Tensor) -> Callable[[], 
     if len(hidden) <= _MOST_SELECTIVE:
         _lay_by_columns(layer)
     maps = [Linear(part.weight, part.bias) for part in parts]
-    rule, (up, down) = layer.selector, maps[-2:]
+    up, down = maps[-2:]
     gate, thresholds = None, Thresholds(input=rule.input, hidden=rule.hidden)
     if layer.gated:
         gate = maps[0]
