@@ -29,6 +29,8 @@ from moezoo.convert.select import (
     uniform,
 )
 from moezoo.convert.select.budget import Count
+from moezoo.convert.select.curves import output_error
+from moezoo.convert.select.keys import token_weights
 from moezoo.selection import Shares
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.conversion.calibration import Calibration
@@ -107,7 +109,8 @@ def measure(
             curves.append(error_curves(stage.block, _some(x_TD), keys))
             found = calibrate(stage.block, x_TD, keys, _TRIAL)
             changed = found.run(stage.block, inputs, first)
-            errors.append(float((changed - output).double().square().sum(dim=-1).mean()))
+            weight_T = token_weights(output[~first])
+            errors.append(output_error((changed - output)[~first], weight_T))
             on_trial[layer] = attended + changed.view_as(attended).cpu()
         dense = attended + output.view_as(attended).cpu()
         progress()

@@ -5,7 +5,6 @@ Shapes: T tokens, D d_model, F neurons, N shares of the grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from moezoo.convert.carve.block import Block
 from moezoo.convert.select.calibrate import threshold
-from moezoo.convert.select.keys import Keys
+from moezoo.convert.select.keys import Keys, token_weights
 from moezoo.selection import kept, passes
 
 GRID = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.15)
@@ -22,20 +21,20 @@ GRID = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.15)
 
 
 class Curves(NamedTuple):
-    """Mean squared errors of the output, ``mean_t ‖δy‖²``, fp64.
+    """Mean squared errors of the output, relative by token: ``mean_t w_t ‖δy_t‖²``, fp64.
+
+    The weights are :func:`moezoo.convert.select.keys.token_weights`.
 
     Attributes:
         input: ``(N,)``, by the share of inputs that W_gate multiplies.
         up_input: ``(N,)``, by that of W_up.
         neurons: ``(N, N)``, by the share of gates, and of hidden values, of all neurons; infinite
             where more hidden values would be kept than gates.
-        output: ``mean_t ‖y‖²``.
     """
 
     input: Tensor
     up_input: Tensor
     neurons: Tensor
-    output: float
 
 
 def error_curves(block: Block, x_TD: Tensor, keys: Keys) -> Curves:
@@ -54,9 +53,10 @@ def error_curves(block: Block, x_TD: Tensor, keys: Keys) -> Curves:
     pre_TF, up_TF = F.linear(x_TD, block.gate), F.linear(x_TD, block.up)
     gate_TF = block.act(pre_TF)
     hidden_TF = gate_TF * up_TF
+    weight_T = token_weights(F.linear(hidden_TF, block.down))
 
     def error(change_TF: Tensor) -> float:
-        return float(F.linear(change_TF, block.down).double().square().sum(dim=-1).mean())
+        return output_error(F.linear(change_TF, block.down), weight_T)
 
     by_input, by_up = [0.0], [0.0]
     for share in GRID[1:]:
@@ -67,9 +67,13 @@ def error_curves(block: Block, x_TD: Tensor, keys: Keys) -> Curves:
     return Curves(
         torch.tensor(by_input, dtype=torch.float64),
         torch.tensor(by_up, dtype=torch.float64),
-        _neurons(block, keys, gate_TF[::2], hidden_TF[::2], error),
-        error(hidden_TF),
+        _neurons(block, keys, gate_TF[::2], hidden_TF[::2], weight_T[::2]),
     )
+
+
+def output_error(change_TD: Tensor, weight_T: Tensor) -> float:
+    """Return ``mean_t w_t ‖δy_t‖²``."""
+    return float((change_TD.square().sum(dim=-1) * weight_T).double().mean())
 
 
 def _neurons(
@@ -77,9 +81,9 @@ def _neurons(
     keys: Keys,
     gate_TF: Tensor,
     hidden_TF: Tensor,
-    error: Callable[[Tensor], float],
+    weight_T: Tensor,
 ) -> Tensor:
-    square_TF = (hidden_TF * block.down.norm(dim=0)).square()
+    square_TF = (hidden_TF * block.down.norm(dim=0)).square() * weight_T.unsqueeze(-1)
     tokens = len(hidden_TF)
     found = torch.full((len(GRID), len(GRID)), torch.inf, dtype=torch.float64)
     found[0, 0] = 0.0
@@ -95,5 +99,5 @@ def _neurons(
             found[g, h] = total - float(kept(square_TF, mask_TF).double().sum()) / tokens
     half = GRID.index(0.5)
     dropped = ~passes(hidden_TF, threshold(hidden_TF, keys.hidden, 0.5))
-    exact = error(kept(hidden_TF, dropped))
+    exact = output_error(F.linear(kept(hidden_TF, dropped), block.down), weight_T)
     return found.clamp(min=0.0) * (exact / max(float(found[0, half]), 1e-30))

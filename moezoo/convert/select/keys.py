@@ -42,7 +42,8 @@ def keys_of(method: SelectMethod, block: Block, x_TD: Tensor) -> Keys:
     - ``wina``: the norm of the column that the value multiplies (arXiv:2505.19427, eq. 4).
     - ``mix``: the same carried on to the block's output. With ``d_i = ‖W_down[:, i]‖`` a hidden
       value counts ``d_i``, a gate ``√E[u_i²] d_i``, and an input of W_up or W_gate the norm of its
-      column with row i times ``√E[g_i²] d_i`` or ``√E[(act'(z_i) u_i)²] d_i``.
+      column with row i times ``√E[g_i²] d_i`` or ``√E[(act'(z_i) u_i)²] d_i``. Tokens weigh as in
+      :func:`token_weights`.
 
     Args:
         method: the method.
@@ -62,14 +63,31 @@ def keys_of(method: SelectMethod, block: Block, x_TD: Tensor) -> Keys:
     if method == "chess":
         return Keys(ones_D, up_F, ones_D, ones_F)
     gate_TF, slope_TF = _with_slope(block, F.linear(x_TD, gate_weight))
-    of_gate_F = (slope_TF * up_TF).square_().mean(dim=0).sqrt() * down_F
-    of_up_F = gate_TF.square().mean(dim=0).sqrt() * down_F
+    weight_T = token_weights(F.linear(gate_TF * up_TF, block.down))
+    share_T1 = (weight_T / weight_T.sum()).unsqueeze(-1)
+
+    def spread(values_TF: Tensor) -> Tensor:
+        return (values_TF.square() * share_T1).sum(dim=0).sqrt()
+
+    of_gate_F, of_up_F = spread(slope_TF * up_TF) * down_F, spread(gate_TF) * down_F
     return Keys(
         (gate_weight * of_gate_F.unsqueeze(-1)).norm(dim=0),
-        up_F * down_F,
+        spread(up_TF) * down_F,
         (block.up * of_up_F.unsqueeze(-1)).norm(dim=0),
         down_F,
     )
+
+
+def token_weights(output_TD: Tensor) -> Tensor:
+    """Return ``1 / (‖y_t‖² + median ‖y‖²)``, ``(T,)``: what an error at each token counts.
+
+    In a few layers a few tokens, not the first one alone, have outputs a thousand times as large as
+    others, and the norm of the next block divides by them. Squares that are not weighed would be
+    theirs alone.
+    """
+    square_T = output_TD.square().sum(dim=-1)
+    least = torch.finfo(square_T.dtype).tiny
+    return 1 / (square_T + square_T.median()).clamp(min=least)
 
 
 def _with_slope(block: Block, pre_TF: Tensor) -> tuple[Tensor, Tensor]:
