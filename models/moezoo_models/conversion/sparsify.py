@@ -23,7 +23,8 @@ from moezoo.selection import Shares
 from moezoo_models.checkpoints.dense import dense_config
 from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.calibration import Calibration
-from moezoo_models.conversion.carve import calibrate, model_nats
+from moezoo_models.conversion.carve import calibrate
+from moezoo_models.conversion.carving import model_nats
 from moezoo_models.conversion.convert import REPORT, copy_files
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.guessing import Guessing

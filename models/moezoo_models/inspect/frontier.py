@@ -26,7 +26,8 @@ from moezoo.convert.select.prompt import kept_count as prompt_count
 from moezoo.convert.select.prompt import prompt_neurons
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo_models.checkpoints.atomic import atomic_write
-from moezoo_models.conversion.carve import answer_of, calibrate, carve_layer, pruned
+from moezoo_models.conversion.carve import calibrate
+from moezoo_models.conversion.carving import answer_of, carve_layer, pruned
 from moezoo_models.conversion.guessing import Guessing
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.selecting import (
