@@ -1,5 +1,7 @@
 """What SparseMoE has around its experts: identity experts, a latent width, bounded gates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -117,8 +119,37 @@ def test_the_selection_bias_follows_longcats_rule():
     assert torch.equal(layer.gate.selection_bias[6:], before[6:])
 
 
-def test_the_rule_brings_experts_to_their_share():
-    layer = moe(num_identity_experts=3, router=RAW)
+def test_how_many_experts_compute_may_be_asked_for():
+    layer = moe(num_identity_experts=3, router=replace(RAW, expected_experts=1.5))
+    before = layer.gate.selection_bias.clone()
+    counts = torch.tensor([10, 0, 4, 4, 4, 4, 20, 0, 2])
+    layer.observe({"expert_counts": counts})
+    layer.step()
+    moved = 0.1 * (1.5 / (4 * 6) - counts[:6] / counts.sum())
+    torch.testing.assert_close(layer.gate.selection_bias[:6] - before[:6], moved.float())
+    assert torch.equal(layer.gate.selection_bias[6:], before[6:])
+    usual, cost = moe(num_identity_experts=3, router=RAW).cost(), layer.cost()
+    assert cost.total_parameters == usual.total_parameters
+    fewer = -(-8 * 3 * 5 * D // 3) - 3 * 3 * 5 * D // 2  # 8 / 3 experts of 3 * 5 * D, and 3 / 2
+    assert usual.active_parameters - cost.active_parameters == fewer
+    assert usual.flops_per_token - cost.flops_per_token == 2 * fewer
+    options = {"num_experts": 4, "num_identity_experts": 4, "top_k": 4}
+    one = RouterOptions(selection_bias=True, expected_experts=1)
+    assert SparseMoE(64, router=one, **options).d_expert == 176  # the dense block's width
+
+
+@pytest.mark.parametrize("expected", [0, 2.5, 4.5, -1.0, float("nan"), "2"])
+def test_numbers_of_computing_experts_that_cannot_be_are_refused(expected):
+    options = {"num_experts": 4, "num_identity_experts": 1, "top_k": 4}
+    router = RouterOptions(selection_bias=True, expected_experts=expected)
+    with pytest.raises(moezoo.InputError, match=r"^router.expected_experts: .*(give|number)"):
+        SparseMoE(D, router=router, **options)
+
+
+@pytest.mark.parametrize("expected", [None, 2.0])
+def test_the_rule_brings_experts_to_their_share(expected):
+    layer = moe(num_identity_experts=3, router=replace(RAW, expected_experts=expected))
+    share = 1 / 9 if expected is None else expected / 4 / 6
     with torch.no_grad():
         layer.gate.weight *= D**-0.5
         layer.gate.selection_bias.copy_(torch.linspace(0.1, -0.1, 9))
@@ -129,10 +160,10 @@ def test_the_rule_brings_experts_to_their_share():
         shares.append(stats["expert_counts"] / stats["expert_counts"].sum())
         layer.observe(stats)
         layer.step()
-    off = [float((share[:6] - 1 / 9).abs().max()) for share in shares]
+    off = [float((found[:6] - share).abs().max()) for found in shares]
     assert off[0] > 0.04
     assert off[-1] < 0.01
-    assert abs(float(shares[-1][6:].sum()) - 3 / 9) < 0.02
+    assert abs(float(shares[-1][6:].sum()) - (1 - 6 * share)) < 0.02
 
 
 @pytest.mark.parametrize("name", ["latent", "both", "norms"])
