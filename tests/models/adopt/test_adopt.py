@@ -424,7 +424,7 @@ def test_a_parameter_without_a_place_is_refused():
 CHANGES = {
     "scale": {"scale": 1.01},
     "normalize": {"normalize": False, "weights": WeightOptions()},
-    "groups": {"num_groups": 1, "top_groups": 1},
+    "groups": {"num_groups": 1, "top_groups": 1, "group_score": None},
     "group score": {"group_score": "max"},
     "score": {"score": "softmax"},
 }
