@@ -49,6 +49,7 @@ def write_gguf(
     keys: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     tokens: bool | str = "gpt-2",
+    adds_bos: bool | None = None,
 ) -> Path:
     """Write a model; norms and biases stay in fp32.
 
@@ -60,6 +61,7 @@ def write_gguf(
         keys: more keys of the architecture, by the names behind its own; None leaves one out.
         tensors: more tensors.
         tokens: name of the pre-tokenizer of a tokenizer of bytes; False for no tokenizer.
+        adds_bos: whether texts begin with a token of their own; None leaves the key out.
     """
     import gguf
 
@@ -94,6 +96,8 @@ def write_gguf(
             writer.add_uint32(f"{arch}.{name}", value)
     if tokens:
         _add_tokenizer(writer, config.vocab_size, str(tokens))
+        if adds_bos is not None:
+            writer.add_add_bos_token(adds_bos)
     quantized = gguf.GGMLQuantizationType[kind]
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -199,6 +199,15 @@ def test_digits_are_set_apart_where_the_model_was_trained_so(tmp_path):
     assert tokenizer.eos_id == 1
 
 
+@pytest.mark.parametrize(("adds", "opens"), [(True, 0), (False, None), (None, 0)])
+def test_texts_begin_as_the_file_says(adds, opens, tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", build(), adds_bos=adds)
+    tokenizer = load_tokenizer(file)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (opens, 1)
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").bos_id == opens
+
+
 def test_an_unknown_tokenizer_is_left_out_and_said(tmp_path, capsys):
     file = write_gguf(tmp_path / "model.gguf", build(), tokens="elvish")
     _, tokenizer = load_as_it_is(file)

@@ -1,6 +1,8 @@
 """A published model, SmolLM2-135M-Instruct in Q4_1: what it says, what it scores, and carved."""
 
+import argparse
 import importlib.util
+import inspect
 import math
 from pathlib import Path
 
@@ -65,6 +67,8 @@ def test_text_comes_back_and_digits_stand_alone(file):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.vocab_size == 49152
+    # The file names a token that begins texts, and says that none does.
+    assert tokenizer.bos_id is None
     pieces = tokenizer.hf.convert_ids_to_tokens(ids)
     assert {p for p in pieces if any(c.isdigit() for c in p)} <= set("0123456789")
     assert len(TEXT) / len(tokenizer.encode(TEXT)) > 4
@@ -79,7 +83,7 @@ def test_perplexity_is_that_of_the_model(file, tmp_path):
 
 def test_it_is_carved_from_end_to_end(file, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text(TEXT * 8)
+    text.write_text(inspect.getsource(argparse))
     options = {"calibration_tokens": 640, "held_out_tokens": 128, "window": 64}
     done = carve(file, tmp_path / "out", 4, 3, 8, str(text), **options)
     perplexity = done.extra["perplexity"]

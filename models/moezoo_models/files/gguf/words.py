@@ -48,6 +48,8 @@ def write_tokenizer(header: Header, folder: Path) -> str | None:
         )
         if bytewise and split in _DIGITS:
             _set_digits_apart(tokenizer.backend_tokenizer)
+        if header.keys.get("tokenizer.ggml.add_bos_token") is False:
+            tokenizer.bos_token = None  # it has one, but texts do not begin with it
         for name in ("is_local", "local_files_only", "gguf_file", "name_or_path"):
             tokenizer.init_kwargs.pop(name, None)  # it would be saved along
         tokenizer.save_pretrained(folder)
