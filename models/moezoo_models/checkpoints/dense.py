@@ -24,10 +24,16 @@ __all__ = [
     "ACTIVATIONS",
     "DENSE_CONFIGS",
     "MIXTURES",
+    "WITH_MORE",
     "dense_config",
     "dense_layout",
     "dense_stock_config",
 ]
+
+WITH_MORE = {
+    "gemma3": "model_type: 'gemma3' sees images, too; give its text model alone, a 'gemma3_text'"
+}
+"""Why models are not read that hold one of a family, and more."""
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "flex_olmo")
 """Mixtures of transformers that are trained and run here as they are, by ``model_type``."""
@@ -51,6 +57,8 @@ def dense_config(raw: Mapping[str, Any]) -> MoezooConfig:
                 f"model_type: '{kind}' is a stock mixture of experts, whose layers are not this "
                 f"library's; give one of: {', '.join(known)}"
             )
+        if kind in WITH_MORE:
+            raise InputError(WITH_MORE[kind])
         raise InputError(f"model_type: '{kind}' cannot be loaded{nearest(kind, known)}")
     check_fields(raw)
     config, family = dense_stock_config(raw), FAMILIES[kind]

@@ -45,6 +45,9 @@ _SAME = (
 )
 """Fields that have the same name and meaning here and there, where they are there."""
 
+_STOCK = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures that are written, by ``model_type``."""
+
 _NAMELESS = ("_name_or_path", "architectures", "ffn", "transformers_version")
 
 
@@ -124,7 +127,7 @@ def stock_config(model: MoezooForCausalLM) -> PreTrainedConfig:
         if _comparable(dense_config(stock.to_dict())) == ours:
             return stock
     raise InputError(
-        f"checkpoint: its attention is none of {', '.join(DENSE_CONFIGS)}; compare the norms, "
+        f"checkpoint: its attention is none of {', '.join(_STOCK)}; compare the norms, "
         f"biases and windows in its {CONFIG}, or keep it as it is"
     )
 
@@ -167,7 +170,8 @@ def _candidates(
         "qwen2": {"use_sliding_window": config.sliding_window is not None},
         "qwen3": {"use_sliding_window": config.sliding_window is not None},
     }
-    for name, kind in DENSE_CONFIGS.items():
+    for name in _STOCK:
+        kind = DENSE_CONFIGS[name]
         known = {key: value for key, value in same.items() if hasattr(kind, key)}
         make: Callable[..., PreTrainedConfig] = kind
         yield make(intermediate_size=width, hidden_act=activation, **known, **own[name], **more)

@@ -24,6 +24,7 @@ from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints.dense import (
     DENSE_CONFIGS,
     MIXTURES,
+    WITH_MORE,
     dense_config,
     dense_layout,
     dense_stock_config,
@@ -231,5 +232,7 @@ def _other(kind: str, families: list[str], directory: Path) -> str:
         return f"model_type: '{kind}' is a mixture of experts already; give one of: {known}"
     if kind in FAMILIES:
         return f"model_type: a {kind} cannot be converted this way; give one of: {known}"
+    if kind in WITH_MORE:
+        return WITH_MORE[kind]
     hint = nearest(kind, families) or f"; choose from: {known}"
     return f"model_type: '{kind}' cannot be converted{hint}"

@@ -147,7 +147,7 @@ def test_configs_of_old_and_odd_ids(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bloom"}, "model_type: 'bloom' cannot be loaded; choose from: llama, mis"),
+        ({"model_type": "bloom"}, "model_type: 'bloom' cannot be loaded; choose from: gemma2"),
         ({"model_type": "qwen4"}, "model_type: 'qwen4' cannot be loaded; did you mean 'qwen"),
         ({"hidden_act": "mish"}, "hidden_act: 'mish' is not known"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: quantised weights"),

@@ -322,7 +322,7 @@ def test_mistakes_are_one_line_and_leave_nothing(options, message, readable, tex
 def test_sources_that_can_not_be_carved_are_refused(dense, readable, text, tmp_path):
     with pytest.raises(InputError, match=r"tokenizer: .* holds none, and calibration reads text"):
         carve(dense(), tmp_path / "out", experts=8, **text)
-    with pytest.raises(InputError, match="hold the attention of a olmo2; choose --to moezoo$"):
+    with pytest.raises(InputError, match=r"hold the attention of a olmo2; choose --to moezoo$"):
         carve(readable("olmo2"), tmp_path / "out", experts=8, to="glm4_moe", **text)
     with pytest.raises(InputError, match="attends to all positions; choose --to moezoo"):
         carve(readable("mistral_window"), tmp_path / "out", experts=8, to="glm4_moe", **text)

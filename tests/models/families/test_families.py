@@ -138,7 +138,7 @@ def test_only_llamas_are_stepped_natively(pair):
 
 
 def test_eager_attention_and_bf16(written):
-    for name in ("gemma2", "gemma3", "granite", "gpt2"):
+    for name in ("gemma2", "gemma3", "granite", "smollm3"):
         _, directory = written(name)
         expected = load_checkpoint(directory)[0](input_ids=tokens()).logits
         eager = load_checkpoint(directory, attention="eager")[0](input_ids=tokens()).logits
@@ -183,6 +183,7 @@ def test_learned_positions_end(name, written):
 
 
 REFUSED = [
+    ("gemma3", {"model_type": "gemma3"}, "model_type: 'gemma3' sees images, too; give its text"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True lets"),
     ("gemma3", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping: 5.0 is not applied by"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True lets"),
