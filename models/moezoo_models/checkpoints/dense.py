@@ -28,6 +28,7 @@ __all__ = [
     "dense_config",
     "dense_layout",
     "dense_stock_config",
+    "older_names",
 ]
 
 WITH_MORE = {
@@ -96,6 +97,16 @@ def dense_layout(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
     """
     family = FAMILIES.get(str(raw.get("model_type")))
     return () if family is None else family.layout(dense_stock_config(raw))
+
+
+def older_names(raw: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Return what tensors of older files are in transformers' model.
+
+    Args:
+        raw: the parsed ``config.json``.
+    """
+    family = FAMILIES.get(str(raw.get("model_type")))
+    return () if family is None else family.older
 
 
 def dense_stock_config(raw: Mapping[str, Any]) -> Any:

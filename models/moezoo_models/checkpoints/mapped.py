@@ -49,7 +49,10 @@ def opened_as_views(admitted: Admitted) -> Iterator[dict[str, Tensor]]:
     """Map the files of a directory, by name; what is stacked of them meanwhile is a view, too."""
     found = map_tensors(admitted.files)
     with StacksAsViews():
-        yield {name: found[name] for name in admitted.tensors}
+        yield {
+            name: found[name] if info.part is None else info.part.of(found[info.part.name])
+            for name, info in admitted.tensors.items()
+        }
 
 
 class StacksAsViews(TorchFunctionMode):

@@ -27,7 +27,7 @@ from transformers import (
 from moezoo.errors import InputError, nearest
 from moezoo.routing.stats import expert_counts, mean_entropy
 from moezoo.stock_experts import IMPLEMENTATION
-from moezoo_models.checkpoints.dense import DENSE_CONFIGS, MIXTURES
+from moezoo_models.checkpoints.dense import DENSE_CONFIGS, MIXTURES, older_names
 from moezoo_models.checkpoints.directory import (
     CONFIG,
     choose_tokenizer,
@@ -144,7 +144,13 @@ def load_stock(
         # An absent shared expert is, in stock architectures, one without neurons.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         admitted = admit(
-            directory, stock_config, _build, renamed=True, pickled=pickled, sealed=not sound
+            directory,
+            stock_config,
+            _build,
+            renamed=True,
+            pickled=pickled,
+            sealed=not sound,
+            layout=older_names,
         )
         config = admitted.config
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

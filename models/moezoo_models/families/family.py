@@ -36,12 +36,14 @@ class Family:
             :class:`InputError` for what ours cannot hold.
         block: the same for :class:`moezoo.DenseFFN`.
         layout: what its tensors are here, if they do not have a Llama's names.
+        older: what tensors under names of older files are in transformers' model.
     """
 
     config: type[PreTrainedConfig]
     options: Callable[[Any], dict[str, Any]]
     block: Callable[[Any], dict[str, Any]]
     layout: Callable[[Any], tuple[Rule, ...]] = lambda _: ()
+    older: tuple[Rule, ...] = ()
 
 
 def gated_block(config: Any) -> dict[str, Any]:

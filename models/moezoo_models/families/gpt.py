@@ -134,8 +134,15 @@ def _opt_layout(config: Any) -> tuple[Rule, ...]:
     )
 
 
+# Files of the model without its head; those of GPT-2 hold causal masks, too.
+_OLDER_GPT2 = (
+    Rule(r"(?:transformer\.)?h\.\d+\.attn\.(?:masked_)?bias", ()),
+    Rule(r"((?:wte|wpe|h|ln_f)\..*)", (r"transformer.\1",)),
+)
+_OLDER_OPT = (Rule(r"(decoder\..*)", (r"model.\1",)),)
+
 FAMILIES = {
     "starcoder2": Family(Starcoder2Config, _starcoder2, _starcoder2_block, _starcoder2_layout),
-    "gpt2": Family(GPT2Config, _gpt2, _gpt2_block, _gpt2_layout),
-    "opt": Family(OPTConfig, _opt, _opt_block, _opt_layout),
+    "gpt2": Family(GPT2Config, _gpt2, _gpt2_block, _gpt2_layout, _OLDER_GPT2),
+    "opt": Family(OPTConfig, _opt, _opt_block, _opt_layout, _OLDER_OPT),
 }

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from moezoo import InputError
 from moezoo_models.checkpoints.dense import dense_config, dense_layout
 from moezoo_models.checkpoints.directory import load_checkpoint
+from moezoo_models.checkpoints.stock import load_as_it_is
+from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.decoding.eligible import ineligible
 from moezoo_models.families.table import FAMILIES
 from moezoo_models.files.layout import arranged
@@ -172,7 +174,12 @@ def test_published_gpt2_has_other_names_and_masks(written):
     old = {name.removeprefix("transformer."): t for name, t in load_file(file).items()}
     masks = {f"h.{n}.attn.bias": torch.ones(1, 1, 128, 128).tril() for n in range(3)}
     save_file(old | masks, file)
-    close(load_checkpoint(directory)[0](input_ids=tokens()).logits, model(tokens()).logits, 1e-5)
+    expected = model(tokens()).logits
+    for loaded in (load_checkpoint(directory)[0], load_as_it_is(directory)[0]):
+        close(loaded(input_ids=tokens()).logits, expected, 1e-5)
+    upcycle(directory, directory.parent / "mixture", experts=2)
+    mixture = load_checkpoint(directory.parent / "mixture")[0]
+    close(mixture(input_ids=tokens()).logits, expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
