@@ -15,14 +15,16 @@ from moezoo_models.conversion.targets.base import (
     PerExpert,
     Plan,
     Read,
-    attention_bias_problem,
     empty_shared_outputs,
-    head_dim,
-    partial_rotary_factor,
-    positions_problem,
     router_output,
     selection_bias_output,
     stock_config,
+)
+from moezoo_models.conversion.targets.problems import (
+    attention_bias_problem,
+    head_dim,
+    partial_rotary_factor,
+    positions_problem,
     window_problem,
 )
 

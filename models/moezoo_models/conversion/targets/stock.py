@@ -22,16 +22,18 @@ from moezoo_models.conversion.targets.base import (
     Plan,
     Read,
     Target,
-    attention_bias_problem,
     constant_output,
     empty_shared_outputs,
+    router_output,
+    stacked_outputs,
+    stock_config,
+)
+from moezoo_models.conversion.targets.problems import (
+    attention_bias_problem,
     head_dim,
     head_dim_problem,
     partial_rotary_problem,
     positions_problem,
-    router_output,
-    stacked_outputs,
-    stock_config,
     window_problem,
 )
 
