@@ -12,12 +12,14 @@ from moezoo_train.checkpoint import identity
 def _described(**arguments):
     config = SparseMoE(16, d_expert=8, **arguments).config()
     config["init_args"].pop("d_model")
-    return {"vocab_size": 40, "ffn": [{"layers": "all", **config}]}
+    return identity.completed({"vocab_size": 40, "ffn": [{"layers": "all", **config}]})
 
 
 def _older(description):
-    """Take away what SparseMoE did not have before, and a field of one of its options."""
+    """Take away what decoder and SparseMoE did not have before, and a field of an option."""
     older = copy.deepcopy(description)
+    for name in ("norm", "norm_placement", "residual_multiplier", "attn_logit_softcapping"):
+        del older[name]
     arguments = older["ffn"][0]["init_args"]
     del arguments["glu"], arguments["shared_glu"]
     del arguments["router"]["expert_dropout"]
@@ -34,6 +36,12 @@ def test_a_checkpoint_from_before_an_option_is_the_same_model():
 def test_another_value_than_the_default_differs():
     now = _described(glu=moezoo.GLUOptions(limit=7.0))
     with pytest.raises(InputError, match=r"init_args.glu.limit is None in the .*, but 7.0 in"):
+        identity.check_same("model", identity.completed(_older(now)), now)
+
+
+def test_another_norm_than_the_default_differs():
+    now = _described() | {"norm": "layer"}
+    with pytest.raises(InputError, match=r"model.norm is rms in the checkpoint, but layer in"):
         identity.check_same("model", identity.completed(_older(now)), now)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from typing import Any
 
 from torch import Tensor
@@ -74,14 +75,17 @@ def unrelated(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def completed(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a saved description with the options that layers have had since, at their defaults.
+    """Return a saved description with the options that ours have had since, at their defaults.
 
-    A default is what a layer did before it had the option.
+    A default is what the decoder, or a layer, did before it had the option.
     """
     rules = saved.get("ffn")
     if not isinstance(rules, list):
         return saved
-    return saved | {"ffn": [_completed_rule(rule) for rule in rules]}
+    own = MoezooConfig.__annotations__.keys() - UNRELATED
+    known = (spec for spec in fields(MoezooConfig) if spec.name in own)
+    defaults = {spec.name: spec.default for spec in known if spec.default is not MISSING}
+    return defaults | saved | {"ffn": [_completed_rule(rule) for rule in rules]}
 
 
 def _completed_rule(rule: dict[str, Any]) -> dict[str, Any]:
