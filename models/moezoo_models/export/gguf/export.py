@@ -137,7 +137,8 @@ def _keys(admitted: Admitted, name: str, vocabulary: Keys, title: str) -> Keys:
     own = {f"{name}.{key}": value for key, value in keys_of(admitted.config).items()}
     ends = getattr(admitted.generation or admitted.config, "eos_token_id", None)
     eos = vocabulary["tokenizer.ggml.eos_token_id"]
-    more = [e for e in (ends if isinstance(ends, list) else [ends]) if e not in (None, eos)]
+    room = range(admitted.config.vocab_size)  # published configurations have others for none
+    more = [e for e in (ends if isinstance(ends, list) else [ends]) if e in room and e != eos]
     turn = {"tokenizer.ggml.eot_token_id": more[0]} if more else {}
     return {"general.name": title, **own, **vocabulary, **turn}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from moezoo.errors import InputError
 from moezoo_models.export.gguf.pre_tokenizers import composes, pre_tokenizer_of
+from moezoo_models.export.gguf.samples import SAMPLES
 from moezoo_models.export.gguf.sentencepiece import read_normalization
 from moezoo_models.text.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -98,6 +99,11 @@ def _of_pieces(model: bytes, tokenizer: Tokenizer, room: int) -> dict[str, Any]:
         kinds.append(_kind(pieces, number, tokens[-1]))
     added: Mapping[int, Any] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
+        if any(tokenizer.encode(text) != pieces.encode(text) for text in SAMPLES):
+            raise InputError(
+                "tokenizer: tokenizer.json and tokenizer.model give other ids; remove the one that "
+                "the model was not trained with"
+            )
         added = getattr(tokenizer.hf, "added_tokens_decoder", {})
     for number in range(len(tokens), room):
         token = added.get(number)

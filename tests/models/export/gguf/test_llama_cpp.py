@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
 from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_models.export.gguf import export_gguf
-from moezoo_models.export.gguf.comparing import SAMPLES
 from moezoo_models.export.gguf.pre_tokenizers import _LLAMA3, _QWEN2
+from moezoo_models.export.gguf.samples import SAMPLES
 from moezoo_models.text.tokenizer import load_tokenizer
 
 PROMPTS = ([5, 9, 33], [100, 2, 7, 150, 31, 8], [60])

@@ -156,6 +156,27 @@ def test_tokenizers(bpe, stock, tmp_path):
     assert not list(tmp_path.glob("*.gguf*"))
 
 
+def test_two_tokenizers_in_one_directory(bpe, pieces, stock, tmp_path):
+    directory, _ = stock("llama", vocab_size=520, tokenizer=bpe(ascii=False, size=300))
+    (directory / "tokenizer.model").write_bytes(pieces.sentencepiece_model)
+    with pytest.raises(InputError, match=r"tokenizer\.json and tokenizer.model give"):
+        export_gguf(directory, tmp_path / "model.gguf")
+
+
+def test_a_full_disk_leaves_nothing(stock, tmp_path, monkeypatch):
+    def write(self, tensor, *_):
+        raise OSError("304 requested and 0 written")
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", write)
+    directory, _ = stock("llama")
+    place = tmp_path / "new" / "model.gguf"
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)  # for which a file is written before
+    with pytest.raises(OSError, match="No space left") as full:
+        export_gguf(directory, place)
+    assert full.value.filename == str(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_other_sentencepieces(pieces):
     model = pieces.sentencepiece_model
     assert read_normalization(model).add_space_prefix is False
