@@ -76,6 +76,7 @@ def export_gguf(
         vocabulary = vocabulary_keys(words, admitted.config.vocab_size)
         compared = compare_encodings(vocabulary, words, composed=changes_text(words))
         keys = _keys(admitted, architecture.name, vocabulary, Path(checkpoint).absolute().name)
+        rounded = None if content is None else measure_rounding(directory, words, content, dtype)
         with replacing_file(file, "target") as fresh:
             _check_new(file)  # another process may have just made it
             with admitted.opened() as opened:
@@ -90,7 +91,6 @@ def export_gguf(
         print(f"tokenizer: {compared}")
         if changes_text(words):
             print("tokenizer: it composes characters (NFC); llama.cpp takes a text as it is")
-        rounded = None if content is None else measure_rounding(directory, words, content, dtype)
         _say_rounding(admitted, dtype, rounded, text)
     return file
 
