@@ -206,7 +206,7 @@ def _field(field, content):
     return bytes([field << 3 | 2, len(content)]) + content
 
 
-def test_the_command(stock, tmp_path, capsys, monkeypatch):
+def test_the_command(stock, bpe, tmp_path, capsys, monkeypatch):
     directory, _ = stock("llama")
     file = tmp_path / "model.gguf"
 
@@ -230,8 +230,17 @@ def test_the_command(stock, tmp_path, capsys, monkeypatch):
     (directory / "tokenizer.json").unlink()
     (directory / "tokenizer_config.json").unlink()
     assert "holds no tokenizer" in fail(directory, f"{other}.gguf")
+    bpe().save(tmp_path / "words")
+    found = [str(directory), f"{other}.gguf", "--tokenizer", str(tmp_path / "words")]
+    assert main(["export", *found]) == 0
+    (tmp_path / "other.gguf").unlink()
     monkeypatch.setitem(sys.modules, "gguf", None)
     line = fail(directory, f"{other}.gguf")
     assert line.endswith("run: pip install 'moezoo[gguf]'")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "model", "model.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last.ckpt",
+        "model",
+        "model.gguf",
+        "words",
+    ]
     assert json.loads((directory / "config.json").read_text())["model_type"] == "llama"
