@@ -62,6 +62,10 @@ SMALL = {
         "--facts.new 4"
     ),
     "inspect background": "--batches 2 --sequence_length 16 --batch_size 2",
+    "sparsify": "--calibration_tokens 512 --held_out_tokens 256 --sensitivity_tokens 256",
+    "inspect frontier": (
+        "--calibration path/to/texts --calibration_tokens 512 --held_out_tokens 256 --experts 4"
+    ),
     "inspect carving": (
         "--seeds 1 --calibration path/to/texts --calibration_tokens 512 --held_out_tokens 256"
     ),
