@@ -165,7 +165,7 @@ class Selecting:
         first = first_of_windows(len(x_TD), self.length).to(x_TD.device)
         file = None if self.directory is None else thresholds_file(self.directory, layer)
         if file is not None and file.is_file():
-            found = read_thresholds(file)
+            found = read_thresholds(file, x_TD.device)
         else:
             real = x_TD[~first]
             keys = keys_of(self.method, block, real)
@@ -276,9 +276,9 @@ def save_thresholds(file: Path, found: LayerThresholds) -> None:
         handle.write(save(tensors, {"shares": json.dumps(found.shares)}))
 
 
-def read_thresholds(file: Path) -> LayerThresholds:
+def read_thresholds(file: Path, device: torch.device = CPU) -> LayerThresholds:
     """Read what :func:`save_thresholds` wrote."""
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="pt", device=str(device)) as opened:
         tensors: dict[str, Any] = {name: opened.get_tensor(name) for name in _TENSORS}
         return LayerThresholds(**tensors, shares=Shares(*json.loads(opened.metadata()["shares"])))
 

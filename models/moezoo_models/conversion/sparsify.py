@@ -15,7 +15,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from moezoo.convert.select import METHODS, SelectMethod, read_share, work_share
+from moezoo.command.messages import size
+from moezoo.convert.select import (
+    METHODS,
+    SelectMethod,
+    check_share,
+    read_share,
+    uniform,
+    work_share,
+)
 from moezoo.convert.select.budget import Count
 from moezoo.convert.select.guess import GUESSES, PLAIN_GUESS, GuessMethod, GuessOptions
 from moezoo.errors import InputError, check_choice, check_int, check_number
@@ -49,7 +57,7 @@ from moezoo_models.conversion.writer import (
     plan_shards,
     workspace,
 )
-from moezoo_models.devices import pick_device
+from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.progress import progress_bar
 
 SparsifyMethod = Literal[
@@ -130,11 +138,14 @@ def sparsify(
     check_choice("check", check, ("loaded", "none"))
     check_int("sensitivity_tokens", sensitivity_tokens)
     count, share = _budget(work, read)
-    if method not in ("mix", *GUESSES):
-        budgets_of(method, share, (0,), None)  # refuses too little before anything is read
+    if method == "mix":
+        check_share(share, count)
+    elif method not in GUESSES:
+        uniform(cast("SelectMethod", method), share)  # refuses too little
     check_target(Path(target), force)
     with open_source(source, sparsifiable()) as dense:
         chosen = dense.select(layers)
+        _check_memory(dense, max(calibration_tokens, sensitivity_tokens))
         text = calibrate(
             dense,
             calibration,
@@ -171,6 +182,16 @@ def _budget(work: float | None, read: float | None) -> tuple[Count, float]:
     if not 0.05 <= share < 1:
         raise InputError(f"{count}: {share:g} is out of range; give a number from 0.05 to below 1")
     return count, share
+
+
+def _check_memory(source: Source, tokens: int) -> None:
+    """Refuse more calibration tokens than memory has room for: inputs, and a block's values."""
+    needed = 4 * tokens * (4 * source.config.hidden_size + 7 * source.width)
+    if needed > (free := free_memory()):
+        raise InputError(
+            f"calibration_tokens: {tokens:,} need about {size(needed)} of memory, and "
+            f"{size(free)} are free; lower them"
+        )
 
 
 class _Run:

@@ -36,12 +36,7 @@ def allocate(
     Raises:
         InputError: the share is below what the smallest choices need.
     """
-    least = COUNTS[count](Shares(*(min(GRID),) * 4))
-    if not least < share < 1:
-        raise InputError(
-            f"{count}: {share:g} is out of range for mix; give a number above {least:.2f} and "
-            "below 1"
-        )
+    check_share(share, count)
     amounts = torch.tensor([COUNTS[count](each) for each in _choices()], dtype=torch.float64)
     errors = [
         _errors(curve) * max(weight, 0.0) for curve, weight in zip(curves, weights, strict=True)
@@ -64,6 +59,20 @@ def allocate(
         else:
             low = price
     return [_shares(place) for place in best]
+
+
+def check_share(share: float, count: Count = "work") -> None:
+    """Refuse a share that no choice of the grid comes to.
+
+    Raises:
+        InputError: names the least share.
+    """
+    least = COUNTS[count](Shares(*(min(GRID),) * 4))
+    if not least < share < 1:
+        raise InputError(
+            f"{count}: {share:g} is out of range for mix; give a number above {least:.2f} and "
+            "below 1"
+        )
 
 
 def _choices() -> list[Shares]:
