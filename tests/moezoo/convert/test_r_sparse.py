@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from moezoo import InputError
+from moezoo.convert import Block
+from moezoo.convert.select import calibrate, keys_of
+from moezoo.convert.select.guess import GuessOptions, LayerRemainder, guess
 from moezoo.convert.select.r_sparse import (
     Split,
     channel_thresholds,
@@ -11,6 +14,7 @@ from moezoo.convert.select.r_sparse import (
     r_sparse_linear,
     split_budget,
 )
+from moezoo.selection import Shares
 
 
 def problem(tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,3 +108,28 @@ def test_the_budget_is_the_paper_s():
 def test_bad_budgets_are_refused(sparsity, share, message):
     with pytest.raises(InputError, match=message):
         split_budget(8, 8, sparsity, share)
+
+
+def test_without_factors_it_is_a_threshold_on_scores():
+    """With its whole budget on inputs R-Sparse is WINA's rule; with full rank it is dense."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    block = Block(normal(40, 16), normal(40, 16), normal(16, 40))
+    x, none = normal(300, 16), torch.zeros(300, dtype=torch.bool)
+    alone = guess("r_sparse", block, x, 0.5, GuessOptions(inputs=1.0))
+    wina = calibrate(block, x, keys_of("wina", block, x), Shares(0.5, 1.0, 0.5, 0.5))
+    assert torch.allclose(alone.run(block, x, none), wina.run(block, x, none), atol=1e-3)
+    assert alone.shares == pytest.approx(wina.shares, abs=1e-3)
+    ranked = guess("r_sparse", block, x, 0.5, GuessOptions(inputs=0.6))
+    assert ranked.factors["gate"][0].shape == (40, 2)  # .5 · .4 · 16 · 40 / 56 = 2.3
+    full = {
+        n: low_rank(w, 16)
+        for n, w in zip(("gate", "up", "down"), (block.gate, block.up, block.down), strict=True)
+    }
+    whole = LayerRemainder(ranked.limits, full, ranked.shares)
+    assert torch.allclose(whole.run(block, x, none), block.run(x), atol=1e-3)
+    every = ranked.run(block, x, ~none)
+    assert torch.allclose(every, block.run(x), atol=1e-3)
