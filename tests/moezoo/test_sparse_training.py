@@ -20,8 +20,8 @@ def test_drelu_is_zero_where_either_factor_is_not_positive():
     gate, up = layer.gate_proj(x), layer.up_proj(x)
     hidden = layer.inner(x)
     assert torch.equal(hidden > 0, (gate > 0) & (up > 0))
-    assert float((hidden > 0).float().mean()) == pytest.approx(0.25, abs=0.02)  # and not a half
-    assert layer(x).stats["density"] == pytest.approx(float((hidden > 0).float().mean()))
+    assert (hidden > 0).float().mean().item() == pytest.approx(0.25, abs=0.02)  # and not a half
+    assert layer(x).stats["density"] == pytest.approx((hidden > 0).float().mean().item())
 
 
 def test_drelu_begins_as_loud_as_reglu():
@@ -29,22 +29,22 @@ def test_drelu_begins_as_loud_as_reglu():
     x = torch.randn(400, D)
     drelu, reglu = block(activation_up="relu"), block()
     squares = drelu.inner(x).square().mean() / reglu.inner(x).square().mean()
-    assert float(squares.detach()) == pytest.approx(0.5, abs=0.05)
+    assert squares.item() == pytest.approx(0.5, abs=0.05)
     ratio = drelu.down_proj.weight.std() / reglu.down_proj.weight.std()
-    assert float(ratio.detach()) == pytest.approx(2**0.5, rel=1e-3)
+    assert ratio.item() == pytest.approx(2**0.5, rel=1e-3)
 
 
 def test_l1_is_a_sum_over_neurons_and_a_mean_over_real_tokens():
     layer, x = block(l1=3e-4), torch.randn(2, 7, D)
     mask = torch.rand(2, 7) < 0.6
     hidden = layer.inner(x)
-    expected = 3e-4 * sum(float(h.abs().sum()) for h in hidden[mask]) / int(mask.sum())
-    assert float(layer(x, mask=mask).losses["l1"]) == pytest.approx(expected, rel=1e-5)
+    expected = 3e-4 * hidden[mask].abs().sum().item() / int(mask.sum())
+    assert layer(x, mask=mask).losses["l1"].item() == pytest.approx(expected, rel=1e-5)
     twice = moezoo.DenseFFN(D, 2 * F, activation="relu", l1=3e-4)
     for name in ("gate_proj", "up_proj"):
         weight = getattr(layer, name).weight
         getattr(twice, name).weight.data.copy_(torch.cat([weight, weight]))
-    doubled = float(twice(x, mask=mask).losses["l1"])
+    doubled = twice(x, mask=mask).losses["l1"].item()
     assert doubled == pytest.approx(2 * expected, rel=1e-5)
 
 
@@ -68,16 +68,16 @@ def test_l1_silences_neurons_and_their_death_is_seen():
 
 def test_the_loss_warms_up_with_steps_that_are_taken():
     layer, x = block(l1=0.3, l1_warmup=3), torch.randn(9, D)
-    whole = float(block(l1=0.3)(x).losses["l1"])
+    whole = block(l1=0.3)(x).losses["l1"].item()
     shares = []
     for taken in (True, False, True, True, True):
-        shares.append(float(layer(x).losses["l1"]) / whole)
+        shares.append(layer(x).losses["l1"].item() / whole)
         layer.observe(layer(x).stats)
         layer.step() if taken else layer.discard()
     assert shares == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1, 1])
     again = FeedForward.from_config(layer.config())
     again.load_state_dict(layer.state_dict())
-    assert float(again(x).losses["l1"]) == float(layer(x).losses["l1"])
+    assert again(x).losses["l1"].item() == layer(x).losses["l1"].item()
     assert "l1_step" not in block(l1=0.3).state_dict()
 
 
