@@ -10,6 +10,13 @@
 namespace moezoo {
 namespace {
 
+// How many groups of rows away those are that are asked for.
+constexpr int kAhead = 2;
+
+inline int64_t rows_ahead(int64_t left, int64_t most) {
+  return std::max<int64_t>(0, std::min(left, most));
+}
+
 // Which columns of vectors (T, width) hold a number other than zero in any of them.
 inline std::vector<int64_t> columns_in_use(const float* vectors, int64_t count, int64_t width) {
   std::vector<int64_t> columns(width);
@@ -42,7 +49,7 @@ inline void add_several(const T* const* rows, const T* const* ahead, int64_t row
     const int64_t c = first + column;
     Floats weights[kRows];
     for (int r = 0; r < kRows; ++r) weights[r] = load(rows[r] + c, lanes);
-    for (int64_t a = 0; a < rows_ahead; ++a) __builtin_prefetch(ahead[a] + c);
+    for (int64_t a = 0; a < rows_ahead; ++a) fetch_ahead(ahead[a] + c);
     for (int t = 0; t < kVectors; ++t) {
       Floats sum = weights[0] * factors[t][0];
       for (int r = 1; r < kRows; ++r) sum += weights[r] * factors[t][r];
@@ -77,14 +84,14 @@ inline void add_listed(const std::vector<const T*>& rows, const T* bias,
     by_passes(vectors, [&](int64_t t, auto pass) {
       const float* from[pass()];
       for (int v = 0; v < pass(); ++v) from[v] = factors[t + v] + i;
-      const T* const* next = rows.data() + i + number();
+      const T* const* next = rows.data() + i + kAhead * kDeep;
       add_several<number(), pass()>(rows.data() + i, next, t ? 0 : ahead, from, first, last,
                                     out + t);
     });
   };
   int64_t i = 0;
   for (; i + kDeep <= count; i += kDeep)
-    some(i, std::integral_constant<int, kDeep>{}, std::min<int64_t>(kDeep, count - i - kDeep));
+    some(i, std::integral_constant<int, kDeep>{}, rows_ahead(count - i - kAhead * kDeep, kDeep));
   for (; i < count; ++i) some(i, std::integral_constant<int, 1>{}, 0);
 }
 
@@ -97,7 +104,7 @@ inline void dot_several(const T* const* rows, const T* const* ahead, int64_t row
   by_registers(width, [&](int64_t c, auto lanes) {
     Floats weights[kRows];
     for (int r = 0; r < kRows; ++r) weights[r] = load(rows[r] + c, lanes);
-    for (int64_t a = 0; a < rows_ahead; ++a) __builtin_prefetch(ahead[a] + c);
+    for (int64_t a = 0; a < rows_ahead; ++a) fetch_ahead(ahead[a] + c);
     for (int t = 0; t < kVectors; ++t) {
       const Floats values = load(x[t] + c, lanes);
       for (int r = 0; r < kRows; ++r) sums[r][t] += weights[r] * values;
@@ -119,14 +126,14 @@ inline void multiply_listed(const std::vector<const T*>& rows, const T* bias,
   Totals<Round> totals;
   const auto some = [&](int64_t i, auto number, int64_t ahead) {
     by_passes(vectors, [&](int64_t t, auto pass) {
-      const T* const* next = rows.data() + i + number();
+      const T* const* next = rows.data() + i + kAhead * kBlock;
       dot_several<number(), pass()>(rows.data() + i, next, t ? 0 : ahead, bias, list.data() + i,
                                     x + t, width, out + t, totals);
     });
   };
   int64_t i = begin;
   for (; i + kBlock <= end; i += kBlock)
-    some(i, std::integral_constant<int, kBlock>{}, std::min<int64_t>(kBlock, end - i - kBlock));
+    some(i, std::integral_constant<int, kBlock>{}, rows_ahead(end - i - kAhead * kBlock, kBlock));
   for (; i < end; ++i) some(i, std::integral_constant<int, 1>{}, 0);
   totals.flush();
 }

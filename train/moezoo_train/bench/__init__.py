@@ -4,12 +4,13 @@
 """
 
 from moezoo.bench.case import Case
-from moezoo_train.bench import commands, decoding, muon, preparing, stock, training
+from moezoo_train.bench import commands, decoding, muon, preparing, selective, stock, training
 
 CASES: list[Case] = [
     *training.CASES,
     *muon.CASES,
     *decoding.CASES,
+    *selective.CASES,
     *stock.CASES,
     *preparing.CASES,
     *commands.CASES,

@@ -75,11 +75,11 @@ def _build(setting: Setting, folder: Path, family: Family) -> Task:
         model.lm_head.weight[-1] = 0.0  # the token that ends a text is never the likeliest
     prompts = torch.randint(setting["V"] - 1, (setting["B"], setting["P"]))
     parts = Reply(architecture, copied(model), prompts, setting["N"])
-    reply = partial(_told if setting["B"] == 1 else _batch, model, parts)
+    reply = partial(told if setting["B"] == 1 else _batch, model, parts)
     return Task(parts.job(reply), parts, amount=setting["N"])
 
 
-def _told(model: MoezooForCausalLM, parts: Reply) -> Tensor:
+def told(model: MoezooForCausalLM, parts: Reply) -> Tensor:
     """Continue one prompt as `moezoo generate` does, text included."""
     from moezoo_models.generate import continue_text
 
@@ -113,7 +113,7 @@ def _generated(model: Any, parts: Reply, config: Any) -> Tensor:
     return written[:, ids.shape[1] :]
 
 
-def _transformers(parts: Reply) -> Job:
+def transformers_reply(parts: Reply) -> Job:
     """Its model and its ``generate``; attention by sdpa and experts by grouped_mm."""
     from transformers import GenerationConfig
 
@@ -167,7 +167,7 @@ def _case(name: str, sizes: dict[str, int], batch: int, mixture: bool) -> Case:
         partial(_build, family="qwen3_moe" if mixture else "llama"),
         {
             "transformers": Peer(
-                _transformers, _TRANSFORMERS, target=Target(forward=1.6) if mixture else None
+                transformers_reply, _TRANSFORMERS, target=Target(forward=1.6) if mixture else None
             ),
             "one read of the weights": Peer(_one_read, same=False, target=reading),
         },

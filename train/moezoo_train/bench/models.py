@@ -29,6 +29,8 @@ class Architecture:
         experts: routed experts; 0 for a dense model.
         top_k: experts per token.
         tied: whether input embedding and head are one matrix.
+        kv_heads: key-value heads; 0 for as many as attention heads.
+        hidden: width of a dense block; 0 for moezoo's default.
     """
 
     family: Family
@@ -39,18 +41,23 @@ class Architecture:
     experts: int = 0
     top_k: int = 0
     tied: bool = True
+    kv_heads: int = 0
+    hidden: int = 0
 
     @classmethod
     def of(cls, family: Family, sizes: Mapping[str, int], tied: bool = True) -> Architecture:
-        """Return the architecture of a case's sizes: V, d, L, H, and E and k of a mixture."""
+        """Return the architecture of a case's sizes: V, d, L, H, E and k of a mixture, G and f."""
         mixture = (sizes["E"], sizes["k"]) if "E" in sizes else (0, 0)
-        return cls(family, sizes["V"], sizes["d"], sizes["L"], sizes["H"], *mixture, tied)
+        model = (sizes["V"], sizes["d"], sizes["L"], sizes["H"])
+        return cls(family, *model, *mixture, tied, sizes.get("G", 0), sizes.get("f", 0))
 
     def ours(self) -> MoezooForCausalLM:
         """Build our model, without auxiliary losses, which differ between libraries."""
         from moezoo_models import MoezooConfig, MoezooForCausalLM
 
         rule: dict[str, Any] = {"layers": "all", "class_path": "moezoo.DenseFFN"}
+        if self.hidden:
+            rule["init_args"] = {"d_ff": self.hidden}
         if self.experts:
             options = {"num_experts": self.experts, "top_k": self.top_k}
             balance = {"load_balancing": 0.0}
@@ -62,6 +69,7 @@ class Architecture:
                 hidden_size=self.width,
                 num_hidden_layers=self.layers,
                 num_attention_heads=self.heads,
+                num_key_value_heads=self.kv_heads or self.heads,
                 qk_norm=self.family == "qwen3_moe",
                 tie_word_embeddings=self.tied,
                 max_position_embeddings=1024,
@@ -79,7 +87,7 @@ class Architecture:
             "hidden_size": self.width,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
+            "num_key_value_heads": self.kv_heads or self.heads,
             "head_dim": self.width // self.heads,
             "tie_word_embeddings": self.tied,
             "max_position_embeddings": 1024,

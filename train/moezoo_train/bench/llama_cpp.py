@@ -1,0 +1,130 @@
+"""llama.cpp as a contender: a dense Llama in a GGUF file of fp32 tensors, and greedy replies."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moezoo.bench.case import Package
+from moezoo_train.bench.models import Architecture
+
+PACKAGES = (
+    Package("xllamacpp", "pip install xllamacpp gguf"),
+    Package("gguf", "pip install xllamacpp gguf"),
+)
+
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write(path: Path, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
+    """Write a dense Llama's weights in fp32, with a vocabulary of made-up words.
+
+    Args:
+        path: of the GGUF file.
+        architecture: what the weights are of.
+        weights: by transformers' names.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    heads = architecture.heads
+    kv_heads = architecture.kv_heads or heads
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(0)  # F32
+    writer.add_block_count(architecture.layers)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(architecture.width)
+    writer.add_feed_forward_length(weights["model.layers.0.mlp.up_proj.weight"].shape[0])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(architecture.width // heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{token}>" for token in range(architecture.vocabulary)])
+    writer.add_token_scores([0.0] * architecture.vocabulary)
+    writer.add_token_types([1] * architecture.vocabulary)
+    writer.add_bool("tokenizer.ggml.add_bos_token", False)
+    for name, tensor in weights.items():
+        stored = tensor.float()
+        if ".q_proj." in name:
+            stored = _paired(stored, heads)
+        elif ".k_proj." in name:
+            stored = _paired(stored, kv_heads)
+        if name != "lm_head.weight" or not architecture.tied:
+            writer.add_tensor(_renamed(name), stored.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _paired(weight: Tensor, heads: int) -> Tensor:
+    """Order the rows of a head as llama.cpp turns them: each beside that half a head below it."""
+    halves = weight.view(heads, 2, -1, weight.shape[1])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def _renamed(name: str) -> str:
+    part = name.removesuffix(".weight")
+    if part in _NAMES:
+        return f"{_NAMES[part]}.weight"
+    number, _, rest = part.removeprefix("model.layers.").partition(".")
+    return f"blk.{number}.{_BLOCK_NAMES[rest]}.weight"
+
+
+class LlamaCpp:
+    """A model in llama.cpp's server, which runs in this process, on as many threads as torch.
+
+    Args:
+        architecture: of the model.
+        weights: by transformers' names.
+        room: tokens of the longest text.
+    """
+
+    def __init__(
+        self, architecture: Architecture, weights: Mapping[str, Tensor], room: int
+    ) -> None:
+        llama: Any = importlib.import_module("xllamacpp")
+        parameters = llama.CommonParams()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.gguf"
+            write(file, architecture, weights)
+            parameters.model.path = str(file)
+            parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = room, 1, 0
+            parameters.cpuparams.n_threads = torch.get_num_threads()
+            parameters.cpuparams_batch.n_threads = torch.get_num_threads()
+            parameters.verbosity = -1
+            self._server = llama.Server(parameters)  # maps the file
+
+    def reply(self, ids: Sequence[int], new: int) -> list[int]:
+        """Return the next ``new`` tokens, the likeliest each time."""
+        request = {
+            "prompt": list(ids),
+            "n_predict": new,
+            "temperature": 0.0,
+            "cache_prompt": False,
+            "ignore_eos": True,
+        }
+        written = self._server.handle_completions(request)["choices"][0]["text"]
+        return [int(token) for token in re.findall(r"<(\d+)>", written)]
