@@ -1,4 +1,4 @@
-"""Selective blocks: every backend against the rule, and the rule against loops over what is kept."""
+"""Selective blocks: every backend against the rule, and the rule against loops over the kept."""
 
 import pytest
 import torch
@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_named():
         selective_mlp(x, gate, up, down.t(), thresholds)
     with pytest.raises(ValueError, match=r"w_gate: dtype is torch.float64; give torch.float32"):
         selective_mlp(x, gate.double(), up, down, thresholds)
-    with pytest.raises(ValueError, match="thresholds.up_input: there is no gate"):
+    with pytest.raises(ValueError, match=r"thresholds.up_input: there is no gate"):
         selective_mlp(x, None, up, down, thresholds)
     with pytest.raises(ValueError, match=r"thresholds.gate: shape is \(8,\)"):
         selective_mlp(x, gate, up, down, Thresholds(gate=torch.zeros(8)))

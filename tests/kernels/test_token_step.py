@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from moezoo_kernels import token_step
 from moezoo_kernels.activations import ACTIVATIONS, GLUOptions, gated_unit
+from moezoo_kernels.layouts import column_major
+from moezoo_kernels.selective_mlp import Thresholds
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
 
 DIGITS = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}  # of the largest number
@@ -131,6 +133,44 @@ def test_dense_blocks(draw, batch, width, inner, gated, bias, activation):
     )
     step()
     assert_added(hidden, before, linear(middle, down))
+
+
+def above(values, thresholds):
+    return values * (values.abs() > thresholds)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "width", "inner"), [(1, 37, 19), (2, 16, 5), (7, 64, 130), (16, 5, 33)]
+)
+def test_selective_blocks(draw, batch, width, inner, gated, columns):
+    hidden, norm = draw(batch, width, scale=1.0), draw(width, scale=1.0)
+    turn = column_major if columns else torch.Tensor.contiguous
+    gate, up = (Linear(turn(draw(inner, width)), draw(inner)) for _ in range(2))
+    down = Linear(turn(draw(width, inner)), draw(width))
+    generator = torch.Generator().manual_seed(2)
+    least = [
+        torch.rand(n, generator=generator) * level
+        for n, level in ((width, 1.0), (width, 0.5), (inner, 0.1), (inner, 0.05))
+    ]
+    before, x = hidden.clone(), normed(hidden, norm)
+    first = F.silu(linear(above(x, least[0]), gate if gated else up))
+    middle = above(first, least[2])
+    if gated:
+        middle = middle * linear(above(x, least[1]), up)
+    step = token_step.selective_step(
+        hidden,
+        Norm(norm, EPS),
+        gate if gated else None,
+        up,
+        down,
+        Thresholds(least[0], least[1] if gated else None, *least[2:]),
+        "silu",
+    )
+    step()
+    assert_added(hidden, before, linear(above(middle, least[3]), down))
+    assert not torch.equal(hidden, before)
 
 
 @pytest.mark.parametrize(

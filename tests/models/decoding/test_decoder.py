@@ -319,6 +319,50 @@ def test_the_kernels_step_what_they_know(build, rules, native_steps):
     assert not any(block.feed for block in blocks)
 
 
+SELECTION = {"input": 0.4, "gate": 0.02, "up_input": 0.3, "hidden": 0.01}
+
+
+def selective(rules, **arguments):
+    """Rules of selective blocks in all layers."""
+    return [{**rules["rule"]("SelectiveFFN"), "init_args": {"bias": True, **arguments}}]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"gated": False, "activation": "relu"}], ids=str)
+def test_selective_blocks_are_laid_by_columns_once(
+    build, rules, native_steps, tmp_path, batch, options
+):
+    names = ("input", "hidden") if options else SELECTION
+    selection = {"kind": "threshold", **{name: SELECTION[name] for name in names}}
+    model = build(ffn=selective(rules, selection=selection, **options))
+    ids, mask = left_padded(batch)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    blocks = Decoder(model, ids, mask, 4)._blocks
+    assert all(block.attend and block.feed for block in blocks)
+    mlp = model.model.layers[0].mlp
+    by_columns = [mlp.up_proj if options else mlp.gate_proj, mlp.down_proj]
+    assert all(part.weight.stride()[0] == 1 for part in by_columns)
+    places = [part.weight.data_ptr() for part in by_columns]
+    assert_steps_are_the_forward_pass(model, ids, mask)
+    assert [part.weight.data_ptr() for part in by_columns] == places
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+
+
+def test_selective_blocks_that_are_still_dense_are_left_to_torch(build, rules, native_steps):
+    model = build(ffn=selective(rules, first_tokens=6))
+    for length, known in ((5, False), (6, True)):
+        ids = torch.randint(61, (1, length))
+        blocks = Decoder(model, ids, torch.ones_like(ids), 4)._blocks
+        assert all(bool(block.feed) == known for block in blocks)
+    ids, mask = left_padded(2)  # of which one text is shorter
+    assert not any(block.feed for block in Decoder(model, ids, mask, 4)._blocks)
+    assert_steps_are_the_forward_pass(model, ids, mask)
+
+
 @pytest.mark.parametrize(
     "router",
     [
