@@ -1,7 +1,16 @@
 """All cases, in the order in which they are run and shown."""
 
 from moezoo.bench.case import Case
-from moezoo.bench.cases import experts, head, memory, peer, product_keys, statistical, trees
+from moezoo.bench.cases import (
+    experts,
+    head,
+    memory,
+    peer,
+    product_keys,
+    selective,
+    statistical,
+    trees,
+)
 
 CASES: list[Case] = [
     *product_keys.CASES,
@@ -11,4 +20,5 @@ CASES: list[Case] = [
     *trees.CASES,
     *head.CASES,
     *statistical.CASES,
+    *selective.CASES,
 ]
