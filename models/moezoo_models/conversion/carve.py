@@ -251,7 +251,7 @@ def _sizes(
     is shared, the better a refit makes up for what is not.
     """
     if experts is None:
-        experts = _parts(width)
+        experts = default_parts(width)
     if shared is None:
         shared = 5 * experts // 8
     if active is None:
@@ -259,7 +259,7 @@ def _sizes(
     return shared, active, experts
 
 
-def _parts(width: int) -> int:
+def default_parts(width: int) -> int:
     """Return a number of parts that are multiples of 8 neurons, as kernels want; or of fewer."""
     for step in (8, 4, 2, 1):
         for parts in range(_MOST_PARTS, 7, -8):

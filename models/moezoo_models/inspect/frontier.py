@@ -19,15 +19,15 @@ from torch import Tensor
 
 from moezoo.analysis.curves import draw_frontier
 from moezoo.command.tables import markdown_lines, print_table
-from moezoo.convert import Block, CarveOptions
+from moezoo.convert import Block, CarveOptions, prune_block
 from moezoo.convert.select import METHODS, work_share
 from moezoo.convert.select.guess import GUESSES, GuessMethod, GuessOptions
 from moezoo.convert.select.prompt import kept_count as prompt_count
 from moezoo.convert.select.prompt import prompt_neurons
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo_models.checkpoints.atomic import atomic_write
-from moezoo_models.conversion.carve import calibrate
-from moezoo_models.conversion.carving import answer_of, carve_layer, pruned
+from moezoo_models.conversion.carve import calibrate, default_parts
+from moezoo_models.conversion.carving import answer_of, carve_layer
 from moezoo_models.conversion.guessing import Guessing
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.selecting import (
@@ -106,7 +106,7 @@ def inspect_frontier(
     calibration_tokens: int = 8192,
     held_out_tokens: int = 4096,
     window: int | None = None,
-    experts: int = 16,
+    experts: int | None = None,
     layers: str | int | list[int] = "all",
     seed: int = 0,
     device: str = "cpu",
@@ -131,7 +131,8 @@ def inspect_frontier(
         calibration_tokens: tokens that everything is fitted to.
         held_out_tokens: tokens beside them, from other passages, for perplexities.
         window: tokens that the model sees at once; default: as for `moezoo carve`.
-        experts: parts into which carve cuts a block; half of those that a token uses are shared.
+        experts: parts into which carve cuts a block, five sixths of those that a token uses being
+            shared; default: as for `moezoo carve`. Layers have equal budgets.
         layers: which blocks to change: all, every 2, a number or a list.
         seed: of everything drawn.
         device: where to compute: cpu, cuda, ..., or auto for an accelerator if there is one.
@@ -148,7 +149,8 @@ def inspect_frontier(
         check_choice("methods", method, WAYS)
     for work in works:
         check_number("works", work, minimum=0.1, maximum=0.99)
-    check_int("experts", experts, minimum=2)
+    if experts is not None:
+        check_int("experts", experts, minimum=2)
     directory = Path(output)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -191,7 +193,7 @@ def _variant(
     layers: Sequence[int],
     sensitivity: Sensitivity | None,
     length: int,
-    experts: int,
+    experts: int | None,
 ) -> tuple[Variant, float] | None:
     """Return a way at a share of the work, and its own share; None if it cannot do with that."""
     name, width = f"{method} {work:g}", source.width
@@ -206,13 +208,20 @@ def _variant(
         return Variant(name, Guessing(cast("GuessMethod", method), work, options, *sizes)), work
     if method == "prune":
         keep = max(round(work * width), 1)
-        return Variant(name, partial(pruned, keep, "static_ls")), keep / width
+        return Variant(name, partial(_pruned, keep, length), "dense"), keep / width
     if method == "carve":
+        experts = default_parts(width) if experts is None else experts
         parts = max(round(work * experts), 2)
-        shared = parts // 2
-        options = CarveOptions(shared=shared, active=parts - shared, experts=experts)
-        options.check(width)
-        return Variant(name, partial(_carved, options)), parts / experts
+        shared = 5 * parts // 6
+        carving = CarveOptions(
+            shared=shared,
+            active=parts - shared,
+            experts=experts,
+            shared_by="elimination",
+            router="ridge_shared",
+        )
+        carving.check(width)
+        return Variant(name, partial(_carved, carving, length), "dense"), parts / experts
     try:
         budgets = budgets_of(method, work, layers, sensitivity)  # type: ignore[arg-type]
     except InputError:
@@ -238,8 +247,43 @@ def _griffin(share: float, length: int, layer: int, x_TD: Tensor, block: Block) 
     return answer
 
 
-def _carved(options: CarveOptions, layer: int, x_TD: Tensor, block: Any) -> Any:
-    return answer_of(carve_layer(layer, x_TD, block, options).plan, block)
+def _first(x_TD: Tensor, length: int) -> Tensor:
+    """Mark the first token of each window, which decides nothing."""
+    return torch.arange(len(x_TD), device=x_TD.device) % length == 0
+
+
+def _pruned(
+    keep: int, length: int, layer: int, x_TD: Tensor, block: Block, target: Tensor
+) -> Answer:
+    """Keep some neurons for all tokens, with the means that carving has."""
+    small = prune_block(
+        x_TD,
+        block.gate,
+        block.up,
+        block.down,
+        keep,
+        "static_ls",
+        block.act,
+        block.bias_in,
+        block.bias_out,
+        refit_ridge=None,
+        target=target,
+        apart=_first(x_TD, length),
+    )
+    return small.run
+
+
+def _carved(
+    options: CarveOptions,
+    length: int,
+    layer: int,
+    x_TD: Tensor,
+    block: Block,
+    target: Tensor,
+) -> Answer:
+    """Carve with the defaults of ``moezoo carve`` for its own format."""
+    carved = carve_layer(layer, x_TD, block, options, target, _first(x_TD, length))
+    return answer_of(carved.plan, block)
 
 
 def _judged(method: str, nats: Tensor, dense: Tensor, length: int) -> tuple[Tensor, Tensor]:
