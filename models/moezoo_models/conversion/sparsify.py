@@ -25,7 +25,7 @@ from moezoo.convert.select import (
     work_share,
 )
 from moezoo.convert.select.budget import Count
-from moezoo.convert.select.guess import GUESSES, PLAIN_GUESS, GuessMethod, GuessOptions
+from moezoo.convert.select.guess import GUESSES, GuessMethod, GuessOptions
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.selection import Shares
 from moezoo_models.checkpoints.dense import dense_config
@@ -78,7 +78,7 @@ def sparsify(
     held_out_tokens: int = 4096,
     sensitivity_tokens: int = 1024,
     window: int | None = None,
-    guess: GuessOptions = PLAIN_GUESS,
+    guess: GuessOptions = GuessOptions(),  # noqa: B008 - frozen
     layers: str | int | list[int] = "all",
     seed: int = 0,
     device: str = "cpu",
@@ -131,7 +131,7 @@ def sparsify(
             "moezoo generate --griffin 0.5 on the dense one"
         )
     check_choice("method", method, (*METHODS, *GUESSES))
-    if method not in GUESSES and guess != PLAIN_GUESS:
+    if method not in GUESSES and guess != GuessOptions():
         raise InputError(f"guess: {method} guesses nothing; leave it out")
     if method in GUESSES and read is not None:
         raise InputError(f"read: {method} has a budget of work only; give work instead")

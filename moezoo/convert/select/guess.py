@@ -66,9 +66,6 @@ class GuessOptions:
         check_number("guess.inputs", self.inputs, maximum=1.0)
 
 
-PLAIN_GUESS = GuessOptions()
-
-
 @dataclass(frozen=True)
 class LayerGuess:
     """What a guess found for one block.
