@@ -137,8 +137,8 @@ def _case(name: str, width: int, hidden: int, target: Target | None) -> Case:
     )
 
 
-# A layer of SmolLM2-135M may stay in a machine's caches, where nothing is saved; one of Llama 3.2 1B
-# does not.
+# A layer of SmolLM2-135M may stay in a machine's caches, where nothing is saved; one of Llama 3.2's
+# smallest does not.
 CASES = [
     _case("576", 576, 1536, None),
     _case("2048", 2048, 8192, Target(forward=1.45)),
