@@ -209,7 +209,12 @@ class SparseMoE(FeedForward):
             self._reset_shared_gate()
 
     def _norms(self) -> list[InputNorm | OutputNorm]:
-        return [norm for norm in (self.input_norm, self.output_norm) if norm is not None]
+        found: list[InputNorm | OutputNorm] = []
+        if self.input_norm is not None:
+            found.append(self.input_norm)
+        if self.output_norm is not None:
+            found.append(self.output_norm)
+        return found
 
     def _reset_latent(self) -> None:
         """Draw both maps from N(0, 1/fan_in); the experts' outputs are scaled already."""

@@ -248,13 +248,12 @@ class RouterOptions:
             raise InputError(
                 "router.expected_experts: all experts compute; set num_identity_experts"
             )
-        check_number("router.expected_experts", self.expected_experts, maximum=most)
+        asked = check_number("router.expected_experts", self.expected_experts, maximum=most)
         least = max(top_k - num_identity, 0)
-        if not self.expected_experts or self.expected_experts < least:
+        if not asked or asked < least:
             raise InputError(
-                f"router.expected_experts: {self.expected_experts:g} leaves more to the "
-                f"{num_identity} identity experts than there are; give more than 0, and {least} or "
-                "more"
+                f"router.expected_experts: {asked:g} is out of range; give a number > 0, ≥ {least} "
+                f"and ≤ {most}, as there are {num_identity} identity experts"
             )
 
     def _check_sparse_mixer(self) -> None:
