@@ -196,8 +196,8 @@ def _start(
 
 
 def _detached(reduce: Tensor, expand: Tensor, bias: Tensor, norm: bool) -> LowRankScores:
-    parts = (part.detach().clone() for part in (reduce, expand, bias))
-    return LowRankScores(*parts, norm=norm)
+    factors = reduce.detach().clone(), expand.detach().clone()
+    return LowRankScores(*factors, bias.detach().clone(), norm)
 
 
 def _check_apart(x_TD: Tensor, other_TD: Tensor) -> None:
