@@ -88,8 +88,8 @@ def _selective() -> Iterator[Launch]:
     strides = ("stride_gate", "stride_gate_column", "stride_up", "stride_up_column")
     types |= dict.fromkeys(strides, "i64")
     has = dict.fromkeys(("HAS_INPUT", "HAS_UP_INPUT", "HAS_GATE"), True)
-    has |= {"HAS_BIAS_GATE": False, "HAS_BIAS_UP": False, "GATED": True, "ACTIVATION": 3}
-    bounds = {"BOUND": 0, "GATE": 0.0, "UP": 0.0, "SHIFT": 0.0}
+    has |= {"HAS_BIAS_GATE": False, "HAS_BIAS_UP": False, "GATED": True}
+    bounds = {"ACTIVATION": 3, "BOUND": 0, "GATE": 0.0, "UP": 0.0, "SHIFT": 0.0}
     yield Launch("selective_mlp", triton_selective._hide, types, tile | has | bounds)
     types = _pointers("hidden w_down bias_down output", "bf16")
     types |= _pointers("least_hidden", "fp32") | _pointers("dense", "i8")

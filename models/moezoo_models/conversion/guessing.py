@@ -138,7 +138,7 @@ class Guessing:
                 shapes["length"] = (width,)
             return {name: (shape, self.dtype) for name, shape in shapes.items()}
         sizes = {"input": self.d_model, "gate": self.width, "up_input": self.d_model}
-        found = {
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             name: ((size,), torch.float32)
             for name, size in {**sizes, "hidden": self.width, "shares": len(Shares._fields)}.items()
         }

@@ -54,8 +54,8 @@ def summary(made: Sparsified, target: Path) -> str:
         f"to        {target}, {len(kept)} selective blocks",
         f"{'share of':<10}{'gate':>8}{'up':>8}{'down':>8}{'all':>8}",
     ]
-    for name, found, total in (("work", work, made.work), ("read", read, made.read)):
-        cells = "".join(f"{sum(found[m]) / len(kept):>8.3f}" for m in _MATRICES)
+    for name, shares, total in (("work", work, made.work), ("read", read, made.read)):
+        cells = "".join(f"{sum(shares[m]) / len(kept):>8.3f}" for m in _MATRICES)
         lines.append(f"{name:<10}{cells}{total:>8.3f}")
     for name, what in (("recall", "of needed neurons"), ("energy", "of all neurons'")):
         found = [each[name] for each in made.layers.values() if name in each]

@@ -123,7 +123,7 @@ def _selective(layer: SelectiveFFN, norm: Norm, hidden: Tensor) -> Callable[[], 
     if not token_step.usable(hidden, norm.weight, *tensors):
         return None
     if len(hidden) <= _MOST_SELECTIVE:
-        _lay_by_columns(layer)
+        _lay_by_columns(layer, rule)
     maps = [Linear(part.weight, part.bias) for part in parts]
     up, down = maps[-2:]
     gate, thresholds = None, Thresholds(input=rule.input, hidden=rule.hidden)
@@ -134,13 +134,12 @@ def _selective(layer: SelectiveFFN, norm: Norm, hidden: Tensor) -> Callable[[], 
     return token_step.selective_step(hidden, norm, gate, up, down, *options)
 
 
-def _lay_by_columns(layer: SelectiveFFN) -> None:
+def _lay_by_columns(layer: SelectiveFFN, rule: ThresholdSelector) -> None:
     """Lay matrices of which tokens skip inputs column by column, so that these are not read.
 
     Parameters keep their numbers, shapes and names: only their strides change, once. Up keeps its
     rows if the gate says which of them are read.
     """
-    rule = layer.selector
     sparse = layer.activation in _ZERO_AT_REST
     by_gate = layer.gated and (sparse or bool(rule.gate.any()))
     skipping = {"down": by_gate or sparse or bool(rule.hidden.any())}

@@ -49,16 +49,16 @@ class Evaluation:
 
     def table(self) -> str:
         """Return the figures as a table, a line each."""
-        rows = (
+        rows = [
             ("loss (nats/token)", f"{self.loss:.4f}"),
             ("perplexity", f"{self.perplexity:,.3f}"),
             ("bits per byte", f"{self.bits_per_byte:.4f}"),
             ("tokens", f"{self.tokens:,}"),
             ("bytes", f"{self.bytes:,}"),
             ("window, stride (tokens)", f"{self.sequence_length:,}, {self.stride:,}"),
-        )
+        ]
         if self.griffin is not None:
-            rows = (*rows, ("neurons kept (GRIFFIN)", f"{self.griffin:.1%}"))
+            rows.append(("neurons kept (GRIFFIN)", f"{self.griffin:.1%}"))
         return "\n".join(f"{name:<24}{value:>14}" for name, value in rows)
 
 
