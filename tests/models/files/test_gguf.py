@@ -323,7 +323,7 @@ def weight(*shape):
 
 
 LOSSES = [
-    ({"arch": "elvish"}, "general.architecture: 'elvish' of .* is not read; choose from: gemma3"),
+    ({"arch": "elvish"}, "general.architecture: 'elvish' of .* is not read; choose from: llama"),
     ({"keys": {"rope.scaling.type": "yarn"}}, "llama.rope.scaling.type: .* has 'yarn' there, whi"),
     ({"keys": {"rope.scaling.factor": 4.0}}, "llama.rope.scaling.factor: .* has 4.0 there"),
     ({"keys": {"expert_count": 8}}, "llama.expert_count: .* has 8 there"),

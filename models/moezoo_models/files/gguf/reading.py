@@ -41,14 +41,8 @@ _READ = frozenset(
 )
 """Keys of every architecture that are read here or by transformers."""
 
-_GEMMA = ("attention.sliding_window",)
-ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "llama": (),
-    "qwen2": (),
-    "qwen3": (),
-    "gemma3": _GEMMA,
-}
-"""Architectures that are read, and what keys each has beside those of all."""
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""Architectures of llama.cpp that are read; another one wants its own keys above."""
 
 _NEUTRAL = {"expert_count": 0, "expert_used_count": 0, "rope.scaling.type": "none"}
 """Keys that change nothing as long as they have this value."""
@@ -153,7 +147,6 @@ def _check_keys(header: Header) -> None:
         raise InputError(
             f"general.architecture: '{kind}' of {file} is not read{nearest(kind, ARCHITECTURES)}"
         )
-    known = _READ | set(ARCHITECTURES[kind])
     for name, value in header.keys.items():
         start, _, key = name.partition(".")
         if start != kind:
@@ -165,7 +158,7 @@ def _check_keys(header: Header) -> None:
             )
         if key in _NEUTRAL and value == _NEUTRAL[key]:
             continue
-        if key not in known or key in _NEUTRAL:
+        if key not in _READ or key in _NEUTRAL:
             raise InputError(
                 f"{name}: {file} has {value!r} there, which transformers would not read and the "
                 "model would lose; get the model as safetensors"
