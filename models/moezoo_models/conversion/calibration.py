@@ -35,6 +35,8 @@ class Calibration:
         skipped: tokens at the start of each window that are not text.
         source: what was read.
         seed: which of the other passages are fitted to.
+        recovery: ``(windows, length)``, what a carved model is trained on; of passages of its own,
+            and maybe without windows.
     """
 
     fitted: Tensor
@@ -42,6 +44,7 @@ class Calibration:
     skipped: int
     source: list[str]
     seed: int
+    recovery: Tensor
 
     def describe(self) -> dict[str, Any]:
         """Return a description for a report; equal tokens have an equal hash."""
@@ -67,6 +70,7 @@ def read_calibration(
     held_out_tokens: int,
     window: int,
     seed: int = 0,
+    recovery_tokens: int = 0,
 ) -> Calibration:
     """Read passages in random order and cut them into windows.
 
@@ -80,6 +84,7 @@ def read_calibration(
         held_out_tokens: beside those.
         window: length of a window.
         seed: which passages are fitted to; those held out are always the same.
+        recovery_tokens: to be trained on, of what is left then; they change none of the others.
 
     Raises:
         InputError: a source cannot be read or has too little text, or a token is not the model's.
@@ -93,26 +98,29 @@ def read_calibration(
     opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     text = window - len(opening)
     parts = []
-    for wanted in (held_out_tokens, tokens):
+    for wanted in (held_out_tokens, tokens, recovery_tokens):
         count = -(-wanted // window)
         stream, used = _encode(tokenizer, passages, count * text)
         del passages[:used]
         random.Random(seed).shuffle(passages)
         if len(stream) < count * text:
+            also = f" + {recovery_tokens:,}" if recovery_tokens else ""
+            names = ("calibration_tokens", *(("recover",) if recovery_tokens else ()))
             raise InputError(
                 f"calibration: {', '.join(sources)} has too little text for {tokens:,} + "
-                f"{held_out_tokens:,} tokens; give more, or lower calibration_tokens and "
+                f"{held_out_tokens:,}{also} tokens; give more, or lower {', '.join(names)} and "
                 "held_out_tokens"
             )
-        rows = torch.tensor(stream[: count * text]).view(count, text)
-        parts.append(torch.cat([torch.tensor(opening * count).view(count, -1).long(), rows], dim=1))
-    if (largest := max(int(part.max()) for part in parts)) >= vocab_size:
+        rows = torch.tensor(stream[: count * text], dtype=torch.int64).view(count, text)
+        first = torch.tensor(opening, dtype=torch.int64).expand(count, -1)
+        parts.append(torch.cat([first, rows], dim=1))
+    if (largest := max(int(part.max()) for part in parts if len(part))) >= vocab_size:
         raise InputError(
             f"tokenizer: it gave token {largest}, and the model has {vocab_size}; they do not "
             "belong together"
         )
-    held_out, fitted = parts
-    return Calibration(fitted, held_out, len(opening), list(sources), seed)
+    held_out, fitted, recovery = parts
+    return Calibration(fitted, held_out, len(opening), list(sources), seed, recovery)
 
 
 def _passages(sources: Sequence[str], characters: int) -> list[str]:

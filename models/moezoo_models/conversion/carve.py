@@ -15,6 +15,7 @@ from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.conversion.calibration import Calibration, read_calibration
 from moezoo_models.conversion.carving import Carving
 from moezoo_models.conversion.convert import Conversion, convert
+from moezoo_models.conversion.recovery import Recovery, RecoveryOptions
 from moezoo_models.conversion.source import Source, open_source
 from moezoo_models.conversion.targets import TARGETS, Mixture, Target
 from moezoo_models.devices import free_memory, pick_device
@@ -65,6 +66,10 @@ def carve(
     bias: bool | None = None,
     budgets: Literal["auto", "equal", "measured"] = "auto",
     accept_loss: bool = False,
+    recover: int = 0,
+    recovery: RecoveryOptions = RecoveryOptions(),  # noqa: B008 - frozen
+    control: bool = False,
+    sparsified: bool = True,
     output_scale: float = 1.0,
     top_activations: int | None = None,
     cmoe: CMoEOptions = CMoEOptions(),
@@ -76,12 +81,13 @@ def carve(
     check: Literal["auto", "logits", "layers"] = "auto",
     force: bool = False,
 ) -> Conversion:
-    """Cut a dense Hugging Face checkpoint's blocks into shared and routed experts, untrained.
+    """Cut a dense Hugging Face checkpoint's blocks into shared and routed experts.
 
     Each block's neurons are dealt out to equal parts: some run on every token, a router picks some
     of the others. Neurons are assigned on calibration text, layer by layer through the layers
     already carved, in the memory of about one layer. Perplexity on held-out text is printed
-    beside that of the dense model and of plain pruning to as many neurons.
+    beside that of the dense model and of plain pruning to as many neurons. Nothing is trained but
+    with ``recover``: then the carved blocks learn the dense model's predictions.
 
     Args:
         source: directory of a dense model of one of the families that the documentation lists.
@@ -113,6 +119,13 @@ def carve(
         budgets: equal, as many active parts in every layer; or measured, more where leaving some
             out costs more, active on average, which only moezoo holds; auto: measured there.
         accept_loss: carve though a token keeps no more than half of the neurons.
+        recover: tokens of further calibration text on which the carved blocks are trained to
+            predict what the dense model predicts, once the checkpoint is there; it is replaced
+            when that is done. The same command goes on where it was interrupted.
+        recovery: options of this training.
+        control: recover a pruned model of as much work too, and print its figures.
+        sparsified: print too what ``moezoo sparsify`` would cost at as much work; it takes about as
+            long as calibrating it does.
         output_scale: factor on routed experts' outputs (LLaMA-MoE: routed over active).
         top_activations: neurons per token that count as active for cmoe (10) and coactivation.
         cmoe: options that only cmoe's split and router read.
@@ -151,6 +164,7 @@ def carve(
         )
         options.check(dense.width)
         _check_share(options, accept_loss)
+        _check_recovery(options, recover, recovery, control)
         _check_memory(dense, calibration_tokens)
         chosen = dense.select(layers)
         part = dense.width // options.experts
@@ -174,21 +188,39 @@ def carve(
         kind.check(dense, mixture)
         measured = _measured(budgets, kind)
         text = calibrate(
-            dense, calibration, calibration_tokens, held_out_tokens, window, options.seed
+            dense, calibration, calibration_tokens, held_out_tokens, window, options.seed, recover
         )
+        training = Recovery(dense, Path(target), text, recovery, control) if recover else None
         run = Carving(
-            dense, text, options, mixture, kind.flat, measured, follow, pick_device(device)
+            dense,
+            text,
+            options,
+            mixture,
+            kind.flat,
+            measured,
+            follow,
+            pick_device(device),
+            training.pruned if training is not None and control else None,
+            sparsified,
         )
-        return convert(
+        described = dataclasses.asdict(options) | {
+            "budgets": "measured" if measured else "equal",
+            "follow": follow,
+            "calibration": text.describe(),
+            **({"control": True} if control else {}),
+        }
+        if training is not None:
+            training.check(mixture)
+            if (carved := training.carved(kind.name, described, mixture)) is not None:
+                return training.run(carved, pick_device(device), max_shard_size)
+        made = convert(
             dense,
             Path(target),
             kind,
             mixture,
             run.plan,
             method="carve",
-            options=dataclasses.asdict(options)
-            | {"budgets": "measured" if measured else "equal", "follow": follow}
-            | {"calibration": text.describe()},
+            options=described,
             exact=options.active == options.routed and output_scale == 1.0,
             max_shard_size=max_shard_size,
             check=check,
@@ -198,6 +230,9 @@ def carve(
             settled=run.settled,
             extra=run.report,
         )
+        if training is None:
+            return made
+        return training.run(made, pick_device(device), max_shard_size)
 
 
 def calibrate(
@@ -207,6 +242,7 @@ def calibrate(
     held_out_tokens: int,
     window: int | None,
     seed: int,
+    recovery_tokens: int = 0,
 ) -> Calibration:
     """Read calibration text with the model's own tokenizer.
 
@@ -234,6 +270,7 @@ def calibrate(
             "window", min(trained, _LONGEST_WINDOW) if window is None else window, maximum=longest
         ),
         seed=seed,
+        recovery_tokens=recovery_tokens,
     )
 
 
@@ -300,6 +337,22 @@ def _check_share(options: CarveOptions, accepted: bool) -> None:
             f"active: a token would use {kept} of {options.experts} parts; untrained, one half "
             "doubled the perplexity of a real model; raise active, or give --accept_loss"
         )
+
+
+def _check_recovery(
+    options: CarveOptions, tokens: int, recovery: RecoveryOptions, control: bool
+) -> None:
+    """Refuse options of a recovery that there is not, and one that would have nothing to do."""
+    check_int("recover", tokens, minimum=0)
+    recovery.check()
+    if not tokens:
+        if control or recovery != RecoveryOptions():
+            name = "control" if control else "recovery"
+            raise InputError(f"{name}: nothing is recovered; give recover a number of tokens")
+    elif options.active == options.routed:
+        raise InputError("recover: all parts are active, and nothing is lost; leave it out")
+    elif control and not options.refit:
+        raise InputError("control: a pruned model is refitted; leave out refit false, or control")
 
 
 def _check_memory(source: Source, tokens: int) -> None:

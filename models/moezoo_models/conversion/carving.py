@@ -11,22 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moezoo.convert import Block, Carved, CarveOptions, LayerPlan, carve_block, prune_block
 from moezoo.convert.carve.prune import PruneMethod
+from moezoo.convert.select import can_leave
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.conversion.budgets import TOKENS, layer_costs, share_out
 from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.plans import Plans, writable
 from moezoo_models.conversion.propagate import Propagation, Variant
+from moezoo_models.conversion.selecting import selected_nats
 from moezoo_models.conversion.source import Source
 from moezoo_models.conversion.stage import Answer, next_token_nats
 from moezoo_models.conversion.targets import Mixture
 from moezoo_models.progress import progress_bar
 
 _BUDGETS = "budgets.json"
+_BLOCK = ("gate", "up", "down", "bias_in", "bias_out")
 _TOKENS = 4096
 """Tokens that are computed at once."""
 
@@ -44,6 +48,10 @@ class Carving:
         measured: share the experts per token out among layers by what saving costs in each.
         follow: let refits make up for what earlier layers are off by.
         device: where to compute.
+        control: directory for a refitted pruned model of as much work, routers included, which
+            then stands in the place of the one of as many neurons; None leaves it out.
+        sparsified: measure beside it what :func:`~moezoo_models.conversion.sparsify.sparsify`
+            would leave at as much work, where it can.
     """
 
     def __init__(
@@ -56,14 +64,17 @@ class Carving:
         measured: bool,
         follow: bool,
         device: torch.device,
+        control: Path | None = None,
+        sparsified: bool = True,
     ) -> None:
         self._source, self._calibration = source, calibration
         self._options, self._mixture = options, mixture
-        self._flat, self._device = flat, device
+        self._flat, self._device, self._control = flat, device, control
         self._nats: dict[str, Tensor] = {}
         self._plans = Plans(Path())
         self._drops = options.active < options.routed
         self._measured = measured and self._drops
+        self._sparsified = sparsified and self._drops and source.ffn["gated"]
         self._follow = "dense" if follow and options.refit and self._drops else None
         self._costs: dict[int, float] = {}
         self._active = dict.fromkeys(mixture.layers, options.active)
@@ -88,6 +99,17 @@ class Carving:
                 self._share_out(directory, partial(bar.advance, task))
             run = self._propagation(directory)
             self._nats = run.run(partial(bar.advance, task))
+        work = self.settled().work(self._source.width)
+        if self._sparsified and can_leave(work):
+            self._nats["sparsified"] = selected_nats(
+                self._source,
+                self._calibration,
+                "mix",
+                [work],
+                directory / "sparsified",
+                self._mixture.layers,
+                self._device,
+            )[0]
 
     def settled(self) -> Mixture:
         """Return the shapes with each layer's own number of experts per token."""
@@ -111,7 +133,7 @@ class Carving:
         if loads:
             model = load_any(written, sound=True)
             perplexity["loaded"] = math.exp(model_nats(model, self._calibration).mean())
-        rival = "static_refit" if self._options.refit else "static"
+        rival = self._refitted if self._options.refit else "static"
         mixture = self.settled()
         return {
             "calibration": self._calibration.describe(),
@@ -146,13 +168,18 @@ class Carving:
         """Return how many neurons a token uses."""
         return self._mixture.d_shared + self._active[layer] * self._mixture.d_expert
 
+    @property
+    def _refitted(self) -> str:
+        """The name of the pruned model that is refitted."""
+        return "static_refit" if self._control is None else "control"
+
     def _propagation(self, directory: Path) -> Propagation:
         elimination = self._options.shared_by == "elimination"
         rival: PruneMethod = "eliminated" if elimination else "static_ls"
         variants = (
             Variant("dense", None),
             Variant("static", partial(self._pruned, "static")),
-            Variant("static_refit", partial(self._pruned, rival), self._follow),
+            Variant(self._refitted, partial(self._pruned, rival), self._follow),
             Variant("carved", self._carved, self._follow),
         )
         layers = self._mixture.layers
@@ -169,12 +196,15 @@ class Carving:
         target: Tensor | None = None,
     ) -> Answer:
         """Prune with the same means: strength of the ridge, target, first tokens apart."""
+        keep, control = self._kept(layer), None if method == "static" else self._control
+        if control is not None:
+            keep = min(keep + round(self._mixture.router_neurons), block.width)
         small = prune_block(
             x,
             block.gate,
             block.up,
             block.down,
-            self._kept(layer),
+            keep,
             method,
             block.act,
             block.bias_in,
@@ -183,6 +213,8 @@ class Carving:
             target=target,
             apart=self._apart,
         )
+        if control is not None:
+            save_block(control, layer, small)
         return small.run
 
     def _carved(self, layer: int, x: Tensor, block: Block, target: Tensor | None = None) -> Answer:
@@ -192,6 +224,20 @@ class Carving:
             plan = writable(carved.plan, x, self._mixture.dtype, self._flat)
             self._plans.save(layer, plan, carved.figures)
         return answer_of(self._plans.read(layer, self._device), block)
+
+
+def save_block(directory: Path, layer: int, block: Block) -> None:
+    """Keep a pruned block; atomically."""
+    named = {name: getattr(block, name) for name in _BLOCK}
+    tensors = {name: t.cpu().contiguous() for name, t in named.items() if t is not None}
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_write(directory / f"block-{layer:05d}.safetensors") as file:
+        file.write(save(tensors))
+
+
+def read_block(directory: Path, layer: int) -> dict[str, Tensor]:
+    """Read what :func:`save_block` kept, by the names of :class:`moezoo.convert.Block`."""
+    return load_file(directory / f"block-{layer:05d}.safetensors")
 
 
 def carve_layer(

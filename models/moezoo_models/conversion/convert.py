@@ -215,6 +215,8 @@ def _perplexities(extra: dict[str, Any]) -> Iterator[str]:
         "loaded": "carved, as loaded",
         "static": "pruned to as many neurons",
         "static_refit": "the same, refitted",
+        "control": "refitted, as much work",
+        "sparsified": "sparsified to as much work",
     }
     for name, text in names.items():
         if name in found:

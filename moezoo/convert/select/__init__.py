@@ -4,7 +4,7 @@ Pure functions of a block and its inputs on calibration tokens; :class:`moezoo.S
 what they find, and ``moezoo sparsify`` finds it for a checkpoint.
 """
 
-from moezoo.convert.select.allocate import allocate, check_share
+from moezoo.convert.select.allocate import allocate, can_leave, check_share
 from moezoo.convert.select.budget import METHODS, SelectMethod, read_share, uniform, work_share
 from moezoo.convert.select.calibrate import LayerThresholds, calibrate, threshold
 from moezoo.convert.select.curves import Curves, error_curves
@@ -17,6 +17,7 @@ __all__ = [
     "LayerThresholds",
     "SelectMethod",
     "allocate",
+    "can_leave",
     "calibrate",
     "check_share",
     "error_curves",

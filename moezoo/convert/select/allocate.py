@@ -67,12 +67,21 @@ def check_share(share: float, count: Count = "work") -> None:
     Raises:
         InputError: names the least share.
     """
-    least = COUNTS[count](Shares(*(min(GRID),) * 4))
-    if not least < share < 1:
+    if not can_leave(share, count):
+        least = _least(count)
         raise InputError(
             f"{count}: {share:g} is out of range for mix; give a number above {least:.2f} and "
             "below 1"
         )
+
+
+def can_leave(share: float, count: Count = "work") -> bool:
+    """Return whether some choice of the grid comes to a share."""
+    return _least(count) < share < 1
+
+
+def _least(count: Count) -> float:
+    return COUNTS[count](Shares(*(min(GRID),) * 4))
 
 
 def _choices() -> list[Shares]:

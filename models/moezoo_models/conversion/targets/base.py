@@ -84,9 +84,13 @@ class Mixture:
     def work(self, width: int) -> float:
         """Return FLOPs per token over those of the dense blocks of ``width``, routers included."""
         used = [self.d_shared + self.top_k_of(layer) * self.d_expert for layer in self.layers]
+        return (sum(used) / len(used) + self.router_neurons) / width
+
+    @property
+    def router_neurons(self) -> float:
+        """How many neurons take as many FLOPs as a router does."""
         router = self.num_experts * self.d_router * (2 if self.neuron_router else 1)
-        matrices = len(self.inner) + 1
-        return (sum(used) / len(used) + router / (matrices * self.d_model)) / width
+        return router / ((len(self.inner) + 1) * self.d_model)
 
     def shape(self, projection: Projection, width: int) -> tuple[int, int]:
         """Return the shape of an expert's projection, if it has ``width`` neurons."""
