@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -22,7 +22,7 @@ from moezoo_models.conversion.source import open_source
 
 NATIVE = ("llama", "llama_heads", "mistral", "qwen2", "qwen3")
 OURS = ("llama_bias", "mistral_window", "qwen2_window")
-SMALL = {"shared": 1, "active": 2, "experts": 6, "accept_loss": True}
+SMALL = {"shared": 1, "active": 2, "experts": 6, "accept_loss": True, "sparsified": False}
 
 
 def logits(directory, dtype=torch.float32):

@@ -56,6 +56,7 @@ _PLAIN: dict[str, Any] = {
     "follow": False,
     "budgets": "equal",
     "accept_loss": True,
+    "sparsified": False,
 }
 """Every layer saves as much, whatever the grouping; what is lost is tuned away afterwards."""
 
