@@ -1,8 +1,8 @@
-"""Builds the C++ kernels once per instruction set; everything else is in pyproject.toml.
+"""Builds the C++ kernels once per instruction set, and adds the recipes to the package.
 
-They are plain C functions that torch's headers know nothing of, so this takes seconds and the
-result does not depend on torch's version. Without a compiler the package installs all the same
-and runs on plain torch.
+Everything else is in pyproject.toml. The kernels are plain C functions that torch's headers know
+nothing of, so this takes seconds and the result does not depend on torch's version. Without a
+compiler the package installs all the same and runs on plain torch.
 """
 
 import os
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 SOURCES = Path("kernels/csrc")
+RECIPES = Path("configs")
 COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 # The intrinsics of GCC 12 start from registers that they leave undefined on purpose.
 COMMON.append("-Wno-maybe-uninitialized")
@@ -42,6 +44,20 @@ class BuildNative(build_ext):
         super(BuildNative, apart).build_extension(ext)
 
 
+class WithRecipes(build_py):
+    """Copy the recipes into the package, where ``--recipe`` finds them."""
+
+    def run(self) -> None:
+        """Leave an editable installation without: it reads those of the checkout."""
+        super().run()
+        if self.editable_mode:
+            return
+        for path in sorted(RECIPES.rglob("*.yaml")):
+            target = Path(self.build_lib, "moezoo", "recipes", path.relative_to(RECIPES))
+            self.mkpath(str(target.parent))
+            self.copy_file(str(path), str(target))
+
+
 def libraries() -> list[Extension]:
     """List one library per instruction set that this kind of processor may have."""
     if sys.platform == "win32":
@@ -65,4 +81,4 @@ def libraries() -> list[Extension]:
     ]
 
 
-setup(ext_modules=libraries(), cmdclass={"build_ext": BuildNative})
+setup(ext_modules=libraries(), cmdclass={"build_ext": BuildNative, "build_py": WithRecipes})

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import moezoo
+from moezoo.command import recipes
 
 
 def counted(d_model: int) -> list[dict[str, Any]]:
@@ -15,7 +16,7 @@ def counted(d_model: int) -> list[dict[str, Any]]:
 
 
 def describe(method: moezoo.Method, d_model: int) -> dict[str, Any]:
-    """Return a method's paper and its cost at a width, without allocating its weights."""
+    """Return a method's paper, cost at a width, and recipe, without allocating its weights."""
     with torch.device("meta"):
         layer = method.build(d_model)
     cost = layer.cost()
@@ -28,6 +29,7 @@ def describe(method: moezoo.Method, d_model: int) -> dict[str, Any]:
         "arxiv": method.paper.arxiv,
         "experts": getattr(layer, "num_experts", None),
         "causal": layer.causal,
+        "recipe": method.name if method.name in recipes.names() else None,
         "total_parameters": cost.total_parameters,
         "active_parameters": cost.active_parameters,
         "flops_per_token": cost.flops_per_token,

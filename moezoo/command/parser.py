@@ -17,13 +17,14 @@ import yaml
 
 from moezoo.command.keys import full_keys
 from moezoo.command.messages import render
+from moezoo.command.names import check_names, with_methods
 from moezoo.command.precedence import ordered, unmixed, without_middle
 from moezoo.command.settings import load_yaml, read_settings
 from moezoo.errors import InputError
 
 MANY_OPTIONS = 30
 
-jsonargparse.set_loader("yaml", load_yaml, (yaml.YAMLError,))
+jsonargparse.set_loader("yaml", lambda text: with_methods(load_yaml(text)), (yaml.YAMLError,))
 
 
 class ClearErrors:
@@ -57,7 +58,7 @@ class ClearErrors:
             InputError: any mistake in the options.
         """
         given = kwargs.pop("args", None) if not args else args[0]
-        words = ordered(sys.argv[1:] if given is None else given)
+        words = self.arranged(sys.argv[1:] if given is None else given)
         with unmixed():
             options = super().parse_args(words, *args[1:], **kwargs)  # type: ignore[misc]
         parser: Any = self
@@ -77,6 +78,10 @@ class ClearErrors:
                 raise InputError(f"{name}: holds a NUL character, which no path has; leave it out")
             _check_argument(options, name, value)
         return options
+
+    def arranged(self, words: Sequence[str]) -> list[str]:
+        """Return the words of a command line as they are to be applied, one after the other."""
+        return ordered(words)
 
     def instantiate(self, *args: Any, **kwargs: Any) -> Any:
         """Build the classes of parsed options, whose mistakes then name the full key.
@@ -253,11 +258,11 @@ def check_config_files(arguments: Sequence[str]) -> None:
     """Check that every ``--config`` file holds settings in YAML.
 
     Raises:
-        InputError: a file is missing, is not text, is not YAML or not to be read, or holds no
-            mapping.
+        InputError: a file is missing, is not text, is not YAML or not to be read, holds no
+            mapping, or a layer's name that is unknown.
     """
     for path in _config_files(arguments):
-        read_settings(path)
+        check_names(read_settings(path))
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`moezoo zoo`: every method with its paper, size and cost.
+"""`moezoo zoo`: every method with its paper, size, cost and recipe.
 
 Layers must be built to be counted, and torch takes seconds to import; the answer at the default
 width is therefore kept in ``zoo.json``, which a test compares with the layers.
@@ -20,10 +20,11 @@ TABLE = Path(__file__).with_name("zoo.json")
 
 
 def list_zoo(d_model: int = WIDTH, json: bool = False) -> None:
-    """List every method: its paper, parameters and cost at one width.
+    """List every method: its paper, its recipe, parameters and cost at one width.
 
     Sizes are those of one layer with the method's own defaults. FLOPs are forward, of one
-    token's matrix products; a multiply-add counts two.
+    token's matrix products; a multiply-add counts two. A method's name is a value of
+    `--model.ffn` of `moezoo fit`, and a recipe's one of `--recipe`.
 
     Args:
         d_model: Width of the residual stream.
@@ -35,6 +36,7 @@ def list_zoo(d_model: int = WIDTH, json: bool = False) -> None:
         _print_json(entries)
         return
     columns = ["method", "paper", "arXiv", ">experts", ">parameters", ">active", ">FLOPs/token"]
+    columns.append("recipe")
     rows = [
         [
             entry["name"],
@@ -44,10 +46,12 @@ def list_zoo(d_model: int = WIDTH, json: bool = False) -> None:
             count(entry["total_parameters"]),
             count(entry["active_parameters"]),
             count(entry["flops_per_token"]),
+            entry["recipe"] or "-",
         ]
         for entry in entries
     ]
     print_table(f"{len(rows)} methods at d_model={d_model}", columns, rows)
+    print("Train one: moezoo fit --model.ffn METHOD, or moezoo fit --recipe RECIPE")
 
 
 def _counted(d_model: int) -> list[dict[str, Any]]:

@@ -199,10 +199,16 @@ def test_make_says_what_is_wrong_with_the_interpreter(tmp_path):
 def copy_sources(target: Path) -> None:
     """Copy what a release is built from, and nothing that was built here."""
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "_native_*")
-    for folder in ("moezoo", "kernels", "models", "train"):
+    for folder in ("moezoo", "kernels", "models", "train", "configs"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignored)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """Every YAML file below a folder."""
+    paths = sorted(folder.rglob("*.yaml"))
+    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in paths}
 
 
 def install(wheel: Path, site: Path) -> None:
@@ -249,6 +255,13 @@ def test_wheel_holds_our_packages_only_and_imports_from_elsewhere(tmp_path):
     assert installed == written
     for name in PACKAGES:
         assert (site / name / "py.typed").is_file()
+
+    code = "from moezoo.command.recipes import find, folder; print(find('peer'), folder())"
+    assert in_site(site, code).split() == [
+        str(site / "moezoo" / "recipes" / "peer.yaml"),
+        str(site / "moezoo" / "recipes"),
+    ]
+    assert texts(site / "moezoo" / "recipes") == texts(ROOT / "configs")
 
     code = "import moezoo_kernels, moezoo, moezoo_models, moezoo_train\n"
     code += "for m in (moezoo_kernels, moezoo, moezoo_models, moezoo_train): print(m.__file__)"

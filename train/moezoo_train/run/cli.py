@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from argparse import SUPPRESS
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +26,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moezoo.command.keys import full_keys
+from moezoo.command.names import with_method_words
 from moezoo.command.parser import ClearErrors
+from moezoo.command.recipes import with_recipes
 from moezoo.errors import InputError, check_int, check_text, going_on
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.directory import one_line
@@ -111,6 +115,10 @@ def run(argv: list[str]) -> None:
 class Parser(ClearErrors, LightningArgumentParser):
     """Lightning's parser, with mistakes as one clear line."""
 
+    def arranged(self, words: Sequence[str]) -> list[str]:
+        """Return the words in order, with the names of recipes and methods written out."""
+        return with_method_words(super().arranged(with_recipes(words)), "model.ffn")
+
 
 class SaveConfig(SaveConfigCallback):
     """Write the complete configuration of a training run to ``config.yaml``, once it starts.
@@ -159,6 +167,12 @@ class MoezooCLI(HookedCLI):
         """Add the run's own options."""
         group = parser.add_argument_group("Run")
         group.add_argument(
+            "--recipe",
+            type=str,
+            default=SUPPRESS,
+            help="a recipe that comes with moezoo, such as peer; `moezoo zoo` names them",
+        )
+        group.add_argument(
             "--output", type=str, default="runs/default", help="directory of the run"
         )
         group.add_argument(
@@ -196,6 +210,8 @@ class MoezooCLI(HookedCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, without Lightning's warning that arguments were also on the command line."""
         self.config = parser.parse_args(args)
+        if "recipe" in self.config[self.config.subcommand]:
+            raise InputError("recipe: belongs on the command line; write --recipe NAME there")
 
     def set_ckpt_path(self) -> None:
         """Find the checkpoint; it does not override the configuration."""

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from moezoo.command.recipes import folder
 from moezoo.errors import InputError
 from moezoo_train.run.cli import run
 from moezoo_train.run.precision import precision_here
 
-RECIPE = Path(__file__).parents[3] / "configs" / "demo.yaml"
+RECIPE = folder() / "demo.yaml"
 
 
 def demo(
@@ -32,7 +33,7 @@ def demo(
         source: text to learn: "stdlib" (the Python standard library's own source code), a .txt,
             .jsonl or .parquet file, a folder or glob of those, or "hf:NAME[:CONFIG]".
         output: directory of the run; an earlier demo there is replaced.
-        recipe: configuration of the run; default: configs/demo.yaml of the checkout.
+        recipe: configuration of the run; default: the recipe demo that comes with moezoo.
         max_steps: train for that many optimizer steps instead of the recipe's.
         precision: 32-true, bf16-mixed, or auto: bf16-mixed on a GPU that has bf16, else 32-true.
 
@@ -43,7 +44,7 @@ def demo(
     started = time.perf_counter()
     path = Path(recipe) if recipe is not None else RECIPE
     if not path.is_file():
-        raise InputError(f"recipe: there is no {path}; run in a checkout of moezoo, or give one")
+        raise InputError(f"recipe: there is no {path}; give one that is there")
     precision = precision_here(precision)
     console.print(
         f"A sparse mixture of experts learns from {_name(source)}, in {precision} on {_machine()}.",
