@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +55,26 @@ def initialize_again(model: PreTrainedModel, module: nn.Module) -> None:
     """
     initialize: Callable[[nn.Module], None] = model._init_weights
     initialize(module)
+
+
+def render_generations(
+    messages: Sequence[dict[str, str]], tokenizer: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return a conversation as text, and the characters within its template's generation marks.
+
+    transformers 5.23: the tokenizer's own method returns the mask only of tokens that it makes
+    itself, by ids that read special tokens from messages too. Without it templates with
+    ``{% generation %}`` are read as those without.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[list(messages)],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return texts[0], [(begin, end) for begin, end in spans[0]]
 
 
 def keep_contradictions(settings: Any) -> None:

@@ -10,7 +10,8 @@
 |                       | file is one document then                                         |
 | ``hf:NAME[:CONFIG]``  | one per row of a Hugging Face dataset's train split, streamed     |
 
-Documents come in the same order every time. Empty ones are left out.
+Documents come in the same order every time. Empty ones are left out. Of rows with conversations
+(lists of messages) a document is the conversation as JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.errors import InputError
+from moezoo_models.text.conversations import conversation_of
 from moezoo_models.text.rows import field_of, read_jsonl, read_parquet
 
 STDLIB = "stdlib"
@@ -76,20 +78,26 @@ class Corpus(ABC):
         """Return a hash of the content: equal hashes mean equal documents."""
 
 
-def open_corpus(source: str, text_field: str = "text") -> Corpus:
+def open_corpus(source: str, text_field: str = "text", messages_field: str | None = None) -> Corpus:
     """Find the text that ``source`` names (see the table at the top of this module).
 
     Args:
         source: ``"stdlib"``, a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder, a glob, or
             ``"hf:NAME[:CONFIG]"``.
         text_field: field of a row that holds its text.
+        messages_field: field of a row that holds a conversation, which is read instead.
 
     Raises:
-        InputError: there is nothing there, or nothing of a known kind.
+        InputError: there is nothing there, or nothing of a known kind; or conversations are asked
+            for where there are no rows.
     """
+    messages = messages_field is not None
+    field = text_field if messages_field is None else messages_field
     if not source:
         raise InputError(f"source: it is empty; give {STDLIB!r} or a path")
     if source == STDLIB:
+        if messages:
+            raise InputError("messages_field: source code has no rows; give a .jsonl file")
         return standard_library()
     if source.startswith(HUB_PREFIX):
         name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
@@ -97,20 +105,20 @@ def open_corpus(source: str, text_field: str = "text") -> Corpus:
             raise InputError(
                 f"source: {source!r} names no dataset; write {HUB_PREFIX}NAME[:CONFIG]"
             )
-        return HubCorpus(source, name, config or None, text_field)
+        return HubCorpus(source, name, config or None, field, messages)
     path = Path(source).expanduser()
     if path.is_dir():
-        return FileCorpus(source, path, _files_below(path, SUFFIXES), text_field)
+        return FileCorpus(source, path, _files_below(path, SUFFIXES), field, messages=messages)
     if path.is_file():
         _check_suffix(path)
-        return FileCorpus(source, path.parent, [path], text_field, split=True)
+        return FileCorpus(source, path.parent, [path], field, True, messages=messages)
     if any(character in source for character in _GLOB_CHARACTERS):
         root = _literal_part(path)
         files = sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [file for file in files if file.is_file()]
         for file in files:
             _check_suffix(file)
-        return FileCorpus(source, root, files, text_field)
+        return FileCorpus(source, root, files, field, messages=messages)
     raise InputError(
         f"source: {source!r} does not exist; give {STDLIB!r}, a {', '.join(SUFFIXES)} file, "
         f"a folder or glob of those, or {HUB_PREFIX}NAME"
@@ -137,9 +145,10 @@ class FileCorpus(Corpus):
         text_field: field of a row in ``.jsonl`` and ``.parquet`` files that holds its text.
         split: whether a text file is cut into several documents.
         skip_unreadable: whether to leave out files that are not text, or not permitted to read.
+        messages: whether that field holds conversations.
 
     Raises:
-        InputError: there are no files.
+        InputError: there are no files, or no rows in one that should hold conversations.
     """
 
     def __init__(
@@ -150,11 +159,17 @@ class FileCorpus(Corpus):
         text_field: str = "text",
         split: bool = False,
         skip_unreadable: bool = False,
+        messages: bool = False,
     ) -> None:
         if not files:
             raise InputError(
                 f"source: {source!r} has no files to read ({', '.join(SUFFIXES)} are known)"
             )
+        if messages and (text := [file for file in files if file.suffix == ".txt"]):
+            raise InputError(
+                f"messages_field: {text[0]} has no rows; give .jsonl or .parquet files alone"
+            )
+        self.messages = messages
         self.source = source
         self.root = root
         self.files = files
@@ -189,9 +204,9 @@ class FileCorpus(Corpus):
     def _read(self, file: Path) -> Iterator[str]:
         try:
             if file.suffix == ".jsonl":
-                yield from read_jsonl(file, self.text_field)
+                yield from read_jsonl(file, self.text_field, self.messages)
             elif file.suffix == ".parquet":
-                yield from read_parquet(file, self.text_field)
+                yield from read_parquet(file, self.text_field, self.messages)
             elif self.split:
                 yield from _read_stretches(file)
             else:
@@ -231,16 +246,25 @@ class HubCorpus(Corpus):
         name: a dataset on the Hub, or a local dataset folder.
         config: which of its configurations.
         text_field: column that holds the text.
+        messages: whether it holds conversations instead.
 
     Raises:
         InputError: the ``datasets`` package or the dataset is missing.
     """
 
-    def __init__(self, source: str, name: str, config: str | None, text_field: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        config: str | None,
+        text_field: str,
+        messages: bool = False,
+    ) -> None:
         self.source = source
         self.name = name
         self.config = config
         self.text_field = text_field
+        self._read = conversation_of if messages else field_of
         self._datasets = _import_datasets()
         self._revision = None if Path(name).is_dir() else self._resolve_revision()
 
@@ -260,7 +284,7 @@ class HubCorpus(Corpus):
         number = 0
         while (row := self._call(lambda: next(rows, None))) is not None:
             number += 1
-            if text := field_of(row, self.text_field, f"{self.source} row {number}"):
+            if text := self._read(row, self.text_field, f"{self.source} row {number}"):
                 yield text
 
     def manifest(self) -> str:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.errors import InputError, nearest
+from moezoo_models.text.conversations import conversation_of
 
 
-def read_jsonl(file: Path, text_field: str) -> Iterator[str]:
-    """Yield the text of each row of JSON lines.
+def read_jsonl(file: Path, text_field: str, messages: bool = False) -> Iterator[str]:
+    """Yield the text of each row of JSON lines, or its conversation as JSON if ``messages``.
 
     Raises:
         InputError: names the line that cannot be read.
     """
+    read = conversation_of if messages else field_of
     with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -27,7 +29,7 @@ def read_jsonl(file: Path, text_field: str) -> Iterator[str]:
             except (ValueError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 raise InputError(f"source: {place} is not JSON to be read: {reason}") from error
-            yield field_of(row, text_field, place)
+            yield read(row, text_field, place)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -69,8 +71,8 @@ def field_of(row: Any, text_field: str, place: str) -> str:
     return text
 
 
-def read_parquet(file: Path, text_field: str) -> Iterator[str]:
-    """Yield the text of each row of a table; pages that have a checksum are compared with it.
+def read_parquet(file: Path, text_field: str, messages: bool = False) -> Iterator[str]:
+    """Yield what :func:`read_jsonl` does, of a table; pages with a checksum are compared with it.
 
     Raises:
         InputError: the table is damaged, or has no text in that column.
@@ -80,16 +82,18 @@ def read_parquet(file: Path, text_field: str) -> Iterator[str]:
         import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"source: {file} needs `pip install 'moezoo[data]'` (pyarrow)") from error
+    read = conversation_of if messages else field_of
     try:
         with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
             if text_field not in table.schema_arrow.names:
                 choices = nearest(text_field, table.schema_arrow.names)
-                raise InputError(f"text_field: {file} has no column {text_field!r}{choices}")
+                option = "messages_field" if messages else "text_field"
+                raise InputError(f"{option}: {file} has no column {text_field!r}{choices}")
             number = 0
             for batch in table.iter_batches(columns=[text_field], batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield field_of(row, text_field, f"{file} row {number}")
+                    yield read(row, text_field, f"{file} row {number}")
     except InputError:
         raise
     # Of damaged pages it raises errors of the system as well, and bare ones of its own.

@@ -22,9 +22,21 @@ from torch.utils.data import DataLoader
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
+from moezoo_train.data.mixing import DataSource
 from moezoo_train.data.prepare import prepare
 from moezoo_train.data.prepared import PreparedData
-from moezoo_train.data.windows import Batch, BatchNumbers, TokenBatches, TrainBatches, ValBatches
+from moezoo_train.data.sources import (
+    Cutting,
+    TrainingBatches,
+    check_sources,
+    describe_batch,
+    prepare_sources,
+    prepared_place,
+    source_counts,
+    train_batches,
+    val_batches,
+)
+from moezoo_train.data.windows import Batch, BatchNumbers, TokenBatches
 
 NAMED = 8
 """Windows of a batch that a message names."""
@@ -38,8 +50,9 @@ class TokenDataModule(LightningDataModule):
     """Token batches for causal language modelling.
 
     A batch is ``{"input_ids": (B, S), "labels": (B, S)}``, both int64, the labels the next tokens
-    and -100 where nothing is scored (only at the end of validation). Validation batches hold
-    different numbers of scored tokens: average over tokens, not over batches.
+    and -100 where nothing is scored: at the end of validation, and of conversations all that the
+    assistant does not say. Validation batches hold different numbers of scored tokens: average over
+    tokens, not over batches.
 
     Args:
         source: text to train on: "stdlib" (the Python standard library's own source code), a .txt,
@@ -56,7 +69,12 @@ class TokenDataModule(LightningDataModule):
         val_fraction: share of the documents that is held out for validation.
         split_seed: chooses which documents are held out.
         text_field: field of a .jsonl row, or column of a .parquet file, that holds the text.
-        max_bytes: use only about this much of the text.
+        max_bytes: use only about this much of the text, or of each of several.
+        messages_field: field of a row that holds a conversation, a list of messages with role and
+            content. It is read instead of text, written by the tokenizer's chat template, and only
+            what the assistant says is learned.
+        sources: several texts instead of one, each with path and weight; they are validated on
+            one behind the other. They need a tokenizer.
 
     Attributes:
         vocab_size: number of token ids, known from the beginning.
@@ -80,8 +98,22 @@ class TokenDataModule(LightningDataModule):
         split_seed: int = 0,
         text_field: str = "text",
         max_bytes: int | None = None,
+        messages_field: str | None = None,
+        sources: list[DataSource] | None = None,
     ) -> None:
         super().__init__()
+        if sources is not None:
+            check_sources(sources)
+            if source not in (None, "stdlib"):
+                raise InputError("sources: there is a source too; give one of the two")
+            if messages_field is not None or text_field != "text":
+                raise InputError(
+                    "sources: each has its own text_field and messages_field; give them there"
+                )
+            if tokenizer is None:
+                raise InputError("tokenizer: several sources need one that is there; name it")
+        self.sources = sources
+        self.messages_field = messages_field
         self.source = source
         self.data_dir = data_dir
         self.tokenizer_name = tokenizer
@@ -95,9 +127,10 @@ class TokenDataModule(LightningDataModule):
         self.max_bytes = max_bytes
         self._prepared: PreparedData | None = None
         self._tokenizer: Tokenizer | None = None
-        self._train_batches: TrainBatches | None = None
+        self._all_prepared: list[PreparedData] | None = None
+        self._train_batches: TrainingBatches | None = None
         self._order_before: dict[str, Any] | None = None
-        if source is None:
+        if source is None and sources is None:
             self.vocab_size = self.prepared.vocab_size
         elif tokenizer is not None:
             self.vocab_size = load_tokenizer(tokenizer).vocab_size
@@ -106,15 +139,30 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def prepared(self) -> PreparedData:
-        """The tokens on disk."""
+        """The tokens on disk; of several sources, those of the first."""
+        if self.sources is not None:
+            return self.all_prepared[0]
         if self._prepared is None:
             self._prepared = PreparedData.load(self.data_dir)
         return self._prepared
 
     @property
+    def all_prepared(self) -> list[PreparedData]:
+        """The tokens of each source."""
+        if self.sources is None:
+            return [self.prepared]
+        if self._all_prepared is None:
+            self._all_prepared = [
+                PreparedData.load(prepared_place(self.data_dir, source, number))
+                for number, source in enumerate(self.sources)
+            ]
+        return self._all_prepared
+
+    @property
     def bytes_per_token(self) -> float:
         """Validation bytes per validation token: bits per byte = nats / (ln 2 · this)."""
-        return self.prepared.bytes_per_token
+        splits = [prepared.val for prepared in self.all_prepared]
+        return sum(s.bytes for s in splits) / sum(s.scored or s.tokens for s in splits)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -124,13 +172,25 @@ class TokenDataModule(LightningDataModule):
         return self._tokenizer
 
     def token_counts(self) -> Tensor:
-        """Count each token of the training split: ``(vocab_size,)`` int64."""
-        counts = torch.from_numpy(self.prepared.token_counts("train"))
+        """Count each token of the training split, of all sources: ``(vocab_size,)`` int64."""
+        found = [torch.from_numpy(each.token_counts("train")) for each in self.all_prepared]
+        counts = torch.stack(found).sum(0)
         return F.pad(counts, (0, self.vocab_size - len(counts)))
 
     def prepare_data(self) -> None:
         """Make the tokens if they are missing or out of date; Lightning calls it in one process."""
-        if self.source is None:
+        if self.sources is not None:
+            assert self.tokenizer_name is not None
+            prepare_sources(
+                self.sources,
+                self.data_dir,
+                self.tokenizer_name,
+                val_fraction=self.val_fraction,
+                seed=self.split_seed,
+                max_bytes=self.max_bytes,
+            )
+            self._all_prepared = self._tokenizer = None
+        elif self.source is None:
             self.prepared.check_sums()
         else:
             try:
@@ -143,6 +203,7 @@ class TokenDataModule(LightningDataModule):
                     text_field=self.text_field,
                     seed=self.split_seed,
                     max_bytes=self.max_bytes,
+                    messages_field=self.messages_field,
                 )
             except InputError as error:
                 field, _, problem = str(error).partition(": ")
@@ -153,24 +214,22 @@ class TokenDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Check that the tokens are there and fit the vocabulary."""
-        if self.prepared.vocab_size > self.vocab_size:
+        for prepared in self.all_prepared:
+            if prepared.vocab_size > self.vocab_size:
+                raise InputError(
+                    f"vocab_size: the tokens in {prepared.directory} have {prepared.vocab_size} "
+                    f"ids, but the vocabulary is {self.vocab_size}; prepare them again"
+                )
+        if self.source is None and self.messages_field is not None and not self.prepared.chat:
             raise InputError(
-                f"vocab_size: the tokens in {self.data_dir} have {self.prepared.vocab_size} ids, "
-                f"but the vocabulary is {self.vocab_size}; prepare them again"
+                f"messages_field: the tokens in {self.data_dir} are of text; prepare them with it"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this process's training batches; its length is one epoch."""
-        world_size, rank = self._data_parallel()
-        self._train_batches = batches = TrainBatches(
-            self.prepared.tokens("train"),
-            self.sequence_length,
-            self.batch_size,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            vocab_size=self.vocab_size,
-        )
+        weights = [source.weight for source in self.sources or []]
+        batches = train_batches(self.all_prepared, weights, self._cutting())
+        self._train_batches = batches
         self._warn_of_another_order()
         return _ResumableLoader(batches, self._batches_processed, self.num_workers)
 
@@ -182,22 +241,16 @@ class TokenDataModule(LightningDataModule):
         """
         assert self._train_batches is not None
         number = self._batches_processed() - back
-        starts = self._train_batches.starts(number).tolist()
-        shown = ", ".join(map(str, starts[:NAMED])) + (", …" if len(starts) > NAMED else "")
-        file = self.prepared.file("train")
-        return f"batch {number + 1}, whose windows begin at tokens {shown} of {file}"
+        return describe_batch(self.all_prepared, self._train_batches, number, NAMED)
+
+    def source_counts(self) -> list[dict[str, Any]]:
+        """Return how much was trained on of each of several sources: path, windows, tokens, ..."""
+        processed = self._batches_processed()
+        return source_counts(self.sources or [], self._train_batches, processed)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this process's validation batches."""
-        world_size, rank = self._data_parallel()
-        batches = ValBatches(
-            self.prepared.tokens("val"),
-            self.sequence_length,
-            self.batch_size,
-            rank=rank,
-            world_size=world_size,
-            vocab_size=self.vocab_size,
-        )
+        batches = val_batches(self.all_prepared, self._cutting())
         return _loader(batches, BatchNumbers(batches), self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -213,8 +266,11 @@ class TokenDataModule(LightningDataModule):
         self._order_before = state_dict["order"]
 
     def _order(self) -> dict[str, Any]:
+        inputs = [prepared.inputs for prepared in self.all_prepared]
+        several = {} if self.sources is None else {"weights": [s.weight for s in self.sources]}
         return {
-            "tokens": self.prepared.inputs,
+            "tokens": inputs[0] if self.sources is None else inputs,
+            **several,
             "sequence_length": self.sequence_length,
             "batch_size": self.batch_size,
             "processes": self._data_parallel()[0],
@@ -231,6 +287,11 @@ class TokenDataModule(LightningDataModule):
                 f"data: resumed with other {', '.join(changed)} than in the checkpoint, so the "
                 "batches are not those of the uninterrupted run"
             )
+
+    def _cutting(self) -> Cutting:
+        processes = self._data_parallel()
+        sizes = (self.sequence_length, self.batch_size, self.seed, self.vocab_size)
+        return Cutting(*sizes, *processes)
 
     def _data_parallel(self) -> tuple[int, int]:
         """Return the number of processes with different data, and which of them this is."""

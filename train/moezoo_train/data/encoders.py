@@ -46,10 +46,14 @@ class Encoded:
     Attributes:
         tokens: ``(tokens,)``, in the type that they are stored in.
         lengths: number of ids of each document, ``(documents,)`` int64.
+        marks: of conversations, what each token is: ``(tokens,)`` uint8.
+        bytes: of conversations, the length of the text that is scored, for each document.
     """
 
     tokens: NDArray[Any]
     lengths: NDArray[np.int64]
+    marks: NDArray[np.uint8] | None = None
+    bytes: Sequence[int] | None = None
 
 
 class _Piece(NamedTuple):

@@ -25,8 +25,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -34,16 +32,18 @@ from moezoo.errors import InputError, check_int, check_number, going_on
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import writing
 from moezoo_models.cores import available_cores
-from moezoo_models.files.checksums import crc_of_file
+from moezoo_models.text.chat import ChatTemplate
 from moezoo_models.text.corpus import Corpus, open_corpus
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
+from moezoo_train.data.assemble import assemble
+from moezoo_train.data.assemble import split_threshold as split_threshold
+from moezoo_train.data.chat_encoders import ChatEncoders
 from moezoo_train.data.encoders import Encoders, EncodingError
 from moezoo_train.data.prepared import (
     FORMAT,
     META_FILE,
     TOKENIZER_FOLDER,
     PreparedData,
-    Split,
     SplitName,
     check_place,
     hash_folder,
@@ -69,6 +69,7 @@ def prepare(
     seed: int = 0,
     max_bytes: int | None = None,
     workers: int | None = None,
+    messages_field: str | None = None,
 ) -> PreparedData:
     """Tokenize a corpus for training; do nothing if that has been done already.
 
@@ -86,6 +87,9 @@ def prepare(
         max_bytes: stop behind the document with which the text reaches this many bytes.
         workers: threads that encode; default: the cores that this process may use. The tokens are
             the same with any number. A tokenizer written in Python encodes on one.
+        messages_field: field of a row that holds a conversation, a list of messages with role and
+            content. It is read instead of text, written by the chat template of the tokenizer,
+            and only what the assistant says is learned.
 
     Raises:
         InputError: the source, a setting or the tokenizer is invalid, or the output cannot be
@@ -93,7 +97,7 @@ def prepare(
     """
     _check_settings(vocab_size, val_fraction, seed, max_bytes)
     threads = available_cores() if workers is None else check_int("workers", workers, maximum=1024)
-    corpus = open_corpus(source, text_field)
+    corpus = open_corpus(source, text_field, messages_field)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     inputs = {
         "format": FORMAT,
@@ -105,6 +109,13 @@ def prepare(
         "seed": seed,
         "max_bytes": max_bytes,
     }
+    if messages_field is not None:
+        if given is None:
+            raise InputError(
+                "messages_field: conversations need a chat template; give the tokenizer of an "
+                "instruct model (--tokenizer)"
+            )
+        inputs |= {"messages_field": messages_field, "chat_template": ChatTemplate(given).source}
     output = Path(output)
     check_place(output)
     if (ready := _reusable(output, inputs)) is not None:
@@ -119,30 +130,6 @@ def prepare(
         output.mkdir(exist_ok=True)
         _explain_renewal(output, inputs)
         return _Preparation(corpus, output, inputs, given, threads).run()
-
-
-def split_threshold(keys: NDArray[np.uint64], val_fraction: float) -> np.uint64:
-    """Return the key up to which documents are held out.
-
-    A document's key is a hash of its text and the seed; the smallest ``val_fraction`` of the keys,
-    at least one, are held out. Equal documents have equal keys and so never end up on both sides.
-
-    Raises:
-        InputError: one of the two splits would be empty.
-    """
-    count = max(1, round(val_fraction * len(keys)))
-    if len(np.unique(keys)) < 2:
-        raise InputError(
-            "source: training and validation need at least two different documents; "
-            f"this has {len(keys)}"
-        )
-    threshold = np.partition(keys, count - 1)[count - 1]
-    if threshold == keys.max():
-        raise InputError(
-            f"val_fraction: {val_fraction} of {len(keys)} documents leaves none to train on; "
-            "lower it"
-        )
-    return np.uint64(threshold)
 
 
 class _Preparation:
@@ -162,6 +149,7 @@ class _Preparation:
         self.given = tokenizer
         self.workers = workers
         self.work = output / _PARTIAL
+        self.chat = "messages_field" in inputs
 
     def run(self) -> PreparedData:
         self._open_work()
@@ -220,24 +208,25 @@ class _Preparation:
         """Write the shards that are still missing; return all of them."""
         dtype = token_dtype(tokenizer.vocab_size)
         shards: list[Shard] = []
-        while (shard := Shard(self.work, len(shards), dtype)).complete():
+        while (shard := Shard(self.work, len(shards), dtype, self.chat)).complete():
             shards.append(shard)
         done = [shard.documents() for shard in shards]
         skip = sum(len(documents) for documents in done)
         if skip:
             _say(f"going on behind document {skip:,}")
         total = self.inputs["max_bytes"] or self.corpus.total_bytes
+        kind = ChatEncoders if self.chat else Encoders
         texts = batches(islice(self._documents(), skip, None), SHARD_BYTES)
         with (
             _progress_bar() as bar,
             self._naming(skip),
-            Encoders(tokenizer, self.workers) as encoders,
+            kind(tokenizer, self.workers) as encoders,
         ):
             task = bar.add_task("tokenizing", total=total)
             bar.advance(task, float(sum(documents["bytes"].sum() for documents in done)))
             for batch, encoded in encoders.run(texts, _AHEAD):
-                shard = Shard(self.work, len(shards), dtype)
-                described = self._describe(batch)
+                shard = Shard(self.work, len(shards), dtype, self.chat)
+                described = self._describe(batch, encoded.bytes)
                 shard.write(encoded, described)
                 shards.append(shard)
                 bar.advance(task, sum(size for size, _ in described))
@@ -257,36 +246,25 @@ class _Preparation:
                 "give another tokenizer"
             ) from error
 
-    def _describe(self, batch: Sequence[str]) -> list[tuple[int, int]]:
-        """Return each document's length in bytes and key for the split."""
+    def _describe(self, batch: Sequence[str], sizes: Sequence[int] | None) -> list[tuple[int, int]]:
+        """Return each document's length in bytes (or what is given) and key for the split."""
         seed = int(self.inputs["seed"]).to_bytes(8, "little")
         described = []
-        for text in batch:
+        for number, text in enumerate(batch):
             data = text.encode()
             key = blake2b(data, digest_size=8, key=seed).digest()
-            described.append((len(data), int.from_bytes(key, "little")))
+            size = len(data) if sizes is None else sizes[number]
+            described.append((size, int.from_bytes(key, "little")))
         return described
 
     def _assemble(self, vocab_size: int, shards: Sequence[Shard]) -> PreparedData:
         """Copy the shards into one file per split."""
-        described = [shard.documents() for shard in shards]
-        everything = np.concatenate(described)
-        threshold = split_threshold(everything["key"], self.inputs["val_fraction"])
-        held_out = everything["key"] <= threshold
-        with (
-            (self.work / "train.bin").open("wb") as train,
-            (self.work / "val.bin").open("wb") as val,
-        ):
-            for shard, documents in zip(shards, described, strict=True):
-                tokens = shard.tokens()
-                in_val = np.repeat(documents["key"] <= threshold, documents["tokens"])
-                train.write(tokens[~in_val].tobytes())
-                val.write(tokens[in_val].tobytes())
+        train, val = assemble(self.work, shards, self.inputs["val_fraction"])
         return PreparedData(
             directory=self.output,
             vocab_size=vocab_size,
-            train=_measure(everything[~held_out], self.work / "train.bin"),
-            val=_measure(everything[held_out], self.work / "val.bin"),
+            train=train,
+            val=val,
             inputs=self.inputs,
             tokenizer_hash=hash_folder(self.work / TOKENIZER_FOLDER),
         )
@@ -300,6 +278,9 @@ class _Preparation:
         names: tuple[SplitName, ...] = ("train", "val")
         for name in names:
             os.replace(self.work / f"{name}.bin", prepared.file(name))
+            prepared.marks_file(name).unlink(missing_ok=True)
+            if prepared.chat:
+                os.replace(self.work / f"{name}.marks", prepared.marks_file(name))
         prepared.write_meta(self.work / META_FILE)
         os.replace(self.work / META_FILE, self.output / META_FILE)
         shutil.rmtree(self.work)
@@ -359,15 +340,6 @@ def _explain_renewal(output: Path, inputs: dict[str, Any]) -> None:
         return
     changed = [name for name in inputs if before.get(name) != inputs[name]]
     _say(f"preparing {output} again, as this changed: {', '.join(changed)}")
-
-
-def _measure(documents: NDArray[Any], tokens: Path) -> Split:
-    return Split(
-        documents=len(documents),
-        tokens=int(documents["tokens"].sum()),
-        bytes=int(documents["bytes"].sum()),
-        crc32=crc_of_file(tokens),
-    )
 
 
 @contextmanager

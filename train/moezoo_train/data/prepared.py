@@ -4,6 +4,10 @@
 needs it, document after document, each closed by the end-of-text token (and opened by the
 beginning-of-text token of a tokenizer that has a separate one). ``tokenizer/`` holds the tokenizer
 and ``meta.json`` the counts and what everything was made from.
+
+Conversations stand there as their chat template writes them, with nothing between them. Beside
+them ``train.marks`` and ``val.marks`` hold one byte for each token: 1 where it is to be predicted,
+2 where a conversation begins.
 """
 
 from __future__ import annotations
@@ -26,6 +30,10 @@ SplitName = Literal["train", "val"]
 FORMAT = 2
 META_FILE = "meta.json"
 TOKENIZER_FOLDER = "tokenizer"
+SCORED = 1
+"""Mark of a token that the assistant says."""
+OPENS = 2
+"""Mark of the first token of a conversation."""
 _SUM = "crc32"
 _COUNTED_AT_ONCE = 1 << 22
 
@@ -37,14 +45,18 @@ class Split:
     Attributes:
         documents: number of documents.
         tokens: number of token ids, document boundaries included.
-        bytes: length of the text in UTF-8.
+        bytes: length of the text in UTF-8; of conversations, of what is scored.
         crc32: checksum of the file of token ids.
+        scored: of conversations, number of tokens that the assistant says.
+        marks_crc32: of conversations, checksum of the file of marks.
     """
 
     documents: int
     tokens: int
     bytes: int
     crc32: int
+    scored: int | None = None
+    marks_crc32: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,11 @@ class PreparedData:
             expected = prepared.split(name).tokens * prepared.dtype.itemsize
             if not file.is_file() or file.stat().st_size != expected:
                 raise InputError(f"data_dir: {file} is missing or truncated; {advice}")
+            marks = prepared.marks_file(name)
+            if prepared.chat and not (
+                marks.is_file() and marks.stat().st_size == prepared.split(name).tokens
+            ):
+                raise InputError(f"data_dir: {marks} is missing or truncated; {advice}")
         if hash_folder(prepared.tokenizer_directory) != prepared.tokenizer_hash:
             raise InputError(
                 f"data_dir: {prepared.tokenizer_directory} is not the tokenizer of these tokens; "
@@ -124,16 +141,22 @@ class PreparedData:
         """
         names: tuple[SplitName, ...] = ("train", "val")
         for name in names:
-            if crc_of_file(self.file(name)) != self.split(name).crc32:
-                raise InputError(
-                    f"data_dir: {self.file(name)} is damaged: its checksum is wrong; run `moezoo "
-                    f"prepare --output {self.directory}`"
-                )
+            sums = {self.file(name): self.split(name).crc32}
+            if (of_marks := self.split(name).marks_crc32) is not None:
+                sums[self.marks_file(name)] = of_marks
+            for file, expected in sums.items():
+                if crc_of_file(file) != expected:
+                    raise InputError(
+                        f"data_dir: {file} is damaged: its checksum is wrong; run `moezoo "
+                        f"prepare --output {self.directory}`"
+                    )
 
     def write_meta(self, file: Path) -> None:
         """Write ``meta.json``."""
         meta = asdict(self)
         del meta["directory"]
+        for name in ("train", "val"):
+            meta[name] = {key: value for key, value in meta[name].items() if value is not None}
         meta[_SUM] = _sum(meta)
         file.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
 
@@ -150,7 +173,12 @@ class PreparedData:
     @property
     def bytes_per_token(self) -> float:
         """Validation bytes per validation token, which turns nats per token into bits per byte."""
-        return self.val.bytes / self.val.tokens
+        return self.val.bytes / (self.val.scored or self.val.tokens)
+
+    @property
+    def chat(self) -> bool:
+        """Whether these are conversations, of which only what the assistant says is scored."""
+        return self.train.scored is not None and self.val.scored is not None
 
     def split(self, name: SplitName) -> Split:
         """Return the size of a split."""
@@ -159,6 +187,14 @@ class PreparedData:
     def file(self, name: SplitName) -> Path:
         """Return where the tokens of a split are."""
         return self.directory / f"{name}.bin"
+
+    def marks_file(self, name: SplitName) -> Path:
+        """Return where the marks of a split's tokens are, if these are conversations."""
+        return self.directory / f"{name}.marks"
+
+    def marks(self, name: SplitName) -> NDArray[np.uint8]:
+        """Map the marks of a split's tokens, shape (tokens,), into memory."""
+        return np.memmap(self.marks_file(name), dtype=np.uint8, mode="r")
 
     def tokens(self, name: SplitName) -> NDArray[np.unsignedinteger[Any]]:
         """Map the tokens of a split, shape (tokens,), into memory."""
@@ -200,7 +236,7 @@ def check_place(directory: Path) -> None:
     Raises:
         InputError: names the folder.
     """
-    for name in (META_FILE, "train.bin", "val.bin"):
+    for name in (META_FILE, "train.bin", "val.bin", "train.marks", "val.marks"):
         if (directory / name).is_dir():
             raise InputError(f"output: {directory / name} is a folder; remove it")
 

@@ -23,9 +23,14 @@ class Shard:
         folder: where shards are.
         number: its place in the corpus.
         dtype: type of the stored ids.
+        marked: whether each token has a mark beside its id.
     """
 
-    def __init__(self, folder: Path, number: int, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, folder: Path, number: int, dtype: np.dtype[Any], marked: bool = False
+    ) -> None:
+        self.marked = marked
+        self._marks_file = folder / f"shard-{number:06d}.marks"
         self._token_file = folder / f"shard-{number:06d}.bin"
         self._index_file = folder / f"shard-{number:06d}.index"
         self._dtype = dtype
@@ -36,8 +41,12 @@ class Shard:
             return False
         if self._index_file.stat().st_size % _DOCUMENT.itemsize:
             return False
-        size = self._token_file.stat().st_size
-        return size == int(self.documents()["tokens"].sum()) * self._dtype.itemsize
+        tokens = int(self.documents()["tokens"].sum())
+        if self.marked and not self._marks_file.is_file():
+            return False
+        if self.marked and self._marks_file.stat().st_size != tokens:
+            return False
+        return self._token_file.stat().st_size == tokens * self._dtype.itemsize
 
     def documents(self) -> NDArray[Any]:
         """Return tokens, bytes and key of each document, as a structured array."""
@@ -47,13 +56,20 @@ class Shard:
         """Return the ids of all documents, shape (tokens,)."""
         return np.frombuffer(self._token_file.read_bytes(), dtype=self._dtype)
 
+    def marks(self) -> NDArray[np.uint8]:
+        """Return the marks of all tokens, shape (tokens,)."""
+        return np.frombuffer(self._marks_file.read_bytes(), dtype=np.uint8)
+
     def write(self, encoded: Encoded, described: list[tuple[int, int]]) -> None:
         """Write encoded documents, with the length in bytes and the key of each."""
         index = np.zeros(len(described), _DOCUMENT)
         index["tokens"] = encoded.lengths
         index["bytes"] = [size for size, _ in described]
         index["key"] = np.array([key for _, key in described], np.uint64)
-        for path, content in ((self._token_file, encoded.tokens), (self._index_file, index)):
+        contents = [(self._token_file, encoded.tokens), (self._index_file, index)]
+        if encoded.marks is not None:
+            contents.insert(0, (self._marks_file, encoded.marks))
+        for path, content in contents:
             with atomic_write(path) as file:
                 file.write(content.tobytes())
 

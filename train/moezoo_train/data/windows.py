@@ -25,6 +25,8 @@ IGNORE_INDEX = -100
 """Label of a position that is not scored."""
 
 Batch = dict[str, Tensor]
+_MAPPED = {"tokens", "marks"}
+"""Attributes that may be mapped files."""
 
 
 class TokenBatches(Dataset[Batch]):
@@ -67,17 +69,19 @@ class TokenBatches(Dataset[Batch]):
         """Return ``{"input_ids": (B, S), "labels": (B, S)}``, int64; labels are next tokens."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Send a worker process the name of a mapped file, not its content."""
+        """Send a worker process the names of mapped files, not their content."""
         state = self.__dict__.copy()
-        if isinstance(self.tokens, np.memmap):
-            state["tokens"] = (self.tokens.filename, self.tokens.dtype)
+        for name in _MAPPED & set(state):
+            if isinstance(array := state[name], np.memmap):
+                state[name] = (array.filename, array.dtype)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.tokens, tuple):
-            filename, dtype = self.tokens
-            self.tokens = np.memmap(filename, dtype=dtype, mode="r")
+        for name in _MAPPED & set(state):
+            if isinstance(state[name], tuple):
+                filename, dtype = state[name]
+                setattr(self, name, np.memmap(filename, dtype=dtype, mode="r"))
 
     def _share(self, index: int) -> slice:
         """Return which of the windows in order are this process's ``index``-th batch."""
@@ -162,14 +166,20 @@ class TrainBatches(TokenBatches):
     def _shuffle(self, epoch: int) -> tuple[int, NDArray[Any]]:
         """Return the offset and the order of the windows, kept for the epoch they belong to."""
         if self._epoch is None or self._epoch[0] != epoch:
-            digest = blake2b(f"{self.seed} {epoch}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+            generator = generator_of(self.seed, epoch)
             spare = len(self.tokens) - 1 - self.num_windows * self.sequence_length
             offsets = min(self.sequence_length, spare + 1)
             offset = int(torch.randint(offsets, (), generator=generator))
             order = torch.randperm(self.num_windows, generator=generator).numpy()
             self._epoch = (epoch, offset, order)
         return self._epoch[1:]
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """Return a generator of random numbers that are a function of some integers."""
+    text = " ".join(map(str, numbers))
+    digest = blake2b(text.encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 class ValBatches(TokenBatches):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,8 @@ class Report:
         skipped_steps: steps whose loss or gradient was not finite, or leapt.
         expert_load: of each layer that routes, over the last logged steps.
         environment: machine and versions.
+        sources: of several texts, what was trained on of each: path, weight, windows, tokens, and
+            how often that goes through it (epochs).
     """
 
     steps: int
@@ -67,6 +69,7 @@ class Report:
     skipped_steps: int
     expert_load: list[ExpertLoad]
     environment: dict[str, Any]
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_report(
@@ -140,11 +143,17 @@ def collect(trainer: Trainer, module: Measured, rows: list[dict[str, str]]) -> R
         skipped_steps=module.guard.skipped,
         expert_load=metrics.expert_load,
         environment=_environment(trainer),
+        sources=_source_counts(trainer),
     )
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _source_counts(trainer: Trainer) -> list[dict[str, Any]]:
+    counts = getattr(getattr(trainer, "datamodule", None), "source_counts", None)
+    return [] if counts is None else counts()
 
 
 def _environment(trainer: Trainer) -> dict[str, Any]:
@@ -179,6 +188,9 @@ def table(report: Report, title: str) -> Table:
     ]
     if report.skipped_steps:
         rows.append(("skipped steps", f"{report.skipped_steps:,}"))
+    for source in report.sources:
+        counts = f"{source['tokens']:,} tokens, {source['epochs']:.2f} epochs"
+        rows.append((f"of {source['path']}", counts))
     for load in report.expert_load:
         rows.append((f"experts of layer {load.layer}", _describe(load)))
     for row in rows:

@@ -71,7 +71,8 @@ def check_evaluation(
     """
     check_length(module.model, data.sequence_length)
     check_strategy(trainer.strategy, module, fitting)
-    if module.initialize_from is not None and data.source is not None and data.tokenizer_name:
+    text = data.source is not None or data.sources is not None
+    if module.initialize_from is not None and text and data.tokenizer_name:
         check_tokenizer(module.initialize_from, load_tokenizer(data.tokenizer_name))
     if checkpoint is not None and "://" not in checkpoint:
         _check_checkpoint(Path(checkpoint), module, fitting)

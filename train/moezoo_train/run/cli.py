@@ -243,7 +243,8 @@ class MoezooCLI(HookedCLI):
         check_text("sample_prompt", config["sample_prompt"])
         _check_validation_interval(config["trainer"])
         data = config["data"]
-        if data["source"] is not None and data["tokenizer"] is None:
+        text = data["source"] is not None or data["sources"] is not None
+        if text and data["tokenizer"] is None:
             data["tokenizer"] = default_tokenizer(config["model"]["initialize_from"])
         output = Path(config["output"])
         if self._writes and config["ckpt_path"] is None and is_first():
