@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import InputError, check_int, check_number, check_text
+from moezoo_models.chatting import Chat, OnText, talk
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.decoding.griffin import check_decoded
 from moezoo_models.decoding.loop import continue_ids
@@ -48,8 +49,10 @@ def generate(
     tokenizer: str | Path | None = None,
     dtype: str = "auto",
     griffin: float | None = None,
+    chat: bool = False,
+    system: str = "",
 ) -> str:
-    """Continue a prompt with a checkpoint's model.
+    """Continue a prompt with a checkpoint's model, or answer it.
 
     The same checkpoint, prompt, options and seed give the same text on the same machine.
 
@@ -71,9 +74,12 @@ def generate(
             that is slow in that.
         griffin: share of each dense block's neurons that go on after the prompt: those that it
             used most (GRIFFIN, arXiv:2404.01365); default: all of them.
+        chat: answer the prompt as the tokenizer's chat template has it, or, without a prompt, line
+            after line of the standard input, each knowing those before.
+        system: with chat, what the model is told beforehand; default: what the template says.
 
     Returns:
-        The prompt and its continuation.
+        The prompt and its continuation; with chat the last answer.
 
     Raises:
         InputError: the checkpoint cannot be loaded, or an option is out of range.
@@ -82,10 +88,21 @@ def generate(
     if max_new_tokens is not None:
         check_int("max_new_tokens", max_new_tokens)
     check_text("prompt", prompt)
+    if system and not chat:
+        raise InputError("system: only conversations have one; add --chat")
     place = pick_device(device)
     model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention, dtype)
+    if chat:
+
+        def answer(prompt: Sequence[int], ends: Sequence[int], on_text: OnText | None) -> str:
+            ids, count = _start(model, prompt, max_new_tokens)
+            config = generation_config(model, words, count, temperature, top_k, top_p)
+            config.eos_token_id = sorted({*config.eos_token_id, *ends})
+            return _continue(model, words, ids, config, seed, on_text, griffin)
+
+        return talk(Chat(answer, words, system), prompt, stream)
     # Options that do not fit this model are refused before the prompt is printed.
-    ids, count = _start(model, words, prompt, max_new_tokens)
+    ids, count = _start(model, prompt_ids(words, prompt), max_new_tokens)
     if griffin is not None:
         check_decoded(model, griffin, ids.shape[1], count)
 
@@ -146,8 +163,21 @@ def continue_text(
         InputError: an option is out of range, or the tokenizer is not the model's.
     """
     check_sampling(temperature, top_k, top_p, seed)
-    ids, count = _start(model, tokenizer, prompt, max_new_tokens)
+    ids, count = _start(model, prompt_ids(tokenizer, check_text("prompt", prompt)), max_new_tokens)
     config = generation_config(model, tokenizer, count, float(temperature), top_k, float(top_p))
+    return _continue(model, tokenizer, ids, config, seed, on_text, griffin)
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    ids: Tensor,
+    config: GenerationConfig,
+    seed: int,
+    on_text: OnText | None,
+    griffin: float | None,
+) -> str:
+    """Return the text that follows ids, ``(1, length)``."""
     pieces: list[str] = []
 
     def collect(piece: str) -> None:
@@ -271,16 +301,13 @@ def check_sampling(temperature: float, top_k: int, top_p: float, seed: int = 0) 
     check_int("seed", seed, minimum=0, maximum=_LARGEST_SEED)
 
 
-def _start(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, wanted: int | None
-) -> tuple[Tensor, int]:
+def _start(model: PreTrainedModel, prompt: Sequence[int], wanted: int | None) -> tuple[Tensor, int]:
     """Return a prompt's ids, ``(1, length)``, and how many are to be added to them.
 
     Raises:
-        InputError: the prompt is no text, or it or what is wanted does not fit the model, or the
-            memory that is free.
+        InputError: the prompt or what is wanted does not fit the model, or the memory that is free.
     """
-    ids = torch.tensor([prompt_ids(tokenizer, check_text("prompt", prompt))])
+    ids = torch.tensor([list(prompt)])
     count = new_tokens(model, ids.shape[1], wanted)
     check_token_ids(ids, model.config.vocab_size)
     _check_memory(model, ids.shape[1], count)

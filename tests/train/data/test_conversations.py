@@ -152,7 +152,7 @@ class TestPrepare:
         if damage != "missing":
             other = bytes([content[0] ^ 1]) + content[1:]
             file.write_bytes(other if damage == "flipped" else content[1:])
-        with pytest.raises(InputError, match="val.marks is"):
+        with pytest.raises(InputError, match=r"val\.marks is"):
             PreparedData.load(tmp_path / "data").check_sums()
 
     @pytest.mark.parametrize(
