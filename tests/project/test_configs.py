@@ -20,6 +20,7 @@ from moezoo_train.run.module import LanguageModel
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FINETUNE = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
 SPARSE = {method.name: method for method in moezoo.zoo() if method.layer is moezoo.SparseMoE}
 REFERENCE = ROOT / "configs" / "reference.yaml"
 
@@ -55,6 +56,13 @@ def test_recipe_parses_and_builds(path):
     assert options.data.sequence_length <= options.model.max_length
     if path != REFERENCE:
         assert options.output == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
+def test_recipe_of_finetuning_parses(path):
+    options = parse_file(path)
+    assert options.model.initialize_from is not None
+    assert options.output == f"runs/{path.stem}"
 
 
 def test_every_sparse_method_has_a_recipe_of_its_name():
