@@ -159,8 +159,9 @@ def workshop(tmp_path_factory) -> Path:
             assert run(shlex.split(line)) == 0
     real = folder / "runs" / "real"  # what docs/real_models/inputs.py writes there, but small
     shutil.copytree(folder / "path" / "to" / "llama", real / "smollm2")
-    for number, name in enumerate(("reference.txt", "email.txt")):
-        shutil.copy(texts / f"{number}.txt", real / name)
+    shutil.copy(texts / "0.txt", real / "email.txt")
+    every = "\n".join(file.read_text() for file in sorted(texts.iterdir()))
+    (real / "reference.txt").write_text(every)
     prompts = [{"positive": [f"def f{n}(a, b):"]} for n in range(3)]
     (folder / "prompts.yaml").write_text(yaml.safe_dump({"experts": prompts}))
     for name in ("code", "prose"):
