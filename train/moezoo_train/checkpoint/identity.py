@@ -32,6 +32,7 @@ _OWN_NAMES = {
     "num_key_value_heads": "num_kv_heads",
     "max_position_embeddings": "max_length",
     "tie_word_embeddings": "tie_embeddings",
+    "rms_norm_eps": "norm_eps",
 }
 
 

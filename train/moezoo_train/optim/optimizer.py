@@ -8,7 +8,7 @@ has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, overload
 
@@ -82,6 +82,16 @@ class OptimizerConfig:
         kind = torch.device(device).type
         chosen = dtype_speed.muon_dtype(kind) if self.name == "muon" else "bfloat16"
         return replace(self, muon_dtype=cast(Literal["bfloat16", "float32"], chosen))
+
+    def as_begun(self, saved: Mapping[str, Any]) -> OptimizerConfig:
+        """Return the same configuration, with what ``auto`` stood for when a run began.
+
+        Args:
+            saved: the optimizer as its checkpoint describes it.
+        """
+        if self.muon_dtype != "auto":
+            return self
+        return replace(self, muon_dtype=saved.get("muon_dtype", "bfloat16"))
 
     def here(self) -> OptimizerConfig:
         """Return what :meth:`on` does for the device that comparisons train on."""

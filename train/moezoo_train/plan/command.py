@@ -25,6 +25,7 @@ from moezoo_train.plan.setup import Setup, precision
 from moezoo_train.run.cli import TRAINER_DEFAULTS, MoezooCLI, Parser
 from moezoo_train.run.module import LanguageModel
 from moezoo_train.run.precision import RunTrainer
+from moezoo_train.run.presets import describe_preset
 
 _DESCRIPTION = "Plan a training run: memory, traffic and bounds on time, by formula."
 _OPTIONS: dict[str, tuple[Any, Any, str]] = {
@@ -129,6 +130,8 @@ class PlanCLI(MoezooCLI):
                 "trainer.accumulate_grad_batches", options["trainer"]["accumulate_grad_batches"]
             ),
         )
+        if said := describe_preset(self.config["fit"]["model"], self.model.model.config):
+            print(said, file=sys.stderr)
         plan(setup, Options(**{name: options[name] for name in _OPTIONS}))
 
 

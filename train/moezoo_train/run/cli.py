@@ -47,6 +47,7 @@ from moezoo_train.run.beforehand import check_evaluation, check_run
 from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.run.module import LanguageModel
 from moezoo_train.run.precision import RunTrainer, resolve
+from moezoo_train.run.presets import describe_preset, with_preset
 from moezoo_train.run.refusals import batch_counts, check_trainer, is_refusal, reword
 from moezoo_train.run.run_directory import (
     check_directory,
@@ -116,8 +117,9 @@ class Parser(ClearErrors, LightningArgumentParser):
     """Lightning's parser, with mistakes as one clear line."""
 
     def arranged(self, words: Sequence[str]) -> list[str]:
-        """Return the words in order, with the names of recipes and methods written out."""
-        return with_method_words(super().arranged(with_recipes(words)), "model.ffn")
+        """Return the words in order, with names of recipes, presets and methods written out."""
+        arranged = with_preset(super().arranged(with_recipes(words)))
+        return with_method_words(arranged, "model.ffn")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -315,6 +317,9 @@ class MoezooCLI(HookedCLI):
         """Refuse what preparing the text would not make right."""
         check_run(self.trainer, self.model, self.datamodule, self.config["fit"]["ckpt_path"])
         self._say_precision()
+        said = describe_preset(self.config["fit"]["model"], self.model.model.config)
+        if said and is_first():
+            print(said, file=sys.stderr)
 
     def before_validate(self) -> None:
         """As before training."""

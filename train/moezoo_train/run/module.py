@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -64,9 +64,9 @@ from moezoo_train.run.callbacks import RandomState
 from moezoo_train.run.evaluated import EvaluatedModule
 from moezoo_train.run.guard import SpikeRule, StepGuard
 from moezoo_train.run.hash_tables import HashTables
+from moezoo_train.run.presets import check_preset
 from moezoo_train.run.rules import FFNRule as FFNRule
 from moezoo_train.run.steps import run_steps, stand_between_batches, take_whole_steps
-from moezoo_train.trained import Measured, Parallelized, Savable, TakesHashTables
 
 
 class LanguageModel(EvaluatedModule):
@@ -79,10 +79,15 @@ class LanguageModel(EvaluatedModule):
         vocab_size: tokens of the vocabulary; on the command line it comes from the data.
         d_model: width of the residual stream.
         num_layers: number of blocks.
-        num_heads: attention heads; d_model must be a multiple.
+        num_heads: attention heads; d_model must be a multiple, or head_dim given.
         num_kv_heads: key-value heads, for grouped-query attention; default: num_heads.
+        head_dim: width of a head, even; default: d_model / num_heads.
         rope_theta: base of the rotary embedding.
-        qk_norm: normalise queries and keys per head, as Qwen3 does.
+        qk_norm: normalise queries and keys, as Qwen3 does.
+        qk_norm_over: per ``head``, or over all heads of a ``projection``, as OLMoE does.
+        attention_bias: biases in the query, key and value projections, as Qwen2 has.
+        attention_output_bias: a bias in the attention's output projection, as GPT-OSS has.
+        norm_eps: added to mean squares in norms.
         tie_embeddings: share the input embedding with the output head.
         attention: attention backend: sdpa, eager, flash_attention_2, flex_attention or xformers.
         max_length: longest sequence the model is made for.
@@ -99,14 +104,14 @@ class LanguageModel(EvaluatedModule):
             that none holds all of it; it is the same model. For trainer.strategy fsdp2.
         sparse_memory: of that model, train the tables of values only, and of those, in each step,
             the rows that its batch reads more than other text.
+        preset: published model that gives the command line its defaults; here only a name.
         hash_embeddings_from: a Hugging Face directory of a trained model with the same tokenizer;
             clustered and dispersed hash tables follow its token embeddings.
         optimizer: how parameters are updated.
         schedule: how the learning rate moves.
         compile: compile the model with torch.compile; minutes of warm-up on a CPU.
         activation_checkpointing: recompute each block in the backward pass to save memory.
-        on_nan: at a loss or gradient that is not finite: ``stop``, or ``skip`` the step, and stop
-            after ten in a row.
+        on_nan: at a loss or gradient that is not finite ``stop``, or ``skip`` ten steps in a row.
         spikes: which finite steps are skipped, because loss or gradient leaps; default: none.
 
     Attributes:
@@ -126,8 +131,13 @@ class LanguageModel(EvaluatedModule):
         num_layers: int = 4,
         num_heads: int = 4,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         rope_theta: float = 10000.0,
         qk_norm: bool = False,
+        qk_norm_over: Literal["head", "projection"] = "head",
+        attention_bias: bool = False,
+        attention_output_bias: bool = False,
+        norm_eps: float = 1e-6,
         tie_embeddings: bool = True,
         attention: str = "sdpa",
         max_length: int = 1024,
@@ -139,6 +149,7 @@ class LanguageModel(EvaluatedModule):
         lora: LoRAOptions | None = None,
         build_in_parts: bool = False,
         sparse_memory: SparseMemoryOptions | None = None,
+        preset: str | None = None,
         hash_embeddings_from: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
@@ -155,9 +166,8 @@ class LanguageModel(EvaluatedModule):
         self.guard = StepGuard(on_nan, spikes)
         check_lora(lora, initialize_from, optimizer, compile)
         check_sparse_memory(sparse_memory, initialize_from, lora, optimizer, compile)
-        self.initialize_from = initialize_from
-        self.lora = lora
-        self.sparse_memory = sparse_memory
+        check_preset(preset, initialize_from)
+        self.initialize_from, self.lora, self.sparse_memory = initialize_from, lora, sparse_memory
         self._trained_rows = describe_sparse_memory(sparse_memory)
         self.model: PreTrainedModel
         self.deferred_init: DeferredInit | None = None
@@ -177,8 +187,13 @@ class LanguageModel(EvaluatedModule):
                     num_hidden_layers=num_layers,
                     num_attention_heads=num_heads,
                     num_key_value_heads=num_kv_heads,
+                    head_dim=head_dim,
                     rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
                     qk_norm=qk_norm,
+                    qk_norm_over=qk_norm_over,
+                    attention_bias=attention_bias,
+                    attention_output_bias=attention_output_bias,
+                    rms_norm_eps=norm_eps,
                     tie_word_embeddings=tie_embeddings,
                     max_position_embeddings=max_length,
                     ffn=[rule.config(width) for rule in rules],
@@ -286,9 +301,8 @@ class LanguageModel(EvaluatedModule):
             clipping.scale(gradients, self.trainer.accumulate_grad_batches / len(losses))
         norms = clipping.gradient_norms(gradients, over_ranks=isinstance(strategy, ZeROStrategy))
         self.grad_norm = float(clipping.total_norm(norms))
-        self.clip_group_norms = {
-            name: float(norm) for name, norm in norms.items() if name != clipping.MAIN
-        }
+        apart = {name: norm for name, norm in norms.items() if name != clipping.MAIN}
+        self.clip_group_norms = {name: float(norm) for name, norm in apart.items()}
         if not self.guard.allows(self.trainer, losses, self.grad_norm):
             optimizer.zero_grad(set_to_none=True)  # then it leaves parameters and state alone
             return
@@ -380,17 +394,7 @@ class LanguageModel(EvaluatedModule):
         checkpoint["state_dict"] = {**whole, **state}
         trainer = attached_trainer(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            if self.optimizer_config.muon_dtype == "auto":
-                began_with = saved["optimizer"].get("muon_dtype", "bfloat16")
-                self.optimizer_config = replace(self.optimizer_config, muon_dtype=began_with)
+            self.optimizer_config = self.optimizer_config.as_begun(saved["optimizer"])
             identity.check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
             self.schedule.load_state_dict(saved.get("schedule"), checkpoint["global_step"])
         self.guard.load_state_dict(saved.get("guard", {}))
-
-
-if TYPE_CHECKING:
-
-    def _is_what_others_ask_for(
-        module: LanguageModel,
-    ) -> tuple[Parallelized, Measured, TakesHashTables, Savable]:
-        return module, module, module, module
