@@ -27,6 +27,11 @@ def check_top_k(top_k: int, num_experts: int) -> int:
 
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus", "sparse_mixer", "relu")
+_NOT_CAUSAL = (
+    ", balance.load_balancing to 0 and the model's allow_non_causal to true; the method "
+    "expert_choice sets the first two"
+)
+"""What else is to be set where experts choose."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +306,8 @@ class RouterOptions:
             raise InputError(f"num_identity_experts: have no meaning in {of}; set it to 0")
         for name in ("normalize", "noise", "selection_bias"):
             if getattr(self, name):
-                raise InputError(f"router.{name}: has no meaning in {of}; set it to false")
+                more = _NOT_CAUSAL if self.choice == "expert" and name == "normalize" else ""
+                raise InputError(f"router.{name}: has no meaning in {of}; set it to false{more}")
         if self.expert_dropout:
             raise InputError(f"router.expert_dropout: has no meaning in {of}; set it to 0")
         if self.weights != WeightOptions():

@@ -644,7 +644,11 @@ def test_load_statistics():
         ({"router": {"score": "tanh"}}, "router.score: 'tanh' is not known"),
         ({"router": {"jitter": 2.0}}, "router.jitter: 2 is out of range"),
         ({"router": {"normalise": True}}, "router: unknown option 'normalise'; did you"),
-        ({"router": {"choice": "expert"}}, "router.normalize: has no meaning in expert choice"),
+        (
+            {"router": {"choice": "expert"}},
+            "router.normalize: has no meaning in expert choice; set it to false, "
+            "balance.load_balancing to 0 and the model's allow_non_causal to true",
+        ),
         ({"router": {"logits": {"softcap": -1.0}}}, "router.logits.softcap: -1 is out of range"),
         ({"router": {"logits": {"mlp": -1}}}, "router.logits.mlp: -1 is out of range"),
         ({"router": {"logits": {"scale": 0.0}}}, "router.logits.scale: 0 makes all experts equal"),
