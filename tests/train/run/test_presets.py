@@ -87,8 +87,9 @@ def test_every_file_is_a_preset():
 
 def test_options_and_files_win_over_a_preset(tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text("model: {preset: OLMoE-1B-7B, num_layers: 2, ffn: {init_args: {top_k: 4}}}\n")
-    model = parse("--config", str(path), "--model.d_model", "64").model
+    path.write_text("model: {preset: OLMoE-1B-7B, num_layers: 2}\n")
+    words = ["--model.d_model", "64", "--model.ffn.top_k", "4"]
+    model = parse("--config", str(path), *words).model
     assert (model.num_layers, model.d_model, model.num_heads) == (2, 64, 16)
     assert (model.ffn.init_args.top_k, model.ffn.init_args.num_experts) == (4, 64)
     assert parse("--config", str(path), "--model.preset=SmolLM2-135M").model.num_heads == 9
