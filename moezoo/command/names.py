@@ -52,7 +52,8 @@ def with_method_words(words: Sequence[str], key: str) -> list[str]:
     """
     beside = f"{key.rpartition('.')[0]}.router_input"
     own = any(word.partition("=")[0] == f"--{beside}" for word in words)
-    found, rest = [], list(words)
+    found: list[str] = []
+    rest = list(words)
     while rest:
         word = rest.pop(0)
         option, equals, value = word.partition("=")

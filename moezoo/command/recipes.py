@@ -41,7 +41,9 @@ def with_recipes(words: Sequence[str]) -> list[str]:
     Raises:
         InputError: a name is unknown, or missing.
     """
-    files, others, rest = [], [], list(words)
+    files: list[str] = []
+    others: list[str] = []
+    rest = list(words)
     while rest:
         word = rest.pop(0)
         option, equals, name = word.partition("=")
