@@ -7,6 +7,7 @@ from moezoo_models.lazy import lazily
 if TYPE_CHECKING:
     from moezoo_models.conversion.carve import CMoEOptions
     from moezoo_models.conversion.convert import Conversion
+    from moezoo_models.conversion.distillation import RecoveryOptions
     from moezoo_models.conversion.encoders import carve_encoder, prune_encoder
 else:
     __getattr__ = lazily(
@@ -14,8 +15,9 @@ else:
         {
             "carve": ("CMoEOptions",),
             "convert": ("Conversion",),
+            "distillation": ("RecoveryOptions",),
             "encoders": ("carve_encoder", "prune_encoder"),
         },
     )
 
-__all__ = ["CMoEOptions", "Conversion", "carve_encoder", "prune_encoder"]
+__all__ = ["CMoEOptions", "Conversion", "RecoveryOptions", "carve_encoder", "prune_encoder"]

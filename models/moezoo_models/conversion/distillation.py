@@ -194,7 +194,12 @@ class Distillation:
         """Take over the state of an earlier run; return its losses."""
         if not self.file.is_file():
             return []
-        check_weights([self.file])
+        try:
+            check_weights([self.file])
+        except InputError as error:
+            raise InputError(
+                f"recover: {self.file} is damaged; remove it, and the training begins anew"
+            ) from error
         with safe_open(self.file, framework="pt") as file:
             said = file.metadata()
             if said["identity"] != self.identity:

@@ -182,7 +182,7 @@ def test_a_damaged_state_is_refused(readable, text, tmp_path, monkeypatch):
         patch.setattr(distillation.Distillation, "_save", spoiled)
         with pytest.raises(KeyboardInterrupt):
             carve(source, out, **options)
-    with pytest.raises(InputError, match=r"state\.safetensors.*checksum"):
+    with pytest.raises(InputError, match=r"recover: .*state\.safetensors is damaged; remove it"):
         carve(source, out, **options)
 
 
