@@ -77,6 +77,8 @@ SMALL = {
 """What makes a command small; later options win."""
 WITHOUT_GGUF = importlib.util.find_spec("gguf") is None
 ELSEWHERE = {
+    "path/to/instruct": "wants a chat template: test_chat_run.py has one",
+    "--chat": "likewise",
     "--tasks": "wants lm-eval, and the first of the two a network: test_harness.py has tasks",
     "path/to/model.gguf": "is read with a package that may be missing: test_gguf.py has such files",
 }

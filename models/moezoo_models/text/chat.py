@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
-from moezoo_models.adapters.transformers import render_generations
 from moezoo_models.text.conversations import ASSISTANT, Message
 from moezoo_models.text.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -135,6 +134,8 @@ class ChatTemplate:
     def _spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """Return where the assistant's turns begin and end in a rendered conversation."""
         if self._marked:
+            from moezoo_models.adapters.transformers import render_generations  # imports models
+
             marked, spans = _rendered(render_generations, messages, tokenizer=self._hf)
             if marked == text:
                 return list(spans)

@@ -44,7 +44,7 @@ def assemble(folder: Path, shards: Sequence[Shard], val_fraction: float) -> tupl
         }
         for shard, documents in zip(shards, described, strict=True):
             in_val = np.repeat(documents["key"] <= threshold, documents["tokens"])
-            for name, chosen in (("train", ~in_val), ("val", in_val)):
+            for name, chosen in _both(in_val):
                 files[f"{name}.bin"].write(shard.tokens()[chosen].tobytes())
                 if shard.marked:
                     marks = shard.marks()[chosen]
@@ -53,9 +53,14 @@ def assemble(folder: Path, shards: Sequence[Shard], val_fraction: float) -> tupl
     marked = shards[0].marked
     train, val = (
         _measure(folder, name, everything[chosen], scored[name] if marked else None)
-        for name, chosen in (("train", ~held_out), ("val", held_out))
+        for name, chosen in _both(held_out)
     )
     return train, val
+
+
+def _both(held_out: NDArray[np.bool_]) -> list[tuple[SplitName, NDArray[np.bool_]]]:
+    """Return each split with what belongs to it."""
+    return [("train", ~held_out), ("val", held_out)]
 
 
 def split_threshold(keys: NDArray[np.uint64], val_fraction: float) -> np.uint64:

@@ -215,7 +215,7 @@ class _Preparation:
         if skip:
             _say(f"going on behind document {skip:,}")
         total = self.inputs["max_bytes"] or self.corpus.total_bytes
-        kind = ChatEncoders if self.chat else Encoders
+        kind: type[Encoders] | type[ChatEncoders] = ChatEncoders if self.chat else Encoders
         texts = batches(islice(self._documents(), skip, None), SHARD_BYTES)
         with (
             _progress_bar() as bar,
