@@ -343,6 +343,6 @@ class TestMixing:
         ):
             with pytest.raises(InputError, match=problem):
                 mixed(**options)
-        prepare("stdlib", tmp_path / "other", vocab_size=300, max_bytes=20_000)
+        prepare("stdlib", tmp_path / "other", vocab_size=400, max_bytes=20_000)
         with pytest.raises(InputError, match="made with another tokenizer"):
             mixed(sources=[DataSource(str(tmp_path / "other"))])
