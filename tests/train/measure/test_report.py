@@ -188,6 +188,7 @@ def test_table_shows_what_is_missing_as_missing():
         train_loss=None, val_loss=None, val_bits_per_byte=None, val_perplexity=None, steps=1,
         tokens=2, tokens_per_second=3.0, mfu=0.5, peak_flops=(2e9, "data sheet"), train_seconds=4.0,
         total_parameters=10_000, active_parameters=10, skipped_steps=3,
+        sources=[],
         expert_load=[
             ExpertLoad(2, 1.5, 0.75, 0.5, 0.25, usage=1.0, unevenness=0.1),
             ExpertLoad(3, 1.5, 0.75, None, None, usage=0.5, unevenness=0.1, top1_usage=0.25),

@@ -36,11 +36,11 @@ class Cutting(NamedTuple):
 
     def single(self) -> Cutting:
         """Return the same with batches of one window for one process."""
-        return self._replace(batch_size=1, world_size=1, rank=0)
+        return Cutting(self.sequence_length, 1, self.seed, self.vocab_size, 1, 0)
 
     def of_source(self, number: int) -> Cutting:
         """Return single windows of one of several sources, with a seed of its own."""
-        return self.single()._replace(seed=self.seed + number)
+        return Cutting(self.sequence_length, 1, self.seed + number, self.vocab_size, 1, 0)
 
 
 TrainingBatches = TrainBatches | TrainConversations | MixedBatches
