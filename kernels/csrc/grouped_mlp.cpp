@@ -80,6 +80,25 @@ void combine(const T* rows, const int64_t* tokens, const float* weights, int64_t
   });
 }
 
+// The same where rows of one token stand anywhere: threads share the columns.
+template <class T>
+void combine_by_columns(const T* rows, const int64_t* tokens, const float* weights, int64_t n,
+                        int64_t width, float* output, int32_t threads) {
+  const int64_t registers = (width + kLanes - 1) / kLanes;
+  const int64_t grain = kGrain / std::max<int64_t>(1, n * kLanes) + 1;
+  parallel_ranges(registers, grain, threads, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kLanes, columns = std::min(last * kLanes, width) - begin;
+    for (int64_t i = 0; i < n; ++i) {
+      float* to = output + tokens[i] * width + begin;
+      const T* row = rows + i * width + begin;
+      const float weight = weights ? weights[i] : 1.0f;
+      by_registers(columns, [&](int64_t c, auto lanes) {
+        store(to + c, load(to + c, lanes) + weight * load(row + c, lanes), lanes);
+      });
+    }
+  });
+}
+
 }  // namespace
 }  // namespace moezoo
 
@@ -131,11 +150,13 @@ MOEZOO_API void moezoo_grouped_mlp_activate_backward(
 }
 
 // output[tokens[i]] += weights[i] rows[i], in the order of i; rows (n, D), output (T, D) in fp32.
-// Equal tokens stand together. Null weights are all one.
+// Equal tokens stand together, unless they are `scattered`. Null weights are all one.
 MOEZOO_API void moezoo_grouped_mlp_combine(const void* rows, int64_t dtype, const int64_t* tokens,
                                            const float* weights, int64_t n, int64_t width,
-                                           float* output, int32_t threads) {
+                                           int64_t scattered, float* output, int32_t threads) {
   with_type(dtype, [&](auto type) {
-    combine(static_cast<const decltype(type)*>(rows), tokens, weights, n, width, output, threads);
+    const auto* typed = static_cast<const decltype(type)*>(rows);
+    if (scattered) combine_by_columns(typed, tokens, weights, n, width, output, threads);
+    else combine(typed, tokens, weights, n, width, output, threads);
   });
 }

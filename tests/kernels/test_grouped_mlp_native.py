@@ -24,10 +24,12 @@ def _small(make_problem, dtype, **sizes):
     return problem
 
 
-@pytest.fixture(params=["few", "loop"])
+@pytest.fixture(params=["few", "together", "alone"])
 def path(request, monkeypatch):
-    """How the forward pass runs: rows times tokens, or products expert by expert."""
+    """How experts run: slot by slot, or by products, some in cache together or each alone."""
     most = 1 << 20 if request.param == "few" else 0
+    if request.param == "alone":
+        monkeypatch.setattr(cpu, "_CACHE", 0)
     per_expert = {torch.float32: most, torch.bfloat16: most}
     monkeypatch.setattr(cpu, "_FEW_PER_EXPERT", per_expert)
     return request.param

@@ -1,8 +1,9 @@
-"""``grouped_mlp`` for CPUs: expert by expert, through blocks that stay in cache.
+"""``grouped_mlp`` for CPUs: some experts at a time, through blocks that stay in cache.
 
 A fresh buffer costs a CPU more than the arithmetic on it (page faults). So an expert's rows go
 through gather, both products, activation and combine before the next expert's, and only what the
-backward needs is written in full. Additions into a token run in expert order: deterministic.
+backward needs is written in full. Experts of few rows do so together, as each pass costs a call and
+wakes all threads. Additions into a token run in expert order: deterministic.
 
 In bf16 and fp16, oneDNN generates machine code for each shape that it multiplies, in 5 to 10 times
 the time of the product, and keeps the last 1,024. Numbers of routed rows hardly ever recur, so
@@ -15,7 +16,6 @@ N assignments, n assignments of one expert, r >= n rows of its products.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo_kernels import fresh, native
@@ -30,6 +30,8 @@ from moezoo_kernels.layouts import StackedGradient, is_transposed
 # instructions for it.
 _FEW_SLOTS = 1024
 _FEW_PER_EXPERT = {torch.float32: 16, torch.bfloat16: 2}
+
+_CACHE = 1 << 20  # bytes of pre-activations of experts that are run together
 
 
 def forward(
@@ -46,22 +48,63 @@ def forward(
     inner = x.new_empty(assignments.order.numel() if keep else 0, w_in.shape[1])
     tokens = assignments.tokens
     row_weights = weights.reshape(-1)[assignments.order].to(passes.accumulation)
-    for e, start, end in groups(assignments.ends):
-        tokens_n, rows = tokens[start:end], rows_multiplied(end - start, x.dtype)
+    for together in _batches(assignments.ends, w_in, x.dtype):
+        first, last = together[0][1], together[-1][2]
+        tokens_n, rows = tokens[first:last], rows_multiplied(last - first, x.dtype)
         x_rD = _gather(x, tokens_n, rows)
-        bias_I = None if bias_in is None else bias_in[e]
-        bias_D = None if bias_out is None else bias_out[e]
-        if keep and start + rows <= len(inner):
+        if keep and first + rows <= len(inner):
             # Rows beyond the expert's own are the next one's, which writes them afterwards.
-            inner_rI = fresh.about_to_write(inner[start : start + rows])
-            inner_rI = _linear(x_rD, w_in[e], bias_I, out=inner_rI)
+            inner_rI = fresh.about_to_write(inner[first : first + rows])
         else:
-            inner_rI = F.linear(x_rD, w_in[e], bias_I)
-            if keep:
-                inner[start:end] = inner_rI[: end - start]
-        answer_rD = F.linear(passes.activate(inner_rI), w_out[e], bias_D)
-        passes.combine(output, tokens_n, answer_rD[: end - start], row_weights[start:end])
+            inner_rI = x.new_empty(rows, w_in.shape[1])
+        _products(x_rD, w_in, bias_in, together, inner_rI)
+        if keep and first + rows > len(inner):
+            inner[first:last] = inner_rI[: last - first]
+        hidden_rF = passes.activate(inner_rI)
+        # The gathered rows are not read any more: the answers take their memory.
+        _products(hidden_rF, w_out, bias_out, together, x_rD)
+        weights_n = row_weights[first:last]
+        passes.combine(output, tokens_n, x_rD[: last - first], weights_n, len(together))
     return output.to(x.dtype), inner
+
+
+Together = list[tuple[int, int, int]]
+"""Experts that are run at once, each with the first and the last of its rows, exclusive."""
+
+
+def _batches(ends: Tensor, w_in: Tensor, dtype: torch.dtype) -> list[Together]:
+    """Put experts in their order together as long as their pre-activations stay in cache.
+
+    In 16 bits each is alone, as its products have more rows than it has (see above).
+    """
+    most = 0 if dtype.itemsize < 4 else _CACHE // (w_in.shape[1] * dtype.itemsize)
+    found: list[Together] = []
+    for expert in groups(ends):
+        if found and expert[2] - found[-1][0][1] <= most:
+            found[-1].append(expert)
+        else:
+            found.append([expert])
+    return found
+
+
+def _products(
+    rows: Tensor, matrices: Tensor, biases: Tensor | None, together: Together, out: Tensor
+) -> None:
+    """Multiply each expert's rows by its matrix, transposed, and add its bias, into ``out``."""
+    for (e, _, _), own, into in zip(
+        together, _parts(rows, together), _parts(out, together), strict=True
+    ):
+        if biases is None:
+            torch.mm(own, matrices[e].t(), out=into)
+        else:
+            torch.addmm(biases[e], own, matrices[e].t(), out=into)
+
+
+def _parts(tensor: Tensor, together: Together) -> tuple[Tensor, ...]:
+    """Cut a tensor into the rows of each expert; if it is one, rows beyond its own stay."""
+    if len(together) == 1:
+        return (tensor,)
+    return tensor.split([end - start for _, start, end in together])
 
 
 def rows_multiplied(wanted: int, dtype: torch.dtype) -> int:
@@ -152,27 +195,39 @@ def backward(
     tokens = assignments.tokens
     row_weights = weights.reshape(-1)[assignments.order].to(accumulation)
     grad_N = row_weights.new_empty(row_weights.shape)
-    for e, start, end in groups(assignments.ends):
-        tokens_n, weights_n = tokens[start:end], row_weights[start:end]
-        n, rows = end - start, rows_multiplied(end - start, x.dtype)
+    for together in _batches(ends, w_in, x.dtype):
+        first, last = together[0][1], together[-1][2]
+        tokens_n, weights_n = tokens[first:last], row_weights[first:last]
+        n, rows = last - first, rows_multiplied(last - first, x.dtype)
         grad_rD = _gather(grad, tokens_n, rows)
-        hidden_rF, grad_inner_rI, grad_n = passes.backward(
-            grad_rD @ w_out[e], inner[start:end], weights_n
-        )
-        grad_nD, grad_inner_nI = grad_rD[:n], grad_inner_rI[:n]
-        if bias_out is not None and needs.weights:
-            grad_n += (grad_nD.to(accumulation) * bias_out[e]).sum(-1)
-        grad_N[start:end] = grad_n
-        if grad_w_out is not None:
-            grad_w_out.write(e, grad_rD, hidden_rF)
-        if grad_bias_out is not None:
-            grad_bias_out[e] = (grad_nD * weights_n[:, None]).sum(0, dtype=accumulation)
-        if grad_w_in is not None:
-            grad_w_in.write(e, grad_inner_rI, _gather(x, tokens_n, rows))
-        if grad_bias_in is not None:
-            grad_bias_in[e] = grad_inner_nI.sum(0, dtype=accumulation)
+        grad_rF = grad_rD.new_empty(rows, w_out.shape[2])
+        of_output = _parts(grad_rD, together)
+        for (e, _, _), own, into in zip(
+            together, of_output, _parts(grad_rF, together), strict=True
+        ):
+            torch.mm(own, w_out[e], out=into)
+        hidden_rF, grad_inner_rI, grad_n = passes.backward(grad_rF, inner[first:last], weights_n)
+        grad_N[first:last] = grad_n
+        x_rD = _gather(x, tokens_n, rows) if grad_w_in is not None else torch.empty_like(grad_rD)
+        of_hidden, of_inner = _parts(hidden_rF, together), _parts(grad_inner_rI, together)
+        of_input = _parts(x_rD, together)
+        for i, (e, start, end) in enumerate(together):
+            own_nD, own_nI = of_output[i][: end - start], of_inner[i][: end - start]
+            if bias_out is not None and needs.weights:
+                grad_N[start:end] += (own_nD.to(accumulation) * bias_out[e]).sum(-1)
+            if grad_w_out is not None:
+                grad_w_out.write(e, of_output[i], of_hidden[i])
+            if grad_bias_out is not None:
+                weighted_nD = own_nD * row_weights[start:end, None]
+                grad_bias_out[e] = weighted_nD.sum(0, dtype=accumulation)
+            if grad_w_in is not None:
+                grad_w_in.write(e, of_inner[i], of_input[i])
+            if grad_bias_in is not None:
+                grad_bias_in[e] = own_nI.sum(0, dtype=accumulation)
+            if grad_x is not None:  # in the memory of the gathered rows, which nobody reads now
+                torch.mm(of_inner[i], w_in[e], out=of_input[i])
         if grad_x is not None:
-            passes.combine(grad_x, tokens_n, (grad_inner_rI @ w_in[e])[:n], None)
+            passes.combine(grad_x, tokens_n, x_rD[:n], None, len(together))
     grad_weights = None
     if needs.weights:
         used = int(assignments.ends[-1]) if assignments.ends.numel() else 0
@@ -186,12 +241,6 @@ def backward(
         grad_bias_in,
         grad_bias_out,
     )
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _gradient(parameter: Tensor | None, needed: bool, ends: Tensor) -> Tensor | None:

@@ -87,16 +87,24 @@ class RowPasses:
         native.call(name, grad, inner, self._dtype, weights, n, width, *self._codes, *found)
         return found
 
-    def combine(self, output: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -> None:
+    def combine(
+        self,
+        output: Tensor,
+        tokens: Tensor,
+        rows: Tensor,
+        weights: Tensor | None,
+        experts: int = 1,
+    ) -> None:
         """Add ``weights[i] rows[i]`` to ``output[tokens[i]]``, in order of ``i``.
 
         Args:
             output: ``(T, D)`` of the dtype of sums.
-            tokens: ``(n,)``, ascending.
+            tokens: ``(n,)``, ascending within each expert.
             rows: ``(n, D)``.
             weights: ``(n,)`` of the dtype of sums; None for ones.
+            experts: of how many these are the rows, one after the other.
         """
-        add_rows(output, tokens, rows, weights)
+        add_rows(output, tokens, rows, weights, experts)
 
 
 def _extend(tensor: Tensor, rows: int) -> Tensor:
@@ -105,7 +113,9 @@ def _extend(tensor: Tensor, rows: int) -> Tensor:
     return F.pad(tensor, (0, 0, 0, missing)) if missing else tensor
 
 
-def add_rows(output: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -> None:
+def add_rows(
+    output: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None, experts: int = 1
+) -> None:
     """Do what :meth:`RowPasses.combine` does, which needs no activation."""
     if native.unusable(torch.device("cpu"), rows.dtype) is not None:
         weighted = rows if weights is None else rows * weights[:, None]
@@ -113,4 +123,5 @@ def add_rows(output: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | Non
         return
     n, width = rows.shape
     code = native.dtype_code(rows.dtype)
-    native.call("moezoo_grouped_mlp_combine", rows, code, tokens, weights, n, width, output)
+    operands = (rows, code, tokens, weights, n, width, experts > 1, output)
+    native.call("moezoo_grouped_mlp_combine", *operands)
