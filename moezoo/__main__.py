@@ -101,7 +101,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "export": Command(
             "moezoo_train.checkpoint.export:export",
-            "a training checkpoint as a model, a model as a stock one or GGUF",
+            "training checkpoints as models, models as stock ones or GGUF",
             positional=True,
         ),
     },
@@ -131,7 +131,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "inspect frontier": Command(
             "moezoo_models.inspect.frontier:inspect_frontier",
-            "what computing less of a dense model costs it, by every method",
+            "what computing less costs a dense model, method by method",
         ),
         "inspect carving": Command(
             "moezoo_models.conversion.study:inspect_carving",

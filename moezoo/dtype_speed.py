@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from functools import cache
@@ -40,9 +39,10 @@ _VARIABLES = (
     "DNNL_MAX_CPU_ISA",
     "MKL_ENABLE_INSTRUCTIONS",
 )
-_REPETITIONS = 5
+_REPETITIONS = 9
+_LEAST = 3
 _ENOUGH = 0.03
-"""Seconds after which a measurement is not repeated."""
+"""Seconds after which a measurement of enough repetitions ends."""
 
 
 class Speeds(NamedTuple):
@@ -152,13 +152,13 @@ def _measure_products() -> dict[torch.dtype, float]:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """Return the median duration, of one repetition if that is long."""
+    """Return the shortest of some durations: a process that has to wait makes others longer."""
     times: list[float] = []
-    while len(times) < _REPETITIONS and sum(times) < _ENOUGH:
+    while len(times) < _LEAST or (len(times) < _REPETITIONS and sum(times) < _ENOUGH):
         start = time.perf_counter()
         work()
         times.append(max(time.perf_counter() - start, 1e-9))
-    return statistics.median(times)
+    return min(times)
 
 
 def many_processes() -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moezoo.arguments import build, plain, select_layers, signature
 from moezoo.calls import checked, flatten_tokens
+from moezoo.cost import Cost
 from moezoo.errors import InputError, check_int, nearest
 from moezoo.parameter_groups import ParameterGroup, set_apart
 from moezoo.router_input import FFN_INPUT, RouterInput
@@ -49,25 +50,6 @@ class TokenContext(NamedTuple):
     router_input: Tensor | None = None
     mask: Tensor | None = None
     positions: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of one layer, by formula.
-
-    Attributes:
-        total_parameters: trained numbers the layer holds.
-        active_parameters: those that one token touches.
-        flops_per_token: forward floating-point operations of one token; a multiply-add counts two.
-            Matrix products only, as torch's FLOP counter counts them.
-        bytes_per_token: bytes of parameters that one token reads when it comes alone (decoding),
-            at the layer's own dtype.
-    """
-
-    total_parameters: int
-    active_parameters: int
-    flops_per_token: int
-    bytes_per_token: int
 
 
 class FeedForward(TrainingState):
@@ -224,6 +206,12 @@ class FeedForward(TrainingState):
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad | None:
         return None
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether :meth:`slot_load` has something to count."""
+        kind, own = type(self), FeedForward
+        return kind.slot_load is not own.slot_load or kind._slot_load is not own._slot_load
 
     def _flatten(
         self, hidden: Tensor, context: TokenContext

@@ -16,6 +16,7 @@ from moezoo.errors import InputError
 from moezoo.experts.memory import KeyValueMemory
 from moezoo.feed_forward import FeedForward, flatten_tokens
 from moezoo.layers.carved_moe import CarvedMoE
+from moezoo.layers.dense import DenseFFN
 from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.hash import HashLayer
 from moezoo.layers.memory_layer import MemoryLayer
@@ -159,9 +160,10 @@ def _(layer: UltraFastFFF, hidden: Tensor, context: Context) -> SlotChoices:
     return SlotChoices(slots_TP, torch.ones(slots_TP.shape), layer.num_trees * bottoms, "leaves")
 
 
+@_choose.register(DenseFFN)
 @_choose.register(TopKFFN)
 @_choose.register(SelectiveFFN)
-def _(layer: TopKFFN | SelectiveFFN, hidden: Tensor, context: Context) -> SlotChoices:
+def _(layer: DenseFFN | TopKFFN | SelectiveFFN, hidden: Tensor, context: Context) -> SlotChoices:
     given = {name: context.get(name) for name in ("router_input", "positions")}
     inner = input_of(layer.down_proj, lambda: layer.forward(hidden, **given))
     size_TF = inner.reshape(-1, layer.d_ff).abs()

@@ -87,13 +87,8 @@ def routed_layers(model: nn.Module) -> dict[str, FeedForward]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, FeedForward) and _chooses(type(module))
+        if isinstance(module, FeedForward) and module.has_slots
     }
-
-
-def _chooses(layer: type[FeedForward]) -> bool:
-    own = FeedForward
-    return layer.slot_load is not own.slot_load or layer._slot_load is not own._slot_load
 
 
 @contextmanager

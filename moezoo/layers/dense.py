@@ -161,6 +161,11 @@ class DenseFFN(FeedForward):
         return FeedForwardOutput(output, self._losses(inner_TF, mask_T), deferred)
 
     @property
+    def has_slots(self) -> bool:
+        """Whether its neurons are counted, :attr:`trains_sparse`."""
+        return self.trains_sparse
+
+    @property
     def trains_sparse(self) -> bool:
         """Whether it has ``l1`` or ``activation_up``, and so counts the neurons that are active."""
         return self.l1 > 0 or self.activation_up is not None

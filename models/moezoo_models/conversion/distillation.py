@@ -89,7 +89,7 @@ def backward_divergence(
         found_tV = head(leaf_TD[piece]).float().log_softmax(dim=-1)
         nats = F.kl_div(found_tV, wanted_tV, reduction="sum", log_target=True)
         nats = nats * (weight / len(leaf_TD))
-        nats.backward()  # type: ignore[no-untyped-call]
+        nats.backward()
         total += nats.item()
     hidden_TD.backward(leaf_TD.grad)
     return total
@@ -181,7 +181,7 @@ class Distillation:
         return hidden[0, 1:]
 
     def _save(self, optimizer: torch.optim.Adam, losses: list[float]) -> None:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.trained.items():
             kept = {_WEIGHT: parameter.detach(), **optimizer.state[parameter]}
             tensors |= {f"{each}.{name}": kept[each].cpu() for each in (_WEIGHT, *_MOMENTS)}

@@ -60,9 +60,6 @@ from moezoo_models.conversion.writer import (
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.progress import progress_bar
 
-SparsifyMethod = Literal[
-    "mix", "cats", "chess", "teal", "wina", "predictor", "polar", "low_rank_gate", "r_sparse"
-]
 _FORMAT = 1
 _SCRATCH = "calibration"
 
@@ -70,7 +67,7 @@ _SCRATCH = "calibration"
 def sparsify(
     source: str | Path,
     target: str | Path,
-    method: SparsifyMethod = "mix",
+    method: str = "mix",  # a Literal would not fit the help's lines
     work: float | None = None,
     read: float | None = None,
     calibration: str | list[str] = "stdlib",
@@ -94,7 +91,7 @@ def sparsify(
     one layer. Perplexity on held-out text is printed beside that of the dense model.
 
     Args:
-        source: directory of a Llama, Mistral, Qwen2 or Qwen3.
+        source: directory of a dense model, or a GGUF file.
         target: directory to make, in this library's format.
         method: mix, all thresholds with budgets by each layer's measured cost (ours); cats
             (arXiv:2404.08763), chess (arXiv:2409.01366), teal (arXiv:2408.14690), wina
@@ -201,7 +198,7 @@ class _Run:
         self,
         source: Source,
         calibration: Calibration,
-        method: SparsifyMethod,
+        method: str,
         count: Count,
         share: float,
         layers: tuple[int, ...],

@@ -263,7 +263,7 @@ def test_zero_thresholds_are_the_dense_block():
     ("options", "message"),
     [
         ({"selection": {"kind": "thresholds"}}, "selection.kind: 'thresholds' is not known; did"),
-        ({"selection": {"gait": 0.1}}, "Thresholds: unknown argument 'gait'; did you mean 'gate'"),
+        ({"selection": {"gait": 0.1}}, "selection: unknown option 'gait'; did you mean 'gate'"),
         ({"selection": {"gate": -1.0}}, "selection.gate: -1 is out of range"),
         ({"selection": {"gate": 0.1}, "gated": False}, "selection.gate: an MLP has no gate"),
         ({"first_tokens": -1}, "first_tokens: -1 is out of range"),

@@ -431,7 +431,7 @@ CONVENTIONS = {
         glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9),
     ),
     "selective_guess_mlp": _layer(
-        "SelectiveFFN", gated=False, activation="relu", selection=Predictor(top_k=20)
+        "SelectiveFFN", gated=False, activation="relu", selection=Predictor(top_k=11)
     ),
     "selective_mlp": _layer("SelectiveFFN", gated=False, activation="relu2", bias=False),
     "earlier_only": _layer("persistent_memory", include_self=False),

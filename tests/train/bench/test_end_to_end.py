@@ -148,7 +148,7 @@ def test_a_wrong_muon_is_caught(change):
 def test_a_wrong_token_is_caught(name):
     def build(parts):
         def answer():
-            tokens = decoding._transformers(parts).answer()["the tokens"]
+            tokens = decoding.transformers_reply(parts).answer()["the tokens"]
             tokens[-1, -1] += 1
             return {"the tokens": tokens}
 

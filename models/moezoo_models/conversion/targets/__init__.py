@@ -1,7 +1,8 @@
 """The formats a mixture can be written in: stock architectures of transformers, and ours."""
 
-from moezoo_models.conversion.targets.base import TARGETS, Mixture, Output, Target
+from moezoo_models.conversion.targets.base import TARGETS, Output, Target
 from moezoo_models.conversion.targets.glm4_moe import Glm4Moe
+from moezoo_models.conversion.targets.mixture import Mixture
 from moezoo_models.conversion.targets.ours import Moezoo
 from moezoo_models.conversion.targets.stock import (
     FlexOlmo,

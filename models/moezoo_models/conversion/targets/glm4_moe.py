@@ -10,7 +10,6 @@ from transformers import Glm4MoeConfig
 from moezoo.errors import InputError
 from moezoo_models.conversion.source import Source
 from moezoo_models.conversion.targets.base import (
-    Mixture,
     Output,
     PerExpert,
     Plan,
@@ -20,6 +19,7 @@ from moezoo_models.conversion.targets.base import (
     selection_bias_output,
     stock_config,
 )
+from moezoo_models.conversion.targets.mixture import Mixture
 from moezoo_models.conversion.targets.problems import (
     attention_bias_problem,
     head_dim,

@@ -15,7 +15,6 @@ from moezoo.errors import InputError
 from moezoo_models.checkpoints.dense import dense_config
 from moezoo_models.conversion.source import FAMILIES, Source
 from moezoo_models.conversion.targets.base import (
-    Mixture,
     Output,
     Plan,
     Read,
@@ -25,6 +24,7 @@ from moezoo_models.conversion.targets.base import (
     shared_outputs,
     stacked_outputs,
 )
+from moezoo_models.conversion.targets.mixture import Mixture
 
 
 class Moezoo(Target):

@@ -16,7 +16,6 @@ from transformers import (
 from moezoo.convert.plan import Projection
 from moezoo_models.conversion.source import Source
 from moezoo_models.conversion.targets.base import (
-    Mixture,
     Output,
     PerExpert,
     Plan,
@@ -28,6 +27,7 @@ from moezoo_models.conversion.targets.base import (
     stacked_outputs,
     stock_config,
 )
+from moezoo_models.conversion.targets.mixture import Mixture
 from moezoo_models.conversion.targets.problems import (
     attention_bias_problem,
     head_dim,
