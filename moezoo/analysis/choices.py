@@ -78,7 +78,11 @@ def slot_choices(layer: FeedForward, hidden: Tensor, context: Context) -> SlotCh
 
 @singledispatch
 def _choose(layer: FeedForward, hidden: Tensor, context: Context) -> SlotChoices:
-    raise InputError(
+    raise _unknown(layer)
+
+
+def _unknown(layer: FeedForward) -> InputError:
+    return InputError(
         f"layers: it is not known how to read the choices of {type(layer).__name__}; register a "
         "reader for it, or leave it out"
     )
@@ -164,6 +168,8 @@ def _(layer: UltraFastFFF, hidden: Tensor, context: Context) -> SlotChoices:
 @_choose.register(TopKFFN)
 @_choose.register(SelectiveFFN)
 def _(layer: DenseFFN | TopKFFN | SelectiveFFN, hidden: Tensor, context: Context) -> SlotChoices:
+    if not layer.has_slots:
+        raise _unknown(layer)
     given = {name: context.get(name) for name in ("router_input", "positions")}
     inner = input_of(layer.down_proj, lambda: layer.forward(hidden, **given))
     size_TF = inner.reshape(-1, layer.d_ff).abs()

@@ -68,13 +68,13 @@ def render_generations(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, found = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[list(messages)],
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    spans: Any = found  # untyped there
+    texts, spans = rendered
     return texts[0], [(begin, end) for begin, end in spans[0]]
 
 
