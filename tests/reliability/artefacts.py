@@ -104,7 +104,7 @@ def model_commands(fit: Any, text: Path, kind: str) -> Callable[[Path, Path], di
             found["carve"] = [
                 *("carve", str(item), str(work / "out"), "--shared=1", "--active=2", "--experts=4"),
                 *(f"--calibration={text}", "--calibration_tokens=64", "--held_out_tokens=32"),
-                "--window=16",
+                *("--window=16", "--no-sparsified"),
             ]
         return found
 

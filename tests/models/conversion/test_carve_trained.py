@@ -62,6 +62,7 @@ def test_unmodified_transformers_computes_what_was_planned(dtype, trained, tmp_p
 
     monkeypatch.setattr(Plans, "save", save)
     options = {"shared": 2, "active": 6, "experts": 16, "calibration_tokens": 8192}
+    options["sparsified"] = False
     done = carve(source, tmp_path / "out", to="glm4_moe", accept_loss=True, **options)
     assert done.extra["beats"] == {"static_refit": True}
     memory = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
@@ -84,6 +85,7 @@ def test_unmodified_transformers_computes_what_was_planned(dtype, trained, tmp_p
 @pytest.mark.slow
 def test_a_carve_that_does_not_beat_pruning_says_so(trained, tmp_path, capsys):
     options = {"split": "cmoe", "router": "cmoe", "refit": False, "calibration_tokens": 4096}
+    options["sparsified"] = False
     done = carve(trained, tmp_path / "out", 3, 3, 8, **options, held_out_tokens=2048)
     assert done.extra["beats"] == {"static": False}
     assert "The carve does not beat static pruning" in capsys.readouterr().out

@@ -34,7 +34,9 @@ def upcycled(dense, tmp_path):
 @pytest.fixture
 def carved(readable, text, tmp_path):
     directory = tmp_path / "carved"
-    carve(readable(), directory, experts=6, shared=1, active=3, refit=False, **text)
+    carve(
+        readable(), directory, experts=6, shared=1, active=3, refit=False, sparsified=False, **text
+    )
     return directory
 
 

@@ -50,12 +50,12 @@ def weights(directory):
 def test_the_same_is_made_of_both_formats(files, dtype, readable, text, tmp_path):
     source = readable("llama_heads", dtype)
     upcycle(source, tmp_path / "one", experts=4)
-    carve(source, tmp_path / "two", 1, 3, 6, **text)
+    carve(source, tmp_path / "two", 1, 3, 6, sparsified=False, **text)
     pickle_weights(source, files)
     done = upcycle(source, tmp_path / "three", experts=4)
     assert done.exact
     assert done.drift["of"] == "logits"
-    carve(source, tmp_path / "four", 1, 3, 6, **text)
+    carve(source, tmp_path / "four", 1, 3, 6, sparsified=False, **text)
     assert weights(tmp_path / "three") == weights(tmp_path / "one")
     assert weights(tmp_path / "four") == weights(tmp_path / "two")
 

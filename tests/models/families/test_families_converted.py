@@ -93,7 +93,16 @@ def test_carved_blocks_are_as_planned(name, written, text, byte_level_tokenizer,
         whole |= {"router": "cmoe", "experts": 6}
     assert carve(source, tmp_path / "whole", **whole, **text).exact
     assert_same(tmp_path / "whole", dense)
-    done = carve(source, tmp_path / "out", shared=1, active=3, experts=6, to="moezoo", **text)
+    done = carve(
+        source,
+        tmp_path / "out",
+        shared=1,
+        active=3,
+        experts=6,
+        to="moezoo",
+        sparsified=False,
+        **text,
+    )
     found = done.extra["perplexity"]
     assert found["loaded"] == pytest.approx(found["carved"], rel=1e-5)
     assert found["carved"] != pytest.approx(found["dense"], rel=1e-5)
@@ -102,7 +111,7 @@ def test_carved_blocks_are_as_planned(name, written, text, byte_level_tokenizer,
 def test_a_gated_block_of_gelu_is_carved_into_ours(written, text, byte_level_tokenizer, tmp_path):
     _, source = written("granite_plain", vocab_size=300)
     byte_level_tokenizer.save(source)
-    carve(source, tmp_path / "out", shared=1, active=3, experts=6, **text)
+    carve(source, tmp_path / "out", shared=1, active=3, experts=6, sparsified=False, **text)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["ffn"][1]["init_args"]["activation"] == "gelu"
 

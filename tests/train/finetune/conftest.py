@@ -85,6 +85,7 @@ def directory(tmp_path_factory, corpus):
             text = folder / "text.txt"
             text.write_text(inspect.getsource(argparse))
             options = {"calibration_tokens": 512, "held_out_tokens": 128, "window": 32}
+            options["sparsified"] = False
             split = {"split": "cmoe", "router": "cmoe", "refit": False, "to": "moezoo"}
             carve(make("llama"), target, 1, 3, 6, calibration=str(text), **options, **split)
         elif name == "ours":
