@@ -92,6 +92,7 @@ class PersistentMemoryAttention(FeedForward):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        positions: Tensor | None = None,
         past_key_values: Any = None,
         layer_idx: int = 0,
         key_mask: Tensor | None = None,
@@ -103,6 +104,7 @@ class PersistentMemoryAttention(FeedForward):
             token_ids: not used.
             router_input: not used.
             mask: ``(..., T)``, true at real tokens; padding is no key and comes back as zeros.
+            positions: not used.
             past_key_values: a cache with transformers' ``update(key, value, layer_idx)``; it gets
                 the context's keys and values only.
             layer_idx: the layer's place in the cache.
@@ -130,6 +132,7 @@ class PersistentMemoryAttention(FeedForward):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        positions: Tensor | None = None,
         past_key_values: Any = None,
         layer_idx: int = 0,
         key_mask: Tensor | None = None,

@@ -271,7 +271,7 @@ def test_every_parameter_and_buffer_is_noticed(name):
                 tensor.copy_((tensor + 1) % getattr(layer, "num_experts", 7))
             elif tensor.ndim < 2 or key.endswith("bias"):
                 tensor.zero_()
-            elif key == "selector.reduce":  # of which a norm may follow, that sees no factor
+            elif key in ("selector.reduce", "selector.expand"):  # whose order is all that counts
                 tensor.copy_(tensor.roll(1, 1))
             else:
                 tensor.mul_(1.01)

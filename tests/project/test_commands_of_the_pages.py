@@ -79,6 +79,7 @@ WITHOUT_GGUF = importlib.util.find_spec("gguf") is None
 ELSEWHERE = {
     "path/to/instruct": "wants a chat template: test_chat_run.py has one",
     "--chat": "likewise",
+    "--recover": "trains: test_recover.py does so in small",
     "--tasks": "wants lm-eval, and the first of the two a network: test_harness.py has tasks",
     "path/to/model.gguf": "is read with a package that may be missing: test_gguf.py has such files",
 }
@@ -123,7 +124,8 @@ def run(words: list[str]) -> int:
 
 def smaller(name: str, options: list[str]) -> str:
     if name != "fit":
-        return SMALL.get(name, "")
+        guess = " --guess.rank 2" if "--guess.rank" in options else ""
+        return SMALL.get(name, "") + guess
     size = [STEPS, DATA, "--trainer.devices 1 --overwrite true"]
     if "--model.initialize_from" not in options:
         size.append(MODEL)

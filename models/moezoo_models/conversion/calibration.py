@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Calibration:
     skipped: int
     source: list[str]
     seed: int
-    recovery: Tensor
+    recovery: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def describe(self) -> dict[str, Any]:
         """Return a description for a report; equal tokens have an equal hash."""
