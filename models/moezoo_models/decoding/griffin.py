@@ -111,7 +111,7 @@ def reading_prompt(model: PreTrainedModel, share: float, mask: Tensor) -> Iterat
 
 @contextmanager
 def kept_after(model: PreTrainedModel, share: float, prompts: Sequence[int]) -> Iterator[None]:
-    """Let the model compute, in calls inside the block, what GRIFFIN computes after prompts.
+    """Within the block, make calls of the model compute what GRIFFIN computes after prompts.
 
     Each row's first tokens are its prompt and are computed with all neurons, the later ones with
     those that the prompt keeps, as if they had been fed one after the other.

@@ -255,7 +255,7 @@ def _first(x_TD: Tensor, length: int) -> Tensor:
 def _pruned(
     keep: int, length: int, layer: int, x_TD: Tensor, block: Block, target: Tensor
 ) -> Answer:
-    """Keep some neurons for all tokens, with the means that carving has."""
+    """Keep the strongest neurons for all tokens; ridges, target and first tokens as in carving."""
     small = prune_block(
         x_TD,
         block.gate,

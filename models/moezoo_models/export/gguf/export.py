@@ -146,7 +146,7 @@ def _keys(admitted: Admitted, name: str, vocabulary: Keys, title: str) -> Keys:
 def _say_rounding(
     admitted: Admitted, dtype: str, rounded: Rounded | None, text: str | Path | None
 ) -> None:
-    """Say what rounding costs; of a mixture in Q8_0 also that nobody has measured it."""
+    """Print what rounding costs, or, of a mixture in Q8_0, that it was not measured."""
     if rounded is not None:
         figures = f"perplexity {rounded.after:,.3f}, before rounding {rounded.before:,.3f}"
         print(f"{dtype}: {figures}, {text}")
