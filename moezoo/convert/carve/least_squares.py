@@ -28,6 +28,8 @@ class Moments:
         self._intercept, self._scaled = intercept, scaled
         self._scale_p: Tensor | None = None
         self._count = 0
+        self.square = 0.0
+        """Sum of squares of all targets."""
         self._gram = self._rhs = self._sum_p = self._sum_q = torch.empty(0)
         self._mean_p = self._mean_q = torch.empty(0)
 
@@ -52,6 +54,7 @@ class Moments:
         self._rhs.addmm_(regressors.t(), targets)
         self._sum_p += regressors.sum(0)
         self._sum_q += targets.sum(0)
+        self.square += float(targets.double().square().sum())
         self._count += len(regressors)
 
     def _centre(self) -> None:

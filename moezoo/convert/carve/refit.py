@@ -16,6 +16,10 @@ from moezoo.convert.carve.least_squares import Moments
 STRENGTHS = (0.03, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0)
 """Those that are tried where held-out tokens choose."""
 _CHUNK = 4096
+_ALIKE = 1e-6
+"""Directions that exact tokens do not differ in, over the one that they share most."""
+_MOST_MOVED = 0.25
+"""Of the squares of what is missing at all other tokens: what exact ones may cost them."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ def fit_change(
             ``held_out``.
         bias: fit a constant too, for activations whose mean is not zero.
         held_out: tokens to choose the strength on; not read if there is only one.
-        exact: tokens at which nothing may be missing afterwards. Of all changes that see to it,
-            that is taken which moves the outputs at the other tokens least.
+        exact: tokens at which nothing is missing afterwards. Of all changes that see to it, that is
+            taken which moves the outputs at the other tokens least; where these would lose more by
+            it than a quarter of what they miss (squared), less is made up for.
     """
     several = held_out is not None and len(strengths) > 1
     moments = Moments.of(((part.counted, part.residual) for part in fitted), bias, several)
@@ -123,13 +128,30 @@ def _to_be_exact(
 ) -> Tensor:
     """Return the change ``(D, F)`` after which nothing is missing at the exact tokens.
 
-    With A the ridge's matrix and K what counts there, ``A^-1 K^T (K A^-1 K^T)^-1`` times what is
-    still missing. Tokens may be alike: what they have in common is found by eigenvalues.
+    With A the ridge's matrix, K what counts there and M what is still missing, it is ``A^-1 K^T
+    (K A^-1 K^T + μ I)^-1 M``. μ is 0, but for directions that tokens have in common. Where hardly
+    anything counts, no change could make up for what earlier layers are off by without ruining all
+    other outputs: μ is then the first that leaves these as good as they were.
     """
     left_kD = exact.residual - exact.counted @ weight_DF.t()
     if constant_D is not None:
         left_kD = left_kD - constant_D
     whitened_Fk = moments.whiten(exact.counted, strength)
-    gram_kk = exact.counted @ whitened_Fk
-    inverse_kk = torch.linalg.pinv(gram_kk.double(), rtol=1e-6, hermitian=True).to(gram_kk)
-    return (whitened_Fk @ (inverse_kk @ left_kD)).t()
+    gram_kk = (exact.counted.double() @ whitened_Fk.double()).cpu()
+    values_k, vectors_kk = torch.linalg.eigh((gram_kk + gram_kk.t()) / 2)
+    most = float(values_k[-1])
+    left_kD = vectors_kk.t() @ left_kD.double().cpu()
+    square_k = left_kD.square().sum(1)
+    inverse_k = torch.where(values_k > _ALIKE * most, 1 / values_k, 0.0)
+    damping = _ALIKE * most
+    allowed = _MOST_MOVED * moments.square
+    # Σ s_i / (s_i + μ)² |m_i|² bounds the squares of what the change adds to all fitted outputs.
+    while damping < most / _ALIKE and _moved(values_k, inverse_k, square_k) > allowed:
+        inverse_k = 1 / (values_k.clamp(min=0) + damping)
+        damping *= 4
+    change_kD = vectors_kk @ (inverse_k[:, None] * left_kD)
+    return (whitened_Fk @ change_kD.to(whitened_Fk)).t()
+
+
+def _moved(values_k: Tensor, inverse_k: Tensor, square_k: Tensor) -> float:
+    return float((values_k * inverse_k.square() * square_k).sum())

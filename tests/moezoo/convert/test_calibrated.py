@@ -48,7 +48,7 @@ def test_held_out_tokens_choose_the_strength():
 @pytest.mark.parametrize("bias", [False, True])
 def test_exact_tokens_lack_nothing_and_others_move_least(bias):
     fitted, exact = drawn(70), drawn(2)
-    exact = Missing(torch.cat([exact.counted] * 2), torch.cat([exact.residual] * 2))  # alike
+    exact = Missing(torch.cat([exact.counted] * 2), torch.cat([exact.residual / 2] * 2))  # alike
     change = fit_change(iter([fitted]), (0.2,), bias, exact=exact)
     assert exact.error(change.weight, change.constant) < 1e-6
     free = fit_change(iter([fitted]), (0.2,), bias)
@@ -60,6 +60,18 @@ def test_exact_tokens_lack_nothing_and_others_move_least(bias):
     span = exact.counted[:2]
     inside = moved @ torch.linalg.pinv(span) @ span
     torch.testing.assert_close(inside, moved, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strengths", [(0.2,), STRENGTHS])
+def test_exact_tokens_at_which_hardly_anything_counts_do_not_ruin_others(strengths):
+    # Behind a layer that puts out thousands, they miss what no change could make up for.
+    fitted, held_out, exact = drawn(70), drawn(30), drawn(3)
+    exact = Missing(exact.counted * 1e-2, exact.residual * 30.0)
+    change = fit_change(iter([fitted]), strengths, True, held_out, exact)
+    free = fit_change(iter([fitted]), strengths, True, held_out)
+    moved = ((change.weight - free.weight) @ fitted.counted.t()).square().sum()
+    assert 0.0 < moved < 0.3 * fitted.residual.square().sum()
+    assert held_out.error(change.weight, change.constant) < 1.5 * float(held_out.residual.norm())
 
 
 def test_tokens_apart_decide_nothing_and_keep_their_output(planted):
