@@ -286,6 +286,16 @@ def test_heads(draw, batch):
     torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("width", [256, 301, 512, 1031])  # from 1 KiB on, rows are read one by one
+def test_heads_with_long_rows(draw, width):
+    hidden, norm = draw(1, width, scale=1.0), draw(width, scale=1.0)
+    head = Linear(draw(53, width), draw(53))
+    logits = token_step.head_step(hidden, Norm(norm, EPS), head)()
+    tolerance = DIGITS[draw.dtype]
+    expected = linear(normed(hidden, norm), head)
+    torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_threads_change_no_bit(draw):
     width, inner = 200, 1500  # enough for several threads
     parts = [Linear(draw(*shape), None) for shape in 2 * [(inner, width)] + [(width, inner)]]

@@ -17,9 +17,9 @@ from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import LogitOptions, Router, RouterOptions, WeightOptions
 from moezoo.selection import ThresholdSelector
-from moezoo_kernels import token_step
+from moezoo_kernels import large_pages, token_step
 from moezoo_kernels.grouped_mlp import cpu
-from moezoo_kernels.layouts import column_major
+from moezoo_kernels.layouts import is_column_major
 from moezoo_kernels.selective_mlp import Thresholds
 from moezoo_kernels.selective_mlp.cpu import laid
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
@@ -151,7 +151,8 @@ def _lay_by_columns(layer: SelectiveFFN, rule: ThresholdSelector) -> None:
     for name, skips in skipping.items():
         if skips:
             weight = layer.get_parameter(f"{name}_proj.weight")
-            weight.data = column_major(weight.data)
+            if not is_column_major(weight):
+                weight.data = large_pages.copied(weight.t()).t()
 
 
 def _mixture(
