@@ -14,7 +14,7 @@ from torch import Tensor
 from moezoo.bench.case import Case, Package, Peer, Setting, Target
 from moezoo.bench.end_to_end import Job, Task, timed
 from moezoo_models.text.tokenizer import Tokenizer
-from moezoo_train.bench.models import Architecture, Family, copied
+from moezoo_train.bench.models import Architecture, Family, mapped
 
 if TYPE_CHECKING:
     from moezoo_models import MoezooForCausalLM
@@ -74,7 +74,7 @@ def _build(setting: Setting, folder: Path, family: Family) -> Task:
     with torch.no_grad():
         model.lm_head.weight[-1] = 0.0  # the token that ends a text is never the likeliest
     prompts = torch.randint(setting["V"] - 1, (setting["B"], setting["P"]))
-    parts = Reply(architecture, copied(model), prompts, setting["N"])
+    parts = Reply(architecture, mapped(model, folder), prompts, setting["N"])
     reply = partial(told if setting["B"] == 1 else _batch, model, parts)
     return Task(parts.job(reply), parts, amount=setting["N"])
 
@@ -117,7 +117,7 @@ def transformers_reply(parts: Reply) -> Job:
     """Its model and its ``generate``; attention by sdpa and experts by grouped_mm."""
     from transformers import GenerationConfig
 
-    model = parts.architecture.theirs(parts.weights).eval()
+    model = parts.architecture.theirs(parts.weights, views=True).eval()
     end = parts.architecture.vocabulary - 1
     config = GenerationConfig(
         max_new_tokens=parts.new, do_sample=False, eos_token_id=end, pad_token_id=end

@@ -19,7 +19,7 @@ from moezoo.bench.case import PLAIN, Case, Package, Peer, Setting, Target
 from moezoo.bench.end_to_end import Job, Task
 from moezoo_train.bench.decoding import Reply, told, transformers_reply
 from moezoo_train.bench.llama_cpp import PACKAGES, LlamaCpp
-from moezoo_train.bench.models import Architecture, copied
+from moezoo_train.bench.models import Architecture, mapped
 
 if TYPE_CHECKING:
     from moezoo_models import MoezooForCausalLM
@@ -50,7 +50,7 @@ def sparsify(model: MoezooForCausalLM, ids: Tensor) -> MoezooForCausalLM:
     widths = {"d_ff": model.model.layers[0].mlp.d_ff}
     rule = {"layers": "all", "class_path": "moezoo.SelectiveFFN", "init_args": widths}
     sparse = MoezooForCausalLM(MoezooConfig(**{**fields, "ffn": [rule]}))
-    missing, unknown = sparse.load_state_dict(model.state_dict(), strict=False)
+    missing, unknown = sparse.load_state_dict(model.state_dict(), strict=False, assign=True)
     assert not unknown
     assert all(".selector." in name for name in missing)
     inputs: list[Tensor] = []
@@ -93,8 +93,9 @@ def _build(setting: Setting, folder: Path) -> Task:
                 parameter[-1] = 0.0  # the token that ends a text is never the likeliest
     some = torch.randint(setting["V"] - 1, (1, 8 * setting["P"]))
     prompts = torch.randint(setting["V"] - 1, (1, setting["P"]))
+    weights = mapped(model, folder)
     sparse = sparsify(model, some)
-    dense = Reply(architecture, copied(model), prompts, setting["N"])
+    dense = Reply(architecture, weights, prompts, setting["N"])
     ours = dense.job(partial(told, sparse, dense))
     return Task(ours, Sparsified(dense, sparse), setting["N"])
 
@@ -102,7 +103,7 @@ def _build(setting: Setting, folder: Path) -> Task:
 def _dense(parts: Sparsified) -> Job:
     """The dense model, by the decoder here."""
     model = parts.dense.architecture.ours().eval()
-    model.load_state_dict(parts.dense.weights)
+    model.load_state_dict(parts.dense.weights, assign=True)
     return parts.dense.job(partial(told, model, parts.dense))
 
 
