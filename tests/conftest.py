@@ -7,6 +7,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Commands that tests start measure the machine's dtypes once for all of them, not for its user.
 os.environ["MOEZOO_CACHE"] = os.path.join(tempfile.gettempdir(), "moezoo-tests")
 SPEEDS = dtype_speed.speeds
+
+# Where programs are that fork; not in this folder, whose others are called as packages are.
+FORKING = str(Path(__file__).parent / "reliability")
 
 RANKS = (
     "MASTER_ADDR",
@@ -57,6 +61,26 @@ def forget_ranks() -> Iterator[None]:
     yield
     for name in RANKS:
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Return a process that forks others, which then need not import what it has."""
+    sys.path.insert(0, FORKING)
+    from forked import Server
+
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def run_each(tmp_path_factory) -> Callable[..., list[str]]:
+    """Return a function that runs texts in processes that have run nothing but a first one."""
+    sys.path.insert(0, FORKING)
+    from each import run_each
+
+    return lambda first, codes: run_each(tmp_path_factory.mktemp("each"), first, codes)
 
 
 @pytest.fixture

@@ -1,39 +1,24 @@
 """Layers whose experts two processes share, against the same layers in one process."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
-import parallel_layers as layers  # noqa: E402 - also a program of its own
+import parallel_layers as layers  # also a program of its own
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(server, tmp_path_factory) -> Path:
     """Return where two processes left what they computed."""
     folder = tmp_path_factory.mktemp("parallel")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.run(
-        [*launcher, layers.__file__, str(folder)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-            "OMP_NUM_THREADS": "1",
-        },
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+    for ended in server.run_ranks(2, folder, folder=folder, program=layers.__file__):
+        assert ended.code == 0, ended.output[-5000:]
     return folder
 
 

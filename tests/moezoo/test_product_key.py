@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -279,9 +278,9 @@ def run_rank(rank: int, path: str) -> None:
 
 
 @pytest.mark.slow
-def test_batch_statistics_are_those_of_all_ranks(tmp_path: Path):
+def test_batch_statistics_are_those_of_all_ranks(server, tmp_path: Path):
     path = str(tmp_path / "rendezvous")
-    mp.start_processes(run_rank, (path,), nprocs=2, start_method="spawn")
+    server.call_ranks(2, run_rank, path, folder=tmp_path)
     two = torch.load(path + ".result", weights_only=True)
     query = seeded_network()
     hidden, direction, mask = batch()

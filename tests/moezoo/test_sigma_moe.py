@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from moezoo import InputError, RouterOptions, SigmaMoE, SparseMoE
 from moezoo.routing import losses
@@ -162,9 +161,9 @@ def run_rank(rank: int, path: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_entropy_of_the_whole_batch(tmp_path: Path):
+def test_two_ranks_have_the_entropy_of_the_whole_batch(server, tmp_path: Path):
     path = str(tmp_path / "rendezvous")
-    mp.start_processes(run_rank, (path,), nprocs=2, start_method="spawn")
+    server.call_ranks(2, run_rank, path, folder=tmp_path)
     layer = make(entropy=1.0)
     mask = torch.cat([torch.arange(32) < 9, torch.arange(32) < 25])
     loss = layer(tokens(), mask=mask).losses["entropy"]

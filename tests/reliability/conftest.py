@@ -10,8 +10,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from forked import Server  # also a program of its own
-
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
@@ -23,13 +21,6 @@ def corpus(tmp_path_factory) -> Path:
         text = " ".join(generator.choice(words) for _ in range(120))
         (folder / f"{number}.txt").write_text(f"{number} {text}\n")
     return folder
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="session")

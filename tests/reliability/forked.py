@@ -1,15 +1,20 @@
-"""Runs commands in children of one process that has imported everything already.
+"""Runs commands and programs in children of one process that has imported everything already.
 
-Fifty runs that are killed then cost what they compute, and not fifty imports of torch as well. This
-file is both sides: what the tests call, and, started as a program, the process that forks.
+Fifty runs that are killed, or two ranks, then cost what they compute, and not an import of torch
+and Lightning each as well. This file is both sides: what the tests call, and, started as a program,
+the process that forks.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import importlib
 import json
+import math
 import os
 import resource
+import runpy
 import signal
 import socket
 import subprocess
@@ -17,6 +22,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +35,17 @@ LIMIT = 300.0
 
 WRITING = os.O_WRONLY | os.O_RDWR
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}
+
+CALL = """
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("called", sys.argv[1])
+sys.modules["called"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+getattr(module, sys.argv[2])(int(os.environ["RANK"]), *sys.argv[3:])
+"""
+
+NEVER = ("__main__", "__mp_main__", "torch._inductor")
+"""Modules that are not imported beforehand, as they start threads or are no files."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +87,23 @@ class Server:
             text=True,
         )
 
-    def run(self, *arguments: str, folder: Path, **order: Any) -> Ended:
-        """Run a command in a folder, and wait for its end.
+    def run(self, *arguments: Any, folder: Path, **order: Any) -> Ended:
+        """Run a command or a program in a folder, and wait for its end.
 
         Args:
-            arguments: of the ``moezoo`` command, or ``save`` to write checkpoints without end.
+            arguments: of the ``moezoo`` command; or ``save`` to write checkpoints without end.
             folder: where it writes, and its current directory.
-            order: what is to happen to it, see :func:`obey` and :func:`wait`; to one ``rank`` only,
-                if that is given. One that is ``absent`` is not started.
+            order: what else it is, as ``program`` or ``code``, and what is to happen to it, see
+                :func:`obey` and :func:`wait`; to one ``rank`` only, if that is given. One that is
+                ``absent`` is not started.
         """
         return self.run_ranks(1, *arguments, folder=folder, **order)[0]
 
-    def run_ranks(self, ranks: int, *arguments: str, folder: Path, **order: Any) -> list[Ended]:
+    def run_ranks(self, ranks: int, *arguments: Any, folder: Path, **order: Any) -> list[Ended]:
         """Run a command as a cluster does: one process per rank, told by its environment."""
         logs = [self._folder / f"output{rank}.txt" for rank in range(ranks)]
-        order |= {"arguments": arguments, "folder": str(folder), "logs": [*map(str, logs)]}
+        order |= {"arguments": [*map(str, arguments)], "folder": str(folder)}
+        order["logs"] = [*map(str, logs)]
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -91,6 +111,14 @@ class Server:
         ended = json.loads(self._process.stdout.readline())
         logs = [log for rank, log in enumerate(logs) if rank != order.get("absent")]
         return [Ended(**values, **_read(log)) for values, log in zip(ended, logs, strict=True)]
+
+    def call_ranks(
+        self, ranks: int, function: Callable[..., None], *arguments: Any, folder: Path
+    ) -> None:
+        """Call a function of a file in processes that are ranks; each gets its rank first."""
+        words = (function.__code__.co_filename, function.__name__, *arguments)
+        for ended in self.run_ranks(ranks, *words, folder=folder, code=CALL):
+            assert ended.code == 0, ended.output
 
     def close(self) -> None:
         """End it."""
@@ -105,17 +133,23 @@ def _read(log: Path) -> dict[str, Any]:
 
 def serve() -> None:
     """Fork children for every line that is read, and say how they ended."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is imported may print
     import torch
 
-    import moezoo_train.data.prepare  # noqa: F401
-    from moezoo.__main__ import main
+    from moezoo.__main__ import COMMANDS, main
 
     torch.set_num_threads(1)
     for line in sys.stdin:
         order = json.loads(line)
+        words = order["arguments"]
+        if not order.keys() & {"program", "code"}:
+            asked = (COMMANDS.get(" ".join(words[:count])) for count in (1, 2))
+            import_all([each.function.partition(":")[0] for each in asked if each])
         children: dict[int, dict[str, Any]] = {}
         port = free_port()
         for rank, log in enumerate(order["logs"]):
+            modules(log).unlink(missing_ok=True)
             if rank == order.get("absent"):
                 continue
             own = of_rank(rank, order)
@@ -125,7 +159,26 @@ def serve() -> None:
                     os.environ |= as_rank(rank, len(order["logs"]), port)
                 obey(own, log, main)
             children[child] = own
-        print(json.dumps(wait(children)), flush=True)
+        print(json.dumps(wait(children)), file=answers, flush=True)
+        for log in order["logs"]:
+            with suppress(OSError):
+                import_all(modules(log).read_text().split("\n"))
+
+
+def modules(log: str) -> Path:
+    """Return where a child writes which modules it has imported."""
+    return Path(f"{log}.modules")
+
+
+def import_all(names: list[str]) -> None:
+    """Import what children have imported or will, so that the next ones need not."""
+    new = [name for name in names if name not in sys.modules and not name.startswith(NEVER)]
+    for name in new:
+        with suppress(Exception):  # some are made, and none is needed
+            importlib.import_module(name)
+    if new:
+        gc.collect()
+        gc.freeze()  # nothing of it is copied because a child's collector looks at it
 
 
 def of_rank(rank: int, order: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +228,7 @@ def wait(children: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
                 ended[child] = {"code": code, "seconds": passed}
             elif passed > order.get("limit", LIMIT) or stopped.issuperset(left):
                 os.kill(child, signal.SIGKILL)
-            elif passed > order.get("seconds", LIMIT) and child not in sent:
+            elif passed > order.get("seconds", math.inf) and child not in sent:
                 os.kill(child, order.get("number", signal.SIGKILL))
                 sent.add(child)
         time.sleep(0.001)
@@ -185,18 +238,23 @@ def wait(children: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
 def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
     """Be the child.
 
-        The order may hold ``operation`` and ``delay``: die so many seconds after the n-th change of
-    the file system; ``file_limit``: bytes that a file may have; ``memory``: bytes of memory that
-    may be added; ``processor``: seconds of a core that it may take; ``unprivileged``: do not write
-    what permissions forbid, although root could; ``shard_bytes``: of ``moezoo prepare``;
-    ``group``: be a process group, as a terminal's job is.
+    The order may hold ``program``: a file to run instead of a command, or ``code``: text to run;
+    ``environment``: variables.
+
+    It may hold ``operation`` and ``delay``: die so many seconds after the n-th change of the file
+    system; ``file_limit``: bytes that a file may have; ``memory``: bytes of memory that may be
+    added; ``processor``: seconds of a core that it may take; ``unprivileged``: do not write what
+    permissions forbid, although root could; ``shard_bytes``: of ``moezoo prepare``; ``group``: be
+    a process group, as a terminal's job is.
     """
+    known = set(sys.modules)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.chdir(order["folder"])
+    os.environ |= order.get("environment", {})
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     code = 1
     watch = Watch(order["folder"], order.get("operation"), order.get("delay", 0.0))
@@ -214,9 +272,7 @@ def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
         if "shard_bytes" in order:
             sys.modules["moezoo_train.data.prepare"].SHARD_BYTES = order["shard_bytes"]
         sys.addaudithook(watch)
-        if order["arguments"] == ["save"]:
-            save(Path(order["folder"]))
-        code = main(order["arguments"])
+        code = start(order, main)
     except SystemExit as error:
         code = int(error.code or 0)
     except BaseException:
@@ -224,7 +280,26 @@ def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.write(1, f"\0{watch.count}".encode())
+    with suppress(OSError):
+        modules(log).write_text("\n".join(name for name in sys.modules if name not in known))
     os._exit(code)
+
+
+def start(order: dict[str, Any], main: Any) -> int:
+    """Run what the order names, and return its exit status."""
+    arguments = order["arguments"]
+    if "program" in order:
+        sys.argv = [order["program"], *arguments]
+        sys.path.insert(0, str(Path(order["program"]).parent))
+        runpy.run_path(order["program"], run_name="__main__")
+        return 0
+    if "code" in order:
+        sys.argv = ["-c", *arguments]
+        exec(compile(order["code"], "<code>", "exec"), {"__name__": "__main__"})
+        return 0
+    if arguments == ["save"]:
+        save(Path(order["folder"]))
+    return int(main(arguments))
 
 
 class Watch:

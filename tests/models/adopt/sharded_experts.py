@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from pathlib import Path
 
@@ -53,5 +52,3 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
     dist.destroy_process_group()
-    # torch 2.13: gloo's thread may release a tensor while the interpreter ends, which aborts it.
-    os._exit(0)

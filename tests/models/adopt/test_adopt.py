@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -490,20 +487,7 @@ def test_experts_that_a_mesh_cannot_split_are_refused():
 
 
 @pytest.mark.slow
-def test_two_ranks_compute_what_one_does(tmp_path):
-    root = Path(__file__).parents[3]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    paths = [root, root / "models", root / "kernels"]
-    process = subprocess.run(
-        [*launcher, str(Path(__file__).parent / "sharded_experts.py")],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
-            "OMP_NUM_THREADS": "1",
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+def test_two_ranks_compute_what_one_does(server, tmp_path):
+    program = str(Path(__file__).parent / "sharded_experts.py")
+    for ended in server.run_ranks(2, folder=tmp_path, program=program):
+        assert ended.code == 0, ended.output[-5000:]

@@ -2,12 +2,8 @@
 
 import errno
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -270,47 +266,6 @@ def test_without_exchange_a_failed_rename_is_undone(model, saved, monkeypatch):
     with pytest.raises(OSError, match="no rename today"):
         save_checkpoint(saved, model)
     assert_same(load_checkpoint(saved)[0], model)
-
-
-@pytest.mark.slow
-def test_killed_while_saving(tmp_path):
-    """What is there after the kill loads, and is one of the last two."""
-    target = tmp_path / "c"
-    program = tmp_path / "save.py"
-    program.write_text(
-        textwrap.dedent(
-            """
-            import sys, torch
-            from moezoo_models import MoezooConfig, MoezooForCausalLM
-            from moezoo_models.checkpoints.directory import save_checkpoint
-
-            sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
-            model = MoezooForCausalLM(MoezooConfig(**sizes))
-            value = 0
-            while True:
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        parameter.fill_(value)
-                save_checkpoint(sys.argv[1], model, max_shard_size="20KB")
-                print(value, flush=True)
-                value += 1
-            """
-        )
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, str(program), str(target)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        done = [int(process.stdout.readline()) for _ in range(4)][-1]
-        process.send_signal(signal.SIGKILL)
-        done = max([done, *map(int, process.stdout.read().split())])
-    loaded, _ = load_checkpoint(target)
-    values = {value for p in loaded.parameters() for value in p.unique().tolist()}
-    assert len(values) == 1, "a mixture of two checkpoints"
-    assert values <= {done, done + 1}
 
 
 def test_what_is_no_checkpoint_is_not_replaced(model, tmp_path):

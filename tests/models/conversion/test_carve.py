@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -265,19 +262,15 @@ carve(sys.argv[1], sys.argv[2], 1, 2, 6, sys.argv[3], 768, 256, 64, accept_loss=
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bytes(readable, text, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bytes(server, readable, text, tmp_path):
     source = readable()
     # A process of its own for the whole run too: the same number of threads.
     runs = [(KILLED.replace("== 2", "== 9"), "whole", 0), (KILLED, "out", -signal.SIGKILL)]
     runs.append((runs[0][0], "out", 0))
-    path = os.pathsep.join(p for p in sys.path if p)
     for code, name, expected in runs:
-        done = subprocess.run(
-            [sys.executable, "-c", code, source, tmp_path / name, text["calibration"]],
-            env={**os.environ, "PYTHONPATH": path},
-            check=False,
-        )
-        assert done.returncode == expected
+        words = (source, tmp_path / name, text["calibration"])
+        ended = server.run(*words, folder=tmp_path, code=code)
+        assert ended.code == expected, ended.output
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 

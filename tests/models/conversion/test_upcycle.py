@@ -4,9 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -385,37 +382,30 @@ def test_too_little_room_is_known_before_the_first_byte(dense, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
-SLOW = """
-import sys, time
+KILLED = """
+import os, sys
 from moezoo_models.conversion import writer
 original = writer.write_safetensors
-def slowly(path, outputs, progress):
+def killed(path, outputs, progress):
     def step(count):
-        time.sleep(0.05)
+        if "model-00003-" in path.name:
+            os.kill(os.getpid(), 9)
         progress(count)
     return original(path, outputs, step)
-writer.write_safetensors = slowly
+writer.write_safetensors = killed
 from moezoo_models.conversion.upcycle import upcycle
 upcycle(sys.argv[1], sys.argv[2], experts=4, top_k=2, drop=0.5, max_shard_size="120KB")
 """
 
 
 @pytest.mark.slow
-def test_after_a_kill_the_same_command_goes_on_to_the_same_bytes(dense, tmp_path):
+def test_after_a_kill_the_same_command_goes_on_to_the_same_bytes(server, dense, tmp_path):
     source, target = dense(), tmp_path / "out"
     options = {"experts": 4, "top_k": 2, "drop": 0.5, "max_shard_size": "120KB"}
     upcycle(source, tmp_path / "whole", **options)
-    path = os.pathsep.join(p for p in sys.path if p)
-    run = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(source), str(target)],
-        env={**os.environ, "PYTHONPATH": path},
-    )
     partial = tmp_path / ".out.partial"
-    while not list(partial.glob("model-00002-*")):
-        assert run.poll() is None
-        time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    ended = server.run(source, target, folder=tmp_path, code=KILLED)
+    assert ended.code == -signal.SIGKILL, ended.output
     kept = {p.name: p.stat().st_mtime_ns for p in partial.glob("model-*")}
     assert len(kept) >= 2
     assert not target.exists()
@@ -461,24 +451,18 @@ print(peak[0] - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux' /proc")
-def test_memory_is_a_few_tensors_not_the_model(tmp_path):
+def test_memory_is_a_few_tensors_not_the_model(server, tmp_path):
     from transformers import LlamaConfig
 
     from .conftest import SIZES, write_dense
 
-    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    wide = {"hidden_size": 512, "intermediate_size": 2048}
     small = write_dense(tmp_path / "small", LlamaConfig(**SIZES))
     source = write_dense(tmp_path / "wide", LlamaConfig(**(SIZES | wide)))
-    path = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out"), str(small)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    ended = server.run(source, tmp_path / "out", small, folder=tmp_path, code=MEASURE)
+    assert ended.code == 0, ended.output
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     tensor = 512 * 2048 * 4
-    peak = int(done.stdout.splitlines()[-1])
-    assert written > 500e6
+    peak = int(ended.output.splitlines()[-1])
+    assert written > 300e6
     assert peak < tensor + 50e6

@@ -1,4 +1,4 @@
-"""What test_strategies.py runs, once in its own process and once in two, launched by torchrun."""
+"""What test_strategies.py runs, once in its own process and once in two."""
 
 import sys
 from collections.abc import Callable

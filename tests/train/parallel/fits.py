@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in two processes, launched by torchrun: one command after another.
+"""What test_distributed.py runs in two processes: one command after another.
 
 A process for each rank of each command would import torch that many times.
 """

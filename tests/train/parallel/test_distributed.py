@@ -75,7 +75,7 @@ def run_alone(folder: Path, words: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(server, tmp_path_factory) -> Path:
     """Return where a run of one process lies, one of two, and one of two in two parts."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "corpus").mkdir()
@@ -84,7 +84,7 @@ def runs(tmp_path_factory) -> Path:
         (folder / "corpus" / f"{number}.txt").write_text(text)
     run(arguments(folder, "one", **{"data.batch_size": 4}))
     whole, half = of_two(folder, "two"), of_two(folder, "parts", **{"trainer.max_steps": 2})
-    launch(fits.__file__, folder, json.dumps(whole), json.dumps(half))
+    launch(server, fits.__file__, folder, json.dumps(whole), json.dumps(half))
     run_alone(folder, of_two(folder, "parts", ckpt_path="last"))
     return folder
 

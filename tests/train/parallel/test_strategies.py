@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.slow, *MARKS]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(server, tmp_path_factory) -> Path:
     """Return where two processes left everything that they computed."""
     folder = tmp_path_factory.mktemp("strategies")
     cases.make_base(folder)
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
         "trainer.strategy.expert_parallel": 2,
         "trainer.strategy.save_distributed_checkpoint": "true",
     }
-    launch(cases.__file__, folder, *fit_arguments(folder, **strategy))
+    launch(server, cases.__file__, folder, *fit_arguments(folder, **strategy))
     return folder
 
 

@@ -42,7 +42,7 @@ pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(server, tmp_path_factory) -> Path:
     """Return where two processes left everything that they computed."""
     if importlib.util.find_spec("deepspeed") is None:
         assert sys.platform != "linux", "make test installs DeepSpeed"
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     strategy = {"trainer.strategy": "zero3", "trainer.accumulate_grad_batches": 2}
     compiled = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
-    launch(zero_cases.__file__, folder, *fit_arguments(folder, **strategy), **compiled)
+    launch(server, zero_cases.__file__, folder, *fit_arguments(folder, **strategy), **compiled)
     return folder
 
 

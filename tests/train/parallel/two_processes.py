@@ -1,8 +1,6 @@
 """Two processes against one: how tests start them, and how they compare what both computed."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(Path(__file__).parent))
 
-import distributed_cases as cases  # noqa: E402 - also a program of its own
+import distributed_cases as cases  # also a program of its own
 
 MARKS = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -24,28 +21,19 @@ MARKS = [
 ]
 
 
-def launch(program: str, folder: Path, *arguments: str, **variables: str) -> None:
+def launch(server: Any, program: str, folder: Path, *arguments: str, **variables: str) -> None:
     """Run a program in two processes; it leaves its results in a folder.
 
     Args:
+        server: forks them.
         program: its file.
         folder: given to it first.
         arguments: given to it as well.
         variables: of its environment.
     """
-    paths = [str(ROOT / part) for part in (".", "kernels", "models", "train")]
-    paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **variables}
-    process = subprocess.run(
-        [*launcher, program, str(folder), *arguments],
-        env={**os.environ, **environment},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+    order = {"program": program, "environment": variables, "limit": 1200.0}
+    for ended in server.run_ranks(2, folder, *arguments, folder=folder, **order):
+        assert ended.code == 0, ended.output[-5000:]
 
 
 def fit_arguments(folder: Path, **options: Any) -> list[str]:

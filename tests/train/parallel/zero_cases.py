@@ -1,4 +1,4 @@
-"""What test_zero.py runs in two processes, launched by torchrun: DeepSpeed's ZeRO on CPUs."""
+"""What test_zero.py runs in two processes: DeepSpeed's ZeRO on CPUs."""
 
 import sys
 from dataclasses import replace

@@ -1,8 +1,6 @@
-"""Predicted bytes of collectives against those that two processes make, counted one by one.
+"""Predicted bytes of collectives against those that two processes make, counted one by one."""
 
-The processes import this file: it must not load Lightning, which takes seconds.
-"""
-
+import json
 import warnings
 from collections import Counter
 from typing import Any
@@ -10,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moezoo_models import MoezooConfig, MoezooForCausalLM
@@ -88,12 +85,12 @@ def count_step(model: MoezooForCausalLM, layout: str, micro_batches: int) -> dic
     return dict(counted.bytes)
 
 
-def run_rank(rank: int, path: str, cases: dict[str, Any]) -> None:
+def run_rank(rank: int, path: str, cases: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     found = {}
-    for name, (config, layout, micro_batches, checkpointing) in cases.items():
+    for name, (config, layout, micro_batches, checkpointing) in json.loads(cases).items():
         model = MoezooForCausalLM(MoezooConfig(**config)).train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -104,11 +101,12 @@ def run_rank(rank: int, path: str, cases: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory, make_config) -> dict[str, dict[str, int]]:
+def counted(server, tmp_path_factory, make_config) -> dict[str, dict[str, int]]:
     """Return the bytes of every case, counted in one launch of two processes."""
-    path = str(tmp_path_factory.mktemp("ranks") / "rendezvous")
+    folder = tmp_path_factory.mktemp("ranks")
+    path = str(folder / "rendezvous")
     cases = {name: (make_config(case[0]), *case[1:]) for name, case in CASES.items()}
-    mp.start_processes(run_rank, (path, cases), nprocs=2, start_method="spawn")
+    server.call_ranks(2, run_rank, path, json.dumps(cases), folder=folder)
     return torch.load(path + ".counted", weights_only=True)
 
 

@@ -1,11 +1,8 @@
 """A run that was interrupted ends as the run that was not, bit for bit."""
 
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -209,37 +204,34 @@ cli.run(argv)
 """
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory) -> Path:
+    """Return the directory of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(arguments(corpus, folder, "run"))
+    return folder / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "last_step"), [("between", 4), ("writing", 4)])
-def test_killed_run_resumes_exactly(moment, last_step, corpus, tmp_path):
+def test_killed_run_resumes_exactly(server, moment, last_step, corpus, uninterrupted, tmp_path):
     """Kill -9 within a step, or with a checkpoint written but not yet renamed."""
     killed = arguments(corpus, tmp_path, "killed")
-    paths = [str(ROOT / part) for part in (".", "kernels", "models", "train")]
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, moment, *killed],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    ended = server.run(moment, *killed, folder=tmp_path, code=KILLED)
+    assert ended.code == -signal.SIGKILL, ended.output
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == last_step
 
     run([*killed, "--ckpt_path=last"])
-    run(arguments(corpus, tmp_path, "whole"))
-    resumed, whole = (read_metrics(tmp_path / n / "metrics.csv") for n in ("killed", "whole"))
+    runs = (tmp_path / "killed", uninterrupted)
+    resumed, whole = (read_metrics(each / "metrics.csv") for each in runs)
     exact = ("step", "tokens", "train/loss", "train/grad_norm", "train/lr", "val/loss")
     exact += ("train/aux/load_balancing", "experts/entropy/layer_00", "experts/entropy/layer_01")
     assert [[row.get(k) for k in exact] for row in resumed] == [
         [row.get(k) for k in exact] for row in whole
     ]
     assert [row["step"] for row in whole if "train/loss" in row] == ["3", "6", "9"]
-    states = [
-        torch.load(tmp_path / n / "checkpoints" / "last.ckpt", weights_only=True)
-        for n in ("killed", "whole")
-    ]
+    states = [torch.load(each / "checkpoints" / "last.ckpt", weights_only=True) for each in runs]
     assert_equal(states[0]["state_dict"], states[1]["state_dict"])
     assert_equal(states[0]["optimizer_states"], states[1]["optimizer_states"])
     leftovers = [p.name for p in checkpoint.parent.iterdir() if p.name.startswith(".")]

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -112,7 +110,7 @@ class TestInterruption:
         assert contents(tmp_path) == whole
 
     @pytest.mark.slow
-    def test_kill_9(self, corpus, tmp_path, whole, contents):
+    def test_kill_9(self, server, corpus, tmp_path, whole, contents):
         script = (
             "import os, signal, sys\n"
             "from moezoo_train.data import prepare as module\n"
@@ -126,12 +124,8 @@ class TestInterruption:
             "module.Shard.write = dying_write\n"
             "module.prepare(sys.argv[1], sys.argv[2], vocab_size=300)\n"
         )
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        result = subprocess.run(
-            [sys.executable, "-c", script, str(corpus), str(tmp_path)],
-            env=environment, capture_output=True, check=False,
-        )  # fmt: skip
-        assert result.returncode == -signal.SIGKILL, result.stderr
+        ended = server.run(corpus, tmp_path, folder=tmp_path, code=script)
+        assert ended.code == -signal.SIGKILL, ended.output
         assert (tmp_path / "partial/shard-000001.index").exists()
         prepare(str(corpus), tmp_path, vocab_size=300)
         assert contents(tmp_path) == whole

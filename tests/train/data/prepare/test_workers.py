@@ -2,11 +2,7 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -21,6 +17,22 @@ from moezoo_train.data import encoders as module
 from moezoo_train.data import prepare as preparing
 from moezoo_train.data.encoders import Encoders, EncodingError
 from moezoo_train.data.prepare import prepare
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from moezoo.__main__ import main
+
+def interrupt():
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+code = main(sys.argv[2:])
+assert [each for each in threading.enumerate() if not each.daemon] == [threading.main_thread()]
+sys.exit(code)
+"""
 
 
 def threads_left():
@@ -235,27 +247,14 @@ class TestErrors:
         assert threads_left() == []
 
     @pytest.mark.slow
-    def test_interrupted_command_ends_at_once(self, tmp_path, own_tokenizer):
+    def test_interrupted_command_ends_at_once(self, server, tmp_path, own_tokenizer):
         rows = (json.dumps({"text": f"token {n} expert router gate\n" * 400}) for n in range(4000))
         (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "moezoo", "prepare", "--workers", "2"),
-                *("--source", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")),
-                *("--tokenizer", own_tokenizer),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            # Background jobs of a shell ignore the signal, and so would their children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
         first = tmp_path / "out/partial/shard-000000.index"
-        while not first.exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 130, said
-        assert "Traceback" not in said
-        assert "goes on behind what is tokenized" in said
+        words = ["prepare", "--workers=2", f"--source={tmp_path / 'rows.jsonl'}"]
+        words += [f"--output={tmp_path / 'out'}", f"--tokenizer={own_tokenizer}"]
+        ended = server.run(first, *words, folder=tmp_path, code=INTERRUPTED, limit=60.0)
+        assert ended.code == 130, ended.output
+        assert "Traceback" not in ended.output
+        assert "goes on behind what is tokenized" in ended.output
         assert not (tmp_path / "out/meta.json").exists()
