@@ -1,8 +1,6 @@
 """Components import each other in one direction only, and `import moezoo` stays cheap."""
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -162,21 +160,22 @@ def test_component_folders_are_not_packages():
         assert not (ROOT / folder / "__init__.py").exists()
 
 
-def test_import_moezoo_loads_nothing_heavy():
+def test_import_moezoo_loads_nothing_heavy(run_each):
     heavy = ("lightning", "transformers", "triton", "jsonargparse", "rich", "matplotlib", "pandas")
     heavy += ("torch._dynamo",)  # takes longer to load than the rest of torch
     loaded = f"print([name for name in {heavy} if name in sys.modules])"
     # torch's FLOP counter loads triton on its own.
-    bare = "import sys, torch.utils.flop_counter;"
-    assert run("import sys, moezoo; moezoo.zoo();" + loaded) == run(bare + loaded)
+    codes = ["import sys;" + loaded, "import sys, moezoo; moezoo.zoo();" + loaded]
+    bare, ours = run_each("import torch.utils.flop_counter", codes)
+    assert ours == bare
 
 
-def test_import_moezoo_loads_no_torch_until_a_name_is_asked_for():
-    said = run("import sys, moezoo; print('torch' in sys.modules, dir(moezoo) != [])")
-    assert said == "False True\n"
-    loaded = "\nimport sys; print('torch' in sys.modules)"
-    assert run("from moezoo import InputError" + loaded) == "True\n"
-    assert run("import moezoo; moezoo.layers.peer.PEER is moezoo.PEER" + loaded) == "True\n"
+def test_import_moezoo_loads_no_torch_until_a_name_is_asked_for(run_each):
+    loaded = "\nimport sys; print('torch' in sys.modules"
+    codes = ["import moezoo" + loaded + ", dir(moezoo) != [])"]
+    codes += ["from moezoo import InputError" + loaded + ")"]
+    codes += ["import moezoo; moezoo.layers.peer.PEER is moezoo.PEER" + loaded + ")"]
+    assert run_each("", codes) == ["False True\n", "True\n", "True\n"]
 
 
 def test_public_names_are_those_that_editors_see():
@@ -195,23 +194,20 @@ def test_public_names_are_those_that_editors_see():
         moezoo.PEAR  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
+def test_every_method_is_registered_whatever_is_imported_first(run_each):
+    codes = [
         "from moezoo.feed_forward import zoo; print(len(zoo()))",
         "from moezoo.swap_layers import swap; import moezoo; print(len(moezoo.zoo()))",
         "from moezoo.feed_forward import registered, zoo; registered('moezoo.PEER');"
         "print(len(zoo()))",
-    ],
-)
-def test_every_method_is_registered_whatever_is_imported_first(first):
-    assert run(first) == f"{len(moezoo.zoo())}\n"
+    ]
+    assert run_each("import torch", codes) == [f"{len(moezoo.zoo())}\n"] * 3
 
 
-def test_overview_needs_no_optional_package():
+def test_overview_needs_no_optional_package(run_each):
     optional = ("jsonargparse", "lightning", "yaml", "rich", "transformers")
-    blocked = f"sys.modules.update(dict.fromkeys({optional}))\n"
-    output = run(blocked + "from moezoo.__main__ import main; main(['--help'])")
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({optional}))\n"
+    (output,) = run_each("", [blocked + "from moezoo.__main__ import main; main(['--help'])"])
     assert "moezoo COMMAND" in output
 
 
@@ -220,21 +216,19 @@ TORCHLESS = ["--help", "--version", "zoo", "zoo --json"]
 TORCHLESS += [f"{name} --help" for name, each in COMMANDS.items() if not each.lightning]
 
 
-@pytest.mark.parametrize("line", TORCHLESS)
-def test_what_only_says_something_imports_no_torch(line):
+@pytest.fixture(scope="module")
+def imported_by(run_each):
+    """Return which of the heavy modules each line imports, and prints last."""
     heavy = ("torch", "numpy", "transformers", "lightning", "moezoo.feed_forward", "rich")
     code = f"""
 import atexit, sys
 from moezoo.__main__ import main
 atexit.register(lambda: print([name for name in {heavy} if name in sys.modules]))
-main({line.split()})
-"""
-    assert run(code).splitlines()[-1] == "[]"
+main("""
+    outputs = run_each("import jsonargparse", [f"{code}{line.split()})" for line in TORCHLESS])
+    return {k: v.splitlines()[-1] for k, v in zip(TORCHLESS, outputs, strict=True)}
 
 
-def run(code: str) -> str:
-    path = [str(ROOT), *(str(ROOT / folder) for folder in ("kernels", "models", "train"))]
-    prelude = f"import sys; sys.path[:0] = {path}\n"
-    return subprocess.run(
-        [sys.executable, "-c", prelude + code], check=True, capture_output=True, text=True
-    ).stdout
+@pytest.mark.parametrize("line", TORCHLESS)
+def test_what_only_says_something_imports_no_torch(line, imported_by):
+    assert imported_by[line] == "[]"
