@@ -48,7 +48,13 @@ from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
 from moezoo_train.run.module import LanguageModel
 from moezoo_train.run.precision import RunTrainer, resolve
 from moezoo_train.run.presets import describe_preset, with_preset
-from moezoo_train.run.refusals import batch_counts, check_trainer, is_refusal, reword
+from moezoo_train.run.refusals import (
+    batch_counts,
+    check_trainer,
+    check_validation_interval,
+    is_refusal,
+    reword,
+)
 from moezoo_train.run.run_directory import (
     check_directory,
     clean,
@@ -87,7 +93,7 @@ def run(argv: list[str]) -> None:
     quiet_lightning()
     try:
         with ExitStack() as held:
-            MoezooCLI(
+            _cli_of(argv)(
                 LanguageModel,
                 TokenDataModule,
                 save_config_callback=SaveConfig,
@@ -243,7 +249,7 @@ class MoezooCLI(HookedCLI):
             config["trainer"], config["ckpt_path"]
         )
         check_text("sample_prompt", config["sample_prompt"])
-        _check_validation_interval(config["trainer"])
+        check_validation_interval(config["trainer"])
         data = config["data"]
         text = data["source"] is not None or data["sources"] is not None
         if text and data["tokenizer"] is None:
@@ -383,14 +389,11 @@ class MoezooCLI(HookedCLI):
                 )
 
 
-def _check_validation_interval(trainer: Any) -> None:
-    """Validate between optimizer steps only: ``best.ckpt`` is to be resumed from exactly."""
-    interval, accumulate = trainer["val_check_interval"], trainer["accumulate_grad_batches"]
-    if isinstance(interval, int) and interval % accumulate:
-        raise InputError(
-            f"trainer.val_check_interval: {interval} batches is not a multiple of "
-            f"trainer.accumulate_grad_batches {accumulate}; validation would interrupt a step"
-        )
+def _cli_of(argv: Sequence[str]) -> Any:
+    """Return the CLI with no command but the one asked for: each parser takes long to build."""
+    known = MoezooCLI.subcommands()
+    asked = {name: known[name] for name in argv[:1] if name in known} or known
+    return type("OneCommand", (MoezooCLI,), {"subcommands": staticmethod(lambda: asked)})
 
 
 def _as_list(value: Any) -> list[Any]:

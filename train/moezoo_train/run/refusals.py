@@ -86,6 +86,20 @@ def check_trainer(options: Mapping[str, Any]) -> None:
     _check_precision(options.get("precision"), on_gpu)
 
 
+def check_validation_interval(trainer: Any) -> None:
+    """Validate between optimizer steps only: ``best.ckpt`` is to be resumed from exactly.
+
+    Raises:
+        InputError: the interval ends within a step.
+    """
+    interval, accumulate = trainer["val_check_interval"], trainer["accumulate_grad_batches"]
+    if isinstance(interval, int) and interval % accumulate:
+        raise InputError(
+            f"trainer.val_check_interval: {interval} batches is not a multiple of "
+            f"trainer.accumulate_grad_batches {accumulate}; validation would interrupt a step"
+        )
+
+
 def is_refusal(error: Exception) -> bool:
     """Return whether Lightning itself raised an error, as it does to refuse a setting."""
     if isinstance(error, MisconfigurationException):
