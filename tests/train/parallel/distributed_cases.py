@@ -60,7 +60,7 @@ class Case:
     """A training run, apart from its strategy."""
 
     layer: str
-    steps: int = 20
+    steps: int = 8
     optimizer: OptimizerConfig = ADAMW
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
