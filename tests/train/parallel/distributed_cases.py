@@ -32,6 +32,7 @@ VOCABULARY, WIDTH, WINDOWS = 40, 16, 4
 LAYERS = {
     "dense": partial(DenseFFN, d_ff=32),
     "moe": partial(SparseMoE, num_experts=4, top_k=2, d_expert=8, num_shared_experts=1),
+    "three": partial(SparseMoE, num_experts=3, top_k=2, d_expert=8),
     "biased": partial(
         SparseMoE,
         num_experts=4,
@@ -70,6 +71,8 @@ class Case:
 
 CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
     "muon": Case("moe", 8, MUON),
+    # Two processes do not divide three experts, and share their rows.
+    "rows": Case("three", 6, MUON),
     # Epochs of three batches: every other step has one.
     "accumulation": Case(
         "moe", 6, trainer={"accumulate_grad_batches": 2, "limit_train_batches": 3}
@@ -86,6 +89,7 @@ CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
     "in parts": Case("memory", 6, model={"build_in_parts": True}),
 }
 TWO_PROCESSES = [(name, strategy) for name in list(CASES)[:4] for strategy in STRATEGIES]
+TWO_PROCESSES += [("rows", "fsdp2")]
 TWO_PROCESSES += [("muon", "fsdp2"), ("muon", "expert_parallel"), ("accumulation", "fsdp2")]
 TWO_PROCESSES += [
     ("adapters", "fsdp2"),
@@ -335,6 +339,9 @@ def main(folder: Path, arguments: list[str]) -> None:
             INTERRUPTED, WRITERS[reader](), folder, resume=checkpoint_path(folder, writer)
         )
         keep(folder, f"{writer} to {reader}", resumed)
+    path, rows = checkpoint_path(folder, "rows"), WRITERS["fsdp2 directory"]
+    train(CASES["rows"], rows(), folder, HALF, save=path)
+    keep(folder, "rows again", train(CASES["rows"], rows(), folder, resume=path))
     for writer in ("fsdp2 file", "fsdp2 directory"):
         spoilt = partial(refusals, folder)
         result = train(CASES["dense"], WRITERS[writer](), folder, steps=1, after=spoilt)

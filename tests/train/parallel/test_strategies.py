@@ -69,6 +69,13 @@ def test_resuming_repeats_the_run_to_the_bit(folder, writer):
     assert_repeats(read(folder, f"whole, {writer}"), read(folder, f"{writer} to {writer}"))
 
 
+def test_experts_shared_by_rows_are_resumed_and_read_by_one_process(folder):
+    assert_repeats(read(folder, "rows, fsdp2"), read(folder, "rows again"))
+    path = cases.checkpoint_path(folder, "rows")
+    resumed = cases.train(cases.CASES["rows"], "auto", folder, resume=path)
+    assert_equal(alone(cases.CASES["rows"], folder), resumed, resumed=True)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_process_holds_the_whole_model_while_it_is_built(folder):
     size, peak = read(folder, "peak")

@@ -164,10 +164,8 @@ def test_what_zero_would_compute_otherwise_is_refused(options, message):
 
 
 def test_lower_precision_of_parameters_is_refused():
-    strategy = ZeROStrategy()
-    strategy.precision_plugin = SimpleNamespace(precision="bf16-true")
     with pytest.raises(InputError, match=r"trainer\.precision: bf16-true .* give 32-true or"):
-        check_zero(strategy, fitting(strategy))
+        check_zero("bf16-true", fitting(ZeROStrategy()))
 
 
 def test_sparse_gradients_are_refused():

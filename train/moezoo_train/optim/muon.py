@@ -3,7 +3,8 @@
 The update is the momentum's nearest orthogonal matrix (Jordan 2024; Liu et al. 2025,
 arXiv:2502.16982), which only the whole matrix has. Processes that share matrices by rows (FSDP2)
 therefore exchange them: each gets some matrices whole, orthogonalises these, and sends the rows
-back, so that no work is done twice. Stacks of experts are shared by experts and need no exchange.
+back, so that no work is done twice. Stacks of experts are shared by experts where the processes
+divide them, and need no exchange then.
 
 In fp32 on a CPU, the iterations are a C++ kernel (:mod:`moezoo_kernels.newton_schulz`) that
 multiplies small symmetric matrices in place of whole ones, where that is faster; the updates agree
@@ -16,6 +17,7 @@ the result by a percent, sums of whole matrices round as they do in one process.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -85,11 +87,18 @@ def _orthogonalize(
     ):
         result[number] = matrix
     for group, numbers in sharded.items():
-        shapes = [parameters[n].shape for n in numbers]
-        orthogonal = _exchange([updates[n] for n in numbers], shapes, group, dtype)
-        for number, part in zip(numbers, orthogonal, strict=True):
-            result[number] = part
+        parts = {n: _matrices(updates[n]) for n in numbers}
+        shapes = [parameters[n].shape[-2:] for n in numbers for _ in parts[n]]
+        flat = [part for n in numbers for part in parts[n]]
+        orthogonal = iter(_exchange(flat, shapes, group, dtype))
+        for number in numbers:
+            found = list(islice(orthogonal, len(parts[number])))
+            result[number] = torch.stack(found) if updates[number].ndim == 3 else found[0]
     return result
+
+
+def _matrices(update: Tensor) -> list[Tensor]:
+    return list(update.unbind()) if update.ndim == 3 else [update]
 
 
 def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -137,11 +146,12 @@ def _row_group(parameter: Tensor) -> dist.ProcessGroup | None:
         for dimension, placement in enumerate(parameter.placements)
         if not placement.is_replicate() and mesh.size(dimension) > 1
     ]
-    if parameter.ndim == 3 and all(parameter.placements[d].is_shard(0) for d in cut):
-        return None
+    if parameter.ndim == 3:
+        cut = [d for d in cut if not parameter.placements[d].is_shard(0)]
     if not cut:
         return None
-    if parameter.ndim != 2 or len(cut) > 1 or parameter.placements[cut[0]] != Shard(0):
+    rows = Shard(parameter.ndim - 2)
+    if len(cut) > 1 or parameter.placements[cut[0]] != rows:
         raise NotImplementedError(f"Muon for {parameter.placements} of {tuple(parameter.shape)}")
     return mesh.get_group(cut[0])
 

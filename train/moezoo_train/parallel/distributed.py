@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moezoo.experts.mlp import MLPExperts
 from moezoo.experts.rank_one import RankOneExperts
 from moezoo.experts.values import ValueTable
 from moezoo_train.adapters.torch_distributed import exclude_from_ddp, set_timeout
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
     from transformers import PreTrainedModel
 
     from moezoo_models.model.initialization import DeferredInit
@@ -105,11 +107,48 @@ def _shard(
         if dims.expert_dp is None:
             replicated.update(store.parameters())
         else:
-            fully_shard(store, mesh=dims.expert_dp)
+            placement = _placement(store, dims.expert_dp)
+            fully_shard(store, mesh=dims.expert_dp, shard_placement_fn=placement)
     # A table may be read by several blocks: it is gathered by itself.
     tables = [m for m in fresh if isinstance(m, ValueTable) and m not in shared and not m.sparse]
     for part in (*tables, unit):
-        fully_shard(part, mesh=dims.dp, ignored_params=replicated)
+        fully_shard(
+            part,
+            mesh=dims.dp,
+            ignored_params=replicated,
+            shard_placement_fn=_placement(part, dims.dp),
+        )
+
+
+def _placement(unit: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
+    """Return which dimension of a parameter is sharded over the last axis of a mesh."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    shards = mesh.size(mesh.ndim - 1)
+    stacks = {p for m in unit.modules() if isinstance(m, MLPExperts) for p in m.parameters()}
+
+    def place(parameter: nn.Parameter) -> Shard:
+        if parameter not in stacks:
+            return Shard(0)
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return Shard(shard_dimension(own.shape, shards))
+
+    return place
+
+
+def shard_dimension(stack: Sequence[int], shards: int) -> int:
+    """Return the dimension in which FSDP2 shards a stack of experts, ``(experts, rows, ...)``.
+
+    Whole experts, where the shards divide them; if not, the rows of every expert, where the shards
+    divide those: torch pads the first dimension alone. Where they divide neither, some processes
+    get fewer experts than others, or none, and all hold and send as much as the first.
+
+    Args:
+        stack: shape of the experts that the shards have in common.
+        shards: number of processes.
+    """
+    experts, rows = stack[:2]
+    return 1 if experts % shards and rows % shards == 0 else 0
 
 
 def broadcast_from_rank0(tensors: Sequence[Tensor], device: torch.device) -> None:

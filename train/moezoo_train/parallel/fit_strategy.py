@@ -41,7 +41,7 @@ def check_strategy(strategy: Strategy, module: Parallelized, fitting: bool) -> N
             )
     elif isinstance(strategy, ZeROStrategy):
         if fitting:
-            check_zero(strategy, module)
+            check_zero(strategy.precision_plugin.precision, module)
     elif isinstance(strategy, DeepSpeedStrategy):
         raise InputError(
             "trainer.strategy: Lightning's DeepSpeed reads checkpoints by unpickling; give zero1, "

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
@@ -22,7 +23,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from moezoo.errors import InputError, check_int, check_number
@@ -30,6 +31,37 @@ from moezoo_train.adapters.lightning import set_data_parallel
 from moezoo_train.parallel.distributed import ParallelDims, wait_at_most
 from moezoo_train.parallel.sharded_checkpoints import load_sharded, save_sharded
 from moezoo_train.parallel.state_dicts import full_optimizer_state_dict, gather_tensors, shard_like
+
+
+def parallel_dims(
+    everything: DeviceMesh, expert_parallel: int, replicas: int, device: torch.device
+) -> ParallelDims:
+    """Return the meshes of so many replicas, in each of which groups share experts.
+
+    Neighbouring processes share experts; then come those of the same replica.
+
+    Args:
+        everything: one-dimensional mesh of all processes.
+        expert_parallel: ranks that share the experts of a layer.
+        replicas: copies of the model; times ``expert_parallel`` they divide the processes.
+        device: of this process.
+    """
+    kind, processes = device.type, everything.size()
+    dp, ep, expert_dp = everything, None, None
+    if replicas > 1:
+        shape = (replicas, processes // replicas)
+        dp = init_device_mesh(kind, shape, mesh_dim_names=("dp_replicate", "fsdp"))
+    if expert_parallel > 1:
+        shards = processes // (expert_parallel * replicas)
+        cube = init_device_mesh(
+            kind,
+            (replicas, shards, expert_parallel),
+            mesh_dim_names=("dp_replicate", "fsdp", "ep"),
+        )
+        ep = cube["ep"]
+        if expert_parallel < processes:
+            expert_dp = cube["dp_replicate", "fsdp"] if replicas > 1 else cube["fsdp"]
+    return ParallelDims(dp, ep, expert_dp, device)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -86,25 +118,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         set_data_parallel(self, processes)
         super().setup_environment()
-        kind = self.root_device.type
-        dp = self.device_mesh["data_parallel"]
-        if self.replicas > 1:
-            shape = (self.replicas, processes // self.replicas)
-            dp = init_device_mesh(kind, shape, mesh_dim_names=("dp_replicate", "fsdp"))
-        ep = expert_dp = None
-        if self.expert_parallel > 1:
-            cube = init_device_mesh(
-                kind,
-                (self.replicas, processes // ranks, self.expert_parallel),
-                mesh_dim_names=("dp_replicate", "fsdp", "ep"),
-            )
-            ep = cube["ep"]
-            if self.expert_parallel < processes:
-                expert_dp = cube["dp_replicate", "fsdp"] if self.replicas > 1 else cube["fsdp"]
-        for mesh in (dp, ep, expert_dp):
+        dims = parallel_dims(
+            self.device_mesh["data_parallel"],
+            self.expert_parallel,
+            self.replicas,
+            self.root_device,
+        )
+        for mesh in (dims.dp, dims.ep, dims.expert_dp):
             if mesh is not None:
                 wait_at_most(self._patience, mesh)
-        self.parallel_dims = ParallelDims(dp, ep, expert_dp, self.root_device)
+        self.parallel_dims = dims
 
     @property
     def lightning_restore_optimizer(self) -> bool:

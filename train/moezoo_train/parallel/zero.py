@@ -226,13 +226,16 @@ for _stage, _what in ((1, "optimizer states"), (2, "and gradients"), (3, "and pa
     )
 
 
-def check_zero(strategy: ZeROStrategy, module: Parallelized) -> None:
+def check_zero(precision: str, module: Parallelized) -> None:
     """Refuse options that would compute something else when sharded.
+
+    Args:
+        precision: as Lightning names it.
+        module: what is trained.
 
     Raises:
         InputError: names the option to change.
     """
-    precision = strategy.precision_plugin.precision
     if precision not in PRECISIONS:
         raise InputError(
             f"trainer.precision: {precision} does not go with ZeRO; give {' or '.join(PRECISIONS)}"
