@@ -16,6 +16,9 @@ from moezoo_train.run.module import FFNRule, LanguageModel
 KINDS: dict[str, Any] = {
     "dense": {"ffn": DenseFFN},
     "moe": {"ffn": partial(SparseMoE, num_experts=3, d_expert=24, num_shared_experts=1)},
+    "odd": {"ffn": partial(SparseMoE, num_experts=3, d_expert=21)},
+    "four": {"ffn": partial(SparseMoE, num_experts=4, d_expert=24)},
+    "eight": {"ffn": partial(SparseMoE, num_experts=8, d_expert=24)},
     "before": {
         "ffn": partial(SparseMoE, num_experts=3, d_expert=24),
         "router_input": "pre_attention",
@@ -61,10 +64,9 @@ def make_setup() -> Callable[..., Setup]:
 def make_plan(make_setup) -> Callable[..., Plan]:
     """Return a function that plans two processes."""
 
-    def make(kind: str, layout: str, **options: Any) -> Plan:
+    def make(kind: str, layout: str, shared: int = 1, **options: Any) -> Plan:
         setup = make_setup(kind, **options)
-        groups = 2 if layout == "ep" else 1
-        return Plan(setup, trace(setup, cpu=True), layout, gpus=2, expert_parallel=groups)
+        return Plan(setup, trace(setup, cpu=True), layout, gpus=2, expert_parallel=shared)
 
     return make
 

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch.strategies import StrategyRegistry
 from torch.utils.flop_counter import FlopCounterMode
 
 from moezoo import __main__ as command
 from moezoo.errors import InputError
+from moezoo_train.parallel.fsdp2 import FSDP2Strategy
+from moezoo_train.plan.choices import Choice, yaml_lines
 from moezoo_train.plan.command import duration, size
-from moezoo_train.plan.estimate import Bounds, Planner, network_seconds, touched
+from moezoo_train.plan.estimate import Bounds, Planner, best, network_seconds, touched
 from moezoo_train.plan.layouts import Collective
 from moezoo_train.plan.machine import MACHINES, machine
 
@@ -32,10 +36,19 @@ MISTAKES = [
     (["--gpu", "h300"], "gpu: 'h300' is not known; did you mean 'h200'?"),
     (["--memory", "80"], "gpu: missing; give one of h200, h100"),
     (["--gpu", "h200", "--gpus", "0"], "gpus: 0 is out of range; give a whole number ≥ 1"),
-    (["--gpu", "h200", "--layout", "ddp,fdsp"], "layout: 'fdsp' is not known; did you mean 'fsdp'"),
     (
-        ["--gpu", "h200", "--layout", "ep", "--expert_parallel", "3"],
-        "layout: ep cannot be had: 3 does not divide 8 GPUs; choose another",
+        ["--gpu", "h200", "--layout", "ddp,fsdp"],
+        "layout: 'fsdp' is not known; did you mean 'fsdp2'",
+    ),
+    (["--gpu", "h200", "--layout", "ep"], "'ep' is not known; give fsdp2 with --expert_parallel"),
+    (
+        ["--gpu", "h200", "--layout", "ddp", "--replicas", "2"],
+        "replicas: only fsdp2 takes it; add ",
+    ),
+    (["--gpu", "h200", "--replicas", "0"], "replicas: 0 is out of range; give a whole number ≥ 1"),
+    (
+        ["--gpu", "h200", "--layout", "fsdp2", "--expert_parallel", "3"],
+        "layout: fsdp2 cannot be had: expert_parallel: 3 does not divide 8 experts; change it",
     ),
     (
         ["--gpu", "h200", "--trainer.precision", "64-true"],
@@ -68,26 +81,28 @@ def test_tables_and_pictures(capsys, tmp_path):
     assert command.main(["plan", *CONFIG, *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("15.6 M parameters, 5.88 M active per token, bf16-mixed; 16 × H200")
-    for layout in ("ddp", "fsdp", "zero1", "zero2", "zero3", "ep 8"):
-        assert sum(line.startswith(f"{layout}  ") for line in lines) == 2
-    assert any(line.startswith("Fits: ddp, fsdp, zero1, zero2, zero3, ep 8.") for line in lines)
+    for layout in ("ddp", "zero1", "zero2", "zero3"):
+        assert sum(line.startswith(f"{layout} ") for line in lines) == 2
+    assert sum(line.startswith("fsdp2 ") for line in lines) == 2 * 4  # shared experts, replicas
     assert sorted(path.name for path in folder.iterdir()) == ["plan.png", "plan.svg"]
     assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_holds_the_same_figures(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ["--memory", "0.5", "--bandwidth", "1000", "--flops", "100", "--layout", "ddp,fsdp"]
+    options = ["--memory", "0.5", "--bandwidth", "1000", "--flops", "100", "--layout", "ddp,fsdp2"]
     options += ["--pictures", "null", "--json", "true", "--gpus", "4", "--network", "10"]
     assert command.main(["plan", *CONFIG, *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["machine"]["memory"] == 2**29
     assert found["machine"]["network"] == 10e9
-    ddp, fsdp = found["layouts"]
+    ddp, fsdp2, *_ = found["layouts"]
+    assert (fsdp2["expert_parallel"], fsdp2["replicas"]) == (1, 1)
+    assert ddp["trainer"] == {"devices": 4, "num_nodes": 1, "strategy": "ddp"}
     assert (ddp["layout"], ddp["fits"]) == ("ddp", False)
     memory = ddp["memory_bytes"]
     assert memory.pop("total") == sum(memory.values()) > 2**29
-    assert fsdp["memory_bytes"]["gradients"] < memory["gradients"]
+    assert fsdp2["memory_bytes"]["gradients"] < memory["gradients"]
     assert ddp["bound_seconds"]["compute"] == pytest.approx(ddp["flops_per_gpu"] / 100e12)
     assert ddp["tokens_per_step"] == 4 * 16 * 256
     assert list(tmp_path.iterdir()) == []
@@ -120,11 +135,11 @@ def test_few_tokens_touch_few_experts(make_setup):
 
 def test_a_layout_fits_until_memory_is_a_byte_too_small(make_setup):
     setup = make_setup("dense")
-    roomy = Planner(setup, machine("h200"), cpu=True).estimate("ddp", 4)
+    roomy = Planner(setup, machine("h200"), cpu=True).estimate(Choice("ddp"), 4)
     needed = roomy.plan.memory().total
     for memory, fits in ((needed, True), (needed - 1, False)):
         kind = machine("h200", memory=memory / 2**30)
-        assert Planner(setup, kind, cpu=True).estimate("ddp", 4).fits is fits
+        assert Planner(setup, kind, cpu=True).estimate(Choice("ddp"), 4).fits is fits
 
 
 def test_a_held_batch_is_shared_as_long_as_there_is_a_window_for_each(make_setup):
@@ -137,17 +152,59 @@ def test_a_held_batch_is_shared_as_long_as_there_is_a_window_for_each(make_setup
     assert [one.plan.gpus for one in planner.scale("ddp")][-1] == 10_000
 
 
-def test_expert_parallelism_takes_what_divides_experts_and_gpus(make_setup):
+def test_what_divides_gpus_and_experts_is_tried(make_setup):
     planner = Planner(make_setup("moe"), machine("a100"), cpu=True)
-    assert [planner.expert_parallel(gpus) for gpus in (6, 9, 4)] == [3, 3, 1]
-    assert planner.refusal("ep", 6) is None
-    assert planner.refusal("ep", 4) == (
-        "no number of a node's GPUs divides 4 and the number of experts"
+
+    def tried(gpus: int) -> list[tuple[int, ...]]:
+        return [tuple(one.choice[1:]) for one in planner.estimates("fsdp2", gpus)]
+
+    assert tried(1) == [(1, 1)]
+    assert tried(4) == [(1, 1), (1, 2)]  # 3 experts
+    assert tried(6) == [(1, 1), (1, 2), (1, 3), (3, 1), (3, 2)]
+    assert [one.choice[0] for one in planner.estimates("ddp", 6)] == ["ddp"]
+    kinds = [tuple(n > 1 for n in one.choice[1:]) for one in planner.rows("fsdp2", 6)]
+    assert kinds == [(False, False), (False, True), (True, False), (True, True)]
+    asked = Planner(make_setup("moe"), machine("a100"), 3, cpu=True)
+    assert [tuple(one.choice[1:]) for one in asked.estimates("fsdp2", 6)] == [(3, 1), (3, 2)]
+
+
+def test_numbers_that_cannot_be_had_are_named(make_setup):
+    def refused(kind: str, gpus: int, *numbers: int) -> str | None:
+        return Planner(make_setup(kind), machine("a100"), *numbers).refusal("fsdp2", gpus)
+
+    assert refused("moe", 6, 3, 2) is None
+    assert refused("moe", 4, 2) == "expert_parallel: 2 does not divide 3 experts; change it"
+    assert refused("moe", 4, 3) == (
+        "expert_parallel 3 × replicas 1 does not divide 4 GPUs; change them"
     )
-    asked = Planner(make_setup("moe"), machine("a100"), expert_parallel=2, cpu=True)
-    assert asked.refusal("ep", 4) == "2 does not divide 3 experts"
-    dense = Planner(make_setup("dense"), machine("a100"), cpu=True)
-    assert dense.refusal("ep", 4) == "no layer has routed experts"
+    assert refused("dense", 4, 2) == "expert_parallel: no layer has routed experts; leave it out"
+    assert "no layer has routed" in (refused("peer", 4, 2) or "")
+    assert refused("dense", 4, 1, 2) is None
+
+
+def test_the_best_fits_and_is_fastest_or_takes_least(make_setup):
+    planner = Planner(make_setup("moe"), machine("a100", network=1, gpus_per_node=1), cpu=True)
+    tried = planner.estimates("fsdp2", 6)
+    assert best(tried).tokens_per_second == max(one.tokens_per_second for one in tried)
+    least = min(one.plan.memory().total for one in tried)
+    tight = Planner(make_setup("moe"), machine("a100", memory=1e-6), cpu=True)
+    assert best(tight.estimates("fsdp2", 6)).plan.memory().total == least
+
+
+@pytest.mark.parametrize(
+    "choice", [Choice("ddp"), Choice("zero2"), Choice("fsdp2"), Choice("fsdp2", 4, 2)]
+)
+def test_the_lines_for_fit_give_the_layout(choice):
+    written = yaml.safe_load("\n".join(yaml_lines(choice.trainer(24, 8))))["trainer"]
+    assert written == choice.trainer(24, 8)
+    assert written["devices"] * written["num_nodes"] == 24
+    if isinstance(written["strategy"], str):
+        assert written["strategy"] == choice.layout
+        assert written["strategy"] in StrategyRegistry.available_strategies()
+    else:
+        assert written["strategy"]["class_path"] == f"{FSDP2Strategy.__module__}.FSDP2Strategy"
+        strategy = FSDP2Strategy(**written["strategy"]["init_args"])
+        assert (strategy.expert_parallel, strategy.replicas) == choice[1:]
 
 
 def test_muon_has_no_deepspeed(make_setup):
@@ -155,8 +212,8 @@ def test_muon_has_no_deepspeed(make_setup):
 
     setup = make_setup("dense", optimizer=OptimizerConfig("muon"))
     planner = Planner(setup, machine("a100"), cpu=True)
-    assert "Muon needs matrices" in (planner.refusal("zero2", 4) or "")
-    assert planner.refusal("fsdp", 4) is None
+    assert "Muon wants whole matrices" in (planner.refusal("zero2", 4) or "")
+    assert planner.refusal("fsdp2", 4) is None
 
 
 def test_sparse_gradients_are_refused(make_setup):
@@ -212,5 +269,5 @@ def test_durations_have_three_digits(seconds, text):
 
 
 def test_no_process_group_is_left_behind(make_setup):
-    Planner(make_setup("moe"), machine("a100"), cpu=True).estimate("ddp", 2)
+    Planner(make_setup("moe"), machine("a100"), cpu=True).estimate(Choice("ddp"), 2)
     assert not torch.distributed.is_initialized()

@@ -1,16 +1,21 @@
 """Predicted bytes of collectives against those that two processes make, counted one by one."""
 
 import json
+import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moezoo_models import MoezooConfig, MoezooForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from counting import CountingMode
 
 # Name of a case: kind of model, layout, micro-batches per step, activation checkpointing.
 CASES = {
@@ -19,54 +24,21 @@ CASES = {
     "moe ddp checkpointed": ("moe", "ddp", 1, True),
     "peer ddp": ("peer", "ddp", 1, False),
     "memory_plus ddp": ("memory_plus", "ddp", 1, False),
-    "dense fsdp": ("dense", "fsdp", 1, False),
-    "dense fsdp checkpointed": ("dense", "fsdp", 1, True),
-    "moe fsdp": ("moe", "fsdp", 2, False),
-    "peer fsdp": ("peer", "fsdp", 1, False),
-    "pair ep": ("pair", "ep", 1, False),  # every token goes to both processes
-    "weighted inputs ep": ("weighted inputs", "ep", 1, False),  # each choice is sent by itself
-    "pair ep checkpointed": ("pair", "ep", 1, True),
+    "pair shared": ("pair", "shared", 1, False),  # every token goes to both processes
+    "weighted inputs shared": (
+        "weighted inputs",
+        "shared",
+        1,
+        False,
+    ),  # each choice is sent by itself
+    "pair shared checkpointed": ("pair", "shared", 1, True),
 }
-WIDTH = 32
-# What torch calls a collective, and which of its arguments is the whole.
-WHOLE = {
-    "c10d::allreduce_": ("all_reduce", 0),
-    "c10d::broadcast_": ("broadcast", 0),
-    "c10d::_allgather_base_": ("all_gather", 0),
-    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
-    "_c10d_functional::all_to_all_single": ("all_to_all", 0),
-}
-WAITING = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
-
-
-class CountingMode(TorchDispatchMode):
-    """Adds up the bytes of every collective that passes torch's dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional") and func._schema.name not in WAITING:
-            kind, position = WHOLE[func._schema.name]  # an unknown collective fails the test
-            whole = args[position]
-            if kind == "all_to_all" and whole.shape[-1] != WIDTH:
-                kind = "counts, indices and weights"
-            for tensor in [whole] if isinstance(whole, torch.Tensor) else whole:
-                self.bytes[kind] += tensor.numel() * tensor.element_size()
-        return func(*args, **(kwargs or {}))
 
 
 def count_step(model: MoezooForCausalLM, layout: str, micro_batches: int) -> dict[str, int]:
     """Count one step; of DDP the third, by when it has made its buckets."""
-    if layout == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
-        wrapped: Any = model
-    elif layout == "ep":
+    wrapped: Any
+    if layout == "shared":
         from torch.distributed.device_mesh import init_device_mesh
 
         from moezoo.parallel import shard_experts
@@ -114,13 +86,18 @@ def counted(server, tmp_path_factory, make_config) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_are_those_counted(name, counted, make_plan):
     kind, layout, micro_batches, checkpointing = CASES[name]
+    shared = 2 if layout == "shared" else 1
     plan = make_plan(
-        kind, layout, accumulation=micro_batches, activation_checkpointing=checkpointing
+        kind,
+        "ddp" if shared == 1 else "fsdp2",
+        shared,
+        accumulation=micro_batches,
+        activation_checkpointing=checkpointing,
     )
     predicted: Counter[str] = Counter()
     for one in plan.collectives():
         predicted[one.kind] += one.size
-    if layout == "ep":  # alone: the rest is as in ddp
+    if layout == "shared":  # what FSDP2 sends is counted apart
         assert predicted["all_to_all"] == counted[name]["all_to_all"]
     else:
         assert dict(predicted) == counted[name]

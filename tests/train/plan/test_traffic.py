@@ -1,4 +1,4 @@
-"""The formulas of exchanges: papers' totals, expert parallelism, padding."""
+"""The formulas of exchanges: papers' totals, shared experts, replicas, padding."""
 
 from dataclasses import replace
 
@@ -23,13 +23,13 @@ def test_what_rings_and_all_to_alls_send():
 
 def test_one_gpu_sends_nothing(make_setup):
     setup = make_setup("moe")
-    assert Plan(setup, Trace(collectives={"all_reduce": 96.0}), "fsdp", gpus=1).collectives() == []
+    assert Plan(setup, Trace(collectives={"all_reduce": 96.0}), "fsdp2", gpus=1).collectives() == []
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_tokens_travel_four_times_and_twice_again_when_recomputed(checkpointing, make_setup):
     setup = make_setup("moe", "bf16-mixed", accumulation=2, activation_checkpointing=checkpointing)
-    plan = Plan(setup, Trace(), "ep", gpus=6, expert_parallel=3)
+    plan = Plan(setup, Trace(), "fsdp2", gpus=6, expert_parallel=3)
     kinds = {(one.kind, one.what): one for one in plan.collectives()}
     tokens = kinds["all_to_all", "tokens"]
     exchanges = 6 if checkpointing else 4
@@ -37,16 +37,17 @@ def test_tokens_travel_four_times_and_twice_again_when_recomputed(checkpointing,
     assert tokens.size == exchanges * 4 * one_layer * 2
     assert tokens.sent == pytest.approx(tokens.size * (1 - 1 / 3))
     assert tokens.group == 3
-    experts = kinds["all_reduce", "experts' gradients"]
+    experts = kinds["reduce_scatter", "experts' gradients"]
     assert (experts.group, experts.stride) == (2, 3)
-    numbers = sum(p.numel() for p in setup.parameters)
-    assert experts.size * 3 + kinds["all_reduce", "gradients"].size == 4 * numbers
+    one_expert = 4 * 3 * 24 * 32  # of four layers
+    assert experts.size == 2 * 4 * one_expert  # micro-batches × bytes of fp32
+    assert kinds["all_gather", "experts' parameters"].size == 2 * experts.size
 
 
 def test_zero_exchanges_twice_or_three_times_the_parameters(make_setup):
     """Rajbhandari et al. 2020, section 7: 2 Psi for stages 1 and 2, 3 Psi for stage 3."""
     setup = make_setup("dense", "bf16-mixed")
-    psi = 2 * sum(p.numel() for p in setup.parameters)
+    psi = 4 * setup.size
     for layout, times in {"zero1": 2, "zero2": 2, "zero3": 3}.items():
         plan = Plan(setup, Trace(), layout, gpus=1000)
         assert sum(one.size for one in plan.collectives()) == pytest.approx(times * psi, rel=0.02)
@@ -56,12 +57,31 @@ def test_zero_exchanges_twice_or_three_times_the_parameters(make_setup):
         assert total == pytest.approx(again * psi, rel=0.02)
 
 
-def test_fsdp_pads_stacked_experts_to_the_number_of_gpus(make_setup):
-    """Three experts on 8 GPUs are gathered as 8: a GPU's shard is whole rows."""
+def test_experts_are_cut_by_rows_where_gpus_do_not_divide_them(make_setup):
+    """Three experts of 48 and of 32 rows; where neither can be cut evenly, they are padded."""
     setup = make_setup("moe")
-    held = Plan(setup, Trace(), "fsdp", gpus=8).memory().parameters
-    dense = sum(-(-len(p) // 8) * p[0].numel() for p in setup.parameters)
-    assert held == 4 * dense + sum(b.nbytes for b in setup.buffers)
-    experts = setup.model.model.layers[0].mlp.experts
-    assert experts.num_experts == 3
-    assert Plan(setup, Trace(), "fsdp", gpus=8)._local(experts.down_proj, True) == 24 * 32
+    one_expert = 3 * 24 * 32
+    for gpus, held, padding in [
+        (3, one_expert, []),  # whole experts
+        (8, 3 * one_expert // 8, []),  # rows
+        (16, 3 * one_expert // 16, []),
+        (5, one_expert, ["3 experts as 5"]),
+        (24, 3 * 48 * 32 // 24 + 24 * 32, ["3 experts as 24"]),  # 24 does not divide 32 rows
+    ]:
+        plan = Plan(setup, Trace(), "fsdp2", gpus=gpus)
+        experts = setup.model.model.layers[0].mlp.experts.parameters()
+        assert sum(plan._local(p, True) for p in experts) == held
+        assert plan.padding == padding
+    shared = Plan(setup, Trace(), "fsdp2", gpus=15, expert_parallel=3)
+    assert shared.padding == ["1 experts as 5"]
+    assert Plan(setup, Trace(), "zero3", gpus=5).padding == []
+
+
+def test_replicas_sum_what_their_shards_have(make_setup):
+    setup = make_setup("moe", accumulation=2)
+    found = Plan(setup, Trace(), "fsdp2", gpus=8, replicas=4).collectives()
+    by_kind = {one.kind: one for one in found}
+    assert (by_kind["all_gather"].group, by_kind["all_gather"].stride) == (2, 1)
+    summed = by_kind["all_reduce"]
+    assert (summed.group, summed.stride) == (4, 2)
+    assert summed.size == by_kind["reduce_scatter"].size / 2

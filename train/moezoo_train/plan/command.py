@@ -17,9 +17,10 @@ from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.finetune.pretrained import check_length
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.measure.throughput import count_parameters
-from moezoo_train.plan.estimate import KINDS, Estimate, Planner
+from moezoo_train.plan.choices import check_layouts, yaml_lines
+from moezoo_train.plan.estimate import KINDS, Estimate, Planner, best
 from moezoo_train.plan.figure import draw
-from moezoo_train.plan.layouts import LAYOUTS, Memory, check_layouts
+from moezoo_train.plan.layouts import LAYOUTS, Memory
 from moezoo_train.plan.machine import MACHINES, machine
 from moezoo_train.plan.setup import Setup, precision
 from moezoo_train.run.cli import TRAINER_DEFAULTS, MoezooCLI, Parser
@@ -41,8 +42,9 @@ _OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "expert_parallel": (
         int | None,
         None,
-        "GPUs that share one set of experts; by default as many of a node as divide them",
+        "of fsdp2: GPUs that share one set of experts; null tries every number",
     ),
+    "replicas": (int | None, None, "of fsdp2: copies of the model; null tries every number"),
     "pictures": (str | None, "runs/plan", "folder of plan.png and plan.svg; null draws none"),
     "json": (bool, False, "print JSON instead of tables"),
 }
@@ -149,6 +151,7 @@ class Options:
     gpus_per_node: int | None = None
     layout: str = ",".join(LAYOUTS)
     expert_parallel: int | None = None
+    replicas: int | None = None
     pictures: str | None = None
     json: bool = False
 
@@ -159,10 +162,12 @@ def plan(setup: Setup, options: Options) -> list[Estimate]:
     Raises:
         InputError: an option is out of range, or none of the layouts can be had.
     """
-    layouts = check_layouts(options.layout)
+    numbers = {"expert_parallel": options.expert_parallel, "replicas": options.replicas}
+    given = [name for name, number in numbers.items() if number is not None]
+    for name in given:
+        check_int(name, numbers[name])
+    layouts = check_layouts(options.layout, given)
     gpus = check_int("gpus", options.gpus)
-    if options.expert_parallel is not None:
-        check_int("expert_parallel", options.expert_parallel)
     kind = machine(
         options.gpu,
         options.memory,
@@ -172,12 +177,13 @@ def plan(setup: Setup, options: Options) -> list[Estimate]:
         options.network,
         options.gpus_per_node,
     )
-    planner = Planner(setup, kind, options.expert_parallel)
+    planner = Planner(setup, kind, options.expert_parallel, options.replicas)
     refused = {name: reason for name in layouts if (reason := planner.refusal(name, gpus))}
     if len(refused) == len(layouts):
         name, reason = next(iter(refused.items()))
         raise InputError(f"layout: {name} cannot be had: {reason}; choose another")
-    estimates = [planner.estimate(name, gpus) for name in layouts if name not in refused]
+    possible = [name for name in layouts if name not in refused]
+    estimates = [one for name in possible for one in planner.rows(name, gpus)]
     if options.json:
         machine_figures = asdict(kind)
         rows = [one.as_dict() for one in estimates]
@@ -186,7 +192,7 @@ def plan(setup: Setup, options: Options) -> list[Estimate]:
     else:
         report(setup, planner, estimates, refused)
     if options.pictures is not None:
-        paths = draw(Path(options.pictures), planner, [e.plan.layout for e in estimates], gpus)
+        paths = draw(Path(options.pictures), planner, possible, gpus)
         if not options.json:
             print("Pictures:", ", ".join(str(path) for path in paths))
     return estimates
@@ -207,30 +213,42 @@ def report(
     names = [
         name for name in Memory._fields if any(getattr(e.plan.memory(), name) for e in estimates)
     ]
-    columns = ["layout", *(f">{name.replace('_', ' ')}" for name in names), ">total", "fits"]
+    padded = any(one.plan.padding for one in estimates)
+    columns = _first_columns(estimates)
+    columns += [*(f">{name.replace('_', ' ')}" for name in names), ">total", "fits"]
+    columns += ["padding"] if padded else []
     rows = []
     for one in estimates:
         memory = one.plan.memory()
         cells = [size(getattr(memory, name)) for name in names]
-        rows.append([label(one), *cells, size(memory.total), "yes" if one.fits else "no"])
+        cells += [size(memory.total), "yes" if one.fits else "no"]
+        cells += [", ".join(one.plan.padding) or "-"] if padded else []
+        rows.append([*_first_cells(one, estimates), *cells])
     print_table("Memory of one GPU", columns, rows)
     _print_traffic(estimates)
     for name, reason in refused.items():
         print(f"{name} cannot be had: {reason}.")
     fitting = [one for one in estimates if one.fits]
     if not fitting:
-        print(f"Nothing fits into {size(kind.memory)}.")
+        least = best(estimates)
+        print(
+            f"Nothing fits into {size(kind.memory)}; the least is {least.choice.label}, "
+            f"{size(least.plan.memory().total)}."
+        )
         return
-    best = max(fitting, key=lambda one: one.tokens_per_second)
+    fastest = best(fitting)
     print(
-        f"Fits: {', '.join(label(one) for one in fitting)}. Highest bound on speed among them: "
-        f"{label(best)}, limited by {best.bounds.largest}."
+        f"Highest bound on speed of what fits: {fastest.choice.label}, limited by "
+        f"{fastest.bounds.largest}. For moezoo fit:\n"
     )
+    trainer = fastest.choice.trainer(fastest.plan.gpus, kind.gpus_per_node)
+    print("\n".join(yaml_lines(trainer)), end="\n\n")
 
 
 def _print_traffic(estimates: list[Estimate]) -> None:
     kinds = [k for k in KINDS if any(c.kind == k for e in estimates for c in e.plan.collectives())]
-    columns = ["layout", *(f">{kind.replace('_', '-')}" for kind in kinds), ">sent"]
+    columns = _first_columns(estimates)
+    columns += [*(f">{kind.replace('_', '-')}" for kind in kinds), ">sent"]
     columns += [">compute", ">memory", ">network", ">step ≥", ">tokens/s ≤"]
     rows = []
     for one in estimates:
@@ -238,14 +256,23 @@ def _print_traffic(estimates: list[Estimate]) -> None:
         cells = [size(sum(c.size for c in exchanged if c.kind == kind)) for kind in kinds]
         cells.append(size(sum(c.sent for c in exchanged)))
         cells += [duration(seconds) for seconds in (*one.bounds, one.bounds.step)]
-        rows.append([label(one), *cells, count(int(one.tokens_per_second))])
+        rows.append([*_first_cells(one, estimates), *cells, count(int(one.tokens_per_second))])
     print_table("Exchanges of one GPU and bounds on time, per step", columns, rows)
 
 
-def label(estimate: Estimate) -> str:
-    """Name a layout, expert parallelism with its degree."""
-    plan = estimate.plan
-    return f"ep {plan.expert_parallel}" if plan.layout == "ep" else plan.layout
+def _first_columns(estimates: list[Estimate]) -> list[str]:
+    return ["layout", *(f">{name.replace('_', ' ')}" for name in _numbers(estimates))]
+
+
+def _first_cells(one: Estimate, estimates: list[Estimate]) -> list[str]:
+    numbers = [one.choice.options[name] for name in _numbers(estimates)]
+    return [one.plan.layout, *(str(number) if number > 1 else "-" for number in numbers)]
+
+
+def _numbers(estimates: list[Estimate]) -> list[str]:
+    """Name the numbers of ``fsdp2`` that any of the layouts has."""
+    found = [one.choice.options for one in estimates]
+    return [name for name in found[0] if any(options[name] > 1 for options in found)]
 
 
 def size(number: float) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from moezoo_train.measure.throughput import ffn_layers
-from moezoo_train.plan.layouts import DEEPSPEED, Collective, Plan, refusal
+from moezoo_train.plan.choices import Choice, choices, refusal
+from moezoo_train.plan.layouts import Collective, Plan
 from moezoo_train.plan.machine import Machine
 from moezoo_train.plan.setup import Setup
 from moezoo_train.plan.trace import Trace, trace
@@ -59,6 +58,11 @@ class Estimate:
     machine: Machine
 
     @property
+    def choice(self) -> Choice:
+        """The layout and its options."""
+        return Choice(self.plan.layout, self.plan.expert_parallel, self.plan.replicas)
+
+    @property
     def fits(self) -> bool:
         """Whether a GPU has the memory."""
         return self.plan.memory().total <= self.machine.memory
@@ -99,7 +103,8 @@ class Estimate:
         """
         plan, memory, setup = self.plan, self.plan.memory(), self.plan.setup
         passes = 3 if setup.checkpointing else 2
-        weights = passes * touched(setup, plan.share) * setup.precision.compute.itemsize
+        read = touched(setup, plan.share, plan.expert_parallel)
+        weights = passes * read * setup.precision.compute.itemsize
         kept = 2 * (memory.activations + memory.weight_copies)
         micro_batch = weights + kept + 2 * memory.gradients
         owned = memory.parameters / (plan.gpus if plan.layout in ("zero1", "zero2") else 1)
@@ -112,6 +117,9 @@ class Estimate:
             "layout": self.plan.layout,
             "gpus": self.plan.gpus,
             "expert_parallel": self.plan.expert_parallel,
+            "replicas": self.plan.replicas,
+            "trainer": self.choice.trainer(self.plan.gpus, self.machine.gpus_per_node),
+            "padding": self.plan.padding,
             "memory_bytes": {**memory._asdict(), "total": memory.total},
             "fits": self.fits,
             "flops_per_gpu": self.flops,
@@ -122,16 +130,17 @@ class Estimate:
         }
 
 
-def touched(setup: Setup, share: float = 1.0) -> float:
-    """Count the parameters that the tokens of a micro-batch touch, at most."""
+def touched(setup: Setup, share: float = 1.0, expert_parallel: int = 1) -> float:
+    """Count the parameters that the tokens of a micro-batch touch on a GPU, at most.
+
+    Where GPUs share experts, each has a part of them, and as many tokens on them as it sends away.
+    """
     tokens = setup.tokens * share
     untouched = 0.0
-    for layer in ffn_layers(setup.model):
-        cost = layer.cost()
-        untouched += cost.total_parameters - min(
-            cost.total_parameters, tokens * cost.active_parameters
-        )
-    return sum(p.numel() for p in setup.parameters) - untouched
+    for total, active, shared in setup.ffn_sizes:
+        here = total - shared * (1 - 1 / expert_parallel)
+        untouched += total - min(here, tokens * active)
+    return setup.size - untouched
 
 
 def network_seconds(collective: Collective, machine: Machine) -> float:
@@ -157,8 +166,8 @@ class Planner:
     Args:
         setup: the run.
         machine: the GPUs.
-        expert_parallel: GPUs that share one set of experts; None for the largest number inside a
-            node that divides GPUs and experts.
+        expert_parallel: GPUs that share one set of experts under ``fsdp2``; None tries all numbers.
+        replicas: copies of the model under ``fsdp2``; None tries all numbers.
         cpu: attend as a CPU does.
     """
 
@@ -167,50 +176,79 @@ class Planner:
         setup: Setup,
         machine: Machine,
         expert_parallel: int | None = None,
+        replicas: int | None = None,
         cpu: bool = False,
     ) -> None:
         self.setup, self.machine, self.cpu = setup, machine, cpu
-        self._expert_parallel = expert_parallel
-        self._traces: dict[bool, Trace] = {}
+        self._asked = (expert_parallel, replicas)
 
-    def expert_parallel(self, gpus: int) -> int:
-        """Return the number of GPUs that share one set of experts."""
-        if self._expert_parallel is not None:
-            return self._expert_parallel
-        counts = [layer.experts.num_experts for layer in self.setup.expert_layers]
-        most = math.gcd(gpus, *counts)
-        return max(n for n in range(1, self.machine.gpus_per_node + 1) if most % n == 0)
+    @property
+    def fixed(self) -> bool:
+        """Whether a number of ``fsdp2`` was given."""
+        return any(number is not None for number in self._asked)
 
     def refusal(self, layout: str, gpus: int) -> str | None:
         """Return why a layout is impossible; None if it is not."""
-        return refusal(self.setup, layout, gpus, self.expert_parallel(gpus))
+        return refusal(self.setup, layout, gpus, *self._asked)
 
-    def estimate(self, layout: str, gpus: int, share: float = 1.0) -> Estimate:
+    def estimate(self, choice: Choice, gpus: int, share: float = 1.0) -> Estimate:
         """Plan a layout on so many GPUs, each with this share of the configured micro-batch."""
-        groups = self.expert_parallel(gpus) if layout == "ep" else 1
-        plan = Plan(self.setup, self._trace(layout), layout, gpus, groups, share)
+        plan = Plan(self.setup, self._trace, choice.layout, gpus, **choice.options, share=share)
         return Estimate(plan, self.machine)
 
+    def estimates(self, layout: str, gpus: int, share: float = 1.0) -> list[Estimate]:
+        """Plan a layout with all numbers that were not given; see :func:`choices`."""
+        possible = choices(self.setup, layout, gpus, *self._asked)
+        return [self.estimate(choice, gpus, share) for choice in possible]
+
+    def rows(self, layout: str, gpus: int) -> list[Estimate]:
+        """Plan a layout and, of ``fsdp2``, the best with shared experts, replicas and both."""
+        kinds: dict[tuple[bool, bool], list[Estimate]] = {}
+        for one in self.estimates(layout, gpus):
+            kind = (one.plan.expert_parallel > 1, one.plan.replicas > 1)
+            kinds.setdefault(kind, []).append(one)
+        return [best(found) for _, found in sorted(kinds.items())]
+
     def scale(
-        self, layout: str, global_batch_of: int | None = None, counts: Iterable[int] = SCALE
+        self,
+        layout: str,
+        global_batch_of: int | None = None,
+        counts: Iterable[int] = SCALE,
+        plain: bool = False,
     ) -> list[Estimate]:
-        """Plan a layout on more and more GPUs, where it is possible.
+        """Plan a layout on more and more GPUs, where it is possible, at its best on each number.
 
         Args:
             layout: the layout.
             global_batch_of: hold the global batch of so many GPUs, as long as there is a window for
                 each; None gives every GPU the configured micro-batch.
             counts: numbers of GPUs.
+            plain: without replicas, and without sharing experts.
         """
         found = []
         for gpus in counts:
             share = 1.0 if global_batch_of is None else global_batch_of / gpus
-            if self.refusal(layout, gpus) is None and share * self.setup.batch_size >= 1:
-                found.append(self.estimate(layout, gpus, share))
+            if share * self.setup.batch_size < 1:
+                continue
+            if plain:
+                found.append(self.estimate(Choice(layout), gpus, share))
+            elif estimates := self.estimates(layout, gpus, share):
+                found.append(best(estimates))
         return found
 
-    def _trace(self, layout: str) -> Trace:
-        autocast = layout not in DEEPSPEED or not self.setup.precision.mixed
-        if autocast not in self._traces:
-            self._traces[autocast] = trace(self.setup, cpu=self.cpu, autocast=autocast)
-        return self._traces[autocast]
+    @cached_property
+    def _trace(self) -> Trace:
+        return trace(self.setup, cpu=self.cpu)
+
+
+def best(estimates: Iterable[Estimate]) -> Estimate:
+    """Return the one of the highest bound on speed that fits, or if none does, of least memory.
+
+    Of equal bounds, the one whose other bounds are lowest, as nothing overlaps perfectly.
+    """
+
+    def rank(one: Estimate) -> tuple[bool, float, float]:
+        memory = one.plan.memory().total
+        return one.fits, one.tokens_per_second if one.fits else -memory, -sum(one.bounds)
+
+    return max(estimates, key=rank)

@@ -1,8 +1,8 @@
-"""A run's memory, time and speed against the number of GPUs, for each layout."""
+"""A run's memory, traffic and speed against the number of GPUs, for each layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from moezoo_train.measure.writing import save_figure
 from moezoo_train.plan.estimate import SCALE, Estimate, Planner
 from moezoo_train.plan.machine import GIB
 
+BEST = "fsdp2, best options"
 # Wong's colours, which the colour-blind can tell apart; lines that may coincide differ in dashes.
 _LOOKS: dict[str, tuple[str, Any]] = {
     "ddp": ("#0072B2", "-"),
-    "fsdp": ("#D55E00", "-"),
+    "fsdp2": ("#D55E00", "-"),
+    BEST: ("#CC79A7", (0, (7, 2, 1.5, 2))),
     "zero1": ("#56B4E9", (0, (6, 2))),
     "zero2": ("#009E73", (0, (4, 2))),
     "zero3": ("#E69F00", (0, (2, 2))),
-    "ep": ("#CC79A7", (0, (7, 2, 1.5, 2))),
 }
 _GREY = "#666666"
 _STYLE: Any = {
@@ -34,6 +35,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "svg.fonttype": "path",
 }
+_Lines = Mapping[str, Sequence[Estimate]]
 
 
 def draw(folder: Path, planner: Planner, layouts: Sequence[str], gpus: int) -> list[Path]:
@@ -47,35 +49,31 @@ def draw(folder: Path, planner: Planner, layouts: Sequence[str], gpus: int) -> l
 
 
 def costs(planner: Planner, layouts: Sequence[str], gpus: int) -> Figure:
-    """Draw three panels over the number of GPUs, all axes logarithmic.
+    """Draw four panels over the number of GPUs, all axes logarithmic.
 
-    Memory of a GPU and the bounds on a step's time with the configured batch on every GPU; and
-    tokens per second, beside that with the global batch held at that of ``gpus`` GPUs.
+    With the configured batch on every GPU: memory of a GPU, and the bound that the network sets to
+    a step; tokens per second of a GPU, with that batch and with the global batch of ``gpus`` GPUs.
     """
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
-    memory, time, speed = (_axes(panel) for panel in figure.subplots(1, 3))
-    steady = {layout: planner.scale(layout) for layout in layouts}
-    held = {layout: planner.scale(layout, global_batch_of=gpus) for layout in layouts}
-    _lines(memory, steady, lambda one: one.plan.memory().total / GIB)
-    _lines(time, steady, lambda one: one.bounds.network)
-    _lines(time, steady, lambda one: one.bounds.memory, thin=True)
-    _lines(speed, steady, lambda one: one.tokens_per_second)
-    _lines(speed, held, lambda one: one.tokens_per_second, thin=True)
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    memory, time, speed, strong = figure.subplots(2, 2).flatten().tolist()
+    steady = _scaled(planner, layouts)
+    held = _scaled(planner, layouts, global_batch_of=gpus)
+    _draw(memory, steady, lambda one: one.plan.memory().total / GIB)
     room = planner.machine.memory / GIB
     _level(memory, room, f"{planner.machine.name}: {room:.4g} GiB")
+    _draw(time, steady, lambda one: one.bounds.network)
     _level(time, next(iter(steady.values()))[0].bounds.compute, "matrix products")
-    for axes in (memory, time):  # flat lines need room to be told apart
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(bottom / 1.5, max(1.5 * top, 20 * bottom))
-    _describe(memory, "Memory of a GPU", "GiB")
-    _describe(time, "A step takes at least: network, thin: own memory", "seconds")
-    _describe(speed, f"Tokens/s at most; thin: the batch of {gpus} GPUs", "tokens/s")
+    _draw(speed, steady, lambda one: one.tokens_per_second / one.plan.gpus)
+    _draw(strong, held, lambda one: one.tokens_per_second / one.plan.gpus)
+    _describe(memory, "Memory per GPU", "GiB")
+    _describe(time, "Network time per step, lower bound", "seconds")
+    _describe(speed, "Throughput, upper bound: fixed batch per GPU", "tokens/s per GPU")
+    _describe(strong, f"Throughput, upper bound: fixed batch of {gpus} GPUs", "tokens/s per GPU")
     handles, labels = memory.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     setup = planner.setup
-    parameters = count(sum(p.numel() for p in setup.parameters))
     figure.supxlabel(
-        f"{parameters} parameters, {setup.precision.name}, {setup.batch_size} × "
+        f"{count(setup.size)} parameters, {setup.precision.name}, {setup.batch_size} × "
         f"{setup.sequence_length} tokens per GPU and micro-batch, {setup.accumulation} per step. "
         "By formula: data-sheet peaks, perfect overlap, no latency.",
         x=0.01,
@@ -86,24 +84,27 @@ def costs(planner: Planner, layouts: Sequence[str], gpus: int) -> Figure:
     return figure
 
 
-def _axes(axes: Axes) -> Axes:
+def _scaled(
+    planner: Planner, layouts: Sequence[str], global_batch_of: int | None = None
+) -> dict[str, list[Estimate]]:
+    """Plan every line's layout on more and more GPUs."""
+    found = {}
+    for layout in layouts:
+        if layout == "fsdp2" and not planner.fixed:
+            found[layout] = planner.scale(layout, global_batch_of, plain=True)
+            found[BEST] = planner.scale(layout, global_batch_of)
+        else:
+            found[layout] = planner.scale(layout, global_batch_of)
+    return {name: estimates for name, estimates in found.items() if estimates}
+
+
+def _draw(axes: Axes, scaled: _Lines, value: Callable[[Estimate], float]) -> None:
+    """Draw a line per layout, with a mark where it has one point only."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(1, SCALE[-1])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    return axes
-
-
-def _lines(
-    axes: Axes,
-    scaled: dict[str, list[Estimate]],
-    value: Callable[[Estimate], float],
-    thin: bool = False,
-) -> None:
-    for layout, estimates in scaled.items():
-        color, dashes = _LOOKS[layout]
+    for name, estimates in scaled.items():
+        color, dashes = _LOOKS[name]
         points = [(one.plan.gpus, value(one)) for one in estimates]
         shown = [point for point in points if point[1] > 0]  # one GPU sends nothing
         axes.plot(
@@ -111,30 +112,32 @@ def _lines(
             [height for _, height in shown],
             color=color,
             linestyle=dashes,
-            lw=0.9 if thin else 1.8,
-            alpha=0.75 if thin else 1.0,
-            label=_name(layout, estimates),
+            marker="o" if len(shown) == 1 else None,
+            ms=4,
+            lw=1.8,
+            label=name,
         )
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom / 1.5, max(1.5 * top, 20 * bottom))  # room for flat lines
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.12g}"))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _level(axes: Axes, height: float, text: str) -> None:
+    """Draw what the lines are compared with, in reach of them."""
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, height / 1.5), max(top, 1.5 * height))
     axes.axhline(height, color="black", lw=0.9)
     axes.annotate(
         text,
-        (SCALE[-1], height),
-        xytext=(-2, 4),
+        (1, height),  # at the left end: far more often are lines beside it at the other
+        xytext=(3, 4),
         textcoords="offset points",
         fontsize=8,
-        ha="right",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
     )
-
-
-def _name(layout: str, estimates: Sequence[Estimate]) -> str:
-    if layout != "ep":
-        return layout
-    degrees = sorted({one.plan.expert_parallel for one in estimates})
-    return f"ep {degrees[0]}" if len(degrees) == 1 else f"ep {degrees[0]}–{degrees[-1]}"
 
 
 def _describe(axes: Axes, title: str, unit: str) -> None:

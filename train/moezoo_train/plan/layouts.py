@@ -1,33 +1,35 @@
 """How a run is spread over GPUs: each GPU's memory and traffic, in formulas.
 
-Psi is the number of trained parameters, N the number of GPUs. Everything is of one GPU, the first,
-whose share is the largest where parts are uneven, and of one optimizer step.
+Psi is the number of trained parameters, N the number of GPUs, R of replicas, E of the GPUs that
+share one set of experts. Everything is of one GPU, the first, whose share is the largest where
+parts are uneven, and of one optimizer step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch.nn import Parameter
 
-from moezoo.errors import InputError, check_choice
 from moezoo_kernels.linear_cross_entropy.chunked import scratch_bytes
+from moezoo_train.parallel.distributed import shard_dimension
+from moezoo_train.parallel.zero import BUCKET
 from moezoo_train.plan.setup import ExpertLayer, Setup
 from moezoo_train.plan.trace import Trace
 
 LAYOUTS = {
     "ddp": "a whole model per GPU",
-    "fsdp": "parameters, gradients and optimizer sharded; a block gathered at a time",
-    "zero1": "DeepSpeed: optimizer sharded",
-    "zero2": "DeepSpeed: optimizer and gradients sharded",
-    "zero3": "DeepSpeed: optimizer, gradients and parameters sharded",
-    "ep": "ddp with experts spread over groups of GPUs",
+    "fsdp2": "parameters, gradients and optimizer in shards; a block gathered at a time",
+    "zero1": "DeepSpeed: optimizer in shards",
+    "zero2": "DeepSpeed: optimizer and gradients in shards",
+    "zero3": "DeepSpeed: optimizer, gradients and parameters in shards",
 }
-DEEPSPEED = ("zero1", "zero2", "zero3")
-DEEPSPEED_BUCKET = 200_000_000
-"""Numbers in a bucket of gradients or parameters: the default of Lightning's DeepSpeedStrategy."""
+"""The strategies of `moezoo fit`, by the names that ``trainer.strategy`` has for them."""
+ZERO = ("zero1", "zero2", "zero3")
 
 
 class Memory(NamedTuple):
@@ -36,7 +38,7 @@ class Memory(NamedTuple):
     Attributes:
         parameters: with buffers.
         gradients: one per trained parameter.
-        optimizer: moments, momenta, and DeepSpeed's fp32 master copy.
+        optimizer: moments, momenta, and DeepSpeed's copy of the parameters.
         activations: saved for the backward pass, in one micro-batch.
         weight_copies: parameters in the compute dtype, which autocast keeps for the backward pass.
         communication: buckets, gathered parameters, tokens of other GPUs.
@@ -94,11 +96,11 @@ class Plan:
 
     Attributes:
         setup: the run.
-        traced: saved activations and collectives of a micro-batch, under autocast or, for
-            DeepSpeed, without.
+        traced: saved activations and collectives of a micro-batch.
         layout: a key of :data:`LAYOUTS`.
         gpus: N.
-        expert_parallel: GPUs that share one set of experts; 1 but for the layout ep.
+        expert_parallel: E, neighbouring GPUs; more than 1 with ``fsdp2`` only.
+        replicas: R, each of N / R neighbouring GPUs; more than 1 with ``fsdp2`` only.
         share: of the configuration's micro-batch that each GPU takes: 1, but where the global batch
             is held while N changes.
     """
@@ -108,16 +110,20 @@ class Plan:
     layout: str
     gpus: int
     expert_parallel: int = 1
+    replicas: int = 1
     share: float = 1.0
 
     def memory(self) -> Memory:
         """Return a GPU's memory."""
+        return self._memory
+
+    @cached_property
+    def _memory(self) -> Memory:
         setup = self.setup
-        trained = [p for p in setup.parameters if p.requires_grad]
-        spread = self.layout in ("fsdp", "zero3")
+        spread = self.layout in ("fsdp2", "zero3")
         parameters = self._numbers(setup.parameters, spread) * self._width
         buffers = sum(b.numel() * b.element_size() for b in setup.buffers)
-        gradients = self._numbers(trained, spread or self.layout == "zero2") * self._width
+        gradients = self._numbers(setup.trained, spread or self.layout == "zero2") * self._width
         vocabulary, width = setup.model.lm_head.weight.shape
         logits = scratch_bytes(setup.tokens, width, vocabulary)
         return Memory(
@@ -133,24 +139,38 @@ class Plan:
 
     def collectives(self) -> list[Collective]:
         """List the collectives of one step; none with one GPU."""
+        return self._collectives
+
+    @cached_property
+    def _collectives(self) -> list[Collective]:
         if self.gpus == 1:
             return []
-        found = self._parameter_traffic() + self._token_traffic()
+        found = self._fsdp2_traffic() if self.layout == "fsdp2" else self._parameter_traffic()
+        found += self._token_traffic()
         for kind, size in self.traced.collectives.items():
             total = size * self.setup.accumulation
             found.append(Collective(kind, "statistics of the layers", total, self.gpus))
         return [one for one in found if one.size and one.group > 1]
 
     @property
-    def _width(self) -> int:
-        """Bytes of a parameter.
+    def padding(self) -> list[str]:
+        """How many experts each stack is padded to, e.g. ``8 experts as 48``: for those that are.
 
-        DeepSpeed holds parameters and gradients in the lower precision and an fp32 master copy
-        beside the moments (Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1).
+        A stack whose experts and rows cannot be cut evenly is gathered, and its gradient scattered,
+        as if every shard had as many experts as the first.
         """
-        precision = self.setup.precision
-        lower = self.layout in DEEPSPEED
-        return (precision.compute if lower else precision.parameters).itemsize
+        found = []
+        for parameter in self.setup.stacked if self.layout == "fsdp2" else ():
+            mine, shards = self._stack(parameter)
+            experts = mine[0]
+            if shard_dimension(mine, shards) == 0 and experts % shards:
+                found.append(f"{experts} experts as {-(-experts // shards) * shards}")
+        return sorted(set(found))
+
+    @property
+    def _width(self) -> int:
+        """Bytes of a parameter: DeepSpeed's run beside autocast, as the others do."""
+        return self.setup.precision.parameters.itemsize
 
     def _numbers(self, parameters: Iterable[Parameter], sharded: bool) -> int:
         """Count the numbers of these parameters on the first GPU."""
@@ -159,36 +179,42 @@ class Plan:
     def _local(self, parameter: Parameter, sharded: bool) -> int:
         """Count a parameter's numbers on the first GPU.
 
-        FSDP2 and this plan of expert parallelism cut the first dimension into equal runs of rows,
-        the last of which may be short (arXiv:2304.11277, and torch's ``fully_shard``); DeepSpeed
-        cuts the flattened whole.
+        FSDP2 cuts a dimension into equal runs, the last of which may be short (arXiv:2304.11277,
+        and torch's ``fully_shard``); DeepSpeed cuts the flattened whole.
         """
         count = parameter.numel()
-        if self.layout == "ep":
-            mine = parameter in self.setup.expert_parameters
-            return count // self.expert_parallel if mine else count
         if not sharded:
             return count
-        if self.layout == "fsdp":
-            rows = len(parameter)
-            return -(-rows // self.gpus) * (count // rows)
-        return -(-count // self.gpus)
+        if self.layout in ZERO:
+            return -(-count // self.gpus)
+        stack, shards = self._stack(parameter)
+        cut = shard_dimension(stack, shards) if parameter in self.setup.stacked else 0
+        return -(-stack[cut] // shards) * (math.prod(stack) // stack[cut])
+
+    def _is_shared(self, parameter: Parameter) -> bool:
+        return self.expert_parallel > 1 and parameter in self.setup.expert_parameters
+
+    def _stack(self, parameter: Parameter) -> tuple[tuple[int, ...], int]:
+        """Return the shape that is sharded, and the number of shards."""
+        groups = self.expert_parallel if self._is_shared(parameter) else 1
+        shape = tuple(parameter.shape)
+        return (shape[0] // groups, *shape[1:]), self.gpus // (self.replicas * groups)
 
     def _optimizer(self) -> float:
         """Sum up the optimizer's state.
 
         AdamW keeps two moments and a 4-byte step count per parameter tensor (arXiv:1711.05101,
         algorithm 2; ``torch.optim.AdamW``), Muon one momentum (arXiv:2502.16982, eq. 1), both in
-        the parameter's dtype, SGD nothing. DeepSpeed keeps fp32 moments and an fp32 copy of the
-        parameters: 12 bytes per parameter, sharded (arXiv:1910.02054, section 3.1).
+        the parameter's dtype, SGD nothing. DeepSpeed keeps two fp32 moments of its shards, and in
+        stages 1 and 2 a copy of the parameters (arXiv:1910.02054, section 3.1).
         """
-        spread = self.layout == "fsdp" or self.layout in DEEPSPEED
+        spread = self.layout != "ddp"
         total = 0.0
         for group in self.setup.parameter_groups:
             parameters: list[Parameter] = list(group["params"])  # type: ignore[call-overload]
             numbers = self._numbers(parameters, spread)
-            if self.layout in DEEPSPEED:
-                total += 12 * numbers
+            if self.layout in ZERO:
+                total += (8 if self.layout == "zero3" else 12) * numbers
             elif group.get("algorithm") == "muon":
                 total += self._width * numbers
             elif "sgd" in str(group.get("algorithm")):
@@ -199,82 +225,106 @@ class Plan:
 
     def _copies_elsewhere(self) -> float:
         """Return the low-precision copies of experts that other GPUs hold."""
-        copied = self.setup.precision.mixed and not self.setup.checkpointing
-        if self.layout != "ep" or not copied:
+        if not self.setup.precision.mixed or self.setup.checkpointing:
             return 0.0
         elsewhere = 1 - 1 / self.expert_parallel
-        return (
-            _count(self.setup.expert_parameters) * elsewhere * self.setup.precision.compute.itemsize
-        )
+        copied = sum(p.numel() for p in self.setup.expert_parameters)
+        return copied * elsewhere * self.setup.precision.compute.itemsize
 
     def _buffers(self) -> float:
         """Sum up what is there for communication.
 
         DDP copies every gradient into buckets (``gradient_as_bucket_view`` is off by default).
         FSDP2 holds what is in no block gathered, and of the largest block: its parameters, those of
-        the next being gathered, its gradients and the copy that is being scattered. DeepSpeed has
-        two buckets of gradients, which overlap, and one of parameters. Expert parallelism holds, of
-        each layer, the tokens dispatched to it and the outputs combined.
+        the next being gathered, its gradients and the copy that is being scattered; of shared
+        experts, those that are this GPU's, and none of that where no other GPU has the same. With
+        shared experts, also the tokens dispatched to each layer and the outputs combined. DeepSpeed
+        has two buckets of gradients, which overlap, and one of parameters; stage 3 gathers blocks
+        as FSDP2 does.
         """
         setup = self.setup
-        trained = sum(p.numel() for p in setup.parameters if p.requires_grad)
+        trained = sum(p.numel() for p in setup.trained)
         if self.layout == "ddp":
             return trained * self._width
-        if self.layout == "ep":
-            own = [p for p in setup.parameters if p.requires_grad]
-            exchanged = [self._exchanged(layer) for layer in setup.expert_layers]
-            held = max(exchanged, default=0.0) if setup.checkpointing else sum(exchanged)
-            return self._numbers(own, False) * self._width + 2 * held
         if self.layout in ("zero1", "zero2"):
-            return 3 * min(DEEPSPEED_BUCKET, trained) * self._width
-        *blocks, rest = [sum(p.numel() for p in unit) for unit in setup.units]
-        return (rest + 4 * max(blocks)) * self._width
+            return 3 * min(BUCKET, trained) * self._width
+        *blocks, rest = [sum(self._gathered(p) for p in unit) for unit in setup.units]
+        exchanged = [self._exchanged(layer) for layer in setup.expert_layers]
+        held = max(exchanged, default=0.0) if setup.checkpointing else sum(exchanged)
+        return (rest + 4 * max(blocks)) * self._width + (
+            2 * held if self.expert_parallel > 1 else 0
+        )
+
+    def _gathered(self, parameter: Parameter) -> int:
+        """Count the numbers of a parameter that are there once it is gathered."""
+        if not self._is_shared(parameter):
+            return parameter.numel()
+        mine = parameter.numel() // self.expert_parallel
+        return mine if self.expert_parallel < self.gpus else 0
 
     def _parameter_traffic(self) -> list[Collective]:
-        """List what gradients and parameters cost.
+        """List what gradients and parameters cost but for FSDP2.
 
-        DDP sums all gradients once per step, and sends the first GPU's buffers to all. FSDP gathers
-        a block in the forward and in the backward pass of every micro-batch, what is in no block
-        once, and scatters the gradients of every micro-batch: ``fully_shard`` pads each parameter
-        to N equal runs of rows. ZeRO: arXiv:1910.02054, section 7: 1 and 2 scatter gradients and
-        gather parameters; 3 gathers them twice. Stage 2 and 3 scatter in every micro-batch.
+        DDP sums all gradients once per step, and sends the first GPU's buffers to all. ZeRO:
+        arXiv:1910.02054, section 7: 1 and 2 scatter gradients and gather parameters; 3 gathers them
+        twice. Stages 2 and 3 scatter in every micro-batch.
         """
         setup, gpus = self.setup, self.gpus
-        trained = [p for p in setup.parameters if p.requires_grad]
-        again = setup.accumulation
-        if self.layout in ("ddp", "ep"):
-            shared = [
-                p for p in trained if self.layout == "ddp" or p not in setup.expert_parameters
-            ]
-            experts = self._numbers([p for p in trained if p not in set(shared)], False)
-            replicas = gpus // self.expert_parallel
+        trained = sum(p.numel() for p in setup.trained)
+        if self.layout == "ddp":
             buffers = sum(b.numel() * b.element_size() for b in setup.buffers)
             return [
-                Collective("all_reduce", "gradients", _count(shared) * self._width, gpus),
-                Collective(
-                    "all_reduce",
-                    "experts' gradients",
-                    experts * self._width,
-                    replicas,
-                    self.expert_parallel,
-                ),
+                Collective("all_reduce", "gradients", trained * self._width, gpus),
                 Collective("broadcast", "buffers", buffers, gpus),
             ]
-        if self.layout == "fsdp":
-            sizes = [self._padded(unit) for unit in setup.units]
-            gathered = (2 * sum(sizes[:-1]) + sizes[-1]) * again
-            scattered = self._padded(trained) * again
-        else:
-            numbers = -(-_count(trained) // gpus) * gpus
-            gathered = numbers * self._width * (2 * again if self.layout == "zero3" else 1)
-            scattered = numbers * self._width * (1 if self.layout == "zero1" else again)
+        size, again = -(-trained // gpus) * gpus * self._width, setup.accumulation
+        gathered = size * (2 * again if self.layout == "zero3" else 1)
+        scattered = size * (1 if self.layout == "zero1" else again)
         return [
             Collective("all_gather", "parameters", gathered, gpus),
             Collective("reduce_scatter", "gradients", scattered, gpus),
         ]
 
-    def _padded(self, parameters: Iterable[Parameter]) -> int:
-        return self._numbers(parameters, True) * self.gpus * self._width
+    def _fsdp2_traffic(self) -> list[Collective]:
+        """List what FSDP2 sends: of shared experts among those that have the same, apart.
+
+        It gathers a block in the forward and in the backward pass of every micro-batch, what is in
+        no block once, scatters the gradients of every micro-batch and sums what is left over the
+        replicas. Every shard is as large as the first: ``fully_shard`` pads.
+        """
+        shards = self.gpus // self.replicas
+        found = self._sharded_traffic("", shards, 1, shared=False)
+        if self.expert_parallel > 1:
+            groups = self.expert_parallel
+            found += self._sharded_traffic("experts' ", shards // groups, groups, shared=True)
+        return found
+
+    def _sharded_traffic(
+        self, whose: str, shards: int, stride: int, shared: bool
+    ) -> list[Collective]:
+        again = self.setup.accumulation
+        units = [[p for p in u if self._is_shared(p) == shared] for u in self.setup.units]
+        *blocks, rest = [self._numbers(unit, True) for unit in units]
+        mine = self._numbers([p for unit in units for p in unit if p.requires_grad], True)
+        padded = shards * self._width * again
+        apart = self.gpus // self.replicas
+        return [
+            Collective(
+                "all_gather",
+                f"{whose}parameters",
+                (2 * sum(blocks) + rest) * padded,
+                shards,
+                stride,
+            ),
+            Collective("reduce_scatter", f"{whose}gradients", mine * padded, shards, stride),
+            Collective(
+                "all_reduce",
+                f"{whose}gradients over replicas",
+                mine * self._width * again,
+                self.replicas,
+                apart,
+            ),
+        ]
 
     def _token_traffic(self) -> list[Collective]:
         """List the exchanges of tokens between experts.
@@ -287,7 +337,7 @@ class Plan:
         weight are sent for each expert. Indices and router weights, which travel with the tokens,
         are left out.
         """
-        if self.layout != "ep" or self.expert_parallel == 1:
+        if self.expert_parallel == 1:
             return []
         exchanges = 6 if self.setup.checkpointing else 4
         vectors = sum(self._exchanged(layer) for layer in self.setup.expert_layers)
@@ -299,39 +349,3 @@ class Plan:
         copies = layer.taken if layer.apart else min(layer.taken, self.expert_parallel)
         tokens = self.setup.tokens * self.share
         return tokens * copies * layer.experts.d_model * self.setup.precision.compute.itemsize
-
-
-def _count(parameters: Iterable[Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
-
-
-def refusal(setup: Setup, layout: str, gpus: int, expert_parallel: int) -> str | None:
-    """Return why a layout is impossible; None if it is not."""
-    if layout in DEEPSPEED and setup.optimizer.name == "muon":
-        return "DeepSpeed flattens parameters, and Muon needs matrices"
-    if layout in DEEPSPEED and setup.optimizer.name == "sgd":
-        return "sgd has not been tried with DeepSpeed"
-    if layout != "ep":
-        return None
-    if not setup.expert_layers:
-        return "no layer has routed experts"
-    if expert_parallel == 1:
-        return f"no number of a node's GPUs divides {gpus} and the number of experts"
-    if gpus % expert_parallel:
-        return f"{expert_parallel} does not divide {gpus} GPUs"
-    for layer in setup.expert_layers:
-        if layer.experts.num_experts % expert_parallel:
-            return f"{expert_parallel} does not divide {layer.experts.num_experts} experts"
-    return None
-
-
-def check_layouts(text: str) -> list[str]:
-    """Split and check ``ddp,fsdp``.
-
-    Raises:
-        InputError: one of them is not known.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise InputError(f"layout: none is given; choose from: {', '.join(LAYOUTS)}")
-    return list(dict.fromkeys(check_choice("layout", name, LAYOUTS) for name in names))

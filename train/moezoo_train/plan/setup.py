@@ -17,6 +17,7 @@ from moezoo.routing import RouterOptions
 from moezoo_models import MoezooForCausalLM
 from moezoo_train.measure.throughput import ffn_layers, forward_flops_per_token
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer, is_sparse
+from moezoo_train.parallel.zero import check_zero
 from moezoo_train.run.module import LanguageModel
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -65,6 +66,14 @@ def precision(name: str | int | None) -> Precision:
     raise InputError(f"trainer.precision: there are no formulas for '{name}'; choose from: {known}")
 
 
+def _zero_refused(precision: Precision, module: LanguageModel) -> str | None:
+    try:
+        check_zero(precision.name, module)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 class ExpertLayer(NamedTuple):
     """Stacked experts, how many of them a token takes, and whether each choice travels apart."""
 
@@ -84,6 +93,7 @@ class Setup:
         batch_size: windows per micro-batch and process.
         sequence_length: tokens per window.
         accumulation: micro-batches per optimizer step.
+        zero_refused: why `moezoo fit` refuses DeepSpeed; None if it does not.
     """
 
     model: MoezooForCausalLM
@@ -92,6 +102,7 @@ class Setup:
     batch_size: int
     sequence_length: int
     accumulation: int
+    zero_refused: str | None = None
 
     @classmethod
     def of(
@@ -119,6 +130,7 @@ class Setup:
             batch_size,
             sequence_length,
             accumulation,
+            _zero_refused(precision, module),
         )
         if any(is_sparse(group) for group in setup.parameter_groups):
             raise InputError(
@@ -143,6 +155,16 @@ class Setup:
         return list(self.model.parameters())
 
     @cached_property
+    def size(self) -> int:
+        """Number of all parameters."""
+        return sum(p.numel() for p in self.parameters)
+
+    @cached_property
+    def trained(self) -> list[Parameter]:
+        """Those of them that are trained."""
+        return [p for p in self.parameters if p.requires_grad]
+
+    @cached_property
     def parameter_groups(self) -> list[dict[str, object]]:
         """The optimizer's groups over the trained parameters."""
         return build_optimizer(self.model, self.optimizer, fused=False).param_groups
@@ -153,7 +175,7 @@ class Setup:
         found = []
         for layer in ffn_layers(self.model):
             experts = getattr(layer, "experts", None)
-            if isinstance(experts, MLPExperts):
+            if isinstance(experts, MLPExperts) and experts.can_shard:
                 names = (name for name in ("top_k", "num_hashes") if hasattr(layer, name))
                 taken, router = int(getattr(layer, next(names))), getattr(layer, "router", None)
                 apart = isinstance(router, RouterOptions) and router.weights.apply_to == "input"
@@ -164,6 +186,19 @@ class Setup:
     def expert_parameters(self) -> set[Parameter]:
         """Those that expert parallelism shards."""
         return {p for layer in self.expert_layers for p in layer.experts.parameters()}
+
+    @cached_property
+    def tables(self) -> list[str]:
+        """Classes that expert parallelism would split beside stacked experts: PEER's tables."""
+        known = {id(layer.experts) for layer in self.expert_layers}
+        split = [m for m in self.model.modules() if getattr(m, "can_shard", False)]
+        return sorted({type(m).__name__ for m in split if id(m) not in known})
+
+    @cached_property
+    def stacked(self) -> set[Parameter]:
+        """Those of stacked experts, which FSDP2 may cut by rows in place of experts."""
+        stacks = [m for m in self.model.modules() if isinstance(m, MLPExperts)]
+        return {p for stack in stacks for p in stack.parameters()}
 
     @cached_property
     def buffers(self) -> list[Tensor]:
@@ -180,6 +215,16 @@ class Setup:
             seen.update(own)
             units.append(own)
         return units
+
+    @cached_property
+    def ffn_sizes(self) -> list[tuple[int, int, int]]:
+        """Parameters of each layer: in all, of a token, and of experts that GPUs may share."""
+        found = []
+        for layer in ffn_layers(self.model):
+            cost = layer.cost()
+            shared = sum(p.numel() for p in layer.parameters() if p in self.expert_parameters)
+            found.append((cost.total_parameters, cost.active_parameters, shared))
+        return found
 
     @cached_property
     def flops_per_token(self) -> float:

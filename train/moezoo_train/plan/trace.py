@@ -62,27 +62,25 @@ class Trace:
         )
 
 
-def trace(setup: Setup, *, cpu: bool = False, autocast: bool = True) -> Trace:
+def trace(setup: Setup, *, cpu: bool = False) -> Trace:
     """Trace a micro-batch of a whole model.
 
     Args:
         setup: the run.
         cpu: attend as a CPU does, which under autocast computes attention in fp32.
-        autocast: whether a run of mixed precision uses autocast; otherwise, as in DeepSpeed, its
-            parameters themselves are of the lower precision.
     """
     kinds = _kinds(setup.model)
     first = [layers[0] for layers in kinds]
     checkpointing = setup.checkpointing
-    base = _run(setup, sorted(first), cpu, autocast, checkpointing)
+    base = _run(setup, sorted(first), cpu, checkpointing)
     whole = base
     for layers in kinds:
         if len(layers) > 1:
-            two = _run(setup, sorted([*first, layers[1]]), cpu, autocast, checkpointing)
+            two = _run(setup, sorted([*first, layers[1]]), cpu, checkpointing)
             whole = whole.plus(two.plus(base, -1.0), len(layers) - 1)
     if checkpointing:
-        none = _run(setup, [], cpu, autocast, False)
-        alone = [_run(setup, [number], cpu, autocast, False) for number in first]
+        none = _run(setup, [], cpu, False)
+        alone = [_run(setup, [number], cpu, False) for number in first]
         whole.block = max(_kept(one) for one in alone) - _kept(none)
     return whole
 
@@ -104,12 +102,11 @@ def _kept(found: Trace) -> float:
     return found.activations + found.weight_copies
 
 
-def _run(setup: Setup, layers: list[int], cpu: bool, autocast: bool, checkpointing: bool) -> Trace:
+def _run(setup: Setup, layers: list[int], cpu: bool, checkpointing: bool) -> Trace:
     """Trace the model with these of its blocks only."""
-    lower = setup.precision.mixed and not autocast
-    dtype = setup.precision.compute if lower else setup.precision.parameters
+    dtype = setup.precision.parameters
     casting: Any = nullcontext()
-    if setup.precision.mixed and autocast:
+    if setup.precision.mixed:
         casting = torch.autocast("cpu", setup.precision.compute)
     attention = nullcontext() if cpu else _attention_of_gpus()
     model = setup.excerpt(layers, checkpointing, dtype)
