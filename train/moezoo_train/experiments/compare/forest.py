@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 COLORS = {"holds": GREEN, "fails": RED, "undecided": GREY}
 AXES = {
-    "loss": "validation loss saved (nats per token)",
-    "busiest": "busiest ÷ mean, less by",
-    "unevenness": "unevenness, less by (nats)",
+    "loss": "validation loss, lower by (nats per token)",
+    "busiest": "busiest ÷ mean, lower by",
+    "unevenness": "unevenness, lower by (nats)",
 }
 
 
@@ -57,6 +57,7 @@ def _panel(axes: Any, claims: Sequence[Judged]) -> None:
             va="center",
             color=COLORS[one.verdict],
             fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )
         for contest in one.contests:
             height += 1
