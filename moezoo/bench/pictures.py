@@ -128,7 +128,9 @@ def ratios(rows: Sequence[Row]) -> Figure:
     for place in _every_second(rows):
         axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.045, lw=0, zorder=0)
     axes.axvline(1, color="black", lw=0.8)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    # Over many powers of ten there is no room for three numbers in each.
+    decades = math.log10(most / least * margin**2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1, 3)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _times(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
@@ -211,7 +213,8 @@ def roofline(rows: Sequence[Row], limits: Limits) -> Figure:
     axes.set_xlabel("FLOPs per byte that must be moved (forward)")
     axes.set_ylabel("GFLOP/s")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(FuncFormatter(_plain))
+        axis.set_minor_formatter(NullFormatter())
     handles = [
         Line2D([], [], color=color, marker=marker, ls="", label=title)
         for title, (color, marker) in looks.items()
@@ -229,9 +232,14 @@ def _draw_limits(axes: Axes, limits: Limits, intensities: Sequence[float]) -> No
         ridge = rate / limits.read
         axes.plot([max(left, ridge), right], [rate / 1e9] * 2, color="black", lw=1)
         text = f"{name} matrix product, {rate / 1e9:,.0f} GFLOP/s"
-        place = (right, rate / 1e9)
+        # At the left end, where nothing is that fast: memory is the limit there.
         axes.annotate(
-            text, place, (0, 3), textcoords="offset points", ha="right", fontsize=7, color=_GREY
+            text,
+            (max(left, ridge), rate / 1e9),
+            (18, 3),
+            textcoords="offset points",
+            fontsize=7,
+            color=_GREY,
         )
     top = max(limits.matmul.values()) / limits.read
     ends = [left, max(left, min(top, right))]
@@ -292,7 +300,7 @@ def _draw_series(axes: Axes, name: str, rows: Sequence[Row]) -> None:
     if max(order) / min(order) >= 2:
         axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _plain_logarithmic(axes.yaxis)
     axes.set_xticks(order, [str(size) for size in order])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(name.partition(":")[0], fontsize=9, loc="left")
@@ -300,6 +308,19 @@ def _draw_series(axes: Axes, name: str, rows: Sequence[Row]) -> None:
     axes.set_ylabel("forward, ms")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+
+
+def _plain_logarithmic(axis: Any) -> None:
+    """Label a logarithmic axis by plain numbers, three in each power of ten if it has few."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(_plain))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float, _: int | None = None) -> str:
+    """Write a number without an exponent."""
+    return f"{value:,.12g}" if value >= 1e-4 else f"{value:.12f}".rstrip("0")
 
 
 def _label(row: Row) -> str:

@@ -201,9 +201,20 @@ def _unrecognized(arguments: str, known: list[str], prefix: str, owner: str) -> 
     return _unknown(first.lstrip("-").partition("=")[0], known, prefix, owner)
 
 
+_ELSEWHERE = {
+    "model.preset": (
+        "fit, validate, test and plan take presets; compare puts its own layers into a decoder of "
+        "model.d_model, num_layers and num_heads, so give those"
+    )
+}
+"""Options of other commands that one may look for, and why they are not here."""
+
+
 def _unknown(key: str, known: list[str], prefix: str, owner: str) -> str:
     if key in known:
         return f"{_join(prefix, key)}: cannot be given here; it follows from the model"
+    if (reason := _ELSEWHERE.get(_join(prefix, key))) is not None:
+        return f"{_join(prefix, key)}: {reason}"
     subject = f"{owner} has no option '{key}'" if owner else "no such option"
     return f"{_join(prefix, key)}: {subject}{suggest(key, known)}"
 

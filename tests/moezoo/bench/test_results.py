@@ -6,6 +6,7 @@ import json
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from moezoo.bench import environment, pictures
@@ -212,6 +213,19 @@ def test_the_roofline_shows_achieved_over_intensity(limits):
     assert any(p == (pytest.approx(intensity), pytest.approx(10)) for p in points)  # 1e9 in 0.1 s
     assert any(p == (pytest.approx(intensity), pytest.approx(10 / 3)) for p in points)
     assert any(y == 100 for _, y in points)  # GFLOP/s, fp32
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.004, 300), (90, 800), (2e3, 4e6)])
+def test_logarithmic_axes_have_plain_labels(low, high):
+    axes = Figure().add_subplot()
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    pictures._plain_logarithmic(axes.yaxis)
+    places = [place for place in axes.yaxis.get_majorticklocs() if low <= place <= high]
+    labels = axes.yaxis.get_major_formatter().format_ticks(places)
+    assert len(labels) >= 3
+    assert [float(label.replace(",", "")) for label in labels] == pytest.approx(places)
+    assert not any("e" in label or "$" in label for label in labels)
 
 
 def test_without_measurements_there_are_no_pictures(limits, where, tmp_path):

@@ -349,6 +349,7 @@ MISTAKES = [
     ({"max_steps": 1}, "schedule.warmup_steps: 1 does not fit into 1 steps"),
     ({"model": {"d_model": 30, "num_heads": 4}}, "d_model: 30 is not divisible by num_heads 4"),
     ({"model": {"d_mdel": 30}}, "model.d_mdel: no such option; did you mean 'model.d_model'?"),
+    ({"model": {"preset": "Qwen3-0.6B"}}, "model.preset: fit, validate, test and plan take"),
 ]
 
 

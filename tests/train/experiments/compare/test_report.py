@@ -20,7 +20,7 @@ from moezoo_train.experiments.compare.panels import compute, load, parameters, s
 from moezoo_train.experiments.compare.peak_memory import PeakMemory
 from moezoo_train.experiments.compare.report import write_report
 from moezoo_train.experiments.compare.results import Row, aggregate, loads, parse_row
-from moezoo_train.experiments.compare.row_colors import colors
+from moezoo_train.experiments.compare.row_colors import colors, families
 from moezoo_train.experiments.compare.runs import Run, plan
 from moezoo_train.experiments.compare.settings import Experiment, parse_methods
 from moezoo_train.optim.optimizer import OptimizerConfig
@@ -251,6 +251,8 @@ def test_the_other_pictures_hold_every_number(rows, results):
     (axes,) = parameters(rows, "dense_mlp", "caption").axes
     dots = [container.lines[0].get_ydata()[0] for container in axes.containers]
     assert dots == pytest.approx([3.5, 3.8, 4.1, 4.3])
+    sizes = [container.lines[0].get_xdata()[0] for container in axes.containers]
+    assert sizes == [row.total_parameters for row in rows if row.loss]
     assert [text.get_text() for text in axes.texts] == [
         "expert_choice (not causal)", "mixtral", "dense_mlp", "peer"
     ]  # fmt: skip
@@ -278,6 +280,11 @@ def test_colours_are_one_each_for_few_and_one_per_family_for_many(rows):
     assert len(set(few.values())) == len(rows)
     many = [replace(rows[1], name=f"row_{n}") for n in range(9)]
     assert set(colors(many, "row_0").values()) == {GREY, BLUE}
+    assert families(rows, rows, "dense_mlp") == {}
+    assert families(many, many[1:], "row_0") == {"experts": BLUE}
+    (legend,) = parameters(many, "row_0", "caption").legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == ["experts", "row_0, the baseline"]
 
 
 def test_the_peak_is_that_of_the_block_alone():

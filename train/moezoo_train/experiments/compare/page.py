@@ -38,8 +38,8 @@ PICTURES = {
         "quarter of a run is cut off above.",
     ),
     "parameters": (
-        "Validation loss against active parameters",
-        "Active parameters are those that one token uses; a memory or a mixture holds more.",
+        "Validation loss against parameters",
+        "Parameters are those of the whole model; how many of them one token uses is in the table.",
     ),
     "load": (
         "Load and usage",

@@ -11,7 +11,7 @@ from moezoo_train.experiments.common.palette import GREY
 from moezoo_train.experiments.common.statistics import Mean
 from moezoo_train.experiments.compare.curves import Curve, focus
 from moezoo_train.experiments.compare.results import Row
-from moezoo_train.experiments.compare.row_colors import colors
+from moezoo_train.experiments.compare.row_colors import colors, families
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +107,7 @@ def _key(figure: Figure, baseline: str) -> None:
 
 
 def parameters(rows: Sequence[Row], baseline: str, caption: str) -> Figure:
-    """Draw validation loss over active parameters, with a name for every dot.
+    """Draw validation loss over the parameters of the whole model, with a name for every dot.
 
     Args:
         rows: those without a loss are left out.
@@ -115,7 +115,7 @@ def parameters(rows: Sequence[Row], baseline: str, caption: str) -> Figure:
         caption: under the picture.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     shown = [(row, row.loss) for row in rows if row.loss]
     height = max(3.4, 1.2 + 0.17 * len(shown))
@@ -124,7 +124,7 @@ def parameters(rows: Sequence[Row], baseline: str, caption: str) -> Figure:
     palette = colors(rows, baseline)
     for row, loss in shown:
         axes.errorbar(
-            row.active_parameters or 0,
+            row.total_parameters or 0,
             loss.value,
             yerr=loss.error,
             fmt="o",
@@ -134,24 +134,28 @@ def parameters(rows: Sequence[Row], baseline: str, caption: str) -> Figure:
             linewidth=1,
             zorder=3,
         )
-    values = [row.active_parameters or 0 for row, _ in shown]
+    values = [row.total_parameters or 0 for row, _ in shown]
     if max(values) > 4 * min(values):
         axes.set_xscale("log")
+        axes.set_xlim(min(values) / 1.1, 1.1 * max(values))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 4.0)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         # Never so narrow that sizes which are all but equal look far apart.
         low, high = min(*values, 0.9 * max(values)), max(*values, min(values) / 0.9)
         axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(round(value))))
     ends = [loss.value + sign * (loss.error or 0) for _, loss in shown for sign in (1, -1)]
     margin = 0.05 * (max(ends) - min(ends)) or 0.05
     axes.set_ylim(min(ends) - margin, max(ends) + margin)
     _names(axes, [(row, loss.value) for row, loss in shown], palette, height)
-    axes.set_xlabel("active parameters", fontsize=9)
+    axes.set_xlabel("parameters of the model", fontsize=9)
     axes.set_ylabel("validation loss (nats per token)", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    _families(figure, rows, [row for row, _ in shown], baseline)
     figure.supxlabel(caption, fontsize=7, color=QUIET)
     return figure
 
@@ -169,7 +173,7 @@ def _names(
     for (row, value), place in zip(order, places, strict=True):
         axes.annotate(
             row.name if row.causal else f"{row.name} (not causal)",
-            (row.active_parameters, value),
+            (row.total_parameters, value),
             (1.03, (place - low) / (high - low)),
             textcoords="axes fraction",
             va="center",
@@ -244,6 +248,7 @@ def load(
                 )
         if kind in ("evenness", "usage"):
             axes.set_xlim(-0.05, 1.05)
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         elif kind == "busiest":
             _times(axes)
         else:
@@ -255,8 +260,29 @@ def load(
         axes.spines[["top", "right", "left"]].set_visible(False)
     panels[0].set_yticks(range(len(shown)), [row.name for row in shown])
     panels[0].set_ylim(len(shown) - 0.5, -0.5)
+    _families(figure, rows, shown, baseline)
     figure.supxlabel(caption, fontsize=7, color=QUIET)
     return figure
+
+
+def _families(figure: Figure, rows: Sequence[Row], shown: Sequence[Row], baseline: str) -> None:
+    """Say what the colours are, where they are of families and not of rows, which have names."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=color, marker="o", ls="", markersize=4.5, label=name)
+        for name, color in families(rows, shown, baseline).items()
+    ]
+    if handles:
+        figure.legend(
+            handles=handles,
+            loc="outside upper center",
+            ncols=min(7, len(handles)),
+            frameon=False,
+            fontsize=7.5,
+            columnspacing=1.2,
+            handletextpad=0.2,
+        )
 
 
 def _times(axes: Any) -> None:

@@ -59,3 +59,19 @@ def colors(rows: Sequence[Row], baseline: str) -> dict[str, str]:
         found = dict(zip(others, _OWN, strict=False))
         return {row.name: found.get(row.name, GREY) for row in rows}
     return {row.name: GREY if row.name == baseline else FAMILIES[family(row)] for row in rows}
+
+
+def families(rows: Sequence[Row], shown: Sequence[Row], baseline: str) -> dict[str, str]:
+    """Return the colour of every family that is shown, where colours are of families; else none.
+
+    Args:
+        rows: of a comparison, which decide that.
+        shown: those of them that are in the picture.
+        baseline: name of the row that is grey.
+    """
+    if len([row for row in rows if row.name != baseline]) <= len(_OWN):
+        return {}
+    found = {family(row) for row in shown if row.name != baseline}
+    named = {name: color for name, color in FAMILIES.items() if name in found}
+    there = any(row.name == baseline for row in shown)
+    return named | ({f"{baseline}, the baseline": GREY} if there else {})
