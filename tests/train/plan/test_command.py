@@ -77,13 +77,17 @@ def test_unknown_keys_of_a_file_are_refused(capsys, tmp_path):
 
 def test_tables_and_pictures(capsys, tmp_path):
     folder = tmp_path / "pictures"
-    arguments = ["--gpus", "16", "--gpu", "h200", "--pictures", str(folder)]
+    arguments = ["--gpus", "48", "--gpu", "h200", "--pictures", str(folder)]
     assert command.main(["plan", *CONFIG, *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("15.6 M parameters, 5.88 M active per token, bf16-mixed; 16 × H200")
+    assert lines[0].startswith("15.6 M parameters, 5.88 M active per token, bf16-mixed; 48 × H200")
     for layout in ("ddp", "zero1", "zero2", "zero3"):
         assert sum(line.startswith(f"{layout} ") for line in lines) == 2
+    memory, *_, both = [line for line in lines if line.startswith("fsdp2 ")][:4]
+    assert memory.endswith("yes   8 experts as 48")  # 48 GPUs divide no rows either
+    assert [number.isdigit() for number in both.split()[1:3]] == [True, True]
     assert sum(line.startswith("fsdp2 ") for line in lines) == 2 * 4  # shared experts, replicas
+    assert lines[lines.index("trainer:") + 1 :][:2] == ["  devices: 8", "  num_nodes: 6"]
     assert sorted(path.name for path in folder.iterdir()) == ["plan.png", "plan.svg"]
     assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
 
