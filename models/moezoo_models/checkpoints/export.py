@@ -14,8 +14,9 @@ from moezoo.errors import InputError
 from moezoo.layers.dense import DenseFFN
 from moezoo_kernels.activations import PLAIN_GLU
 from moezoo_models.checkpoints.atomic import replacing_directory
+from moezoo_models.checkpoints.companions import carry_over
 from moezoo_models.checkpoints.dense import ACTIVATIONS, DENSE_CONFIGS, dense_config
-from moezoo_models.checkpoints.directory import CONFIG, load_checkpoint, write_model
+from moezoo_models.checkpoints.directory import CONFIG, existing, load_checkpoint, write_model
 from moezoo_models.checkpoints.locks import writing
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.config import MoezooConfig
@@ -69,7 +70,7 @@ def export(checkpoint: str | Path, target: str | Path) -> Path:
     """
     with making(target) as directory:
         model, tokenizer = load_checkpoint(checkpoint)
-        config = save_stock(directory, model, tokenizer)
+        config = save_stock(directory, model, tokenizer, existing(Path(checkpoint)))
     print(f"{config.model_type:<8}{model.num_parameters() / 1e6:,.3g} M parameters, {directory}")
     return directory
 
@@ -94,9 +95,14 @@ def _check_new(directory: Path) -> None:
 
 
 def save_stock(
-    target: Path, model: MoezooForCausalLM, tokenizer: Tokenizer | None = None
+    target: Path,
+    model: MoezooForCausalLM,
+    tokenizer: Tokenizer | None = None,
+    source: Path | None = None,
 ) -> PreTrainedConfig:
     """Save a dense model in memory as the stock architecture that it is; see :func:`export`.
+
+    Licence and README come from `source`, the directory that the model was loaded from.
 
     Raises:
         InputError: it is none.
@@ -112,7 +118,14 @@ def save_stock(
         write_model(fresh, target, stock)
         if tokenizer is not None:
             tokenizer.save(fresh)
+        if source is not None:
+            carry_over([source], fresh, written_as(config.model_type))
     return config
+
+
+def written_as(kind: str) -> str:
+    """Say for a README that a model was written as another architecture."""
+    return f"`moezoo export` wrote the same weights as a `{kind}`, which computes the same."
 
 
 def stock_config(model: MoezooForCausalLM) -> PreTrainedConfig:

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from moezoo.layers.dense import DenseFFN
 from moezoo_models.checkpoints.atomic import replacing_directory
-from moezoo_models.checkpoints.directory import load_checkpoint, write_model
-from moezoo_models.checkpoints.export import making, save_stock
+from moezoo_models.checkpoints.companions import carry_over
+from moezoo_models.checkpoints.directory import existing, load_checkpoint, write_model
+from moezoo_models.checkpoints.export import making, save_stock, written_as
 from moezoo_models.export.mixtures import as_stock_mixture
 from moezoo_models.text.tokenizer import Tokenizer
 
@@ -41,16 +42,18 @@ def write_stock(checkpoint: str | Path, target: Path) -> tuple[Any, int]:
     Raises:
         InputError: as :func:`export_stock`.
     """
-    model, tokenizer = load_checkpoint(checkpoint)
+    source = existing(Path(checkpoint))
+    model, tokenizer = load_checkpoint(source)
     if all(isinstance(layer.mlp, DenseFFN) for layer in model.model.layers):
-        return save_stock(target, model, tokenizer), model.num_parameters()
+        return save_stock(target, model, tokenizer, source), model.num_parameters()
     stock = as_stock_mixture(model)
-    _save(target, stock, tokenizer)
+    _save(target, stock, tokenizer, source)
     return stock.config, model.num_parameters()
 
 
-def _save(target: Path, stock: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
+def _save(target: Path, stock: PreTrainedModel, tokenizer: Tokenizer | None, source: Path) -> None:
     with replacing_directory(target, "target") as fresh:
         write_model(fresh, target, stock)
         if tokenizer is not None:
             tokenizer.save(fresh)
+        carry_over([source], fresh, written_as(stock.config.model_type))

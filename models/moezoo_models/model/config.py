@@ -21,6 +21,7 @@ POSITIONS = ("rotary", "learned")
 
 _BASE_CLASS_KEYS = (
     "attn_implementation",
+    "auto_map",
     "experts_implementation",
     "model_type",
     "name_or_path",

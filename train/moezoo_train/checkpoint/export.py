@@ -19,6 +19,7 @@ from moezoo_models.checkpoints.directory import one_line, read_tokenizer, save_c
 from moezoo_models.checkpoints.export import making
 from moezoo_models.checkpoints.stock import load_as_it_is
 from moezoo_models.export.gguf import GGUF_SUFFIX, export_gguf
+from moezoo_models.export.standalone.export import export_with_code
 from moezoo_models.export.stock import export_stock
 from moezoo_models.files.checksums import check_archive
 from moezoo_models.files.gguf.header import is_gguf
@@ -61,6 +62,7 @@ def export(
     format: Literal["stock", "gguf"] | None = None,
     dtype: Literal["f32", "f16", "q8_0"] | None = None,
     text: str | None = None,
+    with_code: bool = False,
 ) -> Path:
     """Write a training checkpoint as a model directory, or a model as a stock one or a GGUF file.
 
@@ -70,6 +72,9 @@ def export(
     A model of ours is written as the stock one that computes the same, so that programs that know
     the stock architecture can read it: Llama, Mistral, Qwen2 or Qwen3 if it is dense; Mixtral,
     Qwen2-MoE, Qwen3-MoE, GLM4-MoE or GraniteMoE if it is a mixture.
+
+    What no stock architecture computes is written with_code: with a file of plain torch, by which
+    transformers runs it where moezoo is not installed.
 
     A GGUF file is for llama.cpp. It is written of these and of stock models, if llama.cpp computes
     the same.
@@ -85,6 +90,7 @@ def export(
         dtype: of the matrices of a GGUF file: f32, f16 (the default) or q8_0.
         text: of a GGUF file: text in UTF-8 on which perplexity is measured, before and after
             rounding to dtype.
+        with_code: write a model of ours as it is, with the code that runs it.
 
     Returns:
         The directory, or the file.
@@ -106,10 +112,14 @@ def export(
     for name, value in (("dtype", dtype), ("text", text)):
         if value is not None and not gguf:
             raise InputError(f"{name}: is for GGUF files; leave it out, or end the target in .gguf")
+    if with_code and (trained or format is not None or gguf):
+        raise InputError(f"with_code: is for directories of models; {_instead(path, trained)}")
     if not trained:
         for name, value in (("tokenizer", tokenizer), ("base", base)):
             if value is not None and not (gguf and name == "tokenizer"):
                 raise InputError(f"{name}: is for training checkpoints; {path} is none")
+        if with_code:
+            return export_with_code(path, target)
         if gguf:
             return export_gguf(path, target, dtype or "f16", tokenizer, text)
         return export_stock(path, target)
@@ -124,6 +134,12 @@ def export(
     if own is None:
         print("It has no tokenizer: the run left none; name the one of its data by --tokenizer")
     return directory
+
+
+def _instead(path: Path, trained: bool) -> str:
+    if trained:
+        return f"export {path} to one first, and then the directory"
+    return "leave it out, or format and the ending .gguf"
 
 
 def is_training_checkpoint(path: Path) -> bool:
