@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moezoo.convert import LayerPlan
 from moezoo.errors import check_choice
+from moezoo_models.checkpoints.companions import carry_over
 from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.drift import Drift, layer_drift, logits_drift
 from moezoo_models.conversion.several import describe
@@ -144,7 +145,8 @@ def convert(
         work.write_index(shards)
         shapes = mixture if settled is None else settled()
         work.write_json(CONFIG, kind.config(source, shapes))
-        copy_files(source.directory, work.directory)
+        change = _change(method, source, kind, mixture)
+        copy_files([each.directory for each in models], work.directory, change, target)
         if check == "auto":
             check = "logits" if 2 * total < free_memory() else "layers"
         drift = _measure(models, work.directory, kind, mixture, remember, check)
@@ -266,14 +268,28 @@ def _identity(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation settings byte for byte."""
+def copy_files(sources: Sequence[Path], fresh: Path, change: str, replaced: Path) -> None:
+    """Copy what is beside the weights.
+
+    Tokenizer, chat template and generation settings are the first model's, byte for byte; licences
+    and READMEs as :func:`moezoo_models.checkpoints.companions.carry_over` does.
+    """
     for name in COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if (sources[0] / name).is_file():
+            shutil.copyfile(sources[0] / name, fresh / name)
     for name in COPIED_FOLDERS:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+        if (sources[0] / name).is_dir():
+            shutil.copytree(sources[0] / name, fresh / name, dirs_exist_ok=True)
+    carry_over(sources, fresh, change, replaced)
+
+
+def _change(method: str, source: Source, kind: Target, mixture: Mixture) -> str:
+    """Say what a conversion has changed."""
+    return (
+        f"`moezoo {method}` made a `{kind.name}` of this `{source.family}`: in "
+        f"{len(mixture.layers)} of {source.num_layers} layers the dense block became "
+        f"{mixture.num_experts} experts. `{REPORT}` has the options."
+    )
 
 
 def _measure(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moezoo.command.messages import size
 from moezoo.errors import InputError, going_on
 from moezoo_models.checkpoints.atomic import atomic_write, replacing_directory
+from moezoo_models.checkpoints.companions import carry_over
 from moezoo_models.checkpoints.dense import dense_config
 from moezoo_models.checkpoints.directory import INDEX, quiet, read_json, write_model
 from moezoo_models.checkpoints.locks import writing
@@ -144,6 +145,7 @@ class Recovery:
             del teacher
             with replacing_directory(self._target, "target") as fresh:
                 self._copy(fresh)
+                carry_over([], fresh, self._change(), self._target)
                 write_model(fresh, self._target, student, max_shard_size=max_shard_size)
                 # transformers wrote one of its own; only weights differ.
                 shutil.copyfile(self._target / "config.json", fresh / "config.json")
@@ -197,6 +199,12 @@ class Recovery:
             json.dump({"identity": identity, "figures": figures}, opened)
         (self._scratch / "control.safetensors").unlink(missing_ok=True)
         return {"control_recovered": figures}
+
+    def _change(self) -> str:
+        return (
+            f"`moezoo carve --recover` trained the feed-forward weights on "
+            f"{self._text.recovery.numel():,} tokens, against the dense model."
+        )
 
     def _copy(self, fresh: Path) -> None:
         """Copy what is beside the weights."""

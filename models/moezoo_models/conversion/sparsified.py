@@ -36,6 +36,21 @@ class Sparsified:
     layers: dict[str, dict[str, float]]
 
 
+def change(options: dict[str, Any], layers: int) -> str:
+    """Return a sentence that says what was changed, for a README.
+
+    Args:
+        options: as they were given.
+        layers: of the model.
+    """
+    count = next(name for name in ("work", "read") if name in options)
+    return (
+        "`moezoo sparsify` left the weights as they are, and has tokens skip a part of the dense "
+        f"block in {len(options['layers'])} of {layers} layers ({options['method']}, {count} "
+        f"{options[count]:g}). `moezoo_conversion.json` has the options."
+    )
+
+
 def mean_share(shares: Sequence[float], dense: int) -> float:
     """Return the mean over selective layers' shares and a number of dense layers."""
     return (sum(shares) + dense) / (len(shares) + dense)

@@ -48,7 +48,7 @@ from moezoo_models.conversion.selecting import (
     trial_tokens,
 )
 from moezoo_models.conversion.source import Source, open_source
-from moezoo_models.conversion.sparsified import Sparsified, mean_share, summary
+from moezoo_models.conversion.sparsified import Sparsified, change, mean_share, summary
 from moezoo_models.conversion.targets import Output
 from moezoo_models.conversion.writer import (
     check_space,
@@ -226,7 +226,8 @@ class _Run:
                     work.write(shard, partial(bar.advance, task))
             work.write_index(shards)
             work.write_json(CONFIG, self._config())
-            copy_files(self._source.directory, work.directory)
+            said = change(self._options(), self._source.num_layers)
+            copy_files([self._source.directory], work.directory, said, target)
             perplexity = {name: math.exp(each.mean()) for name, each in nats.items()}
             if loads:
                 model = load_any(work.directory, sound=True)
