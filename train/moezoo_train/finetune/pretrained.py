@@ -12,6 +12,7 @@ from moezoo_models import MoezooForCausalLM
 from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.checkpoints.stock import load_as_it_is
 from moezoo_models.files.gguf.copies import gguf_of
+from moezoo_models.files.hub import fetched, is_hub_name
 from moezoo_models.text.tokenizer import Tokenizer
 
 
@@ -104,11 +105,11 @@ def remember_length(model: PreTrainedModel, length: int, fresh: bool) -> None:
 
 def default_tokenizer(path: str | None) -> str | None:
     """Return the directory a run begins from, as the data's tokenizer, if it holds one."""
-    if path is None or not (Path(path).is_dir() or gguf_of(Path(path))):
+    if path is None or not (is_hub_name(path) or Path(path).is_dir() or gguf_of(Path(path))):
         return None
     if read_tokenizer(path) is None:
         return None
-    return path
+    return str(fetched(path)) if is_hub_name(path) else path
 
 
 def _fix(path: str) -> str:

@@ -31,6 +31,7 @@ from moezoo_models.files.checksums import seal
 from moezoo_models.files.gguf.header import Header, is_gguf, read_header
 from moezoo_models.files.gguf.reading import GGUFModel, read_model
 from moezoo_models.files.gguf.words import write_tokenizer
+from moezoo_models.files.hub import fetched, is_hub_name
 
 FORMAT = 1
 """Of a copy; one of another number is not read."""
@@ -46,13 +47,16 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 def directory_of(path: Path) -> Path:
     """Return the model directory that a path stands for.
 
-    That is the path itself, unless it is a GGUF file, or a directory with one such file and no
-    safetensors: then a copy of it, made now if there is none.
+    That is the path itself, unless it names a model on the Hub, which is fetched into its cache; or
+    it is a GGUF file, or a directory with one such file and no safetensors: then a copy of it, made
+    now if there is none.
 
     Raises:
         InputError: the file is none, is damaged, or holds a model that is not read; a directory
-            has several; there is no room for a copy.
+            has several; there is no room for a copy; or the Hub has no such model to fetch.
     """
+    if is_hub_name(path):
+        return fetched(path)
     file = gguf_of(path)
     if file is None:
         return path
