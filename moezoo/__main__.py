@@ -104,6 +104,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "training checkpoints as models, models as stock ones or GGUF",
             positional=True,
         ),
+        "push": Command(
+            "moezoo_models.publishing.push:push",
+            "a model directory to the Hugging Face Hub",
+            positional=True,
+        ),
     },
     "Look around": {
         "inspect usage": Command(
