@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from moezoo.errors import InputError
 from moezoo.layers.dense import DenseFFN
 from moezoo_models.checkpoints.atomic import replacing_directory
 from moezoo_models.checkpoints.companions import carry_over
@@ -31,7 +32,12 @@ def export_stock(checkpoint: str | Path, target: str | Path) -> Path:
         InputError: no stock architecture computes the same, or ``target`` has something in it.
     """
     with making(target) as directory:
-        config, size = write_stock(checkpoint, directory)
+        try:
+            config, size = write_stock(checkpoint, directory)
+        except InputError as error:
+            if str(error).endswith("keep it as it is"):
+                raise InputError(f"{error}, or add --with_code") from error
+            raise
     print(f"{config.model_type:<12}{size / 1e6:,.3g} M parameters, {directory}")
     return directory
 

@@ -124,3 +124,16 @@ def test_what_does_not_fit_is_refused(trained, last, tmp_path):
     message = refused(last, tmp_path, tokenizer=str(tmp_path / "larger"))
     assert message.startswith("tokenizer: it has 400 tokens, the model 300")
     assert refused(trained / "model", tmp_path, base="x").startswith("base: is for training")
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "fix"),
+    [
+        ("last.ckpt", {}, "export last.ckpt to one first, and then the directory"),
+        ("model", {"format": "gguf"}, "leave it out, or format and the ending .gguf"),
+        ("model", {"format": "stock"}, "leave it out, or format and the ending .gguf"),
+    ],
+)
+def test_code_goes_with_directories_alone(path, options, fix, tmp_path):
+    said = refused(Path(path), tmp_path, with_code=True, **options)
+    assert said == f"with_code: is for directories of models; {fix}"

@@ -200,8 +200,8 @@ def _statement(module: Module, node: ast.stmt, lines: _Lines) -> Statement | Non
         names: tuple[str, ...] = (node.name,)
     elif isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        inner = [each for t in targets for each in ast.walk(t) if isinstance(each, ast.Name)]
-        names = tuple(each.id for each in inner if isinstance(each.ctx, ast.Store))
+        found = [each for t in targets for each in ast.walk(t) if isinstance(each, ast.Name)]
+        names = tuple(each.id for each in found if isinstance(each.ctx, ast.Store))
     elif isinstance(node, ast.Expr):
         names = ()
     else:
@@ -353,8 +353,8 @@ def _stored(body: list[ast.stmt]) -> Iterator[str]:
         elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
             yield node.name
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            outside = isinstance(node, ast.Import)
-            if outside or (node.module or "").partition(".")[0] not in PACKAGES:
+            home = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if home.partition(".")[0] not in PACKAGES:
                 yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
         if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
             inner = (each for each in ast.walk(node) if isinstance(each, ast.NamedExpr))

@@ -15,6 +15,7 @@ from moezoo import InputError
 from moezoo_models.checkpoints.directory import load_checkpoint, quiet, save_checkpoint
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.export.standalone.export import AUTO_MAP, MODULE, export_with_code
+from moezoo_models.export.stock import export_stock
 
 WITHOUT_MOEZOO = """
 import sys
@@ -110,3 +111,9 @@ def test_stock_models_need_none(llama, place, tmp_path):
     with pytest.raises(InputError, match="with_code: transformers has the code of llama itself"):
         export_with_code(place / "model", tmp_path / "shared")
     assert not (tmp_path / "shared").exists()
+
+
+def test_a_refused_export_names_the_way_out(saved, tmp_path):
+    with pytest.raises(InputError, match=r"keep it as it is, or add --with_code$"):
+        export_stock(saved, tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()
