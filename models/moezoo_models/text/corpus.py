@@ -27,25 +27,16 @@ from typing import Any
 
 from moezoo.errors import InputError
 from moezoo_models.text.conversations import conversation_of
+from moezoo_models.text.plain import LONGEST_STRETCH, read_whole, reading, reason_of, stretches
 from moezoo_models.text.rows import field_of, read_jsonl, read_parquet
 
 STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-STRETCH_CHARACTERS = 4_000
-"""A single text file is cut at the first blank line behind this many characters …"""
-LONGEST_STRETCH = 16_000
-"""… and at this many where there is none."""
 
 _STDLIB_EXCLUDED = {
     "__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests",
 }  # fmt: skip
-_MARKS = {
-    b"\xff\xfe\0\0": "it is UTF-32",
-    b"\0\0\xfe\xff": "it is UTF-32",
-    b"\xff\xfe": "it is UTF-16",
-    b"\xfe\xff": "it is UTF-16",
-}
 _GLOB_CHARACTERS = "*?["
 _READ_BYTES = 1 << 20
 
@@ -202,23 +193,16 @@ class FileCorpus(Corpus):
                 raise
 
     def _read(self, file: Path) -> Iterator[str]:
-        try:
+        with reading(file):
             if file.suffix == ".jsonl":
                 yield from read_jsonl(file, self.text_field, self.messages)
             elif file.suffix == ".parquet":
                 yield from read_parquet(file, self.text_field, self.messages)
             elif self.split:
-                yield from _read_stretches(file)
+                with file.open(encoding="utf-8-sig", newline="") as stream:
+                    yield from stretches(file, iter(lambda: stream.readline(LONGEST_STRETCH), ""))
             else:
-                yield _checked_text(file, _read_whole(file))
-        except UnicodeDecodeError as error:
-            with file.open("rb") as stream:
-                problem = announced_encoding(stream.read(4)) or error.reason
-            raise InputError(
-                f"source: {file} is not UTF-8 text ({problem}); convert it to UTF-8"
-            ) from error
-        except OSError as error:
-            raise InputError(f"source: {file} cannot be read: {_reason(error)}") from error
+                yield read_whole(file)
 
     def manifest(self) -> str:
         """Hash names, order and bytes of the files."""
@@ -235,7 +219,7 @@ class FileCorpus(Corpus):
         except OSError as error:
             if self.skip_unreadable:
                 return "unreadable"
-            raise InputError(f"source: {file} cannot be read: {_reason(error)}") from error
+            raise InputError(f"source: {file} cannot be read: {reason_of(error)}") from error
 
 
 class HubCorpus(Corpus):
@@ -345,41 +329,6 @@ def _check_suffix(file: Path) -> None:
         raise InputError(
             f"source: {file} is of an unknown kind; give a file that ends in {', '.join(SUFFIXES)}"
         )
-
-
-def announced_encoding(content: bytes) -> str | None:
-    """Return which encoding the first bytes of a file announce, if it is UTF-16 or UTF-32."""
-    return next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
-
-
-def _reason(error: OSError) -> str:
-    """Return why a file cannot be read: libraries raise errors of the system without its words."""
-    return error.strerror or str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _checked_text(file: Path, text: str) -> str:
-    if "\0" in text:
-        raise InputError(f"source: {file} is a binary file (it holds NUL bytes); give a text file")
-    return text
-
-
-def _read_whole(file: Path) -> str:
-    return file.read_bytes().decode("utf-8-sig")
-
-
-def _read_stretches(file: Path) -> Iterator[str]:
-    """Cut a text file behind blank lines, without holding all of it in memory."""
-    stretch: list[str] = []
-    length = 0
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        while line := stream.readline(LONGEST_STRETCH):
-            stretch.append(_checked_text(file, line))
-            length += len(line)
-            ends = length >= STRETCH_CHARACTERS and not line.strip()
-            if ends or length >= LONGEST_STRETCH:
-                yield "".join(stretch)
-                stretch, length = [], 0
-    yield "".join(stretch)
 
 
 def _import_datasets() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moezoo.errors import InputError
-from moezoo_models.text.corpus import announced_encoding
+from moezoo_models.text.plain import announced_encoding
 
 
 def read_text(file: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,25 @@ def read_jsonl(file: Path, text_field: str, messages: bool = False) -> Iterator[
             if not line.strip():
                 continue
             place = f"{file} line {number}"
-            try:
-                row = json.loads(line, object_pairs_hook=_without_doubles)
-            # Integers of thousands of digits are refused by Python, as is very deep nesting.
-            except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise InputError(f"source: {place} is not JSON to be read: {reason}") from error
-            yield read(row, text_field, place)
+            yield read(row_of(line, place), text_field, place)
+
+
+def row_of(line: str, place: str) -> Any:
+    """Return the row that a line of JSON holds.
+
+    Args:
+        line: not blank.
+        place: where it is, for messages.
+
+    Raises:
+        InputError: it is not JSON, or not to be read.
+    """
+    try:
+        return json.loads(line, object_pairs_hook=_without_doubles)
+    # Integers of thousands of digits are refused by Python, as is very deep nesting.
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise InputError(f"source: {place} is not JSON to be read: {reason}") from error
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -71,29 +84,70 @@ def field_of(row: Any, text_field: str, place: str) -> str:
     return text
 
 
-def read_parquet(file: Path, text_field: str, messages: bool = False) -> Iterator[str]:
+def row_groups(file: Path, text_field: str) -> list[tuple[int, int]]:
+    """Return the number of rows and the bytes of text of each row group of a table.
+
+    Raises:
+        InputError: the table is damaged, or has no such column.
+    """
+    with _opened(file, text_field) as table:
+        names = [table.metadata.schema.column(i).path for i in range(table.metadata.num_columns)]
+        column = names.index(text_field) if text_field in names else 0
+        groups = [table.metadata.row_group(g) for g in range(table.metadata.num_row_groups)]
+        return [(g.num_rows, g.column(column).total_uncompressed_size) for g in groups]
+
+
+def read_parquet(
+    file: Path,
+    text_field: str,
+    messages: bool = False,
+    part: tuple[int, int, int] | None = None,
+) -> Iterator[str]:
     """Yield what :func:`read_jsonl` does, of a table; pages with a checksum are compared with it.
+
+    Args:
+        file: the table.
+        text_field: the column.
+        messages: whether it holds conversations.
+        part: a row group, its first row to be read and the one behind the last; None for all.
 
     Raises:
         InputError: the table is damaged, or has no text in that column.
+    """
+    read = conversation_of if messages else field_of
+    with _opened(file, text_field, messages) as table:
+        groups, first, last = (None, 0, None) if part is None else ([part[0]], *part[1:])
+        before = sum(table.metadata.row_group(g).num_rows for g in range(part[0] if part else 0))
+        number = 0
+        for batch in table.iter_batches(1024, groups, [text_field]):
+            rows = batch.slice(min(max(first - number, 0), batch.num_rows))
+            number += batch.num_rows - rows.num_rows
+            for row in rows.to_pylist():
+                if number == last:
+                    return
+                number += 1
+                yield read(row, text_field, f"{file} row {before + number}")
+
+
+@contextmanager
+def _opened(file: Path, text_field: str, messages: bool = False) -> Iterator[Any]:
+    """Open a table that has a column, and say what is wrong with it in one line.
+
+    Raises:
+        InputError: the table is damaged, or has no such column.
     """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"source: {file} needs `pip install 'moezoo[data]'` (pyarrow)") from error
-    read = conversation_of if messages else field_of
     try:
         with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
             if text_field not in table.schema_arrow.names:
                 choices = nearest(text_field, table.schema_arrow.names)
                 option = "messages_field" if messages else "text_field"
                 raise InputError(f"{option}: {file} has no column {text_field!r}{choices}")
-            number = 0
-            for batch in table.iter_batches(columns=[text_field], batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield read(row, text_field, f"{file} row {number}")
+            yield table
     except InputError:
         raise
     # Of damaged pages it raises errors of the system as well, and bare ones of its own.

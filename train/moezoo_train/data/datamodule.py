@@ -36,6 +36,8 @@ from moezoo_train.data.sources import (
     train_batches,
     val_batches,
 )
+from moezoo_train.data.streams.batches import StreamLoader
+from moezoo_train.data.streams.data import StreamedData
 from moezoo_train.data.windows import Batch, BatchNumbers, TokenBatches
 
 NAMED = 8
@@ -75,6 +77,11 @@ class TokenDataModule(LightningDataModule):
             what the assistant says is learned.
         sources: several texts instead of one, each with path and weight; they are validated on
             one behind the other. They need a tokenizer.
+        stream: tokenize the text while training, and keep nothing in data_dir; for text that would
+            not fit there. It needs a tokenizer, and has no end: set the trainer's max_steps.
+        stream_readers: with stream, readers that a text is dealt to; a multiple of the processes
+            times their workers. The batches depend on it, and on no number of either.
+        stream_val_bytes: with stream, how much of each source's held-out text is validated on.
 
     Attributes:
         vocab_size: number of token ids, known from the beginning.
@@ -100,6 +107,9 @@ class TokenDataModule(LightningDataModule):
         max_bytes: int | None = None,
         messages_field: str | None = None,
         sources: list[DataSource] | None = None,
+        stream: bool = False,
+        stream_readers: int = 16,
+        stream_val_bytes: int = 1_000_000,
     ) -> None:
         super().__init__()
         if sources is not None:
@@ -130,7 +140,20 @@ class TokenDataModule(LightningDataModule):
         self._all_prepared: list[PreparedData] | None = None
         self._train_batches: TrainingBatches | None = None
         self._order_before: dict[str, Any] | None = None
-        if source is None and sources is None:
+        self._stream: StreamedData | None = None
+        if stream:
+            if max_bytes is not None:
+                raise InputError("max_bytes: streamed text is not counted; set stream to false")
+            self._stream = StreamedData(
+                sources or [DataSource(source or "", 1.0, text_field, messages_field)],
+                tokenizer,
+                stream_readers,
+                self.seed,
+                val_fraction,
+                split_seed,
+                stream_val_bytes,
+            )
+        if not stream and source is None and sources is None:
             self.vocab_size = self.prepared.vocab_size
         elif tokenizer is not None:
             self.vocab_size = load_tokenizer(tokenizer).vocab_size
@@ -161,24 +184,32 @@ class TokenDataModule(LightningDataModule):
     @property
     def bytes_per_token(self) -> float:
         """Validation bytes per validation token: bits per byte = nats / (ln 2 · this)."""
+        if self._stream is not None:
+            return self._stream.bytes_per_token
         splits = [prepared.val for prepared in self.all_prepared]
         return sum(s.bytes for s in splits) / sum(s.scored or s.tokens for s in splits)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the prepared tokens."""
+        """The tokenizer of the tokens."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.prepared.tokenizer_directory)
+            own = self.tokenizer_name if self._stream is not None else None
+            self._tokenizer = load_tokenizer(own or self.prepared.tokenizer_directory)
+            self._tokenizer.set_trained()
         return self._tokenizer
 
     def token_counts(self) -> Tensor:
         """Count each token of the training split, of all sources: ``(vocab_size,)`` int64."""
+        if self._stream is not None:
+            raise InputError("stream: streamed tokens are not counted beforehand; set it to false")
         found = [torch.from_numpy(each.token_counts("train")) for each in self.all_prepared]
         counts = torch.stack(found).sum(0)
         return F.pad(counts, (0, self.vocab_size - len(counts)))
 
     def prepare_data(self) -> None:
         """Make the tokens if they are missing or out of date; Lightning calls it in one process."""
+        if self._stream is not None:
+            return
         if self.sources is not None:
             assert self.tokenizer_name is not None
             prepare_sources(
@@ -214,6 +245,9 @@ class TokenDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Check that the tokens are there and fit the vocabulary."""
+        if self._stream is not None:
+            self._stream.check(self.trainer, stage)
+            return
         for prepared in self.all_prepared:
             if prepared.vocab_size > self.vocab_size:
                 raise InputError(
@@ -225,8 +259,13 @@ class TokenDataModule(LightningDataModule):
                 f"messages_field: the tokens in {self.data_dir} are of text; prepare them with it"
             )
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch] | StreamLoader:
         """Return the loader of this process's training batches; its length is one epoch."""
+        if self._stream is not None:
+            self._warn_of_another_order()
+            return self._stream.train_loader(
+                self._cutting(), self._batches_processed, _loader_options(self.num_workers)
+            )
         weights = [source.weight for source in self.sources or []]
         batches = train_batches(self.all_prepared, weights, self._cutting())
         self._train_batches = batches
@@ -239,18 +278,25 @@ class TokenDataModule(LightningDataModule):
         Args:
             back: batches between the current one and that.
         """
-        assert self._train_batches is not None
         number = self._batches_processed() - back
+        if self._stream is not None:
+            return self._stream.describe(number, NAMED)
+        assert self._train_batches is not None
         return describe_batch(self.all_prepared, self._train_batches, number, NAMED)
 
     def source_counts(self) -> list[dict[str, Any]]:
         """Return how much was trained on of each of several sources: path, windows, tokens, ..."""
         processed = self._batches_processed()
+        if self._stream is not None:
+            return self._stream.source_counts(processed, self.sequence_length)
         return source_counts(self.sources or [], self._train_batches, processed)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this process's validation batches."""
-        batches = val_batches(self.all_prepared, self._cutting())
+        if self._stream is not None:
+            batches = self._stream.val_batches(self._cutting())
+        else:
+            batches = val_batches(self.all_prepared, self._cutting())
         return _loader(batches, BatchNumbers(batches), self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -259,13 +305,19 @@ class TokenDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what the order of the batches depends on."""
-        return {"batches_processed": self._batches_processed(), "order": self._order()}
+        processed = self._batches_processed()
+        state = {"batches_processed": processed, "order": self._order()}
+        return state if self._stream is None else state | self._stream.state_dict(processed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the order to compare it; the position comes back with the trainer's count."""
         self._order_before = state_dict["order"]
+        if self._stream is not None:
+            self._stream.load_state_dict(state_dict)
 
     def _order(self) -> dict[str, Any]:
+        if self._stream is not None:
+            return {**self._stream.order(self.sequence_length), "batch_size": self.batch_size}
         inputs = [prepared.inputs for prepared in self.all_prepared]
         several = {} if self.sources is None else {"weights": [s.weight for s in self.sources]}
         return {
@@ -282,6 +334,8 @@ class TokenDataModule(LightningDataModule):
         if before is None:
             return
         changed = [name for name, value in self._order().items() if before.get(name) != value]
+        if self._stream is not None:
+            self._stream.check_order(changed)
         if changed:
             rank_zero_warn(
                 f"data: resumed with other {', '.join(changed)} than in the checkpoint, so the "

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from moezoo.errors import InputError
 from moezoo_models.text.encoding import pieces_of
-from moezoo_models.text.tokenizer import Tokenizer, without_rayon
+from moezoo_models.text.rayon import without_rayon
+from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.data.prepared import token_dtype
 
 _TASK_CHARACTERS = 1 << 16
@@ -136,6 +137,15 @@ class Encoders:
                 yield _next(waiting)
         while waiting:
             yield _next(waiting)
+
+    def here(self, documents: Sequence[str]) -> NDArray[Any]:
+        """Return the ids of documents as of :meth:`run`, encoded on the calling thread.
+
+        Raises:
+            InputError: as there.
+            EncodingError: as there.
+        """
+        return self._encode(list(self._pieces(documents, 0)))[0]
 
     def _submit(self, documents: Sequence[str], first: int) -> _Encoding:
         pieces = list(self._pieces(documents, first))
