@@ -315,11 +315,8 @@ def _start(model: PreTrainedModel, prompt: Sequence[int], wanted: int | None) ->
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Encode a prompt, after the token that begins texts, or for an empty one that ends them."""
-    ids = encode_text(tokenizer, prompt)
-    if tokenizer.bos_id is not None:
-        return [tokenizer.bos_id, *ids]
-    return ids or [tokenizer.eos_id]
+    """Encode a prompt as its tokenizer begins texts; an empty one is the token that ends them."""
+    return [*tokenizer.opening, *encode_text(tokenizer, prompt)] or [tokenizer.eos_id]
 
 
 def new_tokens(model: PreTrainedModel, prompt_tokens: int, wanted: int | None = None) -> int:

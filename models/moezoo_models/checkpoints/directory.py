@@ -231,7 +231,7 @@ def choose_tokenizer(
         InputError: there is neither.
     """
     if tokenizer is not None:
-        return load_tokenizer(tokenizer)
+        return _as_trained(directory_of(Path(path)), load_tokenizer(tokenizer))
     if own is None:
         raise InputError(
             f"checkpoint: {path} holds no tokenizer; copy its files there or set tokenizer"
@@ -264,7 +264,15 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
     """
     directory = directory_of(Path(path))
     there = any((directory / name).is_file() for name in _TOKENIZER_FILES)
-    return load_tokenizer(directory) if there else None
+    return _as_trained(directory, load_tokenizer(directory)) if there else None
+
+
+def _as_trained(directory: Path, tokenizer: Tokenizer) -> Tokenizer:
+    """Let texts begin as those did that a model was trained on here, before its files said so."""
+    config = directory / CONFIG
+    if config.is_file() and read_json(config).get("trained_length") is not None:
+        tokenizer.set_trained()
+    return tokenizer
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def read_calibration(
     passages = _passages(sources, _PASSAGE_WINDOWS * window)
     # The held-out passages must be the same however many are fitted to.
     random.Random(0).shuffle(passages)
-    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    opening = tokenizer.opening
     text = window - len(opening)
     parts = []
     for wanted in (held_out_tokens, tokens, recovery_tokens):

@@ -56,8 +56,8 @@ class HarnessModel(TemplateLM):
     other texts of a batch all the same, those with a limit on capacity or that are not causal, get
     one text at a time.
 
-    Where a tokenizer has a token that begins texts, every text begins with it. Otherwise only an
-    empty context is stood for, by the token that ends texts.
+    Where a tokenizer puts a token before texts, every text begins with it. Otherwise only an empty
+    context is stood for, by the token that ends texts.
 
     Args:
         model: on any device; it is put into evaluation mode.
@@ -93,14 +93,14 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token from which a text's first one is predicted."""
-        return self.words.eos_id if self.words.bos_id is None else self.words.bos_id
+        return self.words.start_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Return the ids of a text, after the token that begins texts unless it is not wanted."""
-        begun = self.words.bos_id is not None and add_special_tokens is not False
-        return [*([self.prefix_token_id] if begun else []), *encode_text(self.words, string)]
+        opening = [] if add_special_tokens is False else self.words.opening
+        return [*opening, *encode_text(self.words, string)]
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = True

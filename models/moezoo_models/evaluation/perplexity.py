@@ -77,8 +77,8 @@ def evaluate_text(
     Args:
         model: ours or a stock one, on any device; it stays in the mode it was in.
         tokenizer: the model's.
-        text: of any length. It stands behind the token that begins texts, or the one that ends
-            them.
+        text: of any length. It stands behind the token that its tokenizer puts before texts,
+            or else the one that ends them.
         sequence_length: tokens that the model sees at once; default: what it was trained on, or
             what it is made for; at most 2048.
         stride: tokens by which the window moves; default: half of ``sequence_length``.
@@ -90,11 +90,10 @@ def evaluate_text(
         InputError: the text is empty, an option is out of range, or a token id is outside the
             model's vocabulary.
     """
-    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return evaluate_tokens(
         model,
         encode_text(tokenizer, text),
-        start_token=start,
+        start_token=tokenizer.start_id,
         num_bytes=len(text.encode("utf-8")),
         sequence_length=sequence_length,
         stride=stride,

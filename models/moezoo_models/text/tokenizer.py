@@ -10,29 +10,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 from moezoo.errors import InputError
 from moezoo_models.cores import available_cores
 from moezoo_models.files.gguf.copies import directory_of
 from moezoo_models.files.model_files import check_inside, read_json
+from moezoo_models.text.rayon import without_rayon
 
 HUB_PREFIX = "hf:"
 SENTENCEPIECE_FILE = "tokenizer.model"
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _SETTINGS = ("special_tokens_map.json", "added_tokens.json", "config.json")
 _PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
-_RAYON = "TOKENIZERS_PARALLELISM"
+_TRAINED = "trained_behind_bos"
+"""Key of ``tokenizer_config.json``: the model was trained on texts behind its first token."""
 _ENCODE_THREADS = min(8, available_cores())
 
 
@@ -52,6 +52,30 @@ class Tokenizer(ABC):
     eos_id: int
     threads: bool = False
     sentencepiece_model: bytes | None = None
+    _trained = False
+
+    @property
+    def opening(self) -> list[int]:
+        """Ids that stand before a text: ``bos_id``, or none.
+
+        Of a Hugging Face tokenizer they are what ``tokenizer(text)`` puts there, of a model trained
+        here what stood before each document.
+        """
+        if self.bos_id is None or not (self._trained or self._adds_bos()):
+            return []
+        return [self.bos_id]
+
+    @property
+    def start_id(self) -> int:
+        """Id from which the first token of a text is predicted: ``bos_id``, or ``eos_id``."""
+        return (self.opening or [self.eos_id])[0]
+
+    def set_trained(self) -> None:
+        """Let texts stand behind ``bos_id``, as documents do that a model is trained on here."""
+        self._trained = True
+
+    def _adds_bos(self) -> bool:
+        return True
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -98,6 +122,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = _required_eos(tokenizer.eos_token_id)
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self.threads = self._backend is not None
+        self._trained = bool(tokenizer.init_kwargs.get(_TRAINED))
         if self._backend is not None:
             self._backend.encode_special_tokens = True
             # Either would change texts without a word, and padding to a given length has no bound.
@@ -112,6 +137,16 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._backend is None:
             return list(self.hf.encode(text, add_special_tokens=False, split_special_tokens=True))
         return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def set_trained(self) -> None:
+        """As for any tokenizer; a key in its files says so."""
+        super().set_trained()
+        if self.opening:
+            self.hf.init_kwargs[_TRAINED] = True
+
+    def _adds_bos(self) -> bool:
+        plain, whole = self.encode("a"), self.encode_as_model_input("a")
+        return whole[:1] == [self.bos_id] != plain[:1]
 
     def encode_as_model_input(self, text: str) -> list[int]:
         """Return the ids of ``text`` with what the tokenizer puts around a text."""
@@ -347,43 +382,6 @@ def _required_eos(eos_id: int | None) -> int:
             "set eos_token in its tokenizer_config.json"
         )
     return eos_id
-
-
-class _RayonSwitch:
-    """Turns the tokenizers library's thread pool off while anyone wants it off."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._users = 0
-        self._before: str | None = None
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        with self._lock:
-            if not self._users:
-                self._before = os.environ.get(_RAYON)
-                os.environ[_RAYON] = "false"
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if not self._users and self._before is None:
-                    del os.environ[_RAYON]
-                elif not self._users:
-                    os.environ[_RAYON] = cast(str, self._before)
-
-
-_rayon = _RayonSwitch()
-
-
-def without_rayon() -> AbstractContextManager[None]:
-    """Keep the tokenizers library off its thread pool, of which every later fork would complain.
-
-    Any number of threads may be inside; the environment is as it was when the last has left.
-    """
-    return _rayon.off()
 
 
 def _sha256(data: bytes) -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -204,8 +205,12 @@ def test_texts_begin_as_the_file_says(adds, opens, tmp_path):
     file = write_gguf(tmp_path / "model.gguf", build(), adds_bos=adds)
     tokenizer = load_tokenizer(file)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (opens, 1)
+    theirs = AutoTokenizer.from_pretrained(directory_of(file))("he").input_ids
+    assert tokenizer.opening + tokenizer.encode("he") == theirs
+    assert tokenizer.opening == ([0] if adds else [])
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").bos_id == opens
+    assert load_tokenizer(tmp_path / "saved").opening == tokenizer.opening
 
 
 def test_an_unknown_tokenizer_is_left_out_and_said(tmp_path, capsys):

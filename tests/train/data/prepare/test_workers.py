@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from moezoo.errors import InputError
 from moezoo_models.text import encoding
-from moezoo_models.text.tokenizer import HuggingFaceTokenizer, load_tokenizer, without_rayon
+from moezoo_models.text.rayon import without_rayon
+from moezoo_models.text.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from moezoo_train.data import encoders as module
 from moezoo_train.data import prepare as preparing
 from moezoo_train.data.encoders import Encoders, EncodingError
