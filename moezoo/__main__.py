@@ -20,7 +20,8 @@ class Command(NamedTuple):
     Arguments without a default are named options, or, if ``positional``, given by position. A
     first word without dashes is the value of the option ``first``, which has a default. ``more`` is
     where a function is whose text ends the help. Where ``several``, all words but the last are a
-    list, and the value of the first argument.
+    list, and the value of the first argument. Where the first word has no dashes, the function of
+    ``words`` is meant, if there is one; all such words are the list of its first argument.
     """
 
     function: str
@@ -30,6 +31,7 @@ class Command(NamedTuple):
     first: str | None = None
     more: str | None = None
     several: bool = False
+    words: str | None = None
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -45,7 +47,10 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_train.plan:run", "memory, traffic and time of a run on many GPUs", True
         ),
         "compare": Command(
-            "moezoo_train.experiments.compare:compare", "methods side by side at equal active FLOPs"
+            "moezoo_train.experiments.compare:compare",
+            "methods side by side at equal active FLOPs; or runs: RUN RUN",
+            more="moezoo.command.runs:help_of_runs",
+            words="moezoo_train.experiments.overlay:compare_runs",
         ),
         "compare upcycling": Command(
             "moezoo_train.experiments.upcycling:compare_upcycling",
@@ -257,6 +262,10 @@ def _run(name: str, arguments: list[str]) -> None:
     check_config_files(arguments)
     if command.first and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{command.first}", *arguments]
+    if command.words and arguments and not arguments[0].startswith("-"):
+        from moezoo.command.runs import with_list
+
+        command, arguments = command._replace(function=command.words), with_list(arguments)
     if command.lightning:
         _load(command.function)([name, *arguments])
         return

@@ -15,7 +15,7 @@ from moezoo_models.checkpoints.stock import load_as_it_is
 from moezoo_models.conversion.carve import carve
 from moezoo_models.evaluation.evaluate import evaluate
 from moezoo_models.files.gguf.copies import directory_of
-from moezoo_models.generate import continue_text
+from moezoo_models.generate import continue_text, generate
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -61,6 +61,23 @@ def test_tensors_and_greedy_text_are_those_of_transformers(file):
     assert said.startswith(" Paris")
 
 
+def test_it_answers_by_its_template_and_stops(file):
+    question = "What is the capital of France?"
+    said = generate(file, question, max_new_tokens=64, temperature=0, chat=True, stream=False)
+    assert "Paris" in said
+    model, tokenizer = load_checkpoint(file)
+    talk = [{"role": "user", "content": question}]
+    asked = tokenizer.hf.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    ids = torch.tensor([asked])
+    with torch.no_grad():
+        for _ in range(64):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+            if ids[0, -1] == tokenizer.hf.convert_tokens_to_ids("<|im_end|>"):
+                break
+    assert ids.shape[1] < len(asked) + 64  # it has ended its turn
+    assert said == tokenizer.decode(ids[0, len(asked) :].tolist())
+
+
 def test_text_comes_back_and_digits_stand_alone(file):
     _, tokenizer = load_as_it_is(file)
     text = TEXT + "A café, naïve: 日本語 – π ≈ 3.14159\n\tif x:\n\t\treturn  12 ** 3\n"
@@ -69,6 +86,7 @@ def test_text_comes_back_and_digits_stand_alone(file):
     assert tokenizer.vocab_size == 49152
     # The file names a token that begins texts, and says that none does.
     assert tokenizer.bos_id is None
+    assert tokenizer.opening == []
     pieces = tokenizer.hf.convert_ids_to_tokens(ids)
     assert {p for p in pieces if any(c.isdigit() for c in p)} <= set("0123456789")
     assert len(TEXT) / len(tokenizer.encode(TEXT)) > 4

@@ -16,6 +16,7 @@ from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.expert_load import ExpertLoad, LoadCounter
 from moezoo_train.measure.loggers import MetricsCSV, read_metrics
 from moezoo_train.measure.report import draw_losses, smoothed, table, write_report
+from moezoo_train.measure.throughput import forward_flops_per_token
 from moezoo_train.run.callbacks import LastCheckpoint
 from moezoo_train.run.module import FFNRule
 
@@ -147,6 +148,69 @@ def test_report_of_a_run(make_model, make_trainer, random_tokens, tmp_path):
     assert "experts of layer 1" in text
 
 
+@pytest.mark.parametrize("every", [10, 2, 0])
+def test_a_short_run_has_both_losses(every, make_model, make_trainer, random_tokens, tmp_path):
+    losses = []
+    watch = pl.callbacks.LambdaCallback(
+        on_train_batch_end=lambda trainer, module, outputs, *_: losses.append(
+            float(outputs["lm_loss"])
+        )
+    )
+    trainer = make_trainer(
+        max_steps=3,
+        log_every_n_steps=every,
+        logger=MetricsCSV(tmp_path / "metrics.csv"),
+        callbacks=[watch],
+    )
+    model = make_model()
+    trainer.fit(model, random_tokens)
+    console = Console(file=io.StringIO())
+    report = write_report(tmp_path, trainer, model, console=console)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    last = [row for row in rows if row["step"] == "3"]
+    assert [("train/loss" in row, "val/loss" in row) for row in last] == [
+        (True, False),
+        (False, True),
+    ]
+    since = losses[2:] if every == 2 else losses
+    assert float(last[0]["train/loss"]) == pytest.approx(sum(since) / len(since))
+    assert report.train_loss == pytest.approx(sum(since) / len(since))
+    assert report.val_loss == pytest.approx(float(last[1]["val/loss"]))
+    assert float(last[0]["tokens"]) == 3 * 4 * 12
+    per_token = float(last[0]["train/flops"]) / (3 * 4 * 12)
+    assert per_token == pytest.approx(3 * forward_flops_per_token(model.model, 12))
+    assert "–" not in console.file.getvalue()
+
+
+def test_a_single_point_has_a_mark(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "moezoo_train.measure.report.save_figure", lambda path, figure: drawn.append(figure)
+    )
+    rows = [{"step": str(n), "tokens": str(10 * n), "train/loss": "3.0"} for n in (1, 2)]
+    for count in (1, 2):
+        draw_losses(tmp_path / "loss.png", rows[:count], "a run")
+    marks = [figure.axes[0].lines[1].get_marker() for figure in drawn]
+    assert marks == ["s", "None"]
+
+
+def test_early_stopping_leaves_a_loss_too(make_model, make_trainer, random_tokens, tmp_path):
+    class Stop(pl.Callback):
+        def on_validation_end(self, trainer, module) -> None:
+            trainer.should_stop = True
+
+    trainer = make_trainer(
+        max_steps=9,
+        val_check_interval=2,
+        log_every_n_steps=10,
+        logger=MetricsCSV(tmp_path / "metrics.csv"),
+        callbacks=[Stop()],
+    )
+    trainer.fit(make_model(), random_tokens)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [(row["step"], "train/loss" in row) for row in rows] == [("2", False), ("2", True)]
+
+
 def test_the_rows_of_a_step_are_written_before_its_checkpoint(
     make_model, make_trainer, random_tokens, tmp_path
 ):
@@ -172,15 +236,17 @@ def test_the_rows_of_a_step_are_written_before_its_checkpoint(
         plugins=[Watch()],
     )
     trainer.fit(make_model(), random_tokens)
-    assert written == [(4, ["2", "4"]), (6, ["2", "4", "6"])]
+    # The last step is validated, too.
+    assert written == [(4, ["2", "4"]), (6, ["2", "4", "6", "6"])]
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [(r["step"], r["other"]) for r in rows if "other" in r] == [(n, n) for n in "246"]
 
 
-def test_every_zero_steps_is_never(make_model, make_trainer, random_tokens, tmp_path):
+def test_every_zero_steps_is_the_last_alone(make_model, make_trainer, random_tokens, tmp_path):
     logger = MetricsCSV(tmp_path / "metrics.csv")
     make_trainer(max_steps=2, log_every_n_steps=0, logger=logger).fit(make_model(), random_tokens)
-    assert read_metrics(tmp_path / "metrics.csv") == []
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [(row["step"], "train/loss" in row) for row in rows] == [("2", True), ("2", False)]
 
 
 def test_table_shows_what_is_missing_as_missing():

@@ -305,8 +305,6 @@ def test_constant_schedule_needs_no_end():
     ("config", "steps", "message"),
     [
         (ScheduleConfig(), None, "set trainer.max_steps or schedule.total_steps"),
-        (ScheduleConfig(warmup_steps=20), 20, "does not fit into a run of 20 steps"),
-        (ScheduleConfig(total_steps=50), 400, "does not fit into a run of 50 steps"),
     ],
 )
 def test_schedule_and_run_must_fit(config, steps, message):

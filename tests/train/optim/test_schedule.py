@@ -101,10 +101,36 @@ def test_rewarming_begins_where_the_rate_was_and_is_kept_by_resuming(train):
     assert whole[14] == first[7]
 
 
-def test_a_warm_up_must_fit_into_the_rest(train):
+def test_a_warm_up_that_does_not_fit_is_a_tenth_of_the_rest(train):
     train(7, COSINE)
-    with pytest.raises(InputError, match=r"warmup_steps: 2 does not fit into the 2 steps"):
-        train(9, replace(COSINE, continuation="rewarm"), resume=7)
+    again = replace(COSINE, continuation="rewarm")
+    with pytest.warns(UserWarning, match=r"warmup_steps: 2 do not fit into 2 steps; .* takes 0"):
+        resumed = train(9, again, resume=7)
+    assert list(resumed) == [8, 9]
+    assert resumed[8] == pytest.approx(1e-3)  # at once at the peak, and down from there
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "taken"), [(100, 1000, 100), (100, 101, 100), (100, 100, 10), (8, 5, 0)]
+)
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_the_warm_up_scales_with_a_short_run(asked, steps, taken, name):
+    schedule = ScheduleConfig(name, warmup_steps=asked)
+    rates = [lr_factor(schedule, step, steps) for step in range(steps)]
+    assert rates[:taken] == pytest.approx([(n + 1) / taken for n in range(taken)])
+    assert max(rates) == 1.0
+    assert rates[taken:] == sorted(rates[taken:], reverse=True)
+
+
+def test_a_shortened_warm_up_is_said_and_is_that_of_a_resumed_run(train):
+    schedule = replace(COSINE, warmup_steps=20)
+    with pytest.warns(UserWarning, match=r"warmup_steps: 20 do not fit into 20 steps; .* takes 2"):
+        whole = train(20, schedule)
+    with pytest.warns(UserWarning, match="takes 2"):
+        train(20, schedule, stop=1)
+    with pytest.warns(UserWarning, match="takes 2"):
+        assert train(20, schedule, resume=1) == {n: whole[n] for n in range(2, 21)}
+    assert [whole[n] for n in (1, 2, 3)] == pytest.approx([0.5e-3, 1e-3, 1e-3])
 
 
 def test_groups_that_keep_their_rate_are_left_alone():

@@ -49,7 +49,7 @@ MISTAKES = [
     (["--ckpt_path=foreign.ckpt"], r"ckpt_path: foreign\.ckpt was not written by moezoo fit"),
     (["--ckpt_path=other.ckpt"], r"ckpt_path: model\.\w+ is .* in the checkpoint, but .* in this"),
     (["--data.sequence_length=128"], "sequence_length: 128 is more than model.max_length 64"),
-    (["--model.schedule.warmup_steps=120"], "warmup_steps: 120 does not fit into a run of 120"),
+    (["--ckpt_path=auto", "--overwrite=true"], "overwrite: ckpt_path auto never overwrites"),
     (["--sample_prompt=d\udcffef"], "sample_prompt: character 2 is not UTF-8 text"),
     (["--sample_tokens=-1"], "sample_tokens: -1 is out of range"),
     (["--model.initialize_from=nowhere"], "initialize_from: .*nowhere"),

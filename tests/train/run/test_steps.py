@@ -81,7 +81,44 @@ def test_a_validation_waits_for_the_step_to_end(make_model, make_trainer, random
         limit_val_batches=1,
         callbacks=[Watch()],
     ).fit(make_model(), random_tokens)
-    assert validated == [(6, 2), (13, 5), (20, 8)]
+    assert validated == [(6, 2), (13, 5), (20, 8), (21, 9)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_steps": 3}, [3]),
+        ({"max_steps": 3, "val_check_interval": 3}, [3]),
+        ({"max_steps": 3, "val_check_interval": 2}, [2, 3]),
+        ({"max_steps": -1, "max_epochs": 2}, [6]),
+        ({"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2}, [4]),
+        (
+            {
+                "max_steps": -1,
+                "max_epochs": 3,
+                "check_val_every_n_epoch": 2,
+                "val_check_interval": 1.0,
+            },
+            [6, 9],
+        ),
+        ({"max_steps": 3, "limit_val_batches": 0}, []),
+        ({"max_steps": 9, "asked": 2}, [2]),
+    ],
+    ids=str,
+)
+def test_a_run_ends_with_a_validation(options, expected, make_model, make_trainer, random_tokens):
+    validated, asked = [], options.pop("asked", None)
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            trainer.should_stop = trainer.global_step == asked
+
+        def on_validation_start(self, trainer, module) -> None:
+            validated.append(trainer.global_step)
+
+    arguments = {"limit_train_batches": 3, "limit_val_batches": 1, "callbacks": [Watch()]}
+    make_trainer(**arguments | options).fit(make_model(), random_tokens)
+    assert validated == expected
 
 
 def test_a_run_that_is_asked_to_stop_finishes_the_step(

@@ -64,6 +64,24 @@ def accumulates(trainer: Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
+def is_last_step(trainer: Trainer) -> bool:
+    """Return whether a run ends as planned behind the step that has just ended.
+
+    That is by steps, epochs or time, or as a callback asked for it, such as early stopping. Uses
+    ``_FitLoop._can_stop_early`` and ``_TrainingEpochLoop._num_ready_batches_reached``: Lightning
+    decides when it is about to begin the next step. If renamed: AttributeError after the first
+    batch.
+    """
+    loop = trainer.fit_loop
+    if 0 <= loop.max_steps <= loop.epoch_loop.global_step:
+        return True
+    if trainer.should_stop and loop._can_stop_early:
+        return True
+    last_epoch = loop.max_epochs is not None and loop.max_epochs >= 0
+    last_epoch = last_epoch and loop.epoch_progress.current.processed + 1 >= loop.max_epochs
+    return last_epoch and loop.epoch_loop._num_ready_batches_reached()
+
+
 def estimated_steps(trainer: Trainer) -> float:
     """Return the number of optimizer steps, and leave the training data as it was.
 

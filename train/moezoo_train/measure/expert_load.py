@@ -101,15 +101,24 @@ class LoadCounter:
             for layer, sums in state_dict.items()
         }
 
-    def take(self, trainer: Trainer | None = None) -> list[ExpertLoad]:
-        """Sum over ranks, start again from zero, and say how evenly the experts were used."""
+    def loads(self, trainer: Trainer | None = None) -> list[ExpertLoad]:
+        """Sum over ranks, and say how evenly the experts were used so far."""
         loads = []
         for layer, sums in sorted(self._sums.items()):
             if trainer is not None:
                 sums = {k: _sum_over_ranks(trainer, v) for k, v in sums.items()}
             loads.append(_expert_load(layer, sums))
-        self._sums = {}
         return loads
+
+    def clear(self) -> None:
+        """Start again from zero."""
+        self._sums = {}
+
+    def take(self, trainer: Trainer | None = None) -> list[ExpertLoad]:
+        """Return :meth:`loads`, and start again from zero."""
+        found = self.loads(trainer)
+        self.clear()
+        return found
 
 
 def _expert_load(layer: int, sums: Mapping[str, Tensor]) -> ExpertLoad:

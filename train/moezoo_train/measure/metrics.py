@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from moezoo_train.adapters.lightning import is_last_step
 from moezoo_train.measure.expert_load import ExpertLoad, LoadCounter
 from moezoo_train.measure.loggers import MetricsCSV, TensorBoard
 from moezoo_train.measure.throughput import forward_flops_per_token, peak_flops
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 class TrainingMetrics(Callback):
     """Log what the training steps did since the last time, every ``log_every_n_steps``.
+
+    The last step of a run is logged too, whenever it falls. That sets nothing back: a run that is
+    made longer logs at its next regular step what it would have without.
 
     Losses, means over the micro-batches, and the experts' load are of those steps that were taken;
     if none was, the loss is NaN. They survive an interruption between two logged steps, so that a
@@ -53,6 +57,8 @@ class TrainingMetrics(Callback):
         self._loaded: list[dict[str, Any]] = []
         self._clock = 0.0
         self._logged = (0, 0.0)
+        self._sequence_length = 0
+        self._last_row = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the machine and start the clock."""
@@ -98,17 +104,30 @@ class TrainingMetrics(Callback):
         self._count(taken=cast("Measured", pl_module).guard.taken)
         # What other callbacks log has this number, not Lightning's count from 0.
         pl_module.log("step", float(self._step), on_step=True)
-        if is_logged(trainer, self._step):
-            if not self._flops_per_token:
-                model = cast("Measured", pl_module).model
-                self._flops_per_token = forward_flops_per_token(model, batch["input_ids"].shape[1])
-            metrics = self._metrics(trainer, pl_module)
-            self._losses = {}
-            # Lightning would hand them to the loggers later, behind the step's checkpoint.
+        self._sequence_length = batch["input_ids"].shape[1]
+        if regular := is_logged(trainer, self._step):
+            metrics = self._write(trainer, pl_module)
+            self._logged, self._losses = (self.tokens, self.seconds), {}
+            self._load.clear()
+        elif self._losses and is_last_step(trainer):
+            metrics = self._write(trainer, pl_module)
+        if regular or self._last_row == self._step:
             pl_module.log_dict(metrics, on_step=True, logger=False)
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=self._step)
-                logger.save()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the last step where a validation behind it has ended the run, as early stopping."""
+        asked = any(getattr(c, "stopped_by", None) for c in trainer.checkpoint_callbacks)
+        if self._losses and self._last_row != self._step and not asked:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Hand the metrics to the loggers; Lightning would later, behind the step's checkpoint."""
+        metrics = self._metrics(trainer, pl_module)
+        self._last_row = self._step
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=self._step)
+            logger.save()
+        return metrics
 
     def _count(self, taken: bool) -> None:
         """Add the micro-batches of a step, or drop them with it."""
@@ -119,13 +138,15 @@ class TrainingMetrics(Callback):
         self._window = []
 
     def _metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        if not self._flops_per_token:
+            model = cast("Measured", pl_module).model
+            self._flops_per_token = forward_flops_per_token(model, self._sequence_length)
         tokens, seconds = self.tokens - self._logged[0], self.seconds - self._logged[1]
-        self._logged = (self.tokens, self.seconds)
         self.tokens_per_second = tokens / max(seconds, 1e-9)
         # The backward pass takes twice the forward pass.
         flops_per_second = 3 * self._flops_per_token * self.tokens_per_second
         self.mfu = flops_per_second / (self.peak[0] * trainer.world_size)
-        self.expert_load = self._load.take(trainer)
+        self.expert_load = self._load.loads(trainer)
         losses = self._losses or {"train/loss": [torch.tensor(math.nan, device=pl_module.device)]}
         metrics = {
             "tokens": float(self.tokens),
@@ -133,6 +154,8 @@ class TrainingMetrics(Callback):
             "train/lr": self._lr,
             "train/tokens_per_second": self.tokens_per_second,
             "train/mfu": self.mfu,
+            # The backward pass takes twice the forward pass.
+            "train/flops": 3.0 * self._flops_per_token * self.tokens,
             "train/grad_norm": cast("Measured", pl_module).grad_norm,
             **{
                 f"train/grad_norm/{name}": norm
@@ -199,7 +222,7 @@ class TrainingMetrics(Callback):
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:
-    """Return whether a step's metrics are logged; with ``log_every_n_steps`` 0 those of none."""
+    """Return whether a step is regularly logged; with ``log_every_n_steps`` 0 none is."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return bool(every) and step % every == 0
 

@@ -231,7 +231,9 @@ def draw_losses(path: Path, rows: list[dict[str, str]], title: str) -> None:
     tokens = [t / unit for t in train[0]]
     axes.plot(tokens, train[1], color="tab:blue", alpha=0.3, linewidth=0.8)
     smooth = smoothed(train[1])
-    axes.plot(tokens, smooth, color="tab:blue", label=f"train, smoothed ({smooth[-1]:.3f})")
+    label = f"train, smoothed ({smooth[-1]:.3f})"
+    # A single point would not be seen without a mark.
+    axes.plot(tokens, smooth, "" if len(tokens) > 1 else "s", color="tab:blue", label=label)
     if validation[0]:
         axes.plot(
             [t / unit for t in validation[0]],

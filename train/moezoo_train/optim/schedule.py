@@ -22,7 +22,8 @@ class ScheduleConfig:
     Attributes:
         name: ``cosine``: from the peak down half a cosine to the end of the run. ``wsd``: warm up,
             stay, decay linearly over the last part (arXiv:2404.06395). ``constant``: stay.
-        warmup_steps: optimizer steps of linear warm-up, in every schedule.
+        warmup_steps: optimizer steps of linear warm-up, in every schedule; where the schedule is no
+            longer than that, a tenth of it.
         decay_fraction: part of the run that ``wsd`` decays over.
         min_lr_ratio: where the decay ends, as a fraction of the peak.
         total_steps: where the run ends; default: the trainer's max_steps, or what max_epochs
@@ -66,6 +67,17 @@ class Span:
     floor: float = 0.0
 
 
+def warmup_of(config: ScheduleConfig, span: Span) -> int:
+    """Return the steps of a schedule's warm-up: as configured, or a tenth of one that is shorter.
+
+    By default a run of 1000 steps warms up for 100, the same share.
+    """
+    if span.end is None:
+        return config.warmup_steps
+    steps = max(span.end - span.start, 0)
+    return config.warmup_steps if config.warmup_steps < steps else steps // 10
+
+
 def lr_factor(config: ScheduleConfig, step: int, span: Span | int | None) -> float:
     """Return the factor on the peak learning rate at optimizer step ``step``, counted from 0.
 
@@ -76,14 +88,14 @@ def lr_factor(config: ScheduleConfig, step: int, span: Span | int | None) -> flo
     """
     if not isinstance(span, Span):
         span = Span(span)
-    done = step - span.start
-    if done < config.warmup_steps:
-        return span.floor + (1 - span.floor) * ((done + 1) / config.warmup_steps)
+    done, warmup = step - span.start, warmup_of(config, span)
+    if done < warmup:
+        return span.floor + (1 - span.floor) * ((done + 1) / max(warmup, 1))
     if config.name == "constant" or span.end is None:
         return 1.0
     steps = span.end - span.start
     if config.name == "cosine":
-        progress = (done - config.warmup_steps) / (steps - config.warmup_steps)
+        progress = (done - warmup) / max(steps - warmup, 1)
         shape = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     else:
         decay_steps = max(1.0, config.decay_fraction * steps)
@@ -114,8 +126,7 @@ class RunSchedule:
             run_steps: optimizer steps the trainer will make, if it knows.
 
         Raises:
-            InputError: the schedule needs to know where the run ends and nobody says, or a warm-up
-                does not fit into the run, or what is left of it.
+            InputError: the schedule needs to know where the run ends and nobody says.
         """
         end = self.config.total_steps or run_steps
         if self.config.name == "constant":
@@ -124,11 +135,6 @@ class RunSchedule:
             raise InputError(
                 f"schedule.name: {self.config.name!r} must know where the run ends; set "
                 "trainer.max_steps or schedule.total_steps, or use 'constant'"
-            )
-        elif self.config.warmup_steps >= end:
-            raise InputError(
-                f"schedule.warmup_steps: {self.config.warmup_steps} does not fit into a run of "
-                f"{end} steps; lower it or raise trainer.max_steps"
             )
         self._span = Span(end)
         self._go_on()
@@ -149,10 +155,25 @@ class RunSchedule:
         """Return the factor on the peak learning rate at an optimizer step, counted from 0."""
         return lr_factor(self.config, step, self._span)
 
+    def _describe_warmup(self) -> str | None:
+        """Return the line that says how a warm-up is shortened; None where it is not."""
+        span, wanted = self._span, self.config.warmup_steps
+        if span is None or span.end is None or (taken := warmup_of(self.config, span)) == wanted:
+            return None
+        return (
+            f"schedule.warmup_steps: {wanted} do not fit into {span.end - span.start} steps; the "
+            f"warm-up takes {taken}"
+        )
+
     def set_rates(self) -> None:
-        """Set the rates of the step to come, which a checkpoint has by the earlier schedule."""
+        """Set the rates of the step to come, which a checkpoint has by the earlier schedule.
+
+        Says so where the warm-up is shortened.
+        """
         if self._on is None:
             return
+        if line := self._describe_warmup():
+            rank_zero_warn(line)
         factors = [follow(self._on.last_epoch) for follow in self._on.lr_lambdas]
         rates = [base * factor for base, factor in zip(self._on.base_lrs, factors, strict=True)]
         set_learning_rates(self._on, rates)
@@ -171,8 +192,7 @@ class RunSchedule:
             step: the optimizer step it was written before.
 
         Raises:
-            InputError: a new warm-up does not fit into what is left of the run, or ``saved`` is
-                damaged.
+            InputError: ``saved`` is damaged.
         """
         if saved is None:
             return
@@ -194,16 +214,10 @@ class RunSchedule:
             self._span = before
         elif how == "rewarm" and last is not None:
             self._span = Span(new_end, step, last)
-            left = math.inf if new_end is None else new_end - step
-            if self.config.warmup_steps >= left:
-                raise InputError(
-                    f"schedule.warmup_steps: {self.config.warmup_steps} does not fit into the "
-                    f"{left} steps that are left; lower it or raise trainer.max_steps"
-                )
             return
         else:
             self._span = Span(new_end, before.start, before.floor)
-        warm = step - self._span.start >= self.config.warmup_steps
+        warm = step - self._span.start >= warmup_of(self.config, self._span)
         if last is not None and warm and self.factor(step) > last:
             rank_zero_warn(
                 f"schedule: the learning rate rises from {last:.1%} to {self.factor(step):.1%} of "

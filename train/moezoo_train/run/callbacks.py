@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from moezoo.errors import check_choice
+from moezoo.errors import InputError, check_choice
 from moezoo_train.adapters.lightning import (
     forget_sigterm,
     is_validation_due,
@@ -102,6 +102,34 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class SameCheckpoint(Callback):
+    """See that all processes of a run go on from one checkpoint, or all begin anew.
+
+    Each looks into the run's directory by itself, before processes have met; where that is not the
+    same place for all of them, they would wait for each other forever.
+
+    Args:
+        path: where this process goes on from; None if it begins anew.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare.
+
+        Raises:
+            InputError: in all processes, if they differ.
+        """
+        found = gather_from_ranks(self._path)
+        for rank, path in enumerate(found):
+            if path != found[0]:
+                raise InputError(
+                    f"ckpt_path: process 0 begins from {found[0]}, process {rank} from {path}; "
+                    "give an output that all of them see"
+                )
 
 
 class LastCheckpoint(ModelCheckpoint):

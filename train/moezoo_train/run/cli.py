@@ -44,7 +44,7 @@ from moezoo_train.measure.report import write_report
 from moezoo_train.parallel.distributed import is_lost_process
 from moezoo_train.parallel.fsdp2 import writes_directories
 from moezoo_train.run.beforehand import check_evaluation, check_run
-from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SaveModel
+from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SameCheckpoint, SaveModel
 from moezoo_train.run.module import LanguageModel
 from moezoo_train.run.precision import RunTrainer, resolve
 from moezoo_train.run.presets import describe_preset, with_preset
@@ -236,6 +236,7 @@ class MoezooCLI(HookedCLI):
         found = given and find_checkpoint(output, given, command, config["overwrite"])
         config["ckpt_path"] = found
         self._anew = given is not None and found is None
+        self._going_on = f"going on from {found}" if given == "auto" and found else None
 
     def before_instantiate_classes(self) -> None:
         """Refuse what the options alone show, and to mix the run with another."""
@@ -307,7 +308,7 @@ class MoezooCLI(HookedCLI):
 
     def _callbacks(self, output: Path) -> list[Callback]:
         config = self.config_init[self.subcommand]
-        callbacks: list[Callback] = [CheckKinds()]
+        callbacks: list[Callback] = [CheckKinds(), SameCheckpoint(config["ckpt_path"])]
         if config["trainer"].get("enable_progress_bar") is not False:
             callbacks.append(StepProgress())
         if self.subcommand == "fit" and config["trainer"].get("enable_checkpointing") is not False:
@@ -324,8 +325,9 @@ class MoezooCLI(HookedCLI):
         check_run(self.trainer, self.model, self.datamodule, self.config["fit"]["ckpt_path"])
         self._say_precision()
         said = describe_preset(self.config["fit"]["model"], self.model.model.config)
-        if said and is_first():
-            print(said, file=sys.stderr)
+        for line in filter(None, (said, self._going_on)):
+            if is_first():
+                print(line, file=sys.stderr)
 
     def before_validate(self) -> None:
         """As before training."""

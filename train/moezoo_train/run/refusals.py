@@ -86,13 +86,13 @@ def check_trainer(options: Mapping[str, Any]) -> None:
     _check_precision(options.get("precision"), on_gpu)
 
 
-def check_validation_interval(trainer: Any) -> None:
-    """Validate between optimizer steps only: ``best.ckpt`` is to be resumed from exactly.
+def check_validation_interval(options: Mapping[str, Any]) -> None:
+    """Refuse validations within optimizer steps: ``best.ckpt`` is to be resumed from exactly.
 
     Raises:
-        InputError: the interval ends within a step.
+        InputError: the interval is not a multiple of the batches of a step.
     """
-    interval, accumulate = trainer["val_check_interval"], trainer["accumulate_grad_batches"]
+    interval, accumulate = options["val_check_interval"], options["accumulate_grad_batches"]
     if isinstance(interval, int) and interval % accumulate:
         raise InputError(
             f"trainer.val_check_interval: {interval} batches is not a multiple of "

@@ -27,18 +27,21 @@ def is_first() -> bool:
 def find_checkpoint(output: Path, given: str, command: str, overwrite: bool) -> str | None:
     """Return the path of the checkpoint to begin from; None to start at step 0.
 
-    That is only where ``last`` is asked for and the directory holds nothing that was learned, as
-    after a run that was killed before its first checkpoint; or where it may be overwritten.
+    That is only where ``last`` or ``auto`` is asked for and the directory holds nothing that was
+    learned, as after a run that was killed before its first checkpoint; or where it may be
+    overwritten, which it never may with ``auto``. That takes ``best`` where there is no ``last``.
 
     Args:
         output: the run's directory.
-        given: ``last``, ``best``, or a path.
+        given: ``last``, ``best``, ``auto``, or a path.
         command: fit, validate or test.
         overwrite: whether what is there may be replaced.
 
     Raises:
         InputError: there is no such checkpoint.
     """
+    if given == "auto":
+        return _find_any(output, command, overwrite)
     if given not in ("last", "best"):
         _check_path(given)
         return given
@@ -55,6 +58,24 @@ def find_checkpoint(output: Path, given: str, command: str, overwrite: bool) -> 
         ways.append("replace it all with --overwrite true")
     there, fix = ", ".join(found), ", or ".join(ways)
     raise InputError(f"ckpt_path: there is no {path}, but {output} holds {there}; {fix}")
+
+
+def _find_any(output: Path, command: str, overwrite: bool) -> str | None:
+    if command != "fit":
+        raise InputError(f"ckpt_path: auto is for moezoo fit; give {command} last, best or a path")
+    if overwrite:
+        raise InputError(
+            "overwrite: ckpt_path auto never overwrites; leave one of the two out, or give last"
+        )
+    for path in (output / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")):
+        if is_there(path):
+            return str(path)
+    if found := list(_learned(output)):
+        raise InputError(
+            f"ckpt_path: {output} holds {', '.join(found)} and no checkpoint to go on from; "
+            f"{_way(output, found, command)}"
+        )
+    return None
 
 
 def _check_path(given: str) -> None:

@@ -13,7 +13,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from moezoo_train.adapters.lightning import DataFetcher, EpochLoop, estimated_steps
+from moezoo_train.adapters.lightning import (
+    DataFetcher,
+    EpochLoop,
+    estimated_steps,
+    is_last_step,
+)
 
 _TRACKED = ("ready", "started", "processed", "completed")
 
@@ -37,10 +42,15 @@ class StepLoop(EpochLoop):
         self.count_logged_steps()  # Lightning's own count is off by one in some resumed runs
 
     def validation_is_due(self, data_fetcher: DataFetcher) -> bool:
-        """Return whether a validation is due: one that falls within a step waits for its end."""
+        """Return whether a validation is due: one that falls within a step waits for its end.
+
+        The last step of a run is always followed by one.
+        """
         if self.accumulates():
             return False
-        return super().validation_is_due(data_fetcher) or self._validation_waits()
+        if super().validation_is_due(data_fetcher) or self._validation_waits():
+            return True
+        return self.trainer.enable_validation and is_last_step(self.trainer)
 
     def _validation_waits(self) -> bool:
         every = self.trainer.val_check_batch

@@ -346,7 +346,6 @@ MISTAKES = [
     ({"only": ["mo"]}, "only: 'mo' is not known; did you mean 'moe'?"),
     ({"minutes": -1}, "minutes: -1 is out of range"),
     ({"max_steps": 0}, "max_steps: 0 is out of range"),
-    ({"max_steps": 1}, "schedule.warmup_steps: 1 does not fit into 1 steps"),
     ({"model": {"d_model": 30, "num_heads": 4}}, "d_model: 30 is not divisible by num_heads 4"),
     ({"model": {"d_mdel": 30}}, "model.d_mdel: no such option; did you mean 'model.d_model'?"),
     ({"model": {"preset": "Qwen3-0.6B"}}, "model.preset: fit, validate, test and plan take"),

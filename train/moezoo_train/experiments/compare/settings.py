@@ -105,11 +105,6 @@ class Experiment:
         select_layers(self.layers, check_int("model.num_layers", self.model.num_layers))
         check_int("text.batch_size", self.text.batch_size)
         check_int("text.sequence_length", self.text.sequence_length)
-        if self.schedule.warmup_steps >= self.max_steps:
-            raise InputError(
-                f"schedule.warmup_steps: {self.schedule.warmup_steps} does not fit into "
-                f"{self.max_steps} steps; lower it or raise max_steps"
-            )
 
     def optimizer_of(self, row: str) -> OptimizerConfig:
         """Return a row's optimizer: that of all rows, with the row's own settings."""
