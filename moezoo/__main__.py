@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import errno
 import importlib
 import os
 import sys
@@ -11,6 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from moezoo.command.explanations import explain
+from moezoo.command.help_groups import FLAG as HELP_OF_THE_TRAINER
 from moezoo.errors import InputError, nearest
 
 
@@ -167,40 +167,6 @@ EXAMPLES = (
     "moezoo carve path/to/llama runs/carved --shared 3 --active 3 --experts 8",
     "moezoo sparsify path/to/llama runs/sparse --work 0.57",
 )
-# Top-level modules of the optional dependencies, and the extra that brings each.
-EXTRAS = {
-    "lightning": "train",
-    "jsonargparse": "train",
-    "docstring_parser": "train",
-    "transformers": "train",
-    "sentencepiece": "train",
-    "torchmetrics": "train",
-    "rich": "train",
-    "tensorboard": "train",
-    "matplotlib": "train",
-    "pyarrow": "data",
-    "datasets": "data",
-    "wandb": "wandb",
-    "peft": "lora",
-    "lm_eval": "eval",
-    "gguf": "gguf",
-    "deepspeed": "deepspeed",
-    "xformers": "xformers",
-    "triton": "gpu",
-}
-# Packages whose ValueErrors are about settings: Lightning's trainer, MOEZOO_BACKEND, and tasks.
-REFUSING = ("lightning", "moezoo_kernels", "lm_eval")
-
-# What to do about errors of the system.
-_OS_FIXES = {
-    errno.ENOSPC: "; free space there, or write to another disk",
-    errno.EDQUOT: "; free space there, or write to another disk",
-    errno.EFBIG: "; raise the limit (ulimit -f), or write to another disk",
-    errno.EACCES: "; change its permissions, or name another",
-    errno.EROFS: "; name a place that can be written",
-    errno.ENOENT: "; name one that is there",
-    errno.ENAMETOOLONG: "; name a shorter one",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,10 +215,11 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
 
 def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
-    if command.lightning and arguments in (["-h"], ["--help"]):
+    if command.lightning and arguments in (["-h"], ["--help"], [HELP_OF_THE_TRAINER]):
         from moezoo.command import pages
 
-        pages.show(name, lambda: _load(command.function)([name, *arguments]))
+        page = f"{name}-trainer" if arguments == [HELP_OF_THE_TRAINER] else name
+        pages.show(page, lambda: _load(command.function)([name, *arguments]))
     from moezoo.command.parser import check_config_files, run_function
 
     for argument in arguments:
@@ -307,44 +274,6 @@ def overview() -> str:
     lines += ["Examples", *(f"  {example}" for example in EXAMPLES), ""]
     lines.append("moezoo COMMAND --help shows the options of one command.")
     return "\n".join(lines)
-
-
-def explain(error: Exception) -> str | None:
-    """Return one line for a user's mistake, or what the machine lacks; None for anything else."""
-    from moezoo.command.messages import one_line, render
-
-    if isinstance(error, InputError):
-        return one_line(str(error))
-    if isinstance(error, argparse.ArgumentError):
-        return render(str(error))
-    if isinstance(error, OSError):
-        return _explain_os(error)
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        if package in EXTRAS:
-            return f"{package} is not installed; run: pip install 'moezoo[{EXTRAS[package]}]'"
-    if type(error).__name__ == "MisconfigurationException" or _is_refusal(error):
-        return one_line(str(error))
-    return None
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Return whether a library whose settings the user chooses raised this, to refuse one."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
-    return isinstance(error, ValueError) and module.partition(".")[0] in REFUSING
-
-
-def _explain_os(error: OSError) -> str:
-    from moezoo.command.messages import one_line
-
-    reason = (error.strerror or "").lower()
-    if not reason:
-        return one_line(str(error))
-    place = f"{error.filename}: " if error.filename is not None else ""
-    return f"{place}{reason}{_OS_FIXES.get(error.errno or 0, '')}"
 
 
 def _complain(message: str, code: int = 2) -> int:

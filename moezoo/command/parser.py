@@ -157,6 +157,13 @@ def _holds_nul(value: Any) -> bool:
     return isinstance(value, str | os.PathLike) and "\0" in str(value)
 
 
+def subparsers(parser: Any) -> Iterator[Any]:
+    """Yield the parsers of a parser's subcommands."""
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            yield from action.choices.values()
+
+
 def option_names(parser: Any) -> Iterator[str]:
     """Yield the dotted names of every option, subcommands' without the subcommand's name.
 

@@ -118,6 +118,22 @@ def _check_keys(node: yaml.MappingNode) -> None:
         first[key.tag, key.value] = line
 
 
+def read_given(value: str) -> dict[str, Any]:
+    """Read the value of ``--config``: the path of a file, or settings themselves in braces.
+
+    Raises:
+        InputError: as :func:`read_settings`.
+    """
+    if not value.startswith("{"):
+        return read_settings(value)
+    try:
+        settings = load_yaml(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"config: {_syntax_error(error)}") from error
+    assert isinstance(settings, dict), "in braces"
+    return settings
+
+
 def read_settings(path: str) -> dict[str, Any]:
     """Read a file of settings.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -39,11 +41,30 @@ def quiet_lightning() -> None:
     """Silence the messages of Lightning that tell a user nothing; any other still comes through."""
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
+    for place in _places():
+        place.addFilter(_not_chatter)
+
+
+@contextmanager
+def quieted() -> Iterator[None]:
+    """Silence the same messages while this is open, and no longer."""
+    places = list(_places())
+    before = [list(place.filters) for place in places]
+    try:
+        with warnings.catch_warnings():
+            quiet_lightning()
+            yield
+    finally:
+        for place, filters in zip(places, before, strict=True):
+            place.filters[:] = filters
+
+
+def _places() -> Iterator[logging.Filterer]:
+    """Yield the loggers and handlers by which Lightning's messages go."""
     for name in ("lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_not_chatter)
-        logging.getLogger(f"{name}.utilities.rank_zero").addFilter(_not_chatter)
-        logging.getLogger(f"{name}.utilities.seed").addFilter(_not_chatter)
+        yield from logging.getLogger(name).handlers
+        yield logging.getLogger(f"{name}.utilities.rank_zero")
+        yield logging.getLogger(f"{name}.utilities.seed")
 
 
 def _not_chatter(record: logging.LogRecord) -> bool:

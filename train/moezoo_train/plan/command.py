@@ -23,8 +23,9 @@ from moezoo_train.plan.figure import draw
 from moezoo_train.plan.layouts import LAYOUTS, Memory
 from moezoo_train.plan.machine import MACHINES, machine
 from moezoo_train.plan.setup import Setup, precision
-from moezoo_train.run.cli import TRAINER_DEFAULTS, MoezooCLI, Parser
+from moezoo_train.run.cli import TRAINER_DEFAULTS, MoezooCLI
 from moezoo_train.run.module import LanguageModel
+from moezoo_train.run.parser import Parser
 from moezoo_train.run.precision import RunTrainer
 from moezoo_train.run.presets import describe_preset
 

@@ -15,22 +15,18 @@ from __future__ import annotations
 import signal
 import sys
 from argparse import SUPPRESS
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
 from moezoo.command.keys import full_keys
-from moezoo.command.names import with_method_words
-from moezoo.command.parser import ClearErrors
-from moezoo.command.recipes import with_recipes
 from moezoo.errors import InputError, check_int, check_text, going_on
-from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.directory import one_line
 from moezoo_models.checkpoints.locks import writing
 from moezoo_train.adapters.lightning import HookedCLI
@@ -40,14 +36,15 @@ from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.finetune.pretrained import default_tokenizer
 from moezoo_train.measure.loggers import build_loggers
 from moezoo_train.measure.progress import StepProgress, quiet_lightning
-from moezoo_train.measure.report import write_report
+from moezoo_train.measure.report import Report, write_report
 from moezoo_train.parallel.distributed import is_lost_process
 from moezoo_train.parallel.fsdp2 import writes_directories
 from moezoo_train.run.beforehand import check_evaluation, check_run
 from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SameCheckpoint, SaveModel
 from moezoo_train.run.module import LanguageModel
+from moezoo_train.run.parser import Parser, SaveConfig
 from moezoo_train.run.precision import RunTrainer, resolve
-from moezoo_train.run.presets import describe_preset, with_preset
+from moezoo_train.run.presets import describe_preset
 from moezoo_train.run.refusals import (
     batch_counts,
     check_trainer,
@@ -61,7 +58,6 @@ from moezoo_train.run.run_directory import (
     find_checkpoint,
     find_stale,
     is_first,
-    remove,
     say_anew,
 )
 from moezoo_train.run.stopping import NAMES, raising_interrupts, resume_command, say_interrupted
@@ -79,8 +75,13 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 
+_ABOUT = {
+    "fit": "Train a model as YAML files and options say; options win.",
+    "validate": "Measure a checkpoint on validation data.",
+    "test": "Measure a checkpoint on test data, which is the validation split.",
+}
 
-@restoring_errors()
+
 def run(argv: list[str]) -> None:
     """Run one command, e.g. ``["fit", "--config", "configs/demo.yaml"]``.
 
@@ -91,9 +92,27 @@ def run(argv: list[str]) -> None:
         KeyboardInterrupt: Ctrl-C before training, or for the second time; says how to go on.
     """
     quiet_lightning()
+    stopped_by = run_command(argv).stopped_by
+    if stopped_by is not None:
+        raise SystemExit(130 if stopped_by == signal.SIGINT else 0)
+
+
+@restoring_errors()
+def run_command(argv: list[str], quiet: bool = False) -> MoezooCLI:
+    """Run one command as :func:`run` does, and return it with what it has built and found.
+
+    Args:
+        argv: its words.
+        quiet: print neither progress nor the report.
+
+    Raises:
+        InputError: as :func:`run`.
+        SystemExit: with 0, after ``--help``.
+        KeyboardInterrupt: as :func:`run`.
+    """
     try:
         with ExitStack() as held:
-            _cli_of(argv)(
+            return _cli_of(argv)(
                 LanguageModel,
                 TokenDataModule,
                 save_config_callback=SaveConfig,
@@ -101,10 +120,12 @@ def run(argv: list[str]) -> None:
                 trainer_defaults=dict(TRAINER_DEFAULTS),
                 seed_everything_default=0,
                 parser_class=Parser,
+                parser_kwargs={name: {"description": text} for name, text in _ABOUT.items()},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 args=argv,
                 held=held,
+                quiet=quiet,
             )
     except (MisconfigurationException, ValueError) as error:
         if not is_refusal(error):
@@ -119,47 +140,25 @@ def run(argv: list[str]) -> None:
         ) from error
 
 
-class Parser(ClearErrors, LightningArgumentParser):
-    """Lightning's parser, with mistakes as one clear line."""
-
-    def arranged(self, words: Sequence[str]) -> list[str]:
-        """Return the words in order, with names of recipes, presets and methods written out."""
-        arranged = with_preset(super().arranged(with_recipes(words)))
-        return with_method_words(arranged, "model.ffn")
-
-
-class SaveConfig(SaveConfigCallback):
-    """Write the complete configuration of a training run to ``config.yaml``, once it starts.
-
-    Args:
-        stale: files of an earlier run, removed when this one begins, and not before.
-    """
-
-    def __init__(self, *args: Any, stale: list[Path] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._stale = stale or []
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wait: what is wrong with the configuration may show only now."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it whole."""
-        if trainer.is_global_zero:
-            remove(self._stale)
-            with atomic_write(Path(self.config["output"]) / self.config_filename, "w") as file:
-                # With what is null: the default of data.source, e.g., is another.
-                file.write(self.parser.dump(self.config, skip_unset=False))
-
-
 class MoezooCLI(HookedCLI):
     """LightningCLI with a run directory.
 
     Args:
         held: holds the lock of the directory, until whoever gave it lets it go.
+        quiet: print neither progress nor the report.
+
+    Attributes:
+        report: of a run that was trained to its end.
+        stopped_by: the signal that ended it before; None without.
     """
 
-    def __init__(self, *args: Any, held: ExitStack | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, held: ExitStack | None = None, quiet: bool = False, **kwargs: Any
+    ) -> None:
         self._held = held or ExitStack()
+        self._quiet = quiet
+        self.report: Report | None = None
+        self.stopped_by: signal.Signals | None = None
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -310,7 +309,7 @@ class MoezooCLI(HookedCLI):
         config = self.config_init[self.subcommand]
         callbacks: list[Callback] = [CheckKinds(), SameCheckpoint(config["ckpt_path"])]
         if config["trainer"].get("enable_progress_bar") is not False:
-            callbacks.append(StepProgress())
+            callbacks.append(StepProgress(Console(quiet=True) if self._quiet else None))
         if self.subcommand == "fit" and config["trainer"].get("enable_checkpointing") is not False:
             folder = output / "checkpoints"
             callbacks += [
@@ -323,22 +322,20 @@ class MoezooCLI(HookedCLI):
     def before_fit(self) -> None:
         """Refuse what preparing the text would not make right."""
         check_run(self.trainer, self.model, self.datamodule, self.config["fit"]["ckpt_path"])
-        self._say_precision()
+        # What was chosen, or costs time; after what is refused, which is one line.
         said = describe_preset(self.config["fit"]["model"], self.model.model.config)
-        for line in filter(None, (said, self._going_on)):
-            if is_first():
-                print(line, file=sys.stderr)
+        for line in (self._on_precision, said, self._going_on):
+            self._say(line)
 
     def before_validate(self) -> None:
         """As before training."""
         checkpoint = self.config[self.subcommand]["ckpt_path"]
         check_evaluation(self.trainer, self.model, self.datamodule, checkpoint)
-        self._say_precision()
+        self._say(self._on_precision)
 
-    def _say_precision(self) -> None:
-        """Say what was chosen, or costs time; after what is refused, which is one line."""
-        if self._on_precision is not None and is_first():
-            print(self._on_precision, file=sys.stderr)
+    def _say(self, line: str | None) -> None:
+        if line and is_first() and not self._quiet:
+            print(line, file=sys.stderr)
 
     def before_test(self) -> None:
         """As before training."""
@@ -369,33 +366,34 @@ class MoezooCLI(HookedCLI):
         output = Path(config["output"])
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint) and callback.stopped_by is not None:
-                if self.trainer.is_global_zero:
-                    same = "as before " if self.trainer.world_size > 1 else ""
-                    print(
-                        f"stopped by {NAMES[callback.stopped_by]} after step "
-                        f"{self.trainer.global_step}; go on {same}with: {resume_command(output)}",
-                        file=sys.stderr,
-                    )
-                raise SystemExit(130 if callback.stopped_by == signal.SIGINT else 0)
+                self.stopped_by = callback.stopped_by
+                same = "as before " if self.trainer.world_size > 1 else ""
+                self._say(
+                    f"stopped by {NAMES[callback.stopped_by]} after step "
+                    f"{self.trainer.global_step}; go on {same}with: {resume_command(output)}"
+                )
+                return
         for callback in _as_list(self.trainer.callbacks):  # type: ignore[attr-defined]
             if isinstance(callback, SaveModel):
                 callback.catch_up(self.trainer, self.model)
         if self.trainer.is_global_zero and not config["trainer"].get("fast_dev_run"):
             with going_on(f"the run is finished, its report is not: {resume_command(output)}"):
-                write_report(
+                self.report = write_report(
                     output,
                     self.trainer,
                     self.model,
                     prompt=config["sample_prompt"],
                     sample_tokens=config["sample_tokens"],
+                    console=Console(quiet=True) if self._quiet else None,
                 )
 
 
-def _cli_of(argv: Sequence[str]) -> Any:
+def _cli_of(argv: list[str]) -> type[MoezooCLI]:
     """Return the CLI with no command but the one asked for: each parser takes long to build."""
     known = MoezooCLI.subcommands()
     asked = {name: known[name] for name in argv[:1] if name in known} or known
-    return type("OneCommand", (MoezooCLI,), {"subcommands": staticmethod(lambda: asked)})
+    one = type("OneCommand", (MoezooCLI,), {"subcommands": staticmethod(lambda: asked)})
+    return cast("type[MoezooCLI]", one)
 
 
 def _as_list(value: Any) -> list[Any]:

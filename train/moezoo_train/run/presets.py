@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from moezoo.command.names import with_methods
-from moezoo.command.settings import read_settings
+from moezoo.command.settings import read_given, read_settings
 from moezoo.errors import InputError, nearest
 
 FOLDER = Path(__file__).parents[1] / "presets"
@@ -93,8 +93,8 @@ def with_preset(words: Sequence[str]) -> list[str]:
     for option, value in _given(words):
         if option == _OPTION:
             name = value
-        elif option in ("--config", "-c") and Path(value).is_file():
-            model = read_settings(value).get("model")
+        elif option in ("--config", "-c") and (value.startswith("{") or Path(value).is_file()):
+            model = read_given(value).get("model")
             name = model.get("preset", name) if isinstance(model, Mapping) else name
     if name in (None, "null"):
         return list(words)
