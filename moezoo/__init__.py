@@ -66,6 +66,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "zoo",
     ),
     "layers.mixtures": (),
+    "layers.matrices": (),
     "layers.carved_moe": ("CarvedMoE",),
     "layers.dense": ("DenseFFN",),
     "layers.fast_feed_forward": ("FastFeedForward",),

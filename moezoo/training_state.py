@@ -26,10 +26,15 @@ class TrainingState(nn.Module):
         for part in _parts(self):
             part.observe(stats)
 
-    def step(self) -> None:
-        """Update the state by what was observed; once per optimizer step that is taken."""
+    def step(self, progress: float | None = None) -> None:
+        """Update the state by what was observed; once per optimizer step that is taken.
+
+        Args:
+            progress: optimizer steps done, this one included, over those planned, in [0, 1]; None
+                where it is not known, which parts with a schedule refuse.
+        """
         for part in _parts(self):
-            part.step()
+            part.step(progress)
 
     def discard(self) -> None:
         """Forget what was observed since the last step, because no step is taken with it."""

@@ -4,18 +4,21 @@ MLP: ``y = W_down act(W_up x)`` (Vaswani et al. 2017, arXiv:1706.03762, eq. 2).
 GLU: ``y = W_down (act(W_gate x) * W_up x)`` (Shazeer 2020, arXiv:2002.05202, eq. 6).
 dReLU: ``y = W_down (relu(W_gate x) * relu(W_up x))`` (Song et al. 2024, arXiv:2406.05955, eq. 4).
 
+A projection is a plain linear map, or what :mod:`moezoo.matrices` has in its place.
+
 Blocks that train to be sparse add ``c mean_t Σ_j |h_tj|`` to the loss, h the hidden activations
 (Cetin et al. 2026, arXiv:2603.23198). It is a sum over neurons: twice as many want half of c.
 """
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moezoo.arguments import as_options
+from moezoo.arguments import as_argument, as_options
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.feed_forward import (
     Cost,
@@ -27,6 +30,7 @@ from moezoo.feed_forward import (
     register,
 )
 from moezoo.init import init_linear, output_std
+from moezoo.matrices import Matrices, Matrix, build_matrix
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
@@ -54,6 +58,13 @@ def check_glu(glu: GLUOptions, activation: str, gated: bool, name: str = "glu") 
     except ValueError as error:
         raise InputError(str(error)) from None
     return glu
+
+
+def _init(linear: nn.Linear | Matrix, std: float) -> None:
+    if isinstance(linear, Matrix):
+        linear.reset_parameters(std)
+    else:
+        init_linear(linear, std)
 
 
 def _check_activation_up(
@@ -85,6 +96,8 @@ class DenseFFN(FeedForward):
         l1: coefficient c of the hidden activations' L1 norm in the loss; 0 for none. The model adds
             up its blocks: what a paper gives for their mean is to be divided by their number.
         l1_warmup: optimizer steps in which c rises from ``l1 / l1_warmup``; 0 for none.
+        matrices: what all projections are in place of plain linear maps, and its options: factors
+            of low rank or of blocks, or sparse matrices; None for linear maps.
 
     A block with ``activation_up`` or ``l1`` has ``stats``: ``tokens``; ``density``, the mean share
     of neurons that are not zero; ``usage``, the share of neurons that were not zero for some token,
@@ -107,6 +120,7 @@ class DenseFFN(FeedForward):
         activation_up: Literal["relu"] | None = None,
         l1: float = 0.0,
         l1_warmup: int = 0,
+        matrices: Matrices | None = None,
     ) -> None:
         super().__init__(d_model)
         self.d_ff = default_width(d_model, gated) if d_ff is None else check_int("d_ff", d_ff)
@@ -121,20 +135,35 @@ class DenseFFN(FeedForward):
             raise InputError("l1_warmup: there is no l1 to warm up; set l1, or leave it out")
         if l1_warmup:
             self.register_buffer("l1_step", torch.zeros((), dtype=torch.int64))
+        self.matrices = as_argument(DenseFFN, "matrices", matrices)
         if gated:
-            self.gate_proj = nn.Linear(d_model, self.d_ff, bias=bias)
-        self.up_proj = nn.Linear(d_model, self.d_ff, bias=bias)
-        self.down_proj = nn.Linear(self.d_ff, d_model, bias=bias)
+            self.gate_proj = self._linear(d_model, self.d_ff)
+        self.up_proj = self._linear(d_model, self.d_ff)
+        self.down_proj = self._linear(self.d_ff, d_model)
         self.reset_parameters()
+
+    def _linear(self, inputs: int, outputs: int) -> nn.Linear | Matrix:
+        if self.matrices is None:
+            return nn.Linear(inputs, outputs, bias=self.bias)
+        return build_matrix(self.matrices, inputs, outputs, self.bias)
+
+    def projections(self) -> dict[str, nn.Linear | Matrix]:
+        """Return the projections by name, in the order in which they are computed."""
+        names = ("up_proj", "gate_proj", "down_proj") if self.gated else ("up_proj", "down_proj")
+        return {name: getattr(self, name) for name in names}
+
+    def _matrices(self) -> dict[str, Matrix]:
+        found = self.projections().items()
+        return {name: matrix for name, matrix in found if isinstance(matrix, Matrix)}
 
     def reset_parameters(self, num_layers: int = 1) -> None:
         """Draw weights from N(0, 1/fan_in); the output's further / sqrt(2 num_layers)."""
         if self.gated:
-            init_linear(self.gate_proj, self.d_model**-0.5)
-        init_linear(self.up_proj, self.d_model**-0.5)
+            _init(self.gate_proj, self.d_model**-0.5)
+        _init(self.up_proj, self.d_model**-0.5)
         # Half of the linear factors are cut off, and with them half of the variance.
         gain = 2**0.5 if self.activation_up else 1.0
-        init_linear(self.down_proj, gain * output_std(self.d_ff, num_layers))
+        _init(self.down_proj, gain * output_std(self.d_ff, num_layers))
         if self.l1_warmup:
             nn.init.zeros_(self.l1_step)
 
@@ -144,18 +173,18 @@ class DenseFFN(FeedForward):
         """Apply the block to every token; a mask changes nothing, as no token sees another."""
         tokens, _, mask_T = self._flatten(hidden, context)
         if brute_force:
-            inner_TF = torch.stack([self._neuron(tokens, j) for j in range(self.d_ff)], dim=-1)
-            output = self._sum_of_neurons(inner_TF).reshape(hidden.shape)
+            inner_TF, output_TD = self._brute_force(tokens)
+            output = output_TD.reshape(hidden.shape)
             size_T = sum((value_T.abs() for value_T in inner_TF.unbind(-1)), tokens.new_zeros(()))
-            losses = (
-                {"l1": self._coefficient(size_T) * masked_mean(size_T, mask_T)} if self.l1 else {}
-            )
+            losses = self._matrix_losses()
+            if self.l1:
+                losses["l1"] = self._coefficient(size_T) * masked_mean(size_T, mask_T)
             stats = self._stats(inner_TF.detach(), mask_T) if self.trains_sparse else {}
             return FeedForwardOutput(output, losses, stats)
         inner = self.inner(hidden)
         output = self.down_proj(inner)
         if not self.trains_sparse:
-            return FeedForwardOutput(output, {}, {})
+            return FeedForwardOutput(output, self._matrix_losses(), {})
         inner_TF = inner.reshape(-1, self.d_ff)
         deferred = statistics(self, self._stats, inner_TF, mask_T)
         return FeedForwardOutput(output, self._losses(inner_TF, mask_T), deferred)
@@ -171,11 +200,21 @@ class DenseFFN(FeedForward):
         return self.l1 > 0 or self.activation_up is not None
 
     def _losses(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
-        if not self.l1:
-            return {}
-        wide = torch.promote_types(inner_TF.dtype, torch.float32)
-        size_T = torch.linalg.vector_norm(inner_TF, ord=1, dim=-1, dtype=wide)
-        return {"l1": self._coefficient(size_T) * masked_mean(size_T, mask_T)}
+        losses = self._matrix_losses()
+        if self.l1:
+            wide = torch.promote_types(inner_TF.dtype, torch.float32)
+            size_T = torch.linalg.vector_norm(inner_TF, ord=1, dim=-1, dtype=wide)
+            losses["l1"] = self._coefficient(size_T) * masked_mean(size_T, mask_T)
+        return losses
+
+    def _matrix_losses(self) -> dict[str, Tensor]:
+        """Add up the losses of the matrices, in training."""
+        losses: dict[str, Tensor] = {}
+        if self.training:
+            for matrix in self._matrices().values():
+                for name, value in matrix.losses().items():
+                    losses[name] = losses[name] + value if name in losses else value
+        return losses
 
     def _coefficient(self, like: Tensor) -> float | Tensor:
         """Return c of the step that is being computed, in the dtype of a tensor."""
@@ -183,9 +222,9 @@ class DenseFFN(FeedForward):
             return self.l1
         return self.l1 * ((self.l1_step + 1).to(like.dtype) / self.l1_warmup).clamp(max=1.0)
 
-    def step(self) -> None:
-        """Count an optimizer step that is taken, in the warm-up of the L1 loss."""
-        super().step()
+    def step(self, progress: float | None = None) -> None:
+        """Count an optimizer step that is taken, in the warm-up of the L1 loss; move matrices."""
+        super().step(progress)
         if self.l1_warmup:
             self.l1_step += 1
 
@@ -230,7 +269,7 @@ class DenseFFN(FeedForward):
 
     @torch.no_grad()
     def take(self, neurons: Tensor) -> DenseFFN:
-        """Return a block of some of the neurons, ``(K,)`` int64, with copies of their weights."""
+        """Return a plain block of some of the neurons, ``(K,)`` int64, with copied weights."""
         with torch.device("meta"):
             small = DenseFFN(
                 self.d_model,
@@ -241,16 +280,35 @@ class DenseFFN(FeedForward):
                 glu=self.glu,
                 activation_up=self.activation_up,
             )
-        for name, parameter in self.named_parameters():
-            if name == "down_proj.weight":
-                taken = parameter.index_select(1, neurons)
-            elif name == "down_proj.bias":
-                taken = parameter.clone()
+        for name, linear in self.projections().items():
+            weight, bias = linear.weight, linear.bias
+            if name == "down_proj":
+                taken = {"weight": weight.index_select(1, neurons)}
+                taken |= {} if bias is None else {"bias": bias.clone()}
             else:
-                taken = parameter.index_select(0, neurons)
-            path, _, last = name.rpartition(".")
-            setattr(small.get_submodule(path), last, nn.Parameter(taken, requires_grad=False))
+                taken = {"weight": weight.index_select(0, neurons)}
+                taken |= {} if bias is None else {"bias": bias.index_select(0, neurons)}
+            for last, tensor in taken.items():
+                parameter = nn.Parameter(tensor, requires_grad=False)
+                setattr(small.get_submodule(name), last, parameter)
         return small.train(self.training)
+
+    def _brute_force(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden values ``(T, F)`` and outputs ``(T, D)``, neuron by neuron."""
+        if self.matrices is None:
+            inner_TF = torch.stack([self._neuron(tokens, j) for j in range(self.d_ff)], dim=-1)
+            return inner_TF, self._sum_of_neurons(inner_TF)
+        made = self._matrices()
+        up = made["up_proj"].reference(tokens)
+        act = ACTIVATIONS[self.activation]
+        if not self.gated:
+            inner_TF = act(up)
+        elif self.activation_up is not None:
+            inner_TF = act(made["gate_proj"].reference(tokens)) * up.where(up > 0, 0.0)
+        else:
+            gate = made["gate_proj"].reference(tokens)
+            inner_TF = gated_unit(gate, up, self.activation, self.glu)
+        return inner_TF, made["down_proj"].reference(inner_TF)
 
     def _neuron(self, tokens: Tensor, j: int) -> Tensor:
         """Return one neuron's values, ``(T,)``."""
@@ -277,7 +335,10 @@ class DenseFFN(FeedForward):
         return output
 
     def cost(self) -> Cost:
-        """Every parameter is active; 4 d f FLOPs, 6 d f when gated."""
+        """Every parameter is active; 4 d f FLOPs, 6 d f when gated; or what its matrices cost."""
+        if self.matrices is not None:
+            costs = [matrix.cost() for matrix in self._matrices().values()]
+            return Cost(*(sum(each) for each in zip(*map(astuple, costs), strict=True)))
         matrices = 3 if self.gated else 2
         biases = (matrices - 1) * self.d_ff + self.d_model if self.bias else 0
         parameters = matrices * self.d_model * self.d_ff + biases

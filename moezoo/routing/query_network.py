@@ -149,7 +149,7 @@ class QueryNetwork(TrainingState):
         _move(self._observed, stats)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, progress: float | None = None) -> None:
         """Take the copies over."""
         if self._observed is not None:
             self.running_mean.copy_(self._observed[0])

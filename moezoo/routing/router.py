@@ -370,7 +370,7 @@ class Router(TrainingState):
             self._scope.add(stats, self.top_k)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, progress: float | None = None) -> None:
         """Move biases or thresholds by the load of the step just taken, then forget the load."""
         for name in self._wide_buffers():
             setattr(self, name, getattr(self, name).float())  # whatever was assigned

@@ -10,6 +10,16 @@ from plain.compare import VOCABULARY, randomize
 import moezoo
 from moezoo import ExpertNormOptions, GLUOptions
 from moezoo.feed_forward import FeedForward
+from moezoo.matrices import (
+    NM,
+    BlockDense,
+    BlockShuffle,
+    LowRank,
+    Matrices,
+    Pruned,
+    SoftNM,
+    Transposable,
+)
 from moezoo.routing import (
     BalanceOptions,
     CapacityOptions,
@@ -31,6 +41,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "SelectiveFFN": {"d_ff": 17},
     "SparseMoE": {"d_expert": 5},
 }
+# Blocks and groups want widths that are their multiples.
+IN_FOURS = ("block_dense", "block_shuffle", "sr_ste", "sdgf", "mdgf", "fst", "s_ste", "blast")
+WIDTHS = dict.fromkeys(IN_FOURS, 24)
 
 
 def build(name: str, **arguments: Any) -> FeedForward:
@@ -38,7 +51,8 @@ def build(name: str, **arguments: Any) -> FeedForward:
     methods = {method.name: method for method in moezoo.zoo()}
     cls = methods[name].layer if name in methods else getattr(moezoo, name)
     arguments = {**SIZES.get(cls.__name__, {}), **biases(cls), **arguments}
-    layer = methods[name].build(D, **arguments) if name in methods else cls(D, **arguments)
+    width = arguments.pop("d_model", WIDTHS.get(name, D))
+    layer = methods[name].build(width, **arguments) if name in methods else cls(width, **arguments)
     return randomize(layer.double())
 
 
@@ -55,6 +69,11 @@ def _moe(**arguments: Any) -> Callable[[], FeedForward]:
 
 def _layer(name: str, **arguments: Any) -> Callable[[], FeedForward]:
     return lambda: build(name, **arguments)
+
+
+def _matrices(matrices: Matrices, **arguments: Any) -> Callable[[], FeedForward]:
+    sizes = {"d_model": 24, "d_ff": 36}
+    return lambda: build("DenseFFN", matrices=matrices, **{**sizes, **arguments})
 
 
 ZOO = {method.name: _layer(method.name) for method in moezoo.zoo()}
@@ -442,6 +461,17 @@ CONVENTIONS = {
     "dense_limit_after": _layer("dense_glu", glu=GLUOptions(limit=0.3, limit_after=True)),
     "dense_softcaps": _layer("dense_glu", glu=GLUOptions(gate_softcap=0.7, up_softcap=0.9)),
     "dense_relu2": _layer("dense_mlp", activation="relu2", bias=False),
+    "low_rank_guided": _matrices(LowRank(rank=5, init="normal", guide=0.5)),
+    "block_dense_guided": _matrices(BlockDense(blocks=3, rank=9, guide=0.4), gated=False),
+    "block_shuffle_guided": _matrices(BlockShuffle(blocks=3, guide=0.6), bias=False),
+    "one_of_eight": _matrices(NM(n=1, m=8, decay=0.3), d_ff=32),
+    "leak_exponential": _matrices(NM(leak="exponential", start=0.05, end=0.9)),
+    "transposable_exact": _matrices(Transposable(sampled=False, decay=0.2), gated=False),
+    "soft_three_of_six": _matrices(SoftNM(n=3, m=6, sampled=False)),
+    "grown_next": _matrices(Pruned(growth=0.3, every=1), bias=False),
+    "blocks_grown_next": _matrices(
+        Pruned(growth=0.3, every=1, block=4, scope="matrix", dense_from=0.8)
+    ),
 }
 
 SITUATIONS: dict[str, dict[str, Any]] = {

@@ -50,6 +50,8 @@ def randomize(layer: FeedForward) -> FeedForward:
             drawn = 0.5 + drawn.square()
         elif (last in ("gain", "weight") or last.endswith("_scale")) and tensor.ndim == 1:
             drawn = 1 + 0.3 * drawn
+        elif last == "progress":  # where no schedule has ended, and all have begun
+            drawn = 0.2 + 0.05 * torch.tanh(drawn)
         elif last == "selection_bias":
             drawn *= 0.2 if _scores(layer) != "softmax" else 0.5 / tensor.numel()
         elif last == "threshold":  # one of them is cold

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from plain.matrices import block_of_matrices
 from plain.parts import (
     Answer,
     Call,
@@ -26,6 +27,8 @@ def dense_ffn(weights: Weights, options: Options, hidden: Tensor, call: Call) ->
     the coefficient, perhaps of a step of the warm-up, times the mean of their summed magnitudes
     (arXiv:2603.23198).
     """
+    if options["matrices"] is not None:
+        return block_of_matrices(weights, options, hidden, call)
     tokens, _, real = tokens_of(hidden, call)
     output = stacked([dense_block(weights, "", options, x_D) for x_D in tokens], hidden)
     if not options["l1"] and options["activation_up"] is None:

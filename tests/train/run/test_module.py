@@ -212,8 +212,8 @@ class Watched(SparseMoE):
         super().observe(stats)
         self.calls.append(("observe", int(stats["expert_counts"].sum())))
 
-    def step(self) -> None:
-        super().step()
+    def step(self, progress=None) -> None:
+        super().step(progress)
         self.calls.append(("step", 0))
 
 

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo.matrices import Matrix
 from moezoo_train.adapters.torch_core import set_learning_rates
 
 
@@ -117,18 +119,24 @@ class RunSchedule:
         self._span: Span | None = None
         self._saved: tuple[Span, float | None, int] | None = None
         self._on: LambdaLR | None = None
+        self._end: int | None = None
 
-    def put_on(self, optimizer: Optimizer, run_steps: int | None) -> LambdaLR:
+    def put_on(
+        self, optimizer: Optimizer, run_steps: int | None, model: nn.Module | None = None
+    ) -> LambdaLR:
         """Attach the schedule to an optimizer; groups with ``schedule`` false keep their rate.
 
         Args:
             optimizer: with groups from :mod:`moezoo_train.optim.optimizer`.
             run_steps: optimizer steps the trainer will make, if it knows.
+            model: whose matrices may follow the run, too.
 
         Raises:
             InputError: the schedule needs to know where the run ends and nobody says.
         """
-        end = self.config.total_steps or run_steps
+        end = self._end = self.config.total_steps or run_steps
+        if end is None and model is not None:
+            _refuse_schedules_of(model)
         if self.config.name == "constant":
             end = None
         elif end is None:
@@ -150,6 +158,10 @@ class RunSchedule:
             optimizer, [follow if g.get("schedule", True) else stay for g in groups]
         )
         return self._on
+
+    def progress(self, steps: int) -> float | None:
+        """Return the share of the run that a number of optimizer steps is; None without an end."""
+        return None if self._end is None else min(steps / self._end, 1.0)
 
     def factor(self, step: int) -> float:
         """Return the factor on the peak learning rate at an optimizer step, counted from 0."""
@@ -229,3 +241,11 @@ class RunSchedule:
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, run_steps: int | None) -> LambdaLR:
     """Put a schedule on an optimizer; see :meth:`RunSchedule.put_on`."""
     return RunSchedule(config).put_on(optimizer, run_steps)
+
+
+def _refuse_schedules_of(model: nn.Module) -> None:
+    if any(isinstance(part, Matrix) and part.scheduled for part in model.modules()):
+        raise InputError(
+            "trainer.max_steps: the matrices of the model follow the share of the run that is done, "
+            "and its end is not known; set it, or schedule.total_steps"
+        )

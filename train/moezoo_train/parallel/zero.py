@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moezoo.errors import InputError, check_int, check_number
+from moezoo.matrices.masked import Latent
 from moezoo_train.adapters.deepspeed import (
     Fragment,
     fragment_of,
@@ -253,6 +254,10 @@ def check_zero(precision: str, module: Parallelized) -> None:
         raise InputError(
             f"model.{option}: ZeRO cannot skip a step; give {other}, or trainer.strategy ddp or "
             "fsdp2"
+        )
+    if any(isinstance(part, Latent) for part in module.model.modules()):
+        raise InputError(
+            "trainer.strategy: ZeRO keeps weights where their masks are not; give ddp or fsdp2"
         )
     if module.compile_model:
         raise InputError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from moezoo import FeedForward
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.routing.losses import sum_over_ranks
+from moezoo_train.optim.schedule import RunSchedule
 from moezoo_train.parallel.distributed import process_count
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -114,16 +115,20 @@ class StepGuard:
             self._scaler = trainer.precision_plugin.state_dict()
         return False
 
-    def settle(self, trainer: Trainer, layers: Sequence[FeedForward]) -> None:
+    def settle(
+        self, trainer: Trainer, layers: Sequence[FeedForward], schedule: RunSchedule
+    ) -> None:
         """Step the layers' state by what they observed, or discard it; after the optimizer's step.
 
         Args:
             trainer: the trainer.
             layers: those that learn outside the gradient.
+            schedule: of the run, which knows how far it is.
         """
+        progress = schedule.progress(trainer.global_step + 1)
         for layer in layers:
             if self.taken:
-                layer.step()
+                layer.step(progress)
             else:
                 layer.discard()
         if self._scaler:  # it has nothing to learn from a step that was refused

@@ -314,7 +314,7 @@ class LanguageModel(EvaluatedModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step; what layers learn outside the gradient follows, or is dropped with the step."""
         super().optimizer_step(*args, **kwargs)
-        self.guard.settle(self.trainer, self._learning_layers())
+        self.guard.settle(self.trainer, self._learning_layers(), self.schedule)
 
     def _learning_layers(self) -> list[FeedForward]:
         """List the layers that may learn outside the gradient."""
@@ -329,7 +329,7 @@ class LanguageModel(EvaluatedModule):
             check_sparse_gradients(self.trainer.strategy, self.compile_model)
         if getattr(self.trainer, "fast_dev_run", False):  # the real schedule would not fit
             self.schedule = RunSchedule(ScheduleConfig("constant", warmup_steps=0))
-        schedule = self.schedule.put_on(optimizer, run_steps(self.trainer))
+        schedule = self.schedule.put_on(optimizer, run_steps(self.trainer), self.model)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
