@@ -42,6 +42,8 @@ def randomize(layer: FeedForward) -> FeedForward:
     """
     for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        if name.endswith("_proj.mask"):  # whatever its rule would have chosen
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) < 0.5)
         if not tensor.is_floating_point():
             continue
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
