@@ -12,7 +12,8 @@ from moezoo.routing.deferred import DeferredStats, statistics
 
 D = 16
 WITH_STATS = [m for m in moezoo.zoo() if m.name not in ("dense_mlp", "dense_glu")]
-WITH_STATS = [m for m in WITH_STATS if m.name != "persistent_memory"]
+WITHOUT = [m.name for m in moezoo.zoo() if m.arguments.get("matrices") is not None]
+WITH_STATS = [m for m in WITH_STATS if m.name not in ("persistent_memory", *WITHOUT)]
 
 
 class Sums:

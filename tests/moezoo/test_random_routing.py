@@ -34,7 +34,8 @@ def test_everything_but_dense_and_attention_has_an_ablation():
         "drelu",
         "l1_reglu",
     }
-    assert without == {"dense_mlp", "dense_glu", "persistent_memory"} | neurons
+    matrices = {m.name for m in moezoo.zoo() if m.arguments.get("matrices") is not None}
+    assert without == {"dense_mlp", "dense_glu", "persistent_memory"} | neurons | matrices
 
 
 @pytest.mark.parametrize("method", ROUTED, ids=lambda method: method.name)

@@ -197,7 +197,7 @@ def test_a_layer_is_added_as_contributing_says(tmp_path):
     for conftest in (ROOT / "tests").glob("conftest.py"):
         shutil.copy(conftest, tmp_path / "tests")
     layer, export = contributing()
-    (tmp_path / "moezoo/layers/low_rank.py").write_text(layer)
+    (tmp_path / "moezoo/layers/bottleneck.py").write_text(layer)
     names, listed = tmp_path / "moezoo/__init__.py", "_NAMES: dict[str, tuple[str, ...]] = {\n"
     before, after = names.read_text().split(listed)
     names.write_text(before + listed + export + after)
@@ -212,11 +212,11 @@ def test_a_layer_is_added_as_contributing_says(tmp_path):
     (test_line,) = (line for line in blocks(ROOT / "CONTRIBUTING.md", "sh") if "pytest" in line)
     _, _, *words = shlex.split(test_line)
     output = run(*words, "-vv", "-p", "no:cacheprovider")
-    assert len(re.findall(r"\[.*low_rank.*\] PASSED", output)) >= 10
+    assert len(re.findall(r"\[.*bottleneck.*\] PASSED", output)) >= 10
     (table_line,) = (
         line for line in blocks(ROOT / "CONTRIBUTING.md", "sh") if "write_table" in line
     )
     subprocess.run([sys.executable, *shlex.split(table_line)[1:]], cwd=tmp_path, check=True)
-    assert "low_rank" in run("moezoo", "zoo")
-    run("ruff", "check", "moezoo/layers/low_rank.py")
-    run("mypy", "moezoo/layers/low_rank.py")
+    assert "bottleneck" in run("moezoo", "zoo")
+    run("ruff", "check", "moezoo/layers/bottleneck.py")
+    run("mypy", "moezoo/layers/bottleneck.py")

@@ -310,7 +310,7 @@ def test_gradual_pruning_follows_its_curve_and_never_turns_back():
 
 def test_blast_keeps_whole_blocks_and_grows_others():
     options = Pruned(
-        sparsity=0.75, block=4, end=0.5, growth=0.5, growth_end=0.9, every=1, scope="matrix"
+        sparsity=0.75, block=4, end=0.5, growth=0.9, growth_end=0.9, every=1, scope="matrix"
     )
     matrix, x = make(options, bias=True), tokens()
     optimizer = torch.optim.SGD(matrix.parameters(), lr=0.002)
