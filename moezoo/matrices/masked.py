@@ -226,10 +226,8 @@ class SoftNMMatrix(Latent):
     def _shrunk(self, latent: Tensor) -> Tensor:
         """Return ``sign(w) relu(|w| - t)``."""
         size = latent.abs()
-        groups = size.reshape(-1, self.options.m)
-        # Of M magnitudes in order, the largest that is not kept.
-        threshold = groups.kthvalue(self.options.m - self.options.n, dim=-1, keepdim=True).values
-        return latent.sign() * (groups - threshold).clamp(min=0.0).reshape(latent.shape)
+        threshold = rules.next_of_group(size, self.options.n, self.options.m)
+        return latent.sign() * (size - threshold).clamp(min=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; in training with the weights' gradient sampled, if it is to be."""

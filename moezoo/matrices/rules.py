@@ -12,19 +12,32 @@ import torch
 from torch import Tensor
 
 
-def best_of_group(scores_OI: Tensor, n: int, m: int) -> Tensor:
-    """Keep the n best of every m consecutive entries of a row, ``(O, I)`` bool.
+def places(groups_MG: Tensor) -> Tensor:
+    """Return the place of each of M numbers in its group, 0 for the largest, ``(M, G)`` int16.
 
-    An entry's place is counted against each other one of its group, which for so few is faster
-    than to sort.
+    Every pair is compared, which for so few is faster than to sort.
     """
-    groups_GM = scores_OI.reshape(-1, m)
-    place_GM = torch.zeros_like(groups_GM, dtype=torch.int32)
-    number_M = torch.arange(m, device=scores_OI.device)
-    for j in range(m):
-        other_G1 = groups_GM[:, j : j + 1]
-        place_GM += (other_G1 > groups_GM) | ((other_G1 == groups_GM) & (number_M > j))
-    return (place_GM < n).reshape(scores_OI.shape)
+    place_MG = torch.zeros_like(groups_MG, dtype=torch.int16)
+    for j in range(len(groups_MG)):
+        for k in range(j + 1, len(groups_MG)):
+            first_G = groups_MG[j] >= groups_MG[k]
+            place_MG[k] += first_G
+            place_MG[j] += ~first_G
+    return place_MG
+
+
+def best_of_group(scores_OI: Tensor, n: int, m: int) -> Tensor:
+    """Keep the n best of every m consecutive entries of a row, ``(O, I)`` bool."""
+    groups_MG = scores_OI.reshape(-1, m).t().contiguous()
+    return (places(groups_MG) < n).t().reshape(scores_OI.shape)
+
+
+def next_of_group(scores_OI: Tensor, n: int, m: int) -> Tensor:
+    """Return the best entry of every group but for the n best, ``(O, I)``, the same in a group."""
+    groups_MG = scores_OI.reshape(-1, m).t().contiguous()
+    best_G = groups_MG.masked_fill(places(groups_MG) != n, 0.0).sum(dim=0)
+    return best_G.unsqueeze(-1).expand(-1, m).reshape(scores_OI.shape)
+
 
 
 def best_of_row(scores_RC: Tensor, count: int) -> Tensor:

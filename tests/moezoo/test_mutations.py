@@ -278,7 +278,8 @@ def test_every_parameter_and_buffer_is_noticed(name):
         before = tensor.detach().clone()
         with torch.no_grad():
             if not tensor.is_floating_point():
-                tensor.copy_((tensor + 1) % getattr(layer, "num_experts", 7))
+                other = (tensor + 1) % getattr(layer, "num_experts", 7)
+                tensor.copy_(~tensor if tensor.dtype == torch.bool else other)
             elif tensor.ndim < 2 or key.endswith("bias"):
                 tensor.zero_()
             elif key in ("selector.reduce", "selector.expand"):  # whose order is all that counts

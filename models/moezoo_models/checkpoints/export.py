@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moezoo.errors import InputError
 from moezoo.layers.dense import DenseFFN
+from moezoo.matrices import Matrix
 from moezoo_kernels.activations import PLAIN_GLU
 from moezoo_models.checkpoints.atomic import replacing_directory
 from moezoo_models.checkpoints.companions import carry_over
@@ -56,7 +58,8 @@ def export(checkpoint: str | Path, target: str | Path) -> Path:
     """Write a dense model of ours as a Llama, Mistral, Qwen2 or Qwen3, whichever it is.
 
     The tensors are the same, under the same names; only the configuration changes, so that
-    programs that know the stock architecture can read it.
+    programs that know the stock architecture can read it. Matrices that are factored or sparse are
+    written as they multiply, one plain matrix each.
 
     Args:
         checkpoint: directory of a model whose feed-forward blocks are all dense.
@@ -110,9 +113,7 @@ def save_stock(
     config = stock_config(model)
     with torch.device("meta"):
         stock: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    # A warm-up's count of steps belongs to training.
-    tensors = {k: t for k, t in model.state_dict().items() if not k.endswith(".l1_step")}
-    stock.load_state_dict(tensors, assign=True)
+    stock.load_state_dict(plain_state_dict(model), assign=True)
     stock.tie_weights()
     with replacing_directory(target, "target") as fresh:
         write_model(fresh, target, stock)
@@ -126,6 +127,23 @@ def save_stock(
 def written_as(kind: str) -> str:
     """Say for a README that a model was written as another architecture."""
     return f"`moezoo export` wrote the same weights as a `{kind}`, which computes the same."
+
+
+@torch.no_grad()
+def plain_state_dict(model: MoezooForCausalLM) -> dict[str, Tensor]:
+    """Return a model's tensors with every projection of dense blocks as a plain matrix.
+
+    Without what belongs to training: a warm-up's count of steps, masks, guides.
+    """
+    tensors = {k: t for k, t in model.state_dict().items() if not k.endswith(".l1_step")}
+    for name, matrix in model.named_modules():
+        if isinstance(matrix, Matrix):
+            for key in [key for key in tensors if key.startswith(f"{name}.")]:
+                del tensors[key]
+            tensors[f"{name}.weight"] = matrix.dense().detach()
+            if matrix.bias is not None:
+                tensors[f"{name}.bias"] = matrix.bias.detach()
+    return tensors
 
 
 def stock_config(model: MoezooForCausalLM) -> PreTrainedConfig:
@@ -162,13 +180,18 @@ def _block(model: MoezooForCausalLM) -> tuple[int, str, bool]:
                 f"checkpoint: layer {number} has a ReLU on both factors (activation_up); the stock "
                 "architectures have none, so keep it as it is"
             )
-        if not block.gated or block.config() != blocks[0].config():
+        if not block.gated or _form(block) != _form(blocks[0]):
             raise InputError(
                 f"checkpoint: layer {number} is not gated, or unlike the first; stock models have "
                 "the same gated block everywhere"
             )
     theirs = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return blocks[0].d_ff, theirs[blocks[0].activation], blocks[0].bias
+
+
+def _form(block: DenseFFN) -> dict[str, Any]:
+    """Return a block's options but for how its matrices are stored."""
+    return {k: v for k, v in block.config()["init_args"].items() if k != "matrices"}
 
 
 def _candidates(

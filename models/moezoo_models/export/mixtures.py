@@ -31,6 +31,7 @@ from moezoo_kernels.activations import PLAIN_GLU
 from moezoo_models.adopt.layouts import as_it_is, flat
 from moezoo_models.adopt.reading import entry_of, hold, mixtures_of
 from moezoo_models.checkpoints.dense import ACTIVATIONS
+from moezoo_models.checkpoints.export import plain_state_dict
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.config import MoezooConfig
 
@@ -248,7 +249,7 @@ def _flattened(options: Mapping[str, Any], start: str = "") -> Iterator[tuple[st
 @torch.no_grad()
 def _filled(stock: PreTrainedModel, model: MoezooForCausalLM) -> PreTrainedModel:
     """Hand a stock model that has no memory yet the tensors of ours, most without a copy."""
-    tensors: dict[str, Tensor] = dict(model.state_dict())
+    tensors = plain_state_dict(model)
     wanted: Mapping[str, Tensor] = stock.state_dict()
     for name, block in mixtures_of(stock).items():
         held = hold(block, entry_of(block, name), name)

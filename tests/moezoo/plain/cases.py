@@ -467,7 +467,7 @@ CONVENTIONS = {
     "one_of_eight": _matrices(NM(n=1, m=8, decay=0.3), d_ff=32),
     "leak_exponential": _matrices(NM(leak="exponential", start=0.05, end=0.9)),
     "transposable_exact": _matrices(Transposable(sampled=False, decay=0.2), gated=False),
-    "soft_three_of_six": _matrices(SoftNM(n=3, m=6, sampled=False)),
+    "soft_three_of_six": _matrices(SoftNM(n=3, m=6, sampled=False), d_ff=48),
     "grown_next": _matrices(Pruned(growth=0.3, every=1), bias=False),
     "blocks_grown_next": _matrices(
         Pruned(growth=0.3, every=1, block=4, scope="matrix", dense_from=0.8)

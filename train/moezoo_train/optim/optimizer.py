@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 from moezoo import FeedForward, ParameterGroup, dtype_speed
 from moezoo.errors import InputError, check_choice, check_number
 from moezoo.experts import MLPExperts
+from moezoo.matrices import Matrix
 from moezoo_models.checkpoints.stock import stacked_experts
 from moezoo_train.optim.muon import muon_step
 
@@ -182,6 +183,8 @@ def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, MLPExperts):
             linear |= {module.gate_up_proj, module.down_proj}
+        elif isinstance(module, Matrix):
+            linear |= {p for p in module.parameters(recurse=False) if p.ndim > 1}
     linear |= set(stacked_experts(model).values())
     return {p for p in model.parameters() if p in linear and p not in outside}
 
