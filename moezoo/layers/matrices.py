@@ -82,9 +82,7 @@ register(
     ),
     _method(
         "rigl",
-        Paper(
-            "Evci et al.", 2019, "Rigging the Lottery: Making All Tickets Winners", "1911.11134"
-        ),
+        Paper("Evci et al.", 2019, "Rigging the Lottery: Making All Tickets Winners", "1911.11134"),
         Pruned(sparsity=0.8, growth=0.3),
     ),
     _method(

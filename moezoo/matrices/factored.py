@@ -136,9 +136,7 @@ class Factored(Matrix):
 class LowRankMatrix(Factored):
     """``W = second first``, both dense."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, options: LowRank
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, options: LowRank) -> None:
         rank = options.rank_of(in_features, out_features)
         super().__init__(
             in_features,

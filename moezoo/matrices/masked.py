@@ -68,9 +68,7 @@ class Masked(Latent):
 
     mask: Tensor
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, decay: float = 0.0
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, decay: float = 0.0) -> None:
         super().__init__(in_features, out_features, bias)
         self.decay = decay
         self.register_buffer("mask", torch.ones(out_features, in_features, dtype=torch.bool))
@@ -83,7 +81,9 @@ class Masked(Latent):
         if not self.decay:
             return {}
         others = self.latent.to(torch.promote_types(self.latent.dtype, torch.float32))
-        return {"masked_decay": 0.5 * self.decay * others.masked_fill(self.mask, 0.0).square().sum()}
+        return {
+            "masked_decay": 0.5 * self.decay * others.masked_fill(self.mask, 0.0).square().sum()
+        }
 
 
 class NMMatrix(Masked):

@@ -290,7 +290,5 @@ def check_share(field: str, share: float | None) -> None:
 Factors: TypeAlias = LowRank | BlockDense | BlockShuffle
 """The options of products of smaller factors."""
 
-Matrices: TypeAlias = (
-    LowRank | BlockDense | BlockShuffle | NM | Transposable | SoftNM | Pruned
-)
+Matrices: TypeAlias = LowRank | BlockDense | BlockShuffle | NM | Transposable | SoftNM | Pruned
 """The options of any matrix."""

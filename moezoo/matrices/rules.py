@@ -39,7 +39,6 @@ def next_of_group(scores_OI: Tensor, n: int, m: int) -> Tensor:
     return best_G.unsqueeze(-1).expand(-1, m).reshape(scores_OI.shape)
 
 
-
 def best_of_row(scores_RC: Tensor, count: int) -> Tensor:
     """Keep the ``count`` best of every row, ``(R, C)`` bool."""
     order_RC = scores_RC.argsort(dim=-1, descending=True, stable=True)

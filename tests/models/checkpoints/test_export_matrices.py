@@ -21,7 +21,11 @@ MATRICES = {
 
 
 def rule(layers="all", **arguments):
-    return {"layers": layers, "class_path": "moezoo.DenseFFN", "init_args": {"d_ff": 48, **arguments}}
+    return {
+        "layers": layers,
+        "class_path": "moezoo.DenseFFN",
+        "init_args": {"d_ff": 48, **arguments},
+    }
 
 
 def trained(model):

@@ -257,7 +257,6 @@ def test_growth_ends_and_is_not_listened_to_any_more():
     assert heard == [False, True, False, True, False, True, *[False] * 6]
 
 
-
 def test_weights_outside_a_static_mask_are_as_if_they_were_not_there():
     matrix, x = make(Pruned(sparsity=0.5)), tokens()
     mask = matrix.mask.clone()
@@ -383,5 +382,5 @@ def test_mistakes_are_named(matrices, message):
     with pytest.raises(InputError, match=message):
         moezoo.DenseFFN(24, 32, matrices=matrices)
     if isinstance(matrices, Transposable):
-        with pytest.raises(InputError, match="matrices.kind: transposable masks are 4 × 4, 22"):
+        with pytest.raises(InputError, match="transposable masks are 4 × 4, 22"):
             moezoo.DenseFFN(22, 32, matrices=Transposable())

@@ -57,7 +57,9 @@ def test_a_transposable_mask_is_the_best_of_all_ninety():
     ]
     for block, kept in blocks:
         assert tuple(kept.int().tolist()) in found
-        most = max(sum(v for v, bit in zip(block.tolist(), bits, strict=True) if bit) for bits in found)
+        most = max(
+            sum(v for v, bit in zip(block.tolist(), bits, strict=True) if bit) for bits in found
+        )
         assert block[kept].sum().item() == pytest.approx(most)
 
 

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from moezoo import DenseFFN, InputError
 from moezoo.matrices import NM, BlockShuffle, LowRank, Pruned, Transposable
+from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
 from moezoo_train.optim.schedule import RunSchedule, ScheduleConfig
@@ -20,6 +22,9 @@ from moezoo_train.run.module import FFNRule
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
 RIGL = partial(DenseFFN, d_ff=24, matrices=Pruned(sparsity=0.5, growth=0.5, every=2))
@@ -48,6 +53,18 @@ def test_layers_are_told_the_share_of_the_run(make_model, make_trainer, random_t
     assert float(layer.up_proj.progress) == layer.told[-1]
 
 
+class SameBatches(pl.LightningDataModule):
+    """Batches that are all the same, so that it does not matter which ones a resumed run sees."""
+
+    bytes_per_token = 3.0
+
+    def train_dataloader(self) -> DataLoader:
+        row = torch.arange(13) * 7 % 50
+        return DataLoader([{"input_ids": row[:-1], "labels": row[1:]}] * 64, batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
 class Keep(pl.Callback):
     """Keeps a copy of the checkpoint of one step."""
 
@@ -59,22 +76,20 @@ class Keep(pl.Callback):
             shutil.copy(trainer.checkpoint_callback.last_model_path, self.path)
 
 
-def test_a_resumed_run_has_the_same_masks_and_guides(
-    make_model, make_trainer, random_tokens, tmp_path
-):
+def test_a_resumed_run_has_the_same_masks_and_guides(make_model, make_trainer, tmp_path):
     copy = tmp_path / "step3.ckpt"
 
     def fit(resume=None):
-        model = make_model(
-            num_layers=3, ffn=RIGL, ffn_rules=[FFNRule(1, FST), FFNRule(2, GUIDED)]
-        )
+        model = make_model(num_layers=3, ffn=RIGL, ffn_rules=[FFNRule(1, FST), FFNRule(2, GUIDED)])
         trainer = make_trainer(
             max_steps=6,
             gradient_clip_val=1.0,
             enable_checkpointing=True,
+            limit_val_batches=0,
+            plugins=[AtomicCheckpointIO()],
             callbacks=[Keep(copy, 3), LastCheckpoint(tmp_path / "checkpoints", 3)],
         )
-        trainer.fit(model, random_tokens, ckpt_path=resume)
+        trainer.fit(model, SameBatches(), ckpt_path=resume)
         return model
 
     begun = make_model(num_layers=3, ffn=RIGL).state_dict()

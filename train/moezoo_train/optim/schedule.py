@@ -246,6 +246,6 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, run_steps: int 
 def _refuse_schedules_of(model: nn.Module) -> None:
     if any(isinstance(part, Matrix) and part.scheduled for part in model.modules()):
         raise InputError(
-            "trainer.max_steps: the matrices of the model follow the share of the run that is done, "
-            "and its end is not known; set it, or schedule.total_steps"
+            "trainer.max_steps: the matrices of the model follow the share of the run that is "
+            "done, and its end is not known; set it, or schedule.total_steps"
         )
