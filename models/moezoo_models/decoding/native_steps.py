@@ -15,6 +15,7 @@ from moezoo.layers.dense import DenseFFN
 from moezoo.layers.selective_ffn import SelectiveFFN
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
+from moezoo.matrices.masked import Latent
 from moezoo.routing import LogitOptions, Router, RouterOptions, WeightOptions
 from moezoo.selection import ThresholdSelector
 from moezoo_kernels import large_pages, token_step
@@ -101,9 +102,13 @@ def _is_routed_only(layer: SparseMoE) -> bool:
 def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
     parts = [layer.gate_proj] if layer.gated else []
     parts += [layer.up_proj, layer.down_proj]
-    if any(type(part) is not nn.Linear for part in parts):
+    if any(type(part) is not nn.Linear and not isinstance(part, Latent) for part in parts):
         return None
-    maps = [Linear(part.weight, part.bias) for part in parts]
+    # A sparse matrix is made once for a text, and not anew for every token.
+    maps = [
+        Linear(part.weight.detach() if isinstance(part, Latent) else part.weight, part.bias)
+        for part in parts
+    ]
     if not token_step.usable(hidden, norm.weight, *(tensor for each in maps for tensor in each)):
         return None
     gate = maps[0] if layer.gated else None
