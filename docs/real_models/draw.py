@@ -25,7 +25,8 @@ CARVED = {"carve": "carved", "prune, refitted": "static_refit", "prune": "static
 def gather(folder: Path) -> list[dict[str, Any]]:
     """Return the figures of ``make real``, each with the text that it was measured on."""
     frontier = json.loads((folder / "frontier" / "frontier.json").read_text(encoding="utf-8"))
-    report = json.loads((folder / "carved" / "moezoo_conversion.json").read_text(encoding="utf-8"))
+    written = (folder / "carved" / "moezoo_conversion.json").read_text(encoding="utf-8")
+    report = json.loads(written)["extra"]
     keys = ("method", "work", "ratio", "error")
     text = _named(frontier["calibration"])
     points = [{key: point[key] for key in keys} | {"text": text} for point in frontier["points"]]

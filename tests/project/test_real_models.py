@@ -45,7 +45,8 @@ def test_what_make_measured_becomes_a_table_and_a_picture(tmp_path, capsys):
     frontier = {"calibration": text, "dense": 20.0, "points": [point | {"error": 0.0123}]}
     plan = {"d_shared": 60, "d_expert": 2, "top_k": 6, "num_experts": 18}
     perplexity = {"dense": 20.0, "carved": 24.0, "static_refit": 25.0, "static": 40.0}
-    carved = {"calibration": text, "perplexity": perplexity, "plan": plan, "work": 0.77}
+    measured = {"calibration": text, "perplexity": perplexity, "plan": plan, "work": 0.77}
+    carved = {"method": "carve", "extra": measured}
     for name, content in (
         ("frontier/frontier.json", frontier),
         ("carved/moezoo_conversion.json", carved),
