@@ -255,14 +255,14 @@ def _first(x_TD: Tensor, length: int) -> Tensor:
 def _pruned(
     keep: int, length: int, layer: int, x_TD: Tensor, block: Block, target: Tensor
 ) -> Answer:
-    """Keep the strongest neurons for all tokens; ridges, target and first tokens as in carving."""
+    """Keep some neurons for all tokens; elimination, ridges, target, first tokens as in carving."""
     small = prune_block(
         x_TD,
         block.gate,
         block.up,
         block.down,
         keep,
-        "static_ls",
+        "eliminated",
         block.act,
         block.bias_in,
         block.bias_out,
