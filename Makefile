@@ -67,7 +67,9 @@ lint: $(VENV)/.dev
 	@$(BIN)/mypy
 
 docs: $(VENV)/.docs
+	@rm -f build/site.built
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@touch build/site.built  # a test looks at the site instead of building it again
 	@echo "The site is in build/site; look at it with: $(BIN)/mkdocs serve"
 
 bench: $(VENV)/.bench
