@@ -234,9 +234,13 @@ def test_wheel_holds_our_packages_only_and_imports_from_elsewhere(tmp_path):
     source = tmp_path / "source"
     copy_sources(source)
     setup = source / "setup.py"
-    optimised = setup.read_text(encoding="utf-8")
-    assert '"-O3"' in optimised  # which takes minutes, and nothing here is measured
-    setup.write_text(optimised.replace('"-O3"', '"-O0"'), encoding="utf-8")
+    text = setup.read_text(encoding="utf-8")
+    # Optimising, and other instruction sets from the same sources, would take minutes; nothing
+    # here is measured, and `make test` has installed the sources with all of them.
+    for changed, to in (('"-O3"', '"-O0"'), ("flags |= X86", "pass")):
+        assert changed in text
+        text = text.replace(changed, to)
+    setup.write_text(text, encoding="utf-8")
     # By way of the source distribution, so that one is complete too.
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run([*build, str(source)], check=True, capture_output=True)
@@ -256,19 +260,19 @@ def test_wheel_holds_our_packages_only_and_imports_from_elsewhere(tmp_path):
     for name in PACKAGES:
         assert (site / name / "py.typed").is_file()
 
-    code = "from moezoo.command.recipes import find, folder; print(find('peer'), folder())"
-    assert in_site(site, code).split() == [
+    code = "from moezoo.command.recipes import find, folder; print(find('peer'), folder())\n"
+    code += "import moezoo_kernels, moezoo, moezoo_models, moezoo_train\n"
+    code += "for m in (moezoo_kernels, moezoo, moezoo_models, moezoo_train): print(m.__file__)\n"
+    code += "from moezoo_kernels import native; print(getattr(native.load(), 'name', 'none'))"
+    recipes, *modules, native = in_site(site, code).splitlines()
+    assert recipes.split() == [
         str(site / "moezoo" / "recipes" / "peer.yaml"),
         str(site / "moezoo" / "recipes"),
     ]
     assert texts(site / "moezoo" / "recipes") == texts(ROOT / "configs")
-
-    code = "import moezoo_kernels, moezoo, moezoo_models, moezoo_train\n"
-    code += "for m in (moezoo_kernels, moezoo, moezoo_models, moezoo_train): print(m.__file__)"
-    assert all(line.startswith(str(site)) for line in in_site(site, code).split())
+    assert all(line.startswith(str(site)) for line in modules)
     if shutil.which("g++") or shutil.which("c++"):
-        code = "from moezoo_kernels import native; print(native.load().name)"
-        assert in_site(site, code).split()[0] in ("avx512", "avx2", "generic")
+        assert native == "generic"
 
 
 @pytest.mark.slow
