@@ -11,12 +11,22 @@ from pathlib import Path
 from forked import PATHS
 
 EACH = """
-import json, os, sys
+import atexit, gc, json, os, sys, traceback
+gc.freeze()
 for number, code in enumerate(json.load(sys.stdin)):
     if not (child := os.fork()):
         os.dup2(os.open(str(number), os.O_WRONLY | os.O_CREAT), 1)
-        exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
-        sys.exit()
+        status = 0
+        try:
+            exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(status)  # to take the interpreter down would copy all that was imported
     if os.waitpid(child, 0)[1]:
         sys.exit(f"failed: {code}")
 """
