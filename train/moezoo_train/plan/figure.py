@@ -129,15 +129,8 @@ def _level(axes: Axes, height: float, text: str) -> None:
     """Draw what the lines are compared with, in reach of them."""
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, height / 1.5), max(top, 1.5 * height))
-    axes.axhline(height, color="black", lw=0.9)
-    axes.annotate(
-        text,
-        (1, height),  # at the left end: far more often are lines beside it at the other
-        xytext=(3, 4),
-        textcoords="offset points",
-        fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
-    )
+    line = axes.axhline(height, color="black", lw=0.9)
+    axes.legend([line], [text], loc="best", fontsize=8, frameon=True, edgecolor="none")
 
 
 def _describe(axes: Axes, title: str, unit: str) -> None:
