@@ -16,6 +16,7 @@ FLAG = "--trainer.help"
 """The word that asks for the trainer's options."""
 
 _NAMED = "--trainer.max_steps, --trainer.precision, --trainer.devices"
+_CHECKPOINT = "last or best of the run's directory, or the path of a checkpoint"
 _ORDER = ("Run", "Checkpoint", "model", "data")
 _ROLE = re.compile(r":\w+:`~?([^`]+)`")
 
@@ -35,6 +36,9 @@ def grouped(parser: Any, trainer: bool) -> Iterator[None]:
         if by_trainer:
             for group in groups:
                 group.title = _title(group)
+                for action in group._group_actions:
+                    if action.dest == "ckpt_path":
+                        action.help = _CHECKPOINT
             rest = [group for group in groups if group not in by_trainer]
             parser._action_groups = (
                 by_trainer if trainer else [*sorted(rest, key=_place), _pointer(parser, by_trainer)]
@@ -63,10 +67,12 @@ def _title(group: Any) -> str | None:
 
 def _place(group: Any) -> int:
     """Return where a group stands: general options, the run, the model, the data, the rest."""
+    if any(action.dest == "help" for action in group._group_actions):
+        return -1
     for number, key in enumerate(_ORDER):
-        if group.title == key or _of(group, key):
+        if group.title == key or (_of(group, key) and group.title != "Linked arguments"):
             return number
-    return -1 if any(action.dest == "help" for action in group._group_actions) else len(_ORDER)
+    return len(_ORDER)
 
 
 def _pointer(parser: Any, groups: list[Any]) -> Any:

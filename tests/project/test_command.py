@@ -105,7 +105,26 @@ def test_help_of_training_is_readable(name, capsys, monkeypatch):
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"usage: moezoo {name} [options]"
-    assert any(line.startswith("  --model.d_model") for line in lines)
+    assert max(map(len, lines)) <= 80
+    ours = ["  --output", "  --model.d_model", "  --data.source", "Trainer:"]
+    places = [next(n for n, line in enumerate(lines) if line.startswith(o)) for o in ours]
+    assert places == sorted(places)
+    # One paragraph says where Lightning's options are.
+    said = " ".join("".join(lines[places[-1] + 1 :]).split())
+    assert re.fullmatch(rf"--trainer\.max_steps.* \d\d more .* moezoo {name} --trainer\.help", said)
+    assert not any("class:" in line for line in lines)
+
+
+def test_help_of_the_trainer_is_a_page_of_its_own(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        command.main(["fit", "--trainer.help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert len(options) > 40
+    assert all(option.startswith("--trainer") for option in options)
 
 
 def command_parser(name: str):

@@ -100,6 +100,7 @@ ROOMS = ("checkpoints", "text", "evaluation", "inspect", "conversion")
         "moezoo.convert",
         "moezoo_kernels",
         "moezoo_models",
+        "moezoo_train",
         *(f"moezoo_models.{room}" for room in ROOMS),
     ],
 )

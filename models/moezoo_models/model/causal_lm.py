@@ -48,7 +48,6 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
@@ -64,14 +63,15 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             inputs_embeds: as there.
             labels: ``(batch, sequence)`` int64, the tokens themselves, shifted in here as is
                 transformers' convention; -100 is left out.
-            shift_labels: ``(batch, sequence)`` int64, the next tokens; -100 is left out.
             use_cache: as there; off by default where there are labels.
             logits_to_keep: compute logits for that many last positions only, or for those
                 positions; 0 for all. Not together with labels.
             return_logits: false, with labels, for the loss alone: no more than a chunk of the
                 logits is made at a time (:func:`moezoo_kernels.linear_cross_entropy`).
-            kwargs: ``token_mask``, ``output_hidden_states``, ``output_attentions``, and what the
-                attention backend takes.
+            kwargs: ``shift_labels``, ``(batch, sequence)`` int64, the next tokens in place of
+                ``labels``; not by name above, where transformers' trainer would take them for
+                labels that every batch has. ``token_mask``, ``output_hidden_states``,
+                ``output_attentions``, and what the attention backend takes.
 
         Returns:
             The losses in fp32, and the logits in the dtype of the weights, or of autocast; a tuple
@@ -81,6 +81,7 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             InputError: as for :meth:`MoezooModel.forward`; labels given twice; neither labels nor
                 ``return_logits``.
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         if labels is not None:
             if shift_labels is not None:
                 raise InputError("labels: give labels or shift_labels, not both")
@@ -118,6 +119,7 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             else:
                 lm_loss = next_token_loss(logits, shift_labels)
             loss = sum(decoded.aux_losses.values(), lm_loss)
+        aux = list(decoded.aux_losses.values())
         output = MoezooOutput(
             loss=loss,
             lm_loss=lm_loss,
@@ -127,6 +129,7 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             attentions=decoded.attentions,
             aux_losses=decoded.aux_losses,
             ffn_stats=decoded.ffn_stats,
+            aux_loss=sum(aux[1:], aux[0]) if aux else None,
         )
         return output if return_dict else output.to_tuple()  # type: ignore[return-value]
 

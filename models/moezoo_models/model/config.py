@@ -94,7 +94,13 @@ class MoezooConfig(PreTrainedConfig):
     """
 
     model_type = "moezoo"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "lm_loss",
+        "aux_losses",
+        "ffn_stats",
+        "aux_loss",
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 512

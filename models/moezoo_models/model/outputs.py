@@ -48,6 +48,8 @@ class MoezooOutput(ModelOutput):
             if asked for (eager backend only).
         aux_losses: auxiliary losses by name, fp32 scalars summed over layers.
         ffn_stats: statistics of each layer's feed-forward block by name, detached.
+        aux_loss: the sum of ``aux_losses``, fp32, in ``loss`` already; None without any. (That of
+            transformers' mixtures is not weighted yet.)
     """
 
     loss: Tensor | None = None
@@ -58,3 +60,4 @@ class MoezooOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     aux_losses: dict[str, Tensor] | None = None
     ffn_stats: tuple[Mapping[str, Tensor], ...] | None = None
+    aux_loss: Tensor | None = None
