@@ -159,7 +159,8 @@ def test_overview_examples_are_commands():
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: page.name
 )
-def test_python_on_the_page_runs(page):
+def test_python_on_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what it writes, it writes there
     code = "\n".join(blocks(page, "python"))
     namespace: dict[str, object] = {}
     exec(compile(code, page.name, "exec"), namespace)
