@@ -156,6 +156,11 @@ def test_overview_examples_are_commands():
         assert all((ROOT / word).is_file() for word in words if word.startswith("configs/"))
 
 
+# What the trainers of docs/python.md say of themselves.
+@pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)")
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: page.name
 )
