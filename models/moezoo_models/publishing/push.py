@@ -8,9 +8,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moezoo.atomic import atomic_write
 from moezoo.command.messages import size
 from moezoo.errors import InputError
+from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.companions import README, is_license
 from moezoo_models.files.hub import WANTED, is_hub_name
 from moezoo_models.files.model_files import (
