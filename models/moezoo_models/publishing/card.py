@@ -100,8 +100,9 @@ def _figures(directory: Path) -> Iterator[tuple[str, str]]:
     if not made:
         return
     yield "made by", f"`moezoo {made.get('method')}`"
-    extra = made.get("extra") if isinstance(made.get("extra"), Mapping) else {}
-    found = made.get("perplexity") or extra.get("perplexity") or {}
+    extra = made.get("extra")
+    within = extra.get("perplexity") if isinstance(extra, Mapping) else None
+    found = made.get("perplexity") or within or {}
     for which in ("dense", "carved", "sparse", "loaded"):
         if isinstance(found.get(which), int | float):
             yield f"perplexity on held-out tokens, {which}", f"{found[which]:.4g}"
