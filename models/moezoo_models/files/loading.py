@@ -11,6 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from moezoo.errors import InputError
 from moezoo_models.files.gate import Admitted, admit, check_model, keep_generation
+from moezoo_models.files.hub import fetched, is_hub_name
 from moezoo_models.files.model_files import WEIGHTS
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -37,7 +38,8 @@ class GatedLoading:
 
         Args:
             pretrained_model_name_or_path: the directory, or a name on the Hugging Face Hub, whose
-                files are fetched first; None with the option ``state_dict``.
+                files are fetched first, also as ``hf:ORG/NAME@REVISION``; None with the option
+                ``state_dict``.
             args: for the constructor.
             kwargs: options as in transformers. Nothing is unpickled, and no code that a directory
                 names is run.
@@ -122,6 +124,8 @@ def local_directory(path: str | os.PathLike[str], options: dict[str, Any]) -> Pa
     inner = options.pop("subfolder", None) or ""
     for name in _UNUSED:
         options.pop(name, None)
+    if is_hub_name(str(path)):
+        return fetched(str(path)) / inner
     directory = Path(path)
     named = str(path).count("/") <= 1 and "\0" not in str(path) and not directory.exists()
     if not named or str(path).startswith((".", "/", "~")):
@@ -135,10 +139,10 @@ def local_directory(path: str | os.PathLike[str], options: dict[str, Any]) -> Pa
 
     wanted = [f"{inner}/{end}" if inner else end for end in ("*.json", "*.safetensors")]
     try:
-        fetched = snapshot_download(str(path), allow_patterns=wanted, **hub)
+        place = snapshot_download(str(path), allow_patterns=wanted, **hub)
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise InputError(
             f"checkpoint: {path} is neither a directory nor a model on the Hugging Face Hub that "
             "can be fetched; give another one"
         ) from error
-    return Path(fetched) / inner
+    return Path(place) / inner

@@ -263,13 +263,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Args:
         path: directory that holds ``tokenizer.json`` (or other Hugging Face tokenizer files) or
-            ``tokenizer.model`` (sentencepiece), a GGUF file, or ``"hf:NAME"``.
+            ``tokenizer.model`` (sentencepiece), a GGUF file, ``"hf:NAME"``, or
+            ``"hf:NAME@REVISION"``.
 
     Raises:
         InputError: the directory or the files in it are missing, broken or without an
             end-of-text token.
     """
-    if str(path).startswith(HUB_PREFIX):
+    if str(path).startswith(HUB_PREFIX) and "@" not in str(path):
         return HuggingFaceTokenizer(_auto_tokenizer(str(path).removeprefix(HUB_PREFIX)))
     if "\0" in str(path):
         raise InputError(f"tokenizer: {str(path)!r} holds a NUL character, which no path has")

@@ -10,10 +10,12 @@ from huggingface_hub import errors
 
 from moezoo import InputError
 from moezoo.__main__ import main
+from moezoo_models import MoezooForCausalLM
 from moezoo_models.checkpoints.directory import load_checkpoint, load_with_tokenizer
 from moezoo_models.files import hub
 from moezoo_models.files.hub import UNWANTED, WANTED, fetched
 from moezoo_models.text.tokenizer import load_tokenizer
+from moezoo_train.finetune.pretrained import default_tokenizer
 
 httpx = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -62,6 +64,19 @@ def test_models_are_loaded_from_the_cache(cached, ours, capsys):
         for key, tensor in before.state_dict().items():
             assert torch.equal(tensor, model.state_dict()[key])
         assert capsys.readouterr().err == f"{name}: {cached / 'snapshots' / commit}\n"
+
+
+def test_python_takes_such_names(cached, ours):
+    model = MoezooForCausalLM.from_pretrained("hf:org/name@v1")
+    assert model.name_or_path == str(cached / "snapshots" / OTHER)
+
+
+def test_runs_take_such_names(cached):
+    assert default_tokenizer("hf:org/name") == str(cached / "snapshots" / COMMIT)
+    assert default_tokenizer("elsewhere") is None
+    assert load_tokenizer("hf:org/name@v1").encode("ab") == load_tokenizer(
+        cached / "snapshots" / COMMIT
+    ).encode("ab")
 
 
 def test_commands_take_such_names(cached, place, capsys):

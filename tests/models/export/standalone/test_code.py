@@ -1,6 +1,7 @@
 """The code that is written for a model, run in this process: every method of the zoo."""
 
 import ast
+import importlib
 import sys
 import types
 
@@ -9,6 +10,7 @@ import torch
 
 import moezoo
 from moezoo import InputError
+from moezoo_models.export.standalone.assemble import _SUBSTITUTES
 from moezoo_models.export.standalone.export import code_of
 from moezoo_models.model.config import MoezooConfig
 
@@ -69,7 +71,8 @@ def test_every_method_computes_the_same(names, make, ids, run):
     fields = ffn(*names) | {"allow_non_causal": names is not CAUSAL}
     model = skewed(make(**fields).double())
     code = code_of(model.config)
-    assert imports_of(code) <= {"torch", "transformers", *sys.stdlib_module_names}
+    assert imports_of(code) <= {"torch", "transformers", *sys.stdlib_module_names} - {"ctypes"}
+    assert "# From moezoo_kernels/backends.py" not in code
     module = run(code, names[0])
     other = module.MoezooForCausalLM(module.MoezooConfig.from_dict(model.config.to_dict())).double()
     other.load_state_dict(model.state_dict())
@@ -106,3 +109,8 @@ def test_layers_of_others_are_refused(make):
     config = make(ffn=[{"layers": "all", "class_path": "moezoo.LooksAhead"}], allow_non_causal=True)
     with pytest.raises(InputError, match=r"with_code: LooksAhead is defined in .*conftest"):
         code_of(config.config)
+
+
+def test_what_is_replaced_is_there():
+    for module, name in (*_SUBSTITUTES, *_SUBSTITUTES.values()):
+        assert hasattr(importlib.import_module(module), name), (module, name)
