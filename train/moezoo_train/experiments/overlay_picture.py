@@ -134,7 +134,7 @@ def _unit(kind: str, runs: Sequence[tuple[str, Series, Series]]) -> tuple[float,
         return unit, f"training time ({names[unit]})"
     if kind == "flops":
         exponent = 3 * int(np.log10(max(largest, 1)) // 3)
-        return 10.0**exponent, f"training FLOPs (10^{exponent})"
+        return 10.0**exponent, f"training FLOPs ($10^{{{exponent}}}$)"
     units = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
     unit, name = next(((u, n) for u, n in units if largest >= u), (1.0, ""))
     return unit, f"{name}tokens"

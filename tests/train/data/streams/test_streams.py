@@ -17,7 +17,9 @@ from moezoo_models.text.corpus import open_corpus
 from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.data.mixing import DataSource
+from moezoo_train.data.sources import Cutting
 from moezoo_train.data.streams.batches import Numbering, StreamBatches
+from moezoo_train.data.streams.data import StreamedData
 from moezoo_train.data.streams.reader import Position, Reader
 from moezoo_train.data.streams.source import StreamedText
 
@@ -259,6 +261,32 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(text):
     rest = ids(batches([text], 20))[10:]
     shared = [ids(batches([text], 5, 2, r, (1.0,), positions, 10)) for r in range(2)]
     assert [shared[m % 2][m // 2] for m in range(10)] == rest
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one(corpus, words, monkeypatch):
+    def data():
+        return StreamedData([DataSource(corpus)], words, READERS, 0, 0.1, 0, 1000)
+
+    def train(data, processes, count, processed=0):
+        cutting, options = Cutting(S, B, 0, 258, *processes), {"num_workers": 0, "batch_size": None}
+        loader = data.train_loader(cutting, lambda: processed, options)
+        return [batch["input_ids"].tolist() for batch in islice(loader, count)]
+
+    def gather(own):
+        return [{n: each._progress.positions[n] for n in each._progress.moved} for each in both]
+
+    whole = ids(batches(data().texts, 20))
+    both = [data(), data()]
+    for rank, each in enumerate(both):
+        assert train(each, (2, rank), 7) == whole[rank:14:2]  # two more than are trained on
+        each._progress.settle(5)
+    monkeypatch.setattr("moezoo_train.data.streams.data.gather_from_ranks", gather)
+    states = [each.state_dict(5) for each in both]
+    assert str(states[0]) == str(states[1])
+    assert states[0]["first"] == 10
+    one = data()
+    one.load_state_dict(states[0])
+    assert train(one, (1, 0), 10, processed=5) == whole[10:20]
 
 
 @pytest.mark.parametrize(
