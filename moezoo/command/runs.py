@@ -16,6 +16,6 @@ def with_list(words: Sequence[str]) -> list[str]:
 def help_of_runs() -> str:
     """Return the end of the help of ``moezoo compare``."""
     return (
-        "\nmoezoo compare RUN RUN ... [--output DIR] draws runs of moezoo fit over each other, in\n"
-        "one picture and one table.\n"
+        "\nmoezoo compare RUN RUN ... [--output DIR] draws runs of moezoo fit over each\n"
+        "other, in one picture and one table.\n"
     )

@@ -116,7 +116,8 @@ def read_parquet(
     """
     read = conversation_of if messages else field_of
     with _opened(file, text_field, messages) as table:
-        groups, first, last = (None, 0, None) if part is None else ([part[0]], *part[1:])
+        groups = None if part is None else [part[0]]
+        first, last = (0, -1) if part is None else part[1:]
         before = sum(table.metadata.row_group(g).num_rows for g in range(part[0] if part else 0))
         number = 0
         for batch in table.iter_batches(1024, groups, [text_field]):

@@ -77,8 +77,8 @@ def is_last_step(trainer: Trainer) -> bool:
         return True
     if trainer.should_stop and loop._can_stop_early:
         return True
-    last_epoch = loop.max_epochs is not None and loop.max_epochs >= 0
-    last_epoch = last_epoch and loop.epoch_progress.current.processed + 1 >= loop.max_epochs
+    epochs = -1 if loop.max_epochs is None else loop.max_epochs
+    last_epoch = 0 <= epochs <= trainer.current_epoch + 1
     return last_epoch and loop.epoch_loop._num_ready_batches_reached()
 
 

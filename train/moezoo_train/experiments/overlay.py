@@ -181,7 +181,7 @@ def _series(rows: Sequence[Mapping[str, str]], name: str) -> Series:
     return Series(
         tokens=tokens,
         flops=tokens * rates[-1] if rates else None,
-        seconds=np.interp(tokens, *np.array(clock).T),
+        seconds=np.interp(tokens, [t for t, _ in clock], [s for _, s in clock]),
         loss=np.array([loss for _, loss in finite]),
     )
 

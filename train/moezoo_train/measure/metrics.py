@@ -105,14 +105,13 @@ class TrainingMetrics(Callback):
         # What other callbacks log has this number, not Lightning's count from 0.
         pl_module.log("step", float(self._step), on_step=True)
         self._sequence_length = batch["input_ids"].shape[1]
-        if regular := is_logged(trainer, self._step):
+        regular = is_logged(trainer, self._step)
+        if regular or (self._losses and is_last_step(trainer)):
             metrics = self._write(trainer, pl_module)
+            pl_module.log_dict(metrics, on_step=True, logger=False)
+        if regular:
             self._logged, self._losses = (self.tokens, self.seconds), {}
             self._load.clear()
-        elif self._losses and is_last_step(trainer):
-            metrics = self._write(trainer, pl_module)
-        if regular or self._last_row == self._step:
-            pl_module.log_dict(metrics, on_step=True, logger=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the last step where a validation behind it has ended the run, as early stopping."""

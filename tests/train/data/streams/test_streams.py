@@ -332,6 +332,21 @@ def test_a_position_of_something_else_is_refused(options, name, make, tmp_path):
         fit(make(**options), tmp_path, 6, tmp_path / "3.ckpt")
 
 
+@pytest.mark.parametrize(
+    "spoiled",
+    [{"block": -1}, {"window": "3"}, {"carry": [1]}, {"carry": torch.zeros(2)}, {"epoch": 1.5}],
+    ids=str,
+)
+def test_a_damaged_position_is_one_line(spoiled, make, tmp_path):
+    fit(make(), tmp_path, 3)
+    state = torch.load(tmp_path / "3.ckpt", weights_only=True)
+    for readers in state["TokenDataModule"]["readers"].values():
+        readers[0] |= spoiled
+    torch.save(state, tmp_path / "bad.ckpt")
+    with pytest.raises(InputError, match="ckpt_path: the position in the checkpoint is damaged"):
+        fit(make(), tmp_path, 6, tmp_path / "bad.ckpt")
+
+
 def test_a_bad_row_ends_the_run_in_one_line_from_a_worker_too(make, tmp_path):
     file = tmp_path / "a.jsonl"
     write(file, "z", 60)

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from moezoo.errors import InputError, check_int
+from moezoo_train.checkpoint_structure import is_whole
 from moezoo_train.data.mixing import DataSource, JoinedBatches, Schedule
 from moezoo_train.data.sources import Cutting, check_sources
 from moezoo_train.data.streams.batches import (
@@ -197,7 +198,11 @@ class StreamedData:
                 int(reader): [Position.of(each) for each in positions]
                 for reader, positions in state["readers"].items()
             }
-            return found, int(state["first"])
+            if not is_whole(state["first"]) or any(
+                len(each) != len(self.sources) for each in found.values()
+            ):
+                raise ValueError("it is of other texts")
+            return found, state["first"]
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise InputError("ckpt_path: the position in the checkpoint is damaged") from error
 

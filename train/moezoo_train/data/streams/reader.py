@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
+from moezoo_train.checkpoint_structure import is_whole
 from moezoo_train.data.streams.source import BLOCK_PARTS, StreamedText
 from moezoo_train.data.windows import generator_of
 
@@ -52,8 +53,11 @@ class Position:
             KeyError: something is missing, or (AttributeError, TypeError, ValueError) of another
                 kind.
         """
-        counts = (int(state[name]) for name in ("epoch", "block", "window"))
-        return cls(*counts, carry=state["carry"].numpy().copy())
+        counts = [state[name] for name in ("epoch", "block", "window")]
+        carry = state["carry"].numpy().copy()
+        if not all(map(is_whole, counts)) or carry.dtype != np.int64 or carry.ndim != 1:
+            raise ValueError("a position is something else")
+        return cls(*counts, carry=carry)
 
 
 class Reader:
@@ -110,12 +114,12 @@ class Reader:
         parts = order[at.block * BLOCK_PARTS : (at.block + 1) * BLOCK_PARTS]
         found = [self.text.training_tokens(part) for part in parts]
         carry = np.zeros(0) if at.carry is None else at.carry
-        found.insert(0, carry.astype(found[0].dtype))
+        found.insert(0, carry.astype(self.text.dtype))
         tokens = np.concatenate(found)
         windows = max(len(tokens) - 1, 0) // self.sequence_length
         generator = generator_of(self.text.seed, self.number, at.epoch, at.block, -1)
         # What is left over was read with the part before; the first one stands for it.
-        ends = np.cumsum([len(found[0]) + len(found[1]), *map(len, found[2:])])
+        ends = np.cumsum([sum(map(len, found[:2])), *map(len, found[2:])])
         self._block = _Block(
             tokens,
             torch.randperm(windows, generator=generator).numpy(),

@@ -18,6 +18,7 @@ from moezoo_models.text.corpus import open_corpus
 from moezoo_models.text.parts import Part, cut, files_of, measure, read_part
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.data.encoders import Encoders, EncodingError
+from moezoo_train.data.prepared import token_dtype
 from moezoo_train.data.windows import generator_of
 
 PART_BYTES = 1 << 18
@@ -98,6 +99,11 @@ class StreamedText:
     def tokenizer(self) -> Tokenizer:
         """What encodes."""
         return load_tokenizer(self._tokenizer_name)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type that every id fits into."""
+        return token_dtype(self.tokenizer.vocab_size)
 
     @cached_property
     def _dealt(self) -> torch.Tensor:
