@@ -177,11 +177,11 @@ def _series(rows: Sequence[Mapping[str, str]], name: str) -> Series:
     rates = [float(r["train/flops"]) / float(r["tokens"]) for r in rows if "train/flops" in r]
     points = [(float(row["tokens"]), float(row[name])) for row in rows if name in row]
     finite = [point for point in points if math.isfinite(point[1])]
-    tokens = np.array([tokens for tokens, _ in finite])
+    reached = np.array([tokens for tokens, _ in finite])
     return Series(
-        tokens=tokens,
-        flops=tokens * rates[-1] if rates else None,
-        seconds=np.interp(tokens, [t for t, _ in clock], [s for _, s in clock]),
+        tokens=reached,
+        flops=reached * rates[-1] if rates else None,
+        seconds=np.interp(reached, [t for t, _ in clock], [s for _, s in clock]),
         loss=np.array([loss for _, loss in finite]),
     )
 

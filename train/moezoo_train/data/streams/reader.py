@@ -53,11 +53,12 @@ class Position:
             KeyError: something is missing, or (AttributeError, TypeError, ValueError) of another
                 kind.
         """
-        counts = [state[name] for name in ("epoch", "block", "window")]
+        epoch, block, window = (state[name] for name in ("epoch", "block", "window"))
         carry = state["carry"].numpy().copy()
-        if not all(map(is_whole, counts)) or carry.dtype != np.int64 or carry.ndim != 1:
+        counts = map(is_whole, (epoch, block, window))
+        if not all(counts) or carry.dtype != np.int64 or carry.ndim != 1:
             raise ValueError("a position is something else")
-        return cls(*counts, carry=carry)
+        return cls(epoch, block, window, carry)
 
 
 class Reader:
