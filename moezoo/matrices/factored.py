@@ -122,11 +122,11 @@ class Factored(Matrix):
 
     @torch.no_grad()
     def step(self, progress: float | None = None) -> None:
-        """Lower the guide's share."""
+        """Lower the guide's share, which never rises again: later runs train the factors alone."""
         super().step(progress)
         if progress is not None and self.until:
-            self.progress.fill_(progress)
-            self._ended = progress >= self.until
+            self.progress.clamp_(min=progress)
+            self._ended = bool(self.progress >= self.until)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self._ended = False  # until a step says otherwise

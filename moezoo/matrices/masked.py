@@ -90,12 +90,15 @@ class NMMatrix(Masked):
     """N of every M inputs of a neuron."""
 
     progress: Tensor
+    stage: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool, options: NM) -> None:
         super().__init__(in_features, out_features, bias, options.decay)
         self.options = options
         if options.leak is not None:
             self.register_buffer("progress", torch.zeros((), dtype=torch.float32))
+        if options.stages is not None:
+            self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
 
     def dense(self) -> Tensor:
         """Multiply the weights by the mask, and by what leaks outside of it."""
@@ -118,7 +121,9 @@ class NMMatrix(Masked):
         super().reset_parameters(std)
         if self.options.leak is not None:
             nn.init.zeros_(self.progress)
-        self._choose(0.0)
+        if self.options.stages is not None:
+            nn.init.zeros_(self.stage)
+        self._choose(self._pattern(self._stage_of(0.0)))
 
     @property
     def scheduled(self) -> bool:
@@ -127,22 +132,33 @@ class NMMatrix(Masked):
 
     @torch.no_grad()
     def step(self, progress: float | None = None) -> None:
-        """Choose the mask by the weights as they are now."""
+        """Choose the mask by the weights as they are now; no stage and no leak comes back."""
         super().step(progress)
-        if self.options.leak is not None and progress is not None:
-            self.progress.fill_(progress)
-        self._choose(0.0 if progress is None else progress)
+        stage = 0
+        if progress is not None and self.options.leak is not None:
+            self.progress.clamp_(min=progress)
+        elif progress is not None and self.options.stages is not None:
+            stage = max(int(self.stage), self._stage_of(progress))
+            self.stage.fill_(stage)
+        self._choose(self._pattern(stage))
+
+    def _stage_of(self, progress: float) -> int:
+        """Return the number of the stage, from 1; 0 before the first."""
+        rule = self.options
+        if rule.stages is None or progress < rule.start:
+            return 0
+        count = len(stages(rule.n, rule.m, rule.stages))
+        return min(int((progress - rule.start) / (rule.end - rule.start) * count), count - 1) + 1
+
+    def _pattern(self, stage: int) -> tuple[int, int] | None:
+        """Return the N and M of a stage; None where all weights count."""
+        rule = self.options
+        if rule.stages is None:
+            return rule.n, rule.m
+        return stages(rule.n, rule.m, rule.stages)[stage - 1] if stage else None
 
     @torch.no_grad()
-    def _choose(self, progress: float) -> None:
-        rule = self.options
-        pattern: tuple[int, int] | None = (rule.n, rule.m)
-        if rule.stages is not None:
-            pattern = None
-            if progress >= rule.start:
-                ways = stages(rule.n, rule.m, rule.stages)
-                done = (progress - rule.start) / (rule.end - rule.start)
-                pattern = ways[min(int(done * len(ways)), len(ways) - 1)]
+    def _choose(self, pattern: tuple[int, int] | None) -> None:
         if pattern is None:
             self.mask.fill_(True)
         else:
@@ -203,7 +219,7 @@ class TransposableMatrix(Masked):
         dense_from = self.options.dense_from
         if dense_from is not None and progress is not None and progress >= dense_from:
             self.mask.fill_(True)
-        elif int(self.steps) % self.options.every == 0:
+        elif int(self.steps) % self.options.every == 0 and not self.mask.all():
             self.mask.copy_(rules.transposable(whole(self.latent).abs()))
 
 

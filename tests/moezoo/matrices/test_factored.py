@@ -189,3 +189,14 @@ def test_a_schedule_wants_to_know_how_far_the_run_is():
 def test_mistakes_are_named(matrices, message):
     with pytest.raises(InputError, match=message):
         moezoo.DenseFFN(24, matrices=matrices)
+
+
+def test_a_guide_that_has_ended_does_not_come_back_in_a_later_run():
+    matrix, x = make(GUIDED["low_rank"]).train(), tokens(24)
+    with torch.no_grad():
+        matrix.guide.normal_()
+    matrix.step(1.0)
+    again = make(GUIDED["low_rank"]).train()
+    again.load_state_dict(matrix.state_dict())
+    again.step(0.01)
+    assert torch.equal(again(x), matrix.eval()(x))

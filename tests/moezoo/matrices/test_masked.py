@@ -384,3 +384,15 @@ def test_mistakes_are_named(matrices, message):
     if isinstance(matrices, Transposable):
         with pytest.raises(InputError, match="transposable masks are 4 × 4, 22"):
             moezoo.DenseFFN(22, 32, matrices=Transposable())
+
+
+def test_a_later_run_does_not_turn_schedules_back():
+    staged, leaking = make(NM(stages="step")), make(NM(leak="linear", end=0.5))
+    dense = make(Transposable(every=1, dense_from=0.5))
+    for matrix in (staged, leaking, dense):
+        matrix.step(1.0)
+        before = matrix.dense().detach().clone()
+        again = make(matrix.options)
+        again.load_state_dict(matrix.state_dict())
+        again.step(0.01)
+        assert torch.equal(again.dense(), before)
