@@ -130,7 +130,7 @@ class Factored(Matrix):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self._ended = False  # until a step says otherwise
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class LowRankMatrix(Factored):
