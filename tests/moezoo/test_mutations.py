@@ -97,7 +97,6 @@ UNSEEN = {
     "matrices.init": "says how factors begin",
     "matrices.scope": "acts in step()",
     "matrices.sparsity": "acts in step(); a mask is a buffer",
-    "matrices.stages": "acts in step()",
     "router.bias_recentre": "acts in step()",
     "router.bias_rule": "acts in step()",
     "router.bias_update_rate": "acts in step()",
