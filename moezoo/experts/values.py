@@ -97,6 +97,23 @@ class ValueTable(nn.Module):
         dense_TN = weights_TK.new_zeros(len(weights_TK), self.num_slots)
         return dense_TN.scatter_add(1, indices_TK, weights_TK) @ weight
 
+    def rows(self, indices_TH: Tensor) -> Tensor:
+        """Return single rows, ``(T, H, V)`` in the table's dtype; zeros for the index -1."""
+        flat = indices_TH.reshape(-1, 1).to(self.weight.device)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        read = self(flat, torch.ones(flat.shape, dtype=wide, device=flat.device), None)
+        return read.reshape(*indices_TH.shape, read.shape[-1]).to(indices_TH.device)
+
+    def reference_rows(self, indices_TH: Tensor) -> Tensor:
+        """Return the same by indexing."""
+        weight: Tensor = self.weight
+        if self.mesh is not None:
+            from moezoo.parallel import whole
+
+            weight = whole(weight)
+        missing = (indices_TH < 0).unsqueeze(-1)
+        return weight[indices_TH.clamp(min=0)].masked_fill(missing, 0.0)
+
     def flops_per_row(self) -> int:
         """Return the forward FLOPs of one value read."""
         return 2 * self.v_dim

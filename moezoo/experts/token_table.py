@@ -1,0 +1,75 @@
+"""Tables whose rows token ids address: no search, so a row can be fetched before it is needed.
+
+Shapes: T tokens, V width of a row.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moezoo.experts.values import ValueTable
+from moezoo.feed_forward import ParameterGroup, TokenContext
+from moezoo.routing.hashing import aligned
+
+
+class TokenTable(ValueTable):
+    """Trained rows, read one by one, or summed as those of a :class:`ValueTable`.
+
+    It may lie on another device than the ids: what is read comes back to theirs.
+
+    Args:
+        num_slots: number of rows.
+        v_dim: their width V.
+        std: of fresh rows.
+        sparse: as for :class:`ValueTable`.
+    """
+
+    def __init__(
+        self, num_slots: int, v_dim: int, *, std: float = 1.0, sparse: bool = False
+    ) -> None:
+        self.std = std
+        super().__init__(num_slots, v_dim, sparse=sparse)
+
+    def reset_parameters(self) -> None:
+        """Draw the rows from N(0, std²)."""
+        nn.init.normal_(self.weight, std=self.std)
+
+
+def row_group(table: ValueTable, lr_multiplier: float) -> list[ParameterGroup]:
+    """Return the group of a table's rows, if they are trained: no decay, sparse if they are."""
+    if not table.weight.requires_grad:
+        return []
+    return [
+        ParameterGroup(
+            "token rows",
+            [table.weight],
+            lr_multiplier=lr_multiplier,
+            weight_decay=False,
+            sparse=table.sparse,
+        )
+    ]
+
+
+def rows_of_tokens(
+    hidden: Tensor, context: TokenContext, vocab_size: int, layer: str
+) -> tuple[Tensor, Tensor | None]:
+    """Return each token's id as the row of a table, ``(T, 1)``, and the mask, ``(T,)``.
+
+    Padding has the row -1.
+
+    Args:
+        hidden: ``(..., d_model)``.
+        context: of the call.
+        vocab_size: number of rows.
+        layer: what messages call the layer.
+
+    Raises:
+        InputError: token ids are missing or outside the table, or a shape does not match.
+    """
+    token_ids, mask = aligned(hidden, context.token_ids, context.mask, vocab_size, layer)
+    length = hidden.shape[-2] if hidden.ndim > 1 else 1
+    rows_T1 = token_ids[..., token_ids.shape[-1] - length :].reshape(-1, 1).long()
+    if mask is None:
+        return rows_T1, None
+    mask_T = mask[..., mask.shape[-1] - length :].reshape(-1)
+    return rows_T1.masked_fill(~mask_T.unsqueeze(-1), -1), mask_T
