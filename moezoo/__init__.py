@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from moezoo.layers.fast_feed_forward import FastFeedForward
     from moezoo.layers.hash import HashLayer
     from moezoo.layers.memory_plus import MemoryPlus
+    from moezoo.layers.mole import MoLE
     from moezoo.layers.peer import PEER
     from moezoo.layers.persistent_memory import PersistentMemoryAttention
     from moezoo.layers.product_key_memory import ProductKeyMemory
     from moezoo.layers.selective_ffn import SelectiveFFN
     from moezoo.layers.sigma_moe import SigmaMoE
     from moezoo.layers.sparse_moe import SparseMoE
+    from moezoo.layers.stem import STEM
     from moezoo.layers.top_k_ffn import TopKFFN
     from moezoo.layers.ultra_fast_fff import UltraFastFFF
     from moezoo.routing import (
@@ -72,12 +74,14 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "layers.fast_feed_forward": ("FastFeedForward",),
     "layers.hash": ("HashLayer",),
     "layers.memory_plus": ("MemoryPlus",),
+    "layers.mole": ("MoLE",),
     "layers.peer": ("PEER",),
     "layers.persistent_memory": ("PersistentMemoryAttention",),
     "layers.product_key_memory": ("ProductKeyMemory",),
     "layers.selective_ffn": ("SelectiveFFN",),
     "layers.sigma_moe": ("SigmaMoE",),
     "layers.sparse_moe": ("SparseMoE",),
+    "layers.stem": ("STEM",),
     "layers.top_k_ffn": ("TopKFFN",),
     "layers.ultra_fast_fff": ("UltraFastFFF",),
     "routing": (
@@ -120,6 +124,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PEER",
+    "STEM",
     "BalanceOptions",
     "CapacityOptions",
     "CarvedMoE",
@@ -135,6 +140,7 @@ __all__ = [
     "LogitOptions",
     "MemoryPlus",
     "Method",
+    "MoLE",
     "Paper",
     "ParameterGroup",
     "PersistentMemoryAttention",

@@ -333,9 +333,35 @@ def persistent_memory() -> Canvas:
     return canvas
 
 
+def token_tables() -> Canvas:
+    """Draw rows that the ids of the last tokens name, and what the hidden state makes of them."""
+    canvas = Canvas()
+    for n, name in enumerate(("x[t-1]", "x[t]")):
+        canvas.box(9, 27 - 11 * n, name, w=10)
+        canvas.arrow((14, 27 - 11 * n), (22, 22 - 2 * n))
+    canvas.box(29, 21, "id, or hash\nof n-grams", w=14, h=9)
+    for row in range(9):
+        canvas.axes.add_patch(
+            matplotlib.patches.Rectangle(
+                (46, 6 + 3.1 * row), 12, 2.4, fc=BLUE if row in (2, 6) else GREY, ec=LINE, lw=0.5
+            )
+        )
+    canvas.arrow((36, 22), (45.5, 25.6))
+    canvas.arrow((36, 20), (45.5, 13.4))
+    canvas.text(52, 36.5, "a table of rows", 7.5)
+    canvas.arrow((58.5, 25.6), (70, 22))
+    canvas.arrow((58.5, 13.4), (70, 20))
+    canvas.box(77, 21, "gate, factor\nor weights", w=14, h=9)
+    canvas.box(77, 5, "h[t]", w=9)
+    canvas.arrow((77, 8), (77, 16.3))
+    canvas.arrow((84, 21), (93, 21))
+    canvas.text(95.5, 21, "y", 9)
+    return canvas
+
+
 FIGURES: tuple[Callable[[], Canvas], ...] = (
     sparse_moe, sigma_moe, hash_layer, carved_moe, peer, product_key_memory, memory_plus,
-    fast_feed_forward, ultra_fast_fff, top_k_ffn, selective_ffn, persistent_memory,
+    fast_feed_forward, ultra_fast_fff, top_k_ffn, selective_ffn, token_tables, persistent_memory,
 )  # fmt: skip
 
 

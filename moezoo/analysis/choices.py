@@ -14,16 +14,19 @@ from torch import Tensor
 from moezoo.analysis.watching import Context, input_of
 from moezoo.errors import InputError
 from moezoo.experts.memory import KeyValueMemory
-from moezoo.feed_forward import FeedForward, flatten_tokens
+from moezoo.experts.token_table import rows_of_tokens
+from moezoo.feed_forward import FeedForward, TokenContext, flatten_tokens
 from moezoo.layers.carved_moe import CarvedMoE
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.hash import HashLayer
 from moezoo.layers.memory_layer import MemoryLayer
+from moezoo.layers.mole import MoLE
 from moezoo.layers.peer import PEER
 from moezoo.layers.selective_ffn import SelectiveFFN
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
+from moezoo.layers.stem import STEM
 from moezoo.layers.top_k_ffn import TopKFFN
 from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import Routing
@@ -131,6 +134,27 @@ def _(layer: HashLayer, hidden: Tensor, context: Context) -> SlotChoices:
     # Segment r of expert e is number e R + r.
     experts_TR = routing.indices.div(layer.num_hashes, rounding_mode="floor")
     return SlotChoices(experts_TR, routing.weights, layer.num_experts, "experts")
+
+
+@_choose.register
+def _(layer: STEM, hidden: Tensor, context: Context) -> SlotChoices:
+    rows_T1 = _rows(layer, hidden, context)
+    return SlotChoices(rows_T1, torch.ones(rows_T1.shape), layer.vocab_size, "rows")
+
+
+@_choose.register
+def _(layer: MoLE, hidden: Tensor, context: Context) -> SlotChoices:
+    weights_TE = layer.weigh(hidden.reshape(-1, layer.d_model))
+    experts_TE = torch.arange(layer.num_experts, device=hidden.device).expand_as(weights_TE)
+    padding_T1 = _rows(layer, hidden, context) < 0
+    return SlotChoices(
+        experts_TE.masked_fill(padding_T1, -1), weights_TE, layer.num_experts, "experts"
+    )
+
+
+def _rows(layer: STEM | MoLE, hidden: Tensor, context: Context) -> Tensor:
+    given = TokenContext(token_ids=context.get("token_ids"), mask=context.get("mask"))
+    return rows_of_tokens(hidden, given, layer.vocab_size, type(layer).__name__)[0]
 
 
 @_choose.register

@@ -5,8 +5,12 @@ arXiv:2106.04426, section 3). With R hash functions (MultiHash, section 3.3) the
 into R segments, and each hash function chooses the expert that lends its segment:
 ``y_t = Σ_r C^r_{hash_r(x_t)} relu(B^r_{hash_r(x_t)} h_t)``. No router, no auxiliary loss.
 
+DeepSeek-V4 sends a token to K whole experts by its id and learns how they are weighed, from the
+hidden state (DeepSeek-AI 2026, arXiv:2606.19348, section 2.1):
+``y_t = Σ_k w_k(h_t) FFN_{hash_k(x_t)}(h_t)``.
+
 Shapes: S tokens of a sequence, L >= S tokens known of it, T tokens of the batch, V size of the
-vocabulary, E experts, R hash functions.
+vocabulary, E experts, R hash functions, or K experts per token: C choices, of which one is 1.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moezoo.errors import InputError, check_choice, check_int
+from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.experts import MLPExperts
 from moezoo.feed_forward import (
     Cost,
@@ -32,6 +36,7 @@ from moezoo.init import output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing import Routing, hashing
 from moezoo.routing.deferred import statistics
+from moezoo.routing.hash_gate import SCORES, HashGate, Score, check_learned
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.activations import ACTIVATIONS
 
@@ -55,8 +60,11 @@ class HashLayer(FeedForward):
         d_model: width of the residual stream.
         num_experts: number of experts E.
         d_expert: hidden width of one expert; default that of the dense block, so that a token
-            costs what the dense block costs (rounded up to a multiple of num_hashes).
+            costs what the dense block costs, in all its experts (rounded up to a multiple of
+            num_hashes).
         num_hashes: number of hash functions R, which divides d_expert; more than 1 is MultiHash.
+        top_k: whole experts per token K; several have learned weights. A random table gives a token
+            different ones; in others one may stand twice, and then answers twice.
         key: what is hashed: the ``token`` itself, the ``previous`` one, the ``bigram`` of both,
             the ``position`` (modulo E), or the ``future`` token, which is the paper's oracle: a
             bound, not a language model.
@@ -69,6 +77,9 @@ class HashLayer(FeedForward):
         gated: gated linear units instead of MLPs.
         bias: whether the experts' projections have biases.
         allow_future: train with ``key="future"`` although it reads the token to be predicted.
+        weights: ``one``, or ``learned``, scores of the chosen experts over their sum.
+        score: of learned weights: sqrt_softplus, sigmoid or softmax.
+        scale: factor on learned weights.
         compat: ``parlai`` is the block of the authors' code: ``LN(h_t + FFN_{hash(x_t)}(h_t))``,
             with one layer norm for all experts, of ReLU and one hash (theirs have biases).
     """
@@ -84,6 +95,7 @@ class HashLayer(FeedForward):
         num_experts: int = 16,
         d_expert: int | None = None,
         num_hashes: int = 1,
+        top_k: int = 1,
         key: Literal["token", "previous", "bigram", "position", "future"] = "token",
         hash_function: Literal["random", "balanced", "clustered", "dispersed"] = "random",
         vocab_size: int = 32000,
@@ -92,13 +104,18 @@ class HashLayer(FeedForward):
         gated: bool = False,
         bias: bool = False,
         allow_future: bool = False,
+        weights: Literal["one", "learned"] = "one",
+        score: Score = "sqrt_softplus",
+        scale: float = 1.0,
         compat: Literal["parlai"] | None = None,
     ) -> None:
         super().__init__(d_model)
         self.num_experts = check_int("num_experts", num_experts)
         self.num_hashes = check_int("num_hashes", num_hashes)
+        self.top_k = check_int("top_k", top_k, maximum=num_experts)
         if d_expert is None:
-            d_expert = -(-default_width(d_model, gated) // num_hashes) * num_hashes
+            parts = num_hashes * top_k
+            d_expert = -(-default_width(d_model, gated) // parts) * num_hashes
         self.d_expert = check_int("d_expert", d_expert)
         if d_expert % num_hashes:
             raise InputError(
@@ -119,11 +136,15 @@ class HashLayer(FeedForward):
         self.gated = gated
         self.bias = bias
         self.allow_future = allow_future
+        self.weights = check_choice("weights", weights, ("one", "learned"))
+        self.score = check_choice("score", score, SCORES)
+        self.scale = check_number("scale", scale)
+        check_learned(weights, top_k, num_hashes, key, score, scale)
         self.compat = compat if compat is None else check_choice("compat", compat, ["parlai"])
-        if compat and (activation != "relu" or gated or num_hashes > 1):
+        if compat and (activation != "relu" or gated or num_hashes > 1 or top_k > 1):
             raise InputError(
                 "compat: the experts in parlai are MLPs of relu with one hash; set activation to "
-                "relu, gated to false and num_hashes to 1, or compat to null"
+                "relu, gated to false, num_hashes and top_k to 1, or compat to null"
             )
 
         # Segment r of expert e is expert e R + r of this store.
@@ -136,8 +157,9 @@ class HashLayer(FeedForward):
             bias=bias,
         )
         self.norm = nn.LayerNorm(d_model) if compat else None
-        # One row per hash, two for bigrams; the last column is for where there is no token.
-        rows = 0 if key == "position" else num_hashes * (2 if key == "bigram" else 1)
+        self.gate = HashGate(d_model, num_experts, score, scale) if weights == "learned" else None
+        # One row per choice, two for bigrams; the last column is for where there is no token.
+        rows = 0 if key == "position" else num_hashes * top_k * (2 if key == "bigram" else 1)
         self.register_buffer("table", torch.empty(rows, vocab_size + 1, dtype=torch.int64))
         self.reset_parameters()
 
@@ -167,13 +189,12 @@ class HashLayer(FeedForward):
         nn.init.normal_(self.experts.down_proj, std=output_std(self.d_expert, num_layers))
         if self.norm is not None:
             self.norm.reset_parameters()
+        if self.gate is not None:
+            self.gate.reset_parameters()
         if self.table.is_meta:
             pass  # its size may be a damaged file's, and nothing would keep what is drawn
         elif self.hash_function == "random":
-            table = torch.randint(
-                self.num_experts, self.table.shape, generator=self._generator(), device="cpu"
-            )
-            self.table.copy_(table)
+            self.table.copy_(self._draw(*self.table.shape))
         else:
             self.table.fill_(-1)
         self._is_built = self.hash_function == "random"
@@ -195,6 +216,10 @@ class HashLayer(FeedForward):
 
     def _generator(self) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(self.seed)
+
+    def _draw(self, rows: int, columns: int) -> Tensor:
+        draw = hashing.different_experts if self.top_k > 1 else hashing.random_experts
+        return draw(rows, columns, self.num_experts, self._generator())
 
     def build_table(
         self,
@@ -222,15 +247,15 @@ class HashLayer(FeedForward):
             raise InputError(
                 f"{name}: {given}; a {kind} table wants one per token, {self.vocab_size}"
             )
-        sizes = (self.num_hashes, self.num_experts)
+        sizes = (self.num_hashes * self.top_k, self.num_experts)
         self.set_table(hashing.built_tables(kind, source, *sizes, generator, num_clusters))
 
     def set_table(self, table: Tensor) -> None:
         """Install a table of one's own, on any device.
 
         Args:
-            table: expert of each token, ``(V,)``, or ``(R, V)`` for each hash function (for
-                bigrams ``(2 R, V)``). Where there is no token, the expert is a random one.
+            table: expert of each token, ``(V,)``, or ``(C, V)`` for each choice (for bigrams
+                ``(2 R, V)``). Where there is no token, the expert is a random one.
 
         Raises:
             InputError: wrong shape, or an expert that does not exist.
@@ -244,9 +269,8 @@ class HashLayer(FeedForward):
                 f"table: it holds {int(table.min())} to {int(table.max())}, and experts are "
                 f"numbered 0 to {self.num_experts - 1}; give numbers of experts"
             )
-        missing = hashing.random_table(len(table), self.num_experts, self._generator())
         self.table[:, :-1] = table
-        self.table[:, -1] = missing
+        self.table[:, -1:] = self._draw(len(table), 1)
         self._is_built = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -280,7 +304,7 @@ class HashLayer(FeedForward):
         """Return the routing: segment r of expert e is number e R + r.
 
         Args:
-            hidden: ``(..., d_model)``; only its shape is read, and its dtype.
+            hidden: ``(..., d_model)``; without learned weights only its shape is read.
             token_ids: ``(...)`` int64, of all tokens so far if ``needs_earlier_tokens``.
             mask: ``(...)`` bool, true at real tokens; padding is routed to -1.
 
@@ -293,78 +317,82 @@ class HashLayer(FeedForward):
                 "key: 'future' reads the token that is to be predicted; for the paper's bound "
                 "set allow_future: true"
             )
-        hash_TR, mask_T = self._hash(hidden, token_ids, mask)
-        segment_R = torch.arange(self.num_hashes, device=hash_TR.device)
-        indices_TR = hash_TR * self.num_hashes + segment_R
+        hash_TC, mask_T = self._hash(hidden, token_ids, mask)
+        segment_R = torch.arange(self.num_hashes, device=hash_TC.device)
+        indices_TC = hash_TC * self.num_hashes + segment_R
+        if self.gate is not None:
+            weights_TC = self.gate(hidden.reshape(-1, self.d_model), hash_TC)
+        else:
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            weights_TC = torch.ones(indices_TC.shape, dtype=dtype, device=hidden.device)
         if mask_T is not None:
-            hash_TR = hash_TR.masked_fill(~mask_T.unsqueeze(-1), -1)
-            indices_TR = indices_TR.masked_fill(~mask_T.unsqueeze(-1), -1)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        weights_TR = torch.ones(indices_TR.shape, dtype=dtype, device=hidden.device)
-        if mask_T is not None:
-            weights_TR = weights_TR * mask_T.unsqueeze(-1)
-        chosen = (hash_TR, None, self.num_experts, mask_T)
+            padding_T1 = ~mask_T.unsqueeze(-1)
+            hash_TC = hash_TC.masked_fill(padding_T1, -1)
+            indices_TC = indices_TC.masked_fill(padding_T1, -1)
+            weights_TC = weights_TC.masked_fill(padding_T1, 0.0)
+        chosen = (hash_TC, self._mass(weights_TC), self.num_experts, mask_T)
         stats = statistics(self, slot_stats, *chosen, self.num_experts)
-        return Routing(indices_TR, weights_TR, {}, stats, indices_TR.numel())
+        return Routing(indices_TC, weights_TC, {}, stats, indices_TC.numel())
+
+    def _mass(self, weights_TC: Tensor) -> Tensor | None:
+        """Return the weights if they are not all one."""
+        return None if self.gate is None else weights_TC
 
     def _hash(
         self, hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return each token's experts ``(T, R)``, and the mask of these tokens ``(T,)``."""
+        """Return each token's experts ``(T, C)``, and the mask of these tokens ``(T,)``."""
         self._check_table()
         token_ids, mask = hashing.aligned(hidden, token_ids, mask, self.vocab_size)
-        missing = self.vocab_size
-        if self.key == "position":
-            hash_LR = hashing.positions(token_ids, mask).unsqueeze(-1) % self.num_experts
-        elif self.key == "bigram":
-            # Tabulation hashing: the sum of independent tables is a random function of the pair.
-            previous = hashing.shifted(token_ids, mask, -1, missing)
-            of_previous, of_token = self.table.chunk(2)
-            hash_LR = (of_previous.t()[previous] + of_token.t()[token_ids]) % self.num_experts
-        else:
-            offset = {"token": 0, "previous": -1, "future": 1}[self.key]
-            if offset:
-                token_ids = hashing.shifted(token_ids, mask, offset, missing)
-            hash_LR = self.table.t()[token_ids]
+        hash_LC = hashing.chosen(self.key, self.table, self.num_experts, token_ids, mask)
         length = hidden.shape[-2] if hidden.ndim > 1 else 1
-        start = hash_LR.shape[-2] - length
-        hash_TR = hash_LR[..., start:, :].reshape(-1, self.num_hashes)
-        return hash_TR, None if mask is None else mask[..., start:].reshape(-1)
+        start = hash_LC.shape[-2] - length
+        hash_TC = hash_LC[..., start:, :].reshape(-1, hash_LC.shape[-1])
+        return hash_TC, None if mask is None else mask[..., start:].reshape(-1)
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up how often each expert is chosen, by any of the hash functions."""
-        hash_TR, mask_T = self._hash(hidden, context.token_ids, context.mask)
-        return slot_load(hash_TR, None, self.num_experts, mask_T)
+        routing = self.route(hidden, context.token_ids, context.mask)
+        experts_TC = routing.indices.div(self.num_hashes, rounding_mode="floor")
+        return slot_load(experts_TC, self._mass(routing.weights), self.num_experts)
 
     def cost(self) -> Cost:
-        """One expert's worth: 4 d f FLOPs, 6 d f if gated, as the dense block; E of them held."""
+        """K experts of 4 d f FLOPs, 6 d f if gated, of E; learned weights take 2 d E more."""
         expert = self.num_hashes * self.experts.parameters_per_expert()
-        norm = 0 if self.norm is None else sum(p.numel() for p in self.norm.parameters())
-        active = expert + norm
+        gate = 0 if self.gate is None else self.gate.weight.numel()
+        around = gate + (0 if self.norm is None else 2 * self.d_model)
+        active = self.top_k * expert + around
         return Cost(
-            total_parameters=self.num_experts * expert + norm,
+            total_parameters=self.num_experts * expert + around,
             active_parameters=active,
-            flops_per_token=self.num_hashes * self.experts.flops_per_assignment(),
+            flops_per_token=self.top_k * self.num_hashes * self.experts.flops_per_assignment()
+            + 2 * gate,
             bytes_per_token=active * self.experts.down_proj.element_size(),
         )
 
 
+_ROLLER = Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426")
+
 register(
+    Method("hash", HashLayer, _ROLLER),
+    Method("hash_bigram", HashLayer, _ROLLER, {"key": "bigram"}),
+    Method("multi_hash", HashLayer, _ROLLER, {"num_hashes": 4}),
     Method(
-        "hash",
+        "deepseek_v4_hash",
         HashLayer,
-        Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426"),
-    ),
-    Method(
-        "hash_bigram",
-        HashLayer,
-        Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426"),
-        {"key": "bigram"},
-    ),
-    Method(
-        "multi_hash",
-        HashLayer,
-        Paper("Roller et al.", 2021, "Hash Layers For Large Sparse Models", "2106.04426"),
-        {"num_hashes": 4},
+        Paper(
+            "DeepSeek-AI",
+            2026,
+            "DeepSeek-V4: Towards Highly Efficient Million-Token Context Intelligence",
+            "2606.19348",
+        ),
+        {
+            "num_experts": 64,
+            "top_k": 6,
+            "weights": "learned",
+            "scale": 1.5,
+            "activation": "silu",
+            "gated": True,
+        },
     ),
 )

@@ -17,9 +17,23 @@ from moezoo.calls import check_context
 from moezoo.errors import InputError
 
 
-def random_table(vocab_size: int, num_experts: int, generator: torch.Generator) -> Tensor:
-    """Draw an expert for each token, uniformly and independently: ``(V,)`` int64."""
-    return torch.randint(num_experts, (vocab_size,), generator=generator)
+def random_experts(rows: int, columns: int, num_experts: int, generator: torch.Generator) -> Tensor:
+    """Draw experts uniformly and independently: ``(rows, columns)`` int64."""
+    return torch.randint(num_experts, (rows, columns), generator=generator)
+
+
+def different_experts(
+    rows: int, columns: int, num_experts: int, generator: torch.Generator
+) -> Tensor:
+    """Draw experts uniformly, those of a column all different: ``(rows, columns)`` int64."""
+    drawn = torch.empty(rows, columns, dtype=torch.int64)
+    for row in range(rows):
+        # One of those that are left; passing each that is taken, the least first, finds it.
+        expert = torch.randint(num_experts - row, (columns,), generator=generator)
+        for taken in drawn[:row].sort(dim=0).values:
+            expert += expert >= taken
+        drawn[row] = expert
+    return drawn
 
 
 def balanced_table(
@@ -152,7 +166,11 @@ def _nearest(x_VD: Tensor, centres_KD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aligned(
-    hidden: Tensor, token_ids: Tensor | None, mask: Tensor | None, vocab_size: int
+    hidden: Tensor,
+    token_ids: Tensor | None,
+    mask: Tensor | None,
+    vocab_size: int,
+    layer: str = "HashLayer",
 ) -> tuple[Tensor, Tensor | None]:
     """Return token ids and mask, checked and of the same length ``(..., L)``.
 
@@ -161,12 +179,13 @@ def aligned(
         token_ids: ``(..., L)`` int64 or int32 with L >= S, the last S of which are ``hidden``'s.
         mask: ``(..., S)`` or ``(..., L)`` bool; earlier tokens that it leaves out are real.
         vocab_size: V; ids on the CPU are checked to be below it.
+        layer: what messages call the layer.
 
     Raises:
         InputError: token ids are missing or outside the vocabulary, or a shape does not match.
     """
     if token_ids is None:
-        raise InputError("token_ids: missing; HashLayer routes on them, so pass token_ids")
+        raise InputError(f"token_ids: missing; {layer} routes on them, so pass token_ids")
     check_context(hidden, token_ids, mask=mask)
     if hidden.ndim == 1:
         hidden = hidden[None]
@@ -197,7 +216,7 @@ def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
     low, high = (int(bound) for bound in token_ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise InputError(
-            f"token_ids: id {low if low < 0 else high} is outside the hash table of "
+            f"token_ids: id {low if low < 0 else high} is outside the table of "
             f"{vocab_size}; set vocab_size to the tokenizer's"
         )
 
@@ -218,6 +237,32 @@ def shifted(token_ids: Tensor, mask: Tensor | None, offset: int, missing: int) -
     if offset < 0:
         return torch.cat([nothing, token_ids], dim=-1)[..., :length]
     return torch.cat([token_ids, nothing], dim=-1)[..., -length:] if length else token_ids
+
+
+def chosen(
+    key: str, table: Tensor, num_experts: int, token_ids: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Return the experts of each place in a sequence, ``(..., L, C)`` int64.
+
+    Args:
+        key: what is hashed, see :class:`moezoo.HashLayer`.
+        table: ``(C, V + 1)`` experts, for bigrams ``(2 C, V + 1)``; of positions there is none.
+        num_experts: number of experts E.
+        token_ids: ``(..., L)`` int64.
+        mask: ``(..., L)`` bool, true at real tokens.
+    """
+    missing = table.shape[1] - 1
+    if key == "position":
+        return positions(token_ids, mask).unsqueeze(-1) % num_experts
+    if key == "bigram":
+        # Tabulation hashing: the sum of independent tables is a random function of the pair.
+        previous = shifted(token_ids, mask, -1, missing)
+        of_previous, of_token = table.chunk(2)
+        return (of_previous.t()[previous] + of_token.t()[token_ids]) % num_experts
+    offset = {"token": 0, "previous": -1, "future": 1}[key]
+    if offset:
+        token_ids = shifted(token_ids, mask, offset, missing)
+    return table.t()[token_ids]
 
 
 def positions(token_ids: Tensor, mask: Tensor | None) -> Tensor:

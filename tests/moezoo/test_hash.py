@@ -221,7 +221,7 @@ def test_parlais_block_counts_its_norm_and_is_off_by_default():
 
 
 def test_random_tables_pass_a_chi_squared_test():
-    table = hashing.random_table(32000, 64, generator())
+    table = hashing.random_experts(1, 32000, 64, generator())[0]
     counts = torch.bincount(table, minlength=64)
     chi_squared = ((counts - 500) ** 2 / 500).sum()
     # 63 degrees of freedom: mean 63, deviation sqrt(126).
@@ -248,7 +248,9 @@ def test_balanced_tables_keep_the_bound_and_random_ones_do_not(vocab_size, num_e
         assert loads[light].max() / loads[light].min() - 1 < 1e-3
         assert loads.max() == pytest.approx(max(share[0], loads[light].max()))
         random = load(
-            hashing.random_table(vocab_size, num_experts, generator()), frequencies, num_experts
+            hashing.random_experts(1, vocab_size, num_experts, generator())[0],
+            frequencies,
+            num_experts,
         )
         assert random[light].max() / random[light].min() - 1 > 0.5
         assert random.max() > loads.max()
@@ -375,7 +377,7 @@ def test_the_oracle_is_refused_in_training_unless_flagged():
         ({"key": "bigram", "hash_function": "balanced"}, r"hash_function: 'balanced' is a hash of"),
         ({"key": "next"}, r"key: 'next' is not known"),
         ({"compat": "parlay"}, r"compat: 'parlay' is not known; did you mean 'parlai'"),
-        ({"compat": "parlai", "num_hashes": 2}, r"compat: .* set .* num_hashes to 1"),
+        ({"compat": "parlai", "num_hashes": 2}, r"compat: .* set .* num_hashes and top_k to 1"),
         ({"compat": "parlai", "activation": "gelu"}, r"compat: .* set activation to relu"),
         ({"hash_function": "balance"}, r"did you mean 'balanced'"),
     ],
@@ -423,3 +425,52 @@ def test_wrong_tables_are_named():
     assert SparseMoE.needs_token_ids is False
     assert make(key="position").needs_earlier_tokens
     assert not make().needs_earlier_tokens
+
+
+# Learned weights
+
+
+def test_router_of_deepseek_v4_has_the_same_experts_and_weights():
+    v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    config = v4.DeepseekV4Config(
+        vocab_size=V, hidden_size=D, n_routed_experts=7, num_experts_per_tok=3,
+        routed_scaling_factor=1.7,
+    )  # fmt: skip
+    theirs = v4.DeepseekV4HashRouter(config).double()
+    layer = make(num_experts=7, top_k=3, weights="learned", scale=1.7)
+    torch.nn.init.normal_(layer.gate.weight)
+    with torch.no_grad():
+        theirs.weight.copy_(layer.gate.weight)
+        theirs.tid2eid.copy_(layer.table[:, :-1].t())
+    hidden, ids = inputs(3, 11)
+    _, weights, experts = theirs(hidden, ids)
+    routing = layer.route(hidden, ids)
+    assert torch.equal(routing.indices, experts)
+    torch.testing.assert_close(routing.weights, weights, rtol=1e-12, atol=0)
+    assert (routing.weights.sum(-1) - 1.7).abs().max() < 1e-12
+
+
+def test_a_token_has_different_experts_in_a_random_table():
+    table = hashing.different_experts(4, 5000, 6, generator())
+    assert all(len(set(column)) == 4 for column in table.t().tolist())
+    for row in table:  # each choice is of any expert, equally often
+        counts = torch.bincount(row, minlength=6)
+        assert ((counts - 5000 / 6).abs() < 4 * math.sqrt(5000 * 5 / 36)).all()
+    assert torch.equal(hashing.different_experts(4, 5000, 6, generator()), table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 2}, "top_k: 2 experts want weights; set weights to learned"),
+        ({"weights": "learned"}, "top_k: the weight of one expert is its score over itself"),
+        ({"top_k": 2, "weights": "learned", "num_hashes": 2}, "num_hashes: several experts"),
+        ({"top_k": 2, "weights": "learned", "key": "bigram"}, "top_k: a hash of key 'bigram'"),
+        ({"top_k": 6, "weights": "learned"}, "top_k: 6 is out of range"),
+        ({"score": "sigmoid"}, "score: is that of learned weights; set weights to learned"),
+        ({"scale": 2.0}, "scale: is that of learned weights"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        make(**arguments)

@@ -64,9 +64,11 @@ WEIGHED = {
     "FastFeedForward": (tree, "leaf_probabilities", in_result),
     "HashLayer": (moezoo.HashLayer, "route", in_result),
     "MemoryPlus": (ValueTable, "forward", in_argument(2)),
+    "MoLE": (moezoo.MoLE, "weigh", in_result),
     "PEER": (RankOneExperts, "forward", in_argument(3)),
     "PersistentMemoryAttention": (PersistentSlots, "forward", in_result),
     "ProductKeyMemory": (ValueTable, "forward", in_argument(2)),
+    "STEM": (ValueTable, "forward", in_argument(2)),
     "SigmaMoE": (Router, "forward", in_result),
     "SparseMoE": (Router, "forward", in_result),
 }
@@ -76,7 +78,7 @@ UNWEIGHED = {
     "TopKFFN": "a neuron that is kept answers with its activation",
     "UltraFastFFF": "a neuron on the way answers with its activation",
 }
-WITHOUT_BIAS = {"PersistentMemoryAttention", "SigmaMoE", "TopKFFN"}
+WITHOUT_BIAS = {"PersistentMemoryAttention", "STEM", "SigmaMoE", "TopKFFN"}
 # Trees of one node leave nothing to choose.
 NO_CHOICE = {"fff_one_leaf", "ultra_root"}
 # Arguments of layers that change no number of a single call with given weights.
@@ -87,8 +89,10 @@ UNSEEN = {
     "balance.sparsity_scope": "one layer",
     "bias_update_rate": "acts in step()",
     "clip_values_apart": "the optimizer's",
+    "embedding_pool": "whose the embeddings are",
     "expert_lr_multiplier": "the optimizer's",
     "hash_function": "says which table is made; a table is a weight",
+    "HashLayer.weights": "learned with top_k of 2 or more, and only then",
     "SparseMoE.num_shared_experts": "the default of d_shared",
     "matrices.block": "acts in step(); a mask is a buffer",
     "matrices.dense_from": "acts in step()",
@@ -109,6 +113,7 @@ UNSEEN = {
     "selection.up_input": "where a buffer begins",
     "seed": "of the table, which is a weight",
     "sparse": "the layout of a gradient",
+    "table_lr_multiplier": "the optimizer's",
     "u_lr_multiplier": "the optimizer's",
     "value_lr_multiplier": "the optimizer's",
     "value_pool": "whose the table is",
@@ -159,8 +164,9 @@ def test_changed_weights_are_noticed(name, fault, monkeypatch):
     owner, function, wrap = WEIGHED[kind]
     change = (lambda w: 1.01 * w) if fault == "a hundredth too large" else Tensor.detach
     monkeypatch.setattr(owner, function, wrap(getattr(owner, function), change))
-    # A hash layer's weights are ones, and so is that of the only leaf.
-    constant = kind == "HashLayer" or name in NO_CHOICE
+    # Weights that are not learned are ones, and so is that of the only leaf.
+    ones = kind == "STEM" or (kind == "HashLayer" and layer.gate is None)
+    constant = ones or name in NO_CHOICE
     if fault == "a hundredth too large" or not constant:
         assert is_noticed(layer, name, "train_padded")
 

@@ -12,7 +12,7 @@ D = 32
 VARIANTS = {
     method.name: method.build
     for method in moezoo.zoo()
-    if method.layer is not moezoo.PersistentMemoryAttention
+    if method.layer not in (moezoo.PersistentMemoryAttention, moezoo.MoLE, moezoo.STEM)
 } | {
     "biased": lambda d: moezoo.DenseFFN(d, d_ff=7, bias=True),
     "statistical": lambda d: moezoo.TopKFFN(d, d_ff=40, top_k=5, selection="statistical"),

@@ -61,6 +61,8 @@ def crowd(layer: moezoo.FeedForward) -> bool:
             layer.tree.bias.fill_(-20.0)
         elif isinstance(layer, moezoo.HashLayer) and layer.key != "position":
             layer.table.fill_(0)
+            if layer.gate is not None:  # beside a lonely expert, whose weight would be one
+                layer.table[0] = 1
         elif isinstance(layer, moezoo.UltraFastFFF):
             layer.in_bias.fill_(-5.0)
         elif isinstance(layer, moezoo.SparseMoE) and (

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moezoo
 from moezoo.feed_forward import FeedForward, Method
+from moezoo.routing.stats import MOST_COUNTS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -302,7 +303,9 @@ def test_the_load_of_slots_is_what_the_statistics_summarise(method):
         return
     assert load.counts.shape == load.mass.shape == (math.prod(load.shape),)
     assert stats["tokens"] == mask.sum()
-    assert torch.equal(stats["expert_counts"], load.counts)
+    assert ("expert_counts" in stats) == (len(load.counts) <= MOST_COUNTS)
+    if "expert_counts" in stats:
+        assert torch.equal(stats["expert_counts"], load.counts)
     assert stats["usage"].item() == pytest.approx((load.mass > 0).double().mean().item(), rel=1e-6)
     share = load.mass.double() / load.mass.sum()
     divergence = math.log(len(share)) - torch.special.entr(share).sum().item()

@@ -35,9 +35,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "CarvedMoE": {"num_experts": 9, "top_k": 3, "d_expert": 5},
     "HashLayer": {"vocab_size": VOCABULARY},
     "MemoryPlus": {"num_keys": 9, "top_k": 5},
+    "MoLE": {"num_experts": 3, "d_expert": 5, "d_ff": 7, "vocab_size": VOCABULARY},
     "PEER": {"num_experts": 81, "top_k": 4, "num_heads": 3},
     "PersistentMemoryAttention": {"num_heads": 3, "num_slots": 11},
     "ProductKeyMemory": {"num_keys": 9, "top_k": 5},
+    "STEM": {"d_ff": 13, "vocab_size": VOCABULARY},
     "SelectiveFFN": {"d_ff": 17},
     "SparseMoE": {"d_expert": 5},
 }
@@ -412,6 +414,14 @@ CONVENTIONS = {
     "hash_future": _layer("hash", key="future", allow_future=True),
     "hash_parlai": _layer("hash", compat="parlai"),
     "hash_bigrams": _layer("hash", key="bigram", num_hashes=3, activation="silu"),
+    "hash_learned": _layer(
+        "hash", weights="learned", top_k=3, scale=0.7, key="previous", gated=True
+    ),
+    "hash_learned_sigmoid": _layer("hash", weights="learned", top_k=2, score="sigmoid", bias=False),
+    "hash_learned_softmax": _layer("hash", weights="learned", top_k=5, score="softmax"),
+    "stem_relu": _layer("stem", activation="relu2"),
+    "mole_mlp": _layer("mole", gated=False, activation="gelu", num_experts=2),
+    "mole_folded": _layer("mole", folded=True),
     "peer_sigmoid": _layer("peer", score_fn="sigmoid", query_norm="layer", gated=True),
     "peer_relu": _layer("peer", score_fn="relu", query_norm="qk", share_keys=False),
     "peer_plain": _layer("peer", query_norm="none", activation="silu"),

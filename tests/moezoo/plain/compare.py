@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from plain import dense, hashing, neurons, product_key, sparse, trees
+from plain import dense, hashing, neurons, product_key, sparse, tables, trees
 from plain.parts import Answer, Call, Options, Weights
 from torch import Tensor
 
@@ -22,9 +22,11 @@ PLAIN: dict[str, Callable[[Weights, Options, Tensor, Call], Answer]] = {
     "FastFeedForward": trees.fast_feed_forward,
     "HashLayer": hashing.hash_layer,
     "MemoryPlus": product_key.memory_plus,
+    "MoLE": tables.mole,
     "PEER": product_key.peer,
     "PersistentMemoryAttention": dense.persistent_memory,
     "ProductKeyMemory": product_key.product_key_memory,
+    "STEM": tables.stem,
     "SelectiveFFN": neurons.selective_ffn,
     "SigmaMoE": sparse.sigma_moe,
     "SparseMoE": sparse.sparse_moe,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from plain.parts import Answer, Call, Experts, Options, Weights, stacked
+from plain.parts import Answer, Call, Experts, Options, Weights, sigmoid, softmax, stacked
 from torch import Tensor
 
 
@@ -31,10 +31,18 @@ def hash_layer(weights: Weights, options: Options, hidden: Tensor, call: Call) -
             if not real[t]:
                 rows.append(y_D)
                 continue
-            for r in range(hashes):
-                e = _hash(weights["table"], options, name, t, r, sum(real[:t]))
+            score = _gate(weights, options, x_D)
+            chosen = [
+                _hash(weights["table"], options, name, t, r, sum(real[:t]))
+                for r in range(hashes * options["top_k"])
+            ]
+            for r, e in enumerate(chosen):
                 counts[e] += 1
-                y_D = y_D + answer(e * hashes + r, x_D)
+                y_eD = answer(e * hashes + r % hashes, x_D)
+                if score is not None:
+                    total = sum(score[other] for other in chosen)
+                    y_eD = options["scale"] * score[e] / total * y_eD
+                y_D = y_D + y_eD
             if options["compat"] == "parlai":
                 y_D = _layer_norm(x_D + y_D) * weights["norm.weight"] + weights["norm.bias"]
             rows.append(y_D)
@@ -50,6 +58,18 @@ def _hash(table: Tensor, options: Options, name, t: int, r: int, position: int) 
         of_previous, of_token = table[r, name(t - 1)], table[options["num_hashes"] + r, name(t)]
         return int(of_previous + of_token) % options["num_experts"]
     return int(table[r, name(t + {"token": 0, "previous": -1, "future": 1}[key])])
+
+
+def _gate(weights: Weights, options: Options, x_D: Tensor) -> Tensor | None:
+    """Return the experts' scores (arXiv:2606.19348, section 2.1); None where none are learned."""
+    if options["weights"] == "one":
+        return None
+    logit_E = weights["gate.weight"] @ x_D
+    if options["score"] == "softmax":
+        return softmax(logit_E)
+    if options["score"] == "sigmoid":
+        return sigmoid(logit_E)
+    return torch.sqrt(torch.log(1 + torch.exp(logit_E)))
 
 
 def _layer_norm(x_D: Tensor) -> Tensor:

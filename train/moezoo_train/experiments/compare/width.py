@@ -25,6 +25,8 @@ WIDTHS: dict[type[FeedForward], str] = {
     moezoo.UltraFastFFF: "num_trees",
     moezoo.TopKFFN: "d_ff",
     moezoo.SelectiveFFN: "d_ff",
+    moezoo.STEM: "d_ff",
+    moezoo.MoLE: "d_ff",
 }
 """The argument that is solved for unless a row names another: it sets the active width."""
 

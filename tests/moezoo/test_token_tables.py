@@ -1,0 +1,130 @@
+"""Layers of token rows: what they read and move, folding, what is refused."""
+
+import pytest
+import torch
+
+import moezoo
+from moezoo import STEM, InputError, MoLE
+from moezoo.experts.token_table import TokenTable
+
+D, V = 16, 30
+IDS = torch.tensor([[3, 7, 3, 11, 0], [7, 7, 29, 2, 3]])
+MASK = torch.tensor([[True] * 5, [False, True, True, True, False]])
+
+
+def make(cls: type[moezoo.FeedForward], **arguments) -> moezoo.FeedForward:
+    torch.manual_seed(0)
+    return cls(D, vocab_size=V, **arguments).double()
+
+
+def hidden() -> torch.Tensor:
+    return torch.randn(2, 5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+LAYERS = {
+    "stem": lambda **more: make(STEM, **more),
+    "mole": lambda **more: make(MoLE, num_experts=3, **more),
+    "folded mole": lambda **more: make(MoLE, num_experts=3, folded=True, **more),
+}
+
+
+def read_rows(layer: moezoo.FeedForward) -> set[int]:
+    """The rows that the calls of these tests read."""
+    tokens = set(IDS[MASK].tolist())
+    if isinstance(layer, MoLE) and layer.folded:
+        return {token * 3 + expert for token in tokens for expert in range(3)}
+    return tokens
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_reach_the_rows_of_real_tokens_only(name, sparse):
+    layer = LAYERS[name](sparse=sparse)
+    (group,) = (g for g in layer.parameter_groups() if g.name == "token rows")
+    assert (group.sparse, group.weight_decay) == (sparse, False)
+    (table,) = group.parameters
+    layer(hidden(), token_ids=IDS, mask=MASK).hidden.square().sum().backward()
+    assert table.grad.is_sparse == sparse
+    found = table.grad.to_dense().any(dim=1).nonzero().flatten().tolist()
+    assert set(found) == read_rows(layer)
+    if sparse:
+        before = table.detach().clone()
+        torch.optim.SparseAdam([table], lr=0.1).step()
+        changed = (table != before).any(dim=1).nonzero().flatten().tolist()
+        assert set(changed) == read_rows(layer)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_learning_rate_of_the_rows_is_their_own(name):
+    groups = {g.name: g for g in LAYERS[name](table_lr_multiplier=5.0).parameter_groups()}
+    assert groups["token rows"].lr_multiplier == 5.0
+    assert groups["matrices"].lr_multiplier == 1.0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (None, "token_ids: missing"),
+        (torch.full((2, 5), V), f"token_ids: id {V} is outside the table of {V}"),
+        (IDS[:, :3], r"token_ids: shape \(2, 3\) does not match"),
+    ],
+)
+def test_tokens_without_a_row_are_named(name, ids, message):
+    with pytest.raises(InputError, match=message):
+        LAYERS[name]()(hidden(), token_ids=ids)
+
+
+def test_rows_come_back_in_the_shape_of_their_indices():
+    table = TokenTable(9, 4, std=0.5)
+    indices = torch.tensor([[3, -1], [8, 3]])
+    expected = table.weight[indices.clamp(min=0)] * (indices >= 0).unsqueeze(-1)
+    assert torch.equal(table.rows(indices), expected)
+    assert torch.equal(table.reference_rows(indices), expected)
+    assert table.rows(indices[:0]).shape == (0, 2, 4)
+
+
+def test_a_row_of_stem_is_all_that_the_block_knows_of_a_token():
+    layer = make(STEM).eval()
+    with torch.no_grad():
+        layer.table.weight[3] = layer.table.weight[7]
+        same = layer(hidden(), token_ids=torch.full((2, 5), 3)).hidden
+        assert torch.equal(same, layer(hidden(), token_ids=torch.full((2, 5), 7)).hidden)
+        assert not torch.equal(same, layer(hidden(), token_ids=torch.full((2, 5), 8)).hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("arguments", [{}, {"gated": False, "bias": True, "d_expert": 5}], ids=str)
+def test_a_folded_layer_computes_the_same_without_experts(arguments, dtype, monkeypatch):
+    import moezoo.layers.mole as module
+
+    monkeypatch.setattr(module, "_FOLD_TOKENS", 7)
+    layer = make(MoLE, num_experts=3, **arguments).to(dtype)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    folded = layer.fold()
+    assert not any("experts" in name or "embedding" in name for name in folded.state_dict())
+    x = hidden().to(dtype)
+    with torch.no_grad():
+        expected, found = (each(x, token_ids=IDS, mask=MASK).hidden for each in (layer, folded))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    again = moezoo.FeedForward.from_config(folded.config()).to(dtype)
+    again.load_state_dict(folded.state_dict())
+    assert torch.equal(again(x, token_ids=IDS, mask=MASK).hidden, found)
+    with pytest.raises(InputError, match="folded: the layer is folded already"):
+        folded.fold()
+
+
+def test_layers_of_a_pool_read_one_table_of_embeddings():
+    with moezoo.shared_values():
+        layers = torch.nn.ModuleList(make(MoLE, embedding_pool="tokens") for _ in range(2))
+    names = [name for name in layers.state_dict() if "embedding" in name]
+    assert names == ["0.embedding.weight"]
+    assert layers[1].embeddings is layers[0].embedding
+    assert layers[0].cost().total_parameters - layers[1].cost().total_parameters == V * D
+    groups = [group for layer in layers for group in layer.parameter_groups()]
+    assert sum(group.name == "token rows" for group in groups) == 1
+    layers[1](hidden(), token_ids=IDS).hidden.sum().backward()
+    assert layers[0].embedding.weight.grad.any()
+    with pytest.raises(InputError, match="embedding_pool: 3 is not a name"):
+        make(MoLE, embedding_pool=3)
