@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from moezoo.layers.carved_moe import CarvedMoE
     from moezoo.layers.dense import DenseFFN
+    from moezoo.layers.engram import Engram
     from moezoo.layers.fast_feed_forward import FastFeedForward
     from moezoo.layers.hash import HashLayer
     from moezoo.layers.memory_plus import MemoryPlus
@@ -71,6 +72,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "layers.matrices": (),
     "layers.carved_moe": ("CarvedMoE",),
     "layers.dense": ("DenseFFN",),
+    "layers.engram": ("Engram",),
     "layers.fast_feed_forward": ("FastFeedForward",),
     "layers.hash": ("HashLayer",),
     "layers.memory_plus": ("MemoryPlus",),
@@ -130,6 +132,7 @@ __all__ = [
     "CarvedMoE",
     "Cost",
     "DenseFFN",
+    "Engram",
     "ExpertNormOptions",
     "FastFeedForward",
     "FeedForward",

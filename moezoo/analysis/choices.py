@@ -18,6 +18,7 @@ from moezoo.experts.token_table import rows_of_tokens
 from moezoo.feed_forward import FeedForward, TokenContext, flatten_tokens
 from moezoo.layers.carved_moe import CarvedMoE
 from moezoo.layers.dense import DenseFFN
+from moezoo.layers.engram import Engram
 from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.hash import HashLayer
 from moezoo.layers.memory_layer import MemoryLayer
@@ -140,6 +141,13 @@ def _(layer: HashLayer, hidden: Tensor, context: Context) -> SlotChoices:
 def _(layer: STEM, hidden: Tensor, context: Context) -> SlotChoices:
     rows_T1 = _rows(layer, hidden, context)
     return SlotChoices(rows_T1, torch.ones(rows_T1.shape), layer.vocab_size, "rows")
+
+
+@_choose.register
+def _(layer: Engram, hidden: Tensor, context: Context) -> SlotChoices:
+    given = TokenContext(token_ids=context.get("token_ids"), mask=context.get("mask"))
+    rows_TH, _ = layer.rows_of(hidden, given)
+    return SlotChoices(rows_TH, torch.ones(rows_TH.shape), layer.hash.total_rows, "rows")
 
 
 @_choose.register

@@ -93,7 +93,8 @@ class NGramHash(nn.Module):
         self.total_rows = sum(self.sizes)
         # Its last entry is for where there is no token.
         self.register_buffer("compressed", torch.empty(vocab_size + 1, dtype=torch.int64))
-        self.register_buffer("multipliers", torch.empty(max_ngram, dtype=torch.int64))
+        wanted = 0 if hash_function == "polynomial" else max_ngram
+        self.register_buffer("multipliers", torch.empty(wanted, dtype=torch.int64))
         self.reset_parameters()
 
     def _sizes(self, heads: int) -> list[int]:
@@ -140,8 +141,8 @@ class NGramHash(nn.Module):
         self.compressed[:-1] = classes
         self.compressed[-1] = nowhere
         draw = numpy_multipliers if self.hash_function == "numpy" else splitmix_multipliers
-        found = draw(count, self.max_ngram, self.seed, self.index)
-        self.multipliers.copy_(torch.tensor(found))
+        found = draw(count, len(self.multipliers), self.seed, self.index)
+        self.multipliers.copy_(torch.tensor(found, dtype=torch.int64))
 
     @property
     def reach(self) -> int:

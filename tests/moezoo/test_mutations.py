@@ -61,6 +61,7 @@ def in_argument(number: int) -> Callable[..., Any]:
 # What hands over the weights by which answers are added up, per class.
 WEIGHED = {
     "CarvedMoE": (Router, "forward", in_result),
+    "Engram": (ValueTable, "forward", in_argument(2)),
     "FastFeedForward": (tree, "leaf_probabilities", in_result),
     "HashLayer": (moezoo.HashLayer, "route", in_result),
     "MemoryPlus": (ValueTable, "forward", in_argument(2)),
@@ -78,7 +79,7 @@ UNWEIGHED = {
     "TopKFFN": "a neuron that is kept answers with its activation",
     "UltraFastFFF": "a neuron on the way answers with its activation",
 }
-WITHOUT_BIAS = {"PersistentMemoryAttention", "STEM", "SigmaMoE", "TopKFFN"}
+WITHOUT_BIAS = {"Engram", "PersistentMemoryAttention", "STEM", "SigmaMoE", "TopKFFN"}
 # Trees of one node leave nothing to choose.
 NO_CHOICE = {"fff_one_leaf", "ultra_root"}
 # Arguments of layers that change no number of a single call with given weights.
@@ -91,7 +92,7 @@ UNSEEN = {
     "clip_values_apart": "the optimizer's",
     "embedding_pool": "whose the embeddings are",
     "expert_lr_multiplier": "the optimizer's",
-    "hash_function": "says which table is made; a table is a weight",
+    "HashLayer.hash_function": "says which table is made; a table is a weight",
     "HashLayer.weights": "learned with top_k of 2 or more, and only then",
     "SparseMoE.num_shared_experts": "the default of d_shared",
     "matrices.block": "acts in step(); a mask is a buffer",
@@ -165,7 +166,7 @@ def test_changed_weights_are_noticed(name, fault, monkeypatch):
     change = (lambda w: 1.01 * w) if fault == "a hundredth too large" else Tensor.detach
     monkeypatch.setattr(owner, function, wrap(getattr(owner, function), change))
     # Weights that are not learned are ones, and so is that of the only leaf.
-    ones = kind == "STEM" or (kind == "HashLayer" and layer.gate is None)
+    ones = kind in ("Engram", "STEM") or (kind == "HashLayer" and layer.gate is None)
     constant = ones or name in NO_CHOICE
     if fault == "a hundredth too large" or not constant:
         assert is_noticed(layer, name, "train_padded")

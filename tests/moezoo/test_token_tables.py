@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import moezoo
-from moezoo import STEM, InputError, MoLE
+from moezoo import STEM, Engram, InputError, MoLE
 from moezoo.experts.token_table import TokenTable
+from moezoo.feed_forward import TokenContext
 
 D, V = 16, 30
 IDS = torch.tensor([[3, 7, 3, 11, 0], [7, 7, 29, 2, 3]])
@@ -25,11 +26,15 @@ LAYERS = {
     "stem": lambda **more: make(STEM, **more),
     "mole": lambda **more: make(MoLE, num_experts=3, **more),
     "folded mole": lambda **more: make(MoLE, num_experts=3, folded=True, **more),
+    "engram": lambda **more: make(Engram, num_heads=2, num_rows=40, **more),
 }
 
 
 def read_rows(layer: moezoo.FeedForward) -> set[int]:
     """The rows that the calls of these tests read."""
+    if isinstance(layer, Engram):
+        rows, _ = layer.rows_of(hidden(), TokenContext(token_ids=IDS, mask=MASK))
+        return set(rows[MASK.flatten()].flatten().tolist())
     tokens = set(IDS[MASK].tolist())
     if isinstance(layer, MoLE) and layer.folded:
         return {token * 3 + expert for token in tokens for expert in range(3)}
@@ -56,8 +61,8 @@ def test_gradients_reach_the_rows_of_real_tokens_only(name, sparse):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_learning_rate_of_the_rows_is_their_own(name):
-    groups = {g.name: g for g in LAYERS[name](table_lr_multiplier=5.0).parameter_groups()}
-    assert groups["token rows"].lr_multiplier == 5.0
+    groups = {g.name: g for g in LAYERS[name](table_lr_multiplier=3.0).parameter_groups()}
+    assert groups["token rows"].lr_multiplier == 3.0
     assert groups["matrices"].lr_multiplier == 1.0
 
 
@@ -128,3 +133,42 @@ def test_layers_of_a_pool_read_one_table_of_embeddings():
     assert layers[0].embedding.weight.grad.any()
     with pytest.raises(InputError, match="embedding_pool: 3 is not a name"):
         make(MoLE, embedding_pool=3)
+
+
+def test_documents_of_one_sequence_are_to_engram_as_each_alone():
+    layer = make(Engram, num_heads=2, num_rows=40, boundary_id=2).eval()
+    ids = torch.tensor([[5, 9, 2, 5, 9, 7, 2]])
+    x = torch.randn(1, 7, D, dtype=torch.float64)
+    together = layer(x, token_ids=ids).hidden
+    alone = [layer(x[:, part], token_ids=ids[:, part]).hidden for part in (slice(3), slice(3, 7))]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-12, atol=1e-14)
+    # What follows an end is not what would follow the token that stands there.
+    unaware = make(Engram, num_heads=2, num_rows=40).eval()
+    found = unaware(x, token_ids=ids).hidden
+    first = unaware(x[:, 3:], token_ids=ids[:, 3:]).hidden
+    assert not torch.allclose(found[:, 3], first[:, 0])
+    assert torch.allclose(found[:, 5:], first[:, 2:])
+
+
+def test_the_gate_of_engram_is_half_open_where_nothing_fits_and_follows_the_fit():
+    layer = make(Engram, num_heads=2, num_rows=40).eval()
+    x, e = torch.randn(3, D, dtype=torch.float64), torch.randn(3, 16, dtype=torch.float64)
+    with torch.no_grad():
+        layer.key_proj.weight.copy_(torch.eye(D))
+        assert (layer._openness(e, e) > 0.85).all()  # of z = sqrt(D) and sqrt(z) = 2
+        assert (layer._openness(-e, e) < 0.15).all()
+        layer.query_norm.weight.zero_()
+        assert (layer._openness(x, e) == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"d_memory": 30}, "d_memory: 30 is not a multiple of the 16 rows of a token"),
+        ({"gate": 1}, "gate: 1 is neither true nor false"),
+        ({"num_rows": 1}, "num_rows: 1 is out of range"),
+    ],
+)
+def test_what_engram_cannot_be_is_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        make(Engram, **arguments)

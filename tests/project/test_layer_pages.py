@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {
     "CarvedMoE": "carving",
+    "Engram": "token_tables",
     "FastFeedForward": "fast_feed_forward",
     "HashLayer": "hash_layer",
     "MemoryPlus": "memory_plus",

@@ -33,6 +33,7 @@ D = 21
 NO_BALANCE = BalanceOptions(load_balancing=0.0)
 SIZES: dict[str, dict[str, Any]] = {
     "CarvedMoE": {"num_experts": 9, "top_k": 3, "d_expert": 5},
+    "Engram": {"d_ff": 7, "num_heads": 2, "num_rows": 31, "vocab_size": VOCABULARY},
     "HashLayer": {"vocab_size": VOCABULARY},
     "MemoryPlus": {"num_keys": 9, "top_k": 5},
     "MoLE": {"num_experts": 3, "d_expert": 5, "d_ff": 7, "vocab_size": VOCABULARY},
@@ -422,6 +423,9 @@ CONVENTIONS = {
     "stem_relu": _layer("stem", activation="relu2"),
     "mole_mlp": _layer("mole", gated=False, activation="gelu", num_experts=2),
     "mole_folded": _layer("mole", folded=True),
+    "engram_bigrams": _layer("engram", gate=False, max_ngram=2, d_memory=6, index=1),
+    "engram_documents": _layer("engram", max_ngram=4, boundary_id=3, num_rows=60),
+    "engram_polynomial": _layer("engram", hash_function="polynomial", index=2),
     "peer_sigmoid": _layer("peer", score_fn="sigmoid", query_norm="layer", gated=True),
     "peer_relu": _layer("peer", score_fn="relu", query_norm="qk", share_keys=False),
     "peer_plain": _layer("peer", query_norm="none", activation="silu"),

@@ -19,6 +19,7 @@ VOCABULARY = 40
 PLAIN: dict[str, Callable[[Weights, Options, Tensor, Call], Answer]] = {
     "CarvedMoE": sparse.carved_moe,
     "DenseFFN": dense.dense_ffn,
+    "Engram": tables.engram,
     "FastFeedForward": trees.fast_feed_forward,
     "HashLayer": hashing.hash_layer,
     "MemoryPlus": product_key.memory_plus,

@@ -55,3 +55,73 @@ def mole(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answ
             y_D = y_D + share_E[e] * answer(e, v_D)
         rows.append(y_D)
     return Answer(stacked(rows, hidden), {}, [sum(real)] * number)
+
+
+def engram(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
+    """``y = FFN(h) + g W_v e``, e the rows of n-grams (arXiv:2601.07372, sections 2.2 and 2.3)."""
+    width = hidden.shape[-1]
+    sequences = hidden.reshape(-1, hidden.shape[-2], width) if hidden.ndim > 2 else hidden[None]
+    ids = call.token_ids.reshape(sequences.shape[:2]).tolist()
+    masks = [[True] * len(row) for row in ids]
+    if call.mask is not None:
+        masks = call.mask.reshape(sequences.shape[:2]).tolist()
+    heads = options["num_heads"] * (options["max_ngram"] - 1)
+    sizes = _sizes(options, heads)
+    rows, counts = [], [0] * sum(sizes)
+    for x_TD, names, real in zip(sequences, ids, masks, strict=True):
+        for t, x_D in enumerate(x_TD.unbind()):
+            if not real[t]:
+                rows.append(torch.zeros_like(x_D))
+                continue
+            grams = _grams(weights, options, names, real, t)
+            read = []
+            for j, size in enumerate(sizes):
+                row = sum(sizes[:j]) + _mixed(weights, options, grams, j) % size
+                counts[row] += 1
+                read.append(weights["table.weight"][row])
+            e_M = torch.cat(read)
+            v_D = weights["value_proj.weight"] @ e_M
+            if options["gate"]:
+                key_D = _unit(weights["key_proj.weight"] @ e_M) * weights["key_norm.weight"]
+                query_D = _unit(x_D) * weights["query_norm.weight"]
+                z = (key_D * query_D).sum() / width**0.5
+                size = torch.sqrt(torch.where(torch.abs(z) > 1e-6, torch.abs(z), 1e-6))
+                v_D = v_D / (1 + torch.exp(-size if z > 0 else size))
+            block = {"activation": "silu", "gated": True}
+            rows.append(dense_block(weights, "ffn.", block, x_D) + v_D)
+    return Answer(stacked(rows, hidden), {}, counts)
+
+
+def _unit(x_D: Tensor) -> Tensor:
+    return x_D / torch.sqrt((x_D**2).sum() / len(x_D) + 1e-6)
+
+
+def _sizes(options: Options, heads: int) -> list[int]:
+    """List the rows of each hash function: primes, or odd numbers above an even one."""
+    before, first = options["index"] * heads, options["num_rows"]
+    if options["hash_function"] == "polynomial":
+        return [first + 1 + 2 * (before + j) for j in range(heads)]
+    primes = [n for n in range(first, 20 * first) if all(n % d for d in range(2, n))]
+    return primes[before : before + heads]
+
+
+def _grams(
+    weights: Weights, options: Options, names: list[int], real: list[bool], t: int
+) -> list[int]:
+    """Return the classes of a token and of those before it, up to where its document begins."""
+    found, inside = [], True
+    for i in range(options["max_ngram"]):
+        if i:
+            inside = inside and t >= i and real[t - i] and names[t - i] != options["boundary_id"]
+        found.append(int(weights["hash.compressed"][names[t - i] if inside else -1]))
+    return found
+
+
+def _mixed(weights: Weights, options: Options, grams: list[int], head: int) -> int:
+    order, mixed = 2 + head // options["num_heads"], 0
+    for i in range(order):
+        if options["hash_function"] == "polynomial":
+            mixed += grams[i] * options["vocab_size"] ** i
+        else:
+            mixed ^= grams[i] * int(weights["hash.multipliers"][i])
+    return mixed

@@ -27,6 +27,7 @@ WIDTHS: dict[type[FeedForward], str] = {
     moezoo.SelectiveFFN: "d_ff",
     moezoo.STEM: "d_ff",
     moezoo.MoLE: "d_ff",
+    moezoo.Engram: "d_ff",
 }
 """The argument that is solved for unless a row names another: it sets the active width."""
 

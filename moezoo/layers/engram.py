@@ -1,0 +1,230 @@
+"""Engram: a dense block beside a memory of n-grams, which the token's last ids address.
+
+``y = FFN(h) + g v``, ``v = W_v e`` and ``g = σ(sign(z) sqrt(max(|z|, 1e-6)))``,
+``z = RMSNorm(W_k e) · RMSNorm(h) / sqrt(D)``, where e are the rows of a token's n-grams, one per
+hash function, end to end (Cheng et al. 2026, arXiv:2601.07372, sections 2.2 and 2.3). The paper
+adds the memory to the residual stream before attention, and a short convolution of v to it.
+
+Shapes: T tokens, D d_model, H hash functions of all orders, M width of all H rows, V size of the
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moezoo.errors import InputError, check_flag, check_int, check_number
+from moezoo.experts.token_table import TokenTable, row_group
+from moezoo.feed_forward import (
+    Cost,
+    FeedForward,
+    FeedForwardOutput,
+    Method,
+    Paper,
+    ParameterGroup,
+    TokenContext,
+    register,
+    set_apart,
+)
+from moezoo.init import init_linear, output_std
+from moezoo.layers.dense import DenseFFN, default_width
+from moezoo.routing.deferred import statistics
+from moezoo.routing.hashing import aligned
+from moezoo.routing.ngram import Hash, NGramHash
+from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
+from moezoo_kernels.dtypes import at_least_fp32
+
+
+class Engram(FeedForward):
+    """A gated linear unit beside rows of a table that hashes of the last tokens name.
+
+    A call takes ``token_ids`` of ``(..., S)``, or ``(..., L)`` with earlier tokens of the same
+    sequences, of which the last ``max_ngram - 1`` are read. Padding comes back as zeros. The
+    ``stats`` are those of the rows: ``tokens``; ``usage``, the share of rows that were read;
+    ``unevenness``, KL(reads || uniform) in nats; and of up to 4096 rows, ``expert_counts``. It has
+    no losses.
+
+    Args:
+        d_model: width of the residual stream.
+        d_ff: hidden width of the dense block; default that of a gated linear unit.
+        max_ngram: highest order of n-grams; all from 2 on are there.
+        num_heads: hash functions per order.
+        num_rows: rows of each at least; default d_model² / 4. See
+            :class:`moezoo.routing.ngram.NGramHash`.
+        d_memory: width M of a token's rows together, a multiple of their number; default d_model,
+            rounded up to one.
+        gate: scale what is read by how well it fits the hidden state.
+        hash_function: ``splitmix`` or ``numpy`` multipliers, or ``polynomial``.
+        index: which memory of the model this is, from 0; another has other hash functions.
+        seed: where the hash functions' multipliers begin.
+        vocab_size: number of tokens V; the model's vocabulary must not be larger.
+        boundary_id: the token that ends a document, beyond which no n-gram reaches back; None:
+            sequences are whole documents.
+        sparse: give the table sparse gradients, so that a step moves only the rows that were read;
+            not under torch.compile.
+        table_lr_multiplier: learning rate of the table, as a multiple of the run's. Its rows do not
+            decay.
+    """
+
+    needs_token_ids: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_ff: int | None = None,
+        max_ngram: int = 3,
+        num_heads: int = 8,
+        num_rows: int | None = None,
+        d_memory: int | None = None,
+        gate: bool = True,
+        hash_function: Hash = "splitmix",
+        index: int = 0,
+        seed: int = 0,
+        vocab_size: int = 32000,
+        boundary_id: int | None = None,
+        sparse: bool = False,
+        table_lr_multiplier: float = 5.0,
+    ) -> None:
+        super().__init__(d_model)
+        self.d_ff = default_width(d_model, gated=True) if d_ff is None else check_int("d_ff", d_ff)
+        self.num_rows = max(2, d_model * d_model // 4) if num_rows is None else num_rows
+        self.hash = NGramHash(
+            vocab_size,
+            max_ngram=max_ngram,
+            num_heads=num_heads,
+            num_rows=self.num_rows,
+            index=index,
+            seed=seed,
+            hash_function=hash_function,
+            boundary_id=boundary_id,
+        )
+        self.max_ngram, self.num_heads, self.vocab_size = max_ngram, num_heads, vocab_size
+        self.hash_function, self.index, self.seed = hash_function, index, seed
+        self.boundary_id = boundary_id
+        heads = len(self.hash.sizes)
+        if d_memory is None:
+            d_memory = -(-d_model // heads) * heads
+        self.d_memory = check_int("d_memory", d_memory)
+        if d_memory % heads:
+            raise InputError(
+                f"d_memory: {d_memory} is not a multiple of the {heads} rows of a token; "
+                "make it one"
+            )
+        self.gate = check_flag("gate", gate)
+        self.sparse = sparse
+        self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
+        self.ffn = DenseFFN(d_model, self.d_ff)
+        self.table = TokenTable(self.hash.total_rows, d_memory // heads, sparse=sparse)
+        self.value_proj = nn.Linear(d_memory, d_model, bias=False)
+        if gate:
+            self.key_proj = nn.Linear(d_memory, d_model, bias=False)
+            self.key_norm = nn.RMSNorm(d_model, eps=1e-6)
+            self.query_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self._reset_projections()
+
+    @property
+    def needs_earlier_tokens(self) -> bool:
+        """True: n-grams reach back."""
+        return True
+
+    def reset_parameters(self, num_layers: int = 1) -> None:
+        """Draw rows from N(0, 1), projections as those of a dense block; hash as the seed says."""
+        self.hash.reset_parameters()
+        self.ffn.reset_parameters(num_layers)
+        self.table.reset_parameters()
+        self._reset_projections(num_layers)
+
+    def _reset_projections(self, num_layers: int = 1) -> None:
+        init_linear(self.value_proj, output_std(self.d_memory, num_layers))
+        if self.gate:
+            init_linear(self.key_proj, self.d_memory**-0.5)
+            self.key_norm.reset_parameters()
+            self.query_norm.reset_parameters()
+
+    def _compute(
+        self, hidden: Tensor, context: TokenContext, brute_force: bool
+    ) -> FeedForwardOutput:
+        """Read each token's rows; by brute force, by indexing."""
+        rows_TH, mask_T = self.rows_of(hidden, context)
+        x_TD = hidden.reshape(-1, self.d_model)
+        read = self.table.reference_rows if brute_force else self.table.rows
+        e_TM = read(rows_TH).flatten(1).to(x_TD.dtype)
+        memory_TD = self.value_proj(e_TM)
+        if self.gate:
+            memory_TD = self._openness(x_TD, e_TM).to(memory_TD.dtype) * memory_TD
+        output_TD = self.ffn(x_TD).hidden + memory_TD
+        if mask_T is not None:
+            output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
+        stats = statistics(self, slot_stats, rows_TH, None, self.hash.total_rows, mask_T)
+        return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+
+    def _openness(self, x_TD: Tensor, e_TM: Tensor) -> Tensor:
+        """Return the gates ``(T, 1)``, in fp32 at least; one half where z is 0."""
+        key_TD = _normed(self.key_norm, self.key_proj(e_TM))
+        query_TD = _normed(self.query_norm, x_TD)
+        fit_T1 = (key_TD * query_TD).sum(dim=-1, keepdim=True) * self.d_model**-0.5
+        return (fit_T1.sign() * fit_T1.abs().clamp(min=1e-6).sqrt()).sigmoid()
+
+    def rows_of(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor | None]:
+        """Return each token's rows, ``(T, H)``, -1 at padding, and the mask ``(T,)``.
+
+        Raises:
+            InputError: token ids are missing or outside the vocabulary, or a shape does not match.
+        """
+        given = (context.token_ids, context.mask)
+        token_ids, mask = aligned(hidden, *given, self.vocab_size, "Engram")
+        length = hidden.shape[-2] if hidden.ndim > 1 else 1
+        rows_TH = self.hash(token_ids, mask, length).flatten(1).t()
+        if mask is None:
+            return rows_TH, None
+        mask_T = mask[..., mask.shape[-1] - length :].reshape(-1)
+        return rows_TH.masked_fill(~mask_T.unsqueeze(-1), -1), mask_T
+
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
+        """Count how often each row is read."""
+        rows_TH, _ = self.rows_of(hidden, context)
+        return slot_load(rows_TH, None, self.hash.total_rows, kind="rows")
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Put the table apart: a learning rate of its own, no decay, perhaps sparse."""
+        table = row_group(self.table, self.table_lr_multiplier)
+        return set_apart(super().parameter_groups(), table)
+
+    def cost(self) -> Cost:
+        """Return the dense block's, ``2 M D`` FLOPs per projection and ``2 M`` of the rows."""
+        table = self.table.weight.numel()
+        total = sum(p.numel() for p in self.parameters())
+        active = total - table + self.d_memory
+        projections = (2 if self.gate else 1) * self.d_memory * self.d_model
+        flops = self.ffn.cost().flops_per_token + 2 * projections + 2 * self.d_memory
+        return Cost(
+            total_parameters=total,
+            active_parameters=active,
+            flops_per_token=flops,
+            bytes_per_token=active * self.value_proj.weight.element_size(),
+        )
+
+
+def _normed(norm: nn.RMSNorm, x_TD: Tensor) -> Tensor:
+    x_TD = at_least_fp32(x_TD)
+    weight_D = norm.weight.to(x_TD.dtype)
+    return F.rms_norm(x_TD, weight_D.shape, weight_D, norm.eps)
+
+
+register(
+    Method(
+        "engram",
+        Engram,
+        Paper(
+            "Cheng et al.",
+            2026,
+            "Conditional Memory via Scalable Lookup: A New Axis of Sparsity for Large Language "
+            "Models",
+            "2601.07372",
+        ),
+    )
+)
