@@ -78,10 +78,10 @@ class NGramHash(nn.Module):
     ) -> None:
         super().__init__()
         self.vocab_size = check_int("vocab_size", vocab_size)
-        self.max_ngram = check_int("max_ngram", max_ngram, minimum=2)
-        self.num_heads = check_int("num_heads", num_heads)
+        self.max_ngram = check_int("max_ngram", max_ngram, minimum=2, maximum=8)
+        self.num_heads = check_int("num_heads", num_heads, maximum=32)
         self.num_rows = check_int("num_rows", num_rows, minimum=2, maximum=MOST_ROWS)
-        self.index = check_int("index", index, minimum=0)
+        self.index = check_int("index", index, minimum=0, maximum=63)
         self.seed = check_int("seed", seed, minimum=0)
         self.hash_function = check_choice("hash_function", hash_function, HASHES)
         self.boundary_id = boundary_id

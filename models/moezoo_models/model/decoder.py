@@ -148,7 +148,7 @@ class MoezooModel(MoezooPreTrainedModel):
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = build_rotary(config)
         self.gradient_checkpointing = False
-        self._record_ffn_arguments()
+        self.record_ffn_arguments()
         self.post_init()
 
     def blocks(self) -> Iterator[DecoderLayer]:
@@ -159,7 +159,7 @@ class MoezooModel(MoezooPreTrainedModel):
         """Return whether a layer routes on earlier tokens and so wants ``context_ids``."""
         return any(block.mlp.needs_earlier_tokens for block in self.blocks())
 
-    def _record_ffn_arguments(self) -> None:
+    def record_ffn_arguments(self) -> None:
         """Write the blocks' defaults into the configuration, which then outlives their change."""
         rules = [dict(rule) for rule in self.config.ffn]
         for layer, block in enumerate(self.blocks()):
