@@ -42,7 +42,7 @@ from moezoo_train.parallel.fsdp2 import writes_directories
 from moezoo_train.run.beforehand import check_evaluation, check_run
 from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SameCheckpoint, SaveModel
 from moezoo_train.run.module import LanguageModel
-from moezoo_train.run.parser import Parser, SaveConfig
+from moezoo_train.run.parser import ABOUT, Parser, SaveConfig
 from moezoo_train.run.precision import RunTrainer, resolve
 from moezoo_train.run.presets import describe_preset
 from moezoo_train.run.refusals import (
@@ -75,12 +75,6 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 
-_ABOUT = {
-    "fit": "Train a model as YAML files and options say; options win.",
-    "validate": "Measure a checkpoint on validation data.",
-    "test": "Measure a checkpoint on test data, which is the validation split.",
-}
-
 
 def run(argv: list[str]) -> None:
     """Run one command, e.g. ``["fit", "--config", "configs/demo.yaml"]``.
@@ -110,9 +104,10 @@ def run_command(argv: list[str], quiet: bool = False) -> MoezooCLI:
         SystemExit: with 0, after ``--help``.
         KeyboardInterrupt: as :func:`run`.
     """
+    command = _cli_of(argv)
     try:
         with ExitStack() as held:
-            return _cli_of(argv)(
+            return command(
                 LanguageModel,
                 TokenDataModule,
                 save_config_callback=SaveConfig,
@@ -120,7 +115,7 @@ def run_command(argv: list[str], quiet: bool = False) -> MoezooCLI:
                 trainer_defaults=dict(TRAINER_DEFAULTS),
                 seed_everything_default=0,
                 parser_class=Parser,
-                parser_kwargs={name: {"description": text} for name, text in _ABOUT.items()},
+                parser_kwargs={name: ABOUT[name] for name in command.subcommands()},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 args=argv,

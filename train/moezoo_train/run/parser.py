@@ -17,6 +17,13 @@ from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_train.run.presets import with_preset
 from moezoo_train.run.run_directory import remove
 
+ABOUT = {
+    "fit": {"description": "Train a model as YAML files and options say; options win."},
+    "validate": {"description": "Measure a checkpoint on validation data."},
+    "test": {"description": "Measure a checkpoint on test data, which is the validation split."},
+}
+"""Arguments of the commands' parsers."""
+
 
 class Parser(ClearErrors, LightningArgumentParser):
     """Lightning's parser, with mistakes as one clear line, and help on our own options first."""
