@@ -251,7 +251,8 @@ def test_tokenizer_and_settings_are_copied_byte_for_byte(dense, tmp_path):
     upcycle(source, tmp_path / "out", experts=2, check="layers")
     for name in (*files, "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
-    assert not (tmp_path / "out" / "README.md").exists()
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert readme.startswith("the dense model's\n\n## Changes made by moezoo\n")
     assert not (tmp_path / "out" / "code.py").exists()
 
 
