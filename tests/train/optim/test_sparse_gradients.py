@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from moezoo import PEER, DenseFFN, FeedForward, InputError, MemoryPlus, ParameterGroup
+from moezoo import PEER, DenseFFN, Engram, FeedForward, InputError, MemoryPlus, ParameterGroup
 from moezoo import ProductKeyMemory as PKM
 from moezoo_train.optim.clipping import (
     clip_norms,
@@ -35,6 +35,7 @@ LAYERS = {
     "memory": partial(PKM, num_keys=16, **SIZES),
     "memory_plus": partial(MemoryPlus, num_keys=16, value_pool="m", **SIZES),
     "peer": partial(PEER, num_experts=256, gated=True, **SIZES),
+    "engram": partial(Engram, num_heads=2, num_rows=100, table_lr_multiplier=1.0),
 }
 
 

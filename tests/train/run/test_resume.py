@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from moezoo import SparseMoE
+from moezoo import Engram, SparseMoE
 from moezoo.routing import RouterOptions
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.data.datamodule import TokenDataModule
@@ -86,23 +86,28 @@ def assert_equal(left, right, path="") -> None:
         assert left == right, path
 
 
+def mixture(**router):
+    return partial(SparseMoE, num_experts=4, d_expert=8, router=RouterOptions(**router))
+
+
 @pytest.mark.parametrize(
-    ("accumulate", "optimizer", "router", "epochs", "read"),
+    ("accumulate", "optimizer", "ffn", "epochs", "read"),
     [
-        (1, "adamw", RouterOptions(jitter=0.1), False, "pre_attention"),
-        (3, "muon", RouterOptions(noise=True), False, "ffn_input"),
+        (1, "adamw", mixture(jitter=0.1), False, "pre_attention"),
+        (3, "muon", mixture(noise=True), False, "ffn_input"),
         (
             2,
             "adamw",
-            RouterOptions(score="sigmoid", selection_bias=True, jitter=0.2),
+            mixture(score="sigmoid", selection_bias=True, jitter=0.2),
             True,
             "post_attention",
         ),
+        (2, "muon", partial(Engram, num_heads=2, num_rows=50, sparse=True), False, "ffn_input"),
     ],
-    ids=["jitter", "accumulated-noise-muon", "bias-over-epochs"],
+    ids=["jitter", "accumulated-noise-muon", "bias-over-epochs", "sparse-rows"],
 )
 def test_resumed_run_equals_uninterrupted_run(
-    accumulate, optimizer, router, epochs, read, make_model, make_trainer, make_data, tmp_path
+    accumulate, optimizer, ffn, epochs, read, make_model, make_trainer, make_data, tmp_path
 ):
     steps, saved_at = 8, 3
     copy = tmp_path / "step3.ckpt"
@@ -110,7 +115,7 @@ def test_resumed_run_equals_uninterrupted_run(
     def fit(watch: Losses, resume: Path | None = None):
         model = make_model(
             vocab_size=300,
-            ffn=partial(SparseMoE, num_experts=4, d_expert=8, router=router),
+            ffn=ffn,
             router_input=read,
             optimizer=OptimizerConfig(name=optimizer, lr=1e-2),
             schedule=ScheduleConfig(warmup_steps=2),
