@@ -20,13 +20,21 @@ class TokenTable(ValueTable):
     Args:
         num_slots: number of rows.
         v_dim: their width V.
+        width_name: the layer's option that V follows from.
         std: of fresh rows.
         sparse: as for :class:`ValueTable`.
     """
 
     def __init__(
-        self, num_slots: int, v_dim: int, *, std: float = 1.0, sparse: bool = False
+        self,
+        num_slots: int,
+        v_dim: int,
+        *,
+        width_name: str = "v_dim",
+        std: float = 1.0,
+        sparse: bool = False,
     ) -> None:
+        self.width_name = width_name
         self.std = std
         super().__init__(num_slots, v_dim, sparse=sparse)
 

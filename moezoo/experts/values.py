@@ -35,9 +35,11 @@ class ValueTable(nn.Module):
 
     Attributes:
         mesh: the ranks that share the values' width, after :meth:`shard`.
+        width_name: what messages call the width.
     """
 
     can_shard = True
+    width_name = "v_dim"
 
     def __init__(self, num_slots: int, v_dim: int, *, sparse: bool = False) -> None:
         super().__init__()
@@ -81,7 +83,7 @@ class ValueTable(nn.Module):
 
         if self.sparse:
             raise InputError("sparse: values that ranks share have no sparse gradients; set false")
-        split_parameters(self, mesh, 1, "v_dim")
+        split_parameters(self, mesh, 1, self.width_name)
         self.mesh = mesh
 
     def reference(self, indices_TK: Tensor, weights_TK: Tensor, mask_T: Tensor | None) -> Tensor:

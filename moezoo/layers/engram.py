@@ -118,7 +118,9 @@ class Engram(FeedForward):
         self.sparse = sparse
         self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
         self.ffn = DenseFFN(d_model, self.d_ff)
-        self.table = TokenTable(self.hash.total_rows, d_memory // heads, sparse=sparse)
+        self.table = TokenTable(
+            self.hash.total_rows, d_memory // heads, width_name="d_memory", sparse=sparse
+        )
         self.value_proj = nn.Linear(d_memory, d_model, bias=False)
         if gate:
             self.key_proj = nn.Linear(d_memory, d_model, bias=False)

@@ -108,7 +108,8 @@ class MoLE(FeedForward):
         self.gate = nn.Linear(d_model, num_experts, bias=False)
         self.owns_embedding = not folded
         if folded:
-            self.table = TokenTable(vocab_size * num_experts, d_model, sparse=sparse)
+            rows = vocab_size * num_experts
+            self.table = TokenTable(rows, d_model, width_name="d_model", sparse=sparse)
         else:
             self.norm = nn.RMSNorm(d_model, eps=1e-6)
             self.experts = MLPExperts(

@@ -73,7 +73,7 @@ class STEM(FeedForward):
         self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
         self.gate_proj = nn.Linear(d_model, self.d_ff, bias=False)
         # What an up projection of variance 1 / D returns for a normalised token has unit variance.
-        self.table = TokenTable(vocab_size, self.d_ff, sparse=sparse)
+        self.table = TokenTable(vocab_size, self.d_ff, width_name="d_ff", sparse=sparse)
         self.down_proj = nn.Linear(self.d_ff, d_model, bias=False)
         self._reset_projections()
 

@@ -12,14 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from moezoo import (
     PEER,
+    STEM,
     BalanceOptions,
     CarvedMoE,
+    Engram,
     ExpertNormOptions,
     FeedForward,
     GLUOptions,
     HashLayer,
     InputError,
     MemoryPlus,
+    MoLE,
     ProductKeyMemory,
     SigmaMoE,
     SparseMoE,
@@ -91,6 +94,15 @@ LAYERS = {
     "sigma": partial(SigmaMoE, num_experts=4),
     "hash": partial(HashLayer, num_experts=4, vocab_size=VOCABULARY),
     "multi hash": partial(HashLayer, num_experts=4, vocab_size=VOCABULARY, num_hashes=2),
+    "weighed hash": partial(
+        HashLayer, num_experts=4, vocab_size=VOCABULARY, top_k=2, weights="learned"
+    ),
+    "token rows": partial(STEM, d_ff=6, vocab_size=VOCABULARY),
+    "n-grams": partial(
+        Engram, d_ff=6, num_heads=2, num_rows=20, d_memory=16, vocab_size=VOCABULARY
+    ),
+    "lookup experts": partial(MoLE, num_experts=4, d_expert=6, vocab_size=VOCABULARY),
+    "folded experts": partial(MoLE, num_experts=4, vocab_size=VOCABULARY, folded=True),
     "carved": partial(CarvedMoE, num_experts=4, top_k=2),
     "peer": partial(PEER, num_experts=64, top_k=4),
     "gated peer": partial(PEER, num_experts=64, top_k=4, gated=True),
