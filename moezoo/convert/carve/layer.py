@@ -82,7 +82,9 @@ def carved_layer(
         assert layer.experts.gate_up_bias is not None
         layer.experts.gate_up_bias.copy_(torch.stack([e.cut_bias(bias_in) for e in plan.experts]))
         if plan.shared is not None:
-            layer.shared_expert.up_proj.bias.copy_(plan.shared.cut_bias(bias_in))
+            shared_bias = layer.shared_expert.up_proj.bias
+            assert shared_bias is not None
+            shared_bias.copy_(plan.shared.cut_bias(bias_in))
     if layer.b_out is not None and offset is not None:
         layer.b_out.copy_(offset)
     layer.gate.weight.copy_(plan.router)
