@@ -36,10 +36,9 @@ from moezoo_train.data.prepared import PreparedData
 from moezoo_train.data.train_tokenizer import train_tokenizer
 from moezoo_train.data.windows import TrainBatches
 from moezoo_train.finetune.pretrained import check_length
-from moezoo_train.optim.schedule import ScheduleConfig, build_schedule
 from moezoo_train.run import cli
 from moezoo_train.run.guard import StepGuard
-from moezoo_train.run.refusals import check_trainer
+from moezoo_train.run.refusals import check_trainer, check_validation_interval
 from moezoo_train.run.run_directory import find_checkpoint, find_stale
 
 ROOT = Path(__file__).parents[2]
@@ -126,12 +125,6 @@ def damaged_checkpoint() -> None:
     AtomicCheckpointIO().load_checkpoint(str(path))
 
 
-def long_warmup() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    config = ScheduleConfig(warmup_steps=120)
-    under("model.schedule.warmup_steps", 120, lambda: build_schedule(optimizer, config, 120))
-
-
 def loss_that_is_not_finite() -> None:
     trainer = SimpleNamespace(
         precision="32-true",
@@ -207,10 +200,9 @@ RAISERS: dict[str, Callable[[], object]] = {
     "ckpt_path: there is no": lambda: find_checkpoint(Path("run"), "best", "fit", False),
     "ckpt_path: model.d_model": other_model,
     "ckpt_path: run/checkpoints/last.ckpt is damaged": damaged_checkpoint,
-    "trainer.val_check_interval: ": lambda: cli._check_validation_interval(
+    "trainer.val_check_interval: ": lambda: check_validation_interval(
         {"val_check_interval": 200, "accumulate_grad_batches": 3}
     ),
-    "model.schedule.warmup_steps: ": long_warmup,
     "step 1: loss nan": loss_that_is_not_finite,
     "trainer.accelerator: ": lambda: check_trainer({**CPU, "accelerator": "gpu"}),
     "trainer.precision: ": lambda: check_trainer({**CPU, "precision": "16-mixed"}),

@@ -122,7 +122,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = _required_eos(tokenizer.eos_token_id)
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self.threads = self._backend is not None
-        self._trained = bool(tokenizer.init_kwargs.get(_TRAINED))
+        self._trained = bool(getattr(tokenizer, "init_kwargs", {}).get(_TRAINED))
         if self._backend is not None:
             self._backend.encode_special_tokens = True
             # Either would change texts without a word, and padding to a given length has no bound.

@@ -138,9 +138,8 @@ def test_where_no_loss_was_finite_there_is_no_best_model(
     model = make_model()
     model._log_evaluation = lambda stage: model.log("val/loss", math.nan)
     callbacks = [SaveModel(tmp_path / "model", "best"), BestCheckpoint(tmp_path)]
-    trainer = make_trainer(
-        val_check_interval=2 if validated else 100, enable_checkpointing=True, callbacks=callbacks
-    )
+    batches = {} if validated else {"limit_val_batches": 0}
+    trainer = make_trainer(enable_checkpointing=True, callbacks=callbacks, **batches)
     if validated:
         with pytest.warns(UserWarning, match="no validation loss was finite"):
             trainer.fit(model, random_tokens)

@@ -127,10 +127,10 @@ def test_a_run_from_python_is_the_command_s_and_leaves_the_process_as_it_was(
     assert result.best_checkpoint == folder / "python" / "checkpoints" / "best.ckpt"
     assert result.adapter is result.stopped_by is None
     assert list(result.train_losses) == [1, 2, 3]
-    assert list(result.val_losses) == [2]
+    assert list(result.val_losses) == [2, 3]
     assert result.report is not None
     assert result.report.steps == 3
-    assert result.report.val_loss == result.val_losses[2]
+    assert result.report.val_loss == result.val_losses[3]
 
 
 @pytest.mark.parametrize(

@@ -255,10 +255,6 @@ def check_zero(precision: str, module: Parallelized) -> None:
             f"model.{option}: ZeRO cannot skip a step; give {other}, or trainer.strategy ddp or "
             "fsdp2"
         )
-    if any(isinstance(part, Latent) for part in module.model.modules()):
-        raise InputError(
-            "trainer.strategy: ZeRO keeps weights where their masks are not; give ddp or fsdp2"
-        )
     if module.compile_model:
         raise InputError(
             "model.compile: ZeRO's hooks do not go with torch.compile; set it to false, or give "
@@ -266,3 +262,7 @@ def check_zero(precision: str, module: Parallelized) -> None:
         )
     if module.lora is not None:
         raise InputError("trainer.strategy: adapters do not go with ZeRO; use fsdp2 or ddp")
+    if any(isinstance(part, Latent) for part in module.model.modules()):
+        raise InputError(
+            "trainer.strategy: ZeRO keeps weights where their masks are not; give ddp or fsdp2"
+        )
