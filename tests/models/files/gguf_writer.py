@@ -25,14 +25,21 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 
+GEMMA3_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
-def name_of(name: str) -> str:
+
+def name_of(name: str, arch: str = "llama") -> str:
     """Return llama.cpp's name of a tensor."""
+    names = NAMES | (GEMMA3_NAMES if arch == "gemma3" else {})
     stem, _, ending = name.rpartition(".")
-    if stem in NAMES:
-        return f"{NAMES[stem]}.{ending}"
+    if stem in names:
+        return f"{names[stem]}.{ending}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{NAMES[part]}.{ending}"
+    return f"blk.{layer}.{names[part]}.{ending}"
 
 
 def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
@@ -55,7 +62,7 @@ def write_gguf(
 
     Args:
         file: where.
-        model: a Llama, Qwen2 or Qwen3 of transformers.
+        model: a Llama, Qwen2, Qwen3 or Gemma 3 of transformers.
         kind: type of the matrices.
         arch: llama.cpp's name of the architecture; default: transformers'.
         keys: more keys of the architecture, by the names behind its own; None leaves one out.
@@ -66,10 +73,11 @@ def write_gguf(
     import gguf
 
     config = model.config
-    arch = arch or config.model_type
+    arch = arch or config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(file, arch)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     fields = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -80,9 +88,10 @@ def write_gguf(
         "attention.key_length": width,
         "attention.value_length": width,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": width,
         "vocab_size": config.vocab_size,
+        **({"attention.sliding_window": config.sliding_window} if arch == "gemma3" else {}),
         **(keys or {}),
     }
     for name, value in fields.items():
@@ -106,12 +115,14 @@ def write_gguf(
             tensor = interleaved(tensor, heads)
         if arch == "llama" and ".k_proj." in name:
             tensor = interleaved(tensor, config.num_key_value_heads)
+        if arch == "gemma3" and "norm" in name:
+            tensor = tensor + 1.0  # what it multiplies with
         numbers = tensor.float().numpy()
         if numbers.ndim > 1:
             raw = gguf.quantize(numbers, quantized)
-            writer.add_tensor(name_of(name), raw, raw_dtype=quantized)
+            writer.add_tensor(name_of(name, arch), raw, raw_dtype=quantized)
         else:
-            writer.add_tensor(name_of(name), numbers)
+            writer.add_tensor(name_of(name, arch), numbers)
     for name, numbers in (tensors or {}).items():
         writer.add_tensor(name, numbers)
     writer.write_header_to_file()

@@ -41,8 +41,16 @@ _READ = frozenset(
 )
 """Keys of every architecture that are read here or by transformers."""
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Architectures of llama.cpp that are read; another one wants its own keys above."""
+ARCHITECTURES: dict[str, frozenset[str]] = {
+    "llama": frozenset(),
+    "qwen2": frozenset(),
+    "qwen3": frozenset(),
+    "gemma3": frozenset({"attention.sliding_window"}),
+}
+"""Architectures of llama.cpp that are read, each with its own keys beside those above."""
+
+_GEMMA3_27B = 62
+"""Blocks of the one Gemma 3 whose attention llama.cpp scales by another width than its heads'."""
 
 _NEUTRAL = {"expert_count": 0, "expert_used_count": 0, "rope.scaling.type": "none"}
 """Keys that change nothing as long as they have this value."""
@@ -158,7 +166,7 @@ def _check_keys(header: Header) -> None:
             )
         if key in _NEUTRAL and value == _NEUTRAL[key]:
             continue
-        if key not in _READ or key in _NEUTRAL:
+        if key not in _READ | ARCHITECTURES[kind] or key in _NEUTRAL:
             raise InputError(
                 f"{name}: {file} has {value!r} there, which transformers would not read and the "
                 "model would lose; get the model as safetensors"
@@ -182,6 +190,9 @@ def _more(header: Header) -> dict[str, Any]:
     if isinstance(epsilon := header.get("attention.layer_norm_rms_epsilon"), float):
         # As it was written in decimals before it became fp32; computed in fp32 it is the same.
         fields["rms_norm_eps"] = float(str(np.float32(epsilon)))
+    if header.architecture == "gemma3":  # files do not say it
+        large = header.get("block_count") == _GEMMA3_27B
+        fields["query_pre_attn_scalar"] = width // heads if large else fields["head_dim"]
     if _FREQUENCIES in header.tensors:
         fields["rope_parameters"] = _llama3(header, fields["head_dim"])
     return fields
