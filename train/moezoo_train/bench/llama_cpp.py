@@ -1,4 +1,4 @@
-"""llama.cpp as a contender: a dense Llama in a GGUF file of fp32 tensors, and greedy replies."""
+"""llama.cpp as a contender: a dense Llama in a GGUF file, and greedy replies."""
 
 from __future__ import annotations
 
@@ -38,19 +38,23 @@ _BLOCK_NAMES = {
 }
 
 
-def write(path: Path, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
-    """Write a dense Llama's weights in fp32, with a vocabulary of made-up words.
+def write(
+    path: Path, architecture: Architecture, weights: Mapping[str, Tensor], kind: str = "F32"
+) -> None:
+    """Write a dense Llama's weights, with a vocabulary of made-up words.
 
     Args:
         path: of the GGUF file.
         architecture: what the weights are of.
         weights: by transformers' names.
+        kind: ``F32``, or ``Q8_0`` for matrices in blocks of 32 eight-bit numbers with a scale.
     """
     gguf: Any = importlib.import_module("gguf")
     heads = architecture.heads
     kv_heads = architecture.kv_heads or heads
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_file_type(0)  # F32
+    quantized = gguf.GGMLQuantizationType[kind]
+    writer.add_file_type(int(gguf.LlamaFileType[{"F32": "ALL_F32", "Q8_0": "MOSTLY_Q8_0"}[kind]]))
     writer.add_block_count(architecture.layers)
     writer.add_context_length(1024)
     writer.add_embedding_length(architecture.width)
@@ -72,7 +76,12 @@ def write(path: Path, architecture: Architecture, weights: Mapping[str, Tensor])
         elif ".k_proj." in name:
             stored = _paired(stored, kv_heads)
         if name != "lm_head.weight" or not architecture.tied:
-            writer.add_tensor(_renamed(name), stored.contiguous().numpy())
+            numbers = stored.contiguous().numpy()
+            if numbers.ndim > 1 and kind != "F32":
+                numbers = gguf.quantize(numbers, quantized)
+                writer.add_tensor(_renamed(name), numbers, raw_dtype=quantized)
+            else:
+                writer.add_tensor(_renamed(name), numbers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -100,16 +109,21 @@ class LlamaCpp:
         architecture: of the model.
         weights: by transformers' names.
         room: tokens of the longest text.
+        kind: of the matrices, as of :func:`write`.
     """
 
     def __init__(
-        self, architecture: Architecture, weights: Mapping[str, Tensor], room: int
+        self,
+        architecture: Architecture,
+        weights: Mapping[str, Tensor],
+        room: int,
+        kind: str = "F32",
     ) -> None:
         llama: Any = importlib.import_module("xllamacpp")
         parameters = llama.CommonParams()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.gguf"
-            write(file, architecture, weights)
+            write(file, architecture, weights, kind)
             parameters.model.path = str(file)
             parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = room, 1, 0
             parameters.cpuparams.n_threads = torch.get_num_threads()

@@ -122,12 +122,12 @@ def _transformers(parts: Sparsified) -> Job:
     return transformers_reply(parts.dense)
 
 
-def _llama_cpp(parts: Sparsified) -> Job:
+def _llama_cpp(parts: Sparsified, kind: str) -> Job:
     for package in PACKAGES:
         package.check()
     dense = parts.dense
     ids = dense.prompts[0].tolist()
-    server = LlamaCpp(dense.architecture, dense.weights, len(ids) + dense.new + 1)
+    server = LlamaCpp(dense.architecture, dense.weights, len(ids) + dense.new + 1, kind)
     return dense.job(lambda: torch.tensor([server.reply(ids, dense.new)]))
 
 
@@ -139,7 +139,7 @@ CASES = [
         "end-to-end",
         "greedy reply, sparsified",
         {"B": 1, "P": 16, "N": 32, "V": 49152, "d": 576, "f": 1536, "L": 30, "H": 9, "G": 3},
-        {"V": 64, "d": 32, "f": 48, "L": 2, "H": 2, "G": 1, "P": 4, "N": 4},
+        {"V": 64, "d": 32, "f": 64, "L": 2, "H": 2, "G": 1, "P": 4, "N": 4},
         _build,
         {
             "dense": Peer(_dense, same=False, target=Target(forward=1.25)),
@@ -148,7 +148,13 @@ CASES = [
                 _transformers, _TRANSFORMERS, same=False, target=Target(forward=2.2)
             ),
             "llama.cpp F32, dense": Peer(
-                _llama_cpp, PACKAGES[0], same=False, target=Target(forward=1.0)
+                partial(_llama_cpp, kind="F32"),
+                PACKAGES[0],
+                same=False,
+                target=Target(forward=1.0),
+            ),
+            "llama.cpp Q8_0, dense": Peer(
+                partial(_llama_cpp, kind="Q8_0"), PACKAGES[0], same=False
             ),
         },
         threads=1,
