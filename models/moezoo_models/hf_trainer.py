@@ -79,7 +79,7 @@ class TrainingStateCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Let the layers follow the step, if it was taken."""
+        """Have the layers follow the step, if it was taken."""
         skipped = getattr(optimizer, "step_was_skipped", False)
         for layer in self._layers:
             layer.discard() if skipped else layer.step()

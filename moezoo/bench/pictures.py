@@ -326,7 +326,8 @@ def _plain(value: float, _: int | None = None) -> str:
 def _label(row: Row) -> str:
     dtype = "" if row.dtype == "float32" else f" {row.dtype}"
     other = row.peer if row.same_function else f"({row.peer})"
-    case = row.case.removesuffix("-bf16") if dtype else row.case  # under autocast it says bf16 alone
+    # Of a step under autocast, whose tensors are fp32, the case alone says so.
+    case = row.case.removesuffix("-bf16") if dtype else row.case
     return f"{case.removesuffix('-cuda')}{dtype} / {other}"
 
 

@@ -110,7 +110,7 @@ class NGramHash(nn.Module):
         return [self.num_rows + 2 * (before + head) + 1 for head in range(heads)]
 
     def reset_parameters(self) -> None:
-        """Tell all tokens apart, and mix by the multipliers that follow from the seed."""
+        """Take each token for a class of its own; the seed decides the multipliers."""
         if not self.compressed.is_meta:
             self._install(torch.arange(self.vocab_size))
 

@@ -268,7 +268,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
 
 
 def _as_trained(directory: Path, tokenizer: Tokenizer) -> Tokenizer:
-    """Let texts begin as those did that a model was trained on here, before its files said so."""
+    """Have texts begin as those that a model was trained on here, before its files said so."""
     config = directory / CONFIG
     if config.is_file() and read_json(config).get("trained_length") is not None:
         tokenizer.set_trained()

@@ -125,7 +125,7 @@ def save_stock(
 
 
 def written_as(kind: str) -> str:
-    """Say for a README that a model was written as another architecture."""
+    """Return what a README says of a model that was written as another architecture."""
     return f"`moezoo export` wrote the same weights as a `{kind}`, which computes the same."
 
 

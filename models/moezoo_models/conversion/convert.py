@@ -284,7 +284,7 @@ def copy_files(sources: Sequence[Path], fresh: Path, change: str, replaced: Path
 
 
 def _change(method: str, source: Source, kind: Target, mixture: Mixture) -> str:
-    """Say what a conversion has changed."""
+    """Return the sentence of what a conversion has changed."""
     return (
         f"`moezoo {method}` made a `{kind.name}` of this `{source.family}`: in "
         f"{len(mixture.layers)} of {source.num_layers} layers the dense block became "

@@ -71,7 +71,7 @@ class Tokenizer(ABC):
         return (self.opening or [self.eos_id])[0]
 
     def set_trained(self) -> None:
-        """Let texts stand behind ``bos_id``, as documents do that a model is trained on here."""
+        """Put texts behind ``bos_id``, as documents are that a model is trained on here."""
         self._trained = True
 
     def _adds_bos(self) -> bool:

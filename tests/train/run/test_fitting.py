@@ -243,7 +243,7 @@ def test_a_preset_in_a_mapping_is_found():
 
 
 def ending(monkeypatch, number: signal.Signals | None):
-    """Let a run end by a signal, with nothing computed."""
+    """End a run by a signal, with nothing computed."""
     ended = types.SimpleNamespace(
         config={"fit": {"output": "run", "trainer": {}}}, report=None, stopped_by=number
     )

@@ -214,7 +214,7 @@ def _knows(module: Module, name: str) -> bool:
 
 
 def _names(selection: _Selection, layers: list[Target]) -> dict[Target, str]:
-    """Give every definition a name of its own; one that is taken gets its module's behind it."""
+    """Return a name for each definition; one that is taken gets its module's behind it."""
     taken = {*selection.outside, *dir(builtins)}
     found: dict[Target, str] = {}
     order = [*layers, *sorted(selection.targets - set(layers), key=_rank)]

@@ -90,7 +90,7 @@ class StreamedText:
         self._limit = int(val_fraction * 2**64)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Let each process load the tokenizer itself."""
+        """Have each process load the tokenizer itself."""
         state = self.__dict__.copy()
         state.pop("tokenizer", None)
         return state

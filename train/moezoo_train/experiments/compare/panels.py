@@ -266,7 +266,7 @@ def load(
 
 
 def _families(figure: Figure, rows: Sequence[Row], shown: Sequence[Row], baseline: str) -> None:
-    """Say what the colours are, where they are of families and not of rows, which have names."""
+    """Add a legend of colours, where they are of families and not of rows, which have names."""
     from matplotlib.lines import Line2D
 
     handles = [
