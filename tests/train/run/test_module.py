@@ -419,6 +419,16 @@ def test_measuring_a_cpu_ends_soon_however_slow_it_is(monkeypatch, rate):
     assert (largest in taken) == (largest < throughput.PROBE_SECONDS)
 
 
+def test_products_that_had_to_wait_do_not_make_a_cpu_slow(monkeypatch):
+    waits = iter([0.0, 0.05, 0.04, 0.0, 0.05, 0.03])
+
+    def product(device: torch.device, dtype: torch.dtype, size: int) -> float:
+        return 2 * size**3 / 1e11 + next(waits, 0.0)
+
+    monkeypatch.setattr(throughput, "_product_seconds", product)
+    assert peak_flops(torch.device("cpu"), torch.float32)[0] == pytest.approx(1e11)
+
+
 def test_schedule_runs_over_optimizer_steps(make_model, make_trainer, random_tokens):
     recorder = Recorder()
     schedule = ScheduleConfig("wsd", warmup_steps=2, decay_fraction=0.5, min_lr_ratio=0.0)

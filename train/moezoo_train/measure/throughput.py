@@ -104,15 +104,15 @@ def _measure_accelerator(device: torch.device, dtype: torch.dtype) -> float:
 def _measure_cpu(device: torch.device, dtype: torch.dtype) -> float:
     _product_seconds(device, dtype, 64)  # the first of all sets libraries up
     best = spent = 0.0
-    # Twice each: the first of a size may compile its kernel.
-    for size in itertools.chain((64, 64, 128, 128, 256, 256, 512, 512), [1024] * 6):
+    # Twice each, as the first of a size may compile its kernel; more of the smallest, which decide
+    # whether to go on: on a busy machine some have to wait for longer than they take.
+    for size in itertools.chain([64] * 8, (128, 128, 256, 256, 512, 512), [1024] * 6):
         flops = 2 * size**3
         # A product of twice the size takes eight times as long, or less.
-        if best and spent + flops / best > PROBE_SECONDS:
+        if size > 64 and spent + flops / best > PROBE_SECONDS:
             break
-        seconds = _product_seconds(device, dtype, size)
-        spent += seconds
-        best = max(best, flops / seconds)
+        best = max(best, flops / _product_seconds(device, dtype, size))
+        spent += flops / best  # without what it has waited
     return best
 
 
