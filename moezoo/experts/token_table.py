@@ -5,11 +5,13 @@ Shapes: T tokens, V width of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from moezoo.experts.values import ValueTable
 from moezoo.feed_forward import ParameterGroup, TokenContext
-from moezoo.routing.hashing import aligned
+from moezoo.routing.hashing import addressed
 
 
 class TokenTable(ValueTable):
@@ -59,25 +61,32 @@ def row_group(table: ValueTable, lr_multiplier: float) -> list[ParameterGroup]:
 
 
 def rows_of_tokens(
-    hidden: Tensor, context: TokenContext, vocab_size: int, layer: str
+    hidden: Tensor,
+    context: TokenContext,
+    vocab_size: int,
+    layer: str,
+    address: Callable[[Tensor, Tensor | None, int], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return each token's id as the row of a table, ``(T, 1)``, and the mask, ``(T,)``.
+    """Return the rows of a table that each token addresses, ``(T, C)``, and the mask, ``(T,)``.
 
     Padding has the row -1.
 
     Args:
         hidden: ``(..., d_model)``.
         context: of the call.
-        vocab_size: number of rows.
+        vocab_size: ids are below it.
         layer: what messages call the layer.
+        address: as of :func:`moezoo.routing.hashing.addressed`; None: a token's id is its row.
 
     Raises:
-        InputError: token ids are missing or outside the table, or a shape does not match.
+        InputError: token ids are missing or outside the vocabulary, or a shape does not match.
     """
-    token_ids, mask = aligned(hidden, context.token_ids, context.mask, vocab_size, layer)
-    length = hidden.shape[-2] if hidden.ndim > 1 else 1
-    rows_T1 = token_ids[..., token_ids.shape[-1] - length :].reshape(-1, 1).long()
-    if mask is None:
-        return rows_T1, None
-    mask_T = mask[..., mask.shape[-1] - length :].reshape(-1)
-    return rows_T1.masked_fill(~mask_T.unsqueeze(-1), -1), mask_T
+    given = (context.token_ids, context.mask, vocab_size)
+    rows_TC, mask_T = addressed(hidden, *given, address or _by_id, layer)
+    if mask_T is not None:
+        rows_TC = rows_TC.masked_fill(~mask_T.unsqueeze(-1), -1)
+    return rows_TC, mask_T
+
+
+def _by_id(token_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    return token_ids[..., token_ids.shape[-1] - length :].reshape(-1, 1).long()

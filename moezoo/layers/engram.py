@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_flag, check_int, check_number
-from moezoo.experts.token_table import TokenTable, row_group
+from moezoo.experts.token_table import TokenTable, row_group, rows_of_tokens
 from moezoo.feed_forward import (
     Cost,
     FeedForward,
@@ -32,7 +32,6 @@ from moezoo.feed_forward import (
 from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import DenseFFN, default_width
 from moezoo.routing.deferred import statistics
-from moezoo.routing.hashing import aligned
 from moezoo.routing.ngram import Hash, NGramHash
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.dtypes import at_least_fp32
@@ -177,14 +176,11 @@ class Engram(FeedForward):
         Raises:
             InputError: token ids are missing or outside the vocabulary, or a shape does not match.
         """
-        given = (context.token_ids, context.mask)
-        token_ids, mask = aligned(hidden, *given, self.vocab_size, "Engram")
-        length = hidden.shape[-2] if hidden.ndim > 1 else 1
-        rows_TH = self.hash(token_ids, mask, length).flatten(1).t()
-        if mask is None:
-            return rows_TH, None
-        mask_T = mask[..., mask.shape[-1] - length :].reshape(-1)
-        return rows_TH.masked_fill(~mask_T.unsqueeze(-1), -1), mask_T
+        return rows_of_tokens(hidden, context, self.vocab_size, "Engram", self._hashed)
+
+    def _hashed(self, token_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
+        rows: Tensor = self.hash(token_ids, mask, length)
+        return rows.flatten(1).t()
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count how often each row is read."""

@@ -343,12 +343,12 @@ class HashLayer(FeedForward):
     ) -> tuple[Tensor, Tensor | None]:
         """Return each token's experts ``(T, C)``, and the mask of these tokens ``(T,)``."""
         self._check_table()
-        token_ids, mask = hashing.aligned(hidden, token_ids, mask, self.vocab_size)
+        return hashing.addressed(hidden, token_ids, mask, self.vocab_size, self._chosen)
+
+    def _chosen(self, token_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
         hash_LC = hashing.chosen(self.key, self.table, self.num_experts, token_ids, mask)
-        length = hidden.shape[-2] if hidden.ndim > 1 else 1
-        start = hash_LC.shape[-2] - length
-        hash_TC = hash_LC[..., start:, :].reshape(-1, hash_LC.shape[-1])
-        return hash_TC, None if mask is None else mask[..., start:].reshape(-1)
+        own_SC = hash_LC[..., hash_LC.shape[-2] - length :, :]
+        return own_SC.reshape(-1, hash_LC.shape[-1])
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up how often each expert is chosen, by any of the hash functions."""

@@ -9,6 +9,7 @@ Shapes: V size of the vocabulary, E experts, R hash functions, D width of embedd
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -208,6 +209,34 @@ def aligned(
             f"mask: shape {tuple(mask.shape)} does not match hidden's {tuple(hidden.shape[:-1])}"
         )
     return token_ids, mask
+
+
+def addressed(
+    hidden: Tensor,
+    token_ids: Tensor | None,
+    mask: Tensor | None,
+    vocab_size: int,
+    address: Callable[[Tensor, Tensor | None, int], Tensor],
+    layer: str = "HashLayer",
+) -> tuple[Tensor, Tensor | None]:
+    """Return what each token is addressed to, ``(T, C)``, and the mask of these tokens ``(T,)``.
+
+    Args:
+        hidden: as of :func:`aligned`, as all that is not named here.
+        token_ids: as there.
+        mask: as there.
+        vocab_size: as there.
+        address: given token ids and mask ``(..., L)`` and the number S of the last that are
+            ``hidden``'s, it returns these tokens' numbers, ``(T, C)``.
+        layer: as there.
+
+    Raises:
+        InputError: as :func:`aligned`.
+    """
+    token_ids, mask = aligned(hidden, token_ids, mask, vocab_size, layer)
+    length = hidden.shape[-2] if hidden.ndim > 1 else 1
+    found_TC = address(token_ids, mask, length)
+    return found_TC, None if mask is None else mask[..., mask.shape[-1] - length :].reshape(-1)
 
 
 def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
