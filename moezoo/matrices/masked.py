@@ -165,9 +165,34 @@ class NMMatrix(Masked):
             self.mask.copy_(rules.best_of_group(whole(self.latent).abs(), *pattern))
 
 
-class TransposableMatrix(Masked):
+class Sampled(Latent):
+    """A matrix whose weights' gradient is sampled in training, if its options say so."""
+
+    options: Transposable | SoftNM
+
+    def _exact(self) -> Tensor:
+        """Return whether the gradient is exact now, a scalar bool: where nothing is sparse."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply; in training with the weights' gradient sampled, while the matrix is sparse."""
+        if not (self.training and self.options.sampled):
+            return super().forward(x)
+        output = sampled_linear(x, self.dense(), self._exact())
+        return output if self.bias is None else output + self.bias
+
+    def reference(self, x: Tensor) -> Tensor:
+        """Do the same row by row."""
+        if not (self.training and self.options.sampled):
+            return super().reference(x)
+        output = reference_linear(x, self.dense(), self._exact())
+        return output if self.bias is None else output + self.bias
+
+
+class TransposableMatrix(Sampled, Masked):
     """Two of four in rows and in columns."""
 
+    options: Transposable
     steps: Tensor
 
     def __init__(
@@ -181,19 +206,8 @@ class TransposableMatrix(Masked):
         """Multiply the weights by the mask."""
         return times(self.latent, self.mask)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply; in training with the weights' gradient sampled, while the matrix is sparse."""
-        if not (self.training and self.options.sampled):
-            return super().forward(x)
-        output = sampled_linear(x, self.dense(), self.mask.all())
-        return output if self.bias is None else output + self.bias
-
-    def reference(self, x: Tensor) -> Tensor:
-        """Do the same row by row."""
-        if not (self.training and self.options.sampled):
-            return super().reference(x)
-        output = reference_linear(x, self.dense(), self.mask.all())
-        return output if self.bias is None else output + self.bias
+    def _exact(self) -> Tensor:
+        return self.mask.all()
 
     def cost(self) -> Cost:
         """Half of the weights count, while it is sparse."""
@@ -223,9 +237,10 @@ class TransposableMatrix(Masked):
             self.mask.copy_(rules.transposable(whole(self.latent).abs()))
 
 
-class SoftNMMatrix(Latent):
+class SoftNMMatrix(Sampled):
     """N of M by a threshold that is subtracted: continuous in the weights."""
 
+    options: SoftNM
     scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool, options: SoftNM) -> None:
@@ -245,21 +260,7 @@ class SoftNMMatrix(Latent):
         threshold = rules.next_of_group(size, self.options.n, self.options.m)
         return latent.sign() * (size - threshold).clamp(min=0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply; in training with the weights' gradient sampled, if it is to be."""
-        if not (self.training and self.options.sampled):
-            return super().forward(x)
-        output = sampled_linear(x, self.dense(), self._never())
-        return output if self.bias is None else output + self.bias
-
-    def reference(self, x: Tensor) -> Tensor:
-        """Do the same row by row."""
-        if not (self.training and self.options.sampled):
-            return super().reference(x)
-        output = reference_linear(x, self.dense(), self._never())
-        return output if self.bias is None else output + self.bias
-
-    def _never(self) -> Tensor:
+    def _exact(self) -> Tensor:
         return torch.zeros((), dtype=torch.bool, device=self.latent.device)
 
     def cost(self) -> Cost:
