@@ -232,8 +232,7 @@ def _remainders(mixes: Tensor, sizes: list[int], offsets: list[int]) -> Tensor:
     per_order = len(sizes) // orders
     heads = list(enumerate(zip(sizes, offsets, strict=True)))
     if mixes.device.type != "cpu":
-        rows = [mixes[head // per_order] % size + offset for head, (size, offset) in heads]
-        return torch.stack(rows)
+        return _plain_remainders(mixes, sizes, offsets)
     # Its large arrays are of large pages, which are there sooner than many small ones.
     found_HT = np.empty((len(sizes), count), np.uint64)
     mixes_OT = mixes.numpy().view(np.uint64)
@@ -247,6 +246,13 @@ def _remainders(mixes: Tensor, sizes: list[int], offsets: list[int]) -> Tensor:
             np.subtract(mix, whole, out=found)
             np.add(found, np.uint64(offset), out=found)
     return torch.from_numpy(found_HT.view(np.int64))
+
+
+def _plain_remainders(mixes: Tensor, sizes: list[int], offsets: list[int]) -> Tensor:
+    """Return the same by torch's operators."""
+    per_order = len(sizes) // len(mixes)
+    heads = enumerate(zip(sizes, offsets, strict=True))
+    return torch.stack([mixes[h // per_order] % size + offset for h, (size, offset) in heads])
 
 
 @_remainders.register_fake

@@ -39,7 +39,7 @@ _SUBSTITUTES: dict[Target, Target] = {
     ("moezoo_models.files.loading", "GatedLoading"): (PLAIN, "GatedLoading"),
     (f"{_MODEL}.initialization", "current_deferred_init"): (PLAIN, "no_deferred_init"),
     (f"{_MODEL}.joint_attention", "_fused"): (PLAIN, "joint_attention_cpu"),
-    ("moezoo.routing.ngram", "_remainders"): (PLAIN, "remainders"),
+    ("moezoo.routing.ngram", "_remainders"): ("moezoo.routing.ngram", "_plain_remainders"),
     ("moezoo.parallel", "own"): (PLAIN, "whole"),
     ("moezoo.parallel", "whole"): (PLAIN, "whole"),
     ("moezoo.parallel", "dispatch_tokens"): (PLAIN, "dispatch_tokens"),

@@ -200,10 +200,3 @@ def joint_attention_cpu(
     lse = scores.logsumexp(-1, keepdim=True)
     joined, share = join(context, lse, answer, answer_lse)
     return joined, share, torch.logaddexp(lse, answer_lse)
-
-
-def remainders(mixes: Tensor, sizes: list[int], offsets: list[int]) -> Tensor:
-    """Return ``mix mod size + offset`` of each head, ``(H, T)``, of each order's mixes in turn."""
-    per_order = len(sizes) // len(mixes)
-    heads = enumerate(zip(sizes, offsets, strict=True))
-    return torch.stack([mixes[h // per_order] % size + offset for h, (size, offset) in heads])
