@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo_train.experiments.common.palette import BLUE, GREEN, GREY, INDIGO, OCHRE, PINK, RED, SKY
+from moezoo_train.experiments.common.palette import GREY, LINES, MARKS
 from moezoo_train.measure.report import smoothed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLORS = (BLUE, RED, GREEN, PINK, OCHRE, SKY, INDIGO)
-_MARKS = "osD^vPX"
 _MANY = 25
 """More points than these have no marks."""
 
@@ -65,9 +63,9 @@ def draw_runs(runs: Sequence[tuple[str, Series, Series]]) -> Figure:
     for axes, kind in zip(panels, axes_of, strict=True):
         unit, label = _unit(kind, runs)
         for number, (name, train, val) in enumerate(runs):
-            color = _COLORS[number % len(_COLORS)]
+            color = LINES[number % len(LINES)]
             handles.append(_draw(axes, kind, unit, train, color, "-", None, name))
-            _draw(axes, kind, unit, val, color, (0, (4, 2)), _MARKS[number % len(_MARKS)], name)
+            _draw(axes, kind, unit, val, color, (0, (4, 2)), MARKS[number % len(MARKS)], name)
         axes.set_xlabel(label, fontsize=8.5)
         axes.set_xlim(left=0)
         axes.tick_params(labelsize=7.5)

@@ -9,3 +9,8 @@ PINK = "#b04a86"
 OCHRE = "#967000"
 SKY = "#2f9bd6"
 INDIGO = "#41338f"
+
+LINES = (BLUE, RED, GREEN, PINK, OCHRE, SKY, INDIGO)
+"""Of contenders, in their order."""
+MARKS = "osD^vPX"
+"""Of matplotlib's, one for each of these colours."""

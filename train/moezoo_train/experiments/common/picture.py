@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moezoo_train.experiments.common.palette import BLUE, GREEN, GREY, INDIGO, OCHRE, PINK, RED, SKY
+from moezoo_train.experiments.common.palette import GREY, LINES, MARKS
 from moezoo_train.experiments.common.statistics import Mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLORS = (BLUE, RED, GREEN, PINK, OCHRE, SKY, INDIGO)
-_MARKS = "osD^vPX"
 _NARROWEST = 5.2
 """Inches that the legend and the caption need."""
 
@@ -64,7 +62,7 @@ def draw_lines(
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for line in panel.lines:
             number = colored.index(line.name) if line.name in colored else 0
-            color = GREY if line.name == grey else _COLORS[number % len(_COLORS)]
+            color = GREY if line.name == grey else LINES[number % len(LINES)]
             known = [(x, value) for x, value in enumerate(line.values) if value is not None]
             # Side by side, lest error bars hide each other.
             shift = 0.0 if line.name == grey else 0.03 * (number - (len(colored) - 1) / 2)
@@ -72,7 +70,7 @@ def draw_lines(
                 [x + shift for x, _ in known],
                 [value.value for _, value in known],
                 yerr=[value.error or 0.0 for _, value in known],
-                fmt="x" if line.name == grey else _MARKS[number % len(_MARKS)],
+                fmt="x" if line.name == grey else MARKS[number % len(MARKS)],
                 linestyle=(0, (4, 3)) if line.name == grey else "-",
                 color=color,
                 markersize=5,
