@@ -109,20 +109,21 @@ def measure(
             curves.append(error_curves(stage.block, _some(x_TD), keys))
             found = calibrate(stage.block, x_TD, keys, _TRIAL)
             changed = found.run(stage.block, inputs, first)
-            weight_T = token_weights(output[~first])
-            errors.append(output_error((changed - output)[~first], weight_T))
-            on_trial[layer] = attended + changed.view_as(attended).cpu()
-        dense = attended + output.view_as(attended).cpu()
+            counts = 1.0 if stage.block.counts is None else stage.block.counts
+            weight_T = token_weights((output * counts)[~first])
+            errors.append(output_error(((changed - output) * counts)[~first], weight_T))
+            on_trial[layer] = stage.added(attended, changed)
+        dense = stage.added(attended, output)
         progress()
     nats = torch.zeros(len(layers), dtype=torch.float64)
     head = Head(source, device)
     for row in range(len(tokens)):
-        right = _logits(head, dense[row])
+        right = head.logits(dense[row]).float()
         probable = right.softmax(dim=-1)
         # Σ p (log p - log q), of which Σ p log p is the same for all.
         own = _cross_entropy(probable, right)
         for place, layer in enumerate(layers):
-            other = _cross_entropy(probable, _logits(head, on_trial[layer][row]))
+            other = _cross_entropy(probable, head.logits(on_trial[layer][row]).float())
             nats[place] += (other - own).double().mean().cpu() / len(tokens)
     return Sensitivity(curves, nats.clamp(min=0.0).tolist(), errors)
 
@@ -130,11 +131,6 @@ def measure(
 def _some(x_TD: Tensor) -> Tensor:
     """Take tokens at even distances."""
     return x_TD[:: max(len(x_TD) // _CURVE_TOKENS, 1)]
-
-
-def _logits(head: Head, states: Tensor) -> Tensor:
-    logits: Tensor = head.lm_head(head.norm(states.to(head.lm_head.weight.device)))
-    return logits.float()
 
 
 def _cross_entropy(probable: Tensor, logits: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class Stage:
         weights = {name: t.float().to(device) for name, t in source.block(layer).items()}
         act = ACTIVATIONS[source.ffn["activation"]]
         gate, biases = weights.get("gate"), (weights.get("bias_in"), weights.get("bias_out"))
-        self.block = Block(gate, weights["up"], weights["down"], act, *biases)
+        counts = None if (after := self.layer.norm_at(3)) is None else after.factors()
+        self.block = Block(gate, weights["up"], weights["down"], act, *biases, counts)
 
     @torch.no_grad()
     def attended(self, states: Tensor) -> Iterator[Tensor]:
@@ -99,8 +100,20 @@ class Stage:
             attended: ``(w, L, D)``, of :meth:`attended`.
             answer: the feed-forward block.
         """
-        output = answer(self.inputs(attended)).view_as(attended)
-        return self.layer.with_answer(attended.to(output.device), output).cpu()
+        return self.added(attended, answer(self.inputs(attended)))
+
+    @torch.no_grad()
+    def added(self, attended: Tensor, output: Tensor) -> Tensor:
+        """Return what comes out of the layer, ``(w, L, D)`` on the CPU, given the block's output.
+
+        That is not the plain sum in every family: Gemma norms the output first, Granite scales it.
+
+        Args:
+            attended: ``(w, L, D)``, of :meth:`attended`.
+            output: ``(T, D)`` or ``(w, L, D)``, of the feed-forward block.
+        """
+        added = self.layer.with_answer(attended.to(output.device), output.view_as(attended))
+        return added.cpu()
 
     @torch.no_grad()
     def outputs(self, states: Tensor, answer: Answer) -> Iterator[Tensor]:

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from moezoo import InputError
+from moezoo.convert.select import LayerThresholds
 from moezoo_models.conversion.carve import carve
 from moezoo_models.conversion.drift import load_any
+from moezoo_models.conversion.selecting import measure
+from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.upcycle import upcycle
 
 from .conftest import CONFIGS
@@ -114,6 +117,30 @@ def test_a_gated_block_of_gelu_is_carved_into_ours(written, text, byte_level_tok
     carve(source, tmp_path / "out", shared=1, active=3, experts=6, sparsified=False, **text)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["ffn"][1]["init_args"]["activation"] == "gelu"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "granite", "olmo3", "qwen3"])
+def test_a_layers_cost_is_that_of_changing_it_in_the_whole_model(name, written, monkeypatch):
+    """Norms after a block, factors of what it adds and soft caps of logits take part."""
+    dense, source = written(name)
+    tokens = torch.randint(3, 101, (2, 40), generator=torch.Generator().manual_seed(1))
+    changed, run = [], LayerThresholds.run
+
+    def kept(*arguments):
+        changed.append(run(*arguments))
+        return changed[-1]
+
+    monkeypatch.setattr(LayerThresholds, "run", kept)
+    with open_source(source) as model:
+        found = measure(model, tokens, (0, 1, 2), torch.device("cpu"))
+    right = dense(input_ids=tokens).logits.log_softmax(dim=-1)
+    for nats, output, layer in zip(found.nats, changed, dense.model.layers, strict=True):
+        hook = layer.mlp.register_forward_hook(lambda *_, y=output: y.view(*tokens.shape, -1))
+        other = dense(input_ids=tokens).logits.log_softmax(dim=-1)
+        hook.remove()
+        expected = (right.exp() * (right - other)).sum(dim=-1).mean()
+        assert nats == pytest.approx(float(expected), rel=1e-3, abs=1e-7)
 
 
 REFUSED = [
