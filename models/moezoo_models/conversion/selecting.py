@@ -109,9 +109,8 @@ def measure(
             curves.append(error_curves(stage.block, _some(x_TD), keys))
             found = calibrate(stage.block, x_TD, keys, _TRIAL)
             changed = found.run(stage.block, inputs, first)
-            counts = 1.0 if stage.block.counts is None else stage.block.counts
-            weight_T = token_weights((output * counts)[~first])
-            errors.append(output_error(((changed - output) * counts)[~first], weight_T))
+            weight_T = token_weights(output[~first])
+            errors.append(output_error((changed - output)[~first], weight_T))
             on_trial[layer] = stage.added(attended, changed)
         dense = stage.added(attended, output)
         progress()

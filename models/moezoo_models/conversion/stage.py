@@ -68,8 +68,7 @@ class Stage:
         weights = {name: t.float().to(device) for name, t in source.block(layer).items()}
         act = ACTIVATIONS[source.ffn["activation"]]
         gate, biases = weights.get("gate"), (weights.get("bias_in"), weights.get("bias_out"))
-        counts = None if (after := self.layer.norm_at(3)) is None else after.factors()
-        self.block = Block(gate, weights["up"], weights["down"], act, *biases, counts)
+        self.block = Block(gate, weights["up"], weights["down"], act, *biases)
 
     @torch.no_grad()
     def attended(self, states: Tensor) -> Iterator[Tensor]:

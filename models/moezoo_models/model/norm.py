@@ -34,10 +34,6 @@ class Norm(nn.Module):
         """Normalise the last dimension of ``x``, ``(..., size)``."""
         raise NotImplementedError
 
-    def factors(self) -> Tensor:
-        """Return what normalised channels are multiplied by, ``(size,)`` fp32."""
-        return self.weight.detach().float()
-
     def extra_repr(self) -> str:
         """Show size and eps in ``print(model)``."""
         return f"{self.weight.shape[0]}, eps={self.eps:g}"
@@ -71,10 +67,6 @@ class OffsetRMSNorm(Norm):
     def reset_parameters(self) -> None:
         """Set the weight to zero."""
         nn.init.zeros_(self.weight)
-
-    def factors(self) -> Tensor:
-        """Return one plus the weight, ``(size,)`` fp32."""
-        return 1.0 + super().factors()
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of ``x``, ``(..., size)``."""

@@ -28,8 +28,6 @@ class Block:
         act: the activation, element by element.
         bias_in: ``(F,)``, of a plain MLP; None for none.
         bias_out: ``(D,)``; None for none.
-        counts: ``(D,)``, factors on the output's channels where its errors are judged: the weight
-            of a norm that follows. None for ones.
 
     Raises:
         InputError: shapes do not fit together, or a gated block has an inner bias.
@@ -41,7 +39,6 @@ class Block:
     act: Callable[[Tensor], Tensor] = F.silu
     bias_in: Tensor | None = None
     bias_out: Tensor | None = None
-    counts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.up.ndim != 2:
@@ -54,7 +51,6 @@ class Block:
             "down": (self.down, (d_model, width)),
             "bias_in": (self.bias_in, (width,)),
             "bias_out": (self.bias_out, (d_model,)),
-            "counts": (self.counts, (d_model,)),
         }
         for name, (tensor, shape) in wanted.items():
             if tensor is not None and tensor.shape != shape:
@@ -90,13 +86,7 @@ class Block:
             self.act,
             cast(self.bias_in),
             cast(self.bias_out),
-            cast(self.counts),
         )
-
-    @property
-    def judged_down(self) -> Tensor:
-        """Return ``down`` with channels as much as they count, ``(D, F)``."""
-        return self.down if self.counts is None else self.counts.unsqueeze(-1) * self.down
 
     def hidden(self, x_TD: Tensor) -> Tensor:
         """Compute all neurons' activations h, ``(T, F)``."""
@@ -121,5 +111,4 @@ class Block:
             self.act,
             None if self.bias_in is None else self.bias_in[neurons],
             self.bias_out,
-            self.counts,
         )

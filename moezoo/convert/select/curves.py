@@ -53,11 +53,10 @@ def error_curves(block: Block, x_TD: Tensor, keys: Keys) -> Curves:
     pre_TF, up_TF = F.linear(x_TD, block.gate), F.linear(x_TD, block.up)
     gate_TF = block.act(pre_TF)
     hidden_TF = gate_TF * up_TF
-    down_DF = block.judged_down
-    weight_T = token_weights(F.linear(hidden_TF, down_DF))
+    weight_T = token_weights(F.linear(hidden_TF, block.down))
 
     def error(change_TF: Tensor) -> float:
-        return output_error(F.linear(change_TF, down_DF), weight_T)
+        return output_error(F.linear(change_TF, block.down), weight_T)
 
     by_input, by_up = [0.0], [0.0]
     for share in GRID[1:]:
@@ -68,7 +67,7 @@ def error_curves(block: Block, x_TD: Tensor, keys: Keys) -> Curves:
     return Curves(
         torch.tensor(by_input, dtype=torch.float64),
         torch.tensor(by_up, dtype=torch.float64),
-        _neurons(down_DF, keys, gate_TF[::2], hidden_TF[::2], weight_T[::2]),
+        _neurons(block, keys, gate_TF[::2], hidden_TF[::2], weight_T[::2]),
     )
 
 
@@ -78,13 +77,13 @@ def output_error(change_TD: Tensor, weight_T: Tensor) -> float:
 
 
 def _neurons(
-    down_DF: Tensor,
+    block: Block,
     keys: Keys,
     gate_TF: Tensor,
     hidden_TF: Tensor,
     weight_T: Tensor,
 ) -> Tensor:
-    square_TF = (hidden_TF * down_DF.norm(dim=0)).square() * weight_T.unsqueeze(-1)
+    square_TF = (hidden_TF * block.down.norm(dim=0)).square() * weight_T.unsqueeze(-1)
     tokens = len(hidden_TF)
     found = torch.full((len(GRID), len(GRID)), torch.inf, dtype=torch.float64)
     found[0, 0] = 0.0
@@ -100,5 +99,5 @@ def _neurons(
             found[g, h] = total - float(kept(square_TF, mask_TF).double().sum()) / tokens
     half = GRID.index(0.5)
     dropped = ~passes(hidden_TF, threshold(hidden_TF, keys.hidden, 0.5))
-    exact = output_error(F.linear(kept(hidden_TF, dropped), down_DF), weight_T)
+    exact = output_error(F.linear(kept(hidden_TF, dropped), block.down), weight_T)
     return found.clamp(min=0.0) * (exact / max(float(found[0, half]), 1e-30))

@@ -43,7 +43,7 @@ def keys_of(method: SelectMethod, block: Block, x_TD: Tensor) -> Keys:
     - ``mix``: the same carried on to the block's output. With ``d_i = ‖W_down[:, i]‖`` a hidden
       value counts ``d_i``, a gate ``√E[u_i²] d_i``, and an input of W_up or W_gate the norm of its
       column with row i times ``√E[g_i²] d_i`` or ``√E[(act'(z_i) u_i)²] d_i``. Tokens weigh as in
-      :func:`token_weights`, and where a norm follows the block, rows of W_down by its weight.
+      :func:`token_weights`.
 
     Args:
         method: the method.
@@ -55,16 +55,15 @@ def keys_of(method: SelectMethod, block: Block, x_TD: Tensor) -> Keys:
     ones_D, ones_F = x_TD.new_ones(block.d_model), x_TD.new_ones(block.width)
     if method in ("cats", "teal"):
         return Keys(ones_D, ones_F, ones_D, ones_F)
+    down_F = block.down.norm(dim=0)
     if method == "wina":
-        return Keys(gate_weight.norm(dim=0), ones_F, block.up.norm(dim=0), block.down.norm(dim=0))
+        return Keys(gate_weight.norm(dim=0), ones_F, block.up.norm(dim=0), down_F)
     up_TF = F.linear(x_TD, block.up)
     up_F = up_TF.square().mean(dim=0).sqrt()
     if method == "chess":
         return Keys(ones_D, up_F, ones_D, ones_F)
     gate_TF, slope_TF = _with_slope(block, F.linear(x_TD, gate_weight))
-    down_DF = block.judged_down
-    down_F = down_DF.norm(dim=0)
-    weight_T = token_weights(F.linear(gate_TF * up_TF, down_DF))
+    weight_T = token_weights(F.linear(gate_TF * up_TF, block.down))
     share_T1 = (weight_T / weight_T.sum()).unsqueeze(-1)
 
     def spread(values_TF: Tensor) -> Tensor:
