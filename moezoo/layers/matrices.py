@@ -10,6 +10,7 @@ from moezoo.matrices import (
     BlockShuffle,
     LowRank,
     Matrices,
+    Pixelfly,
     Pruned,
     SoftNM,
     Transposable,
@@ -38,6 +39,16 @@ register(
     _method("low_rank", _STRUCTURED, LowRank()),
     _method("block_dense", _STRUCTURED, BlockDense()),
     _method("block_shuffle", _STRUCTURED, BlockShuffle()),
+    _method(
+        "pixelfly",
+        Paper(
+            "Dao et al.",
+            2021,
+            "Pixelated Butterfly: Simple and Efficient Sparse Training for Neural Network Models",
+            "2112.00029",
+        ),
+        Pixelfly(),
+    ),
     _method(
         "sr_ste",
         Paper(

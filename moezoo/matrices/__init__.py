@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moezoo.matrices.composed import DopedMatrix, FactorizedMatrix
 from moezoo.matrices.factored import BlockDenseMatrix, BlockShuffleMatrix, LowRankMatrix
 from moezoo.matrices.masked import NMMatrix, SoftNMMatrix, TransposableMatrix
 from moezoo.matrices.matrix import Matrix
@@ -17,22 +18,29 @@ from moezoo.matrices.options import (
     NM,
     BlockDense,
     BlockShuffle,
+    Doped,
+    Factorized,
     LowRank,
     Matrices,
+    Pixelfly,
     Pruned,
     SoftNM,
     Transposable,
 )
+from moezoo.matrices.pixelfly import PixelflyMatrix
 from moezoo.matrices.pruned import PrunedMatrix
 
 _CLASSES: dict[type, Callable[[int, int, bool, Any], Matrix]] = {
     LowRank: LowRankMatrix,
     BlockDense: BlockDenseMatrix,
     BlockShuffle: BlockShuffleMatrix,
+    Pixelfly: PixelflyMatrix,
     NM: NMMatrix,
     Transposable: TransposableMatrix,
     SoftNM: SoftNMMatrix,
     Pruned: PrunedMatrix,
+    Factorized: FactorizedMatrix,
+    Doped: DopedMatrix,
 }
 
 
@@ -56,9 +64,12 @@ __all__ = [
     "NM",
     "BlockDense",
     "BlockShuffle",
+    "Doped",
+    "Factorized",
     "LowRank",
     "Matrices",
     "Matrix",
+    "Pixelfly",
     "Pruned",
     "SoftNM",
     "Transposable",

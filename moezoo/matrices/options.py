@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from moezoo.errors import InputError, check_choice, check_flag, check_int, check_number
+from moezoo.matrices.checks import check_multiple, check_n_of_m, check_share, check_span
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,44 @@ class BlockShuffle:
         check_int("matrices.blocks", self.blocks)
         check_multiple("matrices.blocks", self.blocks, inputs)
         check_multiple("matrices.blocks", self.blocks, outputs)
+
+
+@dataclass(frozen=True)
+class Pixelfly:
+    """``W = γ B + (1 - γ) U V``, B a flat block butterfly (arXiv:2112.00029).
+
+    Attributes:
+        kind: ``pixelfly``.
+        size: n, a power of two that divides both widths: B is cut into n × n blocks.
+        factors: butterfly factors that B is the sum of: so many blocks in every row and column
+            beside the one on the diagonal, ``log2 n`` at most.
+        rank: width between U and V; default: half as many numbers as B has.
+        mix: ``learned``, γ is a number that is trained, from 1/2; ``half``: it stays 1/2.
+    """
+
+    kind: Literal["pixelfly"] = "pixelfly"
+    size: int = 8
+    factors: int = 2
+    rank: int | None = None
+    mix: Literal["learned", "half"] = "learned"
+
+    def check(self, inputs: int, outputs: int) -> None:
+        """Raise :class:`InputError` unless the options fit a matrix of that size."""
+        size = check_int("matrices.size", self.size, minimum=2)
+        if size & (size - 1):
+            raise InputError(f"matrices.size: {size} is no power of two; give e.g. 8 or 16")
+        for width in (inputs, outputs):
+            check_multiple("matrices.size", size, width)
+        check_int("matrices.factors", self.factors, maximum=size.bit_length() - 1)
+        check_int("matrices.rank", self.rank_of(inputs, outputs), maximum=min(inputs, outputs))
+        check_choice("matrices.mix", self.mix, ("learned", "half"))
+
+    def rank_of(self, inputs: int, outputs: int) -> int:
+        """Return the rank of the product beside a butterfly of that size."""
+        if self.rank is not None:
+            return self.rank
+        numbers = inputs * outputs * (self.factors + 1) // self.size
+        return max(numbers // (2 * (inputs + outputs)), 1)
 
 
 @dataclass(frozen=True)
@@ -258,37 +297,73 @@ class Pruned:
         return self.end > 0 or self.growth > 0
 
 
-def check_multiple(field: str, of: int, width: int) -> None:
-    """Raise :class:`InputError` unless a width is a multiple of ``of``."""
-    if width % of:
-        raise InputError(
-            f"{field}: a width of the block, {width}, is no multiple of {of}; change one of them"
-        )
+@dataclass(frozen=True)
+class Factorized(Pruned):
+    """``W = U V``, both of them pruned (Sparse-IFT, arXiv:2303.11525, sparse factorized).
+
+    Attributes:
+        kind: ``factorized``; all other options but one are those of :class:`Pruned`.
+        rank: width between U and V, which may be more than either side; default: such that what
+            counts is as much as in a dense matrix, ``in out / ((1 - sparsity) (in + out))``.
+    """
+
+    kind: Literal["factorized"] = "factorized"  # type: ignore[assignment]
+    rank: int | None = None
+
+    def check(self, inputs: int, outputs: int) -> None:
+        """Raise :class:`InputError` unless the options fit a matrix of that size."""
+        check_number("matrices.sparsity", self.sparsity, maximum=0.999)
+        check_int("matrices.block", self.block)
+        rank = check_int("matrices.rank", self.rank_of(inputs, outputs))
+        super().check(inputs, rank)
+        super().check(rank, outputs)
+
+    def rank_of(self, inputs: int, outputs: int) -> int:
+        """Return the width between the factors of a matrix of that size, a multiple of ``block``.
+
+        It is not rounded to a multiple of ``1 / (1 - sparsity)``.
+        """
+        if self.rank is not None:
+            return self.rank
+        exact = inputs * outputs / ((1.0 - self.sparsity) * (inputs + outputs))
+        return max(round(exact / self.block), 1) * self.block
 
 
-def check_n_of_m(n: int, m: int, inputs: int) -> None:
-    """Raise :class:`InputError` unless N of M are fewer than M, and fit a number of inputs."""
-    check_int("matrices.m", m, minimum=2)
-    check_int("matrices.n", n, maximum=m - 1)
-    check_multiple("matrices.m", m, inputs)
+@dataclass(frozen=True)
+class Doped(Pruned):
+    """``W = S + U V``, S pruned (Sparse-IFT, arXiv:2303.11525, sparse doped).
+
+    Attributes:
+        kind: ``doped``; all other options but one are those of :class:`Pruned`.
+        rank: width between U and V; default: such that what counts is as much as in a dense
+            matrix, ``sparsity in out / (in + out)``.
+    """
+
+    kind: Literal["doped"] = "doped"  # type: ignore[assignment]
+    rank: int | None = None
+
+    def check(self, inputs: int, outputs: int) -> None:
+        """Raise :class:`InputError` unless the options fit a matrix of that size."""
+        super().check(inputs, outputs)
+        check_int("matrices.rank", self.rank_of(inputs, outputs))
+
+    def rank_of(self, inputs: int, outputs: int) -> int:
+        """Return the rank of the product beside a sparse matrix of that size."""
+        if self.rank is not None:
+            return self.rank
+        return max(round(self.sparsity * inputs * outputs / (inputs + outputs)), 1)
 
 
-def check_span(start: float, end: float) -> None:
-    """Raise :class:`InputError` unless two shares of the run are in order."""
-    check_number("matrices.start", start, maximum=1.0)
-    check_number("matrices.end", end, maximum=1.0)
-    if start >= end:
-        raise InputError(f"matrices.end: {end:g} is not after start, {start:g}; give a later one")
-
-
-def check_share(field: str, share: float | None) -> None:
-    """Raise :class:`InputError` unless a share of the run is in (0, 1], or None."""
-    if share is not None and check_number(field, share, maximum=1.0) == 0.0:
-        raise InputError(f"{field}: 0 is before the run; give a share of it, or null for never")
-
-
-Factors: TypeAlias = LowRank | BlockDense | BlockShuffle
-"""The options of products of smaller factors."""
-
-Matrices: TypeAlias = LowRank | BlockDense | BlockShuffle | NM | Transposable | SoftNM | Pruned
+Matrices: TypeAlias = (
+    LowRank
+    | BlockDense
+    | BlockShuffle
+    | Pixelfly
+    | NM
+    | Transposable
+    | SoftNM
+    | Pruned
+    | Factorized
+    | Doped
+)
 """The options of any matrix."""

@@ -25,6 +25,9 @@ from moezoo.matrices.options import Pruned
 from moezoo.matrices.schedules import cosine, cubic
 from moezoo.parallel import whole
 
+ENDED = -1
+"""In place of the number of steps: all weights learn again, and no later run prunes them."""
+
 
 class PrunedMatrix(Masked):
     """Zeros outside a mask, which moves."""
@@ -87,15 +90,29 @@ class PrunedMatrix(Masked):
         self._clear()  # momentum, decay and a gradient that was listened to have moved them
         if progress is None or not self.scheduled:
             return
-        if options.dense_from is not None and progress >= options.dense_from:
-            self.mask.fill_(True)
-        elif options.moves:
+        if self._ended or (options.dense_from is not None and progress >= options.dense_from):
+            self._end()
+            return
+        if options.moves:
             self.steps += 1
             if int(self.steps) % options.every == 0:
                 self._update(progress)
                 self._clear()
         if options.growth:
             self._listen(progress)
+
+    @property
+    def _ended(self) -> bool:
+        """Whether all weights learn again, in a later run too."""
+        return self.options.moves and int(self.steps) == ENDED
+
+    def _end(self) -> None:
+        """Let all weights learn from here on."""
+        self.mask.fill_(True)
+        if self.options.moves:
+            self.steps.fill_(ENDED)
+        if self.options.growth:
+            self.listening.fill_(False)
 
     def _clear(self) -> None:
         self.latent.mul_(_laid_as(self.latent, self.mask))

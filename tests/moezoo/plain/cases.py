@@ -14,8 +14,11 @@ from moezoo.matrices import (
     NM,
     BlockDense,
     BlockShuffle,
+    Doped,
+    Factorized,
     LowRank,
     Matrices,
+    Pixelfly,
     Pruned,
     SoftNM,
     Transposable,
@@ -45,7 +48,17 @@ SIZES: dict[str, dict[str, Any]] = {
     "SparseMoE": {"d_expert": 5},
 }
 # Blocks and groups want widths that are their multiples.
-IN_FOURS = ("block_dense", "block_shuffle", "sr_ste", "sdgf", "mdgf", "fst", "s_ste", "blast")
+IN_FOURS = (
+    "block_dense",
+    "block_shuffle",
+    "pixelfly",
+    "sr_ste",
+    "sdgf",
+    "mdgf",
+    "fst",
+    "s_ste",
+    "blast",
+)
 WIDTHS = dict.fromkeys(IN_FOURS, 24)
 
 
@@ -486,6 +499,9 @@ CONVENTIONS = {
     "blocks_grown_next": _matrices(
         Pruned(growth=0.3, every=1, block=4, scope="matrix", dense_from=0.8)
     ),
+    "pixelfly_half": _matrices(Pixelfly(size=4, factors=1, mix="half"), gated=False),
+    "factorized": _matrices(Factorized(sparsity=0.5, growth=0.3, every=1)),
+    "doped": _matrices(Doped(sparsity=0.6, block=4, rank=5), bias=False),
 }
 
 SITUATIONS: dict[str, dict[str, Any]] = {

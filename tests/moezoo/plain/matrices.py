@@ -54,9 +54,7 @@ def guided(parts: Weights, options: Options, read: Tensor, made: Tensor, trainin
 
 
 def low_rank(parts: Weights, options: Options, read: Tensor, training: bool) -> Tensor:
-    pairs = zip(parts["first"], parts["second"].T, strict=True)
-    made = sum((read @ row)[:, None] * column for row, column in pairs)
-    return guided(parts, options, read, made, training)
+    return guided(parts, options, read, product(parts, read), training)
 
 
 def blocks_of(factor: Tensor, read: Tensor) -> list[list[Tensor]]:
@@ -177,6 +175,40 @@ def pruned(parts: Weights, options: Options, read: Tensor, training: bool) -> Te
     return read @ values.T
 
 
+def nested(parts: Weights, name: str) -> Weights:
+    """Return the tensors of a matrix that is a part of one."""
+    start = f"{name}."
+    return {key.removeprefix(start): t for key, t in parts.items() if key.startswith(start)}
+
+
+def product(parts: Weights, read: Tensor) -> Tensor:
+    """Add up a product's terms of rank one."""
+    pairs = zip(parts["first"], parts["second"].T, strict=True)
+    return sum((read @ row)[:, None] * column for row, column in pairs)
+
+
+def pixelfly(parts: Weights, options: Options, read: Tensor, training: bool) -> Tensor:
+    """Let each row of blocks read its own part and one across each stride (arXiv:2112.00029)."""
+    width = read.shape[1] // options["size"]
+    made = []
+    for place, rows in enumerate(parts["blocks"]):
+        places = [place, *(place ^ 2**factor for factor in range(options["factors"]))]
+        seen = torch.cat([read[:, p * width : (p + 1) * width] for p in places], dim=1)
+        made += [seen @ row for row in rows]
+    share = parts["mix"] if options["mix"] == "learned" else 0.5
+    return share * torch.stack(made, -1) + (1 - share) * product(parts, read)
+
+
+def factorized(parts: Weights, options: Options, read: Tensor, training: bool) -> Tensor:
+    middle = pruned(nested(parts, "first"), options, read, training)
+    return pruned(nested(parts, "second"), options, middle, training)
+
+
+def doped(parts: Weights, options: Options, read: Tensor, training: bool) -> Tensor:
+    sparse = pruned(nested(parts, "sparse"), options, read, training)
+    return sparse + product(parts, read)
+
+
 KINDS: dict[str, Callable[[Weights, Options, Tensor, bool], Tensor]] = {
     "low_rank": low_rank,
     "block_dense": block_dense,
@@ -185,4 +217,7 @@ KINDS: dict[str, Callable[[Weights, Options, Tensor, bool], Tensor]] = {
     "transposable": transposable,
     "soft_n_m": soft_n_m,
     "pruned": pruned,
+    "pixelfly": pixelfly,
+    "factorized": factorized,
+    "doped": doped,
 }

@@ -3,18 +3,16 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import moezoo
 from moezoo import InputError
 from moezoo.command.parser import function_parser
 from moezoo_train.experiments.compare import compare
-from moezoo_train.experiments.compare.execution import build
+from moezoo_train.experiments.compare.curves import flops_per_token
 from moezoo_train.experiments.compare.runs import plan
 from moezoo_train.experiments.compare.settings import Experiment, feed_forward_methods, find_method
 from moezoo_train.experiments.compare.settings import parse_methods as parse
 from moezoo_train.experiments.compare.width import WIDTHS, match_flops
-from moezoo_train.measure.throughput import forward_flops_per_token
 
 CONFIGS = sorted((Path(__file__).parents[4] / "configs/experiments/compare").glob("*.yaml"))
 TARGET = 4 * 128 * 512
@@ -36,12 +34,10 @@ def test_every_row_of_the_recipes_meets_the_baseline(path):
     runs = [run for run in plan(experiment) if not run.random and run.seed == first]
     assert [run.row for run in runs] == list(experiment.methods)
     runs = [run for run in runs if run.width]  # the others are to keep their own size
-    tokens = experiment.text.sequence_length
     flops = {}
     for run in runs:
         assert abs(run.flops_ratio - 1) <= 0.05, run.row
-        with torch.device("meta"):
-            flops[run.row] = forward_flops_per_token(build(run, 1024).model, tokens)
+        flops[run.row] = flops_per_token(run)
     for row, total in flops.items():
         assert total == pytest.approx(flops["dense_mlp"], rel=0.02), row
 

@@ -14,6 +14,7 @@ import torch
 from moezoo_train.experiments.common.statistics import mean
 from moezoo_train.experiments.compare.execution import RunResult, build
 from moezoo_train.experiments.compare.runs import Run
+from moezoo_train.experiments.compare.sparse_ift import kept_flops
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.throughput import forward_flops_per_token
 
@@ -52,12 +53,20 @@ class Curve:
 def flops_per_token(run: Run) -> int:
     """Count a token's active FLOPs in the forward pass of a run's model, which gets no weights.
 
+    Where zeros are not to be computed, those of the weights that are kept.
+
     Raises:
         InputError: the model cannot be built.
     """
     with torch.device("meta"):
         model = build(run, run.experiment.text.vocab_size).model
-    return forward_flops_per_token(model, run.experiment.text.sequence_length)
+    flops = forward_flops_per_token(model, run.experiment.text.sequence_length)
+    if run.kept:
+        layers = [
+            block.mlp for index, block in enumerate(model.model.layers) if index in run.layers
+        ]
+        flops -= sum(layer.cost().flops_per_token - kept_flops(layer) for layer in layers)
+    return flops
 
 
 def read_curves(

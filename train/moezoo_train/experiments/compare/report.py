@@ -96,6 +96,9 @@ def conditions(experiment: Experiment, results: list[RunResult]) -> list[str]:
             f"{machine['device']}, {machine['threads']} threads, {machine['precision']}, "
             f"torch {machine['torch']}, Python {machine['python']}."
         )
+    kept = [name for name, options in experiment.methods.items() if options.sparse_ift]
+    if kept:
+        lines.append(f"FLOPs are those of the weights that are kept: {', '.join(kept)}.")
     return lines
 
 

@@ -14,8 +14,9 @@ from moezoo.feed_forward import FeedForward, select_layers
 from moezoo.random_routing import can_be_random
 from moezoo.router_input import FFN_INPUT, RouterInput, check_router_input
 from moezoo_train.experiments.common.records import fingerprint
-from moezoo_train.experiments.compare.settings import Experiment, find_method
-from moezoo_train.experiments.compare.width import match_flops
+from moezoo_train.experiments.compare.settings import Experiment, MethodOptions, find_method
+from moezoo_train.experiments.compare.sparse_ift import match_kept_flops
+from moezoo_train.experiments.compare.width import Match, match_flops
 
 FORMAT = 1
 """Raised when the same configuration would train differently; results of others do not count."""
@@ -35,6 +36,7 @@ class Run:
         flops_ratio: the layer's FLOPs per token over the baseline's.
         causal: whether its loss is that of a causal language model.
         router_input: what the method's router reads.
+        kept: whether that is of the weights that are kept alone.
         experiment: options that all runs share.
         follows: the run whose trained embeddings its hash table is built from, if any.
         is_followed: whether it is such a run of another.
@@ -50,6 +52,7 @@ class Run:
     causal: bool
     router_input: RouterInput
     experiment: Experiment
+    kept: bool = False
     follows: Run | None = None
     is_followed: bool = False
 
@@ -144,14 +147,7 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
             arguments.setdefault("vocab_size", experiment.text.vocab_size)
         with torch.device("meta"):
             target = baseline.build(d_model).cost().flops_per_token
-        match = match_flops(
-            method,
-            d_model,
-            target,
-            arguments=arguments,
-            width=options.width,
-            tolerance=experiment.tolerance,
-        )
+        match = _match(options, method, d_model, target, arguments, experiment.tolerance)
         read = check_router_input(options.router_input or method.router_input, method.layer)
         where = experiment.layers if options.layers is None else options.layers
         layers = tuple(select_layers(where, experiment.model.num_layers))
@@ -168,6 +164,7 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
     config = layer.config()
     config["init_args"].pop("d_model")
     common = {
+        "kept": options.sparse_ift is not None,
         "layers": layers,
         "ffn": config,
         "width": match.argument,
@@ -176,3 +173,27 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
         "router_input": read,
     }
     return common, layer
+
+
+def _match(
+    options: MethodOptions,
+    method: moezoo.Method,
+    d_model: int,
+    target: int,
+    arguments: dict[str, Any],
+    tolerance: float,
+) -> Match:
+    if options.sparse_ift is None:
+        return match_flops(
+            method,
+            d_model,
+            target,
+            arguments=arguments,
+            width=options.width,
+            tolerance=tolerance,
+        )
+    if options.width is not None:
+        raise InputError("width: sparse_ift says what is solved for; leave out one of them")
+    return match_kept_flops(
+        options.sparse_ift, method, d_model, target, arguments=arguments, tolerance=tolerance
+    )

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -38,6 +38,9 @@ class MethodOptions:
             ``none`` to leave the layer as it is. Default: the layer's own, see ``width``.
         ablation: also train it with random routing; default: as for all rows.
         optimizer: optimizer settings that differ from those of all rows.
+        sparse_ift: of dense blocks with sparse matrices, how they are enlarged until the weights
+            that are kept have the baseline's FLOPs: ``wide``, ``parallel``, ``factorized`` or
+            ``doped`` (arXiv:2303.11525).
     """
 
     method: str | None = None
@@ -47,6 +50,7 @@ class MethodOptions:
     width: str | None = None
     ablation: bool | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
+    sparse_ift: Literal["wide", "parallel", "factorized", "doped"] | None = None
 
 
 @dataclass(frozen=True)

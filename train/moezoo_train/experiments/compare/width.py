@@ -52,6 +52,11 @@ class Match:
     ratio: float
 
 
+def active_flops(layer: FeedForward) -> int:
+    """Return forward FLOPs per token, as computed."""
+    return layer.cost().flops_per_token
+
+
 def match_flops(
     method: moezoo.Method,
     d_model: int,
@@ -60,6 +65,7 @@ def match_flops(
     arguments: Mapping[str, Any],
     width: str | None = None,
     tolerance: float = 0.05,
+    count: Callable[[FeedForward], int] = active_flops,
 ) -> Match:
     """Choose a method's width so that its active FLOPs per token are those of another layer.
 
@@ -71,12 +77,13 @@ def match_flops(
         width: the argument to solve for; ``"none"`` to leave the layer as it is; default: that of
             the layer in :data:`WIDTHS`.
         tolerance: relative difference from the target that is accepted.
+        count: forward FLOPs per token of a layer.
 
     Raises:
         InputError: the layer refuses its arguments, or no width comes near enough.
     """
     if width == "none":
-        flops = _flops(method, d_model, arguments)
+        flops = _flops(method, d_model, arguments, count)
         return Match(dict(arguments), None, flops, flops / target)
     width = width or WIDTHS.get(method.layer)
     if width is None:
@@ -89,13 +96,13 @@ def match_flops(
 
     def flops_at(size: int) -> int | None:
         try:
-            return _flops(method, d_model, {**arguments, width: size})
+            return _flops(method, d_model, {**arguments, width: size}, count)
         except InputError:
             return None  # too large, or no multiple of what it has to be
 
     step = next((s for s in range(1, _LARGEST_STEP + 1) if flops_at(s) is not None), None)
     if step is None:
-        _flops(method, d_model, {**arguments, width: 1})  # raises, and says why
+        _flops(method, d_model, {**arguments, width: 1}, count)  # raises, and says why
     assert step is not None
     below = _largest_below(flops_at, target, step)
     tried = {size: flops_at(size) for size in (below, below + step)}
@@ -110,10 +117,15 @@ def match_flops(
     return Match({**arguments, width: best}, width, found[best], ratio)
 
 
-def _flops(method: moezoo.Method, d_model: int, arguments: Mapping[str, Any]) -> int:
+def _flops(
+    method: moezoo.Method,
+    d_model: int,
+    arguments: Mapping[str, Any],
+    count: Callable[[FeedForward], int],
+) -> int:
     try:
         with torch.device("meta"):  # formulas need shapes only
-            return method.build(d_model, **arguments).cost().flops_per_token
+            return count(method.build(d_model, **arguments))
     except InputError as error:
         raise InputError(f"arguments: {error}") from error
 

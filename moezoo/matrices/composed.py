@@ -1,0 +1,115 @@
+"""Matrices made of sparse ones: a product of two, and one beside a product of low rank.
+
+Thangarasa et al. 2023, "Sparse-IFT: Sparse Iso-FLOP Transformations for Maximizing Training
+Efficiency" (arXiv:2303.11525, section 3). With the ranks that are their defaults, what counts of a
+matrix takes as many multiply-adds as a dense matrix of its size: ``r (1 - s) (in + out)`` of the
+product, ``(1 - s) in out + r (in + out)`` of the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moezoo.cost import Cost
+from moezoo.matrices.matrix import Matrix
+from moezoo.matrices.options import Doped, Factorized
+from moezoo.matrices.pruned import PrunedMatrix
+
+
+class FactorizedMatrix(Matrix):
+    """``W = U V``, both of them pruned: *sparse factorized*."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, options: Factorized
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        rank = options.rank_of(in_features, out_features)
+        self.first = PrunedMatrix(in_features, rank, False, options)
+        self.second = PrunedMatrix(rank, out_features, False, options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Go through the factors one after the other."""
+        output: Tensor = self.second(self.first(x))
+        return output if self.bias is None else output + self.bias
+
+    def dense(self) -> Tensor:
+        """Multiply what counts of the factors."""
+        return self.second.dense() @ self.first.dense()
+
+    def cost(self) -> Cost:
+        """What counts of both factors is active."""
+        return _sum(self, self.first.cost(), self.second.cost())
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw both factors and their masks, such that the product has a dense one's variance."""
+        super().reset_parameters(std)
+        self.first.reset_parameters(self.in_features**-0.5)
+        self.second.reset_parameters(std * (self.in_features / self.first.out_features) ** 0.5)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the masks change."""
+        return self.first.scheduled
+
+    def step(self, progress: float | None = None) -> None:
+        """Move the masks of both."""
+        super().step(progress)
+        self.first.step(progress)
+        self.second.step(progress)
+
+
+class DopedMatrix(Matrix):
+    """``W = S + U V``, S pruned, the product of low rank: *sparse doped*."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, options: Doped) -> None:
+        super().__init__(in_features, out_features, bias)
+        rank = options.rank_of(in_features, out_features)
+        self.sparse = PrunedMatrix(in_features, out_features, False, options)
+        self.first = nn.Parameter(torch.empty(rank, in_features))
+        self.second = nn.Parameter(torch.empty(out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what both parts make of it."""
+        output: Tensor = self.sparse(x)
+        return output + F.linear(F.linear(x, self.first), self.second, self.bias)
+
+    def dense(self) -> Tensor:
+        """Add the parts."""
+        return self.sparse.dense() + self.second @ self.first
+
+    def cost(self) -> Cost:
+        """What counts of the sparse part is active, and all of the factors."""
+        numbers = self.first.numel() + self.second.numel()
+        return _sum(self, self.sparse.cost(), self._cost(numbers, numbers, numbers), biases=False)
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw both parts, each with half of a dense matrix's variance."""
+        super().reset_parameters(std)
+        half = std * 0.5**0.5
+        self.sparse.reset_parameters(half)
+        nn.init.normal_(self.first, std=self.in_features**-0.5)
+        nn.init.normal_(self.second, std=half * (self.in_features / len(self.first)) ** 0.5)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the mask changes."""
+        return self.sparse.scheduled
+
+    def step(self, progress: float | None = None) -> None:
+        """Move the mask."""
+        super().step(progress)
+        self.sparse.step(progress)
+
+
+def _sum(matrix: Matrix, one: Cost, other: Cost, biases: bool = True) -> Cost:
+    """Add up the costs of two parts, and the bias of the whole if it is in neither."""
+    both = [a + b for a, b in zip(astuple(one), astuple(other), strict=True)]
+    if biases and matrix.bias is not None:
+        count = matrix.out_features
+        size = count * matrix.bias.element_size()
+        both = [both[0] + count, both[1] + count, both[2], both[3] + size]
+    return Cost(*both)

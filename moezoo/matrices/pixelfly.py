@@ -1,0 +1,95 @@
+"""Matrices of few blocks, laid out as butterflies, beside a product of low rank.
+
+Dao et al. 2021, "Pixelated Butterfly: Simple and Efficient Sparse Training for Neural Network
+Models" (arXiv:2112.00029). A matrix is cut into n × n blocks, n a power of two. Butterfly factor f
+joins each row j of blocks with columns j and ``j xor 2^f``; the sum of the first k factors, with
+one diagonal for all, is *flat*: k + 1 blocks in every row and every column. To it a product of low
+rank is added, γ and 1 - γ of them, γ learned.
+
+Shapes: T tokens, N rows of blocks, C blocks in each, I inputs and O outputs of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moezoo.cost import Cost
+from moezoo.matrices.matrix import Matrix
+from moezoo.matrices.options import Pixelfly
+
+
+class PixelflyMatrix(Matrix):
+    """``W = γ B + (1 - γ) U V``, B a flat block butterfly."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, options: Pixelfly) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.size = options.size
+        self.strides = [0, *(2**f for f in range(options.factors))]
+        rank = options.rank_of(in_features, out_features)
+        inputs, outputs = in_features // self.size, out_features // self.size
+        self.blocks = nn.Parameter(torch.empty(self.size, outputs, len(self.strides) * inputs))
+        self.first = nn.Parameter(torch.empty(rank, in_features))
+        self.second = nn.Parameter(torch.empty(out_features, rank))
+        if options.mix == "learned":
+            # Not a scalar, which FSDP2 could not shard.
+            self.mix: nn.Parameter | None = nn.Parameter(torch.empty(1))
+        else:
+            self.register_parameter("mix", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the blocks of a row at once, and go through the narrow middle."""
+        share = self._share()
+        parts_NTI = x.reshape(-1, self.size, x.shape[-1] // self.size).transpose(0, 1)
+        read_NTCI = torch.cat([_across(parts_NTI, stride) for stride in self.strides], dim=-1)
+        made_NTO = torch.bmm(read_NTCI, (share * self.blocks).transpose(1, 2))
+        made = made_NTO.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        return made + F.linear(F.linear(x, self.first), (1.0 - share) * self.second, self.bias)
+
+    def dense(self) -> Tensor:
+        """Lay the blocks where they belong, and add the product."""
+        share = self._share()
+        blocks_NCOI = self.blocks.unflatten(-1, (len(self.strides), -1)).transpose(1, 2)
+        rows_N = torch.arange(self.size, device=blocks_NCOI.device)
+        columns_NC = torch.stack([rows_N ^ stride for stride in self.strides], dim=-1)
+        whole = blocks_NCOI.new_zeros(self.size, self.size, *blocks_NCOI.shape[2:])
+        whole = whole.index_put((rows_N[:, None], columns_NC), blocks_NCOI)
+        butterfly = whole.transpose(1, 2).reshape(self.out_features, self.in_features)
+        return share * butterfly + (1.0 - share) * (self.second @ self.first)
+
+    def _share(self) -> Tensor | float:
+        """Return γ."""
+        return 0.5 if self.mix is None else self.mix
+
+    def cost(self) -> Cost:
+        """All numbers of blocks and factors are active; so is γ, which takes no product."""
+        numbers = self.blocks.numel() + self.first.numel() + self.second.numel()
+        held = numbers + (0 if self.mix is None else 1)
+        return self._cost(held, held, numbers)
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw the blocks and both factors, such that each part has half of the variance.
+
+        The public code's parts, mixed half and half, keep half of a dense matrix's in all.
+        """
+        super().reset_parameters(std)
+        part = std * 2**0.5
+        nn.init.normal_(self.blocks, std=part * (self.size / len(self.strides)) ** 0.5)
+        nn.init.normal_(self.first, std=self.in_features**-0.5)
+        nn.init.normal_(self.second, std=part * (self.in_features / len(self.first)) ** 0.5)
+        if self.mix is not None:
+            nn.init.constant_(self.mix, 0.5)
+
+
+def _across(parts_NTI: Tensor, stride: int) -> Tensor:
+    """Return part ``j xor stride`` at each place j: neighbouring runs of ``stride`` change places.
+
+    Args:
+        parts_NTI: parts of the input.
+        stride: a power of two, or 0 for the parts as they are.
+    """
+    if not stride:
+        return parts_NTI
+    pairs = parts_NTI.unflatten(0, (len(parts_NTI) // (2 * stride), 2, stride))
+    return pairs.flip(1).flatten(0, 2)

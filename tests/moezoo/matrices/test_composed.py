@@ -1,0 +1,119 @@
+"""Products of sparse factors, and sparse matrices beside a product of low rank."""
+
+import copy
+
+import pytest
+import torch
+
+import moezoo
+from moezoo import InputError
+from moezoo.matrices import Doped, Factorized, Pruned, build_matrix
+
+SIZE = (24, 40)
+FORMS = {
+    "factorized": Factorized(sparsity=0.6, growth=0.4, every=2),
+    "factorized_blocks": Factorized(sparsity=0.5, block=4, scope="matrix"),
+    "doped": Doped(sparsity=0.6, growth=0.4, every=2),
+    "doped_gradual": Doped(sparsity=0.5, start=0.1, end=0.6, every=1, rank=3),
+}
+
+
+def make(options, size=SIZE, bias=True):
+    torch.manual_seed(0)
+    matrix = build_matrix(options, *size, bias).double().train()
+    matrix.reset_parameters(size[0] ** -0.5)
+    return matrix
+
+
+def masks(matrix):
+    return {name: t.clone() for name, t in matrix.state_dict().items() if name.endswith("mask")}
+
+
+def train(matrix, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(9, SIZE[0], dtype=torch.float64, generator=generator)
+        optimizer.zero_grad()
+        (matrix(x) ** 2).sum().backward()
+        optimizer.step()
+        matrix.step((step + 1) / 20)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_on_the_identity_is_the_dense_matrix(form):
+    matrix = make(FORMS[form])
+    torch.nn.init.normal_(matrix.bias)
+    found = matrix(torch.eye(SIZE[0], dtype=torch.float64)) - matrix.bias
+    torch.testing.assert_close(found.t(), matrix.dense(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6, 0.75, 0.9])
+@pytest.mark.parametrize("kind", [Factorized, Doped])
+def test_what_counts_is_as_much_as_in_a_dense_matrix(kind, sparsity):
+    """A count of branches, round(1 / (1 - s)), would be 2 at 0.6, and 0.8 of the operations."""
+    matrix = make(kind(sparsity=sparsity), (96, 160), bias=False)
+    active = matrix.cost().active_parameters
+    kept = sum(int(mask.sum()) for mask in masks(matrix).values())
+    dense = sum(p.numel() for name, p in matrix.named_parameters() if "latent" not in name)
+    assert active == kept + dense
+    assert active == pytest.approx(96 * 160, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", [Factorized, Doped])
+def test_it_begins_with_a_dense_matrixs_variance(kind):
+    matrix = make(kind(sparsity=0.75), (128, 384), bias=False)
+    assert (matrix.dense().square().sum() / 384).item() == pytest.approx(1.0, abs=0.08)
+
+
+@pytest.mark.parametrize("form", ["factorized", "doped", "doped_gradual"])
+def test_masks_move_and_a_run_goes_on_from_a_checkpoint_bit_for_bit(form):
+    def fresh():
+        matrix = make(FORMS[form])
+        return matrix, torch.optim.AdamW(matrix.parameters(), lr=0.03)
+
+    whole, optimizer = fresh()
+    begun = masks(whole)
+    train(whole, optimizer, range(5))
+    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+    train(whole, optimizer, range(5, 12))
+    for name, mask in masks(whole).items():
+        assert not torch.equal(mask, begun[name]), name
+        weights = whole.state_dict()[name.replace("mask", "latent")]
+        assert not weights[~mask].any()
+    resumed, other = fresh()
+    resumed.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    train(resumed, other, range(5, 12))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_schedule_wants_to_know_how_far_the_run_is():
+    for kind in (Factorized, Doped):
+        layer = moezoo.DenseFFN(24, 32, matrices=kind(growth=0.3))
+        with pytest.raises(InputError, match=r"step: matrices with a schedule"):
+            layer.step()
+        moezoo.DenseFFN(24, 32, matrices=kind()).step()
+
+
+def test_options_are_those_of_a_pruned_matrix_and_a_rank():
+    options = {"kind": "doped", "sparsity": 0.5, "block": 4, "rank": 3}
+    layer = moezoo.DenseFFN(24, 32, matrices=options)
+    assert layer.matrices == Doped(sparsity=0.5, block=4, rank=3)
+    assert layer.config()["init_args"]["matrices"]["kind"] == "doped"
+    assert type(moezoo.DenseFFN(24, 32, matrices={"kind": "pruned"}).matrices) is Pruned
+
+
+@pytest.mark.parametrize(
+    ("matrices", "message"),
+    [
+        (Factorized(rank=0), "matrices.rank: 0 is out of range"),
+        (Factorized(rank=6, block=4), "matrices.block: a width of the block, 6, is no multiple"),
+        (Factorized(sparsity=1.0), "matrices.sparsity: 1 is out of range"),
+        (Doped(block=5), "matrices.block: a width of the block, 24, is no multiple of 5"),
+        (Doped(rank=1.5), "matrices.rank: 1.5 is not a whole number"),
+    ],
+)
+def test_mistakes_are_named(matrices, message):
+    with pytest.raises(InputError, match=message):
+        moezoo.DenseFFN(24, 32, matrices=matrices)
