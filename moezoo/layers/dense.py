@@ -31,6 +31,7 @@ from moezoo.feed_forward import (
 )
 from moezoo.init import init_linear, output_std
 from moezoo.matrices import Matrices, Matrix, build_matrix
+from moezoo.matrices.factored import BlockShuffleMatrix
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
@@ -260,12 +261,19 @@ class DenseFFN(FeedForward):
 
     def inner(self, hidden: Tensor) -> Tensor:
         """Return the values of the hidden neurons, ``(..., d_ff)``."""
-        up: Tensor = self.up_proj(hidden)
         if not self.gated:
-            return ACTIVATIONS[self.activation](up)
+            return ACTIVATIONS[self.activation](self.up_proj(hidden))
+        up, gate = self.up_proj, self.gate_proj
+        shuffles = isinstance(up, BlockShuffleMatrix) and isinstance(gate, BlockShuffleMatrix)
+        if shuffles and up.may_wait and gate.may_wait:
+            # Both are shuffled alike: one shuffle of their product does for two.
+            return up.shuffled(self._gate(gate.unshuffled(hidden), up.unshuffled(hidden)))
+        return self._gate(gate(hidden), up(hidden))
+
+    def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.activation_up is not None:
             up = ACTIVATIONS[self.activation_up](up)
-        return gated_unit(self.gate_proj(hidden), up, self.activation, self.glu)
+        return gated_unit(gate, up, self.activation, self.glu)
 
     @torch.no_grad()
     def take(self, neurons: Tensor) -> DenseFFN:

@@ -11,8 +11,6 @@ narrower side:
 
 A guide is a dense matrix that starts as the product of the factors. In training the output is
 ``α W_guide x + (1 - α) W x``, where α falls from 1 to 0 (section 3.3); elsewhere it is ``W x``.
-
-Shapes: T tokens, B blocks, I inputs and O outputs of a block.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.cost import Cost
+from moezoo.matrices.blocks import by_blocks
 from moezoo.matrices.matrix import Matrix
 from moezoo.matrices.options import BlockDense, BlockShuffle, LowRank
 from moezoo.matrices.schedules import cosine_tensor
@@ -193,7 +192,7 @@ class BlockDenseMatrix(Factored):
 
     def product(self, x: Tensor) -> Tensor:
         """Apply every block to its part of the input, then the dense factor to all."""
-        return F.linear(_by_blocks(x, self.first).flatten(-2), self.second)
+        return F.linear(by_blocks(x, self.first), self.second)
 
     def dense(self) -> Tensor:
         """Lay the blocks on a diagonal, and multiply."""
@@ -218,8 +217,27 @@ class BlockShuffleMatrix(Factored):
 
     def product(self, x: Tensor) -> Tensor:
         """Apply blocks, shuffle, apply blocks, shuffle."""
-        middle = _by_blocks(x, self.first).transpose(-1, -2).flatten(-2)
-        return _by_blocks(middle, self.second).transpose(-1, -2).flatten(-2)
+        return self.shuffled(self._before_last(x))
+
+    def _before_last(self, x: Tensor) -> Tensor:
+        middle = self.shuffled(by_blocks(x, self.first))
+        return by_blocks(middle, self.second)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether the last shuffle may be left to who reads the output: there is no guide."""
+        return not (self.training and self.until)
+
+    def unshuffled(self, x: Tensor) -> Tensor:
+        """Return the output before the last shuffle, with its bias."""
+        output = self._before_last(x)
+        if self.bias is None:
+            return output
+        return output + self.bias.unflatten(0, (-1, len(self.second))).t().flatten()
+
+    def shuffled(self, values: Tensor) -> Tensor:
+        """Move number l of block k to place k of group l, in the last dimension."""
+        return values.unflatten(-1, (len(self.second), -1)).transpose(-1, -2).flatten(-2)
 
     def dense(self) -> Tensor:
         """Lay the blocks on diagonals, reorder their rows, and multiply."""
@@ -228,14 +246,6 @@ class BlockShuffleMatrix(Factored):
             for factor in (self.first, self.second)
         )
         return second @ first
-
-
-def _by_blocks(x: Tensor, blocks_BOI: Tensor) -> Tensor:
-    """Apply each block to its part of the last dimension, ``(..., B, O)``."""
-    count, outputs, inputs = blocks_BOI.shape
-    parts_BTI = x.reshape(-1, count, inputs).transpose(0, 1)
-    made_BTO = torch.bmm(parts_BTI, blocks_BOI.transpose(1, 2))
-    return made_BTO.transpose(0, 1).reshape(*x.shape[:-1], count, outputs)
 
 
 def _shuffle_rows(matrix: Tensor, blocks: int) -> Tensor:

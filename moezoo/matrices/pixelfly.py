@@ -6,7 +6,7 @@ joins each row j of blocks with columns j and ``j xor 2^f``; the sum of the firs
 one diagonal for all, is *flat*: k + 1 blocks in every row and every column. To it a product of low
 rank is added, γ and 1 - γ of them, γ learned.
 
-Shapes: T tokens, N rows of blocks, C blocks in each, I inputs and O outputs of a block.
+Shapes: N rows of blocks, C blocks in each, I inputs and O outputs of a block.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.cost import Cost
+from moezoo.matrices.blocks import by_blocks
 from moezoo.matrices.matrix import Matrix
 from moezoo.matrices.options import Pixelfly
 
@@ -39,24 +40,28 @@ class PixelflyMatrix(Matrix):
             self.register_parameter("mix", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply by the blocks of a row at once, and go through the narrow middle."""
+        """Multiply by all blocks of a row at once, and go through the narrow middle."""
         share = self._share()
-        parts_NTI = x.reshape(-1, self.size, x.shape[-1] // self.size).transpose(0, 1)
-        read_NTCI = torch.cat([_across(parts_NTI, stride) for stride in self.strides], dim=-1)
-        made_NTO = torch.bmm(read_NTCI, (share * self.blocks).transpose(1, 2))
-        made = made_NTO.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        parts = x.unflatten(-1, (self.size, -1))
+        read = parts.index_select(-2, self._columns(x.device).flatten()).flatten(-2)
+        made = by_blocks(read, share * self.blocks)
         return made + F.linear(F.linear(x, self.first), (1.0 - share) * self.second, self.bias)
 
     def dense(self) -> Tensor:
         """Lay the blocks where they belong, and add the product."""
         share = self._share()
         blocks_NCOI = self.blocks.unflatten(-1, (len(self.strides), -1)).transpose(1, 2)
-        rows_N = torch.arange(self.size, device=blocks_NCOI.device)
-        columns_NC = torch.stack([rows_N ^ stride for stride in self.strides], dim=-1)
+        columns_NC = self._columns(blocks_NCOI.device)
+        rows_N1 = torch.arange(self.size, device=columns_NC.device).unsqueeze(-1)
         whole = blocks_NCOI.new_zeros(self.size, self.size, *blocks_NCOI.shape[2:])
-        whole = whole.index_put((rows_N[:, None], columns_NC), blocks_NCOI)
+        whole = whole.index_put((rows_N1, columns_NC), blocks_NCOI)
         butterfly = whole.transpose(1, 2).reshape(self.out_features, self.in_features)
         return share * butterfly + (1.0 - share) * (self.second @ self.first)
+
+    def _columns(self, device: torch.device) -> Tensor:
+        """Return where the blocks of each row are, ``(N, C)``."""
+        rows_N = torch.arange(self.size, device=device)
+        return torch.stack([rows_N ^ stride for stride in self.strides], dim=-1)
 
     def _share(self) -> Tensor | float:
         """Return γ."""
@@ -80,16 +85,3 @@ class PixelflyMatrix(Matrix):
         nn.init.normal_(self.second, std=part * (self.in_features / len(self.first)) ** 0.5)
         if self.mix is not None:
             nn.init.constant_(self.mix, 0.5)
-
-
-def _across(parts_NTI: Tensor, stride: int) -> Tensor:
-    """Return part ``j xor stride`` at each place j: neighbouring runs of ``stride`` change places.
-
-    Args:
-        parts_NTI: parts of the input.
-        stride: a power of two, or 0 for the parts as they are.
-    """
-    if not stride:
-        return parts_NTI
-    pairs = parts_NTI.unflatten(0, (len(parts_NTI) // (2 * stride), 2, stride))
-    return pairs.flip(1).flatten(0, 2)

@@ -136,13 +136,15 @@ def plain_state_dict(model: MoezooForCausalLM) -> dict[str, Tensor]:
     Without what belongs to training: a warm-up's count of steps, masks, guides.
     """
     tensors = {k: t for k, t in model.state_dict().items() if not k.endswith(".l1_step")}
-    for name, matrix in model.named_modules():
-        if isinstance(matrix, Matrix):
-            for key in [key for key in tensors if key.startswith(f"{name}.")]:
-                del tensors[key]
-            tensors[f"{name}.weight"] = matrix.dense().detach()
-            if matrix.bias is not None:
-                tensors[f"{name}.bias"] = matrix.bias.detach()
+    blocks = [(name, part) for name, part in model.named_modules() if isinstance(part, DenseFFN)]
+    for block, layer in blocks:
+        for name, matrix in layer.projections().items():
+            if isinstance(matrix, Matrix):
+                for key in [key for key in tensors if key.startswith(f"{block}.{name}.")]:
+                    del tensors[key]
+                tensors[f"{block}.{name}.weight"] = matrix.dense().detach()
+                if matrix.bias is not None:
+                    tensors[f"{block}.{name}.bias"] = matrix.bias.detach()
     return tensors
 
 

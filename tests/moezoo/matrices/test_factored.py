@@ -200,3 +200,37 @@ def test_a_guide_that_has_ended_does_not_come_back_in_a_later_run():
     again.load_state_dict(matrix.state_dict())
     again.step(0.01)
     assert torch.equal(again(x), matrix.eval()(x))
+
+
+@pytest.mark.parametrize("rows", [(0,), (1,), (3, 5)])
+def test_products_in_place_are_those_of_batches_and_so_are_their_gradients(rows):
+    from moezoo.matrices.blocks import batched, by_blocks
+
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(*rows, 12, dtype=torch.float64, generator=generator)
+    blocks = torch.randn(3, 5, 4, dtype=torch.float64, generator=generator)
+    slope = torch.randn(*rows, 15, dtype=torch.float64, generator=generator)
+    for leaves in ((x, blocks), (x,), (blocks,)):
+        for leaf in (x, blocks):
+            leaf.requires_grad_(any(leaf is one for one in leaves))
+        ours, theirs = by_blocks(x, blocks), batched(x.reshape(-1, 12), blocks).reshape(*rows, 15)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+        found, expected = (torch.autograd.grad(y, leaves, slope) for y in (ours, theirs))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+    if rows == (3, 5):
+        x.requires_grad_()
+        assert torch.autograd.gradgradcheck(by_blocks, (x, blocks), atol=1e-6)
+
+
+@pytest.mark.parametrize("guide", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_shuffle_of_a_product_does_for_two(bias, guide):
+    torch.manual_seed(0)
+    layer = moezoo.DenseFFN(24, 36, bias=bias, matrices=BlockShuffle(guide=guide)).double().train()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = tokens(24)
+    expected = torch.nn.functional.silu(layer.gate_proj(x)) * layer.up_proj(x)
+    torch.testing.assert_close(layer.inner(x), expected, rtol=1e-12, atol=1e-12)
+    assert layer.up_proj.may_wait == (guide == 0)

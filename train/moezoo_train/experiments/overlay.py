@@ -20,6 +20,7 @@ from moezoo_models import MoezooForCausalLM
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.directory import our_config
 from moezoo_models.checkpoints.locks import writing
+from moezoo_train.experiments.overlay_laws import Ended, fit_laws, results, tables
 from moezoo_train.experiments.overlay_picture import Series, draw_runs
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.report import AVERAGED, finite_or_null
@@ -75,7 +76,9 @@ class RunOutcome:
         return self.name if self.finished else f"{self.name} (unfinished, step {self.steps:,})"
 
 
-def compare_runs(runs: list[str], output: str = "runs/compare/runs") -> None:
+def compare_runs(
+    runs: list[str], output: str = "runs/compare/runs", law: str | None = None
+) -> None:
     """Draw runs of moezoo fit over each other, and say what they came to and how they differ.
 
     Losses are drawn over tokens, and over FLOPs and time where those were logged. Runs that have
@@ -84,28 +87,41 @@ def compare_runs(runs: list[str], output: str = "runs/compare/runs") -> None:
     Args:
         runs: directories of runs.
         output: directory that runs.png, table.md and results.json are written to.
+        law: also fit a scaling law to the last validation losses: average, of the mean parameters
+            over training; sparse, of those that are left and of sparsity; or all that the runs
+            allow. It is written to laws.json.
 
     Raises:
-        InputError: a directory holds no run, or one that has logged nothing yet.
+        InputError: a directory holds no run, or one that has logged nothing yet; or the runs do
+            not make a law.
     """
     if len(runs) < 2:
         raise InputError("runs: give at least two directories of moezoo fit, as in: runs/a runs/b")
     if len({Path(name).resolve() for name in runs}) < len(runs):
         raise InputError("runs: one directory is given twice; name different ones")
     found = [read_run(name) for name in runs]
-    place = Path(output)
+    observed, fits = fit_laws(law, [_ended(run) for run in found]) if law is not None else ([], [])
+    parts = [*_tables(found), *(tables(observed, fits) if fits else ())]
+    place, files = Path(output), "runs.png, table.md, results.json"
     with writing(place):
         save_figure(place / "runs.png", draw_runs([(str(r), r.train, r.val) for r in found]))
         with atomic_write(place / "table.md", "w") as file:
-            file.write(markdown(found))
+            file.write(markdown(parts))
         kept = [
             {**asdict(run), "train": run.train.lists(), "val": run.val.lists()} for run in found
         ]
         write_json(place / "results.json", finite_or_null(kept), allow_nan=False)
+        if fits:
+            write_json(place / "laws.json", results(observed, fits), allow_nan=False)
+            files += ", laws.json"
     console = Console()
-    for title, head, rows in _tables(found):
+    for title, head, rows in parts:
         console.print(_grid(title, head, rows))
-    print(f"{output}/ holds runs.png, table.md, results.json.")
+    print(f"{output}/ holds {files}.")
+
+
+def _ended(run: RunOutcome) -> Ended:
+    return Ended(run.name, run.finished, run.tokens, run.val_loss)
 
 
 def read_run(name: str) -> RunOutcome:
@@ -242,10 +258,10 @@ def _tables(runs: Sequence[RunOutcome]) -> Iterator[tuple[str, list[str], list[l
     )
 
 
-def markdown(runs: Sequence[RunOutcome]) -> str:
-    """Return the tables as a page."""
+def markdown(pages: Sequence[tuple[str, list[str], list[list[str]]]]) -> str:
+    """Return tables, each with title, head and rows, as a page."""
     parts = []
-    for title, head, rows in _tables(runs):
+    for title, head, rows in pages:
         lines = [head, ["---"] * len(head), *rows]
         cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells))
