@@ -25,8 +25,8 @@ def checked(method: Callable[..., R]) -> Callable[..., R]:
     """Wrap a layer's method that takes what ``forward`` takes, so that its arguments are checked.
 
     Raises:
-        InputError: from the wrapped method: ``hidden`` or ``router_input`` is not floating point
-            or not ``(..., d_model)``, ``router_input`` or ``mask`` is of another shape,
+        InputError: from the wrapped method: ``hidden``, ``router_input`` or ``embeddings`` is
+            not floating point or not ``(..., d_model)``, or ``mask`` is of another shape,
             ``token_ids`` are no whole numbers, ``mask`` is not bool, ``positions`` are no whole
             numbers or of another shape, or losses would be lost (see :func:`refuse_lost_losses`).
     """
@@ -66,6 +66,7 @@ def check_context(
     router_input: Tensor | None = None,
     mask: Tensor | None = None,
     positions: Tensor | None = None,
+    embeddings: Tensor | None = None,
     **others: Any,
 ) -> None:
     """Refuse what is given beside the hidden states and does not fit them.
@@ -77,15 +78,14 @@ def check_context(
     """
     if token_ids is not None and token_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"token_ids: {token_ids.dtype} holds no token ids; give int64")
-    if router_input is not None:
-        if not router_input.is_floating_point():
+    for name, given in (("router_input", router_input), ("embeddings", embeddings)):
+        if given is None:
+            continue
+        if not given.is_floating_point():
+            raise InputError(f"{name}: {given.dtype} is not floating point; give hidden states")
+        if given.shape != hidden.shape:
             raise InputError(
-                f"router_input: {router_input.dtype} is not floating point; give hidden states"
-            )
-        if router_input.shape != hidden.shape:
-            raise InputError(
-                f"router_input: shape {tuple(router_input.shape)} does not match hidden's "
-                f"{tuple(hidden.shape)}"
+                f"{name}: shape {tuple(given.shape)} does not match hidden's {tuple(hidden.shape)}"
             )
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(

@@ -23,33 +23,11 @@ from moezoo.cost import Cost
 from moezoo.errors import InputError, check_int, nearest
 from moezoo.parameter_groups import ParameterGroup, set_apart
 from moezoo.router_input import FFN_INPUT, RouterInput
+from moezoo.token_context import FeedForwardOutput, History, Place, TokenContext
 from moezoo.training_state import TrainingState
 
 if TYPE_CHECKING:
     from moezoo.routing.stats import SlotLoad
-
-
-class FeedForwardOutput(NamedTuple):
-    """The output of a layer.
-
-    Attributes:
-        hidden: ``(..., d_model)``, in the dtype of the input (or of autocast).
-        losses: scalars in fp32, already weighted; the model adds them to its loss.
-        stats: detached: counts, entropy, usage, drops; outside training computed when first read.
-    """
-
-    hidden: Tensor
-    losses: dict[str, Tensor]
-    stats: Mapping[str, Tensor]
-
-
-class TokenContext(NamedTuple):
-    """The inputs of a layer beside the hidden states; see :meth:`FeedForward.forward`."""
-
-    token_ids: Tensor | None = None
-    router_input: Tensor | None = None
-    mask: Tensor | None = None
-    positions: Tensor | None = None
 
 
 class FeedForward(TrainingState):
@@ -66,12 +44,19 @@ class FeedForward(TrainingState):
         needs_token_ids: whether a call without ``token_ids`` raises; true where routing reads them.
         reads_router_input: whether ``router_input`` decides which experts a token is routed to.
         reads_positions: whether ``positions`` change anything; only such layers are given them.
+        reads_embeddings: whether ``embeddings`` change anything; only such layers are given them.
+        added: where a model's ``memory`` adds the layer to a block, as it then reads the residual
+            stream itself; None: it is the feed-forward block only.
+        added_as: arguments that differ there, unless they are given.
     """
 
     kind: ClassVar[str] = "feed_forward"
     needs_token_ids: ClassVar[bool] = False
     reads_router_input: ClassVar[bool] = False
     reads_positions: ClassVar[bool] = False
+    reads_embeddings: ClassVar[bool] = False
+    added: ClassVar[Place | None] = None
+    added_as: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -93,6 +78,11 @@ class FeedForward(TrainingState):
         return False
 
     @property
+    def keeps_history(self) -> bool:
+        """Whether cached generation must give the layer a ``history``."""
+        return False
+
+    @property
     def causal(self) -> bool:
         """Whether a token's output depends on no later token, but for an expert's limited room."""
         return True
@@ -106,6 +96,8 @@ class FeedForward(TrainingState):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        history: History | None = None,
     ) -> FeedForwardOutput:
         """Apply the layer.
 
@@ -118,11 +110,16 @@ class FeedForward(TrainingState):
                 statistics, and comes back as zeros from routed layers.
             positions: ``(...)`` int64, how many tokens of its document come before a token. Ignored
                 without ``reads_positions``.
+            embeddings: ``(..., d_model)``, those of the tokens as they enter the model; default:
+                ``hidden``. Ignored without ``reads_embeddings``.
+            history: of the tokens before those of ``hidden``, with a cache, for layers that
+                ``keeps_history``.
 
         Raises:
             InputError: an argument is of a wrong shape or dtype; the message names it.
         """
-        return self._compute(hidden, TokenContext(token_ids, router_input, mask, positions), False)
+        context = TokenContext(token_ids, router_input, mask, positions, embeddings, history)
+        return self._compute(hidden, context, False)
 
     def infer(
         self,
@@ -149,6 +146,8 @@ class FeedForward(TrainingState):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        history: History | None = None,
     ) -> FeedForwardOutput:
         """Compute the same numbers by brute force, in plain differentiable torch, any dtype.
 
@@ -158,6 +157,8 @@ class FeedForward(TrainingState):
             router_input: ``(..., d_model)``.
             mask: ``(...)`` bool.
             positions: ``(...)`` int64.
+            embeddings: ``(..., d_model)``.
+            history: as there.
 
         Returns:
             Output, losses and statistics of :meth:`forward`, equal but for rounding.
@@ -165,7 +166,8 @@ class FeedForward(TrainingState):
         Raises:
             InputError: as :meth:`forward`.
         """
-        return self._compute(hidden, TokenContext(token_ids, router_input, mask, positions), True)
+        context = TokenContext(token_ids, router_input, mask, positions, embeddings, history)
+        return self._compute(hidden, context, True)
 
     @checked
     @torch.no_grad()
@@ -381,6 +383,7 @@ __all__ = [
     "Cost",
     "FeedForward",
     "FeedForwardOutput",
+    "History",
     "Method",
     "Paper",
     "ParameterGroup",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_int
+from moezoo.routing.memory_numbers import numbered_memories
 from moezoo.routing.model_sparsity import shared_sparsity
 from moezoo_kernels import weighted_bag
 
@@ -132,7 +133,8 @@ _POOLS: ContextVar[dict[str, ValueTable] | None] = ContextVar("moezoo_value_pool
 def shared_values() -> Iterator[None]:
     """Share the values of layers built inside that name the same ``value_pool``.
 
-    Those with ``balance.sparsity_scope: model`` share one sparsity.
+    Those with ``balance.sparsity_scope: model`` share one sparsity; memories of n-grams are
+    numbered.
 
     The first layer of a pool owns the table: it alone holds it in ``parameters()``,
     ``state_dict()`` and ``cost()``. The others refer to it, and follow it when the model that
@@ -150,7 +152,7 @@ def shared_values() -> Iterator[None]:
     """
     token = _POOLS.set({})
     try:
-        with shared_sparsity():
+        with shared_sparsity(), numbered_memories():
             yield
     finally:
         _POOLS.reset(token)

@@ -22,6 +22,7 @@ from moezoo.feed_forward import (
     Cost,
     FeedForward,
     FeedForwardOutput,
+    History,
     Method,
     Paper,
     flatten_tokens,
@@ -93,6 +94,8 @@ class PersistentMemoryAttention(FeedForward):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        history: History | None = None,
         past_key_values: Any = None,
         layer_idx: int = 0,
         key_mask: Tensor | None = None,
@@ -105,6 +108,8 @@ class PersistentMemoryAttention(FeedForward):
             router_input: not used.
             mask: ``(..., T)``, true at real tokens; padding is no key and comes back as zeros.
             positions: not used.
+            embeddings: not used.
+            history: not used.
             past_key_values: a cache with transformers' ``update(key, value, layer_idx)``; it gets
                 the context's keys and values only.
             layer_idx: the layer's place in the cache.
@@ -133,6 +138,8 @@ class PersistentMemoryAttention(FeedForward):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        history: History | None = None,
         past_key_values: Any = None,
         layer_idx: int = 0,
         key_mask: Tensor | None = None,

@@ -90,6 +90,7 @@ UNSEEN = {
     "balance.sparsity_scope": "one layer",
     "bias_update_rate": "acts in step()",
     "clip_values_apart": "the optimizer's",
+    "compression": "which ids are hashed; a buffer says it",
     "embedding_pool": "whose the embeddings are",
     "expert_lr_multiplier": "the optimizer's",
     "HashLayer.hash_function": "says which table is made; a table is a weight",

@@ -36,6 +36,7 @@ def ineligible(model: PreTrainedModel) -> str | None:
     | weights in parts over processes, or on several devices | the parts are gathered by hooks |
     | projections of different dtypes | they are multiplied as one |
     | norms, positions, factors or soft caps that are no Llama's | the steps do not know them |
+    | memories beside its blocks, or a block that reads a history | the steps have none |
     """  # noqa: E501
     if type(model) is not MoezooForCausalLM:
         return f"{type(model).__name__} is not this library's model"
@@ -62,6 +63,7 @@ _LLAMA: dict[str, Any] = {
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
     "final_logit_softcapping": None,
+    "memory": [],
 }
 """Fields of the configuration that the steps take to be so."""
 
@@ -106,6 +108,8 @@ def _replaced(model: MoezooForCausalLM) -> str | None:
         expected |= {f"{here}.{name}": RMSNorm for name in block.places if name is not None}
         expected |= {f"{here}.self_attn.{part}": nn.Linear for part in _ATTENTION_PARTS}
         expected |= {f"{here}.self_attn.{part}": norm for part in ("q_norm", "k_norm")}
+        if block.mlp.keeps_history:
+            return f"{here}.mlp reads a history"
     for name, module in model.named_modules():
         if type(module) is not expected.get(name, type(module)):
             return f"{name} is a {type(module).__name__}"

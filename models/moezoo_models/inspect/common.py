@@ -98,10 +98,13 @@ def routed_by_name(model: PreTrainedModel) -> dict[str, FeedForward]:
             f"layer {re.findall('[0-9]+', name)[0]}": layer
             for name, layer in adopted_layers(model).items()
         }
-    return {
-        f"layer {name.partition('.')[0]}": layer
-        for name, layer in routed_layers(model.model.layers).items()
-    }
+    return {_name_of(name): layer for name, layer in routed_layers(model.model.layers).items()}
+
+
+def _name_of(path: str) -> str:
+    """Name a layer by its path among the blocks: ``layer 3``, or ``layer 3, memory 0``."""
+    number, kind, *rest = path.split(".")
+    return f"layer {number}, memory {rest[0]}" if kind == "memories" else f"layer {number}"
 
 
 @torch.no_grad()

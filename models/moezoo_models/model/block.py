@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward, registered
 from moezoo.routing.losses import masked_mean
+from moezoo.token_context import Place
 from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.joint_attention import check_joint_backend
+from moezoo_models.model.memories import build_memories, check_vocabulary, history_in
 from moezoo_models.model.norm import NORMS, Norm
 from moezoo_models.model.persistent import JoinedSlots, build_slots
 
@@ -32,6 +34,28 @@ _PLACES = {
 """Names of the norms before and after attention, before and after the feed-forward block."""
 
 
+Noted = tuple[dict[str, Tensor], Mapping[str, Tensor]]
+"""Auxiliary losses and statistics of a layer."""
+
+
+class TokensSeen(NamedTuple):
+    """The tokens of a call of the decoder, as its blocks' layers may ask for them.
+
+    Attributes:
+        embeddings: ``(batch, sequence, hidden_size)``, as they enter the first block.
+        ids: ``(batch, sequence)``; None if only embeddings are known.
+        mask: true at real tokens; None if all are.
+        all_ids: ``(batch, past + sequence)``, all tokens so far, for layers that look back.
+        all_mask: of these.
+    """
+
+    embeddings: Tensor
+    ids: Tensor | None
+    mask: Tensor | None
+    all_ids: Tensor | None
+    all_mask: Tensor | None
+
+
 class DecoderLayer(GradientCheckpointingLayer):
     """One block: attention, then a feed-forward block of the zoo, with norms before them or after.
 
@@ -40,12 +64,18 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     Attributes:
         router_input: what the router of the feed-forward block reads.
+        memories: layers that are added to the residual stream beside it.
+        memory_rules: number of the rule of each.
     """
 
     def __init__(self, config: MoezooConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer_idx)
+        self.layer_idx, self._num_layers = layer_idx, config.num_hidden_layers
         self.mlp = build_feed_forward(config, layer_idx)
+        memories = build_memories(config, layer_idx)
+        self.memory_rules = [number for number, _ in memories]
+        self.memories = nn.ModuleList(layer for _, layer in memories)
         self.router_input = config.router_input(layer_idx)
         self.residual_multiplier = config.residual_multiplier
         joined = isinstance(self.mlp, JoinedSlots)
@@ -60,13 +90,18 @@ class DecoderLayer(GradientCheckpointingLayer):
         hidden: Tensor,
         *,
         attention_mask: Any,
-        token_ids: Tensor | None,
-        token_mask: Tensor | None,
+        tokens: TokensSeen,
         rotary: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None,
         **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]:
-        """Return the new hidden states and the feed-forward block's losses and statistics."""
+    ) -> tuple[Tensor, list[Noted]]:
+        """Return the new hidden states, and losses and statistics of the block's layers.
+
+        Those of the feed-forward block come first, then those of the memories.
+        """
+        noted: list[Noted] = []
+        given = (tokens, past_key_values, kwargs.get("position_ids"))
+        hidden = self._with_memories("before_attention", hidden, noted, *given)
         attended, _, context_share = self.self_attn(
             self._normed(0, hidden),
             rotary,
@@ -77,15 +112,17 @@ class DecoderLayer(GradientCheckpointingLayer):
         )
         entering, hidden = hidden, self._added(hidden, self._normed(1, attended))
         if isinstance(self.mlp, JoinedSlots):
-            return hidden, {}, {"context_mass": _mean(context_share, token_mask)}
-        answer = self.mlp(
-            self.feed_forward_input(hidden),
-            token_ids=token_ids,
-            router_input=self._read_by_router(entering, hidden),
-            mask=token_mask,
-            **self._positions(hidden, kwargs.get("position_ids")),
-        )
-        return self.with_answer(hidden, answer.hidden), answer.losses, answer.stats
+            own: Noted = ({}, {"context_mass": _mean(context_share, tokens.mask)})
+        else:
+            answer = self.mlp(
+                self.feed_forward_input(hidden),
+                router_input=self._read_by_router(entering, hidden),
+                **self._context(self.mlp, "mlp", *given),
+            )
+            hidden = self.with_answer(hidden, answer.hidden)
+            own = (answer.losses, answer.stats)
+        hidden = self._with_memories("after_feed_forward", hidden, noted, *given)
+        return hidden, [own, *noted]
 
     def feed_forward_input(self, attended: Tensor) -> Tensor:
         """Return what the feed-forward block reads of the residual stream after attention."""
@@ -110,11 +147,46 @@ class DecoderLayer(GradientCheckpointingLayer):
     def _added(self, residual: Tensor, x: Tensor) -> Tensor:
         return residual + (x if self.residual_multiplier == 1.0 else x * self.residual_multiplier)
 
-    def _positions(self, hidden: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
-        """Return the positions ``(batch, sequence)`` if the feed-forward block reads them."""
-        if positions is None or not self.mlp.reads_positions:
-            return {}
-        return {"positions": positions.expand(hidden.shape[:2])}
+    def _with_memories(
+        self,
+        place: Place,
+        hidden: Tensor,
+        noted: list[Noted],
+        tokens: TokensSeen,
+        cache: Cache | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """Add the memories of one place to the residual stream; note losses and statistics."""
+        for number, layer in enumerate(cast("list[FeedForward]", self.memories)):
+            if layer.added == place:
+                context = self._context(layer, f"memories.{number}", tokens, cache, positions)
+                answer = layer(hidden, **context)
+                hidden = self._added(hidden, answer.hidden)
+                noted.append((answer.losses, answer.stats))
+        return hidden
+
+    def _context(
+        self,
+        layer: FeedForward,
+        name: str,
+        tokens: TokensSeen,
+        cache: Cache | None,
+        positions: Tensor | None,
+    ) -> dict[str, Any]:
+        """Return what a layer reads beside hidden states: what it asks for, and no more."""
+        earlier = layer.needs_earlier_tokens
+        found: dict[str, Any] = {
+            "token_ids": tokens.all_ids if earlier else tokens.ids,
+            "mask": tokens.all_mask if earlier else tokens.mask,
+        }
+        if layer.reads_positions and positions is not None:
+            found["positions"] = positions.expand(tokens.embeddings.shape[:2])
+        if layer.reads_embeddings:
+            found["embeddings"] = tokens.embeddings
+        if layer.keeps_history:
+            name = f"{self.layer_idx}.{name}"
+            found["history"] = history_in(cache, name, self._num_layers)
+        return found
 
     def _read_by_router(self, entering: Tensor, attended: Tensor) -> Tensor | None:
         """Return what the router reads; None if that is what the experts read."""
@@ -143,12 +215,10 @@ def build_feed_forward(config: MoezooConfig, layer: int) -> FeedForward:
             f"ffn[{number}]: {name} as configured is not causal: a token would see later tokens; "
             "choose another routing, or set allow_non_causal: true"
         )
-    room = getattr(block, "vocab_size", config.vocab_size)
-    if block.needs_token_ids and room < config.vocab_size:
-        raise InputError(
-            f"ffn[{number}]: {name} has vocab_size {room}, the model {config.vocab_size}; "
-            "give the layer at least as many"
-        )
+    try:
+        check_vocabulary(block, config.vocab_size)
+    except InputError as error:
+        raise InputError(f"ffn[{number}]: {error}") from None
     return block
 
 

@@ -129,6 +129,7 @@ class MoezooForCausalLM(MoezooPreTrainedModel, GenerationMixin):
             attentions=decoded.attentions,
             aux_losses=decoded.aux_losses,
             ffn_stats=decoded.ffn_stats,
+            memory_stats=decoded.memory_stats,
             aux_loss=sum(aux[1:], aux[0]) if aux else None,
         )
         return output if return_dict else output.to_tuple()  # type: ignore[return-value]

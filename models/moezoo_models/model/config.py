@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moezoo.errors import InputError, check_choice, check_int, nearest
-from moezoo.feed_forward import registered, select_layers
+from moezoo.feed_forward import FeedForward, registered, select_layers, zoo
 from moezoo.router_input import FFN_INPUT, RouterInput, check_router_input
 from moezoo_models.files.fields import check_fields, check_heads
 from moezoo_models.model.norm import NORMS
@@ -84,6 +84,11 @@ class MoezooConfig(PreTrainedConfig):
             ``"router_input": "pre_attention"`` or ``"post_attention"``, see
             :data:`moezoo.router_input.RouterInput`; without it, what the experts read. Default:
             DenseFFN everywhere.
+        memory: rules that add layers to blocks beside their feed-forward blocks, of the same form
+            without ``router_input``; those of several rules are all added, in their order. They read
+            the residual stream and are added to it, before attention or behind the feed-forward
+            block, as :attr:`moezoo.FeedForward.added` says. The vocabulary comes from the model
+            too. Default: none.
         allow_non_causal: accept layers in which a token sees later tokens, such as expert choice.
         pad_token_id: id of padding, if any.
         bos_token_id: id that begins a text, if any.
@@ -99,6 +104,7 @@ class MoezooConfig(PreTrainedConfig):
         "lm_loss",
         "aux_losses",
         "ffn_stats",
+        "memory_stats",
         "aux_loss",
     ]
 
@@ -133,6 +139,7 @@ class MoezooConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     use_cache: bool = True
     ffn: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
     allow_non_causal: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -178,6 +185,7 @@ class MoezooConfig(PreTrainedConfig):
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"rope_parameters: {error}".replace("\n", " ")) from error
         self.ffn = check_ffn_rules(self.ffn, self.num_hidden_layers, self.hidden_size)
+        self.memory = check_memory_rules(self.memory, self.num_hidden_layers, self.hidden_size)
 
     def _check_fields(self) -> None:
         check_fields({name: getattr(self, name) for name in self._fields()})
@@ -286,6 +294,47 @@ def check_ffn_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str,
     if missing := sorted(set(range(num_layers)) - covered):
         raise InputError(f"ffn: no rule for layer {missing[0]}; begin with one for layers: all")
     return checked
+
+
+def check_memory_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str, Any]]:
+    """Check the shape of the rules that add layers to blocks, and copy them.
+
+    Args:
+        rules: a list of mappings with ``layers``, ``class_path`` and ``init_args``.
+        num_layers: number of layers of the model.
+        d_model: width of the model.
+
+    Returns:
+        The rules, each with these keys and no ``d_model`` in its ``init_args``.
+
+    Raises:
+        InputError: names the rule, the key and the fix.
+    """
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise InputError(
+            f"memory: {rules!r} is not a list of rules with layers and class_path; write one, e.g. "
+            '[{"layers": [1], "class_path": "moezoo.Engram"}]'
+        )
+    checked = []
+    for number, rule in enumerate(rules):
+        try:
+            if isinstance(rule, Mapping) and "router_input" in rule:
+                raise InputError("router_input: a memory has no router; leave it out")
+            checked.append(_checked_rule(rule, d_model))
+            select_layers(checked[-1]["layers"], num_layers)
+            _check_added(registered(rule["class_path"]))
+        except InputError as error:
+            raise InputError(f"memory[{number}]: {error}") from None
+    return checked
+
+
+def _check_added(layer: type[FeedForward]) -> None:
+    if layer.added is None:
+        able = sorted({m.layer.__name__ for m in zoo() if m.layer.added is not None})
+        raise InputError(
+            f"class_path: {layer.__name__} takes the place of a feed-forward block; name it in "
+            f"ffn, or choose from: {', '.join(f'moezoo.{name}' for name in able)}"
+        )
 
 
 def _checked_rule(rule: Any, d_model: int) -> dict[str, Any]:

@@ -31,9 +31,10 @@ from moezoo_models.adapters.transformers import (
 from moezoo_models.files.loading import GatedLoading
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.attention_backends import check_backend
-from moezoo_models.model.block import DecoderLayer
+from moezoo_models.model.block import DecoderLayer, TokensSeen
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.initialization import current_deferred_init, drop, reset_feed_forward
+from moezoo_models.model.memories import recorded_memories
 from moezoo_models.model.norm import NORMS, Norm
 from moezoo_models.model.outputs import MoezooModelOutput
 from moezoo_models.model.rotary import RotaryEmbedding, build_rotary
@@ -157,7 +158,13 @@ class MoezooModel(MoezooPreTrainedModel):
 
     def looks_back(self) -> bool:
         """Return whether a layer routes on earlier tokens and so wants ``context_ids``."""
-        return any(block.mlp.needs_earlier_tokens for block in self.blocks())
+        return any(layer.needs_earlier_tokens for _, layer in self.added_layers())
+
+    def added_layers(self) -> Iterator[tuple[int, FeedForward]]:
+        """Yield each layer whose answer blocks add, with the number of its block."""
+        for number, block in enumerate(self.blocks()):
+            yield number, block.mlp
+            yield from ((number, cast("FeedForward", layer)) for layer in block.memories)
 
     def record_ffn_arguments(self) -> None:
         """Write the blocks' defaults into the configuration, which then outlives their change."""
@@ -167,6 +174,7 @@ class MoezooModel(MoezooPreTrainedModel):
             rules[number].update(block.mlp.config())
             rules[number]["init_args"].pop("d_model")
         self.config.ffn = rules
+        self.config.memory = recorded_memories(self.config.memory, list(self.blocks()))
 
     @capture_outputs
     def forward(
@@ -235,28 +243,28 @@ class MoezooModel(MoezooPreTrainedModel):
         hidden = self._with_positions(inputs_embeds, position_ids)
         rotary = self._rotary(hidden, position_ids)
         losses: dict[str, list[Tensor]] = defaultdict(list)
-        stats = []
+        stats, memory_stats = [], []
+        tokens = TokensSeen(inputs_embeds, input_ids, token_mask, *context)
         for kind, layer in zip(self.config.layer_types, self.blocks(), strict=True):
-            looks_back = layer.mlp.needs_earlier_tokens
-            token_ids, mask = context if looks_back else (input_ids, token_mask)
-            hidden, layer_losses, layer_stats = layer(
+            hidden, noted = layer(
                 hidden,
                 attention_mask=masks[kind],
-                token_ids=token_ids,
-                token_mask=mask,
+                tokens=tokens,
                 rotary=rotary.get(kind),
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            for name, loss in layer_losses.items():
+            for name, loss in (item for own, _ in noted for item in own.items()):
                 losses[name].append(loss)
-            stats.append(layer_stats)
+            stats.append(noted[0][1])
+            memory_stats += [found for _, found in noted[1:]]
         return MoezooModelOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=past_key_values if use_cache else None,
             aux_losses={name: torch.stack(terms).sum() for name, terms in losses.items()},
             ffn_stats=tuple(stats),
+            memory_stats=tuple(memory_stats),
         )
 
     def _with_positions(self, embedded: Tensor, position_ids: Tensor) -> Tensor:
@@ -277,10 +285,10 @@ class MoezooModel(MoezooPreTrainedModel):
         return found if isinstance(found, dict) else dict.fromkeys(self.config.layer_types, found)
 
     def _refuse_token_routing(self) -> None:
-        for number, layer in enumerate(self.blocks()):
-            if layer.mlp.needs_token_ids:
+        for number, layer in self.added_layers():
+            if layer.needs_token_ids:
                 raise InputError(
-                    f"input_ids: layer {number} ({type(layer.mlp).__name__}) routes on token ids; "
+                    f"input_ids: layer {number} ({type(layer).__name__}) routes on token ids; "
                     "give input_ids beside inputs_embeds"
                 )
 

@@ -23,6 +23,7 @@ class MoezooModelOutput(ModelOutput):
             if asked for (eager backend only).
         aux_losses: auxiliary losses by name, fp32 scalars summed over layers.
         ffn_stats: statistics of each layer's feed-forward block by name, detached.
+        memory_stats: the same of each layer that is added to blocks, in their order.
     """
 
     last_hidden_state: Tensor | None = None
@@ -31,6 +32,7 @@ class MoezooModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     aux_losses: dict[str, Tensor] | None = None
     ffn_stats: tuple[Mapping[str, Tensor], ...] | None = None
+    memory_stats: tuple[Mapping[str, Tensor], ...] | None = None
 
 
 @dataclass
@@ -48,6 +50,7 @@ class MoezooOutput(ModelOutput):
             if asked for (eager backend only).
         aux_losses: auxiliary losses by name, fp32 scalars summed over layers.
         ffn_stats: statistics of each layer's feed-forward block by name, detached.
+        memory_stats: the same of each layer that is added to blocks, in their order.
         aux_loss: the sum of ``aux_losses``, fp32, in ``loss`` already; None without any. (That of
             transformers' mixtures is not weighted yet.)
     """
@@ -60,4 +63,5 @@ class MoezooOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     aux_losses: dict[str, Tensor] | None = None
     ffn_stats: tuple[Mapping[str, Tensor], ...] | None = None
+    memory_stats: tuple[Mapping[str, Tensor], ...] | None = None
     aux_loss: Tensor | None = None

@@ -438,6 +438,8 @@ CONVENTIONS = {
     "mole_folded": _layer("mole", folded=True),
     "engram_bigrams": _layer("engram", gate=False, max_ngram=2, d_memory=6, index=1),
     "engram_documents": _layer("engram", max_ngram=4, boundary_id=3, num_rows=60),
+    "engram_alone": _layer("engram", d_ff=0, convolution=True, boundary_id=3, gate=False),
+    "engram_convolution": _layer("engram", convolution=True, max_ngram=2, num_rows=60),
     "engram_polynomial": _layer("engram", hash_function="polynomial", index=2),
     "peer_sigmoid": _layer("peer", score_fn="sigmoid", query_norm="layer", gated=True),
     "peer_relu": _layer("peer", score_fn="relu", query_norm="qk", share_keys=False),

@@ -69,9 +69,11 @@ def engram(weights: Weights, options: Options, hidden: Tensor, call: Call) -> An
     sizes = _sizes(options, heads)
     rows, counts = [], [0] * sum(sizes)
     for x_TD, names, real in zip(sequences, ids, masks, strict=True):
+        gated: list[Tensor] = []
         for t, x_D in enumerate(x_TD.unbind()):
             if not real[t]:
                 rows.append(torch.zeros_like(x_D))
+                gated.append(rows[-1])
                 continue
             grams = _grams(weights, options, names, real, t)
             read = []
@@ -87,9 +89,29 @@ def engram(weights: Weights, options: Options, hidden: Tensor, call: Call) -> An
                 z = (key_D * query_D).sum() / width**0.5
                 size = torch.sqrt(torch.where(torch.abs(z) > 1e-6, torch.abs(z), 1e-6))
                 v_D = v_D / (1 + torch.exp(-size if z > 0 else size))
-            block = {"activation": "silu", "gated": True}
-            rows.append(dense_block(weights, "ffn.", block, x_D) + v_D)
+            gated.append(v_D)
+            if options["convolution"]:
+                v_D = v_D + _convolved(weights, options, gated, names, real)
+            if options["d_ff"]:
+                block = {"activation": "silu", "gated": True}
+                v_D = v_D + dense_block(weights, "ffn.", block, x_D)
+            rows.append(v_D)
     return Answer(stacked(rows, hidden), {}, counts)
+
+
+def _convolved(
+    weights: Weights, options: Options, gated: list[Tensor], names: list[int], real: list[bool]
+) -> Tensor:
+    """Return ``SiLU(Σ_j w_j * RMSNorm(v_{t - j n}))`` for the last token of those so far."""
+    t, total = len(gated) - 1, torch.zeros_like(gated[0])
+    for j in range(4):
+        s = t - j * options["max_ngram"]
+        between = range(max(s, 0), t)  # a document ends with its boundary, or at padding
+        if s < 0 or any(not real[i] or names[i] == options["boundary_id"] for i in between):
+            break
+        u_D = _unit(gated[s]) * weights["conv.norm.weight"]
+        total = total + weights["conv.weight"][j] * u_D
+    return total / (1 + torch.exp(-total))
 
 
 def _unit(x_D: Tensor) -> Tensor:
@@ -98,7 +120,7 @@ def _unit(x_D: Tensor) -> Tensor:
 
 def _sizes(options: Options, heads: int) -> list[int]:
     """List the rows of each hash function: primes, or odd numbers above an even one."""
-    before, first = options["index"] * heads, options["num_rows"]
+    before, first = (options["index"] or 0) * heads, options["num_rows"]
     if options["hash_function"] == "polynomial":
         return [first + 1 + 2 * (before + j) for j in range(heads)]
     primes = [n for n in range(first, 20 * first) if all(n % d for d in range(2, n))]

@@ -37,6 +37,7 @@ _OWN_NAMES = {
 
 
 _RULE = re.compile(r"^ffn\[(\d+)\](: router_input)?")
+_MEMORY = re.compile(r"^memory(?=\[\d+\]|:)")
 
 
 def _rule_key(rule: re.Match[str]) -> str:
@@ -57,6 +58,7 @@ def own_names() -> Iterator[None]:
         for theirs, ours in _OWN_NAMES.items():
             message = message.replace(theirs, ours)
         message = _RULE.sub(lambda m: f"model.{_rule_key(m)}", message)
+        message = _MEMORY.sub("model.memory", message)
         raise InputError(message) from error
 
 
@@ -86,7 +88,9 @@ def completed(saved: dict[str, Any]) -> dict[str, Any]:
     own = MoezooConfig.__annotations__.keys() - UNRELATED
     known = (spec for spec in fields(MoezooConfig) if spec.name in own)
     defaults = {spec.name: spec.default for spec in known if spec.default is not MISSING}
-    return defaults | saved | {"ffn": [_completed_rule(rule) for rule in rules]}
+    memory = [_completed_rule(rule) for rule in saved.get("memory", [])]
+    completed = {"ffn": [_completed_rule(rule) for rule in rules], "memory": memory}
+    return defaults | saved | completed
 
 
 def _completed_rule(rule: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class TrainingMetrics(Callback):
         self._lr = 0.0
         self._losses: dict[str, list[Tensor]] = {}
         self._load = LoadCounter()
+        self._memory_load = LoadCounter()
         self._window: list[tuple[dict[str, Tensor], Sequence[Mapping[str, Tensor]]]] = []
         self._loaded: list[dict[str, Any]] = []
         self._clock = 0.0
@@ -97,7 +98,7 @@ class TrainingMetrics(Callback):
         self.tokens += batch["input_ids"].numel() * trainer.world_size
         losses = {"train/loss": outputs["lm_loss"]}
         losses |= {f"train/aux/{name}": value for name, value in outputs["aux"].items()}
-        self._window.append((losses, outputs["ffn_stats"]))
+        self._window.append((losses, outputs["ffn_stats"], outputs.get("memory_stats", ())))
         if trainer.global_step == self._step:
             return  # still accumulating
         self._step = trainer.global_step
@@ -112,6 +113,7 @@ class TrainingMetrics(Callback):
         if regular:
             self._logged, self._losses = (self.tokens, self.seconds), {}
             self._load.clear()
+            self._memory_load.clear()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the last step where a validation behind it has ended the run, as early stopping."""
@@ -130,10 +132,11 @@ class TrainingMetrics(Callback):
 
     def _count(self, taken: bool) -> None:
         """Add the micro-batches of a step, or drop them with it."""
-        for losses, ffn_stats in self._window if taken else ():
+        for losses, ffn_stats, memory_stats in self._window if taken else ():
             for name, value in losses.items():
                 self._losses.setdefault(name, []).append(value)
             self._load.add(ffn_stats)
+            self._memory_load.add(memory_stats)
         self._window = []
 
     def _metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
@@ -162,10 +165,14 @@ class TrainingMetrics(Callback):
             },
             "train/skipped_steps": float(cast("Measured", pl_module).guard.skipped),
         }
-        for load in self.expert_load:
-            for field, value in asdict(load).items():
-                if field != "layer" and value is not None:
-                    metrics[f"experts/{field}/layer_{load.layer:02d}"] = value
+        for kind, loads in (
+            ("layer", self.expert_load),
+            ("memory", self._memory_load.loads(trainer)),
+        ):
+            for load in loads:
+                for field, value in asdict(load).items():
+                    if field != "layer" and value is not None:
+                        metrics[f"experts/{field}/{kind}_{load.layer:02d}"] = value
         return metrics
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,6 +194,7 @@ class TrainingMetrics(Callback):
         pending = {
             "losses": {name: [v.cpu() for v in values] for name, values in self._losses.items()},
             "load": self._load.state_dict(),
+            "memory_load": self._memory_load.state_dict(),
         }
         return {
             "tokens": self.tokens,
@@ -213,6 +221,7 @@ class TrainingMetrics(Callback):
         if len(self._loaded) == trainer.world_size:
             pending = self._loaded[trainer.global_rank]
             self._load.load_state_dict(pending["load"], device)
+            self._memory_load.load_state_dict(pending.get("memory_load", {}), device)
             self._losses = {
                 name: [value.to(device) for value in values]
                 for name, values in pending["losses"].items()

@@ -70,14 +70,18 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def ffn_layers(model: nn.Module) -> list[FeedForward]:
-    """Return the FFN layers of a model in order, without the layers inside them."""
+    """Return the FFN layers of a model in order, without the layers inside them.
+
+    Those that blocks have beside their FFN come last.
+    """
     found: list[FeedForward] = []
+    beside: list[FeedForward] = []
     inside: set[int] = set()
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, FeedForward) and id(module) not in inside:
-            found.append(module)
+            (beside if ".memories." in f".{name}" else found).append(module)
             inside.update(id(m) for m in module.modules())
-    return found
+    return [*found, *beside]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moezoo.bench.memory import saved_storages, storage_key
+from moezoo.feed_forward import FeedForward
 from moezoo_models import MoezooForCausalLM
 from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention_backends import ATTENTION
@@ -91,6 +92,7 @@ def _kinds(model: MoezooForCausalLM) -> list[list[int]]:
     for number, block in enumerate(model.model.blocks()):
         description = [
             block.mlp.config(),
+            [layer.config() for layer in cast("list[FeedForward]", block.memories)],
             block.router_input,
             model.config.layer_types[number],
         ]

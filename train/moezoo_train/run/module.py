@@ -66,6 +66,7 @@ from moezoo_train.run.guard import SpikeRule, StepGuard
 from moezoo_train.run.hash_tables import HashTables
 from moezoo_train.run.presets import check_preset
 from moezoo_train.run.rules import FFNRule as FFNRule
+from moezoo_train.run.rules import block_rules
 from moezoo_train.run.steps import run_steps, stand_between_batches, take_whole_steps
 
 
@@ -95,6 +96,7 @@ class LanguageModel(EvaluatedModule):
         router_input: what its router reads: ``ffn_input``, as the experts do; ``pre_attention``,
             the residual stream that enters the block; or ``post_attention``, that after attention.
         ffn_rules: exceptions to ffn, each with a router_input of its own; later ones win.
+        memory: layers that blocks have beside ffn, one rule or several: layers, class_path, init_args.
         allow_non_causal: accept layers in which a token sees later tokens (expert choice).
         initialize_from: a directory to take model and weights from: ours, or a stock one that
             `moezoo upcycle` or `carve` read or write; what would describe the model otherwise
@@ -144,6 +146,7 @@ class LanguageModel(EvaluatedModule):
         ffn: Callable[[int], FeedForward] = DenseFFN,
         router_input: RouterInput = FFN_INPUT,
         ffn_rules: list[FFNRule] | None = None,
+        memory: dict[str, Any] | list[dict[str, Any]] | None = None,
         allow_non_causal: bool = False,
         initialize_from: str | None = None,
         lora: LoRAOptions | None = None,
@@ -178,12 +181,10 @@ class LanguageModel(EvaluatedModule):
             if sparse_memory is not None:
                 freeze_all_but_tables(self.model, initialize_from)
         else:
-            rules = [FFNRule("all", ffn, router_input), *(ffn_rules or [])]
-            width = check_int("d_model", d_model)
             with identity.own_names():
                 config = MoezooConfig(
                     vocab_size=vocab_size,
-                    hidden_size=width,
+                    hidden_size=check_int("d_model", d_model),
                     num_hidden_layers=num_layers,
                     num_attention_heads=num_heads,
                     num_key_value_heads=num_kv_heads,
@@ -196,7 +197,7 @@ class LanguageModel(EvaluatedModule):
                     rms_norm_eps=norm_eps,
                     tie_word_embeddings=tie_embeddings,
                     max_position_embeddings=max_length,
-                    ffn=[rule.config(width) for rule in rules],
+                    **block_rules(d_model, FFNRule("all", ffn, router_input), ffn_rules, memory),
                     allow_non_causal=allow_non_causal,
                 )
                 set_attention_backend(config, attention)
@@ -215,10 +216,8 @@ class LanguageModel(EvaluatedModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what every run needs: resumable randomness, hash tables, and metrics."""
-        own: list[Callback] = [RandomState(), HashTables(), TrainingMetrics()]
-        if self.sparse_memory is not None:
-            own.append(SparseMemory(self.model, self.sparse_memory))
-        return own
+        own = self.sparse_memory and [SparseMemory(self.model, self.sparse_memory)]
+        return [RandomState(), HashTables(), TrainingMetrics(), *(own or [])]
 
     def setup(self, stage: str) -> None:
         """Fit the model to the data's tokenizer, and the data's sequences to the model.
@@ -260,8 +259,8 @@ class LanguageModel(EvaluatedModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Compute the loss; hand its parts and the layers' statistics to the callbacks."""
         output = self(batch)
-        self._ffn_stats = output.ffn_stats
-        loss, lm_loss = output.loss, output.lm_loss
+        self._ffn_stats = (*output.ffn_stats, *(output.memory_stats or ()))
+        loss, lm_loss, memory_stats = output.loss, output.lm_loss, output.memory_stats or ()
         if process_count() > 1:
             # The mean over processes is to be the mean over all tokens that are scored.
             scored = (batch["labels"] != IGNORED).sum()
@@ -273,13 +272,14 @@ class LanguageModel(EvaluatedModule):
             "lm_loss": lm_loss.detach(),
             "aux": {name: value.detach() for name, value in output.aux_losses.items()},
             "ffn_stats": output.ffn_stats,
+            "memory_stats": output.memory_stats or (),
         }
 
     def on_after_backward(self) -> None:
         """Pass the micro-batch's statistics to the layers."""
-        if layers := self._learning_layers():
-            for layer, stats in zip(layers, self._ffn_stats, strict=True):
-                layer.observe(stats)
+        layers = self._learning_layers()
+        for layer, stats in zip(layers, self._ffn_stats if layers else (), strict=True):
+            layer.observe(stats)
         self._ffn_stats = ()
 
     def configure_gradient_clipping(

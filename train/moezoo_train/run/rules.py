@@ -1,8 +1,8 @@
-"""Which blocks of a model get which feed-forward layer."""
+"""Which blocks of a model get which feed-forward layer, and what is added beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,3 +33,24 @@ class FFNRule:
             config = self.ffn(d_model).config()
         config["init_args"].pop("d_model")
         return {"layers": self.layers, **config, "router_input": self.router_input}
+
+
+def block_rules(
+    d_model: int,
+    everywhere: FFNRule,
+    exceptions: Sequence[FFNRule] | None,
+    memory: Mapping[str, Any] | Sequence[Any] | None,
+) -> dict[str, Any]:
+    """Return the fields of the model's configuration that say what is in its blocks.
+
+    Args:
+        d_model: width of the model.
+        everywhere: the feed-forward layer of every block.
+        exceptions: from it.
+        memory: of layers beside them: one rule, several, or none.
+    """
+    beside = [memory] if isinstance(memory, Mapping) else memory
+    return {
+        "ffn": [rule.config(d_model) for rule in (everywhere, *(exceptions or []))],
+        "memory": [] if beside is None else beside,
+    }

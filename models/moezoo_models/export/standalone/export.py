@@ -114,7 +114,7 @@ def layer_classes(config: MoezooConfig) -> list[Target]:
     Raises:
         InputError: one is of another project.
     """
-    found = {registered(rule["class_path"]) for rule in config.ffn}
+    found = {registered(rule["class_path"]) for rule in (*config.ffn, *config.memory)}
     for layer in found:
         if not layer.__module__.startswith("moezoo.layers."):
             raise InputError(

@@ -37,7 +37,9 @@ class ValidationLoad(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the model."""
         self._hook = pl_module.register_forward_hook(
-            lambda module, arguments, output: self._counter.add(output.ffn_stats)
+            lambda module, arguments, output: self._counter.add(
+                [*output.ffn_stats, *(output.memory_stats or ())]
+            )
         )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
