@@ -1,8 +1,8 @@
 """A short causal convolution of each feature with itself, within documents.
 
-``y_t = SiLU(Σ_j w_j ⊙ RMSNorm(v)_{t - j n})`` with j from 0 to the kernel's size less one, and n its
-dilation (Cheng et al. 2026, arXiv:2601.07372, section 2.3, of four taps that are as far apart as
-the longest n-gram is long). Tokens of other documents, and padding, count as zeros.
+``y_t = SiLU(Σ_j w_j ⊙ RMSNorm(v)_{t - j n})`` with j from 0 to the number of taps less one, and n
+the dilation (Cheng et al. 2026, arXiv:2601.07372, section 2.3, of four taps that are as far apart
+as the longest n-gram is long). Tokens of other documents, and padding, count as zeros.
 
 Shapes: B sequences, S tokens, E earlier ones that a cache holds, L >= S of which token ids are
 known, D features, K taps.

@@ -154,6 +154,7 @@ def stock_config(model: MoezooForCausalLM) -> PreTrainedConfig:
     Raises:
         InputError: there is none.
     """
+    check_no_memories(model)
     width, activation, bias = _block(model)
     ours = _comparable(model.config)
     for stock in _candidates(model.config, width, activation, bias):
@@ -163,6 +164,20 @@ def stock_config(model: MoezooForCausalLM) -> PreTrainedConfig:
         f"checkpoint: its attention is none of {', '.join(_STOCK)}; compare the norms, "
         f"biases and windows in its {CONFIG}, or keep it as it is"
     )
+
+
+def check_no_memories(model: MoezooForCausalLM) -> None:
+    """Refuse a model that has layers beside its feed-forward blocks.
+
+    Raises:
+        InputError: names the first, which no stock architecture has.
+    """
+    for number, block in enumerate(model.model.blocks()):
+        for layer in block.memories:
+            raise InputError(
+                f"checkpoint: layer {number} has {type(layer).__name__} beside its block "
+                "(memory), in no stock format; keep it as it is"
+            )
 
 
 def _block(model: MoezooForCausalLM) -> tuple[int, str, bool]:

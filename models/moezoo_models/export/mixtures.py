@@ -31,7 +31,7 @@ from moezoo_kernels.activations import PLAIN_GLU
 from moezoo_models.adopt.layouts import as_it_is, flat
 from moezoo_models.adopt.reading import entry_of, hold, mixtures_of
 from moezoo_models.checkpoints.dense import ACTIVATIONS
-from moezoo_models.checkpoints.export import plain_state_dict
+from moezoo_models.checkpoints.export import check_no_memories, plain_state_dict
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.config import MoezooConfig
 
@@ -79,6 +79,7 @@ class _Mixture:
     """
 
     def __init__(self, model: MoezooForCausalLM) -> None:
+        check_no_memories(model)
         self.config: MoezooConfig = model.config
         blocks = [cast(nn.Module, layer.mlp) for layer in model.model.layers]
         self.dense = [n for n, block in enumerate(blocks) if not isinstance(block, SparseMoE)]

@@ -85,10 +85,10 @@ class MoezooConfig(PreTrainedConfig):
             :data:`moezoo.router_input.RouterInput`; without it, what the experts read. Default:
             DenseFFN everywhere.
         memory: rules that add layers to blocks beside their feed-forward blocks, of the same form
-            without ``router_input``; those of several rules are all added, in their order. They read
-            the residual stream and are added to it, before attention or behind the feed-forward
-            block, as :attr:`moezoo.FeedForward.added` says. The vocabulary comes from the model
-            too. Default: none.
+            without ``router_input``; those of several rules are all added, in their order. They
+            read the residual stream and are added to it, before attention or behind the
+            feed-forward block, as :attr:`moezoo.FeedForward.added` says. The vocabulary comes from
+            the model too. Default: none.
         allow_non_causal: accept layers in which a token sees later tokens, such as expert choice.
         pad_token_id: id of padding, if any.
         bos_token_id: id that begins a text, if any.

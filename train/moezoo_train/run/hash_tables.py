@@ -1,8 +1,10 @@
-"""Hash tables that follow from the training data or from a trained model.
+"""Tables of layers that follow from the training data, its tokenizer, or a trained model.
 
 Roller et al. 2021, arXiv:2106.04426, section 3: ``balanced`` tables want the frequencies of the
-tokens, ``clustered`` and ``dispersed`` ones the token embeddings of a baseline. They are built
-once, before a run begins, and belong to the model's state from then on.
+tokens, ``clustered`` and ``dispersed`` ones the token embeddings of a baseline. Memories of
+n-grams with ``compression`` want classes of tokens that read alike (Cheng et al. 2026,
+arXiv:2601.07372, section 2.2). All are built once, before a run begins, and belong to the model's
+state from then on.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from moezoo import HashLayer
+from moezoo import Engram, HashLayer
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.directory import read_tensor, read_tokenizer
+from moezoo_models.text.classes import token_classes
 from moezoo_models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -60,7 +63,9 @@ class HashTables(Callback):
             vocab_size, tokenizer = module.model.config.vocab_size, getattr(data, "tokenizer", None)
             return baseline_embeddings(module.hash_embeddings_from, vocab_size, tokenizer)
 
-        build_hash_tables(module.model, token_counts, embeddings, trainer.strategy.broadcast)
+        agreed = trainer.strategy.broadcast
+        build_hash_tables(module.model, token_counts, embeddings, agreed)
+        build_token_classes(module.model, getattr(data, "tokenizer", None), agreed)
 
 
 def build_hash_tables(
@@ -105,6 +110,33 @@ def build_hash_tables(
         else:
             layer.build_table(embeddings=source)
         layer.table.copy_(agreed(layer.table.cpu()))
+
+
+def build_token_classes(
+    model: nn.Module, tokenizer: Tokenizer | None, agreed: Callable[[Tensor], Tensor]
+) -> None:
+    """Tell all memories of n-grams that wait for it which tokens read alike.
+
+    Args:
+        model: whose layers.
+        tokenizer: of the run; None if the data has none.
+        agreed: gives every process the first one's tensor.
+
+    Raises:
+        InputError: there is no tokenizer, and a memory waits.
+    """
+    waiting = [m for m in model.modules() if isinstance(m, Engram) and m.missing_input]
+    classes: dict[int, Tensor] = {}
+    for layer in waiting:
+        if tokenizer is None:
+            raise InputError(
+                "data: it has no tokenizer, which compression wants; add it, call classify of the "
+                "layers, or set their compression to false"
+            )
+        size = layer.vocab_size
+        if size not in classes:
+            classes[size] = agreed(token_classes(tokenizer, size))
+        layer.classify(classes[size])
 
 
 def baseline_embeddings(

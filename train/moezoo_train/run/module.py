@@ -96,7 +96,7 @@ class LanguageModel(EvaluatedModule):
         router_input: what its router reads: ``ffn_input``, as the experts do; ``pre_attention``,
             the residual stream that enters the block; or ``post_attention``, that after attention.
         ffn_rules: exceptions to ffn, each with a router_input of its own; later ones win.
-        memory: layers that blocks have beside ffn, one rule or several: layers, class_path, init_args.
+        memory: layers that blocks add beside ffn: layers, class_path and init_args; one or several.
         allow_non_causal: accept layers in which a token sees later tokens (expert choice).
         initialize_from: a directory to take model and weights from: ours, or a stock one that
             `moezoo upcycle` or `carve` read or write; what would describe the model otherwise
@@ -260,7 +260,7 @@ class LanguageModel(EvaluatedModule):
         """Compute the loss; hand its parts and the layers' statistics to the callbacks."""
         output = self(batch)
         self._ffn_stats = (*output.ffn_stats, *(output.memory_stats or ()))
-        loss, lm_loss, memory_stats = output.loss, output.lm_loss, output.memory_stats or ()
+        loss, lm_loss = output.loss, output.lm_loss
         if process_count() > 1:
             # The mean over processes is to be the mean over all tokens that are scored.
             scored = (batch["labels"] != IGNORED).sum()

@@ -92,6 +92,19 @@ def test_every_method_computes_the_same(names, make, ids, run):
         assert torch.equal(model.generate(ids, **said), other.generate(ids, **said))
 
 
+def test_memories_beside_blocks_compute_the_same(make, ids, run):
+    memory = [{"layers": [0, 2], "class_path": "moezoo.Engram", "init_args": {"num_rows": 40}}]
+    model = skewed(make(memory=memory).double())
+    module = run(code_of(model.config), "memories")
+    other = module.MoezooForCausalLM(module.MoezooConfig.from_dict(model.config.to_dict())).double()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        ours, theirs = (m.eval()(ids).logits for m in (model, other))
+    assert (ours - theirs).abs().max() <= TOLERANCE
+    said = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **said), other.generate(ids, **said))
+
+
 def test_only_what_is_used_is_written():
     dense = code_of(MoezooConfig(num_hidden_layers=1))
     rule = {"layers": "all", "class_path": "moezoo.SparseMoE"}

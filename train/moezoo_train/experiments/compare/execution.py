@@ -155,6 +155,7 @@ def build(run: Run, vocab_size: int) -> LanguageModel:
         ffn=baseline.build,
         router_input=baseline.router_input,
         ffn_rules=[FFNRule(list(run.layers), layer, run.router_input)],
+        memory=None if run.memory is None else {"layers": list(run.layers), **run.memory},
         allow_non_causal=True,
         optimizer=experiment.optimizer_of(run.row),
         schedule=experiment.schedule,

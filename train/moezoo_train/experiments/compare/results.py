@@ -79,7 +79,7 @@ def _row(members: list[tuple[Run, RunResult]]) -> Row:
     speed = mean([r.tokens_per_second for r in own])
     return Row(
         name=first.row,
-        layer=str(first.ffn["class_path"]).rpartition(".")[2],
+        layer=str((first.memory or first.ffn)["class_path"]).rpartition(".")[2],
         layers=first.layers,
         width=(first.width, first.ffn["init_args"][first.width]) if first.width else None,
         causal=first.causal,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import moezoo
-from moezoo.errors import InputError
+from moezoo.errors import InputError, check_flag
 from moezoo.feed_forward import FeedForward, select_layers
 from moezoo.random_routing import can_be_random
 from moezoo.router_input import FFN_INPUT, RouterInput, check_router_input
@@ -37,6 +37,7 @@ class Run:
         causal: whether its loss is that of a causal language model.
         router_input: what the method's router reads.
         kept: whether that is of the weights that are kept alone.
+        memory: the method's layer, where it is added beside the baseline; ``ffn`` is that then.
         experiment: options that all runs share.
         follows: the run whose trained embeddings its hash table is built from, if any.
         is_followed: whether it is such a run of another.
@@ -53,6 +54,7 @@ class Run:
     router_input: RouterInput
     experiment: Experiment
     kept: bool = False
+    memory: dict[str, Any] | None = None
     follows: Run | None = None
     is_followed: bool = False
 
@@ -74,7 +76,8 @@ class Run:
         followed = {"follows": fingerprint(self.follows.identity(data))} if self.follows else {}
         # Runs from before there was a choice stay what they are.
         read = {} if self.router_input == FFN_INPUT else {"router_input": self.router_input}
-        return (followed | read) | {
+        beside = {} if self.memory is None else {"memory": self.memory}
+        return (followed | read | beside) | {
             "format": FORMAT,
             "moezoo": moezoo.__version__,
             "torch": torch.__version__,
@@ -116,11 +119,12 @@ def plan(experiment: Experiment) -> list[Run]:
         for row, (common, layer) in ordered:
             wanted = experiment.methods[row].ablation
             ablation = experiment.ablation if wanted is None else wanted
-            if wanted and not can_be_random(layer):
+            able = can_be_random(layer) and not experiment.methods[row].memory
+            if wanted and not able:
                 raise InputError(
                     f"methods.{row}.ablation: it has no routing to make random; leave it out"
                 )
-            for random in (False, True) if ablation and can_be_random(layer) else (False,):
+            for random in (False, True) if ablation and able else (False,):
                 run = Run(row=row, random=random, seed=seed, experiment=experiment, **common)
                 if row in following:
                     run = replace(run, follows=baseline)
@@ -147,7 +151,12 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
             arguments.setdefault("vocab_size", experiment.text.vocab_size)
         with torch.device("meta"):
             target = baseline.build(d_model).cost().flops_per_token
-        match = _match(options, method, d_model, target, arguments, experiment.tolerance)
+        added = 0
+        if check_flag("memory", options.memory):
+            arguments, added = _beside(method, d_model, arguments, target)
+            match = _match(options, baseline, d_model, target - added, {}, experiment.tolerance)
+        else:
+            match = _match(options, method, d_model, target, arguments, experiment.tolerance)
         read = check_router_input(options.router_input or method.router_input, method.layer)
         where = experiment.layers if options.layers is None else options.layers
         layers = tuple(select_layers(where, experiment.model.num_layers))
@@ -160,15 +169,18 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
         raise InputError(f"methods.{row}.{error}") from error
     experiment.optimizer_of(row)
     with torch.device("meta"):
-        layer = method.build(d_model, **match.arguments)
-    config = layer.config()
-    config["init_args"].pop("d_model")
+        layer = method.build(d_model, **(arguments if options.memory else match.arguments))
+        block = baseline.build(d_model, **match.arguments) if options.memory else layer
+    config, memory = block.config(), layer.config() if options.memory else None
+    for described in (config, memory or config):
+        described["init_args"].pop("d_model", None)
     common = {
         "kept": options.sparse_ift is not None,
         "layers": layers,
         "ffn": config,
         "width": match.argument,
-        "flops_ratio": match.ratio,
+        "memory": memory,
+        "flops_ratio": (match.flops + added) / target,
         "causal": layer.eval().causal,  # as it is validated
         "router_input": read,
     }
@@ -197,3 +209,25 @@ def _match(
     return match_kept_flops(
         options.sparse_ift, method, d_model, target, arguments=arguments, tolerance=tolerance
     )
+
+
+def _beside(
+    method: moezoo.Method, d_model: int, arguments: dict[str, Any], target: int
+) -> tuple[dict[str, Any], int]:
+    """Return the arguments of a layer that is added beside the baseline, and its FLOPs per token.
+
+    Raises:
+        InputError: the method takes a block's place, or leaves nothing for the baseline.
+    """
+    if method.layer.added is None:
+        raise InputError(
+            f"memory: {method.layer.__name__} takes the place of a feed-forward block; set it to "
+            "false"
+        )
+    arguments = {**method.layer.added_as, **arguments}
+    flops = match_flops(method, d_model, target, arguments=arguments, width="none").flops
+    if flops >= target:
+        raise InputError(
+            f"memory: it takes {flops / target:.3g} times the baseline's FLOPs; make it smaller"
+        )
+    return arguments, flops

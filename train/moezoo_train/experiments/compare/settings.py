@@ -36,6 +36,8 @@ class MethodOptions:
             others keep the baseline; default: those of all rows.
         width: the argument that is solved for, so that the layer's FLOPs match the baseline's;
             ``none`` to leave the layer as it is. Default: the layer's own, see ``width``.
+        memory: add the layer to the residual stream beside the baseline, which is made narrower for
+            it, for methods that can be a model's memory.
         ablation: also train it with random routing; default: as for all rows.
         optimizer: optimizer settings that differ from those of all rows.
         sparse_ift: of dense blocks with sparse matrices, how they are enlarged until the weights
@@ -48,6 +50,7 @@ class MethodOptions:
     router_input: RouterInput | None = None
     layers: str | int | list[int] | None = None
     width: str | None = None
+    memory: bool = False
     ablation: bool | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     sparse_ift: Literal["wide", "parallel", "factorized", "doped"] | None = None
@@ -129,7 +132,11 @@ def configuration(experiment: Experiment, output: str) -> str:
     # By way of JSON tuples become lists.
     options = json.loads(json.dumps(dataclasses.asdict(experiment)))
     methods = {
-        name: {key: value for key, value in row.items() if value not in (None, {})}
+        name: {
+            key: value
+            for key, value in row.items()
+            if value is not False and value not in (None, {})
+        }
         for name, row in options.pop("methods").items()
     }
     claims = options.pop("claims")

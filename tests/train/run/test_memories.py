@@ -1,0 +1,159 @@
+"""Runs with memories beside the blocks: classes of tokens, resuming, export, a plan."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moezoo import InputError
+from moezoo.routing.ngram import text_classes
+from moezoo_models.checkpoints.directory import load_checkpoint
+from moezoo_models.export.stock import export_stock
+from moezoo_models.text.classes import token_classes
+from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.run import hash_tables
+from moezoo_train.run.cli import run
+
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+MEMORY = {
+    "layers": [0, 1],
+    "class_path": "moezoo.Engram",
+    "init_args": {"num_heads": 2, "num_rows": 50, "compression": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("memories")
+    (folder / "corpus").mkdir()
+    for number in range(12):
+        text = f"Word {number} WORD word a A b  c " * 12
+        (folder / "corpus" / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fit(folder):
+    """Return a function that runs `moezoo fit` with two memories."""
+
+    def fit(name: str, memory=MEMORY, **options) -> Path:
+        recipe = {
+            "output": str(folder / name),
+            "loggers": ["csv"],
+            "sample_tokens": 0,
+            "checkpoint_every": 2,
+            "model": {
+                "d_model": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "memory": memory,
+                "schedule": {"warmup_steps": 1, "total_steps": 4},
+            },
+            "data": {
+                "source": str(folder / "corpus"),
+                "data_dir": str(folder / "data"),
+                "vocab_size": 300,
+                "sequence_length": 16,
+                "batch_size": 2,
+                "val_fraction": 0.1,
+            },
+            "trainer": {
+                "accelerator": "cpu",
+                "max_steps": 4,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+            },
+        }
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        run(["fit", "--config", str(path), *(f"--{k}={v}" for k, v in options.items())])
+        return folder / name
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def whole(fit) -> Path:
+    return fit("whole")
+
+
+def test_the_classes_are_those_of_the_runs_tokenizer_and_are_saved(whole):
+    model, tokenizer = load_checkpoint(whole / "model")
+    memories = [layer for _, layer in model.model.added_layers() if hasattr(layer, "hash")]
+    assert len(memories) == 2
+    expected = token_classes(tokenizer, 300)
+    assert len(expected.unique()) < 295
+    for layer in memories:
+        assert layer.missing_input is None
+        assert torch.equal(layer.hash.compressed[:-1], expected)
+    assert memories[0].hash.multipliers.tolist() != memories[1].hash.multipliers.tolist()
+    rows = read_metrics(whole / "metrics.csv")
+    assert float(rows[0]["experts/usage/memory_01"]) > 0
+    assert not any(name.startswith("experts/usage/layer") for name in rows[0])
+
+
+def test_a_resumed_run_takes_the_classes_from_its_checkpoint(fit, whole, monkeypatch):
+    fit("parts", **{"trainer.max_steps": 2})
+
+    def read(*_) -> None:
+        raise AssertionError("a resumed run must not read its tokenizer for them")
+
+    monkeypatch.setattr(hash_tables, "token_classes", read)
+    resumed = fit("parts", ckpt_path="last")
+    ours, theirs = (
+        torch.load(each / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for each in (resumed, whole)
+    )
+    assert any("memories.0.hash.compressed" in name for name in ours)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    other = {**MEMORY, "init_args": {**MEMORY["init_args"], "gate": False}}
+    with pytest.raises(InputError, match=r"ckpt_path: model.memory\[0\].init_args.gate is True"):
+        fit("parts", memory=other, ckpt_path="last")
+
+
+def test_a_stock_model_has_no_memories(whole, folder):
+    with pytest.raises(InputError, match=r"layer 0 has Engram beside its block .* --with_code"):
+        export_stock(whole / "model", folder / "stock")
+    assert not (folder / "stock").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 2}, r"model.memory\[0\]: layers: there is no layer 2"),
+        ({"class_path": "moezoo.PEER"}, r"model.memory\[0\]: class_path: PEER takes the place"),
+        ({"init_args": {"num_rws": 5}}, r"model.memory\[0\]: Engram: unknown argument 'num_rws'"),
+        ({"init_args": {"index": -1}}, r"model.memory\[0\]: index: -1 is out of range"),
+    ],
+)
+def test_mistakes_are_named_by_their_key(fit, folder, change, message):
+    with pytest.raises(InputError, match=message):
+        fit("wrong", memory={**MEMORY, **change})
+    assert not (folder / "wrong").exists()
+
+
+def test_data_without_a_tokenizer_cannot_say_what_reads_alike(whole):
+    model, _ = load_checkpoint(whole / "model")
+    hash_tables.build_token_classes(model, None, lambda found: found)  # nothing waits
+    for layer in model.modules():
+        if hasattr(layer, "missing_input"):
+            layer.reset_parameters()
+    with pytest.raises(InputError, match="data: it has no tokenizer, which compression wants"):
+        hash_tables.build_token_classes(model, None, lambda found: found)
+    with pytest.raises(InputError, match="compression: the classes of tokens are not there"):
+        model(torch.arange(5)[None])
+
+
+def test_classes_of_a_memory_without_compression_are_refused():
+    from moezoo import Engram
+
+    with pytest.raises(InputError, match="compression: this memory hashes tokens themselves"):
+        Engram(16, vocab_size=2, num_rows=40).classify(text_classes(["a", "A"]))
