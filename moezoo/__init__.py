@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from moezoo.layers.engram import Engram
     from moezoo.layers.fast_feed_forward import FastFeedForward
     from moezoo.layers.hash import HashLayer
+    from moezoo.layers.l3 import L3
     from moezoo.layers.memory_plus import MemoryPlus
     from moezoo.layers.mole import MoLE
     from moezoo.layers.peer import PEER
+    from moezoo.layers.per_layer_embedding import PerLayerEmbedding
     from moezoo.layers.persistent_memory import PersistentMemoryAttention
     from moezoo.layers.product_key_memory import ProductKeyMemory
     from moezoo.layers.selective_ffn import SelectiveFFN
@@ -75,9 +77,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "layers.engram": ("Engram",),
     "layers.fast_feed_forward": ("FastFeedForward",),
     "layers.hash": ("HashLayer",),
+    "layers.l3": ("L3",),
     "layers.memory_plus": ("MemoryPlus",),
     "layers.mole": ("MoLE",),
     "layers.peer": ("PEER",),
+    "layers.per_layer_embedding": ("PerLayerEmbedding",),
     "layers.persistent_memory": ("PersistentMemoryAttention",),
     "layers.product_key_memory": ("ProductKeyMemory",),
     "layers.selective_ffn": ("SelectiveFFN",),
@@ -125,6 +129,7 @@ if not TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "L3",
     "PEER",
     "STEM",
     "BalanceOptions",
@@ -146,6 +151,7 @@ __all__ = [
     "MoLE",
     "Paper",
     "ParameterGroup",
+    "PerLayerEmbedding",
     "PersistentMemoryAttention",
     "Predictor",
     "ProductKeyMemory",

@@ -287,7 +287,7 @@ class FeedForward(TrainingState):
 
 
 class Paper(NamedTuple):
-    """The publication of a method."""
+    """The publication of a method; without a number where there is code alone."""
 
     authors: str
     year: int

@@ -64,9 +64,11 @@ WEIGHED = {
     "Engram": (ValueTable, "forward", in_argument(2)),
     "FastFeedForward": (tree, "leaf_probabilities", in_result),
     "HashLayer": (moezoo.HashLayer, "route", in_result),
+    "L3": (moezoo.L3, "_weigh", in_result),
     "MemoryPlus": (ValueTable, "forward", in_argument(2)),
     "MoLE": (moezoo.MoLE, "weigh", in_result),
     "PEER": (RankOneExperts, "forward", in_argument(3)),
+    "PerLayerEmbedding": (ValueTable, "forward", in_argument(2)),
     "PersistentMemoryAttention": (PersistentSlots, "forward", in_result),
     "ProductKeyMemory": (ValueTable, "forward", in_argument(2)),
     "STEM": (ValueTable, "forward", in_argument(2)),
@@ -79,11 +81,20 @@ UNWEIGHED = {
     "TopKFFN": "a neuron that is kept answers with its activation",
     "UltraFastFFF": "a neuron on the way answers with its activation",
 }
-WITHOUT_BIAS = {"Engram", "PersistentMemoryAttention", "STEM", "SigmaMoE", "TopKFFN"}
+WITHOUT_BIAS = {
+    "Engram",
+    "L3",
+    "PerLayerEmbedding",
+    "PersistentMemoryAttention",
+    "STEM",
+    "SigmaMoE",
+    "TopKFFN",
+}
 # Trees of one node leave nothing to choose.
-NO_CHOICE = {"fff_one_leaf", "ultra_root"}
+NO_CHOICE = {"fff_one_leaf", "ultra_root", "l3_one_row"}
 # Arguments of layers that change no number of a single call with given weights.
 UNSEEN = {
+    "allocation": "how many rows a token has; a buffer says it",
     "balance.scope": "one process, and one micro-batch",
     "balance.sparsity": "where a buffer begins",
     "balance.sparsity_growth": "acts in step()",
@@ -167,7 +178,9 @@ def test_changed_weights_are_noticed(name, fault, monkeypatch):
     change = (lambda w: 1.01 * w) if fault == "a hundredth too large" else Tensor.detach
     monkeypatch.setattr(owner, function, wrap(getattr(owner, function), change))
     # Weights that are not learned are ones, and so is that of the only leaf.
-    ones = kind in ("Engram", "STEM") or (kind == "HashLayer" and layer.gate is None)
+    ones = kind in ("Engram", "PerLayerEmbedding", "STEM") or (
+        kind == "HashLayer" and layer.gate is None
+    )
     constant = ones or name in NO_CHOICE
     if fault == "a hundredth too large" or not constant:
         assert is_noticed(layer, name, "train_padded")

@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 
 from moezoo.errors import InputError, check_int
 from moezoo.layers.hash import HashLayer
+from moezoo.layers.l3 import L3
 from moezoo_models.adapters.transformers import keep_contradictions
 from moezoo_models.files.fields import LARGEST_SIZE, STEERING, check_fields, check_heads
 from moezoo_models.files.layout import PartOfFile, Rule, arranged
@@ -236,7 +237,7 @@ def check_model(model: nn.Module, where: Path) -> None:
         InputError: names the tensor.
     """
     for name, layer in model.named_modules():
-        if isinstance(layer, HashLayer):
+        if isinstance(layer, HashLayer | L3):
             with told(where / name):
                 layer.check_table()
     for name, tensor in model.state_dict(keep_vars=True).items():

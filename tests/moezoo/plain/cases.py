@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from plain.compare import VOCABULARY, randomize
 
 import moezoo
@@ -38,9 +39,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "CarvedMoE": {"num_experts": 9, "top_k": 3, "d_expert": 5},
     "Engram": {"d_ff": 7, "num_heads": 2, "num_rows": 31, "vocab_size": VOCABULARY},
     "HashLayer": {"vocab_size": VOCABULARY},
+    "L3": {"vocab_size": VOCABULARY, "d_up": 11},
     "MemoryPlus": {"num_keys": 9, "top_k": 5},
     "MoLE": {"num_experts": 3, "d_expert": 5, "d_ff": 7, "vocab_size": VOCABULARY},
     "PEER": {"num_experts": 81, "top_k": 4, "num_heads": 3},
+    "PerLayerEmbedding": {"d_row": 5, "vocab_size": VOCABULARY},
     "PersistentMemoryAttention": {"num_heads": 3, "num_slots": 11},
     "ProductKeyMemory": {"num_keys": 9, "top_k": 5},
     "STEM": {"d_ff": 13, "vocab_size": VOCABULARY},
@@ -90,6 +93,14 @@ def _layer(name: str, **arguments: Any) -> Callable[[], FeedForward]:
 def _matrices(matrices: Matrices, **arguments: Any) -> Callable[[], FeedForward]:
     sizes = {"d_model": 24, "d_ff": 36}
     return lambda: build("DenseFFN", matrices=matrices, **{**sizes, **arguments})
+
+
+def _uneven(**arguments: Any) -> FeedForward:
+    """Build an L3 in which few tokens have most of the rows."""
+    layer = build("l3", **arguments)
+    tokens = torch.arange(VOCABULARY**2) ** 2 % 97 % VOCABULARY
+    layer.allocate(torch.bincount(tokens, minlength=VOCABULARY).square(), tokens)
+    return layer
 
 
 ZOO = {method.name: _layer(method.name) for method in moezoo.zoo()}
@@ -441,6 +452,10 @@ CONVENTIONS = {
     "engram_alone": _layer("engram", d_ff=0, convolution=True, boundary_id=3, gate=False),
     "engram_convolution": _layer("engram", convolution=True, max_ngram=2, num_rows=60),
     "engram_polynomial": _layer("engram", hash_function="polynomial", index=2),
+    "l3_uneven": lambda: _uneven(allocation="frequency", max_rows=5, num_rows=70),
+    "l3_values": lambda: _uneven(allocation="words", d_value=6, num_rows=90),
+    "l3_one_row": _layer("l3", max_rows=1),
+    "per_layer_relu": _layer("per_layer_embedding", activation="relu", norm_eps=0.3),
     "peer_sigmoid": _layer("peer", score_fn="sigmoid", query_norm="layer", gated=True),
     "peer_relu": _layer("peer", score_fn="relu", query_norm="qk", share_keys=False),
     "peer_plain": _layer("peer", query_norm="none", activation="silu"),

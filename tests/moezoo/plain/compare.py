@@ -22,9 +22,11 @@ PLAIN: dict[str, Callable[[Weights, Options, Tensor, Call], Answer]] = {
     "Engram": tables.engram,
     "FastFeedForward": trees.fast_feed_forward,
     "HashLayer": hashing.hash_layer,
+    "L3": tables.l3,
     "MemoryPlus": product_key.memory_plus,
     "MoLE": tables.mole,
     "PEER": product_key.peer,
+    "PerLayerEmbedding": tables.per_layer_embedding,
     "PersistentMemoryAttention": dense.persistent_memory,
     "ProductKeyMemory": product_key.product_key_memory,
     "STEM": tables.stem,
@@ -90,12 +92,16 @@ def inputs(layer: FeedForward, situation: Mapping[str, Any]) -> tuple[Tensor, Ca
         mask[..., 0] = False
         if situation.get("empty_sequence"):
             mask[1] = False
+    embeddings = None
+    if situation.get("masked") and layer.reads_embeddings:
+        embeddings = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
     return hidden, Call(
         training=situation["training"],
         mask=mask,
         router_input=router_input if situation.get("router_input") else None,
         token_ids=torch.randint(VOCABULARY, shape, generator=generator),
         positions=torch.arange(shape[-1]).expand(shape) if situation.get("masked") else None,
+        embeddings=embeddings,
     )
 
 
@@ -111,6 +117,8 @@ def gradients(
     leaves = {"d hidden": hidden} | {f"d {name}": tensor for name, tensor in weights.items()}
     if call.router_input is not None:
         leaves["d router_input"] = call.router_input
+    if call.embeddings is not None:
+        leaves["d embeddings"] = call.embeddings
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     losses = {f"loss {name}": loss.detach() for name, loss in outcome.losses.items()}
     return {"hidden": outcome.hidden.detach(), **losses, **dict(zip(leaves, found, strict=True))}
@@ -145,6 +153,7 @@ def by_layer(
         router_input=call.router_input,
         mask=call.mask,
         positions=call.positions,
+        embeddings=call.embeddings,
     )
     found: dict[str, Any] = gradients(outcome, hidden, call, dict(layer.named_parameters()))
     for name, buffer in layer.named_buffers():
@@ -157,8 +166,9 @@ def by_layer(
 
 
 def _leaves(hidden: Tensor, call: Call) -> tuple[Tensor, Call]:
-    if call.router_input is not None:
-        call = call._replace(router_input=call.router_input.clone().requires_grad_())
+    for name in ("router_input", "embeddings"):
+        if (given := getattr(call, name)) is not None:
+            call = call._replace(**{name: given.clone().requires_grad_()})
     return hidden.clone().requires_grad_(), call
 
 

@@ -28,6 +28,7 @@ class Call(NamedTuple):
     router_input: Tensor | None = None
     token_ids: Tensor | None = None
     positions: Tensor | None = None
+    embeddings: Tensor | None = None
     earlier: list[int] | None = None
 
 

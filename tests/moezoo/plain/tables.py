@@ -57,6 +57,49 @@ def mole(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answ
     return Answer(stacked(rows, hidden), {}, [sum(real)] * number)
 
 
+def l3(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
+    """``y = W_mix [RMSNorm(W_up Σ_i softmax(K n)_i V_i); n]`` (arXiv:2601.21461, section 3.1)."""
+    tokens, _, real = tokens_of(hidden, call)
+    names = call.token_ids.reshape(-1).tolist()
+    values = "keys.weight" if options["d_value"] is None else "values.weight"
+    rows, counts = [], [0] * options["num_rows"]
+    for x_D, name, is_real in zip(tokens, names, real, strict=True):
+        if not is_real:
+            rows.append(torch.zeros_like(x_D))
+            continue
+        begin, end = (int(weights["starts"][name + i]) for i in range(2))
+        n_D = _unit(x_D) * weights["norm.weight"]
+        share = softmax(torch.stack([weights["keys.weight"][i] @ n_D for i in range(begin, end)]))
+        sum_E = torch.zeros_like(weights[values][0])
+        for i in range(begin, end):
+            counts[i] += 1
+            sum_E = sum_E + share[i - begin] * weights[values][i]
+        u_U = _unit(weights["up_proj.weight"] @ sum_E) * weights["up_norm.weight"]
+        rows.append(weights["mix_proj.weight"] @ torch.cat([u_U, n_D]))
+    return Answer(stacked(rows, hidden), {}, counts)
+
+
+def per_layer_embedding(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
+    """``y = RMSNorm(W_2 (act(W_1 h) * p))``, p of the token's row and its embedding (Gemma 3n)."""
+    tokens, _, real = tokens_of(hidden, call)
+    names, eps = call.token_ids.reshape(-1).tolist(), options["norm_eps"]
+    entering = hidden if call.embeddings is None else call.embeddings
+    rows, counts = [], [0] * options["vocab_size"]
+    every = zip(tokens, entering.reshape(-1, hidden.shape[-1]), names, real, strict=True)
+    for x_D, e_D, name, is_real in every:
+        if not is_real:
+            rows.append(torch.zeros_like(x_D))
+            continue
+        counts[name] += 1
+        read_P = weights["embedding_proj.weight"] @ e_D / len(e_D) ** 0.5
+        read_P = _unit(read_P, eps) * weights["embedding_norm.weight"]
+        p_P = (weights["table.weight"][name] * len(read_P) ** 0.5 + read_P) / 2**0.5
+        gate_P = activation(options["activation"], weights["gate_proj.weight"] @ x_D)
+        y_D = weights["out_proj.weight"] @ (gate_P * p_P)
+        rows.append(_unit(y_D, eps) * weights["out_norm.weight"])
+    return Answer(stacked(rows, hidden), {}, counts)
+
+
 def engram(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
     """``y = FFN(h) + g W_v e``, e the rows of n-grams (arXiv:2601.07372, sections 2.2 and 2.3)."""
     width = hidden.shape[-1]
@@ -114,8 +157,8 @@ def _convolved(
     return total / (1 + torch.exp(-total))
 
 
-def _unit(x_D: Tensor) -> Tensor:
-    return x_D / torch.sqrt((x_D**2).sum() / len(x_D) + 1e-6)
+def _unit(x_D: Tensor, eps: float = 1e-6) -> Tensor:
+    return x_D / torch.sqrt((x_D**2).sum() / len(x_D) + eps)
 
 
 def _sizes(options: Options, heads: int) -> list[int]:
