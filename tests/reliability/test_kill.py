@@ -12,7 +12,7 @@ import signal
 
 import pytest
 import yaml
-from runs import assert_same_run, moment
+from comparing import assert_same_run, moment
 
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.directory import load_checkpoint

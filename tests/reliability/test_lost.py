@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from comparing import read
 from filelock import FileLock
-from runs import read
 
 from moezoo.__main__ import main
 

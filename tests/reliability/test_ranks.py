@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-from runs import STATES, assert_equal, callback, moment, names, read, rows
+from comparing import STATES, assert_equal, callback, moment, names, read, rows
 
 pytestmark = pytest.mark.slow
 KILLS = max(1, int(os.environ.get("MOEZOO_KILLS", "1")) // 5)

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from runs import callback, read, rows
+from comparing import callback, read, rows
 
 from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.data.prepared import PreparedData
