@@ -5,7 +5,8 @@
 #
 # with RANK=1 on the second. On one machine the three variables may be left out. What follows the
 # name of the script is passed on to `moezoo fit`; this one adds how many processes there are, and
-# the strategy fsdp2 unless another follows. Without GPUs, say how many processes there should be:
+# the strategy fsdp2 unless a file or an option names another. Without GPUs, say how many processes
+# there should be:
 #
 #   GPUS=2 train/launch/torchrun.sh --config configs/moe.yaml --trainer.accelerator cpu
 set -euo pipefail
@@ -27,4 +28,5 @@ fi
 exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NODES" --node_rank "$RANK" --nproc_per_node "$GPUS" \
   --master_addr "$MASTER" --master_port "$PORT" \
-  -m moezoo fit --trainer.strategy fsdp2 --trainer.num_nodes "$NODES" --trainer.devices "$GPUS" "$@"
+  -m moezoo fit --config '{trainer: {strategy: fsdp2}}' \
+  --trainer.num_nodes "$NODES" --trainer.devices "$GPUS" "$@"

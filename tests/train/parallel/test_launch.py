@@ -16,6 +16,7 @@ from moezoo_train.run.cli import run
 
 ROOT = Path(__file__).parents[3]
 LAUNCH = ROOT / "train" / "launch"
+FSDP2 = "{trainer: {strategy: fsdp2}}"
 SOURCES = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "models", "train"))
 
 pytestmark = [
@@ -95,7 +96,7 @@ def test_torchrun_passes_on_where_it_runs(tmp_path):
     assert given[:6] == ["-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", "1"]
     assert given[6:10] == ["--nproc_per_node", "8", "--master_addr", "first"]
     start = given.index("moezoo")
-    assert given[start + 1 : start + 4] == ["fit", "--trainer.strategy", "fsdp2"]
+    assert given[start + 1 : start + 4] == ["fit", "--config", FSDP2]
     assert given[-6:-2] == ["--trainer.num_nodes", "2", "--trainer.devices", "8"]
     assert given[-2:] == ["--config", "a b.yaml"]
 
@@ -123,17 +124,30 @@ def test_slurm_starts_a_process_per_gpu_and_resumes(tmp_path):
     process = launch("slurm.sbatch", "--config", "a b.yaml", PATH=path, **places)
     assert process.returncode == 0, process.stderr
     given = process.stdout.splitlines()
-    assert given[:4] == ["moezoo", "fit", "--trainer.strategy", "fsdp2"]
+    assert given[:4] == ["moezoo", "fit", "--config", FSDP2]
     assert given[4:8] == ["--trainer.num_nodes", "2", "--trainer.devices", "8"]
     assert given[8:] == ["--ckpt_path", "last", "--config", "a b.yaml"]
 
 
 def test_deepspeeds_file_is_a_configuration(capsys):
-    files = [ROOT / "configs" / "moe.yaml", LAUNCH / "deepspeed.yaml"]
-    arguments = [part for file in files for part in ("--config", str(file))]
-    with pytest.raises(SystemExit) as ended:
-        run(["fit", *arguments, "--print_config"])
-    assert ended.value.code == 0
-    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    files = [str(ROOT / "configs" / "moe.yaml"), str(LAUNCH / "deepspeed.yaml")]
+    trainer = printed(capsys, *files)
     assert trainer["strategy"]["class_path"] == "moezoo_train.parallel.zero.ZeROStrategy"
     assert trainer["strategy"]["init_args"]["stage"] == 2
+
+
+def test_a_strategy_that_is_given_wins_over_that_of_the_scripts(capsys, tmp_path):
+    recipe, own = str(ROOT / "configs" / "moe.yaml"), tmp_path / "own.yaml"
+    own.write_text("trainer: {strategy: ddp}\n")
+    assert printed(capsys, FSDP2, recipe)["strategy"] == "fsdp2"
+    assert printed(capsys, FSDP2, recipe, str(own))["strategy"] == "ddp"
+    given = printed(capsys, FSDP2, recipe, str(LAUNCH / "deepspeed.yaml"))["strategy"]
+    assert given["class_path"] == "moezoo_train.parallel.zero.ZeROStrategy"
+
+
+def printed(capsys, *files: str) -> dict:
+    """Return the trainer's options as `moezoo fit` understands them."""
+    with pytest.raises(SystemExit) as ended:
+        run(["fit", *(f"--config={file}" for file in files), "--print_config"])
+    assert ended.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)["trainer"]
