@@ -88,16 +88,40 @@ def joint_attention(
         )
         return joined.transpose(1, 2), None, context_share.squeeze(-1)
 
-    scores = at_least_fp32(query @ key.mT) * scaling
-    if causal:
-        attention_mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
-    if attention_mask is not None:
-        scores = scores + _additive(attention_mask, scores)
-    weights = F.dropout(scores.softmax(-1), dropout)
-    context = weights.to(value.dtype) @ value
-    joined, context_share = join(context, scores.logsumexp(-1, keepdim=True), answer, answer_lse)
+    joined, context_share, _, weights = attend_by_formulas(
+        query, key, value, attention_mask, answer, answer_lse, causal, scaling, dropout
+    )
     shown = (weights * context_share).to(value.dtype) if backend == "eager" else None
     return joined.transpose(1, 2), shown, context_share.squeeze(-1)
+
+
+def attend_by_formulas(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    answer: Tensor,
+    answer_lse: Tensor,
+    causal: bool,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attend to the context and merge with an answer, one operator after the other.
+
+    Returns:
+        The merged answer, the context's share, the joint log-sum-exp, and the weights of the
+        context among themselves, in fp32 at least.
+    """
+    scores = at_least_fp32(query @ key.mT) * scaling
+    if causal:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores + _additive(mask, scores)
+    weights = F.dropout(scores.softmax(-1), dropout)
+    lse = scores.logsumexp(-1, keepdim=True)
+    context = weights.to(value.dtype) @ value
+    joined, context_share = join(context, lse, answer, answer_lse)
+    return joined, context_share, torch.logaddexp(lse, answer_lse), weights
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:

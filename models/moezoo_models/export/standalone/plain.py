@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.errors import InputError
-from moezoo.experts.slots import join
 from moezoo.feed_forward import FeedForward
-from moezoo_kernels.dtypes import at_least_fp32
 from moezoo_kernels.grouped_linear.reference import grouped_linear as linear_of_rows
 from moezoo_kernels.grouped_linear.reference import grouped_linear_sum as linear_sum_of_rows
 from moezoo_kernels.grouped_linear.reference import sum_by_token as sum_of_rows
@@ -24,6 +22,7 @@ from moezoo_kernels.grouped_mlp.reference import grouped_mlp
 from moezoo_kernels.rank_one_experts.reference import rank_one_experts as rank_one_of_tables
 from moezoo_kernels.tree_descent.reference import path_neurons as neurons_of_paths
 from moezoo_kernels.weighted_bag.reference import weighted_bag as bag_of_rows
+from moezoo_models.model.joint_attention import attend_by_formulas
 
 LAYERS: dict[str, type[FeedForward]] = {}
 """The layers that configurations may name, filled at the end of the file."""
@@ -190,13 +189,4 @@ def joint_attention_cpu(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return attention merged with an answer, the context's share, and the joint log-sum-exp."""
-    scores = at_least_fp32(query @ key.mT) * scaling
-    if causal:
-        hidden = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    if mask is not None:
-        scores = scores + mask
-    context = scores.softmax(-1).to(value.dtype) @ value
-    lse = scores.logsumexp(-1, keepdim=True)
-    joined, share = join(context, lse, answer, answer_lse)
-    return joined, share, torch.logaddexp(lse, answer_lse)
+    return attend_by_formulas(query, key, value, mask, answer, answer_lse, causal, scaling)[:3]
