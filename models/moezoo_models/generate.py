@@ -26,6 +26,7 @@ from moezoo_models.decoding.loop import continue_ids
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.mode import evaluating
 from moezoo_models.model.decoder import check_token_ids
+from moezoo_models.model.latent_options import cached_numbers
 from moezoo_models.text.encoding import encode_text
 from moezoo_models.text.tokenizer import Tokenizer
 
@@ -235,9 +236,7 @@ def own_settings(model: PreTrainedModel) -> Iterator[None]:
 def _check_memory(model: PreTrainedModel, prompt: int, new: int) -> None:
     """Refuse a continuation whose keys and values would not fit into memory."""
     config: Any = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    of_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    of_token = config.num_hidden_layers * cached_numbers(config) * model.dtype.itemsize
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:

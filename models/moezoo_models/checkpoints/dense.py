@@ -36,7 +36,16 @@ WITH_MORE = {
 }
 """Why models are not read that hold one of a family, and more."""
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "flex_olmo")
+MIXTURES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "glm4_moe",
+    "granitemoe",
+    "flex_olmo",
+    "deepseek_v2",
+    "deepseek_v3",
+)
 """Mixtures of transformers that are trained and run here as they are, by ``model_type``."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from transformers import (
 )
 
 from moezoo.errors import InputError, nearest
+from moezoo.routing import RouterOptions
+from moezoo.routing.choose import within_groups
 from moezoo.routing.stats import expert_counts, mean_entropy
 from moezoo.stock_experts import IMPLEMENTATION
 from moezoo_models.checkpoints.dense import DENSE_CONFIGS, MIXTURES, older_names
@@ -273,11 +276,12 @@ def _statistics(
             statistics.append({})
             continue
         logits = next(remaining).float()
-        scores = logits
+        scores, grouped = logits, _groups(config)
         for name, bias in block.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 scores = logits.sigmoid() + bias
-        chosen = scores.topk(config.num_experts_per_tok, dim=-1).indices
+                grouped = replace(grouped, group_score="sum_of_two")
+        chosen = within_groups(scores, grouped).topk(config.num_experts_per_tok, dim=-1).indices
         statistics.append(
             {
                 "tokens": torch.tensor(len(logits), device=logits.device),
@@ -286,3 +290,11 @@ def _statistics(
             }
         )
     return tuple(statistics)
+
+
+def _groups(config: Any) -> RouterOptions:
+    """Return from which groups of experts a stock mixture's routers choose."""
+    groups = getattr(config, "n_group", None) or 1
+    if groups == 1 or getattr(config, "topk_method", None) == "greedy":
+        return RouterOptions()
+    return RouterOptions(num_groups=groups, top_groups=config.topk_group, group_score="max")

@@ -37,6 +37,7 @@ from moezoo_models.decoding.native_steps import (
     native_feed_forward,
     native_head,
 )
+from moezoo_models.model.attention import Attention
 from moezoo_models.model.block import DecoderLayer
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.norm import RMSNorm
@@ -109,10 +110,11 @@ class Decoder:
 
     def _build(self, positions: int) -> list[_Block]:
         blocks = list(self._model.model.blocks())
+        attentions = [cast("Attention", block.self_attn) for block in blocks]
         projections = sum(
             part.weight.nbytes
-            for block in blocks
-            for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+            for attention in attentions
+            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         fuse = projections <= _MOST_FUSED_BYTES
         begin = int(self._next.min())
@@ -222,7 +224,7 @@ class _Block:
         first, second = (cast("RMSNorm | None", block.norm_at(place)) for place in (0, 2))
         assert first is not None
         self.first_norm = norm_of(first)
-        attention, batch = block.self_attn, len(hidden)
+        attention, batch = cast("Attention", block.self_attn), len(hidden)
         width, kv_heads = attention.head_dim, attention.k_proj.out_features // attention.head_dim
         keys, values = (hidden.new_empty(batch, kv_heads, positions, width) for _ in range(2))
         cache = Cache(keys, values, mask)

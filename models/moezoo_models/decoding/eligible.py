@@ -13,9 +13,9 @@ from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.block import DecoderLayer
 from moezoo_models.model.causal_lm import MoezooForCausalLM
-from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.decoder import MoezooModel
 from moezoo_models.model.head import Head
+from moezoo_models.model.llama import beyond_llama
 from moezoo_models.model.norm import RMSNorm
 from moezoo_models.model.rotary import RotaryEmbedding
 
@@ -35,7 +35,7 @@ def ineligible(model: PreTrainedModel) -> str | None:
     | autocast | its casts would be repeated at each step |
     | weights in parts over processes, or on several devices | the parts are gathered by hooks |
     | projections of different dtypes | they are multiplied as one |
-    | norms, positions, factors or soft caps that are no Llama's | the steps do not know them |
+    | norms, positions, factors, soft caps or latents that are no Llama's | the steps do not know them |
     | memories beside its blocks, or a block that reads a history | the steps have none |
     """  # noqa: E501
     if type(model) is not MoezooForCausalLM:
@@ -46,36 +46,9 @@ def ineligible(model: PreTrainedModel) -> str | None:
         return f"its attention backend is {backend}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
-    if (field := _beyond_llama(model.config)) is not None:
+    if (field := beyond_llama(model.config)) is not None:
         return f"its {field} is not a Llama's"
     return _replaced(model) or _spread(model)
-
-
-_LLAMA: dict[str, Any] = {
-    "positions": "rotary",
-    "nope_layers": [],
-    "norm": "rms",
-    "norm_placement": "pre",
-    "attention_multiplier": None,
-    "attn_logit_softcapping": None,
-    "qk_norm_over": "head",
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "final_logit_softcapping": None,
-    "memory": [],
-}
-"""Fields of the configuration that the steps take to be so."""
-
-
-def _beyond_llama(config: MoezooConfig) -> str | None:
-    """Name the first field by which a model is no Llama; None if there is none."""
-    for field, value in _LLAMA.items():
-        if getattr(config, field) != value:
-            return field
-    rope = config.rope_parameters
-    whole = "rope_type" in rope and rope.get("partial_rotary_factor", 1.0) == 1.0
-    return None if whole else "rope_parameters"
 
 
 def turns_anew(config: Any, length: int, new_tokens: int) -> bool:

@@ -8,51 +8,23 @@ ours is one of theirs, and logits are equal but for the order of sums.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Glm4MoeConfig,
-    GraniteMoeConfig,
-    MixtralConfig,
-    PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moezoo.errors import InputError
-from moezoo.layers.dense import DenseFFN
 from moezoo.layers.sparse_moe import SparseMoE
-from moezoo.router_input import FFN_INPUT
-from moezoo_kernels.activations import PLAIN_GLU
 from moezoo_models.adopt.layouts import as_it_is, flat
 from moezoo_models.adopt.reading import entry_of, hold, mixtures_of
-from moezoo_models.checkpoints.dense import ACTIVATIONS
-from moezoo_models.checkpoints.export import check_no_memories, plain_state_dict
+from moezoo_models.checkpoints.export import plain_state_dict
+from moezoo_models.export.formats import ATTENTION, CANDIDATES, Mixture
 from moezoo_models.model.causal_lm import MoezooForCausalLM
-from moezoo_models.model.config import MoezooConfig
-
-_SAME = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "attention_dropout",
-    "tie_word_embeddings",
-    "initializer_range",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "dtype",
-)
-"""Fields that have the same name and meaning in every configuration."""
+from moezoo_models.model.latent_options import latent_of
+from moezoo_models.model.llama import beyond_llama
 
 _TRAINING = (
     "bias_recentre",
@@ -67,68 +39,32 @@ _TRAINING = (
 """Options of a router that only say how it is trained."""
 
 
-class _Mixture:
-    """What a mixture of ours has, for those that make configurations of it.
-
-    Attributes:
-        config: of the model.
-        layer: its first mixture; the others have the same options.
-        dense: numbers of the layers that are dense.
-        width: of these, or of an expert where there are none.
-        first: the number of dense layers, if they are the first ones; else None.
-    """
-
-    def __init__(self, model: MoezooForCausalLM) -> None:
-        check_no_memories(model)
-        self.config: MoezooConfig = model.config
-        blocks = [cast(nn.Module, layer.mlp) for layer in model.model.layers]
-        self.dense = [n for n, block in enumerate(blocks) if not isinstance(block, SparseMoE)]
-        for number, block in enumerate(blocks):
-            _check_kind(number, block)
-        self.layer = next(block for block in blocks if isinstance(block, SparseMoE))
-        for number, block in enumerate(blocks):
-            _check_options(number, block, self.layer)
-            if self.config.router_input(number) != FFN_INPUT:
-                raise InputError(
-                    f"checkpoint: the router of layer {number} reads what its experts do not "
-                    "(router_input), in no stock format; keep it as it is"
-                )
-        widths = {cast(DenseFFN, blocks[n]).d_ff for n in self.dense}
-        if len(widths) > 1:
-            raise InputError(
-                f"checkpoint: its dense layers are {sorted(widths)} wide, and in stock mixtures "
-                "all have one width; keep it as it is"
-            )
-        self.width = widths.pop() if widths else self.layer.d_expert
-        leading = self.dense == list(range(len(self.dense)))
-        self.first = len(self.dense) if leading else None
-
-    @property
-    def slides(self) -> bool:
-        """Whether any layer attends to a window."""
-        return "sliding_attention" in self.config.layer_types
-
-    @property
-    def activation(self) -> str:
-        """transformers' name of the activation."""
-        names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-        return names[self.layer.activation]
-
-
 def as_stock_mixture(model: MoezooForCausalLM) -> PreTrainedModel:
     """Return the stock model that computes what a mixture of ours does, with its tensors.
 
     Raises:
         InputError: there is none; says which comes nearest, and what it has otherwise.
     """
-    mixture = _Mixture(model)
+    mixture = Mixture(model)
+    allowed = ["latent_attention"] if model.config.qk_norm else ["latent_attention", "qk_norm_over"]
+    if (field := beyond_llama(model.config, allowed)) is not None:
+        raise InputError(
+            f"checkpoint: its {field} is in no stock format of mixtures; keep it as it is"
+        )
+    latent = model.config.latent_attention is not None
     nearest: tuple[str, list[str]] | None = None
-    for name, make in _CANDIDATES.items():
+    for name, make in CANDIDATES.items():
+        if ATTENTION[name].get("latent", False) != latent:
+            continue
         problems = list(_attention_problems(name, mixture))
-        stock = _build(make(mixture))
-        problems += _block_problems(stock, mixture.layer)
-        if not problems:
-            return _filled(stock, model)
+        try:
+            stock = _build(make(mixture))
+        except StrictDataclassError as error:
+            problems.append(f"the configuration is refused ({' '.join(str(error).split())})")
+        else:
+            problems += _block_problems(stock, mixture.layer)
+            if not problems:
+                return _filled(stock, model)
         if nearest is None or len(problems) < len(nearest[1]):
             nearest = name, problems
     assert nearest is not None
@@ -140,29 +76,6 @@ def as_stock_mixture(model: MoezooForCausalLM) -> PreTrainedModel:
     )
 
 
-def _check_kind(number: int, block: nn.Module) -> None:
-    if type(block) not in (SparseMoE, DenseFFN):
-        raise InputError(
-            f"checkpoint: layer {number} is a {type(block).__name__}, in no stock format; keep it "
-            "as it is"
-        )
-
-
-def _check_options(number: int, block: nn.Module, first: SparseMoE) -> None:
-    if isinstance(block, DenseFFN):
-        plain = block.gated and not block.bias and block.glu == PLAIN_GLU
-        if not plain or block.activation != first.activation:
-            raise InputError(
-                f"checkpoint: layer {number} is a dense block with biases, bounds, another "
-                "activation or no gate, in no stock mixture; keep it as it is"
-            )
-    elif cast(SparseMoE, block).config() != first.config():
-        raise InputError(
-            f"checkpoint: layer {number} has other options than the first mixture, and in stock "
-            "formats all have the same; keep it as it is"
-        )
-
-
 def _build(config: Any) -> PreTrainedModel:
     with torch.device("meta"), warnings.catch_warnings():
         # An absent shared expert is, in stock architectures, one without neurons.
@@ -172,9 +85,9 @@ def _build(config: Any) -> PreTrainedModel:
         )
 
 
-def _attention_problems(name: str, mixture: _Mixture) -> list[str]:
+def _attention_problems(name: str, mixture: Mixture) -> list[str]:
     """List what the attention of a stock architecture has otherwise than the model's."""
-    config, has = mixture.config, _ATTENTION[name]
+    config, has = mixture.config, ATTENTION[name]
     problems = []
     if config.attention_bias and not has["bias"]:
         problems.append("queries, keys and values have no biases (attention_bias)")
@@ -192,6 +105,9 @@ def _attention_problems(name: str, mixture: _Mixture) -> list[str]:
         problems.append("all layers attend alike (layer_types)")
     if not has["head_dim"] and config.head_dim != config.hidden_size / config.num_attention_heads:
         problems.append("heads are hidden_size / num_attention_heads wide (head_dim)")
+    latent = latent_of(config)
+    if latent is not None and has.get("interleave", False) and not latent.rope_interleave:
+        problems.append("neighbours are turned together (latent_attention.rope_interleave)")
     if mixture.dense and has["dense"] is None:
         problems.append("no layer is dense")
     elif mixture.dense and has["dense"] == "first" and mixture.first is None:
@@ -275,122 +191,3 @@ def _filled(stock: PreTrainedModel, model: MoezooForCausalLM) -> PreTrainedModel
     stock.load_state_dict(tensors, assign=True)
     stock.tie_weights()
     return stock.eval()
-
-
-def _common(mixture: _Mixture, **fields: Any) -> dict[str, Any]:
-    config = mixture.config
-    own = {name: getattr(config, name) for name in _SAME}
-    own["rope_parameters"] = dict(config.rope_parameters)
-    if config.trained_length is not None:
-        own["trained_length"] = config.trained_length
-    top_k = mixture.layer.top_k
-    return {**own, "hidden_act": mixture.activation, "num_experts_per_tok": top_k, **fields}
-
-
-def _mixtral(mixture: _Mixture) -> Any:
-    return MixtralConfig(
-        **_common(
-            mixture,
-            head_dim=mixture.config.head_dim,
-            intermediate_size=mixture.layer.d_expert,
-            num_local_experts=mixture.layer.num_experts,
-            sliding_window=mixture.config.sliding_window if mixture.slides else None,
-        )
-    )
-
-
-def _qwen(mixture: _Mixture) -> dict[str, Any]:
-    return _common(
-        mixture,
-        intermediate_size=mixture.width,
-        moe_intermediate_size=mixture.layer.d_expert,
-        num_experts=mixture.layer.num_experts,
-        norm_topk_prob=mixture.layer.router.normalize,
-        decoder_sparse_step=1,
-        mlp_only_layers=mixture.dense,
-        use_sliding_window=False,
-    )
-
-
-def _qwen2_moe(mixture: _Mixture) -> Any:
-    return Qwen2MoeConfig(
-        **_qwen(mixture),
-        qkv_bias=mixture.config.attention_bias,
-        shared_expert_intermediate_size=mixture.layer.d_shared,
-    )
-
-
-def _qwen3_moe(mixture: _Mixture) -> Any:
-    make: Callable[..., Any] = Qwen3MoeConfig  # the width of heads is not in its signature
-    return make(
-        **_qwen(mixture),
-        head_dim=mixture.config.head_dim,
-        attention_bias=mixture.config.attention_bias,
-        sliding_window=None,
-    )
-
-
-def _glm4_moe(mixture: _Mixture) -> Any:
-    layer, config = mixture.layer, mixture.config
-    made: Any = Glm4MoeConfig(
-        **_common(
-            mixture,
-            intermediate_size=mixture.width,
-            moe_intermediate_size=layer.d_expert,
-            n_routed_experts=layer.num_experts,
-            n_shared_experts=layer.d_shared // layer.d_expert,
-            routed_scaling_factor=layer.router.scale,
-            norm_topk_prob=layer.router.normalize,
-            n_group=layer.router.num_groups,
-            topk_group=layer.router.top_groups,
-            first_k_dense_replace=mixture.first or 0,
-            head_dim=config.head_dim,
-            attention_bias=config.attention_bias,
-            use_qk_norm=config.qk_norm,
-            num_mtp_layers=0,
-            partial_rotary_factor=1.0,
-        )
-    )
-    made.rope_parameters = {**made.rope_parameters, "partial_rotary_factor": 1.0}
-    return made
-
-
-def _granitemoe(mixture: _Mixture) -> Any:
-    config = mixture.config
-    return GraniteMoeConfig(
-        **_common(
-            mixture,
-            intermediate_size=mixture.layer.d_expert,
-            num_local_experts=mixture.layer.num_experts,
-            attention_bias=config.attention_bias,
-            attention_multiplier=float(config.head_dim or 1) ** -0.5,
-            embedding_multiplier=1.0,
-            residual_multiplier=1.0,
-            logits_scaling=1.0,
-        )
-    )
-
-
-_CANDIDATES: dict[str, Callable[[_Mixture], Any]] = {
-    "mixtral": _mixtral,
-    "qwen3_moe": _qwen3_moe,
-    "qwen2_moe": _qwen2_moe,
-    "glm4_moe": _glm4_moe,
-    "granitemoe": _granitemoe,
-}
-
-_ATTENTION: dict[str, dict[str, Any]] = {
-    "mixtral": {"bias": None, "norm": None, "window": True, "head_dim": True, "dense": None},
-    "qwen3_moe": {
-        "bias": "all",
-        "norm": "always",
-        "window": False,
-        "head_dim": True,
-        "dense": "any",
-    },
-    "qwen2_moe": {"bias": "qkv", "norm": None, "window": False, "head_dim": False, "dense": "any"},
-    "glm4_moe": {"bias": "qkv", "norm": "any", "window": False, "head_dim": True, "dense": "first"},
-    "granitemoe": {"bias": "all", "norm": None, "window": False, "head_dim": False, "dense": None},
-}
-"""Of each: which projections of attention may have biases, whether queries and keys have norms,
-whether windows slide, whether the width of heads is free, and which layers may be dense."""

@@ -19,7 +19,8 @@ from moezoo_models.text.tokenizer import Tokenizer
 
 def export_stock(checkpoint: str | Path, target: str | Path) -> Path:
     """Write a model of ours as a stock one: a dense one as Llama, Mistral, Qwen2 or Qwen3, and a
-    mixture as Mixtral, Qwen2-MoE, Qwen3-MoE, GLM4-MoE or GraniteMoE, whichever computes the same.
+    mixture as Mixtral, Qwen2-MoE, Qwen3-MoE, GLM4-MoE, GraniteMoE, DeepSeek-V2 or DeepSeek-V3,
+    whichever computes the same.
 
     Args:
         checkpoint: directory of a model of ours.

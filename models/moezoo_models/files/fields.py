@@ -153,6 +153,9 @@ _FIELDS: dict[str, _Check] = {
     "num_hidden_layers": partial(check_int, maximum=MOST_LAYERS),
     **dict.fromkeys(("shared_expert_intermediate_size", "n_shared_experts"), _COUNT),
     **dict.fromkeys(("head_dim", "num_key_value_heads"), _optional(_SIZE)),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"), _SIZE),
+    "q_lora_rank": _optional(_SIZE),
+    "latent_attention": _optional(_mapping),
     "sliding_window": _optional(_COUNT),  # published configurations have 0 for none
     **dict.fromkeys(
         (
@@ -165,6 +168,7 @@ _FIELDS: dict[str, _Check] = {
             "qk_norm",
             "qkv_bias",
             "tie_word_embeddings",
+            "rope_interleave",
             "use_cache",
             "use_qk_norm",
             "use_sliding_window",

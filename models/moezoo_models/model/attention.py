@@ -19,7 +19,54 @@ if TYPE_CHECKING:
     from moezoo_models.model.config import MoezooConfig
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
+    """What all attention of the decoder has.
+
+    Args:
+        config: the model's configuration.
+        layer_idx: number of the layer, which is its place in the key-value cache.
+        scaling: factor on the scores.
+        groups: queries that share a key and a value.
+    """
+
+    is_causal = True
+
+    def __init__(
+        self, config: MoezooConfig, layer_idx: int, scaling: float, groups: int = 1
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.scaling = scaling
+        self.num_key_value_groups = groups
+        self.softcap = config.attn_logit_softcapping
+        self.rotated = layer_idx not in config.nope_layers
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+    def reset_parameters(self) -> None:
+        """Draw the projections anew."""
+        raise NotImplementedError
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping a weight, now."""
+        return self.config.attention_dropout if self.training else 0.0
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend by the model's backend: ``(batch, queries, heads, head_dim)``, and its weights."""
+        compute = ATTENTION.get_interface(attention_backend(self.config), eager_attention)
+        options = {"dropout": self.dropout, "scaling": self.scaling}
+        options |= {"sliding_window": self.sliding_window, **kwargs}
+        if self.softcap is not None:
+            options["softcap"] = self.softcap
+        attended, weights = compute(self, query, key, value, mask, **options)
+        return attended, weights
+
+
+class Attention(SelfAttention):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) under Llama's names.
 
     Args:
@@ -27,21 +74,12 @@ class Attention(nn.Module):
         layer_idx: number of the layer, which is its place in the key-value cache.
     """
 
-    is_causal = True
-
     def __init__(self, config: MoezooConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
         width, heads = config.hidden_size, config.num_attention_heads
-        kv_heads = config.num_key_value_heads or heads
-        self.head_dim = config.head_dim or width // heads
-        self.num_key_value_groups = heads // kv_heads
-        self.scaling = config.attention_multiplier or self.head_dim**-0.5
-        self.softcap = config.attn_logit_softcapping
-        self.rotated = layer_idx not in config.nope_layers
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
+        kv_heads, head_dim = config.num_key_value_heads or heads, config.head_dim or width // heads
+        scaling = config.attention_multiplier or head_dim**-0.5
+        super().__init__(config, layer_idx, scaling, heads // kv_heads)
+        self.head_dim = head_dim
 
         queries, keys, bias = heads * self.head_dim, kv_heads * self.head_dim, config.attention_bias
         self.q_proj = nn.Linear(width, queries, bias=bias)
@@ -103,21 +141,21 @@ class Attention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        backend, context_share = attention_backend(self.config), None
-        options = {
-            "dropout": self.config.attention_dropout if self.training else 0.0,
-            "scaling": self.scaling,
-        }
+        context_share = None
         if slots is not None:
             attended, weights, context_share = joint_attention(
-                slots, plain_query, query, key, value, attention_mask, backend, **options
+                slots,
+                plain_query,
+                query,
+                key,
+                value,
+                attention_mask,
+                attention_backend(self.config),
+                scaling=self.scaling,
+                dropout=self.dropout,
             )
         else:
-            attend = ATTENTION.get_interface(backend, eager_attention)
-            options |= {"sliding_window": self.sliding_window, **kwargs}
-            if self.softcap is not None:
-                options["softcap"] = self.softcap
-            attended, weights = attend(self, query, key, value, attention_mask, **options)
+            attended, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(attended.reshape(batch, length, -1)), weights, context_share
 
     def _normed(self, norm: nn.Module, projected: Tensor, heads: tuple[int, ...]) -> Tensor:

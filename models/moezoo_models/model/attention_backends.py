@@ -95,7 +95,8 @@ def eager_attention(
         scores = soft_capped(scores, softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = F.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ repeat_heads(value, groups)).transpose(1, 2).contiguous(), weights
 

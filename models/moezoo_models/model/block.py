@@ -14,9 +14,10 @@ from moezoo.feed_forward import FeedForward, registered
 from moezoo.routing.losses import masked_mean
 from moezoo.token_context import Place
 from moezoo_models.adapters.transformers import attention_backend
-from moezoo_models.model.attention import Attention
+from moezoo_models.model.attention import Attention, SelfAttention
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.joint_attention import check_joint_backend
+from moezoo_models.model.latent import LatentAttention
 from moezoo_models.model.memories import build_memories, check_vocabulary, history_in
 from moezoo_models.model.norm import NORMS, Norm
 from moezoo_models.model.persistent import JoinedSlots, build_slots
@@ -70,7 +71,9 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MoezooConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer_idx)
+        latent = config.latent_attention is not None
+        kind: type[Attention | LatentAttention] = LatentAttention if latent else Attention
+        self.self_attn: SelfAttention = kind(config, layer_idx)
         self.layer_idx, self._num_layers = layer_idx, config.num_hidden_layers
         self.mlp = build_feed_forward(config, layer_idx)
         memories = build_memories(config, layer_idx)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -13,6 +13,7 @@ from moezoo.errors import InputError, check_choice, check_int, nearest
 from moezoo.feed_forward import FeedForward, registered, select_layers, zoo
 from moezoo.router_input import FFN_INPUT, RouterInput, check_router_input
 from moezoo_models.files.fields import check_fields, check_heads
+from moezoo_models.model.latent_options import check_latent
 from moezoo_models.model.norm import NORMS
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -67,6 +68,10 @@ class MoezooConfig(PreTrainedConfig):
         attn_logit_softcapping: c of ``c tanh(score / c)`` (Gemma 2); None for none.
         qk_norm: normalise queries and keys (Qwen3).
         qk_norm_over: per ``head``, or over all heads of a ``projection`` (OLMo 2).
+        latent_attention: options of multi-head latent attention (DeepSeek-V2), as of
+            :class:`~moezoo_models.model.latent_options.LatentAttentionOptions`; None for
+            grouped-query attention. ``head_dim`` is then its ``qk_rope_head_dim``, and
+            ``attention_bias`` that of the projections to the latents.
         sliding_window: positions that ``sliding_attention`` layers see, themselves included.
         layer_types: ``full_attention`` or ``sliding_attention`` for each layer; default: all
             sliding if there is a sliding_window (Mistral), else all full.
@@ -129,6 +134,7 @@ class MoezooConfig(PreTrainedConfig):
     attn_logit_softcapping: float | None = None
     qk_norm: bool = False
     qk_norm_over: str = "head"
+    latent_attention: dict[str, Any] | None = None
     sliding_window: int | None = None
     layer_types: list[str] = field(default_factory=list)
     tie_word_embeddings: bool = False
@@ -190,6 +196,8 @@ class MoezooConfig(PreTrainedConfig):
     def _check_fields(self) -> None:
         check_fields({name: getattr(self, name) for name in self._fields()})
         self._check_variants()
+        if self.latent_attention is not None:
+            self._check_latent()
         check_heads(self)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -203,6 +211,27 @@ class MoezooConfig(PreTrainedConfig):
         check_choice("qk_norm_over", self.qk_norm_over, ("head", "projection"))
         for layer in self.nope_layers:
             check_int("nope_layers", layer, minimum=0, maximum=self.num_hidden_layers - 1)
+
+    def _check_latent(self) -> None:
+        """Check latent attention, and that no field contradicts it; a head's width follows."""
+        options = check_latent(self.latent_attention)
+        self.latent_attention, turned = asdict(options), options.qk_rope_head_dim
+        rope = self.rope_parameters or {}
+        contradictions = {
+            "positions": self.positions != "rotary",
+            "qk_norm": self.qk_norm,
+            "sliding_window": self.sliding_window is not None,
+            "head_dim": self.head_dim not in (None, turned),
+            "num_key_value_heads": self.num_key_value_heads not in (None, self.num_attention_heads),
+            "rope_parameters": rope.get("partial_rotary_factor", 1.0) != 1.0
+            or any(kind in rope for kind in LAYER_TYPES),
+        }
+        for name, contradicts in contradictions.items():
+            if contradicts:
+                raise InputError(
+                    f"{name}: latent attention has no such option (latent_attention); leave it out"
+                )
+        self.head_dim = turned
 
     def _ropes(self) -> list[tuple[str, dict[str, Any]]]:
         """List the rotary parameters there are, each with what to call it."""

@@ -1,10 +1,10 @@
 """A decoder whose feed-forward blocks are the zoo's.
 
 Outside those blocks it is a Llama by default: pre-norm blocks with RMSNorm, rotary positions and
-grouped-query attention, under Llama's tensor names. Other norms, places of norms, positions and
-factors are options, of which other families are made. Auxiliary losses and statistics of the blocks
-are returned with the output and stored nowhere, so that activation checkpointing, which runs a
-block twice, counts them once.
+grouped-query attention, under Llama's tensor names. Other norms, places of norms, positions,
+factors and latent attention are options, of which other families are made. Auxiliary losses and
+statistics of the blocks are returned with the output and stored nowhere, so that activation
+checkpointing, which runs a block twice, counts them once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moezoo_models.adapters.transformers import (
     is_loaded,
 )
 from moezoo_models.files.loading import GatedLoading
-from moezoo_models.model.attention import Attention
+from moezoo_models.model.attention import SelfAttention
 from moezoo_models.model.attention_backends import check_backend
 from moezoo_models.model.block import DecoderLayer, TokensSeen
 from moezoo_models.model.config import MoezooConfig
@@ -56,7 +56,7 @@ class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": Attention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": SelfAttention}  # noqa: RUF012
 
     def __init__(self, config: MoezooConfig) -> None:
         config.check()
@@ -71,7 +71,7 @@ class MoezooPreTrainedModel(GatedLoading, PreTrainedModel):
         """
         if isinstance(module, FeedForward):
             reset_feed_forward(module, self.config.num_hidden_layers)
-        elif isinstance(module, Attention | Norm | RotaryEmbedding):
+        elif isinstance(module, SelfAttention | Norm | RotaryEmbedding):
             module.reset_parameters()
         elif isinstance(module, MoezooModel):
             nn.init.normal_(module.embed_tokens.weight, std=self.config.initializer_range)
@@ -393,7 +393,7 @@ def _block(config: MoezooConfig, layer: int) -> DecoderLayer:
 
 def _filled_parts(module: nn.Module) -> list[nn.Module]:
     """List the modules that ``_init_weights`` gives numbers to."""
-    if isinstance(module, FeedForward | Attention | Norm | RotaryEmbedding):
+    if isinstance(module, FeedForward | SelfAttention | Norm | RotaryEmbedding):
         return [module]
     if isinstance(module, MoezooPreTrainedModel):
         return [part for part in module.children() if isinstance(part, nn.Embedding | nn.Linear)]

@@ -73,6 +73,11 @@ def build_slots(rule: Mapping[str, Any], config: MoezooConfig) -> JoinedSlots:
         InputError: arguments that do not fit; or a layer that the decoder cannot join with its
             attention.
     """
+    if config.latent_attention is not None:
+        raise InputError(
+            f"class_path: {rule['class_path']} joins attention whose heads have keys and values of "
+            "their own (latent_attention); choose another, or set latent_attention to null"
+        )
     with torch.device("meta"):  # only to check the arguments and learn their defaults
         layer = FeedForward.from_config(rule, d_model=config.hidden_size)
     if not isinstance(layer, PersistentMemoryAttention):

@@ -1,4 +1,5 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), half-split as in Llama.
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), half-split as in
+Llama, or by neighbours as in DeepSeek.
 
 Scaled variants (linear, dynamic, yarn, llama3, ...) are transformers' own: ``rope_parameters`` in
 the model's configuration means here what it means there.
@@ -108,3 +109,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     quarter_turn = torch.cat((-second, first), dim=-1)
     return x * cos.unsqueeze(1) + quarter_turn * sin.unsqueeze(1)
+
+
+def halves(x: Tensor) -> Tensor:
+    """Put the first of each two neighbours into the first half, ``(..., turned)``.
+
+    :func:`rotate` then turns neighbours together, as in RoFormer and DeepSeek, where it turns two
+    halves of a Llama's.
+    """
+    return x.unflatten(-1, (-1, 2)).mT.flatten(-2)

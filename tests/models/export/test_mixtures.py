@@ -10,7 +10,7 @@ from moezoo import InputError
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo_models.adopt.reading import entry_of, hold, mixtures_of
 from moezoo_models.checkpoints.directory import quiet, save_checkpoint
-from moezoo_models.export.mixtures import _CANDIDATES
+from moezoo_models.export.formats import CANDIDATES
 from moezoo_models.export.stock import export_stock
 
 MOE = {"num_experts": 4, "top_k": 2, "d_expert": 16}
@@ -27,6 +27,17 @@ DENSE = rule("DenseFFN", d_ff=48)
 def mixture(layers="all", **arguments):
     return rule("SparseMoE", layers, **{**MOE, **arguments})
 
+
+LATENT = {
+    "latent_attention": {
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 5,
+    },
+    "num_key_value_heads": None,
+}
+RAW = {"num_shared_experts": 1, "router": {"normalize": False}}
 
 KINDS = {
     "mixtral": {"ffn": [mixture()]},
@@ -69,6 +80,28 @@ KINDS = {
     "glm4_moe, groups": {
         "ffn": [mixture(num_shared_experts=1, router={**SIGMOID, "num_groups": 2, "top_groups": 1})]
     },
+    "deepseek_v2": {**LATENT, "ffn": [DENSE, mixture([1, 2], **RAW)]},
+    "deepseek_v2, groups, biases": {
+        "latent_attention": {**LATENT["latent_attention"], "q_lora_rank": 12},
+        "num_key_value_heads": None,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "ffn": [
+            mixture(
+                num_shared_experts=2,
+                router={"normalize": False, "scale": 1.5, "num_groups": 2, "top_groups": 1},
+            )
+        ],
+    },
+    "deepseek_v3": {
+        **LATENT,
+        "latent_attention": {**LATENT["latent_attention"], "rope_interleave": False},
+        "tie_word_embeddings": True,
+        "ffn": [
+            DENSE,
+            mixture([2, 1], num_shared_experts=1, router={**SIGMOID, "scale": 2.5}),
+        ],
+    },
     "granitemoe": {
         "attention_bias": True,
         "attention_output_bias": True,
@@ -89,7 +122,7 @@ def perturbed(model):
 
 
 def test_every_format_is_here():
-    assert {kind.partition(",")[0] for kind in KINDS} == set(_CANDIDATES)
+    assert {kind.partition(",")[0] for kind in KINDS} == set(CANDIDATES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,6 +200,17 @@ def test_the_tokenizer_goes_along_and_dtypes_stay(make, byte_level_tokenizer, tm
             {"ffn": [mixture(), rule("CarvedMoE", 2, num_experts=4, top_k=2, d_expert=8)]},
             "layer 2 is a CarvedMoE, in no stock format",
         ),
+        (
+            {
+                **LATENT,
+                "latent_attention": {**LATENT["latent_attention"], "rope_interleave": False},
+                "ffn": [mixture(**RAW)],
+            },
+            r"deepseek_v2, where neighbours are turned together \(latent_attention.rope_interleave",
+        ),
+        ({**LATENT, "ffn": [mixture()]}, "deepseek_v2, where router.normalize is False and not"),
+        ({"norm": "rms_wide", "ffn": [mixture()]}, "its norm is in no stock format of mixtures"),
+        ({"logits_scaling": 2.0, "ffn": [mixture()]}, "its logits_scaling is in no stock format"),
         (
             {"ffn": [{**mixture(), "router_input": "pre_attention"}]},
             "the router of layer 0 reads what its experts do not",

@@ -57,6 +57,8 @@ def test_tied_weights_and_shared_values():
     options = {"num_keys": 8, "num_heads": 2, "top_k": 4, "value_pool": "values"}
     ffn = {"class_path": "moezoo.MemoryPlus", "init_args": options}
     assert_same(config(ffn, tie_word_embeddings=True, attention_bias=True, qk_norm=True))
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 6}
+    assert_same(config(ffn, latent_attention=latent))
 
 
 def test_where_there_is_no_memory_anyway_nothing_is_deferred():

@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonargparse
 import pytest
 import torch
+import transformers
 
 from moezoo.__main__ import main
 from moezoo.errors import InputError
@@ -71,6 +72,31 @@ def test_counts_are_the_published_ones(name):
         assert active == total
     if published.blocks is not None:
         assert agrees(blocks, published.blocks), blocks
+
+
+def test_deepseek_v2_lite_is_as_large_as_transformers_own():
+    """With the configuration that is published with its weights."""
+    config = transformers.DeepseekV2Config(
+        vocab_size=102400,
+        hidden_size=2048,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        n_shared_experts=2,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        first_k_dense_replace=1,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in theirs.parameters()) == figures("DeepSeek-V2-Lite")[0]
 
 
 def test_the_comparison_of_counts_can_fail():
@@ -158,6 +184,20 @@ def test_attention_options_reach_the_decoder():
     assert attention.q_norm.weight.shape == (30,)
     assert module.model.config.rms_norm_eps == 1e-3
     assert module.model.config.head_dim == 6
+
+
+def test_latent_attention_is_an_option(capsys):
+    words = ["--model.d_model=32", "--model.num_heads=2", "--model.num_layers=1"]
+    words += ["--model.latent_attention.kv_lora_rank=6", "--model.latent_attention.v_head_dim=8"]
+    attention = built(parse(*words)).model.model.layers[0].self_attn
+    assert attention.kv_b_proj.weight.shape == (2 * (128 + 8), 6)
+    assert attention.q_proj.weight.shape == (2 * (128 + 64), 32)
+    assert main(["plan", *words, "--model.latent_attention.v_head=3"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert main(["plan", *words, "--model.latent_attention.kv_lora_rank=0"]) == 2
+    assert "latent_attention.kv_lora_rank: 0 is out of range" in capsys.readouterr().err
+    assert main(["plan", *words, *PLAN]) == 0
+    assert "1 TiB" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

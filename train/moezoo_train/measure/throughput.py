@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from moezoo import FeedForward
 from moezoo_models.checkpoints.stock import active_share, flops_of_experts, stacked_experts
+from moezoo_models.model.latent_options import head_widths
 from moezoo_train.parallel.state_dicts import unsharded_model
 
 PROBE_SECONDS = 0.1
@@ -51,8 +52,8 @@ def forward_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int
         if isinstance(module, nn.Linear) and id(module) not in inside and ".lora_" not in name
     )
     config: Any = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.num_hidden_layers * 4 * config.num_attention_heads * width * sequence_length
+    heads = config.num_hidden_layers * config.num_attention_heads
+    attention = 2 * heads * sum(head_widths(config)) * sequence_length
     ffn = sum(layer.cost().flops_per_token for layer in layers)
     return linear + attention + ffn + flops_of_experts(model)
 

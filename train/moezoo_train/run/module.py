@@ -25,6 +25,7 @@ from moezoo_models.adapters.transformers import set_attention_backend
 from moezoo_models.checkpoints.stock import predict
 from moezoo_models.model.head import IGNORED
 from moezoo_models.model.initialization import DeferredInit, deferred_init
+from moezoo_models.model.latent_options import LatentAttentionOptions
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.adapters.lightning import attached_trainer
 from moezoo_train.checkpoint import finite, identity
@@ -86,6 +87,8 @@ class LanguageModel(EvaluatedModule):
         rope_theta: base of the rotary embedding.
         qk_norm: normalise queries and keys, as Qwen3 does.
         qk_norm_over: per ``head``, or over all heads of a ``projection``, as OLMoE does.
+        latent_attention: multi-head latent attention, as DeepSeek-V2 has, with these options;
+            default: grouped-query attention.
         attention_bias: biases in the query, key and value projections, as Qwen2 has.
         attention_output_bias: a bias in the attention's output projection, as GPT-OSS has.
         norm_eps: added to mean squares in norms.
@@ -137,6 +140,7 @@ class LanguageModel(EvaluatedModule):
         rope_theta: float = 10000.0,
         qk_norm: bool = False,
         qk_norm_over: Literal["head", "projection"] = "head",
+        latent_attention: LatentAttentionOptions | None = None,
         attention_bias: bool = False,
         attention_output_bias: bool = False,
         norm_eps: float = 1e-6,
@@ -192,6 +196,7 @@ class LanguageModel(EvaluatedModule):
                     rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
                     qk_norm=qk_norm,
                     qk_norm_over=qk_norm_over,
+                    latent_attention=asdict(latent_attention) if latent_attention else None,
                     attention_bias=attention_bias,
                     attention_output_bias=attention_output_bias,
                     rms_norm_eps=norm_eps,

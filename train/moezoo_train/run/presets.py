@@ -42,6 +42,13 @@ class Published(NamedTuple):
 
 _QWEN3 = "model card of Qwen/Qwen3-"
 PUBLISHED = {
+    "DeepSeek-V2-Lite": Published(
+        "model card of deepseek-ai/DeepSeek-V2-Lite",
+        "15.7",
+        "2.4",
+        embeds=False,
+        without="YaRN's scaled positions",
+    ),
     "DeepSeekMoE-16B": Published("arXiv:2401.06066, table 3", "16.4", "2.8"),
     "GPT-OSS-20B": Published(
         "arXiv:2508.10925, table 1",
