@@ -39,7 +39,7 @@ def test_every_row_of_the_recipes_meets_the_baseline(path):
         assert abs(run.flops_ratio - 1) <= 0.05, run.row
         flops[run.row] = flops_per_token(run)
     for row, total in flops.items():
-        assert total == pytest.approx(flops["dense_mlp"], rel=0.02), row
+        assert total == pytest.approx(flops[experiment.baseline], rel=0.02), row
 
 
 def test_the_zoo_recipe_holds_every_feed_forward_method():
