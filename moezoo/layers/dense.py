@@ -264,8 +264,12 @@ class DenseFFN(FeedForward):
         if not self.gated:
             return ACTIVATIONS[self.activation](self.up_proj(hidden))
         up, gate = self.up_proj, self.gate_proj
-        shuffles = isinstance(up, BlockShuffleMatrix) and isinstance(gate, BlockShuffleMatrix)
-        if shuffles and up.may_wait and gate.may_wait:
+        if (
+            isinstance(up, BlockShuffleMatrix)
+            and isinstance(gate, BlockShuffleMatrix)
+            and up.may_wait
+            and gate.may_wait
+        ):
             # Both are shuffled alike: one shuffle of their product does for two.
             return up.shuffled(self._gate(gate.unshuffled(hidden), up.unshuffled(hidden)))
         return self._gate(gate(hidden), up(hidden))

@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend by the model's backend: ``(batch, queries, heads, head_dim)``, and its weights."""
         compute = ATTENTION.get_interface(attention_backend(self.config), eager_attention)
-        options = {"dropout": self.dropout, "scaling": self.scaling}
+        options: dict[str, Any] = {"dropout": self.dropout, "scaling": self.scaling}
         options |= {"sliding_window": self.sliding_window, **kwargs}
         if self.softcap is not None:
             options["softcap"] = self.softcap

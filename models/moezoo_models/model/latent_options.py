@@ -100,8 +100,9 @@ def latent_of(config: Any) -> LatentAttentionOptions | None:
         return LatentAttentionOptions(**own)
     if getattr(config, "kv_lora_rank", None) is None:
         return None
-    known = fields(LatentAttentionOptions)
-    return LatentAttentionOptions(**{s.name: getattr(config, s.name, s.default) for s in known})
+    known = (field.name for field in fields(LatentAttentionOptions))
+    theirs: dict[str, Any] = {n: getattr(config, n) for n in known if hasattr(config, n)}
+    return LatentAttentionOptions(**theirs)
 
 
 def head_widths(config: Any) -> tuple[int, int]:

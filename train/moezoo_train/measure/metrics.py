@@ -22,6 +22,9 @@ from moezoo_train.parallel.distributed import gather_from_ranks
 if TYPE_CHECKING:
     from moezoo_train.trained import Measured
 
+_Stats = Sequence[Mapping[str, Tensor]]
+"""Of each layer."""
+
 
 class TrainingMetrics(Callback):
     """Log what the training steps did since the last time, every ``log_every_n_steps``.
@@ -54,7 +57,7 @@ class TrainingMetrics(Callback):
         self._losses: dict[str, list[Tensor]] = {}
         self._load = LoadCounter()
         self._memory_load = LoadCounter()
-        self._window: list[tuple[dict[str, Tensor], Sequence[Mapping[str, Tensor]]]] = []
+        self._window: list[tuple[dict[str, Tensor], _Stats, _Stats]] = []
         self._loaded: list[dict[str, Any]] = []
         self._clock = 0.0
         self._logged = (0, 0.0)

@@ -163,7 +163,8 @@ class _Runs:
 
     def without(self, place: int) -> _Runs:
         arrays = (self.count_R, self.tokens_R, self.dense_R, self.loss_R)
-        return _Runs(*(np.delete(array, place) for array in arrays), self.scale, self.sparse)
+        count_R, tokens_R, dense_R, loss_R = (np.delete(array, place) for array in arrays)
+        return _Runs(count_R, tokens_R, dense_R, loss_R, self.scale, self.sparse)
 
     def terms(self, exponents_X: Floats) -> Floats:
         """Return what the coefficients multiply, ``(R, K)``."""
