@@ -101,9 +101,8 @@ def test_fitted_to_the_published_losses_it_is_about_the_published_law():
     ]
     found = fit(observations, "sparse")
     assert found.law.b_N == pytest.approx(T5.b_N, abs=0.03)
-    assert found.law.b_D == pytest.approx(T5.b_D, abs=0.08)
-    assert found.law.c == pytest.approx(T5.c, abs=0.25)
-    assert max(map(abs, found.left_out)) < 0.035
+    assert max(map(abs, found.left_out)) < 0.02
+    # They are of three lengths, a factor of four: b_D, a_D and c make up for each other.
     for count, tokens, _ in of_t5():
         assert found.law.loss(count, tokens) == pytest.approx(T5.loss(count, tokens), rel=0.03)
 

@@ -20,8 +20,10 @@ from moezoo_train.measure.throughput import count_parameters
 from moezoo_train.plan.choices import check_layouts, yaml_lines
 from moezoo_train.plan.estimate import KINDS, Estimate, Planner, best
 from moezoo_train.plan.figure import draw
+from moezoo_train.plan.laws import read_laws
 from moezoo_train.plan.layouts import LAYOUTS, Memory
 from moezoo_train.plan.machine import MACHINES, machine
+from moezoo_train.plan.prediction import predict
 from moezoo_train.plan.setup import Setup, precision
 from moezoo_train.run.cli import TRAINER_DEFAULTS, MoezooCLI
 from moezoo_train.run.module import LanguageModel
@@ -47,6 +49,7 @@ _OPTIONS: dict[str, tuple[Any, Any, str]] = {
     ),
     "replicas": (int | None, None, "of fsdp2: copies of the model; null tries every number"),
     "pictures": (str | None, "runs/plan", "folder of plan.png and plan.svg; null draws none"),
+    "law": (str | None, None, "laws.json of moezoo compare RUNS --law: also print their losses"),
     "json": (bool, False, "print JSON instead of tables"),
 }
 
@@ -135,7 +138,8 @@ class PlanCLI(MoezooCLI):
         )
         if said := describe_preset(self.config["fit"]["model"], self.model.model.config):
             print(said, file=sys.stderr)
-        plan(setup, Options(**{name: options[name] for name in _OPTIONS}))
+        own = Options(**{name: options[name] for name in _OPTIONS})
+        plan(setup, own, options["trainer"]["max_steps"])
 
 
 @dataclass(frozen=True)
@@ -154,11 +158,17 @@ class Options:
     expert_parallel: int | None = None
     replicas: int | None = None
     pictures: str | None = None
+    law: str | None = None
     json: bool = False
 
 
-def plan(setup: Setup, options: Options) -> list[Estimate]:
+def plan(setup: Setup, options: Options, steps: int = -1) -> list[Estimate]:
     """Estimate the layouts, print and draw them.
+
+    Args:
+        setup: the run.
+        options: of the plan.
+        steps: optimizer steps, which scaling laws ask for; -1 if they are not limited.
 
     Raises:
         InputError: an option is out of range, or none of the layouts can be had.
@@ -169,6 +179,7 @@ def plan(setup: Setup, options: Options) -> list[Estimate]:
         check_int(name, numbers[name])
     layouts = check_layouts(options.layout, given)
     gpus = check_int("gpus", options.gpus)
+    laws = [] if options.law is None else read_laws(options.law)
     kind = machine(
         options.gpu,
         options.memory,
@@ -185,13 +196,18 @@ def plan(setup: Setup, options: Options) -> list[Estimate]:
         raise InputError(f"layout: {name} cannot be had: {reason}; choose another")
     possible = [name for name in layouts if name not in refused]
     estimates = [one for name in possible for one in planner.rows(name, gpus)]
+    losses = predict(laws, setup.model, estimates[0].tokens_per_step, steps) if laws else []
     if options.json:
-        machine_figures = asdict(kind)
         rows = [one.as_dict() for one in estimates]
-        json.dump({"machine": machine_figures, "layouts": rows}, sys.stdout, indent=2)
+        figures: dict[str, Any] = {"machine": asdict(kind), "layouts": rows}
+        if laws:
+            figures["losses"] = [{**asdict(one), "law": one.law.name} for one in losses]
+        json.dump(figures, sys.stdout, indent=2)
         print()
     else:
         report(setup, planner, estimates, refused)
+        for one in losses:
+            print(one)
     if options.pictures is not None:
         paths = draw(Path(options.pictures), planner, possible, gpus)
         if not options.json:

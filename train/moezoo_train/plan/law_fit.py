@@ -92,8 +92,7 @@ def fit(observations: Sequence[Observation], name: str) -> Fit:
     left_out = []
     for place in range(len(observations)):
         others = runs.without(place)
-        again = min((_refine(others.residual, numbers), _best(others)), key=others.cost)
-        predicted = runs.predict(again)[place]
+        predicted = runs.predict(_refine(others.residual, numbers))[place]
         left_out.append(float(predicted / runs.loss_R[place] - 1.0))
     return Fit(law, runs.reach(), tuple(map(float, errors)), tuple(left_out))
 

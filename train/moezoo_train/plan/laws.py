@@ -13,8 +13,10 @@ own, and a law refuses the other's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from moezoo.errors import InputError, check_choice, check_number
@@ -211,3 +213,20 @@ def _span(key: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
         raise InputError(f"{key}: {value!r} is not two numbers; fit the law again")
     return check_number(key, value[0]), check_number(key, value[1])
+
+
+def read_laws(path: str) -> list[tuple[Law, Reach]]:
+    """Read the laws that ``moezoo compare RUNS --law`` has written to ``laws.json``.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"law: {path} cannot be read as laws; make it by moezoo compare RUNS --law all"
+        ) from error
+    if not isinstance(values, list) or not values:
+        raise InputError(f"law: {path} holds no laws; make it by moezoo compare RUNS --law all")
+    return [read_law("law", one) for one in values]
