@@ -264,14 +264,11 @@ class DenseFFN(FeedForward):
         if not self.gated:
             return ACTIVATIONS[self.activation](self.up_proj(hidden))
         up, gate = self.up_proj, self.gate_proj
-        if (
-            isinstance(up, BlockShuffleMatrix)
-            and isinstance(gate, BlockShuffleMatrix)
-            and up.may_wait
-            and gate.may_wait
-        ):
-            # Both are shuffled alike: one shuffle of their product does for two.
-            return up.shuffled(self._gate(gate.unshuffled(hidden), up.unshuffled(hidden)))
+        shuffling = [part for part in (gate, up) if isinstance(part, BlockShuffleMatrix)]
+        if len(shuffling) == 2 and all(part.may_wait for part in shuffling):
+            # Both shuffle alike: one shuffle of their product does for two.
+            values = [part.unshuffled(hidden) for part in shuffling]
+            return shuffling[0].shuffled(self._gate(*values))
         return self._gate(gate(hidden), up(hidden))
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
