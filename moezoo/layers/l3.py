@@ -276,17 +276,18 @@ class L3(FeedForward):
         return set_apart(super().parameter_groups(), special)
 
     def cost(self) -> Cost:
-        """``4 C D + 2 C E`` FLOPs of a token's rows, read, weighed and summed, and the projections.
+        """Return the FLOPs of reading, weighing and summing a token's rows, and of the projections.
 
-        As if every token had as many rows as one may have; keys that are values have E = D.
+        ``2 D N / V`` and ``2 C D`` for keys, ``2 C D`` for keys that are values and ``2 E N / V``
+        for others: N / V rows are a token's on average over the vocabulary, C are multiplied with.
         """
-        width = self.d_value or self.d_model
-        tables = self.num_rows * (self.d_model + (self.d_value or 0))
+        rows = self.d_model + (self.d_value or 0)
+        own = -(-self.num_rows // self.vocab_size)
         total = sum(p.numel() for p in self.parameters())
-        active = total - tables + self.max_rows * (self.d_model + (self.d_value or 0))
+        active = total - (self.num_rows - own) * rows
         projections = self.up_proj.weight.numel() + self.mix_proj.weight.numel()
-        flops = self.max_rows * (4 * self.d_model + 2 * width) + 2 * projections
-        active = min(active, total)
+        products = (4 if self.d_value is None else 2) * self.max_rows * self.d_model
+        flops = 2 * rows * self.num_rows // self.vocab_size + products + 2 * projections
         return Cost(
             total_parameters=total,
             active_parameters=active,

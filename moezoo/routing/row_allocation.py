@@ -41,13 +41,14 @@ def frequent_rows(frequencies: Tensor, num_rows: int, most: int) -> Tensor:
 
 def _dealt(rows_V: Tensor, frequencies: Tensor, num_rows: int, most: int) -> Tensor:
     amounts, rows = frequencies.double().tolist(), rows_V.tolist()
-    waiting = [(-amounts[t] / rows[t], t) for t in range(len(rows)) if rows[t] < most]
+    # Tokens that never occur come last, and share what is left.
+    waiting = [(-amounts[t] / rows[t], rows[t], t) for t in range(len(rows)) if rows[t] < most]
     heapq.heapify(waiting)
     for _ in range(num_rows - sum(rows)):
-        _, token = heapq.heappop(waiting)
+        _, _, token = heapq.heappop(waiting)
         rows[token] += 1
         if rows[token] < most:
-            heapq.heappush(waiting, (-amounts[token] / rows[token], token))
+            heapq.heappush(waiting, (-amounts[token] / rows[token], rows[token], token))
     return torch.tensor(rows)
 
 
@@ -85,6 +86,8 @@ def word_rows(
             longer[word * vocab_size + token] = len(counts)
             counts.append(1)
             last.append(token)
+        elif token == end:
+            counts[known] += 1
         word = -1 if known is None or token == end else known
     order = torch.tensor(counts).argsort(descending=True, stable=True).tolist()
     rows, left = [1] * vocab_size, num_rows - vocab_size

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moezoo
-from moezoo import STEM, Engram, InputError, MoLE
+from moezoo import L3, STEM, Engram, InputError, MoLE, PerLayerEmbedding
 from moezoo.experts.token_table import TokenTable
 from moezoo.feed_forward import TokenContext
 
@@ -27,14 +27,16 @@ LAYERS = {
     "mole": lambda **more: make(MoLE, num_experts=3, **more),
     "folded mole": lambda **more: make(MoLE, num_experts=3, folded=True, **more),
     "engram": lambda **more: make(Engram, num_heads=2, num_rows=40, **more),
+    "l3": lambda **more: make(L3, max_rows=3, num_rows=70, **more),
+    "per layer": lambda **more: make(PerLayerEmbedding, d_row=5, **more),
 }
 
 
 def read_rows(layer: moezoo.FeedForward) -> set[int]:
     """The rows that the calls of these tests read."""
-    if isinstance(layer, Engram):
+    if isinstance(layer, Engram | L3):
         rows, _ = layer.rows_of(hidden(), TokenContext(token_ids=IDS, mask=MASK))
-        return set(rows[MASK.flatten()].flatten().tolist())
+        return set(rows[MASK.flatten()].flatten().tolist()) - {-1}
     tokens = set(IDS[MASK].tolist())
     if isinstance(layer, MoLE) and layer.folded:
         return {token * 3 + expert for token in tokens for expert in range(3)}
@@ -159,6 +161,70 @@ def test_the_gate_of_engram_is_half_open_where_nothing_fits_and_follows_the_fit(
         assert (layer._openness(-e, e) < 0.15).all()
         layer.query_norm.weight.zero_()
         assert (layer._openness(x, e) == 0.5).all()
+
+
+def test_rows_of_l3_are_its_tokens_own_and_weighed_by_fit():
+    layer = make(L3, max_rows=3, num_rows=70).eval()
+    assert layer.starts.diff().tolist() == [3] * 10 + [2] * 20
+    context = TokenContext(token_ids=torch.tensor([[0, 29]]))
+    rows, _ = layer.rows_of(torch.zeros(1, 2, D), context)
+    assert rows.tolist() == [[0, 1, 2], [68, 69, -1]]
+    with torch.no_grad():
+        layer.keys.weight[1] = 9 * torch.eye(D)[0]
+        layer.keys.weight[[0, 2]] = 0.0
+        x = torch.eye(D, dtype=torch.float64)[:2].unsqueeze(0)
+        found = layer.slot_load(x, token_ids=torch.zeros(1, 2, dtype=torch.int64))
+    # RMSNorm makes 4 of 1: exp(36) against two of exp(0), and then no difference.
+    torch.testing.assert_close(found.mass[:3], torch.tensor([1, 4, 1], dtype=torch.float64) / 3)
+    assert found.counts[:4].tolist() == [2, 2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_rows": 29}, "num_rows: 29 is out of range"),
+        ({"num_rows": 91, "max_rows": 3}, "num_rows: 91 is out of range"),
+        ({"allocation": "even"}, "allocation: 'even' is not"),
+    ],
+)
+def test_what_l3_cannot_be_is_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        make(L3, **arguments)
+
+
+def test_l3_waits_for_its_rows_and_keeps_them():
+    layer = make(L3, allocation="words", max_rows=4, num_rows=60)
+    assert layer.missing_input == "tokens"
+    with pytest.raises(InputError, match="allocation: no token has its rows by words yet"):
+        layer(hidden(), token_ids=IDS)
+    for given, message in [({}, "tokens: missing"), ({"tokens": IDS + 27}, "tokens: id 30 is out")]:
+        with pytest.raises(InputError, match=message):
+            layer.allocate(**given)
+    layer.allocate(tokens=torch.arange(900) % 7)
+    assert layer.missing_input is None
+    assert layer.starts.diff().tolist() == [4] * 7 + [2] * 9 + [1] * 14
+    again = make(L3, allocation="words", max_rows=4, num_rows=60)
+    again.load_state_dict(layer.state_dict())
+    expected = layer(hidden(), token_ids=IDS).hidden
+    assert torch.equal(again(hidden(), token_ids=IDS).hidden, expected)
+    again.check_table()
+    again.starts[3] += 5
+    with pytest.raises(InputError, match="starts: they are not those of 60 rows, 1 to 4 for"):
+        again.check_table()
+    for rows in (torch.ones(29, dtype=torch.int64), torch.full((30,), 2.0), torch.full((30,), 3)):
+        with pytest.raises(InputError, match="rows: "):
+            layer.set_rows(rows)
+    with pytest.raises(InputError, match="allocation: all tokens have the same rows"):
+        make(L3).allocate(tokens=IDS)
+    counted = make(L3, allocation="frequency")
+    with pytest.raises(InputError, match="frequencies: there are 29; give one per token, 30"):
+        counted.allocate(frequencies=torch.ones(29))
+
+
+def test_embeddings_of_another_shape_are_named():
+    layer = make(PerLayerEmbedding)
+    with pytest.raises(InputError, match=r"embeddings: shape \(2, 4, 16\) does not match"):
+        layer(hidden(), token_ids=IDS, embeddings=hidden()[:, 1:])
 
 
 @pytest.mark.parametrize(

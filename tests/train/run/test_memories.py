@@ -8,9 +8,11 @@ import yaml
 
 from moezoo import InputError
 from moezoo.routing.ngram import text_classes
+from moezoo.routing.row_allocation import frequent_rows, word_rows
 from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_models.export.stock import export_stock
 from moezoo_models.text.classes import token_classes
+from moezoo_train.data.prepared import PreparedData
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.run import hash_tables
 from moezoo_train.run.cli import run
@@ -117,6 +119,25 @@ def test_a_resumed_run_takes_the_classes_from_its_checkpoint(fit, whole, monkeyp
     other = {**MEMORY, "init_args": {**MEMORY["init_args"], "gate": False}}
     with pytest.raises(InputError, match=r"ckpt_path: model.memory\[0\].init_args.gate is True"):
         fit("parts", memory=other, ckpt_path="last")
+
+
+def test_rows_of_tokens_follow_the_training_tokens(fit, folder):
+    l3 = {"class_path": "moezoo.L3", "init_args": {"allocation": "words", "max_rows": 3}}
+    counted = {**l3, "init_args": {"allocation": "frequency", "num_rows": 500}}
+    per_layer = {"layers": "all", "class_path": "moezoo.PerLayerEmbedding"}
+    memory = [{"layers": 0, **l3}, {"layers": 1, **counted}, per_layer]
+    output = fit("rows", memory=memory, **{"trainer.max_steps": 1})
+    model, tokenizer = load_checkpoint(output / "model")
+    names = [type(layer).__name__ for _, layer in model.model.added_layers()]
+    assert names == ["DenseFFN", "L3", "PerLayerEmbedding"] * 2
+    data = PreparedData.load(folder / "data")
+    tokens = torch.from_numpy(data.tokens("train").astype("int64"))
+    words, frequent = (model.model.layers[n].memories[0].starts.diff() for n in range(2))
+    expected = word_rows(tokens.tolist(), 300, 900, 3, tokenizer.eos_id)
+    assert torch.equal(words, expected)
+    assert torch.equal(frequent, frequent_rows(torch.bincount(tokens, minlength=300), 500, 8))
+    rows = read_metrics(output / "metrics.csv")
+    assert [float(rows[0][f"experts/usage/memory_0{n}"]) > 0 for n in range(4)] == [True] * 4
 
 
 def test_a_stock_model_has_no_memories(whole, folder):

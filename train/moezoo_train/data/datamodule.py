@@ -141,6 +141,7 @@ class TokenDataModule(LightningDataModule):
         self._train_batches: TrainingBatches | None = None
         self._order_before: dict[str, Any] | None = None
         self._stream: StreamedData | None = None
+        self.streams = stream
         if stream:
             if max_bytes is not None:
                 raise InputError("max_bytes: streamed text is not counted; set stream to false")
@@ -203,8 +204,7 @@ class TokenDataModule(LightningDataModule):
         if self._stream is not None:
             raise InputError("stream: streamed tokens are not counted beforehand; set it to false")
         found = [torch.from_numpy(each.token_counts("train")) for each in self.all_prepared]
-        counts = torch.stack(found).sum(0)
-        return F.pad(counts, (0, self.vocab_size - len(counts)))
+        return F.pad(sum(found[1:], found[0]), (0, self.vocab_size - len(found[0])))
 
     def prepare_data(self) -> None:
         """Make the tokens if they are missing or out of date; Lightning calls it in one process."""

@@ -1,10 +1,10 @@
 """Tables of layers that follow from the training data, its tokenizer, or a trained model.
 
 Roller et al. 2021, arXiv:2106.04426, section 3: ``balanced`` tables want the frequencies of the
-tokens, ``clustered`` and ``dispersed`` ones the token embeddings of a baseline. Memories of
-n-grams with ``compression`` want classes of tokens that read alike (Cheng et al. 2026,
-arXiv:2601.07372, section 2.2). All are built once, before a run begins, and belong to the model's
-state from then on.
+tokens, ``clustered`` and ``dispersed`` ones the token embeddings of a baseline. Memories of n-grams
+with ``compression`` want classes of tokens that read alike (Cheng et al. 2026, arXiv:2601.07372,
+section 2.2), and rows of tokens the training tokens (Tseng & De Sa 2026, arXiv:2601.21461, section
+3.2). All are built once, before a run begins, and belong to the model's state from then on.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from moezoo import Engram, HashLayer
+from moezoo import L3, Engram, HashLayer
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.directory import read_tensor, read_tokenizer
 from moezoo_models.text.classes import token_classes
@@ -24,6 +26,9 @@ from moezoo_models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moezoo_train.trained import TakesHashTables
+
+MOST_TOKENS = 2_000_000
+"""Of a text that is cut into words: the most frequent ones are found by then."""
 
 EMBEDDINGS = "model.embed_tokens.weight"
 """Name of the token embeddings in our checkpoints, and in those of Llama and its kin."""
@@ -66,6 +71,7 @@ class HashTables(Callback):
         agreed = trainer.strategy.broadcast
         build_hash_tables(module.model, token_counts, embeddings, agreed)
         build_token_classes(module.model, getattr(data, "tokenizer", None), agreed)
+        allocate_rows(module.model, token_counts, lambda: first_tokens(data), agreed)
 
 
 def build_hash_tables(
@@ -137,6 +143,57 @@ def build_token_classes(
         if size not in classes:
             classes[size] = agreed(token_classes(tokenizer, size))
         layer.classify(classes[size])
+
+
+def allocate_rows(
+    model: nn.Module,
+    token_counts: Callable[[], Tensor],
+    text: Callable[[], tuple[Tensor, int | None]],
+    agreed: Callable[[Tensor], Tensor],
+) -> None:
+    """Give all tokens of all L3 that wait for it their rows.
+
+    Args:
+        model: whose layers.
+        token_counts: gives the tokens' frequencies, ``(V,)`` with V the model's vocabulary; called
+            only if a layer asks for them, once.
+        text: likewise, tokens of a text and the one that ends a document.
+        agreed: gives every process the first one's tensor.
+
+    Raises:
+        InputError: from the two functions.
+    """
+    waiting = [m for m in model.modules() if isinstance(m, L3) and m.missing_input]
+    kinds = {layer.missing_input for layer in waiting}
+    counts = token_counts() if "frequencies" in kinds else None
+    tokens, end = text() if "tokens" in kinds else (None, None)
+    for layer in waiting:
+        if layer.missing_input == "frequencies" and counts is not None:
+            layer.allocate(frequencies=F.pad(counts, (0, layer.vocab_size - len(counts))))
+        else:
+            layer.allocate(tokens=tokens, end=end)
+        layer.starts.copy_(agreed(layer.starts.cpu()))
+
+
+def first_tokens(data: Any) -> tuple[Tensor, int | None]:
+    """Return the first tokens of the training split, ``(any,)``, and the one that ends a document.
+
+    Of several sources there are as many of each, of all together two million at most.
+
+    Args:
+        data: a :class:`moezoo_train.data.datamodule.TokenDataModule`.
+
+    Raises:
+        InputError: it is another, or streams its text.
+    """
+    prepared = getattr(data, "all_prepared", None) if not getattr(data, "streams", False) else None
+    if prepared is None:
+        raise InputError(
+            "data: its tokens are not kept, in which rows by words are found; set stream to false, "
+            "or call allocate of the layers"
+        )
+    parts = [each.tokens("train")[: MOST_TOKENS // len(prepared)] for each in prepared]
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64)), data.tokenizer.eos_id
 
 
 def baseline_embeddings(
