@@ -92,6 +92,7 @@ def test_recipes_differ_in_the_feed_forward_layer_only(path):
             "ffn",
             "router_input",
             "ffn_rules",
+            "memory",
             "allow_non_causal",
             "hash_embeddings_from",
             "qk_norm",

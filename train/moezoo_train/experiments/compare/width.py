@@ -28,6 +28,8 @@ WIDTHS: dict[type[FeedForward], str] = {
     moezoo.STEM: "d_ff",
     moezoo.MoLE: "d_ff",
     moezoo.Engram: "d_ff",
+    moezoo.L3: "d_up",
+    moezoo.PerLayerEmbedding: "d_row",
 }
 """The argument that is solved for unless a row names another: it sets the active width."""
 
