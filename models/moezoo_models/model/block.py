@@ -76,7 +76,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.self_attn: SelfAttention = kind(config, layer_idx)
         self.layer_idx, self._num_layers = layer_idx, config.num_hidden_layers
         self.mlp = build_feed_forward(config, layer_idx)
-        memories = build_memories(config, layer_idx)
+        # In the order in which they answer.
+        late = "after_feed_forward"
+        memories = sorted(build_memories(config, layer_idx), key=lambda m: m[1].added == late)
         self.memory_rules = [number for number, _ in memories]
         self.memories = nn.ModuleList(layer for _, layer in memories)
         self.router_input = config.router_input(layer_idx)

@@ -9,6 +9,7 @@ from moezoo.feed_forward import FeedForward
 from moezoo_models import MoezooConfig
 from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
 from moezoo_models.decoding.eligible import ineligible
+from moezoo_models.inspect.common import routed_by_name
 
 END = 5
 SMALL = {"num_heads": 2, "num_rows": 40, "boundary_id": END}
@@ -137,6 +138,42 @@ def test_a_memory_reads_the_stream_before_attention_and_is_added_to_it(engram, i
     assert torch.equal(seen["norm"][0], read + answer.hidden)
     assert [float(stats["tokens"]) for stats in output.memory_stats] == [24.0, 24.0]
     assert len(output.ffn_stats) == 3
+
+
+def test_several_memories_answer_in_the_order_of_the_stream(make, rules, ids):
+    """Each with what it asks for, and their statistics in that order; usage names them apart."""
+    rule = rules["rule"]
+    memory = [
+        rule("PerLayerEmbedding", [1], d_row=5),
+        rule("L3", "all"),
+        rule("Engram", 1, **SMALL),
+    ]
+    model = skewed(make(memory=memory).double())
+    seen = []
+    for _, layer in model.model.added_layers():
+        layer.register_forward_pre_hook(
+            lambda layer, given, options: seen.append((layer, given[0], options)), with_kwargs=True
+        )
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+    names = [type(layer).__name__ for layer, _, _ in seen]
+    behind = ["DenseFFN", "PerLayerEmbedding"]
+    assert names == ["L3", "DenseFFN", "L3", "Engram", *behind, "L3", "DenseFFN"]
+    layer, read, options = seen[5]
+    assert torch.equal(options["embeddings"], model.model.embed_tokens(ids))
+    with torch.no_grad():
+        assert torch.equal(read + layer(read, **options).hidden, output.hidden_states[2])
+    assert [len(output.ffn_stats), len(output.memory_stats)] == [3, 5]
+    counts = [stats["expert_counts"].numel() for stats in output.memory_stats]
+    hashed = model.model.layers[1].memories[1].hash.total_rows
+    assert counts == [244, 244, hashed, 61, 244]
+    assert list(routed_by_name(model))[:2] == ["layer 0, memory 0", "layer 1, memory 0"]
+    torch.testing.assert_close(
+        stepped(model, ids, torch.ones_like(ids), [7, 8, 12], None),
+        output.logits,
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 def test_memories_of_a_model_have_hash_functions_of_their_own(engram, ids, tmp_path):

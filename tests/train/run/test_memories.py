@@ -14,8 +14,11 @@ from moezoo_models.export.stock import export_stock
 from moezoo_models.text.classes import token_classes
 from moezoo_train.data.prepared import PreparedData
 from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.measure.throughput import count_parameters, ffn_layers, forward_flops_per_token
+from moezoo_train.plan.trace import _kinds
 from moezoo_train.run import hash_tables
 from moezoo_train.run.cli import run
+from moezoo_train.run.module import LanguageModel
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -130,6 +133,8 @@ def test_rows_of_tokens_follow_the_training_tokens(fit, folder):
     model, tokenizer = load_checkpoint(output / "model")
     names = [type(layer).__name__ for _, layer in model.model.added_layers()]
     assert names == ["DenseFFN", "L3", "PerLayerEmbedding"] * 2
+    in_turn = [type(layer).__name__ for layer in ffn_layers(model)]  # as are their statistics
+    assert in_turn == ["DenseFFN"] * 2 + ["L3", "PerLayerEmbedding"] * 2
     data = PreparedData.load(folder / "data")
     tokens = torch.from_numpy(data.tokens("train").astype("int64"))
     words, frequent = (model.model.layers[n].memories[0].starts.diff() for n in range(2))
@@ -138,6 +143,19 @@ def test_rows_of_tokens_follow_the_training_tokens(fit, folder):
     assert torch.equal(frequent, frequent_rows(torch.bincount(tokens, minlength=300), 500, 8))
     rows = read_metrics(output / "metrics.csv")
     assert [float(rows[0][f"experts/usage/memory_0{n}"]) > 0 for n in range(4)] == [True] * 4
+
+
+def test_costs_of_memories_count():
+    memory = {"layers": [1], "class_path": "moezoo.PerLayerEmbedding"}
+    with torch.device("meta"):
+        sizes = {"vocab_size": 50, "d_model": 16, "num_layers": 3, "num_heads": 2}
+        plain, module = (LanguageModel(**sizes, memory=rule).model for rule in (None, memory))
+        cost = module.model.layers[1].memories[0].cost()
+    more = [a - b for a, b in zip(count_parameters(module), count_parameters(plain), strict=True)]
+    assert more == [cost.total_parameters, cost.active_parameters]
+    flops = [forward_flops_per_token(each, 8) for each in (module, plain)]
+    assert flops[0] - flops[1] == cost.flops_per_token
+    assert _kinds(module) == [[0, 2], [1]]
 
 
 def test_a_stock_model_has_no_memories(whole, folder):

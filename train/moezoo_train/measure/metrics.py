@@ -26,6 +26,10 @@ _Stats = Sequence[Mapping[str, Tensor]]
 """Of each layer."""
 
 
+_Stats = Sequence[Mapping[str, Tensor]]
+"""Statistics of layers, in their order."""
+
+
 class TrainingMetrics(Callback):
     """Log what the training steps did since the last time, every ``log_every_n_steps``.
 
