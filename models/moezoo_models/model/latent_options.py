@@ -100,9 +100,8 @@ def latent_of(config: Any) -> LatentAttentionOptions | None:
         return LatentAttentionOptions(**own)
     if getattr(config, "kv_lora_rank", None) is None:
         return None
-    known = (field.name for field in fields(LatentAttentionOptions))
-    theirs: dict[str, Any] = {n: getattr(config, n) for n in known if hasattr(config, n)}
-    return LatentAttentionOptions(**theirs)
+    names = [spec.name for spec in fields(LatentAttentionOptions) if hasattr(config, spec.name)]
+    return LatentAttentionOptions(**{name: getattr(config, name) for name in names})
 
 
 def head_widths(config: Any) -> tuple[int, int]:

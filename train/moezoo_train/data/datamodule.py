@@ -9,11 +9,8 @@ would have had.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,30 +19,18 @@ from torch.utils.data import DataLoader
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
+from moezoo_train.data.loaders import whole_loader
 from moezoo_train.data.mixing import DataSource
-from moezoo_train.data.prepare import prepare
 from moezoo_train.data.prepared import PreparedData
-from moezoo_train.data.sources import (
-    Cutting,
-    TrainingBatches,
-    check_sources,
-    describe_batch,
-    prepare_sources,
-    prepared_place,
-    source_counts,
-    train_batches,
-    val_batches,
-)
+from moezoo_train.data.prepared_text import PreparedText
+from moezoo_train.data.sources import Cutting, check_sources
 from moezoo_train.data.streams.batches import StreamLoader
 from moezoo_train.data.streams.data import StreamedData
-from moezoo_train.data.windows import Batch, BatchNumbers, TokenBatches
+from moezoo_train.data.text import TrainedText
+from moezoo_train.data.windows import Batch
 
 NAMED = 8
 """Windows of a batch that a message names."""
-
-
-_RENAMED = {"output": "data_dir", "seed": "split_seed"}
-"""Options that `prepare` names otherwise than a run."""
 
 
 class TokenDataModule(LightningDataModule):
@@ -135,17 +120,14 @@ class TokenDataModule(LightningDataModule):
         self.split_seed = split_seed
         self.text_field = text_field
         self.max_bytes = max_bytes
-        self._prepared: PreparedData | None = None
         self._tokenizer: Tokenizer | None = None
-        self._all_prepared: list[PreparedData] | None = None
-        self._train_batches: TrainingBatches | None = None
         self._order_before: dict[str, Any] | None = None
-        self._stream: StreamedData | None = None
+        self._text: TrainedText
         self.streams = stream
         if stream:
             if max_bytes is not None:
                 raise InputError("max_bytes: streamed text is not counted; set stream to false")
-            self._stream = StreamedData(
+            self._text = StreamedData(
                 sources or [DataSource(source or "", 1.0, text_field, messages_field)],
                 tokenizer,
                 stream_readers,
@@ -153,6 +135,18 @@ class TokenDataModule(LightningDataModule):
                 val_fraction,
                 split_seed,
                 stream_val_bytes,
+            )
+        else:
+            self._text = PreparedText(
+                source,
+                sources,
+                data_dir,
+                tokenizer,
+                val_fraction,
+                split_seed,
+                text_field,
+                messages_field,
+                max_bytes,
             )
         if not stream and source is None and sources is None:
             self.vocab_size = self.prepared.vocab_size
@@ -164,113 +158,50 @@ class TokenDataModule(LightningDataModule):
     @property
     def prepared(self) -> PreparedData:
         """The tokens on disk; of several sources, those of the first."""
-        if self.sources is not None:
-            return self.all_prepared[0]
-        if self._prepared is None:
-            self._prepared = PreparedData.load(self.data_dir)
-        return self._prepared
+        return self.all_prepared[0]
 
     @property
     def all_prepared(self) -> list[PreparedData]:
-        """The tokens of each source."""
-        if self.sources is None:
-            return [self.prepared]
-        if self._all_prepared is None:
-            self._all_prepared = [
-                PreparedData.load(prepared_place(self.data_dir, source, number))
-                for number, source in enumerate(self.sources)
-            ]
-        return self._all_prepared
+        """The tokens of each source.
+
+        Raises:
+            InputError: text is streamed, and never on disk.
+        """
+        if not isinstance(self._text, PreparedText):
+            raise InputError("stream: streamed text has no prepared tokens; set it to false")
+        return self._text.prepared
 
     @property
     def bytes_per_token(self) -> float:
         """Validation bytes per validation token: bits per byte = nats / (ln 2 · this)."""
-        if self._stream is not None:
-            return self._stream.bytes_per_token
-        splits = [prepared.val for prepared in self.all_prepared]
-        return sum(s.bytes for s in splits) / sum(s.scored or s.tokens for s in splits)
+        return self._text.bytes_per_token
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the tokens."""
         if self._tokenizer is None:
-            own = self.tokenizer_name if self._stream is not None else None
-            self._tokenizer = load_tokenizer(own or self.prepared.tokenizer_directory)
+            self._tokenizer = load_tokenizer(self._text.tokenizer_place)
             self._tokenizer.set_trained()
         return self._tokenizer
 
     def token_counts(self) -> Tensor:
         """Count each token of the training split, of all sources: ``(vocab_size,)`` int64."""
-        if self._stream is not None:
-            raise InputError("stream: streamed tokens are not counted beforehand; set it to false")
-        found = [torch.from_numpy(each.token_counts("train")) for each in self.all_prepared]
-        return F.pad(sum(found[1:], found[0]), (0, self.vocab_size - len(found[0])))
+        counts = self._text.token_counts()
+        return F.pad(counts, (0, self.vocab_size - len(counts)))
 
     def prepare_data(self) -> None:
         """Make the tokens if they are missing or out of date; Lightning calls it in one process."""
-        if self._stream is not None:
-            return
-        if self.sources is not None:
-            assert self.tokenizer_name is not None
-            prepare_sources(
-                self.sources,
-                self.data_dir,
-                self.tokenizer_name,
-                val_fraction=self.val_fraction,
-                seed=self.split_seed,
-                max_bytes=self.max_bytes,
-            )
-            self._all_prepared = self._tokenizer = None
-        elif self.source is None:
-            self.prepared.check_sums()
-        else:
-            try:
-                prepare(
-                    source=self.source,
-                    output=self.data_dir,
-                    vocab_size=self.vocab_size,
-                    tokenizer=self.tokenizer_name,
-                    val_fraction=self.val_fraction,
-                    text_field=self.text_field,
-                    seed=self.split_seed,
-                    max_bytes=self.max_bytes,
-                    messages_field=self.messages_field,
-                )
-            except InputError as error:
-                field, _, problem = str(error).partition(": ")
-                if field not in _RENAMED:
-                    raise
-                raise InputError(f"{_RENAMED[field]}: {problem}") from error
-            self._prepared = self._tokenizer = None
+        self._text.prepare(self.vocab_size)
+        self._tokenizer = None
 
     def setup(self, stage: str | None = None) -> None:
         """Check that the tokens are there and fit the vocabulary."""
-        if self._stream is not None:
-            self._stream.check(self.trainer, stage)
-            return
-        for prepared in self.all_prepared:
-            if prepared.vocab_size > self.vocab_size:
-                raise InputError(
-                    f"vocab_size: the tokens in {prepared.directory} have {prepared.vocab_size} "
-                    f"ids, but the vocabulary is {self.vocab_size}; prepare them again"
-                )
-        if self.source is None and self.messages_field is not None and not self.prepared.chat:
-            raise InputError(
-                f"messages_field: the tokens in {self.data_dir} are of text; prepare them with it"
-            )
+        self._text.check(self.trainer, stage, self.vocab_size)
 
     def train_dataloader(self) -> DataLoader[Batch] | StreamLoader:
         """Return the loader of this process's training batches; its length is one epoch."""
-        if self._stream is not None:
-            self._warn_of_another_order()
-            return self._stream.train_loader(
-                self._cutting(), self._batches_processed, _loader_options(self.num_workers)
-            )
-        weights = [source.weight for source in self.sources or []]
-        batches = train_batches(self.all_prepared, weights, self._cutting())
-        self._train_batches = batches
         self._warn_of_another_order()
-        return _ResumableLoader(batches, self._batches_processed, self.num_workers)
+        return self._text.train_loader(self._cutting(), self._batches_processed, self.num_workers)
 
     def name_batch(self, back: int) -> str:
         """Return where the text of a training batch of this process is found, for messages.
@@ -278,26 +209,15 @@ class TokenDataModule(LightningDataModule):
         Args:
             back: batches between the current one and that.
         """
-        number = self._batches_processed() - back
-        if self._stream is not None:
-            return self._stream.describe(number, NAMED)
-        assert self._train_batches is not None
-        return describe_batch(self.all_prepared, self._train_batches, number, NAMED)
+        return self._text.describe(self._batches_processed() - back, NAMED)
 
     def source_counts(self) -> list[dict[str, Any]]:
         """Return how much was trained on of each of several sources: path, windows, tokens, ..."""
-        processed = self._batches_processed()
-        if self._stream is not None:
-            return self._stream.source_counts(processed, self.sequence_length)
-        return source_counts(self.sources or [], self._train_batches, processed)
+        return self._text.source_counts(self._batches_processed(), self.sequence_length)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this process's validation batches."""
-        if self._stream is not None:
-            batches = self._stream.val_batches(self._cutting())
-        else:
-            batches = val_batches(self.all_prepared, self._cutting())
-        return _loader(batches, BatchNumbers(batches), self.num_workers)
+        return whole_loader(self._text.val_batches(self._cutting()), self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the validation batches: there is no third split."""
@@ -306,36 +226,21 @@ class TokenDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what the order of the batches depends on."""
         processed = self._batches_processed()
-        state = {"batches_processed": processed, "order": self._order()}
-        return state if self._stream is None else state | self._stream.state_dict(processed)
+        state = {"batches_processed": processed, "order": self._text.order(self._cutting())}
+        return state | self._text.state_dict(processed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the order to compare it; the position comes back with the trainer's count."""
         self._order_before = state_dict["order"]
-        if self._stream is not None:
-            self._stream.load_state_dict(state_dict)
-
-    def _order(self) -> dict[str, Any]:
-        if self._stream is not None:
-            return {**self._stream.order(self.sequence_length), "batch_size": self.batch_size}
-        inputs = [prepared.inputs for prepared in self.all_prepared]
-        several = {} if self.sources is None else {"weights": [s.weight for s in self.sources]}
-        return {
-            "tokens": inputs[0] if self.sources is None else inputs,
-            **several,
-            "sequence_length": self.sequence_length,
-            "batch_size": self.batch_size,
-            "processes": self._data_parallel()[0],
-            "seed": self.seed,
-        }
+        self._text.load_state_dict(state_dict)
 
     def _warn_of_another_order(self) -> None:
         before, self._order_before = self._order_before, None
         if before is None:
             return
-        changed = [name for name, value in self._order().items() if before.get(name) != value]
-        if self._stream is not None:
-            self._stream.check_order(changed)
+        order = self._text.order(self._cutting())
+        changed = [name for name, value in order.items() if before.get(name) != value]
+        self._text.check_order(changed)
         if changed:
             rank_zero_warn(
                 f"data: resumed with other {', '.join(changed)} than in the checkpoint, so the "
@@ -359,42 +264,3 @@ class TokenDataModule(LightningDataModule):
         return int(
             self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["total"]["processed"]
         )
-
-
-class _ResumableLoader(DataLoader[Batch]):
-    """Training batches from the trainer's position on.
-
-    Having a state tells Lightning that resuming within an epoch is safe; it is written for the
-    reader of a checkpoint, as the position is restored with the trainer's own progress.
-    """
-
-    def __init__(self, batches: TokenBatches, position: Callable[[], int], workers: int) -> None:
-        sampler = BatchNumbers(batches, first=position)
-        super().__init__(batches, sampler=sampler, **_loader_options(workers))
-        self._position = position
-
-    def state_dict(self) -> dict[str, int]:
-        return {"batches_processed": self._position()}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        pass
-
-
-def _loader(batches: TokenBatches, sampler: BatchNumbers, workers: int) -> DataLoader[Batch]:
-    return DataLoader(batches, sampler=sampler, **_loader_options(workers))
-
-
-def _loader_options(workers: int) -> dict[str, Any]:
-    return {
-        "batch_size": None,  # an item is a whole batch already
-        "num_workers": workers,
-        "worker_init_fn": _leave_signals_to_parent,
-        "persistent_workers": workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-    }
-
-
-def _leave_signals_to_parent(_: int) -> None:
-    """Ignore Ctrl-C in a worker process, which a terminal sends to it as well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

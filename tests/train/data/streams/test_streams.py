@@ -217,15 +217,15 @@ def fit(data, folder, steps, resume=None, **options):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(workers, make, tmp_path):
     whole = fit(make(), tmp_path, 23)
-    assert whole.seen == ids(batches(make()._stream.texts, 23))
+    assert whole.seen == ids(batches(make()._text.texts, 23))
     assert len({str(batch) for batch in whole.seen}) == 23
     fit(make(), tmp_path, 11)
     rest = fit(make(num_workers=workers), tmp_path, 23, tmp_path / "11.ckpt")
     assert rest.seen == whole.seen[11:]
     again = fit(make(), tmp_path, 30, tmp_path / "23.ckpt")
-    assert again.seen == ids(batches(make()._stream.texts, 30))[23:]
+    assert again.seen == ids(batches(make()._text.texts, 30))[23:]
     held = whole.validated[: len(whole.validated) // 4]
-    assert held == make()._stream.held_out[0].tokens.tolist()[1:]
+    assert held == make()._text.held_out[0].tokens.tolist()[1:]
 
 
 def test_epochs_of_a_limited_length_go_on_too(make, tmp_path):
@@ -268,8 +268,8 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(corpus, words, monkeypatch
         return StreamedData([DataSource(corpus)], words, READERS, 0, 0.1, 0, 1000)
 
     def train(data, processes, count, processed=0):
-        cutting, options = Cutting(S, B, 0, 258, *processes), {"num_workers": 0, "batch_size": None}
-        loader = data.train_loader(cutting, lambda: processed, options)
+        cutting = Cutting(S, B, 0, 258, *processes)
+        loader = data.train_loader(cutting, lambda: processed, workers=0)
         return [batch["input_ids"].tolist() for batch in islice(loader, count)]
 
     def gather(own):

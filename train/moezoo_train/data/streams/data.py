@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from moezoo.errors import InputError, check_int
 from moezoo_train.checkpoint_structure import is_whole
+from moezoo_train.data.loaders import loader_options
 from moezoo_train.data.mixing import DataSource, JoinedBatches, Schedule
 from moezoo_train.data.sources import Cutting, check_sources
 from moezoo_train.data.streams.batches import (
@@ -103,11 +105,24 @@ class StreamedData:
         tokens = sum(len(each.tokens) for each in self.held_out)
         return sum(each.bytes for each in self.held_out) / tokens
 
+    @property
+    def tokenizer_place(self) -> str:
+        """The tokenizer that was named."""
+        return self._tokenizer
+
+    def token_counts(self) -> Tensor:
+        """Refuse to count what is not there yet.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("stream: streamed tokens are not counted beforehand; set it to false")
+
+    def prepare(self, vocab_size: int) -> None:
+        """Do nothing: nothing is kept."""
+
     def train_loader(
-        self,
-        cutting: Cutting,
-        processed: Callable[[], int],
-        options: Mapping[str, Any],
+        self, cutting: Cutting, processed: Callable[[], int], workers: int
     ) -> StreamLoader:
         """Return the loader of a process's training batches, which has no end.
 
@@ -116,7 +131,7 @@ class StreamedData:
         """
         size, length = cutting.batch_size, cutting.sequence_length
         numbering = Numbering(size, cutting.world_size, cutting.rank, self.readers)
-        numbering.check_workers(options["num_workers"])
+        numbering.check_workers(workers)
         weights = [source.weight for source in self.sources]
         progress = self._progress = Progress(numbering)
         if self._loaded is not None:
@@ -125,9 +140,8 @@ class StreamedData:
         def open_batches(positions: dict[int, list[Position]], first: int) -> StreamBatches:
             return StreamBatches(self.texts, weights, length, numbering, positions, first)
 
-        return StreamLoader(
-            open_batches, progress, processed, {**options, "persistent_workers": False}
-        )
+        options = {**loader_options(workers), "persistent_workers": False}
+        return StreamLoader(open_batches, progress, processed, options)
 
     def val_batches(self, cutting: Cutting) -> TokenBatches:
         """Return a process's validation batches: what is held out, each window once."""
@@ -139,7 +153,7 @@ class StreamedData:
         windows = [ValBatches(tokens, length, 1, vocab_size=vocab_size) for tokens in found]
         return JoinedBatches(windows, size, rank, world_size)
 
-    def check(self, trainer: Trainer | None, stage: str | None) -> None:
+    def check(self, trainer: Trainer | None, stage: str | None, vocab_size: int) -> None:
         """Look at the files, and read what is held out.
 
         Raises:
@@ -165,14 +179,15 @@ class StreamedData:
                 f"{', '.join(wrong)} in data; set that back, or begin another run"
             )
 
-    def order(self, sequence_length: int) -> dict[str, Any]:
+    def order(self, cutting: Cutting) -> dict[str, Any]:
         """Return what a position depends on."""
         return {
             "text": [text.fingerprint() for text in self.texts],
             "weights": [source.weight for source in self.sources],
-            "sequence_length": sequence_length,
+            "sequence_length": cutting.sequence_length,
             "stream_readers": self.readers,
             "seed": self._settings[1],
+            "batch_size": cutting.batch_size,
         }
 
     def state_dict(self, processed: int) -> dict[str, Any]:
@@ -215,7 +230,7 @@ class StreamedData:
         more = ", …" if len(found) > named else ""
         return f"batch {number + 1}, whose windows are of {', '.join(found[:named])}{more}"
 
-    def source_counts(self, processed: int, length: int) -> list[dict[str, Any]]:
+    def source_counts(self, processed: int, sequence_length: int) -> list[dict[str, Any]]:
         """Return how much was trained on of each of several texts, over all processes.
 
         How often that goes through a text is a mean over the readers of this process.
@@ -231,7 +246,7 @@ class StreamedData:
                 "path": source.path,
                 "weight": source.weight,
                 "windows": taken[number],
-                "tokens": taken[number] * length,
+                "tokens": taken[number] * sequence_length,
                 "epochs": self._epochs(progress, number),
             }
             for number, source in enumerate(self.sources)
