@@ -8,8 +8,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from moezoo.routing.losses import sum_over_ranks
 from moezoo_models.model.head import IGNORED
 from moezoo_train.measure.expert_load import precise
+from moezoo_train.parallel.distributed import process_count
 
 
 class EvaluatedModule(LightningModule):
@@ -58,3 +60,12 @@ class EvaluatedModule(LightningModule):
         if bytes_per_token:
             metrics[f"{stage}/bits_per_byte"] = loss / math.log(2) / bytes_per_token
         self.log_dict(metrics)
+
+
+def share_of_scored(labels: Tensor) -> Tensor:
+    """Return how many tokens this process scores, over the mean of all processes.
+
+    Losses times that have as their mean over processes the mean over all tokens.
+    """
+    scored = (labels != IGNORED).sum()
+    return scored * process_count() / sum_over_ranks(scored).clamp(min=1)

@@ -19,11 +19,9 @@ from transformers import PreTrainedModel
 from moezoo import DenseFFN, FeedForward
 from moezoo.errors import InputError, check_int
 from moezoo.router_input import FFN_INPUT, RouterInput
-from moezoo.routing.losses import sum_over_ranks
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.adapters.transformers import set_attention_backend
 from moezoo_models.checkpoints.stock import predict
-from moezoo_models.model.head import IGNORED
 from moezoo_models.model.initialization import DeferredInit, deferred_init
 from moezoo_models.model.latent_options import LatentAttentionOptions
 from moezoo_models.text.tokenizer import Tokenizer
@@ -62,7 +60,7 @@ from moezoo_train.parallel.fit_strategy import check_sparse_gradients, paralleli
 from moezoo_train.parallel.state_dicts import full_shape_state_dict, full_state_dict, is_sharded
 from moezoo_train.parallel.zero import ZeROStrategy
 from moezoo_train.run.callbacks import RandomState
-from moezoo_train.run.evaluated import EvaluatedModule
+from moezoo_train.run.evaluated import EvaluatedModule, share_of_scored
 from moezoo_train.run.guard import SpikeRule, StepGuard
 from moezoo_train.run.hash_tables import HashTables
 from moezoo_train.run.presets import check_preset
@@ -87,8 +85,7 @@ class LanguageModel(EvaluatedModule):
         rope_theta: base of the rotary embedding.
         qk_norm: normalise queries and keys, as Qwen3 does.
         qk_norm_over: per ``head``, or over all heads of a ``projection``, as OLMoE does.
-        latent_attention: multi-head latent attention, as DeepSeek-V2 has, with these options;
-            default: grouped-query attention.
+        latent_attention: options of DeepSeek-V2's attention, in place of grouped queries.
         attention_bias: biases in the query, key and value projections, as Qwen2 has.
         attention_output_bias: a bias in the attention's output projection, as GPT-OSS has.
         norm_eps: added to mean squares in norms.
@@ -267,9 +264,7 @@ class LanguageModel(EvaluatedModule):
         self._ffn_stats = (*output.ffn_stats, *(output.memory_stats or ()))
         loss, lm_loss = output.loss, output.lm_loss
         if process_count() > 1:
-            # The mean over processes is to be the mean over all tokens that are scored.
-            scored = (batch["labels"] != IGNORED).sum()
-            share = scored * process_count() / sum_over_ranks(scored).clamp(min=1)
+            share = share_of_scored(batch["labels"])
             loss, lm_loss = loss + (share - 1.0) * lm_loss, lm_loss * share
         self._losses.append(loss.detach())
         return {
