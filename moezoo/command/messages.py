@@ -203,8 +203,8 @@ def _unrecognized(arguments: str, known: list[str], prefix: str, owner: str) -> 
 
 _ELSEWHERE = {
     "model.preset": (
-        "fit, validate, test and plan take presets; compare puts its own layers into a decoder of "
-        "model.d_model, num_layers and num_heads, so give those"
+        "fit, validate, test and plan take presets; compare puts layers into a decoder of "
+        "model.d_model, num_layers and num_heads, so give those, and the preset as a row of methods"
     )
 }
 """Options of other commands that one may look for, and why they are not here."""

@@ -131,6 +131,18 @@ def describe_preset(model: Mapping[str, Any], config: PreTrainedConfig) -> str |
     return f"{text}; without {without}" if without else text
 
 
+def block_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the class path and the arguments of a preset's feed-forward layer.
+
+    Of its blocks in general: exceptions for single blocks are left out.
+
+    Raises:
+        InputError: there is no preset of that name; the nearest is proposed.
+    """
+    ffn = with_methods(read_settings(str(_find(name))))["model"]["ffn"]
+    return ffn["class_path"], ffn["init_args"]
+
+
 def _find(name: Any) -> Path:
     if name not in PUBLISHED:
         raise InputError(f"model.preset: there is no '{name}'{nearest(str(name), PUBLISHED)}")

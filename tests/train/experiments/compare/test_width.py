@@ -3,16 +3,21 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 import moezoo
 from moezoo import InputError
 from moezoo.command.parser import function_parser
+from moezoo_train.experiments.common.options import ModelOptions, TextOptions
 from moezoo_train.experiments.compare import compare
 from moezoo_train.experiments.compare.curves import flops_per_token
 from moezoo_train.experiments.compare.runs import plan
 from moezoo_train.experiments.compare.settings import Experiment, feed_forward_methods, find_method
 from moezoo_train.experiments.compare.settings import parse_methods as parse
 from moezoo_train.experiments.compare.width import WIDTHS, match_flops
+from moezoo_train.optim.optimizer import OptimizerConfig
+from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.presets import FOLDER
 
 CONFIGS = sorted((Path(__file__).parents[4] / "configs/experiments/compare").glob("*.yaml"))
 TARGET = 4 * 128 * 512
@@ -111,3 +116,31 @@ def test_a_layer_of_ones_own_must_name_its_width():
     ):
         match_flops(method, 128, TARGET, arguments={})
     assert match_flops(method, 128, TARGET, arguments={}, width="d_ff").arguments == {"d_ff": 341}
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-V2-Lite", "GPT-OSS-20B", "Mixtral-8x7B", "Qwen3-8B"])
+def test_a_presets_layer_is_a_row_of_the_width_that_costs_the_same(name):
+    options = {"ablation": False, "baseline": "dense_mlp", "max_steps": 1, "tolerance": 0.05}
+    experiment = Experiment(
+        methods=parse({"dense_mlp": {}, name: {}, "again": {"method": name}}),
+        layers="all",
+        seeds=(0,),
+        model=ModelOptions(),
+        text=TextOptions(),
+        optimizer=OptimizerConfig(),
+        schedule=ScheduleConfig(),
+        precision="32-true",
+        **options,
+    )
+    _, run, again = plan(experiment)
+    assert again.ffn == run.ffn
+    assert abs(run.flops_ratio - 1) <= 0.05
+    published = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["model"]["ffn"]
+    options = published["init_args"] | {run.width: run.ffn["init_args"][run.width]}
+    assert options != published["init_args"]
+    kind = published["class_path"].removeprefix("moezoo.")
+    method = next(m for m in moezoo.zoo() if kind in (m.name, m.layer.__name__))
+    if kind != method.name:  # a class's own defaults, not those of a method
+        method = moezoo.Method(name, method.layer, method.paper)
+    expected = method.build(128, **options).config()["init_args"]
+    assert {"d_model": 128, **run.ffn["init_args"]} == expected

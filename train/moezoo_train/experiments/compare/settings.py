@@ -13,11 +13,13 @@ import yaml
 
 import moezoo
 from moezoo.errors import InputError, check_choice, check_int, check_number, nearest
-from moezoo.feed_forward import select_layers
+from moezoo.feed_forward import Paper, registered, select_layers
 from moezoo.router_input import RouterInput
 from moezoo_train.experiments.common.options import ModelOptions, TextOptions
+from moezoo_train.experiments.compare.width import WIDTHS
 from moezoo_train.optim.optimizer import OptimizerConfig
 from moezoo_train.optim.schedule import ScheduleConfig
+from moezoo_train.run.presets import PUBLISHED, block_of
 
 MEASURES = {"loss": "val_loss", "busiest": "busiest", "unevenness": "unevenness"}
 """Measures that a claim may compare, and the field of a run's result that holds each."""
@@ -28,7 +30,8 @@ class MethodOptions:
     """One row of the table.
 
     Attributes:
-        method: name of a method of the zoo; default: the row's own name.
+        method: name of a method of the zoo, or of a preset, whose layer it is then; default: the
+            row's own name.
         arguments: arguments of the layer that differ from the method's.
         router_input: what the router reads in those blocks (``ffn_input``, ``pre_attention`` or
             ``post_attention``); default: as in the method's paper.
@@ -214,13 +217,18 @@ def _named(key: str, cls: Any, options: dict[str, Any]) -> Any:
 
 
 def find_method(key: str, name: str) -> moezoo.Method:
-    """Look a feed-forward method of the zoo up.
+    """Look a feed-forward method of the zoo up, or the layer of a preset, without its width.
 
     Raises:
         InputError: there is none of that name.
     """
     methods = {method.name: method for method in feed_forward_methods()}
-    return methods[check_choice(key, name, methods)]
+    if check_choice(key, name, [*methods, *PUBLISHED]) in methods:
+        return methods[name]
+    class_path, arguments = block_of(name)
+    layer = registered(class_path)
+    own = {key: value for key, value in arguments.items() if key != WIDTHS[layer]}
+    return moezoo.Method(name, layer, Paper("", 0, PUBLISHED[name].source, ""), own)
 
 
 def feed_forward_methods() -> list[moezoo.Method]:
