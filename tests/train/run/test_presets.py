@@ -137,6 +137,14 @@ def test_what_is_changed_of_a_preset_is_said():
     assert describe_preset(model, config) is None
 
 
+def test_a_rule_with_defaults_written_out_is_as_published():
+    config = built(parse("--model.preset=DeepSeekMoE-16B", "--model.num_layers=2")).model.config
+    model = parse("--model.preset=DeepSeekMoE-16B").model
+    assert describe_preset(model, config) == "preset DeepSeekMoE-16B: as published"
+    model.ffn_rules[0].ffn.init_args.d_ff = 64
+    assert "changed ffn_rules [{'layers': [0], " in describe_preset(model, config)
+
+
 def test_a_plan_takes_a_preset(capsys):
     words = ["--model.preset", "Qwen3-0.6B", "--model.num_layers", "2", *PLAN]
     assert main(["plan", *words]) == 0

@@ -124,7 +124,7 @@ def describe_preset(model: Mapping[str, Any], config: PreTrainedConfig) -> str |
     changed = [
         f"{key} {own.get(key)} (published: {value})"
         for key, value in published.items()
-        if own.get(key) != value
+        if not _holds(own.get(key), value)
     ]
     text = f"preset {name}: " + (f"changed {', '.join(changed)}" if changed else "as published")
     without = PUBLISHED[name].without
@@ -157,6 +157,18 @@ def _given(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield option, value
         elif number + 1 < len(words):
             yield option, words[number + 1]
+
+
+def _holds(own: Any, published: Any) -> bool:
+    """Return whether an option is as published; of a rule, what is published of it."""
+    if not (isinstance(own, list) and isinstance(published, list)) or len(own) != len(published):
+        return bool(own == published)
+    return all(
+        all(rule.get(key) == value for key, value in theirs.items())
+        if isinstance(theirs, Mapping)
+        else rule == theirs
+        for rule, theirs in zip(own, published, strict=True)
+    )
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
