@@ -9,6 +9,7 @@ from moezoo_kernels import backends
 from moezoo_kernels.backends import use
 from moezoo_kernels.grouped_mlp import grouped_mlp
 from moezoo_kernels.linear_cross_entropy import linear_cross_entropy
+from moezoo_kernels.ngram_rows import ngram_rows
 from moezoo_kernels.product_key_top_k import product_key_top_k
 from moezoo_kernels.rank_one_experts import rank_one_experts
 from moezoo_kernels.selective_mlp import selective_mlp
@@ -21,6 +22,7 @@ __all__ = [
     "grouped_mlp",
     "leaf_mlp",
     "linear_cross_entropy",
+    "ngram_rows",
     "path_neurons",
     "product_key_top_k",
     "rank_one_experts",

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int
+from moezoo_kernels.ngram_rows import ngram_rows
+from moezoo_kernels.ngram_rows.plain import tokens_by_distance
 
 Hash = Literal["splitmix", "numpy", "polynomial"]
 HASHES = ("splitmix", "numpy", "polynomial")
@@ -35,7 +37,6 @@ _MASK = (1 << 64) - 1
 _LARGEST = (1 << 63) - 1
 _LAYER = 10007
 _GAMMA = 0x9E3779B97F4A7C15
-_BLOCK = 1 << 14  # tokens whose mixes stay in a core's cache
 
 
 class NGramHash(nn.Module):
@@ -160,104 +161,37 @@ class NGramHash(nn.Module):
         Returns:
             ``(H, ..., S)`` int64.
         """
-        by_distance = self._tokens(token_ids, mask, length)
-        shape = by_distance[0].shape
-        tokens = [each.reshape(-1) for each in by_distance]
-        address = self._polynomials if self.hash_function == "polynomial" else self._mixes
-        return address(tokens).reshape(len(self.sizes), *shape)
+        begin = max(token_ids.shape[-1] - length - self.reach, 0)
+        rows = ngram_rows(
+            token_ids[..., begin:],
+            None if mask is None else mask[..., begin:],
+            self.compressed,
+            self.multipliers,
+            self.sizes,
+            self.offsets,
+            orders=self.reach,
+            boundary=self.boundary_id,
+            length=length,
+        )
+        return rows.movedim(-1, 0)
 
-    def _tokens(self, token_ids: Tensor, mask: Tensor | None, length: int) -> list[Tensor]:
-        """Return the tokens at distances 0 … N - 1 before each place, ``(..., S)`` each."""
-        missing = length + self.reach - token_ids.shape[-1]
-        begin = max(-missing, 0)
-        token_ids = token_ids[..., begin:]
-        tokens, nowhere = self.compressed[token_ids], self.compressed[-1]
-        # True where the token to the right sees nothing of this one.
-        ends = None if self.boundary_id is None else token_ids == self.boundary_id
-        if mask is not None:
-            padding = ~mask[..., begin:]
-            ends = padding if ends is None else ends | padding
-        if missing > 0:
-            outside = nowhere.expand(*tokens.shape[:-1], missing)
-            tokens = torch.cat([outside, tokens], dim=-1)
-            if ends is not None:
-                ends = torch.cat([torch.zeros_like(outside, dtype=torch.bool), ends], dim=-1)
-        found = [tokens[..., self.reach :]]
-        hidden: Tensor | None = None
-        for distance in range(1, self.max_ngram):
-            here = slice(self.reach - distance, self.reach - distance + length)
-            earlier = tokens[..., here]
-            if ends is not None:
-                hidden = ends[..., here] if hidden is None else hidden | ends[..., here]
-                earlier = torch.where(hidden, nowhere, earlier)
-            found.append(earlier)
-        return found
+    def owners(self, token_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
+        """Return what the last ``length`` tokens are addressed by, ``(..., S, N)`` int64.
 
-    def _mixes(self, tokens: list[Tensor]) -> Tensor:
-        """Return the rows ``(H, T)`` of tokens ``(T,)`` at each distance."""
-        mix_T, mixes = tokens[0] * self.multipliers[0], []
-        for distance in range(1, self.max_ngram):
-            mix_T = mix_T ^ (tokens[distance] * self.multipliers[distance])
-            mixes.append(mix_T)
-        return _remainders(torch.stack(mixes), self.sizes, self.offsets)
+        The classes of a token and of those before it, the nearest first, as far as they are seen.
+        An n-gram of order n is the first n of them: two that differ there may share a row.
 
-    def _polynomials(self, tokens: list[Tensor]) -> Tensor:
-        """Return the rows ``(H, T)`` by Horner's rule, of products below 2^63."""
-        rows = []
-        for head, (size, offset) in enumerate(zip(self.sizes, self.offsets, strict=True)):
-            order = 2 + head // self.num_heads
-            value = tokens[order - 1] % size
-            for distance in range(order - 2, -1, -1):
-                value = (value * self.vocab_size + tokens[distance]) % size
-            rows.append(value + offset)
-        return torch.stack(rows)
+        Args:
+            token_ids: as for :meth:`forward`, as mask and length.
+            mask: as there.
+            length: as there.
+        """
+        given = token_ids, mask, self.compressed, self.reach, self.boundary_id, length
+        return torch.stack(tokens_by_distance(*given), dim=-1)
 
     def extra_repr(self) -> str:
         """Show the size."""
         return f"{self.hash_function}, {self.total_rows} rows, orders 2 to {self.max_ngram}"
-
-
-@torch.library.custom_op("moezoo::ngram_remainders", mutates_args=())
-def _remainders(mixes: Tensor, sizes: list[int], offsets: list[int]) -> Tensor:
-    """Return ``mix mod size + offset`` of each head, ``(H, T)``, the heads of an order in turn.
-
-    On a CPU by numpy, which divides vectors by one number, where torch divides one by one.
-
-    Args:
-        mixes: ``(N - 1, T)`` int64, not negative; each order's.
-        sizes: of the H heads, as many of each order.
-        offsets: of the heads.
-    """
-    orders, count = mixes.shape
-    per_order = len(sizes) // orders
-    heads = list(enumerate(zip(sizes, offsets, strict=True)))
-    if mixes.device.type != "cpu":
-        return _plain_remainders(mixes, sizes, offsets)
-    # Its large arrays are of large pages, which are there sooner than many small ones.
-    found_HT = np.empty((len(sizes), count), np.uint64)
-    mixes_OT = mixes.numpy().view(np.uint64)
-    for start in range(0, count, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        whole = np.empty(min(_BLOCK, count - start), np.uint64)
-        for head, (size, offset) in heads:
-            mix, found = mixes_OT[head // per_order, block], found_HT[head, block]
-            np.floor_divide(mix, np.uint64(size), out=whole)
-            np.multiply(whole, np.uint64(size), out=whole)
-            np.subtract(mix, whole, out=found)
-            np.add(found, np.uint64(offset), out=found)
-    return torch.from_numpy(found_HT.view(np.int64))
-
-
-def _plain_remainders(mixes: Tensor, sizes: list[int], offsets: list[int]) -> Tensor:
-    """Return the same by torch's operators."""
-    per_order = len(sizes) // len(mixes)
-    heads = enumerate(zip(sizes, offsets, strict=True))
-    return torch.stack([mixes[h // per_order] % size + offset for h, (size, offset) in heads])
-
-
-@_remainders.register_fake
-def _(mixes: Tensor, sizes: list[int], offsets: list[int]) -> Tensor:
-    return mixes.new_empty(len(sizes), mixes.shape[1])
 
 
 def splitmix_multipliers(vocab_size: int, count: int, seed: int, index: int) -> list[int]:

@@ -96,18 +96,6 @@ def test_rows_follow_the_formula_at_every_size(kind, vocab_size, num_rows, max_n
     assert rows(hash_, ids) == [expected(hash_, ids, t) for t in range(300)]
 
 
-def test_remainders_are_those_of_whole_numbers_at_every_size(poison_empty):
-    """At the least and the largest mixes, next to multiples of a prime, in more than one block."""
-    for size in (2, 262139, 33554393, 2147483629):
-        near = ((1 << 63) - 1) - torch.arange(1000)
-        some = torch.randint((1 << 63) - 1, (20000,), generator=torch.Generator().manual_seed(size))
-        mixes = torch.cat([torch.arange(2000), near, some]).unsqueeze(0)
-        found = ngram._remainders(mixes, [size, 7], [5, 0])
-        for row, (modulus, offset) in enumerate(((size, 5), (7, 0))):
-            assert found[row].tolist() == [mix % modulus + offset for mix in mixes[0].tolist()]
-    torch.library.opcheck(ngram._remainders, (mixes[:, :9], [7, 11], [0, 7]))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_n_places_later_is_not_reached(kind):
     hash_ = NGramHash(50, max_ngram=3, num_heads=3, num_rows=97, hash_function=kind)

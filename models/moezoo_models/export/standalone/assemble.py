@@ -39,7 +39,7 @@ _SUBSTITUTES: dict[Target, Target] = {
     ("moezoo_models.files.loading", "GatedLoading"): (PLAIN, "GatedLoading"),
     (f"{_MODEL}.initialization", "current_deferred_init"): (PLAIN, "no_deferred_init"),
     (f"{_MODEL}.joint_attention", "_fused"): (PLAIN, "joint_attention_cpu"),
-    ("moezoo.routing.ngram", "_remainders"): ("moezoo.routing.ngram", "_plain_remainders"),
+    ("moezoo.routing.stats", "used_weight"): ("moezoo.routing.stats", "slot_weight"),
     ("moezoo.parallel", "own"): (PLAIN, "whole"),
     ("moezoo.parallel", "whole"): (PLAIN, "whole"),
     ("moezoo.parallel", "dispatch_tokens"): (PLAIN, "dispatch_tokens"),
@@ -55,6 +55,11 @@ _SUBSTITUTES: dict[Target, Target] = {
     ("moezoo_kernels.linear_cross_entropy", "linear_cross_entropy"): (
         PLAIN,
         "linear_cross_entropy",
+    ),
+    ("moezoo_kernels.ngram_rows", "ngram_rows"): ("moezoo_kernels.ngram_rows.plain", "ngram_rows"),
+    ("moezoo_kernels.ngram_rows.plain", "remainders"): (
+        "moezoo_kernels.ngram_rows.plain",
+        "plain_remainders",
     ),
     ("moezoo_kernels.product_key_top_k", "product_key_top_k"): (
         "moezoo_kernels.product_key_top_k.staircase",
