@@ -100,6 +100,69 @@ class RowSort {
   std::vector<int64_t> places_, begins_;
 };
 
+// The same order, in time and memory that do not grow with the table: passes over the assignments
+// by eleven bits of their rows each, the lowest first.
+class UsedRowSort {
+ public:
+  UsedRowSort(const int64_t* indices, int64_t count, int64_t num_rows)
+      : indices_(indices), count_(count), num_rows_(num_rows) {
+    while (num_rows >> (kBits * passes_)) ++passes_;
+  }
+
+  // The last pass writes `order`.
+  void sort(int64_t* dealt, int64_t* order) const {
+    const int64_t* from = nullptr;
+    for (int64_t pass = 0; pass < passes_; ++pass) {
+      int64_t* const to = (passes_ - pass) % 2 ? order : dealt;
+      sort_by_bits(from, to, kBits * pass);
+      from = to;
+    }
+  }
+
+  // Returns the number of rows, whose runs begin at `starts`; the last one's end is behind them.
+  int64_t find_runs(const int64_t* order, int64_t* rows, int64_t* starts) const {
+    int64_t found = 0, place = 0, before = -1;
+    for (; place < count_; ++place) {
+      const int64_t here = row(order[place]);
+      if (here == num_rows_) break;
+      if (here != before) {
+        rows[found] = before = here;
+        starts[found++] = place;
+      }
+    }
+    starts[found] = place;
+    return found;
+  }
+
+ private:
+  static constexpr int64_t kBits = 11;
+
+  int64_t row(int64_t assignment) const {
+    const uint64_t index = static_cast<uint64_t>(indices_[assignment]);
+    return index < static_cast<uint64_t>(num_rows_) ? static_cast<int64_t>(index) : num_rows_;
+  }
+
+  void sort_by_bits(const int64_t* from, int64_t* to, int64_t shift) const {
+    constexpr int64_t kMask = (int64_t{1} << kBits) - 1;
+    std::vector<int64_t> places(kMask + 1, 0);
+    const auto digit = [&](int64_t assignment) { return row(assignment) >> shift & kMask; };
+    for (int64_t a = 0; a < count_; ++a) ++places[digit(a)];
+    int64_t place = 0;
+    for (int64_t& counted : places) {
+      const int64_t begin = place;
+      place += counted;
+      counted = begin;
+    }
+    for (int64_t p = 0; p < count_; ++p) {
+      const int64_t assignment = from ? from[p] : p;
+      to[places[digit(assignment)]++] = assignment;
+    }
+  }
+
+  const int64_t* indices_;
+  int64_t count_, num_rows_, passes_ = 1;
+};
+
 template <class T, class Sum>
 void sum_rows(const SortedAssignments& sorted, const T* source, const float* weights,
               int64_t choices, int64_t width, Sum* sums, int32_t threads) {
@@ -122,6 +185,16 @@ MOEZOO_API void moezoo_sort_by_row(const int64_t* indices, int64_t count, int64_
                                    int64_t* dealt, int64_t* order, int64_t* starts,
                                    int32_t threads) {
   RowSort(indices, count, num_rows, dealt, order, starts, threads).run();
+}
+
+// The same, and the R rows that have an assignment: order (T J,), rows (T J,) of which the first R
+// are written, starts (T J + 1,) of which the first R + 1 are, found (1,) is R.
+MOEZOO_API void moezoo_sort_used_rows(const int64_t* indices, int64_t count, int64_t num_rows,
+                                      int64_t* dealt, int64_t* order, int64_t* rows,
+                                      int64_t* starts, int64_t* found, int32_t) {
+  const UsedRowSort sort(indices, count, num_rows);
+  sort.sort(dealt, order);
+  *found = sort.find_runs(order, rows, starts);
 }
 
 // sums (R, D) = Σ weights[t, j] source[t] over each row's run of assignments (t, j), added up in

@@ -35,7 +35,12 @@ class Assignments(NamedTuple):
 
 
 def sort_by_row(indices: Tensor, num_rows: int, only_used: bool) -> Assignments:
-    """Sort assignments by row, stably; ``only_used`` leaves out rows without an assignment."""
+    """Sort assignments by row, stably; ``only_used`` leaves out rows without an assignment.
+
+    Of a table with many more rows than assignments, time and memory do then not grow with it.
+    """
+    if only_used and num_rows > 2 * indices.numel():
+        return _sort_used(indices, num_rows)
     order, starts = _sort(indices, num_rows)
     if not only_used:
         return Assignments(order, starts, None)
@@ -60,6 +65,21 @@ def _sort(indices: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 @_sort.register_fake
 def _(indices: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return indices.new_empty(indices.numel()), indices.new_empty(num_rows + 1)
+
+
+def _sort_used(indices: Tensor, num_rows: int) -> Assignments:
+    """Return the assignments of the rows that have some; what is returned is no larger."""
+    flat = indices.reshape(-1).contiguous()
+    if native.unusable(indices.device, torch.float32) is None:
+        dealt, order, rows = (torch.empty_like(flat) for _ in range(3))
+        starts, found = flat.new_empty(flat.numel() + 1), flat.new_empty(1)
+        results = dealt, order, rows, starts, found
+        native.call("moezoo_sort_used_rows", flat, flat.numel(), num_rows, *results)
+        return Assignments(order, starts[: int(found) + 1], rows[: int(found)])
+    ordered, order = torch.where(flat < 0, num_rows, flat).sort(stable=True)
+    rows, counts = ordered.unique_consecutive(return_counts=True)
+    starts, used = F.pad(counts.cumsum(0), (1, 0)), int((rows < num_rows).sum())
+    return Assignments(order, starts[: used + 1], rows[:used])
 
 
 @torch.library.custom_op("moezoo::sum_rows", mutates_args=())

@@ -20,7 +20,7 @@ from moezoo.feed_forward import ParameterGroup
 from moezoo.routing.deferred import statistics
 from moezoo.routing.product_key import KeyInit, ProductKeys
 from moezoo.routing.query_network import QueryNetwork, QueryNorm
-from moezoo.routing.stats import SlotLoad, slot_load, slot_stats, slot_weight, usage
+from moezoo.routing.stats import SlotLoad, slot_load, slot_stats, usage, used_weight
 
 
 class KeyValueMemory(nn.Module):
@@ -143,7 +143,9 @@ class KeyValueMemory(nn.Module):
         num_slots = self.keys.num_slots
         stats = slot_stats(slots_THK, weights_THK, num_slots, mask_T)
         # Heads that agree on their best slot can hide behind the others: tell both.
-        stats["top1_usage"] = usage(slot_weight(slots_THK[..., :1], None, num_slots, mask_T))
+        stats["top1_usage"] = usage(
+            used_weight(slots_THK[..., :1], None, num_slots, mask_T), num_slots
+        )
         return stats
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -12,9 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moezoo_kernels.flops import has_data
+from moezoo_kernels.row_sums import sort_by_row
+
 MOST_COUNTS = 4096
 """Layers with more slots than this return no counts with every step, only their summary."""
 _STATISTICS_BLOCK = 1024  # tokens
+_MANY_SLOTS = 4  # times the choices: then most slots are chosen by none
+_UNIT = 2.0**-32
+"""Integers add up to the same total in any order, floats do not: weights are counted in these."""
 
 
 class SlotLoad(NamedTuple):
@@ -85,8 +91,7 @@ def slot_weight(
     Returns:
         ``(N,)`` fp32, fp64 for fp64 weights.
     """
-    # Integers add up to the same total in any order, floats do not: count in units of 2^-32.
-    unit = 1.0 if weights is None else 2.0**-32
+    unit = 1.0 if weights is None else _UNIT
     amounts = torch.ones_like(indices)
     dtype = torch.float32
     if weights is not None:
@@ -100,6 +105,28 @@ def slot_weight(
     slots = indices.clamp(min=0).reshape(-1)
     total.scatter_add_(0, slots, amounts.masked_fill(~kept, 0).reshape(-1))
     return total.to(dtype) * unit
+
+
+def used_weight(
+    indices: Tensor, weights: Tensor | None, num_slots: int, mask_T: Tensor | None = None
+) -> Tensor:
+    """Return what :func:`slot_weight` does, on a CPU without the slots that nothing chose.
+
+    Those are left out where they are most: a table of a gigabyte costs no more than the rows of it
+    that are read.
+    """
+    few = indices.device.type == "cpu" and num_slots > _MANY_SLOTS * indices.numel()
+    if not few or torch.compiler.is_compiling() or not has_data(indices):
+        return slot_weight(indices, weights, num_slots, mask_T)
+    if mask_T is not None:
+        indices = indices.masked_fill(~mask_T.reshape(-1, *(1,) * (indices.ndim - 1)), -1)
+    order, starts, _ = sort_by_row(indices.reshape(-1, 1), num_slots, only_used=True)
+    if weights is None:
+        return torch.diff(starts).to(torch.float32)
+    wide = _at_least_fp32(weights.detach())
+    amounts = (wide / _UNIT).round().to(torch.int64).reshape(-1)[order]
+    total = torch.cat([amounts.new_zeros(1), amounts.cumsum(0)])[starts]
+    return torch.diff(total).to(wide.dtype) * _UNIT
 
 
 def slot_load(
@@ -157,24 +184,37 @@ def slot_stats(
     """
     if mask_T is not None:
         indices = indices.masked_fill(~mask_T.reshape(-1, *(1,) * (indices.ndim - 1)), -1)
-    weight_N = slot_weight(indices, weights, num_slots)
-    tokens = count_tokens(indices, mask_T)
-    stats = {"tokens": tokens, "usage": usage(weight_N), "unevenness": kl_to_uniform(weight_N)}
+    weight_R = used_weight(indices, weights, num_slots)
+    stats = {
+        "tokens": count_tokens(indices, mask_T),
+        "usage": usage(weight_R, num_slots),
+        "unevenness": kl_to_uniform(weight_R, num_slots),
+    }
     if num_slots <= most_counts:
         stats["expert_counts"] = expert_counts(indices, num_slots)
     return stats
 
 
-def usage(weight_N: Tensor) -> Tensor:
-    """Return the fraction of slots with any weight."""
+def usage(weight_N: Tensor, num_slots: int | None = None) -> Tensor:
+    """Return the fraction of slots with any weight.
+
+    Args:
+        weight_N: of the slots.
+        num_slots: where some of no weight may be left out, the number of all.
+    """
     weight_N = _at_least_fp32(weight_N)
-    return (weight_N > 0).to(weight_N.dtype).mean()
+    return (weight_N > 0).to(weight_N.dtype).sum() / (num_slots or weight_N.numel())
 
 
-def kl_to_uniform(weight_N: Tensor) -> Tensor:
-    """Return ``KL(share || uniform)`` in nats: 0 when even, log N when one slot has it all."""
+def kl_to_uniform(weight_N: Tensor, num_slots: int | None = None) -> Tensor:
+    """Return ``KL(share || uniform)`` in nats: 0 when even, log N when one slot has it all.
+
+    Args:
+        weight_N: of the slots.
+        num_slots: where some of no weight may be left out, the number of all.
+    """
     share_N = _at_least_fp32(weight_N) / weight_N.sum().clamp(min=1e-30)
-    divergence = torch.special.xlogy(share_N, share_N * share_N.numel()).sum()
+    divergence = torch.special.xlogy(share_N, share_N * (num_slots or share_N.numel())).sum()
     return divergence.clamp(min=0.0)
 
 

@@ -36,11 +36,16 @@ def test_the_sort_is_stable_and_by_row(sorting, poison_empty, kind, count, rows)
     assert assignments.starts[-1] == count - counts[-1]
 
 
+@pytest.mark.parametrize("rows", [60, 200, 3000, 1 << 34])
 @pytest.mark.parametrize("kind", ["random", "one row", "none"])
-def test_used_rows_are_those_that_are_named(sorting, kind):
-    indices = _indices(kind, 50, 200)
-    assignments = sort_by_row(indices.reshape(10, 5), 200, only_used=True)
-    assert torch.equal(assignments.rows, indices[indices >= 0].unique())
+def test_used_rows_are_those_that_are_named(sorting, poison_empty, kind, rows):
+    indices = _indices(kind, 50, rows)
+    assignments = sort_by_row(indices.reshape(10, 5), rows, only_used=True)
+    keys = torch.where(indices < 0, rows, indices)
+    assert torch.equal(assignments.order, keys.sort(stable=True).indices)
+    used, counts = indices[indices >= 0].unique(return_counts=True)
+    assert torch.equal(assignments.rows, used)
+    assert torch.equal(torch.diff(assignments.starts), counts)
     assert assignments.starts[0] == 0
     assert assignments.starts[-1] == (indices >= 0).sum()
 

@@ -18,7 +18,15 @@ from moezoo.analysis.usage import (
     routed_layers,
     usage_of,
 )
-from moezoo.routing.stats import SlotLoad, kl_to_uniform, slot_load, slot_stats, slot_weight
+from moezoo.routing import stats
+from moezoo.routing.stats import (
+    SlotLoad,
+    kl_to_uniform,
+    slot_load,
+    slot_stats,
+    slot_weight,
+    used_weight,
+)
 
 D = 8
 
@@ -152,13 +160,32 @@ def test_masses_of_any_dtype_add_up_exactly(dtype):
 def test_statistics_list_few_slots_and_summarise_many():
     indices = torch.tensor([[0, 1], [0, -1], [4, 4]])
     mask = torch.tensor([True, True, False])
-    stats = slot_stats(indices, None, 5, mask)
-    assert {k: v.tolist() for k, v in stats.items() if k != "unevenness"} == {
+    found = slot_stats(indices, None, 5, mask)
+    assert {k: v.tolist() for k, v in found.items() if k != "unevenness"} == {
         "tokens": 2, "usage": pytest.approx(0.4), "expert_counts": [2, 1, 0, 0, 0],
     }  # fmt: skip
     assert "expert_counts" not in slot_stats(indices, None, 5, mask, most_counts=4)
     assert slot_load(indices, None, 5, mask, ranked=True).best.tolist() == [2, 0, 0, 0, 0]
     assert kl_to_uniform(torch.tensor([1.0, 1.0], dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_statistics_of_few_slots_of_many_are_those_of_all(weighted, monkeypatch):
+    """Those that nothing chose are left out; the figures stay."""
+    indices = torch.randint(-1, 40, (50, 2)) * 25
+    indices[indices < 0] = -1
+    weights = torch.rand(50, 2, dtype=torch.float64) if weighted else None
+    mask = torch.rand(50) < 0.7
+    few = slot_stats(indices, weights, 1000, mask, most_counts=0)
+    assert used_weight(indices, weights, 1000, mask).numel() <= 40
+    monkeypatch.setattr(stats, "used_weight", slot_weight)
+    every = slot_stats(indices, weights, 1000, mask, most_counts=0)
+    assert few.keys() == every.keys()
+    for name, value in every.items():
+        assert few[name].dtype == value.dtype
+        torch.testing.assert_close(few[name], value, rtol=1e-6, atol=1e-7)
+    nothing = slot_stats(torch.full((3, 2), -1), None, 1000, most_counts=0)
+    assert (nothing["usage"], nothing["unevenness"]) == (0, 0)
 
 
 class Stack(nn.Module):

@@ -25,6 +25,7 @@ KINDS = [  # one of each kind: the others differ in sizes, which a quick run rep
     "train-dense",
     "train-e8-bf16",
     "muon-demo",
+    "token-table-1gb",
     "decode-e8",
     "decode-e8-b8",
     "decode-dense",

@@ -4,11 +4,21 @@
 """
 
 from moezoo.bench.case import Case
-from moezoo_train.bench import commands, decoding, muon, preparing, selective, stock, training
+from moezoo_train.bench import (
+    commands,
+    decoding,
+    muon,
+    preparing,
+    selective,
+    stock,
+    token_table,
+    training,
+)
 
 CASES: list[Case] = [
     *training.CASES,
     *muon.CASES,
+    *token_table.CASES,
     *decoding.CASES,
     *selective.CASES,
     *stock.CASES,

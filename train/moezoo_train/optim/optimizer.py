@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer, SparseAdam
+from torch.optim import SGD, AdamW, Optimizer
 
 from moezoo import FeedForward, ParameterGroup, dtype_speed
 from moezoo.errors import InputError, check_choice, check_number
@@ -22,6 +22,7 @@ from moezoo.experts import MLPExperts
 from moezoo.matrices import Matrix
 from moezoo_models.checkpoints.stock import stacked_experts
 from moezoo_train.optim.muon import muon_step
+from moezoo_train.optim.row_adam import RowAdam
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def _muon_group(
 
 
 class CombinedOptimizer(Optimizer):
-    """Muon, and torch's AdamW and SparseAdam, as one optimizer.
+    """Muon, torch's AdamW, and SparseAdam by rows, as one optimizer.
 
     Learning-rate schedules, checkpoints and Lightning see a single ordinary optimizer.
     Three-dimensional parameters, which :class:`torch.optim.Muon` refuses, are stacks of matrices:
@@ -275,7 +276,7 @@ class CombinedOptimizer(Optimizer):
     def _share(self) -> None:
         """Create AdamW and SparseAdam for their groups, on this optimizer's groups and state."""
         self._parts: list[Optimizer] = []
-        for algorithm, part in (("adamw", AdamW), ("sparse_adam", SparseAdam)):
+        for algorithm, part in (("adamw", AdamW), ("sparse_adam", RowAdam)):
             own = [group for group in self.param_groups if group["algorithm"] == algorithm]
             if own:
                 # It keeps these very dictionaries and fills in its defaults.
