@@ -294,6 +294,24 @@ def chosen(
     return table.t()[token_ids]
 
 
+def keys(key: str, token_ids: Tensor, mask: Tensor | None, missing: int) -> Tensor:
+    """Return what each place in a sequence is hashed by, ``(..., L, 1)``, of bigrams ``(..., 2)``.
+
+    Args:
+        key: as of :func:`chosen`.
+        token_ids: ``(..., L)`` int64.
+        mask: ``(..., L)`` bool, true at real tokens.
+        missing: what stands where there is no such token.
+    """
+    if key == "position":
+        return positions(token_ids, mask).unsqueeze(-1)
+    if key == "bigram":
+        return torch.stack([shifted(token_ids, mask, -1, missing), token_ids], dim=-1)
+    offset = {"token": 0, "previous": -1, "future": 1}[key]
+    found = shifted(token_ids, mask, offset, missing) if offset else token_ids
+    return found.unsqueeze(-1)
+
+
 def positions(token_ids: Tensor, mask: Tensor | None) -> Tensor:
     """Count each sequence's real tokens from zero; ``(..., S)`` int64."""
     real = torch.ones_like(token_ids) if mask is None else mask.to(torch.int64)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moezoo.analysis.collision_picture import draw_collisions
+from moezoo.analysis.collisions import Collisions, collect_collisions
 from moezoo.analysis.heat_map import draw_usage
 from moezoo.analysis.usage import (
     Evenness,
@@ -42,10 +44,12 @@ class ModelUsage(Findings):
         loads: counts and weights of each slot, by the layer's name. A table of values that several
             layers share follows as ``layers 1 + 3``, summed over them.
         usages: the summaries of these loads.
+        collisions: of layers that hash, by name and by what is hashed.
     """
 
     loads: dict[str, SlotLoad]
     usages: dict[str, SlotUsage]
+    collisions: dict[str, dict[str, Collisions]]
 
 
 def inspect_usage(
@@ -59,7 +63,8 @@ def inspect_usage(
     The text is cut into windows; every token passes the model once, and what each layer would
     give its slots is added up: the weights (after the softmax), the choices, and first choices
     where they are ranked. Written to the output directory: usage.json and usage.csv with the
-    figures of the table, usage.png, a heat map, and usage.safetensors with the sum of every slot.
+    figures of the table, usage.png, a heat map, and usage.safetensors with the sum of every slot;
+    where layers hash tokens or n-grams, also what shares a slot, in usage.json and collisions.png.
 
     Args:
         checkpoint: directory of a checkpoint.
@@ -106,7 +111,11 @@ def count_usage(
     """
     stream = Stream.of(model, tokens, sequence_length, batch_size)
     layers = routed_by_name(model)
-    with evaluating(model), collect_loads(layers) as loads:
+    with (
+        evaluating(model),
+        collect_loads(layers) as loads,
+        collect_collisions(layers) as counters,
+    ):
         for _ in passes(model, stream):
             pass
     methods = {name: type(layer).__name__ for name, layer in layers.items()}
@@ -118,7 +127,13 @@ def count_usage(
             total = add_loads(total, loads[reader])
         loads[name] = total
     usages = {name: usage_of(load) for name, load in loads.items()}
-    return ModelUsage(len(stream.tokens), stream.sequence_length, methods, loads, usages)
+    collisions = {
+        name: {what: counter.collisions() for what, counter in own.items()}
+        for name, own in counters.items()
+    }
+    return ModelUsage(
+        len(stream.tokens), stream.sequence_length, methods, loads, usages, collisions
+    )
 
 
 def _print(usage: ModelUsage, inspection: Inspection) -> None:
@@ -132,6 +147,30 @@ def _print(usage: ModelUsage, inspection: Inspection) -> None:
             head = ["", "", ""]
     title = f"{inspection.title} in windows of {usage.sequence_length:,}"
     print_table(title, columns, rows)
+    if usage.collisions:
+        _print_collisions(usage)
+
+
+def _print_collisions(usage: ModelUsage) -> None:
+    columns = ["layer", "hash of", ">different", ">slots", ">foreign", ">by chance", ">pairs"]
+    columns += [">hashes", ">foreign to all", ">pairs in all"]
+    rows = [
+        [
+            name.split(" ", 1)[1],
+            what,
+            f"{each.owners:,}",
+            f"{each.slots:,}",
+            f"{each.foreign:.2%}",
+            f"{each.by_chance:.2%}",
+            f"{each.pairs:,.0f}",
+            f"{each.hashes:,}",
+            f"{each.foreign_of_all:.2%}",
+            f"{each.pairs_of_all:,}",
+        ]
+        for name, own in usage.collisions.items()
+        for what, each in own.items()
+    ]
+    print_table("What is hashed, and shares a slot", columns, rows)
 
 
 def _distinct(summary: SlotUsage) -> dict[str, Evenness]:
@@ -161,14 +200,26 @@ def _write(usage: ModelUsage, inspection: Inspection) -> None:
         {"layer": name, "method": usage.methods[name], **asdict(summary)}
         for name, summary in usage.usages.items()
     ]
-    report = {"sequence_length": usage.sequence_length, "layers": layers}
+    collisions = {
+        f"{name}, {what}": each
+        for name, own in usage.collisions.items()
+        for what, each in own.items()
+    }
+    report = {
+        "sequence_length": usage.sequence_length,
+        "layers": layers,
+        "collisions": {name: asdict(each) for name, each in collisions.items()},
+    }
     rows = [
         {"layer": name, "method": usage.methods[name], **summary.as_row()}
         for name, summary in usage.usages.items()
     ]
     title = f"{inspection.checkpoint}: usage over {usage.tokens:,} tokens"
-    figure = draw_usage(usage.loads, title)
-    inspection.write("usage", report, rows, {"usage": figure}, _tensors(usage))
+    figures = {"usage": draw_usage(usage.loads, title)}
+    if collisions:
+        shared = f"{inspection.checkpoint}: what shares a slot, over {usage.tokens:,} tokens"
+        figures["collisions"] = draw_collisions(collisions, shared)
+    inspection.write("usage", report, rows, figures, _tensors(usage))
 
 
 def _tensors(usage: ModelUsage) -> dict[str, Tensor]:

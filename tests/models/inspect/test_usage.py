@@ -64,7 +64,7 @@ def test_the_command_prints_and_writes(model, byte_level_tokenizer, tmp_path, ca
     command += ["--text", str(tmp_path / "text"), "--sequence_length", "32", "--batch_size", "3"]
     assert main([*command, "--device", "cpu"]) == 0
     assert sorted(path.name for path in output.iterdir()) == [
-        "usage.csv", "usage.json", "usage.png", "usage.safetensors",
+        "collisions.png", "usage.csv", "usage.json", "usage.png", "usage.safetensors",
     ]  # fmt: skip
     wanted = count_usage(model, byte_level_tokenizer.encode(TEXT), sequence_length=32)
 
@@ -95,6 +95,10 @@ def test_the_command_prints_and_writes(model, byte_level_tokenizer, tmp_path, ca
     weight = peer.by_weight
     assert shown[2:6] == ["36", "weight", f"{weight.usage:.2%}", f"{weight.unevenness:.3f}"]
     assert shown[-1] == str(weight.dead)
+    pairs = wanted.collisions["layer 4"]["bigrams"]
+    assert report["collisions"]["layer 4, bigrams"]["foreign"] == pytest.approx(pairs.foreign)
+    (shared,) = (line.split() for line in lines if line.split()[:2] == ["4", "bigrams"])
+    assert shared[2:5] == [f"{pairs.owners}", "4", f"{pairs.foreign:.2%}"]
     hashed = [line for line in lines if "HashLayer" in line]
     assert len(hashed) == 1  # its weights are its choices: said once
     assert usage_of(wanted.loads["layer 4"]).by_weight == wanted.usages["layer 4"].by_choice
