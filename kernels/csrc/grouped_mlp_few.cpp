@@ -92,11 +92,121 @@ void second_product(const FewRows<T>& p, const Group& group, const float* hidden
   }
 }
 
+// One token's experts that are so small that each ends before hardware has seen that it is read:
+// all their rows are one list, of which the next ones are asked for. Of the second matrices a row of
+// each is added up together, as there are more rows than numbers in them.
+template <class T>
+class OneToken {
+ public:
+  OneToken(const FewRows<T>& problem, const int64_t* indices)
+      : p_(problem), indices_(indices), x_(problem.width) {
+    for (int64_t s = 0; s < p_.choices; ++s)
+      if (indices[s] >= 0) slots_.push_back(s);
+    std::stable_sort(slots_.begin(), slots_.end(),
+                     [&](int64_t a, int64_t b) { return indices[a] < indices[b]; });
+    convert_row(p_.x, x_.data(), p_.width);
+  }
+
+  // output (D,) of the token; inner (K, I) and hidden (K, F) are scratch.
+  void run(int64_t activation, bool gated, const Glu& glu, float* inner, float* hidden,
+           float* output, int32_t threads) const {
+    const int64_t rows = count() * p_.inner_width;
+    parallel_ranges(rows, least_rows(p_.width, 1), threads,
+                    [&](int64_t first, int64_t last) { multiply_listed(first, last, inner); });
+    for (int64_t s : slots_) fetch_start(out_rows(s));
+    with_activation(activation, [&](auto act) {
+      for (int64_t s : slots_) {
+        float* own = hidden + s * p_.hidden_width;
+        activate_row(act, gated, glu, inner + s * p_.inner_width, p_.hidden_width, own);
+        by_registers(p_.hidden_width, [&](int64_t c, auto lanes) {
+          store(own + c, p_.weights[s] * load(own + c, lanes), lanes);
+        });
+      }
+    });
+    const int64_t grain = least_rows(1 + count() * p_.hidden_width, 1);
+    parallel_ranges(p_.width, grain, threads,
+                    [&](int64_t first, int64_t last) { add_up(first, last, hidden, output); });
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(slots_.size()); }
+
+  const T* out_rows(int64_t slot) const {
+    return p_.w_out + indices_[slot] * p_.width * p_.hidden_width;
+  }
+
+  static void fetch_start(const T* rows) {
+    constexpr int64_t kLine = kCacheLine / int64_t{sizeof(T)};
+    for (int64_t c = 0; c < kAheadBytes / int64_t{sizeof(T)}; c += kLine) fetch_ahead(rows + c);
+  }
+
+  // The numbers of the row-th row of the list: its slot, and its place in the expert's matrix.
+  const T* listed(int64_t row) const {
+    const int64_t expert = indices_[slots_[row / p_.inner_width]];
+    return p_.w_in + (expert * p_.inner_width + row % p_.inner_width) * p_.width;
+  }
+
+  void multiply_listed(int64_t first, int64_t last, float* inner) const {
+    const int64_t bytes = p_.width * int64_t{sizeof(T)}, end = count() * p_.inner_width - 1;
+    const int64_t distance = (kAheadBytes + bytes - 1) / bytes;
+    Totals<float> totals;
+    for (int64_t r = first; r < last; ++r) {
+      const T *row = listed(r), *ahead = listed(std::min(r + distance, end));
+      Floats sum{};
+      by_registers(p_.width, [&](int64_t c, auto lanes) {
+        sum += load(row + c, lanes) * load(x_.data() + c, lanes);
+        fetch_ahead(ahead + c);
+      });
+      const int64_t slot = slots_[r / p_.inner_width], i = r % p_.inner_width;
+      const T* biases = p_.bias_in ? p_.bias_in + indices_[slot] * p_.inner_width : nullptr;
+      totals.add(sum, biases ? load(biases + i) : 0.0f, inner + slot * p_.inner_width + i);
+    }
+    totals.flush();
+  }
+
+  // output[d] for first <= d < last, of hidden values that are weighted already.
+  void add_up(int64_t first, int64_t last, const float* hidden, float* output) const {
+    constexpr int64_t kAheadWeights = kAheadBytes / 2 / int64_t{sizeof(T)};
+    const int64_t n = count(), width = p_.hidden_width;
+    std::vector<const T*> rows(n);
+    std::vector<const float*> values(n);
+    for (int64_t i = 0; i < n; ++i) {
+      rows[i] = out_rows(slots_[i]);
+      values[i] = hidden + slots_[i] * width;
+    }
+    Totals<float> totals;
+    for (int64_t d = first; d < last; ++d) {
+      Floats sum{};
+      by_registers(width, [&](int64_t c, auto lanes) {
+        for (int64_t i = 0; i < n; ++i) {
+          const T* row = rows[i] + d * width + c;
+          sum += load(row, lanes) * load(values[i] + c, lanes);
+          fetch_ahead(row + kAheadWeights);
+        }
+      });
+      float bias = 0.0f;
+      for (size_t i = 0; p_.bias_out && i < slots_.size(); ++i)
+        bias += p_.weights[slots_[i]] * load(p_.bias_out + indices_[slots_[i]] * p_.width + d);
+      totals.add(sum, bias, output + d);
+    }
+    totals.flush();
+  }
+
+  const FewRows<T>& p_;
+  const int64_t* indices_;
+  std::vector<float> x_;
+  std::vector<int64_t> slots_;
+};
+
 // Each thread owns columns of a result, so sums are in the order of experts whatever their number.
 template <class T>
 void few(const FewRows<T>& p, const int64_t* indices, int64_t tokens, int64_t activation,
          bool gated, const Glu& glu, float* inner, float* hidden, float* output,
          int32_t threads) {
+  if (tokens == 1 && !p.transposed && p.hidden_width * int64_t{sizeof(T)} < kLongBytes) {
+    const OneToken<T> token(p, indices);
+    return token.run(activation, gated, glu, inner, hidden, output, threads);
+  }
   const std::vector<Group> groups = group_by_expert(indices, tokens * p.choices);
   const auto each_group = [&](const auto& body) {
     for (const Group& group : groups) body(group);

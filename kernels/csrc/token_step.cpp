@@ -5,50 +5,16 @@
 // to T wherever the same computation by torch's operators rounds them.
 //
 // Shapes: B sequences, D width of the residual stream, H query heads, G key-value heads, C width of
-// a head, L positions in the cache, P positions in the tables of angles, F hidden width, E experts,
-// K choices, V rows of the head.
+// a head, L positions in the cache, P positions in the tables of angles, F hidden width, V rows of
+// the head. Mixtures have a file of their own.
 
-#include <cmath>
 #include <limits>
-#include <numeric>
 
-#include "grouped_mlp.h"
+#include "dense_block.h"
 #include "residual.h"
-
-extern "C" void moezoo_grouped_mlp_few(const void* x, const void* w_in, const void* w_out,
-                                       const void* bias_in, const void* bias_out, int64_t dtype,
-                                       const int64_t* indices, const float* weights,
-                                       int64_t tokens, int64_t choices, int64_t width,
-                                       int64_t hidden_width, int64_t activation, int64_t gated,
-                                       int64_t bound, double gate_bound, double up_bound,
-                                       double shift, int64_t interleaved,
-                                       int64_t transposed, float* inner, float* hidden,
-                                       float* output, int32_t threads);
 
 namespace moezoo {
 namespace {
-
-// Several maps of the same x; the results of one vector lie side by side in out.
-template <class T, int kParts>
-void multiply_parts(const Matrix<T> (&parts)[kParts], const float* x, int64_t vectors, float* out,
-                    int32_t threads) {
-  int64_t total = 0;
-  for (const auto& part : parts) total += part.rows;
-  const auto rows_x = rows_of(x, vectors, parts[0].width);
-  const int64_t grain = least_rows(parts[0].width, vectors);
-  parallel_ranges(total, grain, threads, [&](int64_t first, int64_t last) {
-    int64_t before = 0;
-    for (const auto& part : parts) {
-      const int64_t begin = std::max<int64_t>(first - before, 0);
-      const int64_t end = std::min(last - before, part.rows);
-      if (begin < end) {
-        const auto rows_out = rows_of(out + before, vectors, total);
-        multiply<T>(part, rows_x.data(), vectors, begin, end, rows_out.data());
-      }
-      before += part.rows;
-    }
-  });
-}
 
 // Turns the two halves of a head by its position's angles; the first half of sin is negative.
 template <class T>
@@ -186,66 +152,6 @@ struct Attention {
   }
 };
 
-// hidden (B, F) = act(gate) up, perhaps bounded, or act(up), of inner (B, F or 2 F).
-template <class T>
-void activate_all(int64_t activation, bool gated, const Glu& glu, const float* inner,
-                  int64_t tokens, int64_t hidden_width, float* hidden) {
-  const int64_t inner_width = gated ? 2 * hidden_width : hidden_width;
-  with_activation(activation, [&](auto act) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float* from = inner + t * inner_width;
-      by_registers(hidden_width, [&](int64_t c, auto lanes) {
-        const Floats x = load(from + c, lanes);
-        if (!gated) {
-          store(hidden + t * hidden_width + c, rounded<T>(activate(act(), x).value), lanes);
-          return;
-        }
-        const Floats up = load(from + hidden_width + c, lanes);
-        Floats value = rounded<T>(bounded_gate(act, glu, x).value);
-        value = rounded<T>(value * rounded<T>(bounded_up(glu, up).value));
-        store(hidden + t * hidden_width + c, value, lanes);
-      });
-    }
-  });
-}
-
-struct Choice {
-  bool softmax, normalize;
-  float scale;
-  const float* selection_bias;  // (E,) or null
-  int64_t experts, choices;
-
-  // Turns scores (E,), logits before the call, into indices and weights (K,), the best first.
-  void choose(float* scores, int64_t* indices, float* weights) const {
-    if (softmax) {
-      const float most = *std::max_element(scores, scores + experts);
-      float total = 0.0f;
-      for (int64_t e = 0; e < experts; ++e) total += scores[e] = std::exp(scores[e] - most);
-      for (int64_t e = 0; e < experts; ++e) scores[e] /= total;
-    } else {
-      for (int64_t e = 0; e < experts; ++e) scores[e] = 1.0f / (1.0f + std::exp(-scores[e]));
-    }
-    const auto rank = [&](int64_t e) {
-      return selection_bias ? scores[e] + selection_bias[e] : scores[e];
-    };
-    std::vector<int64_t> order(experts);
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::partial_sort(order.begin(), order.begin() + choices, order.end(),
-                      [&](int64_t a, int64_t b) {
-                        return rank(a) > rank(b) || (rank(a) == rank(b) && a < b);
-                      });
-    float total = softmax ? 0.0f : 1e-20f;
-    for (int64_t k = 0; k < choices; ++k) {
-      indices[k] = order[k];
-      total += weights[k] = scores[order[k]];
-    }
-    for (int64_t k = 0; k < choices; ++k) {
-      if (normalize) weights[k] /= total;
-      weights[k] *= scale;
-    }
-  }
-};
-
 }  // namespace
 }  // namespace moezoo
 
@@ -310,59 +216,16 @@ MOEZOO_API void moezoo_dense_step(void* residual, const void* norm, const void* 
     float* inner = hidden + tokens * hidden_width;
     normalize_all(static_cast<T*>(residual), typed(norm), static_cast<float>(eps), tokens, width,
                   normed);
-    const Matrix<T> gate{typed(w_gate), typed(b_gate), hidden_width, width};
-    const Matrix<T> up{typed(w_up), typed(b_up), hidden_width, width};
-    if (w_gate) multiply_parts<T>({gate, up}, normed, tokens, inner, threads);
-    else multiply_parts<T>({up}, normed, tokens, inner, threads);
     const Glu glu{bound, static_cast<float>(gate_bound), static_cast<float>(up_bound),
                   static_cast<float>(shift), false};
-    activate_all<T>(activation, w_gate, glu, inner, tokens, hidden_width, hidden);
-    const Matrix<T> down{typed(w_down), typed(b_down), width, hidden_width};
-    multiply_parts<T>({down}, hidden, tokens, normed, threads);
+    const DenseBlock<T> block{{typed(w_gate), typed(b_gate), hidden_width, width},
+                              {typed(w_up), typed(b_up), hidden_width, width},
+                              {typed(w_down), typed(b_down), width, hidden_width},
+                              activation,
+                              glu};
+    block.hide(normed, tokens, inner, hidden, threads);
+    block.answer(hidden, tokens, normed, threads);
     add_answers(normed, tokens * width, static_cast<T*>(residual));
-  });
-}
-
-// residual (B, D) += the answer of each token's K experts of E, which read norm(residual), as the
-// router does unless router_x (B, D) is given. scratch holds B (2 D + E + K + K (I + F)) floats,
-// typed B D numbers of the dtype, indices B K.
-MOEZOO_API void moezoo_moe_step(void* residual, const void* norm, const void* router_x,
-                                const void* w_router, const float* selection_bias,
-                                const void* w_in, const void* w_out, const void* b_in,
-                                const void* b_out, float* scratch, void* typed_x, int64_t* indices,
-                                int64_t dtype, int64_t tokens, int64_t width, int64_t hidden_width,
-                                int64_t experts, int64_t choices, int64_t activation, int64_t gated,
-                                int64_t bound, double gate_bound, double up_bound, double shift,
-                                int64_t interleaved, int64_t softmax, int64_t normalized,
-                                double factor, double eps, int32_t threads) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    const int64_t slots = tokens * choices;
-    float* normed = scratch;
-    float* answer = normed + tokens * width;
-    float* scores = answer + tokens * width;
-    float* weights = scores + tokens * experts;
-    float* hidden = weights + slots;
-    float* inner = hidden + slots * hidden_width;
-    normalize_all(static_cast<T*>(residual), static_cast<const T*>(norm), static_cast<float>(eps),
-                  tokens, width, normed);
-    convert_row(normed, static_cast<T*>(typed_x), tokens * width);
-    float* read = normed;
-    if (router_x) {
-      read = answer;  // which is not there yet
-      convert_row(static_cast<const T*>(router_x), read, tokens * width);
-    }
-    const Matrix<T> router{static_cast<const T*>(w_router), nullptr, experts, width};
-    multiply<float>(router, rows_of<const float>(read, tokens, width).data(), tokens, 0, experts,
-                    rows_of(scores, tokens, experts).data());
-    const Choice choice{softmax != 0,   normalized != 0, static_cast<float>(factor),
-                        selection_bias, experts,         choices};
-    for (int64_t t = 0; t < tokens; ++t)
-      choice.choose(scores + t * experts, indices + t * choices, weights + t * choices);
-    moezoo_grouped_mlp_few(typed_x, w_in, w_out, b_in, b_out, dtype, indices, weights, tokens,
-                           choices, width, hidden_width, activation, gated, bound, gate_bound,
-                           up_bound, shift, interleaved, 0, inner, hidden, answer, threads);
-    add_answers(answer, tokens * width, static_cast<T*>(residual));
   });
 }
 

@@ -9,8 +9,9 @@ They exist on CPUs in fp32 and bf16, where :func:`usable` says so, and have no g
 arithmetic is fp32; results are rounded to the dtype where torch's operators round them.
 
 Shapes: B sequences, D width of the residual stream, H query heads, G key-value heads, C width of a
-head, L positions in the cache, P positions with angles, F hidden width, I = 2 F if gated else F,
-E experts, V rows of the head.
+head, L positions in the cache, P positions with angles, F hidden width, V rows of the head.
+
+Mixtures have a step of their own: :mod:`moezoo_kernels.moe_step`.
 """
 
 from __future__ import annotations
@@ -233,83 +234,6 @@ def selective_step(
         ACTIVATION_CODES[activation],
         *glu.encode(),
         *layouts(*weights),
-        float(norm.eps),
-    )
-
-
-def moe_step(
-    hidden: Tensor,
-    norm: Norm,
-    router: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    *,
-    top_k: int,
-    activation: str,
-    gated: bool,
-    bias_in: Tensor | None = None,
-    bias_out: Tensor | None = None,
-    softmax: bool = True,
-    normalize: bool = True,
-    factor: float = 1.0,
-    selection_bias: Tensor | None = None,
-    router_input: Tensor | None = None,
-    glu: GLUOptions = PLAIN_GLU,
-    interleaved: bool = False,
-) -> Callable[[], None]:
-    """Prepare ``hidden += Σ g_e expert_e(x)`` over each token's best experts, ``x = norm(hidden)``.
-
-    Args:
-        hidden: ``(B, D)``.
-        norm: before the block.
-        router: ``(E, D)``, whose products are taken in fp32.
-        w_in: ``(E, I, D)``, the gate's rows first.
-        w_out: ``(E, D, F)``.
-        top_k: experts per token; among equals the lower number.
-        activation: a key of :data:`moezoo_kernels.activations.ACTIVATIONS`.
-        gated: whether the experts are gated linear units.
-        bias_in: ``(E, I)`` or None.
-        bias_out: ``(E, D)`` or None.
-        softmax: scores are a softmax of the logits, otherwise sigmoids.
-        normalize: divide the chosen scores by their sum.
-        factor: multiplies the weights.
-        selection_bias: ``(E,)`` fp32, added to the scores for the choice alone.
-        router_input: ``(B, D)``, what the router reads in place of ``x``; it may change in place
-            from call to call, or be ``hidden`` itself.
-        glu: bounds of the experts' factors.
-        interleaved: the gate's rows and the linear ones lie in turn.
-    """
-    batch, width = hidden.shape
-    num_experts, _, hidden_width = w_out.shape
-    slots = batch * top_k
-    floats = batch * (2 * width + num_experts) + slots * (1 + hidden_width + w_in.shape[1])
-    return native.Prepared(
-        "moezoo_moe_step",
-        hidden,
-        norm.weight,
-        router_input,
-        router,
-        selection_bias,
-        w_in,
-        w_out,
-        bias_in,
-        bias_out,
-        native.floats(floats),
-        torch.empty_like(hidden),
-        torch.empty(slots, dtype=torch.int64),
-        native.dtype_code(hidden.dtype),
-        batch,
-        width,
-        hidden_width,
-        num_experts,
-        top_k,
-        ACTIVATION_CODES[activation],
-        gated,
-        *glu.encode(),
-        interleaved,
-        softmax,
-        normalize,
-        float(factor),
         float(norm.eps),
     )
 

@@ -305,6 +305,25 @@ def default_parts(width: int) -> int:
     raise InputError(f"experts: no default divides the block's {width} neurons; give a divisor")
 
 
+def own_sizes(width: int) -> tuple[int, int, int]:
+    """Return the shared, active and all parts into which `moezoo carve` cuts a block by default."""
+    return _sizes(width, None, None, None)
+
+
+def own_options(shared: int, active: int, experts: int, seed: int = 0) -> CarveOptions:
+    """Return the options of `moezoo carve --to moezoo` of these sizes, no other given."""
+    return CarveOptions(
+        shared,
+        active,
+        experts,
+        shared_by=_shared_by(None, "contribution", True),
+        router=_router(None, "moezoo", "auto", shared),
+        router_ridge=None,
+        refit_ridge=None,
+        seed=seed,
+    )
+
+
 def _router(router: str | None, to: str | None, budgets: str, shared: int) -> RouterKind:
     """Return the router; by default the best that the format holds."""
     if router is None:

@@ -19,8 +19,9 @@ from moezoo.convert import Block, CarveOptions
 from moezoo.errors import InputError, check_int
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.checkpoints.locks import check_file
-from moezoo_models.conversion.carve import calibrate
+from moezoo_models.conversion.carve import calibrate, own_sizes
 from moezoo_models.conversion.carving import answer_of, carve_layer, pruned
+from moezoo_models.conversion.own_rules import carved_variant, pruned_variant
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.stage import Answer
@@ -34,8 +35,8 @@ CARVES: Mapping[str, Mapping[str, object]] = {
     "ridge": {"refit": False},
     "ridge_refit": {},
 }
-"""Ways to carve that are compared, as differences from the default options; that of ``random``
-has a random router too."""
+"""Published ways to carve, and parts of ours, as differences from the defaults of
+:class:`~moezoo.convert.CarveOptions`; that of ``random`` has a random router too."""
 
 _SIZE = re.compile(r"S(\d+)A(\d+)E(\d+)")
 
@@ -64,7 +65,7 @@ class Study:
 
 def inspect_carving(
     source: str | Path,
-    sizes: list[str] = ["S3A9E16", "S2A6E16", "S2A2E16"],  # noqa: B006 - never changed
+    sizes: list[str] | None = None,
     calibration: str | list[str] = "stdlib",
     calibration_tokens: int = 16384,
     held_out_tokens: int = 8192,
@@ -78,12 +79,15 @@ def inspect_carving(
     The methods: static pruning to as many neurons as a token uses, without and with a refit of the
     output projection; a random split with a random router; CMoE as its authors' code computes it
     (arXiv:2502.04416); contribution clusters with the mean gate vectors as router
-    (arXiv:2602.15521); the same with a ridge router; and with a refit, the default of
-    `moezoo carve`. Nothing is written.
+    (arXiv:2602.15521); the same with a ridge router, and with a refit, the defaults of
+    `moezoo.convert.carve_block`. The last two follow the rules of `moezoo carve` in its own format:
+    `carve`, which shares by elimination, reads shared neurons to route, chooses ridges on held-out
+    tokens, keeps first tokens apart and follows earlier errors, with equal budgets in all layers;
+    and `prune`, as many neurons for all tokens by the same means. Nothing is written.
 
     Args:
         source: directory of a dense model that `moezoo carve` reads.
-        sizes: such as S3A3E8: 3 shared and 3 active of 8 parts.
+        sizes: such as S3A3E8: 3 shared and 3 active of 8 parts; default: that of `moezoo carve`.
         calibration: as for `moezoo carve`.
         calibration_tokens: as there.
         held_out_tokens: as there.
@@ -104,6 +108,8 @@ def inspect_carving(
     ratios: dict[str, dict[str, list[float]]] = {}
     dense = math.nan
     with open_source(source) as model, progress_bar() as bar:
+        if sizes is None:
+            sizes = ["S{}A{}E{}".format(*own_sizes(model.width))]
         options = {size: _options(size, model.width) for size in sizes}
         task = bar.add_task("computing", total=seeds * model.num_layers)
         for seed in range(seeds):
@@ -111,7 +117,7 @@ def inspect_carving(
             variants = [Variant("dense", None)]
             for size, each in options.items():
                 seeded = dataclasses.replace(each, seed=seed)
-                variants += _variants(f"{size} ", seeded, model.width)
+                variants += _variants(f"{size} ", seeded, model.width, text.fitted.shape[1])
             with tempfile.TemporaryDirectory() as scratch:
                 run = Propagation(
                     source=model,
@@ -164,13 +170,16 @@ def _options(size: str, width: int) -> CarveOptions:
     return options
 
 
-def _variants(prefix: str, options: CarveOptions, width: int) -> Iterator[Variant]:
+def _variants(prefix: str, options: CarveOptions, width: int, length: int) -> Iterator[Variant]:
     keep = width // options.experts * (options.shared + options.active)
     yield Variant(f"{prefix}static", partial(pruned, keep, "static"))
     yield Variant(f"{prefix}static_refit", partial(pruned, keep, "static_ls"))
     for name, changes in CARVES.items():
         own: CarveOptions = dataclasses.replace(options, **changes)  # type: ignore[arg-type]
         yield Variant(prefix + name, _carver(own, random_router=name == "random"))
+    sizes = (options.shared, options.active, options.experts)
+    yield pruned_variant(f"{prefix}prune", keep, length)
+    yield carved_variant(f"{prefix}carve", *sizes, width, length, options.seed)
 
 
 def _carver(options: CarveOptions, random_router: bool) -> Callable[[int, Tensor, Block], Answer]:

@@ -9,18 +9,21 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from moezoo.experts import ExpertNormOptions
+from moezoo.experts import ExpertNormOptions, MLPExperts
 from moezoo.feed_forward import FeedForward
+from moezoo.layers.carved_moe import CarvedMoE
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.selective_ffn import SelectiveFFN
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.matrices.masked import Latent
 from moezoo.routing import LogitOptions, Router, RouterOptions, WeightOptions
+from moezoo.routing.neuron import NeuronRouter
 from moezoo.selection import ThresholdSelector
 from moezoo_kernels import large_pages, token_step
 from moezoo_kernels.grouped_mlp import cpu
 from moezoo_kernels.layouts import is_column_major
+from moezoo_kernels.moe_step import NO_SHARED, Scorer, Scoring, Shared, moe_step
 from moezoo_kernels.selective_mlp import Thresholds
 from moezoo_kernels.selective_mlp.cpu import laid
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
@@ -85,18 +88,19 @@ def native_feed_forward(
         return _dense(layer, before, hidden)
     if type(layer) is SelectiveFFN and layer.first_tokens <= first_position:
         return _selective(layer, before, hidden)
-    if type(layer) is SparseMoE and _is_routed_only(layer):
+    if (type(layer) is SparseMoE and _is_plain(layer)) or type(layer) is SigmaMoE:
         return _mixture(layer, before, hidden, router_input)
-    if type(layer) is SigmaMoE:
-        return _mixture(layer, before, hidden, router_input)
+    if type(layer) is CarvedMoE:
+        return _carved(layer, before, hidden, router_input)
     return None
 
 
-def _is_routed_only(layer: SparseMoE) -> bool:
-    """Return whether the mixture is a router and experts at full width, and no more."""
-    more = layer.d_shared or layer.d_latent or layer.num_identity_experts
+def _is_plain(layer: SparseMoE) -> bool:
+    """Return whether it is a router, experts at full width, at most a shared one, and no more."""
+    more = layer.d_latent or layer.num_identity_experts or layer.shared_gate
     more = more or layer.expert_norms != ExpertNormOptions()
-    return not more and layer.gate.capacity is None
+    alike = layer.shared_glu in (None, layer.glu)
+    return not more and alike and layer.gate.capacity is None
 
 
 def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
@@ -167,33 +171,91 @@ def _mixture(
     options = gate.options
     if type(gate) is not Router or not _is_known(options):
         return None
-    weights = (experts.gate_up_proj, experts.down_proj, experts.gate_up_bias, experts.down_bias)
-    slots = hidden.shape[0] * gate.top_k
-    if (
-        experts.mesh is not None
-        or not cpu.is_few(slots, gate.num_experts, hidden.dtype)
-        or not token_step.usable(hidden, norm.weight, gate.weight, *weights)
-    ):
+    shared = _shared(layer) if type(layer) is SparseMoE and layer.d_shared else NO_SHARED
+    if shared is None or not _is_usable(experts, gate, shared, norm, hidden):
         return None
-    w_in, w_out, bias_in, bias_out = weights
-    return token_step.moe_step(
+    return moe_step(
         hidden,
         norm,
-        gate.weight,
-        w_in,
-        w_out,
+        Scorer(gate.weight),
+        experts.gate_up_proj,
+        experts.down_proj,
         top_k=gate.top_k,
         activation=experts.activation,
         gated=experts.gated,
-        bias_in=bias_in,
-        bias_out=bias_out,
+        bias_in=experts.gate_up_bias,
+        bias_out=experts.down_bias,
         softmax=options.score == "softmax",
         normalize=options.normalize,
         factor=options.scale,
         selection_bias=gate.selection_bias if options.selection_bias else None,
+        shared=shared,
         router_input=router_input,
         glu=experts.glu,
         interleaved=experts.interleaved,
+    )
+
+
+_SCORING: dict[str, Scoring] = {"linear": "linear", "shared": "with_shared", "neuron": "neurons"}
+
+
+def _carved(
+    layer: CarvedMoE, norm: Norm, hidden: Tensor, router_input: Tensor | None
+) -> Callable[[], None] | None:
+    gate, experts = layer.gate, layer.experts
+    if type(gate) is not NeuronRouter or (layer.router == "shared" and router_input is not None):
+        return None
+    shared = _shared(layer, layer.b_out)
+    if shared is None or not _is_usable(experts, gate, shared, norm, hidden):
+        return None
+    scoring = "signed_neurons" if gate.score == "neuron" and gate.signed else _SCORING[layer.router]
+    return moe_step(
+        hidden,
+        norm,
+        Scorer(gate.weight, gate.bias, gate.up_weight, scoring),
+        experts.gate_up_proj,
+        experts.down_proj,
+        top_k=gate.top_k,
+        activation=experts.activation,
+        gated=experts.gated,
+        bias_in=experts.gate_up_bias,
+        normalize=False,
+        selection_bias=gate.selection_bias,
+        scales=layer.u.float(),
+        shared=shared,
+        router_input=router_input,
+    )
+
+
+def _shared(layer: SparseMoE | CarvedMoE, output_bias: Tensor | None = None) -> Shared | None:
+    """Return the block that every token runs, with an output bias; None if parts are replaced."""
+    if isinstance(layer, CarvedMoE) and not layer.num_shared_experts:
+        return Shared(None, None, Linear(None, output_bias))  # type: ignore[arg-type]
+    block = layer.shared_expert
+    parts = block.projections()
+    if type(block) is not DenseFFN or any(type(part) is not nn.Linear for part in parts.values()):
+        return None
+    gate, up, down = (parts.get(f"{name}_proj") for name in ("gate", "up", "down"))
+    assert up is not None
+    assert down is not None
+    return Shared(
+        None if gate is None else Linear(gate.weight, gate.bias),
+        Linear(up.weight, up.bias),
+        Linear(down.weight, down.bias if output_bias is None else output_bias),
+    )
+
+
+def _is_usable(
+    experts: MLPExperts, gate: Router, shared: Shared, norm: Norm, hidden: Tensor
+) -> bool:
+    """Return whether the kernel runs these experts on the tokens at hand."""
+    tensors = [norm.weight, experts.gate_up_proj, experts.down_proj]
+    tensors += [tensor for part in shared if part is not None for tensor in part]
+    tensors += [experts.gate_up_bias, experts.down_bias, *gate.parameters()]
+    return (
+        experts.mesh is None
+        and cpu.is_few(len(hidden) * gate.top_k, gate.num_experts, hidden.dtype)
+        and token_step.usable(hidden, *tensors)
     )
 
 

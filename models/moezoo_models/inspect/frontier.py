@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moezoo.analysis.curves import draw_frontier
 from moezoo.command.tables import markdown_lines, print_table
-from moezoo.convert import Block, CarveOptions, prune_block
+from moezoo.convert import Block
 from moezoo.convert.select import METHODS, work_share
 from moezoo.convert.select.guess import GUESSES, GuessMethod, GuessOptions
 from moezoo.convert.select.prompt import kept_count as prompt_count
@@ -27,8 +27,8 @@ from moezoo.convert.select.prompt import prompt_neurons
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.conversion.carve import calibrate, default_parts
-from moezoo_models.conversion.carving import answer_of, carve_layer
 from moezoo_models.conversion.guessing import Guessing
+from moezoo_models.conversion.own_rules import carved_variant, pruned_variant
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.selecting import (
     Selecting,
@@ -208,20 +208,13 @@ def _variant(
         return Variant(name, Guessing(cast("GuessMethod", method), work, options, *sizes)), work
     if method == "prune":
         keep = max(round(work * width), 1)
-        return Variant(name, partial(_pruned, keep, length), "dense"), keep / width
+        return pruned_variant(name, keep, length), keep / width
     if method == "carve":
         experts = default_parts(width) if experts is None else experts
         parts = max(round(work * experts), 2)
         shared = 5 * parts // 6
-        carving = CarveOptions(
-            shared=shared,
-            active=parts - shared,
-            experts=experts,
-            shared_by="elimination",
-            router="ridge_shared",
-        )
-        carving.check(width)
-        return Variant(name, partial(_carved, carving, length), "dense"), parts / experts
+        sizes = (shared, parts - shared, experts)
+        return carved_variant(name, *sizes, width, length), parts / experts
     try:
         budgets = budgets_of(method, work, layers, sensitivity)  # type: ignore[arg-type]
     except InputError:
@@ -245,45 +238,6 @@ def _griffin(share: float, length: int, layer: int, x_TD: Tensor, block: Block) 
         return torch.cat(rows)
 
     return answer
-
-
-def _first(x_TD: Tensor, length: int) -> Tensor:
-    """Mark the first token of each window, which decides nothing."""
-    return torch.arange(len(x_TD), device=x_TD.device) % length == 0
-
-
-def _pruned(
-    keep: int, length: int, layer: int, x_TD: Tensor, block: Block, target: Tensor
-) -> Answer:
-    """Keep some neurons for all tokens; elimination, ridges, target, first tokens as in carving."""
-    small = prune_block(
-        x_TD,
-        block.gate,
-        block.up,
-        block.down,
-        keep,
-        "eliminated",
-        block.act,
-        block.bias_in,
-        block.bias_out,
-        refit_ridge=None,
-        target=target,
-        apart=_first(x_TD, length),
-    )
-    return small.run
-
-
-def _carved(
-    options: CarveOptions,
-    length: int,
-    layer: int,
-    x_TD: Tensor,
-    block: Block,
-    target: Tensor,
-) -> Answer:
-    """Carve with the defaults of ``moezoo carve`` for its own format."""
-    carved = carve_layer(layer, x_TD, block, options, target, _first(x_TD, length))
-    return answer_of(carved.plan, block)
 
 
 def _judged(method: str, nats: Tensor, dense: Tensor, length: int) -> tuple[Tensor, Tensor]:

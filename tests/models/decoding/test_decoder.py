@@ -400,7 +400,13 @@ VARIANTS = {
     "limits": {"activation": "quick_gelu", "glu": {"limit": 0.3, "up_shift": 1.0}},
     "limit after": {"glu": {"limit": 0.1, "limit_after": True}},
     "softcaps": {"glu": {"gate_softcap": 0.4, "up_softcap": 0.5}},
-    "shared": {"glu": {"limit": 0.2}, "num_shared_experts": 1, "shared_glu": {}},
+    "shared": {"num_shared_experts": 2, "shared_bias": False},
+    "shared, bounded otherwise": {
+        "glu": {"limit": 0.2},
+        "num_shared_experts": 1,
+        "shared_glu": {},
+    },
+    "shared, weighed": {"num_shared_experts": 1, "shared_gate": True},
     "latent": {"d_latent": 9},
     "norms": {"expert_norms": {"input": True, "output": True}},
     "rows in turn": {"interleaved": True},
@@ -420,9 +426,35 @@ def test_experts_of_every_kind_step_as_they_are_called(build, name, dtype):
     rerouted = 3 if dtype == torch.bfloat16 else 0  # of 30 positions
     assert_steps_are_the_forward_pass(model, *left_padded(2), rerouted=rerouted)
     stepped = all(block.feed for block in Decoder(model, *left_padded(2), 4)._blocks)
-    known = {"limits", "limit after", "softcaps", "rows in turn"}
+    known = {"limits", "limit after", "softcaps", "rows in turn", "shared"}
     usable = native.unusable(torch.device("cpu"), dtype) is None
     assert stepped == (name in known and usable)
+
+
+CARVED = {
+    "linear": {"router": "linear"},
+    "shared": {"router": "shared", "output_bias": True},
+    "neuron": {"router": "neuron", "bias": True},
+    "signed": {"router": "neuron", "signed": True, "gated": False, "activation": "relu"},
+    "none shared": {"router": "linear", "num_shared_experts": 0, "output_bias": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CARVED)
+def test_carved_blocks_step_as_they_are_called(build, native_steps, name, dtype):
+    options = {"num_experts": 7, "top_k": 3, "d_expert": 5, **CARVED[name]}
+    rule = {"layers": "all", "class_path": "moezoo.CarvedMoE", "init_args": options}
+    model = build(dtype, ffn=[rule])
+    for batch in (1, 2):
+        ids, mask = left_padded(batch)
+        assert all(block.feed for block in Decoder(model, ids, mask, 4)._blocks)
+        rerouted = 3 * batch if dtype == torch.bfloat16 else 0
+        assert_steps_are_the_forward_pass(model, ids, mask, rerouted=rerouted)
+    for read in RESIDUALS:
+        asking = build(dtype, ffn=[{**rule, "router_input": read}])
+        blocks = Decoder(asking, ids, mask, 4)._blocks
+        assert all(bool(block.feed) == (name != "shared") for block in blocks)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
