@@ -93,8 +93,8 @@ void second_product(const FewRows<T>& p, const Group& group, const float* hidden
 }
 
 // One token's experts that are so small that each ends before hardware has seen that it is read:
-// all their rows are one list, of which the next ones are asked for. Of the second matrices a row of
-// each is added up together, as there are more rows than numbers in them.
+// all their rows are one list, of which the next ones are asked for. Of the second matrices a row
+// of each is added up together, as there are more rows than numbers in them.
 template <class T>
 class OneToken {
  public:
@@ -135,31 +135,50 @@ class OneToken {
     return p_.w_out + indices_[slot] * p_.width * p_.hidden_width;
   }
 
+  const T* in_rows(int64_t slot) const {
+    return p_.w_in + indices_[slot] * p_.inner_width * p_.width;
+  }
+
   static void fetch_start(const T* rows) {
     constexpr int64_t kLine = kCacheLine / int64_t{sizeof(T)};
     for (int64_t c = 0; c < kAheadBytes / int64_t{sizeof(T)}; c += kLine) fetch_ahead(rows + c);
   }
 
-  // The numbers of the row-th row of the list: its slot, and its place in the expert's matrix.
-  const T* listed(int64_t row) const {
-    const int64_t expert = indices_[slots_[row / p_.inner_width]];
-    return p_.w_in + (expert * p_.inner_width + row % p_.inner_width) * p_.width;
+  // The lanes of a row's product with x. Two sums run side by side, as each addition waits for the
+  // one before it; meanwhile a later row is asked for.
+  Floats product(const T* row, const T* later) const {
+    constexpr int64_t kPair = 2 * kLanes, kLine = kCacheLine / int64_t{sizeof(T)};
+    const float* x = x_.data();
+    Floats sum{}, other{};
+    int64_t c = 0;
+    for (; c + kPair <= p_.width; c += kPair) {
+      sum += load(row + c, Full{}) * load(x + c, Full{});
+      other += load(row + c + kLanes, Full{}) * load(x + c + kLanes, Full{});
+      for (int64_t ahead = c; ahead < c + kPair; ahead += kLine) fetch_ahead(later + ahead);
+    }
+    by_registers(p_.width - c, [&](int64_t rest, auto lanes) {
+      sum += load(row + c + rest, lanes) * load(x + c + rest, lanes);
+    });
+    return sum + other;
   }
 
+  // inner (K, I) of the rows of the list for first <= row < last.
   void multiply_listed(int64_t first, int64_t last, float* inner) const {
-    const int64_t bytes = p_.width * int64_t{sizeof(T)}, end = count() * p_.inner_width - 1;
-    const int64_t distance = (kAheadBytes + bytes - 1) / bytes;
+    const int64_t wide = p_.inner_width, bytes = p_.width * int64_t{sizeof(T)};
+    const int64_t distance = std::min((2 * kAheadBytes + bytes - 1) / bytes, wide);
     Totals<float> totals;
-    for (int64_t r = first; r < last; ++r) {
-      const T *row = listed(r), *ahead = listed(std::min(r + distance, end));
-      Floats sum{};
-      by_registers(p_.width, [&](int64_t c, auto lanes) {
-        sum += load(row + c, lanes) * load(x_.data() + c, lanes);
-        fetch_ahead(ahead + c);
-      });
-      const int64_t slot = slots_[r / p_.inner_width], i = r % p_.inner_width;
-      const T* biases = p_.bias_in ? p_.bias_in + indices_[slot] * p_.inner_width : nullptr;
-      totals.add(sum, biases ? load(biases + i) : 0.0f, inner + slot * p_.inner_width + i);
+    for (int64_t at = first / wide, i = first % wide; at * wide + i < last; ++at, i = 0) {
+      const int64_t end = std::min(wide, last - at * wide), slot = slots_[at];
+      const T* rows = in_rows(slot);
+      const T* next = in_rows(slots_[std::min(at + 1, count() - 1)]);
+      const T* biases = p_.bias_in ? p_.bias_in + indices_[slot] * wide : nullptr;
+      for (; i < end; ++i) {
+        const int64_t later = i + distance;
+        const T* row = rows + i * p_.width;
+        const T* ahead = later < wide ? rows + later * p_.width : next + (later - wide) * p_.width;
+        const float bias = biases ? load(biases + i) : 0.0f;
+        totals.add(product(row, ahead), bias, inner + slot * wide + i);
+      }
     }
     totals.flush();
   }
