@@ -5,6 +5,7 @@
 
 from moezoo.bench.case import Case
 from moezoo_train.bench import (
+    carved,
     commands,
     decoding,
     muon,
@@ -21,6 +22,7 @@ CASES: list[Case] = [
     *token_table.CASES,
     *decoding.CASES,
     *selective.CASES,
+    *carved.CASES,
     *stock.CASES,
     *preparing.CASES,
     *commands.CASES,

@@ -96,15 +96,20 @@ def _target(forward: float | None) -> Target | None:
     return None if forward is None else Target(forward=forward)
 
 
-def llama_cpp_reply(
-    parts: Copy, architecture: Architecture, weights: Mapping[str, Tensor], kind: str
-) -> Job:
-    """Have llama.cpp's server continue the prompt with a model's weights."""
+def llama_cpp_reply(parts: Copy, weights: Mapping[str, Tensor], kind: str, active: int = 0) -> Job:
+    """Have llama.cpp's server continue the prompt with a model's weights.
+
+    Args:
+        parts: of the case.
+        weights: by name.
+        kind: of the matrices, as of :func:`moezoo_train.bench.llama_cpp.write`.
+        active: as there.
+    """
     for package in PACKAGES:
         package.check()
     dense = parts.dense
     ids = dense.prompts[0].tolist()
-    server = LlamaCpp(architecture, weights, len(ids) + dense.new + 1, kind)
+    server = LlamaCpp(dense.architecture, weights, len(ids) + dense.new + 1, kind, active)
     return dense.job(lambda: torch.tensor([server.reply(ids, dense.new)]))
 
 
@@ -131,4 +136,4 @@ def _transformers(parts: Copy) -> Job:
 
 
 def _llama_cpp(parts: Copy, kind: str) -> Job:
-    return llama_cpp_reply(parts, parts.dense.architecture, parts.dense.weights, kind)
+    return llama_cpp_reply(parts, parts.dense.weights, kind)
