@@ -3,7 +3,7 @@
 #pragma once
 
 #include "few_products.h"
-#include "grouped_mlp.h"
+#include "hidden_units.h"
 
 namespace moezoo {
 namespace {
@@ -35,22 +35,11 @@ template <class T>
 void activate_all(int64_t activation, bool gated, const Glu& glu, const float* inner,
                   int64_t tokens, int64_t hidden_width, float* hidden) {
   const int64_t inner_width = gated ? 2 * hidden_width : hidden_width;
-  with_activation(activation, [&](auto act) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float* from = inner + t * inner_width;
-      by_registers(hidden_width, [&](int64_t c, auto lanes) {
-        const Floats x = load(from + c, lanes);
-        if (!gated) {
-          store(hidden + t * hidden_width + c, rounded<T>(activate(act(), x).value), lanes);
-          return;
-        }
-        const Floats up = load(from + hidden_width + c, lanes);
-        Floats value = rounded<T>(bounded_gate(act, glu, x).value);
-        value = rounded<T>(value * rounded<T>(bounded_up(glu, up).value));
-        store(hidden + t * hidden_width + c, value, lanes);
-      });
-    }
-  });
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* from = inner + t * inner_width;
+    activate_units<T>(activation, glu, from, gated ? from + hidden_width : nullptr, hidden_width,
+                      hidden + t * hidden_width);
+  }
 }
 
 // The block's matrices, (F, D), (F, D) and (D, F); the gate's weight is null if there is none.

@@ -13,6 +13,7 @@ from moezoo_kernels.ngram_rows import ngram_rows
 from moezoo_kernels.product_key_top_k import product_key_top_k
 from moezoo_kernels.rank_one_experts import rank_one_experts
 from moezoo_kernels.selective_mlp import selective_mlp
+from moezoo_kernels.sparse_linear import sparse_linear
 from moezoo_kernels.statistical_top_k import statistical_top_k
 from moezoo_kernels.tree_descent import leaf_mlp, path_neurons, tree_descent
 from moezoo_kernels.weighted_bag import weighted_bag
@@ -27,6 +28,7 @@ __all__ = [
     "product_key_top_k",
     "rank_one_experts",
     "selective_mlp",
+    "sparse_linear",
     "statistical_top_k",
     "tree_descent",
     "use",

@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 def launches() -> list[Launch]:
     """List every kernel: d 2048, blocks of 6144, experts of 768, 16 neurons of 8 heads, 512²."""
-    return [*_experts(), *_selective(), *_tables(), *_trees()]
+    return [*_experts(), *_selective(), *_sparse(), *_tables(), *_trees()]
 
 
 def _pointers(names: str, kind: str) -> dict[str, str]:
@@ -96,6 +96,17 @@ def _selective() -> Iterator[Launch]:
     types |= dict.fromkeys(("stride_row", "stride_column"), "i64")
     has = {"HAS_BIAS": False, "HAS_HIDDEN": True}
     yield Launch("selective_mlp", triton_selective._answer, types, tile | has)
+
+
+def _sparse() -> Iterator[Launch]:
+    from moezoo_kernels.sparse_linear import triton_blocks
+
+    types = _pointers("x values bias output", "bf16") | {"columns": "*i32", "starts": "*i64"}
+    constants = {"width": 2048, "rows": 6144, "BLOCK": 32, "HAS_BIAS": False, "PRECISION": "ieee"}
+    constants |= {"TOKENS": triton_blocks._MANY}
+    yield Launch(
+        "block_sparse_linear", triton_blocks._multiply, types | {"tokens": "i64"}, constants
+    )
 
 
 def _tables() -> Iterator[Launch]:

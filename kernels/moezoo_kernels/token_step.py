@@ -26,6 +26,7 @@ from moezoo_kernels import backends, native
 from moezoo_kernels.activations import ACTIVATION_CODES, PLAIN_GLU, GLUOptions
 from moezoo_kernels.selective_mlp.cpu import laid, layouts
 from moezoo_kernels.selective_mlp.thresholds import Thresholds
+from moezoo_kernels.sparse_linear import BlockSparse, GroupSparse
 
 MOST_SEQUENCES = 16
 """With more, products of matrices are faster elsewhere."""
@@ -234,6 +235,53 @@ def selective_step(
         ACTIVATION_CODES[activation],
         *glu.encode(),
         *layouts(*weights),
+        float(norm.eps),
+    )
+
+
+class SparseLinear(NamedTuple):
+    """A linear map without its zeros: the packed matrix, and the bias ``(out,)`` or None."""
+
+    matrix: BlockSparse | GroupSparse
+    bias: Tensor | None
+
+
+def sparse_step(
+    hidden: Tensor,
+    norm: Norm,
+    gate: SparseLinear | None,
+    up: SparseLinear,
+    down: SparseLinear,
+    activation: str,
+    glu: GLUOptions = PLAIN_GLU,
+) -> Callable[[], None]:
+    """Prepare what :func:`dense_step` does, with matrices of one kind that are packed.
+
+    Args:
+        hidden: ``(B, D)``.
+        norm: before the block.
+        gate: ``(F, D)``, or None if the block is not gated.
+        up: ``(F, D)``.
+        down: ``(D, F)``.
+        activation: a key of :data:`moezoo_kernels.activations.ACTIVATIONS`.
+        glu: bounds of the factors, if there is a gate.
+    """
+    batch, width = hidden.shape
+    hidden_width = up.matrix.shape[0]
+    maps = (gate, up, down)
+    given = [(None,) * 3 if part is None else part.matrix.tensors for part in maps]
+    return native.Prepared(
+        "moezoo_sparse_step",
+        hidden,
+        norm.weight,
+        *(tensor for tensors in zip(*given, strict=True) for tensor in tensors),
+        *(None if part is None else part.bias for part in maps),
+        native.floats(batch * (width + 2 * hidden_width)),
+        native.dtype_code(hidden.dtype),
+        *(batch, width, hidden_width),
+        *up.matrix.sizes,
+        ACTIVATION_CODES[activation],
+        *glu.encode(),
         float(norm.eps),
     )
 
