@@ -9,6 +9,8 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,9 +19,11 @@ from moezoo.cost import Cost
 from moezoo.matrices import rules
 from moezoo.matrices.matrix import Matrix
 from moezoo.matrices.options import NM, SoftNM, Transposable
+from moezoo.matrices.packing import Packed, Packing, Pattern, is_plain
 from moezoo.matrices.sampling import reference_linear, sampled_linear
 from moezoo.matrices.schedules import leak, stages
 from moezoo.parallel import whole
+from moezoo_kernels.sparse_linear import sparse_linear
 
 
 def times(latent: Tensor, factor: Tensor, passed: Tensor | None = None) -> Tensor:
@@ -40,10 +44,41 @@ class Latent(Matrix):
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias)
         self.latent = nn.Parameter(torch.empty(out_features, in_features))
+        self._packing = Packing()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply by :meth:`dense`."""
+        """Multiply by :meth:`dense`; in evaluation without its zeros, where that is faster."""
+        packed = self.packed(x)
+        if packed is not None:
+            return sparse_linear(x, packed, self.bias)
         return F.linear(x, self.dense(), self.bias)
+
+    def packed(self, x: Tensor) -> Packed | None:
+        """Return the matrix without its zeros, if it is faster for these tokens; else None.
+
+        It is None in training, where the weights want a gradient, under autocast, in a graph that
+        is compiled, and where weights are sharded.
+        """
+        zeros = self._zeros()
+        learns = torch.is_grad_enabled() and self.latent.requires_grad
+        if zeros is None or self.training or learns or x.dtype != self.latent.dtype:
+            return None
+        made_of = [self.latent, *self.buffers()]
+        if torch.compiler.is_compiling() or not is_plain(x, *made_of):
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        return self._packing.get(made_of, x.numel() // self.in_features, zeros, self.dense)
+
+    def _zeros(self) -> Pattern | None:
+        """Return where the matrix has zeros; None if nowhere that products could skip."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """Forget the packed matrix in training, which changes the weights."""
+        if mode:
+            self._packing.clear()
+        return super().train(mode)
 
     def reset_parameters(self, std: float) -> None:
         """Draw the weights as a dense matrix has them, and find what depends on them."""
@@ -111,6 +146,9 @@ class NMMatrix(Masked):
     @property
     def _leak(self) -> str:
         return str(self.options.leak)
+
+    def _zeros(self) -> Pattern:
+        return Pattern(n=self.options.n, m=self.options.m)
 
     def cost(self) -> Cost:
         """N of M weights count."""
@@ -206,6 +244,9 @@ class TransposableMatrix(Sampled, Masked):
         """Multiply the weights by the mask."""
         return times(self.latent, self.mask)
 
+    def _zeros(self) -> Pattern:
+        return Pattern(n=2, m=4)
+
     def _exact(self) -> Tensor:
         return self.mask.all()
 
@@ -253,6 +294,9 @@ class SoftNMMatrix(Sampled):
         with torch.no_grad():
             value = self.scale.to(self.latent.dtype) * self._shrunk(self.latent)
         return value + (self.latent - self.latent.detach())
+
+    def _zeros(self) -> Pattern:
+        return Pattern(n=self.options.n, m=self.options.m)
 
     def _shrunk(self, latent: Tensor) -> Tensor:
         """Return ``sign(w) relu(|w| - t)``."""

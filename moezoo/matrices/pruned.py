@@ -22,6 +22,7 @@ from moezoo.cost import Cost
 from moezoo.matrices import rules
 from moezoo.matrices.masked import Masked, times
 from moezoo.matrices.options import Pruned
+from moezoo.matrices.packing import Pattern
 from moezoo.matrices.schedules import cosine, cubic
 from moezoo.parallel import whole
 
@@ -52,6 +53,9 @@ class PrunedMatrix(Masked):
         if not self.options.growth:
             return self.latent * self.mask
         return times(self.latent, self.mask, self.mask | self.listening)
+
+    def _zeros(self) -> Pattern | None:
+        return None if self.options.block == 1 else Pattern(block=self.options.block)
 
     def cost(self) -> Cost:
         """What the schedule keeps in the end counts, in products that are computed dense."""

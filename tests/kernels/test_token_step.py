@@ -8,7 +8,8 @@ from moezoo_kernels import token_step
 from moezoo_kernels.activations import ACTIVATIONS, GLUOptions, gated_unit
 from moezoo_kernels.layouts import column_major
 from moezoo_kernels.selective_mlp import Thresholds
-from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
+from moezoo_kernels.sparse_linear import pack_blocks, pack_groups
+from moezoo_kernels.token_step import Angles, Cache, Linear, Norm, SparseLinear
 
 DIGITS = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}  # of the largest number
 EPS = 1e-5
@@ -133,6 +134,31 @@ def test_dense_blocks(draw, batch, width, inner, gated, bias, activation):
     )
     step()
     assert_added(hidden, before, linear(middle, down))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "groups"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_blocks_without_zeros(draw, batch, gated, kind):
+    width, inner = 32, 64
+    hidden, norm = draw(batch, width, scale=1.0), draw(width, scale=1.0)
+    maps, packed = [], []
+    for rows, columns in ((inner, width), (inner, width), (width, inner)):
+        weight, bias = draw(rows, columns), draw(rows)
+        if kind == "blocks":
+            weight[:16, :16] = weight[-16:, 16:] = 0.0
+        else:
+            weight[:, 1::4] = weight[:, 2::4] = 0.0
+        matrix = pack_blocks(weight, 16) if kind == "blocks" else pack_groups(weight, 2, 4)
+        maps.append(Linear(weight, bias))
+        packed.append(SparseLinear(matrix, bias))
+    before, x = hidden.clone(), normed(hidden, norm)
+    middle = (
+        F.silu(linear(x, maps[0])) * linear(x, maps[1]) if gated else F.silu(linear(x, maps[1]))
+    )
+    packed[0] = packed[0] if gated else None
+    token_step.sparse_step(hidden, Norm(norm, EPS), *packed, "silu")()
+    assert_added(hidden, before, linear(middle, maps[2]))
 
 
 def above(values, thresholds):

@@ -26,7 +26,7 @@ from moezoo_kernels.layouts import is_column_major
 from moezoo_kernels.moe_step import NO_SHARED, Scorer, Scoring, Shared, moe_step
 from moezoo_kernels.selective_mlp import Thresholds
 from moezoo_kernels.selective_mlp.cpu import laid
-from moezoo_kernels.token_step import Angles, Cache, Linear, Norm
+from moezoo_kernels.token_step import Angles, Cache, Linear, Norm, SparseLinear
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.norm import RMSNorm
 
@@ -85,7 +85,7 @@ def native_feed_forward(
     """
     before = Norm(norm.weight, norm.eps)
     if type(layer) is DenseFFN and layer.activation_up is None:
-        return _dense(layer, before, hidden)
+        return _sparse(layer, before, hidden) or _dense(layer, before, hidden)
     if type(layer) is SelectiveFFN and layer.first_tokens <= first_position:
         return _selective(layer, before, hidden)
     if (type(layer) is SparseMoE and _is_plain(layer)) or type(layer) is SigmaMoE:
@@ -118,6 +118,26 @@ def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | 
     gate = maps[0] if layer.gated else None
     up, down = maps[-2:]
     return token_step.dense_step(hidden, norm, gate, up, down, layer.activation, layer.glu)
+
+
+def _sparse(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
+    """Return the step of a block whose matrices are faster without their zeros; else None."""
+    parts = [layer.gate_proj] if layer.gated else []
+    parts += [layer.up_proj, layer.down_proj]
+    maps = []
+    for part in parts:
+        packed = None
+        if isinstance(part, Latent):
+            packed = part.packed(hidden.new_empty(len(hidden), part.in_features))
+        if packed is None:
+            return None
+        maps.append(SparseLinear(packed, part.bias))
+    tensors = [tensor for each in maps for tensor in (each.matrix.values, each.bias)]
+    if not token_step.usable(hidden, norm.weight, *tensors):
+        return None
+    gate = maps[0] if layer.gated else None
+    up, down = maps[-2:]
+    return token_step.sparse_step(hidden, norm, gate, up, down, layer.activation, layer.glu)
 
 
 def _selective(layer: SelectiveFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:

@@ -12,6 +12,7 @@ from transformers import (
 
 import moezoo
 from moezoo_kernels import native, token_step
+from moezoo_kernels.sparse_linear import paying
 from moezoo_models.decoding.decoder import Decoder
 from moezoo_models.decoding.eligible import ineligible
 from moezoo_models.decoding.loop import continue_ids
@@ -317,6 +318,23 @@ def test_the_kernels_step_what_they_know(build, rules, native_steps):
     blocks = Decoder(build(ffn=others), *left_padded(2), 4)._blocks
     assert [block.attend is None for block in blocks] == [False, True, False]
     assert not any(block.feed for block in blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "matrices", [{"kind": "pruned", "block": 16}, {"kind": "n_m", "n": 2, "m": 4}], ids=str
+)
+def test_matrices_are_decoded_without_their_zeros(
+    build, rules, native_steps, monkeypatch, matrices
+):
+    monkeypatch.setattr(paying, "_LEAST_NUMBERS", 0)
+    monkeypatch.setattr(token_step, "dense_step", None)
+    init = {"matrices": {**matrices, **({"sparsity": 0.5} if "block" in matrices else {})}}
+    model = build(
+        ffn=[{**rules["rule"]("DenseFFN"), "init_args": {"d_ff": 64, "bias": True, **init}}]
+    )
+    assert all(block.feed for block in Decoder(model, *left_padded(1), 4)._blocks)
+    assert_steps_are_the_forward_pass(model, *left_padded(1))
 
 
 SELECTION = {"input": 0.4, "gate": 0.02, "up_input": 0.3, "hidden": 0.01}
