@@ -269,7 +269,7 @@ def _is_usable(
     experts: MLPExperts, gate: Router, shared: Shared, norm: Norm, hidden: Tensor
 ) -> bool:
     """Return whether the kernel runs these experts on the tokens at hand."""
-    tensors = [norm.weight, experts.gate_up_proj, experts.down_proj]
+    tensors: list[Tensor | None] = [norm.weight, experts.gate_up_proj, experts.down_proj]
     tensors += [tensor for part in shared if part is not None for tensor in part]
     tensors += [experts.gate_up_bias, experts.down_bias, *gate.parameters()]
     return (

@@ -213,8 +213,8 @@ def _variant(
         experts = default_parts(width) if experts is None else experts
         parts = max(round(work * experts), 2)
         shared = 5 * parts // 6
-        sizes = (shared, parts - shared, experts)
-        return carved_variant(name, *sizes, width, length), parts / experts
+        carved = carved_variant(name, shared, parts - shared, experts, width, length)
+        return carved, parts / experts
     try:
         budgets = budgets_of(method, work, layers, sensitivity)  # type: ignore[arg-type]
     except InputError:

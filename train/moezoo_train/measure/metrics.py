@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from moezoo_train.trained import Measured
 
 _Stats = Sequence[Mapping[str, Tensor]]
-"""Of each layer."""
-
-
-_Stats = Sequence[Mapping[str, Tensor]]
 """Statistics of layers, in their order."""
 
 
