@@ -135,6 +135,10 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_models.inspect.spectrum:inspect_spectrum",
             "how many directions hidden activations and weights use",
         ),
+        "inspect blocks": Command(
+            "moezoo_models.inspect.blocks:inspect_blocks",
+            "how alike tokens are around blocks, and what each part adds",
+        ),
         "inspect background": Command(
             "moezoo_train.finetune.background:inspect_background",
             "which values other text reads, for sparse memory finetuning",

@@ -24,8 +24,9 @@ inline void with_activation(int64_t activation, const Body& body) {
   }
 }
 
-// How the factors of a gated linear unit are bounded: GLUOptions.encode of activations.py.
-enum Bound : int64_t { kUnbounded = 0, kBefore = 1, kAfter = 2, kSoftcap = 3 };
+// How the factors of a gated linear unit are bounded: GLUOptions.encode of activations.py; kReluUp is
+// RELU_UP there.
+enum Bound : int64_t { kUnbounded = 0, kBefore = 1, kAfter = 2, kSoftcap = 3, kReluUp = 4 };
 
 // What a gated linear unit is beside act(gate) up, with its halves one after the other.
 struct Glu {
@@ -54,12 +55,13 @@ inline Activated bounded_gate(A activation, const Glu& glu, Floats x) {
     return {found.value, x > glu.gate ? broadcast(0.0f) : found.slope};
   }
   const Activated found = activate(activation(), x);
-  if (glu.bound == kUnbounded) return found;
+  if (glu.bound == kUnbounded || glu.bound == kReluUp) return found;
   const auto beyond = found.value > glu.gate;
   return {beyond ? broadcast(glu.gate) : found.value, beyond ? broadcast(0.0f) : found.slope};
 }
 
 inline Activated bounded_up(const Glu& glu, Floats x) {
+  if (glu.bound == kReluUp) return relu(x);
   Activated found{x, broadcast(1.0f)};
   if (glu.bound == kSoftcap) found = softcap(x, glu.up);
   else if (glu.bound != kUnbounded) {

@@ -146,12 +146,13 @@ class Parts {
 using namespace moezoo;
 
 // residual (B, D) += the answers of each token's K experts of E and of the shared block, which read
-// norm(residual), as the router does unless router_x (B, D) is given. Experts weigh their scores,
+// norm(read), as the router does unless router_x (B, D) is given; read is the residual itself if it
+// is null. Experts weigh their scores,
 // or, with scales (E,), one more than their score times the scale. The shared block's matrices are
 // null if there is none; its output bias may be there all the same. scratch holds
 // B (4 D + 3 E + 4 S) + B K (1 + I + F) floats, typed B D numbers of the dtype, indices B K.
 MOEZOO_API void moezoo_moe_step(
-    void* residual, const void* norm, const void* router_x, const void* w_router,
+    void* residual, const void* read, const void* norm, const void* router_x, const void* w_router,
     const void* w_router_up, const void* b_router, const float* selection_bias,
     const float* scales, const void* w_in, const void* w_out, const void* b_in, const void* b_out,
     const void* s_gate, const void* s_up, const void* s_down, const void* sb_gate,
@@ -181,8 +182,8 @@ MOEZOO_API void moezoo_moe_step(
     float* seen = parts.take(tokens * (width + shared_width));
     float* always = parts.take(numbers);
 
-    normalize_all(static_cast<T*>(residual), typed(norm), static_cast<float>(eps), tokens, width,
-                  normed);
+    normalize_all(typed(read ? read : residual), typed(norm), static_cast<float>(eps), tokens,
+                  width, normed);
     convert_row(normed, static_cast<T*>(typed_x), numbers);
     const Glu glu{bound, static_cast<float>(gate_bound), static_cast<float>(up_bound),
                   static_cast<float>(shift), false};
@@ -190,19 +191,19 @@ MOEZOO_API void moezoo_moe_step(
                                matrix(s_up, sb_up, shared_width, width),
                                matrix(s_down, sb_down, width, shared_width), activation, glu};
     if (shared_width) shared.hide(normed, tokens, shared_inner, shared_hidden, threads);
-    const float* read = normed;
+    const float* asking = normed;
     if (router_x) {
       convert_row(typed(router_x), answer, numbers);  // where no answer is yet
-      read = answer;
+      asking = answer;
     }
     if (scoring == kWithShared) {
-      see(read, shared_hidden, tokens, width, shared_width, seen);
-      read = seen;
+      see(asking, shared_hidden, tokens, width, shared_width, seen);
+      asking = seen;
     }
     const int64_t read_width = scoring == kWithShared ? width + shared_width : width;
     const Scorer<T> scorer{matrix(w_router, b_router, experts, read_width),
                            matrix(w_router_up, nullptr, experts, read_width), scoring, activation};
-    scorer.score(read, tokens, others, logits, threads);
+    scorer.score(asking, tokens, others, logits, threads);
     const Choice choice{softmax != 0,   normalized != 0, static_cast<float>(factor),
                         selection_bias, scales,          experts,
                         choices};

@@ -221,15 +221,16 @@ MOEZOO_API void moezoo_selective_mlp(
   });
 }
 
-// residual (B, D) += the block's answer to norm(residual); the rest as above, scratch too, but that no
-// token is dense and nothing is counted.
+// residual (B, D) += the block's answer to norm(read); read is the residual itself if it is
+// null. The rest as above, scratch too, but that no token is dense and nothing is counted.
 MOEZOO_API void moezoo_selective_step(
-    void* residual, const void* norm, const void* w_gate, const void* w_up, const void* w_down,
-    const void* b_gate, const void* b_up, const void* b_down, const float* input,
-    const float* up_input, const float* gates, const float* hidden, float* scratch, int64_t dtype,
-    int64_t tokens, int64_t width, int64_t hidden_width, int64_t activation, int64_t bound,
-    double gate_bound, double up_bound, double shift, int64_t gate_transposed,
-    int64_t up_transposed, int64_t down_transposed, double eps, int32_t threads) {
+    void* residual, const void* read, const void* norm, const void* w_gate, const void* w_up,
+    const void* w_down, const void* b_gate, const void* b_up, const void* b_down,
+    const float* input, const float* up_input, const float* gates, const float* hidden,
+    float* scratch, int64_t dtype, int64_t tokens, int64_t width, int64_t hidden_width,
+    int64_t activation, int64_t bound, double gate_bound, double up_bound, double shift,
+    int64_t gate_transposed, int64_t up_transposed, int64_t down_transposed, double eps,
+    int32_t threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto problem = selective<T>(w_gate, w_up, w_down, b_gate, b_up, b_down, input, up_input,
@@ -238,8 +239,8 @@ MOEZOO_API void moezoo_selective_step(
                                       gate_transposed, up_transposed, down_transposed, threads);
     float* normed = scratch;
     float* answer = normed + tokens * width;
-    normalize_all(static_cast<T*>(residual), static_cast<const T*>(norm), static_cast<float>(eps),
-                  tokens, width, normed);
+    normalize_all(static_cast<const T*>(read ? read : residual), static_cast<const T*>(norm),
+                  static_cast<float>(eps), tokens, width, normed);
     problem.run(normed, answer + tokens * width, answer);
     add_answers(answer, tokens * width, static_cast<T*>(residual));
   });

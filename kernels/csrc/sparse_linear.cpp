@@ -54,11 +54,11 @@ MOEZOO_API void moezoo_sparse_linear(const void* x, void* output, const void* va
   });
 }
 
-// residual (B, D) += the answer of a block of such matrices to norm(residual). The gate's values
-// are null if it is not gated. scratch holds B (D + 2 F) floats.
+// residual (B, D) += the answer of a block of such matrices to norm(read); read is the residual
+// itself if it is null. The gate's values are null if it is not gated. scratch holds B (D + 2 F) floats.
 MOEZOO_API void moezoo_sparse_step(
-    void* residual, const void* norm, const void* gate_values, const void* up_values,
-    const void* down_values, const void* gate_index, const void* up_index, const void* down_index,
+    void* residual, const void* read, const void* norm, const void* gate_values,
+    const void* up_values, const void* down_values, const void* gate_index, const void* up_index, const void* down_index,
     const int64_t* gate_starts, const int64_t* up_starts, const int64_t* down_starts,
     const void* b_gate, const void* b_up, const void* b_down, float* scratch, int64_t dtype,
     int64_t tokens, int64_t width, int64_t hidden_width, int64_t block, int64_t n, int64_t m,
@@ -71,8 +71,8 @@ MOEZOO_API void moezoo_sparse_step(
     float* normed = scratch;
     float* hidden = normed + tokens * width;
     float* factor = hidden + numbers;
-    normalize_all(static_cast<T*>(residual), static_cast<const T*>(norm), static_cast<float>(eps),
-                  tokens, width, normed);
+    normalize_all(static_cast<const T*>(read ? read : residual), static_cast<const T*>(norm),
+                  static_cast<float>(eps), tokens, width, normed);
     const auto multiply = [&](const Given& given, const float* from, int64_t rows, int64_t columns,
                               float* to) {
       multiply_given<T>(given, kind, from, tokens, rows, columns, to, threads);

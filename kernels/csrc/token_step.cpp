@@ -199,12 +199,12 @@ MOEZOO_API void moezoo_attention_step(
   });
 }
 
-// residual (B, D) += the answer of a dense block; w_gate is null if it is not gated. scratch holds
-// B (D + 3 F) floats.
-MOEZOO_API void moezoo_dense_step(void* residual, const void* norm, const void* w_gate,
-                                  const void* w_up, const void* w_down, const void* b_gate,
-                                  const void* b_up, const void* b_down, float* scratch,
-                                  int64_t dtype, int64_t tokens, int64_t width,
+// residual (B, D) += the answer of a dense block to norm(read); read is the residual itself if it
+// is null. w_gate is null if the block is not gated. scratch holds B (D + 3 F) floats.
+MOEZOO_API void moezoo_dense_step(void* residual, const void* read, const void* norm,
+                                  const void* w_gate, const void* w_up, const void* w_down,
+                                  const void* b_gate, const void* b_up, const void* b_down,
+                                  float* scratch, int64_t dtype, int64_t tokens, int64_t width,
                                   int64_t hidden_width, int64_t activation, int64_t bound,
                                   double gate_bound, double up_bound, double shift, double eps,
                                   int32_t threads) {
@@ -214,8 +214,8 @@ MOEZOO_API void moezoo_dense_step(void* residual, const void* norm, const void* 
     float* normed = scratch;
     float* hidden = normed + tokens * width;
     float* inner = hidden + tokens * hidden_width;
-    normalize_all(static_cast<T*>(residual), typed(norm), static_cast<float>(eps), tokens, width,
-                  normed);
+    normalize_all(typed(read ? read : residual), typed(norm), static_cast<float>(eps), tokens,
+                  width, normed);
     const Glu glu{bound, static_cast<float>(gate_bound), static_cast<float>(up_bound),
                   static_cast<float>(shift), false};
     const DenseBlock<T> block{{typed(w_gate), typed(b_gate), hidden_width, width},

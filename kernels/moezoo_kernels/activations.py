@@ -122,7 +122,7 @@ class GLUOptions:
         """Return what kernels take: the kind of bound, those of gate and up, and the shift.
 
         The kind is 0 for none, 1 for a limit before the activation, 2 for one after it, and 3 for
-        softcaps; csrc/grouped_mlp.h and triton_stages.py know the same.
+        softcaps; csrc/grouped_mlp.h and triton_stages.py know the same. (4 is :data:`RELU_UP`.)
         """
         shift = float(self.up_shift)
         if self.gate_softcap is not None and self.up_softcap is not None:
@@ -141,6 +141,9 @@ class GLUOptions:
 
 
 PLAIN_GLU = GLUOptions()
+
+RELU_UP = (4, 0.0, 0.0, 0.0)
+"""What :meth:`GLUOptions.encode` would return for ``act(gate) relu(up)``; for C++ kernels alone."""
 
 
 def _is_number(value: object) -> bool:

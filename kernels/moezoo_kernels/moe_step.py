@@ -88,10 +88,11 @@ def moe_step(
     router_input: Tensor | None = None,
     glu: GLUOptions = PLAIN_GLU,
     interleaved: bool = False,
+    read: Tensor | None = None,
 ) -> Callable[[], None]:
     """Prepare ``hidden += shared(x) + Σ g_e expert_e(x)`` over each token's best experts.
 
-    ``x = norm(hidden)``.
+    ``x = norm(hidden)``, or ``norm(read)``.
 
     Args:
         hidden: ``(B, D)``.
@@ -116,6 +117,7 @@ def moe_step(
             not with ``with_shared``.
         glu: bounds of the factors of experts and shared block.
         interleaved: the gate's rows and the linear ones of the experts lie in turn.
+        read: ``(B, D)``, what the norm reads in place of ``hidden``; it may change in place.
 
     Raises:
         ValueError: ``with_shared`` without a shared block, or with a ``router_input``.
@@ -133,6 +135,7 @@ def moe_step(
     return native.Prepared(
         "moezoo_moe_step",
         hidden,
+        read,
         norm.weight,
         router_input,
         router.weight,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moezoo_kernels import backends, native
-from moezoo_kernels.activations import ACTIVATION_CODES, PLAIN_GLU, GLUOptions
+from moezoo_kernels.activations import ACTIVATION_CODES, PLAIN_GLU, RELU_UP, GLUOptions
 from moezoo_kernels.selective_mlp.cpu import laid, layouts
 from moezoo_kernels.selective_mlp.thresholds import Thresholds
 from moezoo_kernels.sparse_linear import BlockSparse, GroupSparse
@@ -159,6 +159,9 @@ def dense_step(
     down: Linear,
     activation: str,
     glu: GLUOptions = PLAIN_GLU,
+    *,
+    relu_up: bool = False,
+    read: Tensor | None = None,
 ) -> Callable[[], None]:
     """Prepare ``hidden += down(act(gate(x)) * up(x))``, or ``act(up(x))``, of ``x = norm(hidden)``.
 
@@ -170,6 +173,8 @@ def dense_step(
         down: ``(D, F)``.
         activation: a key of :data:`moezoo_kernels.activations.ACTIVATIONS`.
         glu: bounds of the factors, if there is a gate.
+        relu_up: whether the linear factor passes a ReLU, in place of ``glu``.
+        read: ``(B, D)``, what the norm reads in place of ``hidden``; it may change in place.
     """
     batch, width = hidden.shape
     hidden_width = up.weight.shape[0]
@@ -177,6 +182,7 @@ def dense_step(
     return native.Prepared(
         "moezoo_dense_step",
         hidden,
+        read,
         norm.weight,
         *(part.weight for part in parts),
         *(part.bias for part in parts),
@@ -186,7 +192,7 @@ def dense_step(
         width,
         hidden_width,
         ACTIVATION_CODES[activation],
-        *glu.encode(),
+        *(RELU_UP if relu_up else glu.encode()),
         float(norm.eps),
     )
 
@@ -200,11 +206,15 @@ def selective_step(
     thresholds: Thresholds,
     activation: str,
     glu: GLUOptions = PLAIN_GLU,
+    *,
+    relu_up: bool = False,
+    read: Tensor | None = None,
 ) -> Callable[[], None]:
     """Prepare what :func:`dense_step` does, of the numbers that exceed thresholds alone.
 
     It is :func:`moezoo_kernels.selective_mlp` of ``norm(hidden)``. Gate and down (and up, where
-    there is no gate or no threshold for it) are read in part where they lie column by column.
+    there is no gate or no threshold for it) are read in part where they lie column by column. What
+    an activation makes zero is left out without any threshold, too: of up its rows.
 
     Args:
         hidden: ``(B, D)``.
@@ -215,6 +225,8 @@ def selective_step(
         thresholds: per channel; they are read at each call.
         activation: a key of :data:`moezoo_kernels.activations.ACTIVATIONS`.
         glu: bounds of the factors, if there is a gate.
+        relu_up: whether the linear factor passes a ReLU, in place of ``glu``.
+        read: ``(B, D)``, what the norm reads in place of ``hidden``; it may change in place.
     """
     batch, width = hidden.shape
     hidden_width = up.weight.shape[0]
@@ -223,6 +235,7 @@ def selective_step(
     return native.Prepared(
         "moezoo_selective_step",
         hidden,
+        read,
         norm.weight,
         *laid(*weights),
         *(part.bias for part in parts),
@@ -233,7 +246,7 @@ def selective_step(
         width,
         hidden_width,
         ACTIVATION_CODES[activation],
-        *glu.encode(),
+        *(RELU_UP if relu_up else glu.encode()),
         *layouts(*weights),
         float(norm.eps),
     )
@@ -254,6 +267,8 @@ def sparse_step(
     down: SparseLinear,
     activation: str,
     glu: GLUOptions = PLAIN_GLU,
+    *,
+    read: Tensor | None = None,
 ) -> Callable[[], None]:
     """Prepare what :func:`dense_step` does, with matrices of one kind that are packed.
 
@@ -265,6 +280,7 @@ def sparse_step(
         down: ``(D, F)``.
         activation: a key of :data:`moezoo_kernels.activations.ACTIVATIONS`.
         glu: bounds of the factors, if there is a gate.
+        read: ``(B, D)``, what the norm reads in place of ``hidden``; it may change in place.
     """
     batch, width = hidden.shape
     hidden_width = up.matrix.shape[0]
@@ -273,6 +289,7 @@ def sparse_step(
     return native.Prepared(
         "moezoo_sparse_step",
         hidden,
+        read,
         norm.weight,
         *(tensor for tensors in zip(*given, strict=True) for tensor in tensors),
         *(None if part is None else part.bias for part in maps),

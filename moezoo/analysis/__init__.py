@@ -4,8 +4,9 @@ What is not in ``__all__`` serves these functions, and may change.
 """
 
 from moezoo.analysis.choices import SlotChoices, slot_choices
-from moezoo.analysis.curves import draw_agreement, draw_sparsity, draw_spectra
+from moezoo.analysis.curves import draw_agreement, draw_blocks, draw_sparsity, draw_spectra
 from moezoo.analysis.heat_map import draw_usage
+from moezoo.analysis.isotropy import MeanCosine
 from moezoo.analysis.neurons import NeuronBlock, Neurons, neurons_of
 from moezoo.analysis.paths import Paths
 from moezoo.analysis.sparsity import Sparsity, SparsityCounter
@@ -36,6 +37,7 @@ __all__ = [
     "Context",
     "Covariance",
     "Evenness",
+    "MeanCosine",
     "NeuronBlock",
     "Neurons",
     "Paths",
@@ -52,6 +54,7 @@ __all__ = [
     "collect_loads",
     "count_pairs",
     "draw_agreement",
+    "draw_blocks",
     "draw_paths",
     "draw_sparsity",
     "draw_spectra",

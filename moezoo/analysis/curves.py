@@ -219,3 +219,35 @@ def draw_frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]], ti
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=7)
     return figure
+
+
+def draw_blocks(figures: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Draw how alike tokens are around each block, and how much its parts add to them.
+
+    Args:
+        figures: a number per block of each of ``cosine_before``, ``cosine_attended``,
+            ``cosine_after``, ``attention`` and ``feed_forward``.
+        title: of the whole picture.
+    """
+    figure = _new_figure(10.0, 3.6, title)
+    cosines, shares = figure.subplots(1, 2)
+    before, after = (np.array(figures[f"cosine_{when}"]) for when in ("before", "after"))
+    layers = np.arange(len(before))
+    # A block ends where the next begins: one line through all, with attention's answers between.
+    cosines.plot(np.arange(len(before) + 1), [*before, after[-1]], color="#3182bd", label="stream")
+    cosines.plot(
+        layers + 0.5, figures["cosine_attended"], "o", color="#d62728", label="after attention"
+    )
+    cosines.set_xlabel("blocks passed", fontsize=8)
+    cosines.set_ylabel("mean cosine of two tokens", fontsize=8)
+    for place, (key, colour) in enumerate((("attention", "#d62728"), ("feed_forward", "#3182bd"))):
+        heights = [100 * share for share in figures[key]]
+        label = key.replace("_", "-")
+        shares.bar(layers + 0.4 * (place - 0.5), heights, width=0.4, color=colour, label=label)
+    shares.set_xlabel("layer", fontsize=8)
+    shares.set_ylabel("length of what it adds over the stream's (%)", fontsize=8)
+    for axes in (cosines, shares):
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7)
+    return figure

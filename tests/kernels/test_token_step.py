@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from moezoo_kernels import token_step
 from moezoo_kernels.activations import ACTIVATIONS, GLUOptions, gated_unit
 from moezoo_kernels.layouts import column_major
-from moezoo_kernels.selective_mlp import Thresholds
+from moezoo_kernels.moe_step import Scorer, moe_step
+from moezoo_kernels.selective_mlp import NO_THRESHOLDS, Thresholds
 from moezoo_kernels.sparse_linear import pack_blocks, pack_groups
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm, SparseLinear
 
@@ -197,6 +198,72 @@ def test_selective_blocks(draw, batch, width, inner, gated, columns):
     step()
     assert_added(hidden, before, linear(above(middle, least[3]), down))
     assert not torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize(("batch", "width", "inner"), [(1, 37, 19), (7, 64, 130), (16, 5, 33)])
+def test_both_factors_through_a_relu(draw, batch, width, inner, activation):
+    start, norm = draw(batch, width, scale=1.0), draw(width, scale=1.0)
+    gate, up = (Linear(draw(inner, width), draw(inner)) for _ in range(2))
+    down, x = Linear(draw(width, inner), draw(width)), normed(start, norm)
+    middle = ACTIVATIONS[activation](linear(x, gate)) * linear(x, up).relu()
+    for step, laid, thresholds in (
+        (token_step.dense_step, down, ()),
+        (token_step.selective_step, down, (NO_THRESHOLDS,)),
+        (token_step.selective_step, Linear(column_major(down.weight), down.bias), (NO_THRESHOLDS,)),
+    ):
+        hidden = start.clone()
+        step(hidden, Norm(norm, EPS), gate, up, laid, *thresholds, activation, relu_up=True)()
+        assert_added(hidden, start, linear(middle, down))
+
+
+def test_rows_that_zeros_would_multiply_are_not_read(draw):
+    width, inner = 40, 64
+    hidden, norm = draw(2, width, scale=1.0), draw(width, scale=1.0)
+    gate, up = (Linear(draw(inner, width), draw(inner)) for _ in range(2))
+    down = Linear(column_major(draw(width, inner)), None)
+    silent = torch.arange(0, inner, 3)
+    gate.bias[silent] = -100.0
+    up.weight[silent], down.weight[:, silent] = torch.nan, torch.nan
+    options = (Thresholds(), "relu")
+    token_step.selective_step(hidden, Norm(norm, EPS), gate, up, down, *options)()
+    assert hidden.isfinite().all()
+
+
+def test_blocks_that_read_another_stream(draw):
+    width, inner, experts = 29, 21, 4
+    start, norm = draw(3, width, scale=1.0), draw(width, scale=1.0)
+    read, asking = draw(3, width, scale=1.0), draw(3, width, scale=1.0)
+    gate, up = (Linear(draw(inner, width), None) for _ in range(2))
+    down, x = Linear(draw(width, inner), None), normed(read, norm)
+    expected = linear(F.silu(linear(x, gate)) * linear(x, up), down)
+    for step, more in ((token_step.dense_step, ()), (token_step.selective_step, (NO_THRESHOLDS,))):
+        hidden = start.clone()
+        step(hidden, Norm(norm, EPS), gate, up, down, *more, "silu", read=read)()
+        assert_added(hidden, start, expected)
+
+    router, w_out = draw(experts, width), draw(experts, width, inner)
+    w_in = draw(experts, inner, width)
+    for router_input in (None, asking):
+        logits = (x if router_input is None else asking).double() @ router.double().T
+        expected = torch.zeros_like(x)
+        for b, e in enumerate(logits.argmax(-1).tolist()):
+            middle = F.silu(linear(x[b], Linear(w_in[e], None)))
+            expected[b] = linear(middle, Linear(w_out[e], None))
+        hidden = start.clone()
+        moe_step(
+            hidden,
+            Norm(norm, EPS),
+            Scorer(router),
+            w_in,
+            w_out,
+            top_k=1,
+            activation="silu",
+            gated=False,
+            router_input=router_input,
+            read=read,
+        )()
+        assert_added(hidden, start, expected)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def test_recipes_differ_in_the_feed_forward_layer_only(path):
             "allow_non_causal",
             "hash_embeddings_from",
             "qk_norm",
+            "parallel",
         ):
             options["model"].pop(key, None)
         options.pop("output")

@@ -48,14 +48,14 @@ _SAME = (
 )
 """Fields that have the same name and meaning here and there, where they are there."""
 
-_STOCK = ("llama", "mistral", "qwen2", "qwen3")
+_STOCK = ("llama", "mistral", "qwen2", "qwen3", "stablelm")
 """Architectures that are written, by ``model_type``."""
 
 _NAMELESS = ("_name_or_path", "architectures", "ffn", "transformers_version")
 
 
 def export(checkpoint: str | Path, target: str | Path) -> Path:
-    """Write a dense model of ours as a Llama, Mistral, Qwen2 or Qwen3, whichever it is.
+    """Write a dense model of ours as a Llama, Mistral, Qwen2, Qwen3 or StableLM, whichever it is.
 
     The tensors are the same, under the same names; only the configuration changes, so that
     programs that know the stock architecture can read it. Matrices that are factored or sparse are
@@ -160,6 +160,12 @@ def stock_config(model: MoezooForCausalLM) -> PreTrainedConfig:
     for stock in _candidates(model.config, width, activation, bias):
         if _comparable(dense_config(stock.to_dict())) == ours:
             return stock
+    if model.config.parallel != "none":
+        raise InputError(
+            f"checkpoint: its blocks run beside attention (parallel {model.config.parallel}), and "
+            "the stock format that holds such has one_norm, norm layer, one width of heads and no "
+            "windows (stablelm); keep it as it is"
+        )
     raise InputError(
         f"checkpoint: its attention is none of {', '.join(_STOCK)}; compare the norms, "
         f"biases and windows in its {CONFIG}, or keep it as it is"
@@ -222,12 +228,20 @@ def _candidates(
         "mistral": {},
         "qwen2": {"use_sliding_window": config.sliding_window is not None},
         "qwen3": {"use_sliding_window": config.sliding_window is not None},
+        "stablelm": {
+            "layer_norm_eps": config.rms_norm_eps,
+            "use_qkv_bias": config.attention_bias,
+            "use_parallel_residual": config.parallel == "one_norm",
+            "rope_parameters": {"partial_rotary_factor": 1.0, **config.rope_parameters},
+        },
     }
     for name in _STOCK:
+        if bias and name != "llama":
+            continue
         kind = DENSE_CONFIGS[name]
         known = {key: value for key, value in same.items() if hasattr(kind, key)}
         make: Callable[..., PreTrainedConfig] = kind
-        yield make(intermediate_size=width, hidden_act=activation, **known, **own[name], **more)
+        yield make(intermediate_size=width, hidden_act=activation, **{**known, **own[name]}, **more)
 
 
 def _comparable(config: MoezooConfig) -> dict[str, Any]:

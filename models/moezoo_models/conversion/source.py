@@ -217,7 +217,13 @@ def _config(families: list[str], directory: Path, raw: dict[str, Any]) -> Moezoo
             "mlp_bias: no stock mixture has biases in its experts, and dropping them would change "
             "the model; only gated blocks without biases can be converted"
         )
-    return dense_config(raw)
+    config = dense_config(raw)
+    if config.parallel != "none":
+        raise InputError(
+            "use_parallel_residual: what is converted reads what attention has added to, and in "
+            "this model it reads the same as attention; give one whose parts follow each other"
+        )
+    return config
 
 
 def _other(kind: str, families: list[str], directory: Path) -> str:

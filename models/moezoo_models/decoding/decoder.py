@@ -103,12 +103,12 @@ class Decoder:
             every = torch.arange(last, device=ids.device)[None]
             cos, sin = self._turn(embedding, every)
             self._angles = Angles(cos[0].contiguous(), signed(sin[0]), self._next)
-        self._blocks = self._build(positions)
+        self._blocks = self._build(positions, new_tokens)
         last_norm = cast(RMSNorm, model.model.norm)
         self._norm = norm_of(last_norm)
         self._head = native_head(model.lm_head, last_norm, self._hidden)
 
-    def _build(self, positions: int) -> list[_Block]:
+    def _build(self, positions: int, new_tokens: int) -> list[_Block]:
         blocks = list(self._model.model.blocks())
         attentions = [cast("Attention", block.self_attn) for block in blocks]
         projections = sum(
@@ -118,7 +118,7 @@ class Decoder:
         )
         fuse = projections <= _MOST_FUSED_BYTES
         begin = int(self._next.min())
-        shared = (self._hidden, self._angles, self._mask, positions, begin, fuse)
+        shared = (self._hidden, self._angles, self._mask, positions, begin, new_tokens, fuse)
         return [_Block(block, *shared) for block in blocks]
 
     def prefill(self) -> Tensor:
@@ -173,7 +173,7 @@ class Decoder:
                 if block.mlp.reads_positions:
                     read["positions"] = self._next[:, None]
                 answer = block.mlp.infer(
-                    block.second_norm(hidden)[:, None],
+                    block.second_norm(block.before_feed)[:, None],
                     token_ids=context if looks_back else token_ids,
                     mask=context_mask if looks_back else None,
                     **read,
@@ -201,7 +201,9 @@ class _Block:
     Attributes:
         attend: attention's step, in place, for the place in the cache; None if ``attending`` does.
         feed: the feed-forward block's, in place; None if ``mlp.infer`` does.
-        entering: room for the residual stream before attention, if the router reads that.
+        entering: room for the residual stream before attention, if the router reads that, or the
+            whole feed-forward block does.
+        before_feed: the residual stream that the norm before the feed-forward block reads.
         read: what the router reads, ``(B, D)``; None if it reads what the experts read.
     """
 
@@ -213,11 +215,15 @@ class _Block:
         mask: Tensor | None,
         positions: int,
         begin: int,
+        new_tokens: int,
         fuse: bool,
     ) -> None:
         self.mlp: FeedForward = block.mlp
         self.looks_back = block.mlp.needs_earlier_tokens
-        self.entering = torch.empty_like(hidden) if block.router_input == "pre_attention" else None
+        early = block.is_parallel or block.router_input == "pre_attention"
+        self.entering = torch.empty_like(hidden) if early else None
+        beside = self.entering if block.is_parallel else None
+        self.before_feed = hidden if beside is None else beside
         self.read = {"pre_attention": self.entering, "post_attention": hidden}.get(
             block.router_input
         )
@@ -236,7 +242,13 @@ class _Block:
         self.second_norm = self.feed = None
         if second is not None:
             self.second_norm = norm_of(second)
-            self._native = partial(native_feed_forward, norm=second, hidden=hidden)
+            self._native = partial(
+                native_feed_forward,
+                norm=second,
+                hidden=hidden,
+                read=beside,
+                new_tokens=new_tokens,
+            )
             self.feed = self._native(block.mlp, router_input=self.read, first_position=begin)
 
     def keep(self, neurons: Tensor) -> None:

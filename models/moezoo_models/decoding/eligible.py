@@ -46,7 +46,7 @@ def ineligible(model: PreTrainedModel) -> str | None:
         return f"its attention backend is {backend}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
-    if (field := beyond_llama(model.config)) is not None:
+    if (field := beyond_llama(model.config, ("parallel",))) is not None:
         return f"its {field} is not a Llama's"
     return _replaced(model) or _spread(model)
 

@@ -24,7 +24,7 @@ from moezoo_kernels import large_pages, token_step
 from moezoo_kernels.grouped_mlp import cpu
 from moezoo_kernels.layouts import is_column_major
 from moezoo_kernels.moe_step import NO_SHARED, Scorer, Scoring, Shared, moe_step
-from moezoo_kernels.selective_mlp import Thresholds
+from moezoo_kernels.selective_mlp import NO_THRESHOLDS, Thresholds
 from moezoo_kernels.selective_mlp.cpu import laid
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm, SparseLinear
 from moezoo_models.model.attention import Attention
@@ -35,6 +35,9 @@ _MOST_SELECTIVE = 8
 
 _ZERO_AT_REST = ("relu", "relu2")
 """Activations that are zero for half of their inputs, whatever the thresholds."""
+
+_FEWEST_SKIPPING = 16
+"""Tokens for which it is worth while to lay a matrix by columns, of a block that has zeros."""
 
 
 def native_attention(
@@ -73,6 +76,8 @@ def native_feed_forward(
     hidden: Tensor,
     router_input: Tensor | None = None,
     first_position: int = 0,
+    read: Tensor | None = None,
+    new_tokens: int = 0,
 ) -> Callable[[], None] | None:
     """Return the step of a feed-forward block, in place on ``hidden``.
 
@@ -82,16 +87,19 @@ def native_feed_forward(
         hidden: ``(batch, hidden_size)``.
         router_input: of the same shape, what the router reads if not what the experts read.
         first_position: the least position in its text of a token that is to come.
+        read: of the shape of ``hidden``, what the norm reads in its place, in parallel blocks.
+        new_tokens: so many are to come at most.
     """
     before = Norm(norm.weight, norm.eps)
-    if type(layer) is DenseFFN and layer.activation_up is None:
-        return _sparse(layer, before, hidden) or _dense(layer, before, hidden)
+    if type(layer) is DenseFFN:
+        sparse = _sparse(layer, before, hidden, read)
+        return sparse or _dense(layer, before, hidden, read, new_tokens)
     if type(layer) is SelectiveFFN and layer.first_tokens <= first_position:
-        return _selective(layer, before, hidden)
+        return _selective(layer, before, hidden, read)
     if (type(layer) is SparseMoE and _is_plain(layer)) or type(layer) is SigmaMoE:
-        return _mixture(layer, before, hidden, router_input)
+        return _mixture(layer, before, hidden, router_input, read)
     if type(layer) is CarvedMoE:
-        return _carved(layer, before, hidden, router_input)
+        return _carved(layer, before, hidden, router_input, read)
     return None
 
 
@@ -103,7 +111,9 @@ def _is_plain(layer: SparseMoE) -> bool:
     return not more and alike and layer.gate.capacity is None
 
 
-def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
+def _dense(
+    layer: DenseFFN, norm: Norm, hidden: Tensor, read: Tensor | None, new_tokens: int
+) -> Callable[[], None] | None:
     parts = [layer.gate_proj] if layer.gated else []
     parts += [layer.up_proj, layer.down_proj]
     if any(type(part) is not nn.Linear and not isinstance(part, Latent) for part in parts):
@@ -117,11 +127,25 @@ def _dense(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | 
         return None
     gate = maps[0] if layer.gated else None
     up, down = maps[-2:]
-    return token_step.dense_step(hidden, norm, gate, up, down, layer.activation, layer.glu)
+    name, glu, relu_up = layer.activation, layer.glu, layer.activation_up is not None
+    if not _skips_zeros(layer, len(hidden), new_tokens):
+        return token_step.dense_step(
+            hidden, norm, gate, up, down, name, glu, relu_up=relu_up, read=read
+        )
+    # A copy: a model that is trained on keeps its layout.
+    by_columns = down._replace(weight=large_pages.copied(down.weight.t()).t())
+    options = (NO_THRESHOLDS, name, glu)
+    return token_step.selective_step(
+        hidden, norm, gate, up, by_columns, *options, relu_up=relu_up, read=read
+    )
 
 
-def _sparse(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
+def _sparse(
+    layer: DenseFFN, norm: Norm, hidden: Tensor, read: Tensor | None
+) -> Callable[[], None] | None:
     """Return the step of a block whose matrices are faster without their zeros; else None."""
+    if layer.activation_up is not None:
+        return None
     parts = [layer.gate_proj] if layer.gated else []
     parts += [layer.up_proj, layer.down_proj]
     maps = []
@@ -137,10 +161,24 @@ def _sparse(layer: DenseFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] |
         return None
     gate = maps[0] if layer.gated else None
     up, down = maps[-2:]
-    return token_step.sparse_step(hidden, norm, gate, up, down, layer.activation, layer.glu)
+    return token_step.sparse_step(
+        hidden, norm, gate, up, down, layer.activation, layer.glu, read=read
+    )
 
 
-def _selective(layer: SelectiveFFN, norm: Norm, hidden: Tensor) -> Callable[[], None] | None:
+def _skips_zeros(layer: DenseFFN, sequences: int, new_tokens: int) -> bool:
+    """Return whether enough hidden values are exactly zero to leave out what they multiply.
+
+    Sequences share what is read. One of them alone finds a half of the neurons of any ReLU at zero.
+    """
+    most = _MOST_SELECTIVE if layer.trains_sparse else 1
+    zeros = layer.activation in _ZERO_AT_REST or layer.activation_up is not None
+    return zeros and sequences <= most and new_tokens >= _FEWEST_SKIPPING
+
+
+def _selective(
+    layer: SelectiveFFN, norm: Norm, hidden: Tensor, read: Tensor | None
+) -> Callable[[], None] | None:
     parts = [layer.gate_proj] if layer.gated else []
     parts += [layer.up_proj, layer.down_proj]
     rule = layer.selector
@@ -160,7 +198,7 @@ def _selective(layer: SelectiveFFN, norm: Norm, hidden: Tensor) -> Callable[[], 
         gate = maps[0]
         thresholds = Thresholds(rule.input, rule.up_input, rule.gate, rule.hidden)
     options = (thresholds, layer.activation, layer.glu)
-    return token_step.selective_step(hidden, norm, gate, up, down, *options)
+    return token_step.selective_step(hidden, norm, gate, up, down, *options, read=read)
 
 
 def _lay_by_columns(layer: SelectiveFFN, rule: ThresholdSelector) -> None:
@@ -185,7 +223,11 @@ def _lay_by_columns(layer: SelectiveFFN, rule: ThresholdSelector) -> None:
 
 
 def _mixture(
-    layer: SparseMoE | SigmaMoE, norm: Norm, hidden: Tensor, router_input: Tensor | None
+    layer: SparseMoE | SigmaMoE,
+    norm: Norm,
+    hidden: Tensor,
+    router_input: Tensor | None,
+    read: Tensor | None,
 ) -> Callable[[], None] | None:
     gate, experts = layer.gate, layer.experts
     options = gate.options
@@ -213,6 +255,7 @@ def _mixture(
         router_input=router_input,
         glu=experts.glu,
         interleaved=experts.interleaved,
+        read=read,
     )
 
 
@@ -220,7 +263,11 @@ _SCORING: dict[str, Scoring] = {"linear": "linear", "shared": "with_shared", "ne
 
 
 def _carved(
-    layer: CarvedMoE, norm: Norm, hidden: Tensor, router_input: Tensor | None
+    layer: CarvedMoE,
+    norm: Norm,
+    hidden: Tensor,
+    router_input: Tensor | None,
+    read: Tensor | None,
 ) -> Callable[[], None] | None:
     gate, experts = layer.gate, layer.experts
     if type(gate) is not NeuronRouter or (layer.router == "shared" and router_input is not None):
@@ -244,6 +291,7 @@ def _carved(
         scales=layer.u.float(),
         shared=shared,
         router_input=router_input,
+        read=read,
     )
 
 

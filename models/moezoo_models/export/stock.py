@@ -18,9 +18,10 @@ from moezoo_models.text.tokenizer import Tokenizer
 
 
 def export_stock(checkpoint: str | Path, target: str | Path) -> Path:
-    """Write a model of ours as a stock one: a dense one as Llama, Mistral, Qwen2 or Qwen3, and a
-    mixture as Mixtral, Qwen2-MoE, Qwen3-MoE, GLM4-MoE, GraniteMoE, DeepSeek-V2 or DeepSeek-V3,
-    whichever computes the same.
+    """Write a model of ours as a stock one, whichever computes the same.
+
+    A dense one as Llama, Mistral, Qwen2, Qwen3 or StableLM; a mixture as Mixtral, Qwen2-MoE,
+    Qwen3-MoE, GLM4-MoE, GraniteMoE, DeepSeek-V2 or DeepSeek-V3.
 
     Args:
         checkpoint: directory of a model of ours.

@@ -12,10 +12,18 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    StableLmConfig,
 )
 
 from moezoo.errors import InputError
-from moezoo_models.families.family import Family, attention_biases, gated_block, rope, windows
+from moezoo_models.families.family import (
+    Family,
+    attention_biases,
+    gated_block,
+    refuse,
+    rope,
+    windows,
+)
 from moezoo_models.files.layout import Rule
 
 
@@ -80,6 +88,28 @@ def _phi3_layout(config: Any) -> tuple[Rule, ...]:
     )
 
 
+def _stablelm(config: Any) -> dict[str, Any]:
+    """Describe LayerNorm, a part of each head that turns, and perhaps blocks beside attention.
+
+    Dropout of what blocks add is theirs in training only, and not taken over.
+    """
+    refuse(
+        config,
+        {"qk_layernorm": False},
+        "is no option of this decoder; only models without it can be read",
+    )
+    turned = rope(config, partial=True)
+    if turned.get("partial_rotary_factor") == 1.0:
+        del turned["partial_rotary_factor"]
+    return {
+        "norm": "layer",
+        "rms_norm_eps": config.layer_norm_eps,
+        "attention_bias": config.use_qkv_bias,
+        "parallel": "one_norm" if config.use_parallel_residual else "none",
+        "rope_parameters": turned,
+    }
+
+
 FAMILIES = {
     "llama": Family(LlamaConfig, attention_biases, gated_block),
     "mistral": Family(MistralConfig, _mistral, gated_block),
@@ -88,4 +118,5 @@ FAMILIES = {
     "granite": Family(GraniteConfig, _granite, gated_block),
     "phi3": Family(Phi3Config, _phi3, gated_block, _phi3_layout),
     "smollm3": Family(SmolLM3Config, _smollm3, gated_block),
+    "stablelm": Family(StableLmConfig, _stablelm, gated_block),
 }

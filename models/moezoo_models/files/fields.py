@@ -184,7 +184,7 @@ _FIELDS: dict[str, _Check] = {
         ("attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping"),
         _optional(_positive),
     ),
-    **dict.fromkeys(("norm", "norm_placement", "positions", "qk_norm_over"), _text),
+    **dict.fromkeys(("norm", "norm_placement", "parallel", "positions", "qk_norm_over"), _text),
     "nope_layers": _layers,
     "partial_rotary_factor": partial(_positive, maximum=1.0),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), _optional(_tokens)),

@@ -22,7 +22,7 @@ from moezoo_models.model.memories import build_memories, check_vocabulary, histo
 from moezoo_models.model.norm import NORMS, Norm
 from moezoo_models.model.persistent import JoinedSlots, build_slots
 
-_PLACES = {
+_PLACES: dict[str, tuple[str | None, ...]] = {
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
     "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
     "both": (
@@ -33,6 +33,12 @@ _PLACES = {
     ),
 }
 """Names of the norms before and after attention, before and after the feed-forward block."""
+
+_BESIDE = {
+    "one_norm": ("input_layernorm", None, "input_layernorm", None),
+    "two_norms": ("input_layernorm", None, "post_attention_layernorm", None),
+}
+"""The same where both read what enters the block; GPT-NeoX calls the second norm so, too."""
 
 
 Noted = tuple[dict[str, Tensor], Mapping[str, Tensor]]
@@ -60,10 +66,14 @@ class TokensSeen(NamedTuple):
 class DecoderLayer(GradientCheckpointingLayer):
     """One block: attention, then a feed-forward block of the zoo, with norms before them or after.
 
+    In parallel blocks the feed-forward block reads what attention reads, ``y = x + Attn(N(x)) +
+    FFN(N'(x))``, with one norm for both (GPT-J, Cohere) or one for each (GPT-NeoX).
+
     A layer of kind ``attention`` leaves attention alone in the block: no more norms, no second
     sum.
 
     Attributes:
+        is_parallel: whether both read what enters the block.
         router_input: what the router of the feed-forward block reads.
         memories: layers that are added to the residual stream beside it.
         memory_rules: number of the rule of each.
@@ -86,8 +96,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         joined = isinstance(self.mlp, JoinedSlots)
         if joined:
             check_joint_backend(attention_backend(config), config.attn_logit_softcapping)
-        self.places = _PLACES[config.norm_placement][: 2 if joined else 4]
-        for name in filter(None, self.places):
+        self.is_parallel = config.parallel != "none" and not joined
+        places = _BESIDE[config.parallel] if self.is_parallel else _PLACES[config.norm_placement]
+        self.places = places[: 2 if joined else 4]
+        for name in dict.fromkeys(filter(None, self.places)):
             self.add_module(name, NORMS[config.norm](config.hidden_size, config.rms_norm_eps))
 
     def forward(
@@ -107,20 +119,21 @@ class DecoderLayer(GradientCheckpointingLayer):
         noted: list[Noted] = []
         given = (tokens, past_key_values, kwargs.get("position_ids"))
         hidden = self._with_memories("before_attention", hidden, noted, *given)
+        normed = self._normed(0, hidden)
         attended, _, context_share = self.self_attn(
-            self._normed(0, hidden),
+            normed,
             rotary,
             attention_mask,
             past_key_values=past_key_values,
             slots=self.mlp.slots if isinstance(self.mlp, JoinedSlots) else None,
             **kwargs,
         )
-        entering, hidden = hidden, self._added(hidden, self._normed(1, attended))
+        entering, hidden = hidden, self.with_attended(hidden, attended)
         if isinstance(self.mlp, JoinedSlots):
             own: Noted = ({}, {"context_mass": _mean(context_share, tokens.mask)})
         else:
             answer = self.mlp(
-                self.feed_forward_input(hidden),
+                self._read_by_feed_forward(entering, normed, hidden),
                 router_input=self._read_by_router(entering, hidden),
                 **self._context(self.mlp, "mlp", *given),
             )
@@ -130,8 +143,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         return hidden, [own, *noted]
 
     def feed_forward_input(self, attended: Tensor) -> Tensor:
-        """Return what the feed-forward block reads of the residual stream after attention."""
+        """Return what the feed-forward block reads of the residual stream after attention.
+
+        In parallel blocks it reads the one before attention, which is to be given instead.
+        """
         return self._normed(2, attended)
+
+    def with_attended(self, entering: Tensor, attended: Tensor) -> Tensor:
+        """Add attention's answer to the residual stream that enters the block."""
+        return self._added(entering, self._normed(1, attended))
 
     def with_answer(self, attended: Tensor, answer: Tensor) -> Tensor:
         """Add the feed-forward block's answer to the residual stream after attention."""
@@ -192,6 +212,13 @@ class DecoderLayer(GradientCheckpointingLayer):
             name = f"{self.layer_idx}.{name}"
             found["history"] = history_in(cache, name, self._num_layers)
         return found
+
+    def _read_by_feed_forward(self, entering: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
+        """Return what the experts read; ``normed`` is what attention has read."""
+        if not self.is_parallel:
+            return self.feed_forward_input(attended)
+        shared = self.places[0] == self.places[2]
+        return normed if shared else self.feed_forward_input(entering)
 
     def _read_by_router(self, entering: Tensor, attended: Tensor) -> Tensor | None:
         """Return what the router reads; None if that is what the experts read."""

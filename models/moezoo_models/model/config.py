@@ -18,6 +18,7 @@ from moezoo_models.model.norm import NORMS
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 PLACEMENTS = ("pre", "post", "both")
+PARALLEL = ("none", "one_norm", "two_norms")
 POSITIONS = ("rotary", "learned")
 
 _BASE_CLASS_KEYS = (
@@ -60,6 +61,9 @@ class MoezooConfig(PreTrainedConfig):
             with a factor of one plus the weight (Gemma); or ``layer``, LayerNorm.
         norm_placement: ``pre``, before attention and the feed-forward block; ``post``, at their
             outputs (OLMo 2); or ``both`` (Gemma 2).
+        parallel: ``none``: the feed-forward block reads what attention has added to;
+            ``one_norm``: beside attention, what enters the block, through the same norm (GPT-J,
+            Cohere); ``two_norms``: through a norm of its own (GPT-NeoX).
         rms_norm_eps: added to mean squares in norms, or to the variance.
         attention_bias: biases in the query, key and value projections (Qwen2).
         attention_output_bias: a bias in the attention's output projection.
@@ -126,6 +130,7 @@ class MoezooConfig(PreTrainedConfig):
     nope_layers: list[int] = field(default_factory=list)
     norm: str = "rms"
     norm_placement: str = "pre"
+    parallel: str = "none"
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -192,6 +197,7 @@ class MoezooConfig(PreTrainedConfig):
             raise InputError(f"rope_parameters: {error}".replace("\n", " ")) from error
         self.ffn = check_ffn_rules(self.ffn, self.num_hidden_layers, self.hidden_size)
         self.memory = check_memory_rules(self.memory, self.num_hidden_layers, self.hidden_size)
+        self._check_parallel()
 
     def _check_fields(self) -> None:
         check_fields({name: getattr(self, name) for name in self._fields()})
@@ -208,6 +214,7 @@ class MoezooConfig(PreTrainedConfig):
         check_choice("positions", self.positions, POSITIONS)
         check_choice("norm", self.norm, NORMS)
         check_choice("norm_placement", self.norm_placement, PLACEMENTS)
+        check_choice("parallel", self.parallel, PARALLEL)
         check_choice("qk_norm_over", self.qk_norm_over, ("head", "projection"))
         for layer in self.nope_layers:
             check_int("nope_layers", layer, minimum=0, maximum=self.num_hidden_layers - 1)
@@ -232,6 +239,21 @@ class MoezooConfig(PreTrainedConfig):
                     f"{name}: latent attention has no such option (latent_attention); leave it out"
                 )
         self.head_dim = turned
+
+    def _check_parallel(self) -> None:
+        if self.parallel == "none":
+            return
+        if self.norm_placement != "pre":
+            raise InputError(
+                f"parallel: {self.parallel} has norms before attention and feed-forward block, not "
+                f"norm_placement {self.norm_placement}; choose pre, or parallel none"
+            )
+        for number, rule in enumerate(self.ffn):
+            if rule.get("router_input") == "post_attention":
+                raise InputError(
+                    f"ffn[{number}]: router_input: post_attention comes after attention, which "
+                    f"runs beside the router with parallel {self.parallel}; choose pre_attention"
+                )
 
     def _ropes(self) -> list[tuple[str, dict[str, Any]]]:
         """List the rotary parameters there are, each with what to call it."""

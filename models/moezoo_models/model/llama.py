@@ -21,6 +21,7 @@ _LLAMA: dict[str, Any] = {
     "logits_scaling": 1.0,
     "final_logit_softcapping": None,
     "memory": [],
+    "parallel": "none",
 }
 """Fields as a Llama has them; what Mistral, Qwen2 and Qwen3 have otherwise is not among them."""
 

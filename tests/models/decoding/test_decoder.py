@@ -54,6 +54,8 @@ FIELDS = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "tied": {"tie_word_embeddings": True},
+    "beside": {"parallel": "one_norm"},
+    "beside_with_norms": {"parallel": "two_norms", "sliding_window": 5},
     **{
         name: {"rope_parameters": {"rope_type": name, "rope_theta": 100.0, **more}}
         for name, more in ROPES.items()

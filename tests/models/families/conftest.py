@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen3Config,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -83,6 +84,10 @@ CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
         **GATED | v, original_max_position_embeddings=24, rope_parameters=dict(LONG_ROPE)
     ),
     "smollm3": lambda **v: SmolLM3Config(**GATED | v, no_rope_layers=[1, 0, 1]),
+    "stablelm": lambda **v: StableLmConfig(**GATED | v, use_qkv_bias=True),
+    "stablelm_parallel": lambda **v: StableLmConfig(
+        **GATED | v, use_parallel_residual=True, partial_rotary_factor=1.0, layer_norm_eps=1e-3
+    ),
     "smollm3_windows": lambda **v: SmolLM3Config(
         **GATED | v,
         no_rope_layer_interval=2,

@@ -27,7 +27,7 @@ STOCK = [
     ("smollm3_rotary", "glm4_moe"),
     ("olmo3_full", "flex_olmo"),
 ]
-OURS = [name for name in CONFIGS if name not in ("qwen3", "phi3_partial")]
+OURS = [name for name in CONFIGS if name not in ("qwen3", "phi3_partial", "stablelm_parallel")]
 CARVED = ("gemma3", "granite", "phi3_partial", "smollm3", "olmo3", "starcoder2", "gpt2", "opt_bare")
 
 

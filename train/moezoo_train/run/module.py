@@ -28,6 +28,7 @@ from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.adapters.lightning import attached_trainer
 from moezoo_train.checkpoint import finite, identity
 from moezoo_train.checkpoint_structure import CONFIG_KEY
+from moezoo_train.finetune import pretrained as start
 from moezoo_train.finetune.lora import (
     LoRAOptions,
     add_adapters,
@@ -35,13 +36,6 @@ from moezoo_train.finetune.lora import (
     describe_adapters,
     save_model,
     trained_state,
-)
-from moezoo_train.finetune.pretrained import (
-    check_length,
-    check_tokenizer,
-    pretrained,
-    remember_ends,
-    remember_length,
 )
 from moezoo_train.finetune.sparse_memory import (
     SparseMemory,
@@ -88,7 +82,9 @@ class LanguageModel(EvaluatedModule):
         latent_attention: options of DeepSeek-V2's attention, in place of grouped queries.
         attention_bias: biases in the query, key and value projections, as Qwen2 has.
         attention_output_bias: a bias in the attention's output projection, as GPT-OSS has.
+        norm: ``rms``, or ``layer`` for LayerNorm.
         norm_eps: added to mean squares in norms.
+        parallel: the feed-forward block runs beside attention, with ``one_norm`` or ``two_norms``.
         tie_embeddings: share the input embedding with the output head.
         attention: attention backend: sdpa, eager, flash_attention_2, flex_attention or xformers.
         max_length: longest sequence the model is made for.
@@ -140,7 +136,9 @@ class LanguageModel(EvaluatedModule):
         latent_attention: LatentAttentionOptions | None = None,
         attention_bias: bool = False,
         attention_output_bias: bool = False,
+        norm: Literal["rms", "layer"] = "rms",
         norm_eps: float = 1e-6,
+        parallel: Literal["none", "one_norm", "two_norms"] = "none",
         tie_embeddings: bool = True,
         attention: str = "sdpa",
         max_length: int = 1024,
@@ -176,7 +174,7 @@ class LanguageModel(EvaluatedModule):
         self.model: PreTrainedModel
         self.deferred_init: DeferredInit | None = None
         if initialize_from is not None:
-            self.model = pretrained(initialize_from, vocab_size, attention, build_in_parts)
+            self.model = start.pretrained(initialize_from, vocab_size, attention, build_in_parts)
             if lora is not None:
                 add_adapters(self.model, lora, initialize_from)
             if sparse_memory is not None:
@@ -196,7 +194,9 @@ class LanguageModel(EvaluatedModule):
                     latent_attention=asdict(latent_attention) if latent_attention else None,
                     attention_bias=attention_bias,
                     attention_output_bias=attention_output_bias,
+                    norm=norm,
                     rms_norm_eps=norm_eps,
+                    parallel=parallel,
                     tie_word_embeddings=tie_embeddings,
                     max_position_embeddings=max_length,
                     **block_rules(d_model, FFNRule("all", ffn, router_input), ffn_rules, memory),
@@ -231,13 +231,13 @@ class LanguageModel(EvaluatedModule):
             take_whole_steps(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         length = getattr(data, "sequence_length", 0)
-        check_length(self.model, length)
+        start.check_length(self.model, length)
         if stage == "fit" and length:
-            remember_length(self.model, length, fresh=self.initialize_from is None)
+            start.remember_length(self.model, length, fresh=self.initialize_from is None)
         tokenizer = getattr(data, "tokenizer", None)
         if self.initialize_from is not None and tokenizer is not None:
-            check_tokenizer(self.initialize_from, tokenizer)
-        remember_ends(self.model, tokenizer)
+            start.check_tokenizer(self.initialize_from, tokenizer)
+        start.remember_ends(self.model, tokenizer)
 
     def configure_model(self) -> None:
         """Parallelize the model, and compile it if asked to; once."""
