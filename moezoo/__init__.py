@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moezoo.layers.dense import DenseFFN
     from moezoo.layers.engram import Engram
     from moezoo.layers.fast_feed_forward import FastFeedForward
+    from moezoo.layers.finedeep import Finedeep
     from moezoo.layers.hash import HashLayer
     from moezoo.layers.l3 import L3
     from moezoo.layers.memory_plus import MemoryPlus
@@ -76,6 +77,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "layers.dense": ("DenseFFN",),
     "layers.engram": ("Engram",),
     "layers.fast_feed_forward": ("FastFeedForward",),
+    "layers.finedeep": ("Finedeep",),
     "layers.hash": ("HashLayer",),
     "layers.l3": ("L3",),
     "layers.memory_plus": ("MemoryPlus",),
@@ -142,6 +144,7 @@ __all__ = [
     "FastFeedForward",
     "FeedForward",
     "FeedForwardOutput",
+    "Finedeep",
     "GLUOptions",
     "HashLayer",
     "InputError",

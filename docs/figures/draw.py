@@ -333,6 +333,29 @@ def persistent_memory() -> Canvas:
     return canvas
 
 
+def finedeep() -> Canvas:
+    """Draw two sub-layers of experts, each weighed by its own answer."""
+    canvas = Canvas()
+    canvas.text(3, 20, "x", 9)
+    for x in (17, 62):
+        canvas.box(x, 20, "norm", w=9)
+        for n, label in enumerate((30.2, 22.2, 9.8)):
+            canvas.box(x + 15, 31 - 11 * n, f"E{n + 1}", w=9)
+            canvas.arrow((x + 4.7, 20), (x + 10.3, 31 - 11 * n))
+            canvas.arrow((x + 19.7, 31 - 11 * n), (x + 27.6, 21.6 - 1.6 * n))
+            canvas.text(x + 24.6, label, f"r{n + 1}", 7)
+        canvas.text(x + 29.4, 20, "+", 11)
+    canvas.arrow((5, 20), (12.3, 20))
+    canvas.arrow((48.2, 20), (57.3, 20))
+    canvas.arrow((93.2, 20), (96.6, 20))
+    for start, end in ((7, 45.8), (52, 90.8)):
+        canvas.axes.plot([start, start, end], [20, 3.6, 3.6], color=BLUE, lw=1.2)
+        canvas.arrow((end, 3.6), (end, 18.2))
+    canvas.text(98.4, 20, "h", 9)
+    canvas.text(50, 37.5, "r = σ(w · E): every expert answers, and its answer weighs itself", 7.5)
+    return canvas
+
+
 def token_tables() -> Canvas:
     """Draw rows that the ids of the last tokens name, and what the hidden state makes of them."""
     canvas = Canvas()
@@ -380,7 +403,7 @@ def memories() -> Canvas:
 
 FIGURES: tuple[Callable[[], Canvas], ...] = (
     sparse_moe, sigma_moe, hash_layer, carved_moe, peer, product_key_memory, memory_plus,
-    fast_feed_forward, ultra_fast_fff, top_k_ffn, selective_ffn, token_tables, memories,
+    fast_feed_forward, ultra_fast_fff, top_k_ffn, selective_ffn, finedeep, token_tables, memories,
     persistent_memory,
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from moezoo.experts.rank_one import RankOneExperts
 from moezoo.experts.slots import PersistentSlots
 from moezoo.experts.values import ValueTable
 from moezoo.feed_forward import FeedForward
+from moezoo.layers.finedeep import SubLayer
 from moezoo.routing import Router, Routing, capacity, rounding, router, tree
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -72,6 +73,7 @@ WEIGHED = {
     "PersistentMemoryAttention": (PersistentSlots, "forward", in_result),
     "ProductKeyMemory": (ValueTable, "forward", in_argument(2)),
     "STEM": (ValueTable, "forward", in_argument(2)),
+    "Finedeep": (SubLayer, "weigh", in_result),
     "SigmaMoE": (Router, "forward", in_result),
     "SparseMoE": (Router, "forward", in_result),
 }
@@ -319,7 +321,8 @@ def test_context_that_is_not_read_is_noticed(name):
     hidden, call = inputs(layer, SITUATIONS["eval_asked_padded"])
     others = {"mask": None, "router_input": None, "token_ids": call.token_ids.flip(-1)}
     read = {
-        "mask": not isinstance(layer, moezoo.DenseFFN) or layer.trains_sparse,
+        "mask": not isinstance(layer, moezoo.Finedeep)
+        and (not isinstance(layer, moezoo.DenseFFN) or layer.trains_sparse),
         "router_input": layer.reads_router_input and name not in NO_CHOICE,
         "token_ids": layer.needs_token_ids and layer.config()["init_args"].get("key") != "position",
     }

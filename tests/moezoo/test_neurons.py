@@ -9,7 +9,13 @@ from moezoo.analysis.neurons import neurons_of
 from moezoo.analysis.sparsity import SparsityCounter
 
 D = 32
-WITHOUT = (moezoo.Engram, moezoo.MoLE, moezoo.PersistentMemoryAttention, moezoo.STEM)
+WITHOUT = (
+    moezoo.Engram,
+    moezoo.Finedeep,
+    moezoo.MoLE,
+    moezoo.PersistentMemoryAttention,
+    moezoo.STEM,
+)
 VARIANTS = {method.name: method.build for method in moezoo.zoo() if method.layer not in WITHOUT} | {
     "biased": lambda d: moezoo.DenseFFN(d, d_ff=7, bias=True),
     "statistical": lambda d: moezoo.TopKFFN(d, d_ff=40, top_k=5, selection="statistical"),

@@ -16,6 +16,7 @@ PAGES = {
     "CarvedMoE": "carving",
     "Engram": "token_tables",
     "FastFeedForward": "fast_feed_forward",
+    "Finedeep": "finedeep",
     "HashLayer": "hash_layer",
     "L3": "memories",
     "MemoryPlus": "memory_plus",

@@ -38,6 +38,7 @@ NO_BALANCE = BalanceOptions(load_balancing=0.0)
 SIZES: dict[str, dict[str, Any]] = {
     "CarvedMoE": {"num_experts": 9, "top_k": 3, "d_expert": 5},
     "Engram": {"d_ff": 7, "num_heads": 2, "num_rows": 31, "vocab_size": VOCABULARY},
+    "Finedeep": {"d_ff": 18, "num_experts": 3},
     "HashLayer": {"vocab_size": VOCABULARY},
     "L3": {"vocab_size": VOCABULARY, "d_up": 11},
     "MemoryPlus": {"num_keys": 9, "top_k": 5},
@@ -444,6 +445,10 @@ CONVENTIONS = {
     ),
     "hash_learned_sigmoid": _layer("hash", weights="learned", top_k=2, score="sigmoid", bias=False),
     "hash_learned_softmax": _layer("hash", weights="learned", top_k=5, score="softmax"),
+    "finedeep_one": _layer("finedeep", num_sublayers=1, num_experts=1, gated=False),
+    "finedeep_deep": _layer(
+        "finedeep", num_sublayers=3, num_experts=2, activation="gelu", norm_eps=0.1, bias=False
+    ),
     "stem_relu": _layer("stem", activation="relu2"),
     "mole_mlp": _layer("mole", gated=False, activation="gelu", num_experts=2),
     "mole_folded": _layer("mole", folded=True),

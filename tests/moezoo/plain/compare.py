@@ -21,6 +21,7 @@ PLAIN: dict[str, Callable[[Weights, Options, Tensor, Call], Answer]] = {
     "DenseFFN": dense.dense_ffn,
     "Engram": tables.engram,
     "FastFeedForward": trees.fast_feed_forward,
+    "Finedeep": dense.finedeep,
     "HashLayer": hashing.hash_layer,
     "L3": tables.l3,
     "MemoryPlus": product_key.memory_plus,

@@ -11,8 +11,10 @@ from plain.parts import (
     Call,
     Options,
     Weights,
+    activation,
     dense_block,
     dense_hidden,
+    sigmoid,
     softmax,
     stacked,
     tokens_of,
@@ -76,4 +78,42 @@ def persistent_memory(weights: Weights, options: Options, hidden: Tensor, call: 
                 joined.append(softmax(scores) @ torch.stack(values))
             y_D = weights["o_proj.weight"] @ torch.cat(joined)
             rows.append(y_D if real[t] else torch.zeros_like(y_D))
+    return Answer(stacked(rows, hidden), {})
+
+
+def finedeep(weights: Weights, options: Options, hidden: Tensor, call: Call) -> Answer:
+    """Pass each token through all experts of each sub-layer (arXiv:2502.12928).
+
+    ``h_m = h_{m-1} + Σ_k σ(w_k · E_k(n)) E_k(n)`` with ``n = RMSNorm(h_{m-1})``, padding
+    too. That a vector reads an expert's answer is our reading of the paper.
+    """
+    tokens, _, _ = tokens_of(hidden, call)
+    experts, width = options["num_experts"], options["d_ff"] // options["num_experts"]
+    width //= options["num_sublayers"]
+    rows = []
+    for x_D in tokens:
+        h_D = x_D
+        for m in range(options["num_sublayers"]):
+            name = f"sublayers.{m}."
+            rms = torch.sqrt((h_D * h_D).sum() / len(h_D) + options["norm_eps"])
+            n_D, added_D = weights[f"{name}norm"] * h_D / rms, torch.zeros_like(h_D)
+            for k in range(experts):
+                own = slice(k * width, (k + 1) * width)
+                inner = {}
+                for part in ("gate_proj", "up_proj"):
+                    if (matrix := weights.get(f"{name}{part}.weight")) is not None:
+                        inner[part] = matrix[own] @ n_D
+                        if options["bias"]:
+                            inner[part] = inner[part] + weights[f"{name}{part}.bias"][own]
+                if options["gated"]:
+                    z_F = activation(options["activation"], inner["gate_proj"]) * inner["up_proj"]
+                else:
+                    z_F = activation(options["activation"], inner["up_proj"])
+                answer_D = weights[f"{name}down_proj.weight"][:, own] @ z_F
+                if options["bias"]:
+                    answer_D = answer_D + weights[f"{name}down_bias"][k]
+                weight = sigmoid((weights[f"{name}router"][k] * answer_D).sum())
+                added_D = added_D + weight * answer_D
+            h_D = h_D + added_D
+        rows.append(h_D - x_D)
     return Answer(stacked(rows, hidden), {})

@@ -58,6 +58,8 @@ def test_the_zoo_recipe_holds_every_feed_forward_method():
 def test_the_width_is_the_nearest_one(layer):
     method = next(method for method in feed_forward_methods() if method.layer is layer)
     arguments = {"depth": 3} if "depth" in method.build(8).config()["init_args"] else {}
+    if layer is moezoo.Finedeep:  # else widths are multiples
+        arguments = {"num_sublayers": 1, "num_experts": 1}
     if layer is moezoo.MoLE:  # all of its experts run in training
         arguments = {"num_experts": 2, "d_expert": 32}
     match = match_flops(method, 128, TARGET, arguments=arguments)

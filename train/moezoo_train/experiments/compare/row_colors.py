@@ -31,6 +31,7 @@ _FAMILY_OF = {
     "SigmaMoE": "experts",
     "CarvedMoE": "experts",
     "HashLayer": "hashed experts",
+    "Finedeep": "dense",
     "PEER": "memories",
     "ProductKeyMemory": "memories",
     "MemoryPlus": "memories",

@@ -25,6 +25,7 @@ WIDTHS: dict[type[FeedForward], str] = {
     moezoo.UltraFastFFF: "num_trees",
     moezoo.TopKFFN: "d_ff",
     moezoo.SelectiveFFN: "d_ff",
+    moezoo.Finedeep: "d_ff",
     moezoo.STEM: "d_ff",
     moezoo.MoLE: "d_ff",
     moezoo.Engram: "d_ff",
