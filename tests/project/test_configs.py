@@ -97,6 +97,7 @@ def test_recipes_differ_in_the_feed_forward_layer_only(path):
             "hash_embeddings_from",
             "qk_norm",
             "parallel",
+            "attention_experts",
         ):
             options["model"].pop(key, None)
         options.pop("output")

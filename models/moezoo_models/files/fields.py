@@ -192,7 +192,7 @@ _FIELDS: dict[str, _Check] = {
     **dict.fromkeys(("architectures", "layer_types", "mlp_layer_types"), _optional(_texts)),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), _optional(check_rope)),
     "id2label": _optional(_labels),
-    "label2id": _optional(_mapping),
+    **dict.fromkeys(("attention_experts", "label2id"), _optional(_mapping)),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict"), _optional(_flag)),
     "is_encoder_decoder": _optional(_decoder),
     "chunk_size_feed_forward": _optional(_COUNT),

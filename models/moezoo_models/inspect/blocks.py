@@ -155,7 +155,7 @@ class _Watched:
 
     def __init__(self, number: int, block: DecoderLayer) -> None:
         self.block, self._number = block, number
-        width = block.self_attn.o_proj.out_features
+        width = block.mlp.d_model
         self._cosines = [MeanCosine(width) for _ in range(3)]
         self._ratios = torch.zeros(2, dtype=torch.float64)
         self._attended: Tensor | None = None

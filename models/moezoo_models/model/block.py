@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward, registered
+from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing.losses import masked_mean
 from moezoo.token_context import Place
 from moezoo_models.adapters.transformers import attention_backend
@@ -19,6 +20,7 @@ from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.joint_attention import check_joint_backend
 from moezoo_models.model.latent import LatentAttention
 from moezoo_models.model.memories import build_memories, check_vocabulary, history_in
+from moezoo_models.model.mixture_attention import MixtureAttention
 from moezoo_models.model.norm import NORMS, Norm
 from moezoo_models.model.persistent import JoinedSlots, build_slots
 
@@ -81,11 +83,9 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MoezooConfig, layer_idx: int) -> None:
         super().__init__()
-        latent = config.latent_attention is not None
-        kind: type[Attention | LatentAttention] = LatentAttention if latent else Attention
-        self.self_attn: SelfAttention = kind(config, layer_idx)
         self.layer_idx, self._num_layers = layer_idx, config.num_hidden_layers
         self.mlp = build_feed_forward(config, layer_idx)
+        self.self_attn = self._attention(config, layer_idx)
         # In the order in which they answer.
         late = "after_feed_forward"
         memories = sorted(build_memories(config, layer_idx), key=lambda m: m[1].added == late)
@@ -120,17 +120,17 @@ class DecoderLayer(GradientCheckpointingLayer):
         given = (tokens, past_key_values, kwargs.get("position_ids"))
         hidden = self._with_memories("before_attention", hidden, noted, *given)
         normed = self._normed(0, hidden)
-        attended, _, context_share = self.self_attn(
+        attended, _, beside = self.self_attn(
             normed,
             rotary,
             attention_mask,
             past_key_values=past_key_values,
-            slots=self.mlp.slots if isinstance(self.mlp, JoinedSlots) else None,
+            **self._given_to_attention(tokens.mask),
             **kwargs,
         )
         entering, hidden = hidden, self.with_attended(hidden, attended)
         if isinstance(self.mlp, JoinedSlots):
-            own: Noted = ({}, {"context_mass": _mean(context_share, tokens.mask)})
+            own: Noted = ({}, {"context_mass": _mean(beside, tokens.mask)})
         else:
             answer = self.mlp(
                 self._read_by_feed_forward(entering, normed, hidden),
@@ -138,9 +138,28 @@ class DecoderLayer(GradientCheckpointingLayer):
                 **self._context(self.mlp, "mlp", *given),
             )
             hidden = self.with_answer(hidden, answer.hidden)
-            own = (answer.losses, answer.stats)
+            losses = answer.losses
+            if isinstance(self.self_attn, MixtureAttention):
+                losses = losses | {f"attention_{name}": loss for name, loss in beside.items()}
+            own = (losses, answer.stats)
         hidden = self._with_memories("after_feed_forward", hidden, noted, *given)
         return hidden, [own, *noted]
+
+    def _attention(self, config: MoezooConfig, layer_idx: int) -> SelfAttention:
+        """Build the attention that the configuration names."""
+        if config.shares_experts(layer_idx):
+            return MixtureAttention(config, layer_idx, cast(SparseMoE, self.mlp))
+        latent = config.latent_attention is not None
+        kind: type[Attention | LatentAttention] = LatentAttention if latent else Attention
+        return kind(config, layer_idx)
+
+    def _given_to_attention(self, token_mask: Tensor | None) -> dict[str, Any]:
+        """Return what attention takes of the block: slots of a memory, or a mixture's experts."""
+        if isinstance(self.mlp, JoinedSlots):
+            return {"slots": self.mlp.slots}
+        if isinstance(self.self_attn, MixtureAttention):
+            return {"experts": self.mlp.experts, "token_mask": token_mask}
+        return {}
 
     def feed_forward_input(self, attended: Tensor) -> Tensor:
         """Return what the feed-forward block reads of the residual stream after attention.

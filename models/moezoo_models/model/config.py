@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, field, fields
 from typing import Any, ClassVar
 
@@ -10,9 +10,11 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moezoo.errors import InputError, check_choice, check_int, nearest
-from moezoo.feed_forward import FeedForward, registered, select_layers, zoo
-from moezoo.router_input import FFN_INPUT, RouterInput, check_router_input
+from moezoo.feed_forward import registered, select_layers
+from moezoo.router_input import FFN_INPUT, RouterInput
 from moezoo_models.files.fields import check_fields, check_heads
+from moezoo_models.model.attention_experts import options_of
+from moezoo_models.model.block_rules import check_ffn_rules, check_memory_rules
 from moezoo_models.model.latent_options import check_latent
 from moezoo_models.model.norm import NORMS
 
@@ -69,6 +71,8 @@ class MoezooConfig(PreTrainedConfig):
         attention_output_bias: a bias in the attention's output projection.
         attention_dropout: dropout of attention weights in training.
         attention_multiplier: factor on the scores of attention; default ``head_dim ** -0.5``.
+        attention_experts: options of AttentionExperts: in blocks with a SparseMoE, its experts
+            answer what attention mixes (UMoE); None: attention has values and a projection.
         attn_logit_softcapping: c of ``c tanh(score / c)`` (Gemma 2); None for none.
         qk_norm: normalise queries and keys (Qwen3).
         qk_norm_over: per ``head``, or over all heads of a ``projection`` (OLMo 2).
@@ -136,6 +140,7 @@ class MoezooConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     attention_dropout: float = 0.0
     attention_multiplier: float | None = None
+    attention_experts: dict[str, Any] | None = None
     attn_logit_softcapping: float | None = None
     qk_norm: bool = False
     qk_norm_over: str = "head"
@@ -198,6 +203,7 @@ class MoezooConfig(PreTrainedConfig):
         self.ffn = check_ffn_rules(self.ffn, self.num_hidden_layers, self.hidden_size)
         self.memory = check_memory_rules(self.memory, self.num_hidden_layers, self.hidden_size)
         self._check_parallel()
+        self._check_attention_experts()
 
     def _check_fields(self) -> None:
         check_fields({name: getattr(self, name) for name in self._fields()})
@@ -239,6 +245,16 @@ class MoezooConfig(PreTrainedConfig):
                     f"{name}: latent attention has no such option (latent_attention); leave it out"
                 )
         self.head_dim = turned
+
+    def _check_attention_experts(self) -> None:
+        if self.attention_experts is None:
+            return
+        self.attention_experts = asdict(options_of(self.attention_experts))
+        if not any(self.shares_experts(layer) for layer in range(self.num_hidden_layers)):
+            raise InputError(
+                "attention_experts: no layer has experts to share; choose moezoo.SparseMoE in ffn, "
+                "or null"
+            )
 
     def _check_parallel(self) -> None:
         if self.parallel == "none":
@@ -293,6 +309,11 @@ class MoezooConfig(PreTrainedConfig):
         found: RouterInput = self.feed_forward(layer)[1].get("router_input", FFN_INPUT)
         return found
 
+    def shares_experts(self, layer: int) -> bool:
+        """Return whether a layer's experts answer its attention, too."""
+        kind = registered(self.feed_forward(layer)[1]["class_path"])
+        return self.attention_experts is not None and kind.__name__ == "SparseMoE"
+
     def feed_forward(self, layer: int) -> tuple[int, dict[str, Any]]:
         """Return the rule that governs a layer: its number in ``ffn``, and the rule."""
         depth = self.num_hidden_layers
@@ -308,105 +329,3 @@ def check_trained_length(value: Any, longest: int) -> int | None:
         InputError: it is no whole number, or more than ``longest``, which the model is meant for.
     """
     return None if value is None else check_int("trained_length", value, maximum=longest)
-
-
-def check_ffn_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str, Any]]:
-    """Check the shape of the rules that choose feed-forward blocks, and copy them.
-
-    Only layers that are registered in the zoo can be named, so that a checkpoint's configuration
-    never makes us import code. Their arguments are checked when they are built.
-
-    Args:
-        rules: a list of mappings with ``layers``, ``class_path``, ``init_args`` and, if it is not
-            the default, ``router_input``.
-        num_layers: number of layers of the model.
-        d_model: width of the model.
-
-    Returns:
-        The rules, each with the first three keys and no ``d_model`` in its ``init_args``; with
-        ``router_input`` only where it is not the default.
-
-    Raises:
-        InputError: names the rule, the key and the fix.
-    """
-    if not isinstance(rules, Sequence) or isinstance(rules, str) or not rules:
-        raise InputError(
-            f"ffn: {rules!r} is not a list of rules with layers and class_path; write one, e.g. "
-            '[{"layers": "all", "class_path": "moezoo.DenseFFN"}]'
-        )
-    checked = []
-    covered: set[int] = set()
-    for number, rule in enumerate(rules):
-        try:
-            checked.append(_checked_rule(rule, d_model))
-            covered.update(select_layers(checked[-1]["layers"], num_layers))
-        except InputError as error:
-            raise InputError(f"ffn[{number}]: {error}") from None
-    if missing := sorted(set(range(num_layers)) - covered):
-        raise InputError(f"ffn: no rule for layer {missing[0]}; begin with one for layers: all")
-    return checked
-
-
-def check_memory_rules(rules: Any, num_layers: int, d_model: int) -> list[dict[str, Any]]:
-    """Check the shape of the rules that add layers to blocks, and copy them.
-
-    Args:
-        rules: a list of mappings with ``layers``, ``class_path`` and ``init_args``.
-        num_layers: number of layers of the model.
-        d_model: width of the model.
-
-    Returns:
-        The rules, each with these keys and no ``d_model`` in its ``init_args``.
-
-    Raises:
-        InputError: names the rule, the key and the fix.
-    """
-    if not isinstance(rules, Sequence) or isinstance(rules, str):
-        raise InputError(
-            f"memory: {rules!r} is not a list of rules with layers and class_path; write one, e.g. "
-            '[{"layers": [1], "class_path": "moezoo.Engram"}]'
-        )
-    checked = []
-    for number, rule in enumerate(rules):
-        try:
-            if isinstance(rule, Mapping) and "router_input" in rule:
-                raise InputError("router_input: a memory has no router; leave it out")
-            checked.append(_checked_rule(rule, d_model))
-            select_layers(checked[-1]["layers"], num_layers)
-            _check_added(registered(rule["class_path"]))
-        except InputError as error:
-            raise InputError(f"memory[{number}]: {error}") from None
-    return checked
-
-
-def _check_added(layer: type[FeedForward]) -> None:
-    if layer.added is None:
-        able = sorted({m.layer.__name__ for m in zoo() if m.layer.added is not None})
-        raise InputError(
-            f"class_path: {layer.__name__} takes the place of a feed-forward block; name it in "
-            f"ffn, or choose from: {', '.join(f'moezoo.{name}' for name in able)}"
-        )
-
-
-def _checked_rule(rule: Any, d_model: int) -> dict[str, Any]:
-    keys = ("layers", "class_path", "init_args", "router_input")
-    if not isinstance(rule, Mapping):
-        raise InputError(f"{rule!r} is not a rule; write a mapping with layers and class_path")
-    for key in rule:
-        if key not in keys:
-            raise InputError(f"unknown key '{key}'{nearest(str(key), keys)}")
-    for key in ("layers", "class_path"):
-        if key not in rule:
-            raise InputError(f"{key} is missing; add it")
-    read = check_router_input(rule.get("router_input", FFN_INPUT), registered(rule["class_path"]))
-    arguments = rule.get("init_args") or {}
-    if not isinstance(arguments, Mapping):
-        raise InputError(f"init_args: {arguments!r} is not a mapping; write names and values")
-    if arguments.get("d_model", d_model) != d_model:
-        raise InputError(
-            f"init_args: d_model {arguments['d_model']} is not the model's hidden_size {d_model}; "
-            "leave it out"
-        )
-    arguments = {key: value for key, value in arguments.items() if key != "d_model"}
-    known = {"layers": rule["layers"], "class_path": rule["class_path"], "init_args": arguments}
-    return known if read == FFN_INPUT else {**known, "router_input": read}

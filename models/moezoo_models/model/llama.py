@@ -22,6 +22,7 @@ _LLAMA: dict[str, Any] = {
     "final_logit_softcapping": None,
     "memory": [],
     "parallel": "none",
+    "attention_experts": None,
 }
 """Fields as a Llama has them; what Mistral, Qwen2 and Qwen3 have otherwise is not among them."""
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from moezoo import FeedForward
 from moezoo_models.checkpoints.stock import active_share, flops_of_experts, stacked_experts
 from moezoo_models.model.latent_options import head_widths
+from moezoo_models.model.mixture_attention import MixtureAttention
 from moezoo_train.parallel.state_dicts import unsharded_model
 
 PROBE_SECONDS = 0.1
@@ -52,8 +53,10 @@ def forward_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int
         if isinstance(module, nn.Linear) and id(module) not in inside and ".lora_" not in name
     )
     config: Any = model.config
-    heads = config.num_hidden_layers * config.num_attention_heads
-    attention = 2 * heads * sum(head_widths(config)) * sequence_length
+    mixing = _mixing_attention(model)
+    usual = config.num_hidden_layers - len(mixing)
+    attention = 2 * usual * config.num_attention_heads * sum(head_widths(config)) * sequence_length
+    attention += sum(module.flops_per_token(sequence_length) for module in mixing)
     ffn = sum(layer.cost().flops_per_token for layer in layers)
     return linear + attention + ffn + flops_of_experts(model)
 
@@ -64,10 +67,15 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     costs = [layer.cost() for layer in ffn_layers(model)]
     idle = sum(c.total_parameters - c.active_parameters for c in costs)
+    idle += sum(module.idle_parameters() for module in _mixing_attention(model))
     if experts := stacked_experts(model):
         stored = sum(p.numel() for p in experts.values())
         idle += stored - round(stored * active_share(model))
     return total, total - idle
+
+
+def _mixing_attention(model: nn.Module) -> list[MixtureAttention]:
+    return [module for module in model.modules() if isinstance(module, MixtureAttention)]
 
 
 def ffn_layers(model: nn.Module) -> list[FeedForward]:

@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from moezoo import DenseFFN, FeedForward
+from moezoo.arguments import plain
 from moezoo.errors import InputError, check_int
 from moezoo.router_input import FFN_INPUT, RouterInput
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.adapters.transformers import set_attention_backend
 from moezoo_models.checkpoints.stock import predict
+from moezoo_models.model.attention_experts import AttentionExperts
 from moezoo_models.model.initialization import DeferredInit, deferred_init
 from moezoo_models.model.latent_options import LatentAttentionOptions
 from moezoo_models.text.tokenizer import Tokenizer
@@ -29,6 +31,7 @@ from moezoo_train.adapters.lightning import attached_trainer
 from moezoo_train.checkpoint import finite, identity
 from moezoo_train.checkpoint_structure import CONFIG_KEY
 from moezoo_train.finetune import pretrained as start
+from moezoo_train.finetune import sparse_memory as rows
 from moezoo_train.finetune.lora import (
     LoRAOptions,
     add_adapters,
@@ -36,13 +39,6 @@ from moezoo_train.finetune.lora import (
     describe_adapters,
     save_model,
     trained_state,
-)
-from moezoo_train.finetune.sparse_memory import (
-    SparseMemory,
-    SparseMemoryOptions,
-    check_sparse_memory,
-    describe_sparse_memory,
-    freeze_all_but_tables,
 )
 from moezoo_train.measure.metrics import TrainingMetrics
 from moezoo_train.measure.throughput import ffn_layers
@@ -85,6 +81,7 @@ class LanguageModel(EvaluatedModule):
         norm: ``rms``, or ``layer`` for LayerNorm.
         norm_eps: added to mean squares in norms.
         parallel: the feed-forward block runs beside attention, with ``one_norm`` or ``two_norms``.
+        attention_experts: let the experts of mixtures answer what attention mixes, as UMoE does.
         tie_embeddings: share the input embedding with the output head.
         attention: attention backend: sdpa, eager, flash_attention_2, flex_attention or xformers.
         max_length: longest sequence the model is made for.
@@ -139,6 +136,7 @@ class LanguageModel(EvaluatedModule):
         norm: Literal["rms", "layer"] = "rms",
         norm_eps: float = 1e-6,
         parallel: Literal["none", "one_norm", "two_norms"] = "none",
+        attention_experts: AttentionExperts | None = None,
         tie_embeddings: bool = True,
         attention: str = "sdpa",
         max_length: int = 1024,
@@ -150,7 +148,7 @@ class LanguageModel(EvaluatedModule):
         initialize_from: str | None = None,
         lora: LoRAOptions | None = None,
         build_in_parts: bool = False,
-        sparse_memory: SparseMemoryOptions | None = None,
+        sparse_memory: rows.SparseMemoryOptions | None = None,
         preset: str | None = None,
         hash_embeddings_from: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
@@ -167,10 +165,10 @@ class LanguageModel(EvaluatedModule):
         self.compile_model = compile
         self.guard = StepGuard(on_nan, spikes)
         check_lora(lora, initialize_from, optimizer, compile)
-        check_sparse_memory(sparse_memory, initialize_from, lora, optimizer, compile)
+        rows.check_sparse_memory(sparse_memory, initialize_from, lora, optimizer, compile)
         check_preset(preset, initialize_from)
         self.initialize_from, self.lora, self.sparse_memory = initialize_from, lora, sparse_memory
-        self._trained_rows = describe_sparse_memory(sparse_memory)
+        self._trained_rows = rows.describe_sparse_memory(sparse_memory)
         self.model: PreTrainedModel
         self.deferred_init: DeferredInit | None = None
         if initialize_from is not None:
@@ -178,7 +176,7 @@ class LanguageModel(EvaluatedModule):
             if lora is not None:
                 add_adapters(self.model, lora, initialize_from)
             if sparse_memory is not None:
-                freeze_all_but_tables(self.model, initialize_from)
+                rows.freeze_all_but_tables(self.model, initialize_from)
         else:
             with identity.own_names():
                 config = MoezooConfig(
@@ -197,6 +195,7 @@ class LanguageModel(EvaluatedModule):
                     norm=norm,
                     rms_norm_eps=norm_eps,
                     parallel=parallel,
+                    attention_experts=plain(attention_experts),
                     tie_word_embeddings=tie_embeddings,
                     max_position_embeddings=max_length,
                     **block_rules(d_model, FFNRule("all", ffn, router_input), ffn_rules, memory),
@@ -218,7 +217,7 @@ class LanguageModel(EvaluatedModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what every run needs: resumable randomness, hash tables, and metrics."""
-        own = self.sparse_memory and [SparseMemory(self.model, self.sparse_memory)]
+        own = self.sparse_memory and [rows.SparseMemory(self.model, self.sparse_memory)]
         return [RandomState(), HashTables(), TrainingMetrics(), *(own or [])]
 
     def setup(self, stage: str) -> None:

@@ -38,6 +38,7 @@ _SUBSTITUTES: dict[Target, Target] = {
     ("moezoo.feed_forward", "registered"): (PLAIN, "registered"),
     ("moezoo_models.files.loading", "GatedLoading"): (PLAIN, "GatedLoading"),
     (f"{_MODEL}.initialization", "current_deferred_init"): (PLAIN, "no_deferred_init"),
+    (f"{_MODEL}.mixture_attention", "MixtureAttention"): (PLAIN, "MixtureAttention"),
     (f"{_MODEL}.joint_attention", "_fused"): (PLAIN, "joint_attention_cpu"),
     ("moezoo.routing.stats", "used_weight"): ("moezoo.routing.stats", "slot_weight"),
     ("moezoo.parallel", "own"): (PLAIN, "whole"),

@@ -102,6 +102,11 @@ def code_of(config: MoezooConfig) -> str:
     Raises:
         InputError: a layer is of another project, or moezoo was installed without its source.
     """
+    if config.attention_experts is not None:
+        raise InputError(
+            "with_code: attention by experts (attention_experts) has no plain code; keep the "
+            "directory as it is"
+        )
     layers = layer_classes(config)
     model = [(kind.__module__, kind.__name__) for kind in (MoezooForCausalLM, MoezooConfig)]
     header = _HEADER.format(layers=", ".join(name for _, name in layers), version=__version__)

@@ -45,6 +45,13 @@ class GatedLoading:
     """Nothing: directories are loaded as transformers does. moezoo looks at their files first."""
 
 
+class MixtureAttention(torch.nn.Module):
+    """Refuses to be built: models with attention by experts get no file of code."""
+
+    def __init__(self, *_: Any) -> None:
+        raise InputError("attention_experts: only moezoo has them; set it to null")
+
+
 def no_deferred_init() -> Any:
     """Return None: models are initialized when they are built."""
     return None
