@@ -200,8 +200,9 @@ class Finedeep(FeedForward):
         self.gated, self.bias = gated, bias
         self.norm_eps = check_number("norm_eps", norm_eps)
         sizes = (d_model, self.num_experts, self.d_ff // parts)
-        options = (activation, gated, bias, self.norm_eps)
-        self.sublayers = nn.ModuleList(SubLayer(*sizes, *options) for _ in range(num_sublayers))
+        self.sublayers = nn.ModuleList(
+            SubLayer(*sizes, activation, gated, bias, self.norm_eps) for _ in range(num_sublayers)
+        )
         self.reset_parameters()
 
     def reset_parameters(self, num_layers: int = 1) -> None:
