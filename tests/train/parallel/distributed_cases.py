@@ -16,7 +16,7 @@ from moezoo import PEER, DenseFFN, InputError, MemoryPlus, RouterOptions, Sparse
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
-from moezoo_train.data.datamodule import _ResumableLoader
+from moezoo_train.data.loaders import ResumableLoader
 from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
@@ -142,7 +142,7 @@ class Windows(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         batches: Any = Batches(self.trainer.global_rank, self.trainer.world_size)
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return _ResumableLoader(batches, lambda: progress.state_dict()["total"]["processed"], 0)
+        return ResumableLoader(batches, lambda: progress.state_dict()["total"]["processed"], 0)
 
 
 class Record(pl.Callback):
