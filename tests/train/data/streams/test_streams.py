@@ -228,6 +228,13 @@ def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(workers, make, 
     assert held == make()._text.held_out[0].tokens.tolist()[1:]
 
 
+def test_streamed_text_has_no_tokens_on_disk(make):
+    with pytest.raises(InputError, match="stream: streamed text has no prepared tokens"):
+        make().prepared  # noqa: B018 - read now
+    with pytest.raises(InputError, match="stream: streamed tokens are not counted beforehand"):
+        make().token_counts()
+
+
 def test_epochs_of_a_limited_length_go_on_too(make, tmp_path):
     whole = fit(make(), tmp_path, 12)
     assert fit(make(), tmp_path, 12, limit_train_batches=5).seen == whole.seen
