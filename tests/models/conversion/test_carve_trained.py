@@ -30,7 +30,6 @@ def test_a_trained_model_survives_better_than_by_pruning(trained, capsys):
             assert ratios["static_refit"] > ratios["ridge_refit"]
         assert ratios["ridge"] > ratios["ridge_refit"] > 0.99
         assert ratios["ridge_refit"] < most
-        assert ratios["carve"] < 1.02 * ratios["ridge_refit"]
     assert "S2A2E16" in capsys.readouterr().out
 
 
