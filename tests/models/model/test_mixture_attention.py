@@ -90,7 +90,7 @@ def test_it_is_what_its_equations_say_with_every_gradient(build):
         found[name] = {"output": output.detach(), "d x": entering.grad}
         found[name] |= {key: p.grad.clone() for key, p in leaves.items()}
     counts = [sum(c.count(e) for c in choices) for e in range(5)]
-    assert max(counts) > 2 * min(counts)  # skewed
+    assert max(counts) > 1.5 * min(counts)  # skewed
     for name, expected in found["plain"].items():
         assert expected.abs().max() > 0, name
         torch.testing.assert_close(found["ours"][name], expected, rtol=1e-6, atol=2e-6)
