@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,9 +161,13 @@ class _Runs:
         return cls(counts / scale[0], tokens / scale[1], dense, losses, scale, sparse)
 
     def without(self, place: int) -> _Runs:
-        arrays = (self.count_R, self.tokens_R, self.dense_R, self.loss_R)
-        count_R, tokens_R, dense_R, loss_R = (np.delete(array, place) for array in arrays)
-        return _Runs(count_R, tokens_R, dense_R, loss_R, self.scale, self.sparse)
+        return replace(
+            self,
+            count_R=np.delete(self.count_R, place),
+            tokens_R=np.delete(self.tokens_R, place),
+            dense_R=np.delete(self.dense_R, place),
+            loss_R=np.delete(self.loss_R, place),
+        )
 
     def terms(self, exponents_X: Floats) -> Floats:
         """Return what the coefficients multiply, ``(R, K)``."""
