@@ -385,25 +385,24 @@ def token_tables() -> Canvas:
 def memories() -> Canvas:
     """Draw a block whose residual stream memories are added to, before attention and behind it."""
     canvas = Canvas()
-    canvas.arrow((2, 8), (97, 8))
-    canvas.text(4.5, 10.5, "h", 9)
-    parts = (("attention", 45), ("feed-forward\nblock", 64))
-    for name, x in parts:
-        canvas.box(x, 24, name, w=13, h=8)
+    canvas.arrow((2, 8), (97, 8), label="h")
+    for x, name in (
+        (24, "rows of ids"),
+        (45, "attention"),
+        (64, "feed-forward"),
+        (85, "rows of ids"),
+    ):
+        canvas.box(x, 24, name, w=15, h=8)
         canvas.arrow((x - 4, 8), (x - 4, 19.5))
         canvas.arrow((x + 4, 19.5), (x + 4, 8.5))
-    for name, x in (("rows of n-grams\nor of the token", 24), ("a row of\nthe token", 85)):
-        canvas.box(x, 24, name, w=16, h=8)
-        canvas.arrow((x - 4, 8), (x - 4, 19.5))
-        canvas.arrow((x + 4, 19.5), (x + 4, 8.5))
-        canvas.arrow((x, 35), (x, 28.5))
-        canvas.text(x, 37, "ids", 7.5)
+        if name == "rows of ids":
+            canvas.arrow((x, 35), (x, 28.5), label="ids")
     return canvas
 
 
 FIGURES: tuple[Callable[[], Canvas], ...] = (
-    sparse_moe, sigma_moe, hash_layer, carved_moe, peer, product_key_memory, memory_plus,
-    fast_feed_forward, ultra_fast_fff, top_k_ffn, selective_ffn, finedeep, token_tables, memories,
+    sparse_moe, sigma_moe, hash_layer, carved_moe, peer, product_key_memory, memory_plus, memories,
+    fast_feed_forward, ultra_fast_fff, top_k_ffn, selective_ffn, finedeep, token_tables,
     persistent_memory,
 )  # fmt: skip
 

@@ -264,6 +264,21 @@ def test_routers_read_what_the_method_or_the_row_says():
     assert read == ["pre_attention", "ffn_input", "pre_attention"]
 
 
+def test_a_memory_stands_beside_a_narrower_baseline():
+    rows = {"engram": {"memory": True, "arguments": {"num_rows": 50}}, "dense_mlp": {}}
+    baseline, run = plan(experiment(methods=parse_methods(rows)))
+    assert (run.memory["class_path"], run.width) == ("moezoo.Engram", "d_ff")
+    assert run.memory["init_args"]["convolution"]
+    assert abs(run.flops_ratio - 1) < 0.01
+    assert "memory" not in baseline.identity({})
+    blocks = list(runs.build(run, 1024).model.model.blocks())
+    assert [[type(layer).__name__ for layer in b.memories] for b in blocks] == [[], ["Engram"], []]
+    widths = [block.mlp.d_ff for block in blocks]
+    assert widths[1] < widths[0] == widths[2]
+    added = blocks[1].memories[0].cost().flops_per_token + blocks[1].mlp.cost().flops_per_token
+    assert added == pytest.approx(blocks[0].mlp.cost().flops_per_token, rel=0.01)
+
+
 def test_layers_that_are_too_large_to_count_say_nothing_of_their_load():
     counted = ExpertLoad(0, max_over_mean=3.0, entropy=0.5, router_entropy=None, dropped=None)
     large = ExpertLoad(1, max_over_mean=None, entropy=None, router_entropy=None, dropped=None)
@@ -338,6 +353,16 @@ MISTAKES = [
     ({"methods": {"peer": {"optimizer": {"lr": -1}}}}, "methods.peer.optimizer: optimizer.lr: -1"),
     ({"methods": {"a/b": {"method": "peer"}}}, "methods: 'a/b' cannot be the name of a folder"),
     ({"methods": {"dense_glu": {"ablation": True}}}, "methods.dense_glu.ablation: it has no rout"),
+    ({"methods": {"peer": {"memory": True}}}, "methods.peer.memory: PEER takes the place of a f"),
+    ({"methods": {"engram": {"memory": 1}}}, "methods.engram.memory: 1 is neither true nor false"),
+    (
+        {"methods": {"l3": {"memory": True, "arguments": {"d_up": 9999}}}},
+        "methods.l3.memory: it takes ",
+    ),
+    (
+        {"methods": {"engram": {"memory": True, "ablation": True}}},
+        "methods.engram.ablation: it has no routing to make random",
+    ),
     ({"methods": {"persistent_memory": {}}}, "methods: 'persistent_memory' is not known"),
     ({"methods": {}}, "methods: there is none"),
     ({"baseline": "dense"}, "baseline: 'dense' is not known; did you mean"),
