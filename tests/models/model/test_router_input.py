@@ -16,6 +16,7 @@ from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
 from moezoo_models.checkpoints.export import export
 from moezoo_models.inspect.specialization import count_choices
 from moezoo_models.inspect.usage import count_usage
+from moezoo_models.model.block import TokensSeen
 
 READS = get_args(RouterInput)
 READERS = [
@@ -124,14 +125,14 @@ def plain_block(block, x, read, eps):
 
 def run_block(model, x):
     rotary = model.model.rotary_emb(x, torch.arange(x.shape[1])[None])
-    return model.model.layers[1](
+    hidden, ((losses, stats),) = model.model.layers[1](
         x,
         attention_mask=None,
-        token_ids=None,
-        token_mask=None,
+        tokens=TokensSeen(x, None, None, None, None),
         rotary=rotary,
         past_key_values=None,
     )
+    return hidden, losses, stats
 
 
 @pytest.mark.parametrize("read", READS)
