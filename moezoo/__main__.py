@@ -131,6 +131,10 @@ GROUPS: dict[str, dict[str, Command]] = {
             "moezoo_models.inspect.triggers:inspect_triggers",
             "what triggers neurons, and what they say",
         ),
+        "inspect edit": Command(
+            "moezoo_models.inspect.edit:inspect_edit",
+            "what a model says after token rows of a subject are overwritten",
+        ),
         "inspect spectrum": Command(
             "moezoo_models.inspect.spectrum:inspect_spectrum",
             "how many directions hidden activations and weights use",

@@ -14,17 +14,13 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.checkpoints.atomic import atomic_write
-from moezoo_models.model.head import IGNORED
+from moezoo_models.evaluation.answers import score_answers
 from moezoo_models.text.tokenizer import Tokenizer
 
 WORDINGS: dict[str, tuple[str, ...]] = {
@@ -192,7 +188,23 @@ def write_documents(path: Path, documents: Iterable[str]) -> None:
             file.write(json.dumps({"text": document}) + "\n")
 
 
-@torch.no_grad()
+def write_questions(path: Path, facts: Sequence[Fact], wordings: Sequence[int]) -> None:
+    """Write the questions for facts as `moezoo inspect edit` reads them, JSON lines.
+
+    Args:
+        path: of the file.
+        facts: the facts to ask for.
+        wordings: each fact is asked for once in each of these.
+    """
+    with atomic_write(path, "w") as file:
+        for fact in facts:
+            for wording in wordings:
+                question = fact.question(wording)
+                answer = fact.line(wording).removeprefix(question)
+                row = {"subject": fact.subject, "question": question, "answer": answer}
+                file.write(json.dumps(row) + "\n")
+
+
 def recall(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -217,22 +229,12 @@ def recall(
     asked = [(fact, wording) for fact in facts for wording in wordings]
     if not asked:
         raise InputError("facts: nothing is asked; give facts and wordings")
-    rows = [_encode(tokenizer, fact, wording) for fact, wording in asked]
-    rows.sort(key=lambda row: len(row[0]))
-    was_training = model.training
-    model.eval()
-    right, nats, tokens = 0, 0.0, 0
-    for start in range(0, len(rows), check_int("batch_size", batch_size)):
-        ids, labels = _pad(rows[start : start + batch_size], tokenizer.eos_id)
-        ids, labels = ids.to(model.device), labels.to(model.device)
-        real = torch.arange(ids.shape[1], device=ids.device) < _lengths(labels)[:, None]
-        logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
-        scored = labels != IGNORED
-        right += int(((logits.argmax(-1) == labels) | ~scored).all(-1).sum())
-        nats += float(F.cross_entropy(logits[scored].float(), labels[scored], reduction="sum"))
-        tokens += int(scored.sum())
-    model.train(was_training)
-    return Recall(right / len(rows), nats / tokens, len(rows))
+    sentences = [(fact.question(wording), fact.line(wording)) for fact, wording in asked]
+    size = check_int("batch_size", batch_size)
+    answers = score_answers(model, tokenizer, sentences, size)
+    right = sum(answer.right for answer in answers)
+    nats, tokens = (sum(getattr(a, name) for a in answers) for name in ("nats", "tokens"))
+    return Recall(right / len(answers), nats / tokens, len(answers))
 
 
 def _name(number: int) -> str:
@@ -241,29 +243,3 @@ def _name(number: int) -> str:
         number, syllable = divmod(number, len(_SYLLABLES))
         syllables.append(_SYLLABLES[syllable])
     return "".join(syllables).capitalize()
-
-
-def _encode(tokenizer: Tokenizer, fact: Fact, wording: int) -> tuple[list[int], int]:
-    """Return the tokens of a document that is one sentence, and where in them the answer begins."""
-    whole = tokenizer.encode(fact.line(wording))
-    question = tokenizer.encode(fact.question(wording))
-    # A tokenizer may cut the end of the question otherwise where the sentence goes on.
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, question, strict=False))
-    start = sum(1 for _ in same)
-    return [tokenizer.eos_id, *whole], start + 1
-
-
-def _pad(rows: Sequence[tuple[list[int], int]], filling: int) -> tuple[Tensor, Tensor]:
-    """Return ids and, at each position, the next token if it belongs to the answer: ``(B, S)``."""
-    shape = (len(rows), max(len(ids) for ids, _ in rows) - 1)
-    input_ids, labels = torch.full(shape, filling), torch.full(shape, IGNORED)
-    for row, (ids, start) in enumerate(rows):
-        input_ids[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        labels[row, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
-    return input_ids, labels
-
-
-def _lengths(labels: Tensor) -> Tensor:
-    """Return the number of tokens before padding: answers end their rows."""
-    positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    return ((labels != IGNORED) * positions).amax(-1)
