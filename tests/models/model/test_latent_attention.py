@@ -203,11 +203,16 @@ def test_what_makes_keys_is_called_where_it_is_no_plain_map(build, ids):
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with_cache, without = (model.generate(ids, use_cache=u, **options) for u in (True, False))
     assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_what_a_static_cache_has_not_been_given_is_not_seen(backend, build, ids):
+    model = build(attn_implementation=backend)
     with torch.no_grad():
-        whole, cache = model(ids).logits, StaticCache(model.config, max_cache_len=12)
-        model(ids[:, :-1], past_key_values=cache)
-        last = model(ids[:, -1:], past_key_values=cache).logits
-    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-6, atol=1e-6)
+        whole, cache = model(ids).logits, StaticCache(model.config, max_cache_len=20)
+        model(ids[:, :7], past_key_values=cache)
+        steps = [model(ids[:, n : n + 1], past_key_values=cache).logits for n in range(7, 12)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 7:], rtol=1e-6, atol=1e-6)
 
 
 def test_it_runs_under_autocast_and_leaves_weights_to_the_caller(build, ids):
