@@ -216,8 +216,10 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
         return two, arguments[2:]
     if one in COMMANDS:
         return one, arguments[1:]
-    begun = any(name.startswith(f"{one} ") for name in COMMANDS)
+    begun = [name for name in COMMANDS if name.startswith(f"{one} ")]
     given = two if begun and not two.split()[-1].startswith("-") else one
+    if begun and given == one:
+        raise InputError(f"there is no command '{one}' alone; choose from: {', '.join(begun)}")
     raise InputError(f"there is no command '{given}'{nearest(given, COMMANDS)}")
 
 

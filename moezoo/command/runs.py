@@ -17,5 +17,6 @@ def help_of_runs() -> str:
     """Return the end of the help of ``moezoo compare``."""
     return (
         "\nmoezoo compare RUN RUN ... [--output DIR] draws runs of moezoo fit over each\n"
-        "other, in one picture and one table; with --law, also fits a scaling law to them.\n"
+        "other, in one picture and one table; with --law, also fits a scaling law to\n"
+        "them.\n"
     )

@@ -141,9 +141,10 @@ def command_options(name: str) -> list[str]:
 def test_unknown_command(capsys):
     assert fail(capsys, "fitt") == "there is no command 'fitt'; did you mean 'fit'?"
     wanted = "; did you mean 'inspect usage'?"
-    assert fail(capsys, "inspect") == f"there is no command 'inspect'{wanted}"
     assert fail(capsys, "inspect", "usge") == f"there is no command 'inspect usge'{wanted}"
-    assert fail(capsys, "inspect", "--text", "x") == f"there is no command 'inspect'{wanted}"
+    alone = "there is no command 'inspect' alone; choose from: inspect usage, inspect experts, "
+    assert fail(capsys, "inspect").startswith(alone)
+    assert fail(capsys, "inspect", "--text", "x").startswith(alone)
 
 
 MISTAKES = [

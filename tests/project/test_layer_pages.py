@@ -111,7 +111,8 @@ def test_the_verdicts_in_the_readme_are_those_of_the_claims():
     assert f"{held} hold, {failed} fail and {open_} are undecided" in readme
 
 
-def test_every_figure_is_drawn_by_the_script():
+def test_every_figure_is_drawn_by_the_script(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "figures")
     specification = importlib.util.spec_from_file_location("figures", DOCS / "figures" / "draw.py")
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)

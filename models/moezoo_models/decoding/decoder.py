@@ -104,6 +104,7 @@ class Decoder:
             cos, sin = self._turn(embedding, every)
             self._angles = Angles(cos[0].contiguous(), signed(sin[0]), self._next)
         self._blocks = self._build(positions, new_tokens)
+        self._reads_embeddings = any(block.mlp.reads_embeddings for block in self._blocks)
         last_norm = cast(RMSNorm, model.model.norm)
         self._norm = norm_of(last_norm)
         self._head = native_head(model.lm_head, last_norm, self._hidden)
@@ -156,6 +157,7 @@ class Decoder:
             context = self._context[:, : at + 1]
             if self._mask is not None:
                 context_mask = self._mask[:, : at + 1]
+        embedded = hidden[:, None].clone() if self._reads_embeddings else None
         for block in self._blocks:
             if block.entering is not None:
                 block.entering.copy_(hidden)
@@ -169,15 +171,18 @@ class Decoder:
                 block.feed()
             elif block.second_norm is not None:
                 looks_back = block.looks_back
-                read = {} if block.read is None else {"router_input": block.read[:, None]}
+                read: dict[str, Any] = {}
+                if block.read is not None:
+                    read["router_input"] = block.read[:, None]
                 if block.mlp.reads_positions:
                     read["positions"] = self._next[:, None]
-                answer = block.mlp.infer(
-                    block.second_norm(block.before_feed)[:, None],
-                    token_ids=context if looks_back else token_ids,
-                    mask=context_mask if looks_back else None,
-                    **read,
-                )
+                normed = block.second_norm(block.before_feed)[:, None]
+                read["token_ids"] = context if looks_back else token_ids
+                read["mask"] = context_mask if looks_back else None
+                if block.mlp.reads_embeddings:
+                    answer = block.mlp(normed, embeddings=embedded, **read).hidden
+                else:
+                    answer = block.mlp.infer(normed, **read)
                 hidden += answer[:, 0]
         self._at += 1
         self._next += 1

@@ -84,8 +84,12 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoezooConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx, self._num_layers = layer_idx, config.num_hidden_layers
+        latent = config.latent_attention is not None
+        kind: type[Attention | LatentAttention] = LatentAttention if latent else Attention
+        self.self_attn: SelfAttention = kind(config, layer_idx)
         self.mlp = build_feed_forward(config, layer_idx)
-        self.self_attn = self._attention(config, layer_idx)
+        if config.shares_experts(layer_idx):  # in attention's place, which is the first one
+            self.self_attn = MixtureAttention(config, layer_idx, cast(SparseMoE, self.mlp))
         # In the order in which they answer.
         late = "after_feed_forward"
         memories = sorted(build_memories(config, layer_idx), key=lambda m: m[1].added == late)
@@ -144,14 +148,6 @@ class DecoderLayer(GradientCheckpointingLayer):
             own = (losses, answer.stats)
         hidden = self._with_memories("after_feed_forward", hidden, noted, *given)
         return hidden, [own, *noted]
-
-    def _attention(self, config: MoezooConfig, layer_idx: int) -> SelfAttention:
-        """Build the attention that the configuration names."""
-        if config.shares_experts(layer_idx):
-            return MixtureAttention(config, layer_idx, cast(SparseMoE, self.mlp))
-        latent = config.latent_attention is not None
-        kind: type[Attention | LatentAttention] = LatentAttention if latent else Attention
-        return kind(config, layer_idx)
 
     def _given_to_attention(self, token_mask: Tensor | None) -> dict[str, Any]:
         """Return what attention takes of the block: slots of a memory, or a mixture's experts."""

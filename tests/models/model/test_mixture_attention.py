@@ -90,7 +90,7 @@ def test_it_is_what_its_equations_say_with_every_gradient(build):
         found[name] = {"output": output.detach(), "d x": entering.grad}
         found[name] |= {key: p.grad.clone() for key, p in leaves.items()}
     counts = [sum(c.count(e) for c in choices) for e in range(5)]
-    assert max(counts) > 1.5 * min(counts)  # skewed
+    assert max(counts) > 2 * min(counts)  # skewed
     for name, expected in found["plain"].items():
         assert expected.abs().max() > 0, name
         torch.testing.assert_close(found["ours"][name], expected, rtol=1e-6, atol=2e-6)
@@ -132,7 +132,7 @@ def test_a_cache_and_padding_change_nothing(build, ids, fields, attention):
 def test_texts_losses_files_and_what_has_no_place_for_it(build, ids, tmp_path):
     model = build(torch.float32, ffn=[moe(), {"layers": 1, "class_path": "moezoo.DenseFFN"}])
     assert type(model.model.layers[1].self_attn) is Attention
-    assert ineligible(model) == "model.layers.0.self_attn is a MixtureAttention"
+    assert ineligible(model) == "its attention_experts is not a Llama's"
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     written = model.generate(ids, **options)
     assert torch.equal(written, model.generate(ids, use_cache=False, **options))

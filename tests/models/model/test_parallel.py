@@ -10,6 +10,7 @@ from moezoo_models import MoezooConfig
 from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
 from moezoo_models.conversion.upcycle import upcycle
 from moezoo_models.export.stock import export_stock
+from moezoo_models.model.block import TokensSeen
 
 BESIDE = ("one_norm", "two_norms")
 
@@ -83,9 +84,8 @@ def test_a_block_is_what_its_equation_says_with_every_gradient(build, parallel):
         block.zero_grad()
         if name == "ours":
             rotary = model.model.rotary_emb(entering, torch.arange(31)[None])
-            options = dict.fromkeys(
-                ("attention_mask", "token_ids", "token_mask", "past_key_values"), None
-            )
+            tokens = TokensSeen(entering, *[None] * 4)
+            options = {"attention_mask": None, "past_key_values": None, "tokens": tokens}
             output = block(entering, rotary=rotary, **options)[0]
         else:
             state, h = dict(block.named_parameters()), entering[0]
@@ -162,7 +162,7 @@ def test_stablelm_holds_those_with_one_norm(build, rules, ids, parallel, tmp_pat
 def test_no_stock_mixture_has_them(build, rules, tmp_path):
     model = build("one_norm", torch.float32, ffn=rules["moe"], attention_bias=False)
     save_checkpoint(tmp_path / "ours", model, None)
-    with pytest.raises(InputError, match="parallel is none"):
+    with pytest.raises(InputError, match="its parallel is in no stock format"):
         export_stock(tmp_path / "ours", tmp_path / "stock")
 
 
