@@ -21,9 +21,11 @@ from moezoo.layers.dense import DenseFFN
 from moezoo.layers.engram import Engram
 from moezoo.layers.fast_feed_forward import FastFeedForward
 from moezoo.layers.hash import HashLayer
+from moezoo.layers.l3 import L3
 from moezoo.layers.memory_layer import MemoryLayer
 from moezoo.layers.mole import MoLE
 from moezoo.layers.peer import PEER
+from moezoo.layers.per_layer_embedding import PerLayerEmbedding
 from moezoo.layers.selective_ffn import SelectiveFFN
 from moezoo.layers.sigma_moe import SigmaMoE
 from moezoo.layers.sparse_moe import SparseMoE
@@ -137,8 +139,9 @@ def _(layer: HashLayer, hidden: Tensor, context: Context) -> SlotChoices:
     return SlotChoices(experts_TR, routing.weights, layer.num_experts, "experts")
 
 
-@_choose.register
-def _(layer: STEM, hidden: Tensor, context: Context) -> SlotChoices:
+@_choose.register(STEM)
+@_choose.register(PerLayerEmbedding)
+def _(layer: STEM | PerLayerEmbedding, hidden: Tensor, context: Context) -> SlotChoices:
     rows_T1 = _rows(layer, hidden, context)
     return SlotChoices(rows_T1, torch.ones(rows_T1.shape), layer.vocab_size, "rows")
 
@@ -151,6 +154,12 @@ def _(layer: Engram, hidden: Tensor, context: Context) -> SlotChoices:
 
 
 @_choose.register
+def _(layer: L3, hidden: Tensor, context: Context) -> SlotChoices:
+    given = TokenContext(token_ids=context.get("token_ids"), mask=context.get("mask"))
+    return SlotChoices(*layer.weighed_rows(hidden, given), layer.num_rows, "rows")
+
+
+@_choose.register
 def _(layer: MoLE, hidden: Tensor, context: Context) -> SlotChoices:
     weights_TE = layer.weigh(hidden.reshape(-1, layer.d_model))
     experts_TE = torch.arange(layer.num_experts, device=hidden.device).expand_as(weights_TE)
@@ -160,7 +169,7 @@ def _(layer: MoLE, hidden: Tensor, context: Context) -> SlotChoices:
     )
 
 
-def _rows(layer: STEM | MoLE, hidden: Tensor, context: Context) -> Tensor:
+def _rows(layer: STEM | PerLayerEmbedding | MoLE, hidden: Tensor, context: Context) -> Tensor:
     given = TokenContext(token_ids=context.get("token_ids"), mask=context.get("mask"))
     return rows_of_tokens(hidden, given, layer.vocab_size, type(layer).__name__)[0]
 

@@ -261,13 +261,16 @@ class L3(FeedForward):
         slots_TC = first_T1 + torch.arange(self.max_rows, device=ids_T1.device)
         return slots_TC.masked_fill((slots_TC >= end_T1) | (ids_T1 < 0), -1), mask_T
 
-    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
-        """Sum up the weights of the rows."""
+    def weighed_rows(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor]:
+        """Return each token's rows, ``(T, C)``, -1 where it has no more, and their weights."""
         slots_TC, _ = self.rows_of(hidden, context)
         keys_TCD = at_least_fp32(self.keys.rows(slots_TC))
         normed_TD = normalised(self.norm, hidden.reshape(-1, self.d_model))
-        weights_TC = self._weigh(normed_TD, keys_TCD, slots_TC)
-        return slot_load(slots_TC, weights_TC, self.num_rows, kind="rows")
+        return slots_TC, self._weigh(normed_TD, keys_TCD, slots_TC)
+
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
+        """Sum up the weights of the rows."""
+        return slot_load(*self.weighed_rows(hidden, context), self.num_rows, kind="rows")
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put the tables apart: a learning rate of their own, no decay, perhaps sparse."""

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from moezoo import (
+    L3,
     PEER,
     STEM,
     BalanceOptions,
@@ -101,6 +102,8 @@ LAYERS = {
     "n-grams": partial(
         Engram, d_ff=6, num_heads=2, num_rows=20, d_memory=16, vocab_size=VOCABULARY
     ),
+    "own rows": partial(L3, vocab_size=VOCABULARY, max_rows=5, d_up=6),
+    "keys and values": partial(L3, vocab_size=VOCABULARY, max_rows=3, d_value=6),
     "lookup experts": partial(MoLE, num_experts=4, d_expert=6, vocab_size=VOCABULARY),
     "folded experts": partial(MoLE, num_experts=4, vocab_size=VOCABULARY, folded=True),
     "carved": partial(CarvedMoE, num_experts=4, top_k=2),

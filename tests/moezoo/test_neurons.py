@@ -12,7 +12,9 @@ D = 32
 WITHOUT = (
     moezoo.Engram,
     moezoo.Finedeep,
+    moezoo.L3,
     moezoo.MoLE,
+    moezoo.PerLayerEmbedding,
     moezoo.PersistentMemoryAttention,
     moezoo.STEM,
 )
