@@ -9,14 +9,16 @@ from moezoo.random_routing import RandomRouting, can_be_random
 
 D = 24
 ROUTED = [method for method in moezoo.zoo() if can_be_random(method.build(D))]
-WEIGHED_BY_CONTENT = ("top_k_ffn", "spark_ffn", "deepseek_v4_hash", "mole")
+WEIGHED_BY_CONTENT = ("top_k_ffn", "spark_ffn", "deepseek_v4_hash", "mole", "l3")
 
 
 def make(method, seed: int = 0, **arguments) -> RandomRouting:
     torch.manual_seed(3)
     # Neurons that are zero by their activation would not show that they were chosen.
     smooth = {"activation": "gelu"} if method.name == "top_k_ffn" else {}
-    layer = method.build(D, **smooth)
+    # Of as many rows as there are, few tokens would all read different ones.
+    few = {"vocab_size": 50} if method.name == "per_layer_embedding" else {}
+    layer = method.build(D, **smooth, **few)
     for parameter in layer.parameters():  # zero-initialised routers would tie
         nn.init.normal_(parameter, std=0.1)
     return RandomRouting(layer, seed=seed, **arguments)
