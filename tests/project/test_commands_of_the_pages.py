@@ -124,6 +124,10 @@ def run(words: list[str]) -> int:
 
 
 def smaller(name: str, options: list[str]) -> str:
+    if name == "compare":
+        recipes = [ROOT / option for option in options if option.startswith("configs/")]
+        rows = [yaml.safe_load(path.read_text())["baseline"] for path in recipes]
+        return COMPARED.replace("dense_mlp", rows[0]) if rows else COMPARED
     if name != "fit":
         guess = " --guess.rank 2" if "--guess.rank" in options else ""
         return SMALL.get(name, "") + guess
