@@ -59,7 +59,7 @@ def _preferred(matrix: BlockSparse | GroupSparse, tokens: Tensor) -> str | None:
     if isinstance(matrix, BlockSparse):
         return None
     if tokens.device.type == "cpu":
-        return None if len(tokens) <= MOST_GROUPED_TOKENS else "torch"
+        return None if len(tokens) <= MOST_GROUPED_TOKENS.get(tokens.dtype, 0) else "torch"
     return None if matrix.semi is not None else "torch"
 
 

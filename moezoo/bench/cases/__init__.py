@@ -8,6 +8,7 @@ from moezoo.bench.cases import (
     peer,
     product_keys,
     selective,
+    sparse_linear,
     statistical,
     trees,
 )
@@ -21,4 +22,5 @@ CASES: list[Case] = [
     *head.CASES,
     *statistical.CASES,
     *selective.CASES,
+    *sparse_linear.CASES,
 ]

@@ -12,11 +12,11 @@ import moezoo_kernels
 from moezoo.matrices import NM, LowRank, Pruned, SoftNM, Transposable, build_matrix
 from moezoo.matrices.masked import Latent
 from moezoo_kernels import native
-from moezoo_kernels.sparse_linear import BlockSparse, GroupSparse
+from moezoo_kernels.sparse_linear import BlockSparse, GroupSparse, paying
 
 pytestmark = pytest.mark.skipif(isinstance(native.load(), str), reason="no C++ library")
 
-SIZE = (256, 288)  # above what is too small to be worth a call
+SIZE = (64, 96)
 OPTIONS = {
     "blocks of 32": (Pruned(block=32, sparsity=0.7), BlockSparse),
     "blocks of 48": (Pruned(block=16 * 3, sparsity=0.7), BlockSparse),
@@ -26,9 +26,14 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_matrices_pay(monkeypatch):
+    monkeypatch.setattr(paying, "_LEAST_NUMBERS", 0)
+
+
 def made(options, bias=True):
     torch.manual_seed(0)
-    size = (288, 288) if getattr(options, "block", 0) == 48 else SIZE
+    size = (96, 96) if getattr(options, "block", 0) == 48 else SIZE
     matrix = build_matrix(options, *size, bias)
     matrix.reset_parameters(0.1)
     if bias:
@@ -146,7 +151,7 @@ def test_it_is_no_part_of_anything_that_is_kept():
 
 @torch.no_grad()
 def test_what_is_left_to_whole_products():
-    x = torch.randn(1, 256)
+    x = torch.randn(1, 64)
     single = made(Pruned(sparsity=0.9))  # zeros anywhere
     dense = made(NM(n=2, m=4, leak="linear"))  # where nothing is zero yet
     wide = made(NM(n=4, m=16))
@@ -162,7 +167,7 @@ def test_what_is_left_to_whole_products():
         assert dense.packed(x) is None
     assert dense.double().packed(x.double()) is None
     compiled = torch.compile(made(Pruned(block=32)), fullgraph=True, backend="eager")
-    assert compiled(x).shape == (1, 288)
+    assert compiled(x).shape == (1, 96)
     assert not isinstance(build_matrix(LowRank(rank=2), 8, 8, False), Latent)
 
 
@@ -171,11 +176,11 @@ def test_what_is_left_to_whole_products():
 def test_a_block_evaluates_as_its_reference(gated):
     torch.manual_seed(0)
     block = moezoo.DenseFFN(
-        256, 288, gated=gated, bias=True, matrices=Pruned(block=16, sparsity=0.8)
+        64, 96, gated=gated, bias=True, matrices=Pruned(block=16, sparsity=0.8)
     ).eval()
     for projection in block.projections().values():
         torch.nn.init.normal_(projection.bias)
-    x = torch.randn(2, 3, 256)
+    x = torch.randn(2, 3, 64)
     assert block.down_proj.packed(block.inner(x)) is not None
     wanted = block.double().reference(x.double()).hidden
     block.float()
