@@ -152,30 +152,38 @@ inline void lay_tile(const T* x, int64_t tokens, int64_t width, float* tile) {
 template <int kBlock, class X, class T, class Out>
 inline void multiply_by_blocks(const BlockSparse<T>& m, const X* x, int64_t tokens, Out* out,
                                int32_t threads) {
-  constexpr int64_t kLeastNumbers = 1 << 17;
+  constexpr int64_t kLeastNumbers = 1 << 18;  // of blocks, that are worth a thread
   const int64_t size = tile_tokens<kBlock>(m.width);
   const int64_t tiles = (tokens + size - 1) / size;
-  const int64_t rows = m.rows / kBlock, cost = m.cost(rows);
-  const bool by_tile = tiles >= 2 * threads;
-  const auto some = [&](int64_t first_tile, int64_t last_tile, int64_t begin, int64_t end) {
-    const Scratch room = scratch(std::min(size, tokens) * m.width);
-    for (int64_t i = first_tile; i < last_tile; ++i) {
-      const int64_t first = i * size, count = std::min(size, tokens - first);
-      Tile tile{room.get(), count};
-      if constexpr (std::is_same_v<X, float>)
-        if (count == 1) tile.x = x + first * m.width;
-      if (tile.x == room.get()) lay_tile<kBlock>(x + first * m.width, count, m.width, room.get());
-      if (count <= 2) multiply_tile<kBlock, true>(m, tile, begin, end, m.rows, out + first * m.rows);
-      else multiply_tile<kBlock, false>(m, tile, begin, end, m.rows, out + first * m.rows);
-    }
+  const int64_t rows = m.rows / kBlock;
+  const auto room = [&] { return scratch(std::min(size, tokens) * m.width); };
+  const auto multiply = [&](int64_t i, float* laid, int64_t begin, int64_t end) {
+    const X* from = x + i * size * m.width;
+    Tile tile{laid, std::min(size, tokens - i * size)};
+    if constexpr (std::is_same_v<X, float>)
+      if (tile.count == 1) tile.x = from;
+    if (tile.x == laid) lay_tile<kBlock>(from, tile.count, m.width, laid);
+    Out* const to = out + i * size * m.rows;
+    if (tile.count <= 2) multiply_tile<kBlock, true>(m, tile, begin, end, m.rows, to);
+    else multiply_tile<kBlock, false>(m, tile, begin, end, m.rows, to);
   };
-  if (by_tile) {
-    parallel_ranges(tiles, 1, threads, [&](int64_t a, int64_t b) { some(a, b, 0, rows); });
+  if (tiles >= 2 * threads) {
+    parallel_ranges(tiles, 1, threads, [&](int64_t a, int64_t b) {
+      const Scratch laid = room();
+      for (int64_t i = a; i < b; ++i) {
+        // What is written in stripes would get its pages one by one, each with a fault.
+        populate(out + i * size * m.rows,
+                 std::min(size, tokens - i * size) * m.rows * int64_t{sizeof(Out)});
+        multiply(i, laid.get(), 0, rows);
+      }
+    });
     return;
   }
   const int64_t grain = 1 + kLeastNumbers / (kBlock * kBlock * (1 + tokens / 4));
-  parallel_ranges(cost, grain, threads, [&](int64_t a, int64_t b) {
-    some(0, tiles, m.row_at(a, rows), m.row_at(b, rows));
+  parallel_ranges(m.cost(rows), grain, threads, [&](int64_t a, int64_t b) {
+    const Scratch laid = room();
+    for (int64_t i = 0; i < tiles; ++i)
+      multiply(i, laid.get(), m.row_at(a, rows), m.row_at(b, rows));
   });
 }
 
