@@ -18,11 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moezoo.arguments import as_argument, as_options
+from moezoo.arguments import as_argument
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.feed_forward import (
     Cost,
-    FeedForward,
     FeedForwardOutput,
     Method,
     Paper,
@@ -30,6 +29,7 @@ from moezoo.feed_forward import (
     register,
 )
 from moezoo.init import init_linear, output_std
+from moezoo.layers.dense_weights import Activation, DenseWeights, check_glu, default_width
 from moezoo.matrices import Matrices, Matrix, build_matrix
 from moezoo.matrices.factored import BlockShuffleMatrix
 from moezoo.routing.deferred import statistics
@@ -37,28 +37,7 @@ from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gated_unit
 
-Activation = Literal[
-    "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu", "tanh", "leaky_relu"
-]
-
-
-def default_width(d_model: int, gated: bool) -> int:
-    """Return the usual hidden width: 4 d, or 8/3 d rounded up to a multiple of 16 for a GLU."""
-    return -(-8 * d_model // 48) * 16 if gated else 4 * d_model
-
-
-def check_glu(glu: GLUOptions, activation: str, gated: bool, name: str = "glu") -> GLUOptions:
-    """Return the bounds of a gated linear unit, given as they are or as a mapping, if they fit.
-
-    Raises:
-        InputError: they do not, or are neither; the message calls them ``name``.
-    """
-    glu = as_options(name, glu, GLUOptions)
-    try:
-        glu.check(activation, gated, name)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return glu
+__all__ = ["Activation", "DenseFFN", "check_glu", "default_width"]
 
 
 def _init(linear: nn.Linear | Matrix, std: float) -> None:
@@ -81,7 +60,7 @@ def _check_activation_up(
     return name
 
 
-class DenseFFN(FeedForward):
+class DenseFFN(DenseWeights[nn.Linear | Matrix]):
     """Dense MLP or gated linear unit, under Llama's tensor names.
 
     Args:
@@ -123,13 +102,8 @@ class DenseFFN(FeedForward):
         l1_warmup: int = 0,
         matrices: Matrices | None = None,
     ) -> None:
-        super().__init__(d_model)
-        self.d_ff = default_width(d_model, gated) if d_ff is None else check_int("d_ff", d_ff)
-        self.activation = check_choice("activation", activation, ACTIVATIONS)
-        self.gated = gated
-        self.bias = bias
-        self.glu = check_glu(glu, activation, gated)
-        self.activation_up = _check_activation_up(activation_up, gated, glu)
+        super().__init__(d_model, d_ff, activation, gated, bias, glu)
+        self.activation_up = _check_activation_up(activation_up, gated, self.glu)
         self.l1 = check_number("l1", l1)
         self.l1_warmup = check_int("l1_warmup", l1_warmup, minimum=0)
         if l1_warmup and not l1:
@@ -137,10 +111,7 @@ class DenseFFN(FeedForward):
         if l1_warmup:
             self.register_buffer("l1_step", torch.zeros((), dtype=torch.int64))
         self.matrices = as_argument(DenseFFN, "matrices", matrices)
-        if gated:
-            self.gate_proj = self._linear(d_model, self.d_ff)
-        self.up_proj = self._linear(d_model, self.d_ff)
-        self.down_proj = self._linear(self.d_ff, d_model)
+        self._add_projections()
         self.reset_parameters()
 
     def _linear(self, inputs: int, outputs: int) -> nn.Linear | Matrix:
@@ -333,15 +304,6 @@ class DenseFFN(FeedForward):
         if self.activation_up is not None:
             return act(gate) * up.where(up > 0, 0.0)
         return gated_unit(gate, up, self.activation, self.glu)
-
-    def _sum_of_neurons(self, inner_TF: Tensor) -> Tensor:
-        """Sum over hidden neurons one by one: ``y = Σ_j h_j W_down[:, j]``."""
-        output = inner_TF.new_zeros(len(inner_TF), self.d_model)
-        for j in range(self.d_ff):
-            output = output + inner_TF[:, j, None] * self.down_proj.weight[:, j]
-        if self.down_proj.bias is not None:
-            output = output + self.down_proj.bias
-        return output
 
     def cost(self) -> Cost:
         """Every parameter is active; 4 d f FLOPs, 6 d f when gated; or what its matrices cost."""

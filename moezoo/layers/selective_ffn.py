@@ -15,15 +15,14 @@ Shapes: T tokens, D d_model, F hidden width.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from moezoo.errors import check_choice, check_int
+from moezoo.errors import check_int
 from moezoo.feed_forward import (
     Cost,
-    FeedForward,
     FeedForwardOutput,
     Method,
     Paper,
@@ -31,7 +30,7 @@ from moezoo.feed_forward import (
     register,
 )
 from moezoo.init import init_linear, output_std
-from moezoo.layers.dense import Activation, check_glu, default_width
+from moezoo.layers.dense_weights import Activation, DenseWeights
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
@@ -47,10 +46,13 @@ from moezoo.selection import (
 )
 from moezoo.selection.options import EVERYTHING
 from moezoo.selection.selector import Matrix, added, both, dropped, or_dense, share
+from moezoo_kernels import selective_mlp
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gate_value, up_value
+from moezoo_kernels.selective_mlp import Thresholds as KernelThresholds
+from moezoo_kernels.selective_mlp.cpu import is_direct
 
 
-class SelectiveFFN(FeedForward):
+class SelectiveFFN(DenseWeights[nn.Linear]):
     """A dense block that skips what small inputs, gates and hidden values would multiply.
 
     A call's ``stats``: ``tokens``; ``density_gate``, ``density_up`` and ``density_down``, the mean
@@ -86,21 +88,16 @@ class SelectiveFFN(FeedForward):
         selection: Selection = EVERYTHING,
         first_tokens: int = 1,
     ) -> None:
-        super().__init__(d_model)
-        self.d_ff = default_width(d_model, gated) if d_ff is None else check_int("d_ff", d_ff)
-        self.activation = check_choice("activation", activation, ACTIVATIONS)
-        self.gated = gated
-        self.bias = bias
-        self.glu = check_glu(glu, activation, gated)
+        super().__init__(d_model, d_ff, activation, gated, bias, glu)
         selection.check(gated)
         self.selection = selection
         self.first_tokens = check_int("first_tokens", first_tokens, minimum=0)
-        if gated:
-            self.gate_proj = nn.Linear(d_model, self.d_ff, bias=bias)
-        self.up_proj = nn.Linear(d_model, self.d_ff, bias=bias)
-        self.down_proj = nn.Linear(self.d_ff, d_model, bias=bias)
+        self._add_projections()
         self.selector = self._build_selector()
         self.reset_parameters()
+
+    def _linear(self, inputs: int, outputs: int) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=self.bias)
 
     def _build_selector(self) -> Selector:
         if isinstance(self.selection, Predictor):
@@ -121,10 +118,14 @@ class SelectiveFFN(FeedForward):
     ) -> FeedForwardOutput:
         """Compute what is kept; a mask only keeps padding out of the statistics."""
         x_TD, _, mask_T = self._flatten(hidden, context)
+        if not (brute_force or self.training) and self._reads_few(x_TD):
+            deferred = statistics(self, self._stats_of, x_TD, mask_T, context)
+            output = self._by_kernel(x_TD, context)
+            return FeedForwardOutput(output.reshape(hidden.shape), {}, deferred)
         inner = self._brute_force_hidden if brute_force else self._hidden
         hidden_TF, rest_TD, masks = inner(x_TD, context)
         if brute_force:
-            output = added(self._neuron_by_neuron(hidden_TF), rest_TD)
+            output = added(self._sum_of_neurons(hidden_TF), rest_TD)
             stats = self._stats(hidden_TF.detach(), mask_T, *masks)
             return FeedForwardOutput(output.reshape(hidden.shape), {}, stats)
         deferred = statistics(self, self._stats, hidden_TF, mask_T, *masks)
@@ -142,8 +143,42 @@ class SelectiveFFN(FeedForward):
     ) -> Tensor:
         """Compute what is kept, without checks and statistics."""
         context = TokenContext(token_ids, router_input, mask, positions)
-        hidden_TF, rest_TD, _ = self._hidden(hidden.reshape(-1, self.d_model), context)
+        x_TD = hidden.reshape(-1, self.d_model)
+        if self._reads_few(x_TD):
+            return self._by_kernel(x_TD, context).reshape(hidden.shape)
+        hidden_TF, rest_TD, _ = self._hidden(x_TD, context)
         return added(self.down_proj(hidden_TF), rest_TD).reshape(hidden.shape)
+
+    def _reads_few(self, x_TD: Tensor) -> bool:
+        """Return whether the kernel reads less for these tokens than whole products would."""
+        rule = self.selector
+        return (
+            type(rule) is ThresholdSelector
+            and not rule.factors
+            and all(type(part) is nn.Linear for part in self.children() if part is not rule)
+            and is_direct(x_TD, self.up_proj.weight)
+        )
+
+    def _by_kernel(self, x_TD: Tensor, context: TokenContext) -> Tensor:
+        """Compute what is kept alone, without gradients, ``(T, D)``."""
+        rule, gate = cast("ThresholdSelector", self.selector), None
+        thresholds = KernelThresholds(input=rule.input, hidden=rule.hidden)
+        if self.gated:
+            gate = self.gate_proj
+            thresholds = KernelThresholds(rule.input, rule.up_input, rule.gate, rule.hidden)
+        return selective_mlp(
+            x_TD,
+            None if gate is None else gate.weight,
+            self.up_proj.weight,
+            self.down_proj.weight,
+            thresholds,
+            bias_gate=None if gate is None else gate.bias,
+            bias_up=self.up_proj.bias,
+            bias_down=self.down_proj.bias,
+            activation=self.activation,
+            glu=self.glu,
+            dense=self._dense(context),
+        )
 
     def _hidden(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Tensor | None, Kept]:
         """Return hidden values ``(T, F)``, zero where not kept, the others' part, what was read."""
@@ -164,7 +199,7 @@ class SelectiveFFN(FeedForward):
             hidden_TF = ACTIVATIONS[self.activation](up_TF)
         hidden_TF = kept(hidden_TF, chosen)
         by_hidden = or_dense(rule.keep_hidden(hidden_TF), dense_T)
-        others = dropped(hidden_TF, by_hidden)
+        others = dropped(hidden_TF, by_hidden) if rule.has_rest else None
         rest_TD = None if others is None else rule.rest("down", others)
         masks = Kept(by_input, by_gate, by_up_input, both(chosen, by_hidden), neurons)
         return kept(hidden_TF, by_hidden), rest_TD, masks
@@ -173,7 +208,7 @@ class SelectiveFFN(FeedForward):
         self, linear: nn.Linear, matrix: Matrix, x_TD: Tensor, mask_TD: Tensor | None
     ) -> Tensor:
         """Multiply what is kept, and what is not by the rule's own factors, if it has some."""
-        others = dropped(x_TD, mask_TD)
+        others = dropped(x_TD, mask_TD) if self.selector.has_rest else None
         product_TF = linear(kept(x_TD, mask_TD))
         return added(product_TF, None if others is None else self.selector.rest(matrix, others))
 
@@ -224,12 +259,12 @@ class SelectiveFFN(FeedForward):
             product_TF = product_TF + linear.bias
         return added(product_TF, self.selector.rest(matrix, torch.where(mask_TD, 0.0, x_TD)))
 
-    def _neuron_by_neuron(self, hidden_TF: Tensor) -> Tensor:
-        """Sum over hidden neurons one by one: ``y = Σ_i h_i W_down[:, i]``."""
-        output = hidden_TF.new_zeros(len(hidden_TF), self.d_model)
-        for i in range(self.d_ff):
-            output = output + hidden_TF[:, i, None] * self.down_proj.weight[:, i]
-        return output if self.down_proj.bias is None else output + self.down_proj.bias
+    def _stats_of(
+        self, x_TD: Tensor, mask_T: Tensor | None, context: TokenContext
+    ) -> dict[str, Tensor]:
+        """Return the statistics of tokens that were computed without masks."""
+        hidden_TF, _, masks = self._hidden(x_TD, context)
+        return self._stats(hidden_TF, mask_T, *masks)
 
     def _stats(
         self,

@@ -68,6 +68,11 @@ class Selector(nn.Module):
         """Choose among hidden values, ``(T, F)``."""
         return None
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether :meth:`rest` makes anything of the inputs that are not kept."""
+        return False
+
     def rest(self, matrix: Matrix, dropped: Tensor) -> Tensor | None:
         """Return what a matrix's product makes of the inputs that are not kept; None for nothing.
 

@@ -131,6 +131,11 @@ class ThresholdSelector(Selector):
         """Keep ``|h_i| > hidden_i``."""
         return passes(hidden_TF, self.hidden)
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether there are low-rank factors."""
+        return len(self.factors) > 0
+
     def rest(self, matrix: Matrix, dropped: Tensor) -> Tensor | None:
         """Pass what is not kept through the matrix's low-rank factors, if it has some."""
         return self.factors[matrix](dropped) if matrix in self.factors else None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moezoo_kernels import native
+from moezoo_kernels import backends, native
 from moezoo_kernels.activations import ACTIVATION_CODES
 from moezoo_kernels.layouts import is_column_major
 from moezoo_kernels.selective_mlp.thresholds import Thresholds
@@ -25,6 +25,24 @@ _FEW = {torch.float32: 16, torch.bfloat16: 2}
 def is_few(tokens: int, dtype: torch.dtype) -> bool:
     """Return whether so few tokens are faster here than in whole products."""
     return tokens <= _FEW.get(dtype, 0)
+
+
+def is_direct(x: Tensor, weight: Tensor) -> bool:
+    """Return whether tokens ``(T, D)`` are few, and nothing but the kernel's output is wanted.
+
+    Args:
+        x: the tokens.
+        weight: of the block, which stands for all.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and (weight.dtype, weight.device) == (x.dtype, x.device)
+        and is_few(len(x), x.dtype)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and backends.forced() in (None, "cpu")
+        and native.unusable(x.device, x.dtype) is None
+    )
 
 
 def selective_mlp(

@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from moezoo_models.decoding.decoder import Decoder
 from moezoo_models.decoding.eligible import ineligible, turns_anew
 from moezoo_models.decoding.griffin import check_decoded
+from moezoo_models.decoding.stock import as_ours
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 
 
@@ -39,6 +40,8 @@ def continue_ids(
     griffin: float | None = None,
 ) -> Tensor:
     """Continue prompts: as ``model.generate`` does, by :class:`Decoder` where that can.
+
+    A stock mixture that is one of ours by other names is decoded as ours.
 
     Args:
         model: in evaluation mode, on any device.
@@ -61,6 +64,8 @@ def continue_ids(
     new_tokens = config.max_new_tokens
     if griffin is not None:
         check_decoded(model, griffin, ids.shape[1], new_tokens)
+    if griffin is None:
+        model = as_ours(model) or model
     if ineligible(model) is None and not turns_anew(model.config, ids.shape[1], new_tokens):
         whole = cast("MoezooForCausalLM", model)
         steps = Decoder(whole, ids, mask, new_tokens, griffin)
