@@ -199,9 +199,10 @@ class Finedeep(FeedForward):
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.gated, self.bias = gated, bias
         self.norm_eps = check_number("norm_eps", norm_eps)
-        sizes = (d_model, self.num_experts, self.d_ff // parts)
+        d_expert = self.d_ff // parts
         self.sublayers = nn.ModuleList(
-            SubLayer(*sizes, activation, gated, bias, self.norm_eps) for _ in range(num_sublayers)
+            SubLayer(d_model, num_experts, d_expert, activation, gated, bias, self.norm_eps)
+            for _ in range(num_sublayers)
         )
         self.reset_parameters()
 
