@@ -5,6 +5,7 @@ import torch
 
 from moezoo import InputError
 from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
+from moezoo_models.decoding.eligible import ineligible
 from moezoo_models.model.folding import fold_experts
 
 
@@ -31,12 +32,16 @@ def test_a_folded_model_computes_the_same_and_survives_a_checkpoint(make, rules,
         fold_experts(model)
 
 
-@pytest.mark.parametrize("gate", [True, False])
-def test_memories_of_n_grams_see_the_same_behind_a_cache(make, rules, ids, gate):
+@pytest.mark.parametrize(("gate", "convolution"), [(True, False), (False, False), (True, True)])
+def test_memories_of_n_grams_see_the_same_behind_a_cache(make, rules, ids, gate, convolution):
     """Also of texts that end within the window, and with padding before one."""
     rule = rules["rule"]
     memory = {"d_ff": 48, "num_heads": 2, "num_rows": 40, "vocab_size": 61, "boundary_id": 5}
-    model = make(ffn=[rule("DenseFFN", d_ff=48), rule("Engram", 1, gate=gate, **memory)]).eval()
+    memory |= {"gate": gate, "convolution": convolution}
+    model = make(ffn=[rule("DenseFFN", d_ff=48), rule("Engram", 1, **memory)]).eval()
+    if convolution:
+        torch.nn.init.normal_(model.model.layers[1].mlp.conv.weight)
+        assert "reads a history" in ineligible(model)
     ids[0, 6] = 5
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
