@@ -76,9 +76,14 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Return the error in the Euclidean norm, as a multiple of the wanted tensor's."""
+    """Return the error in the Euclidean norm, as a multiple of the wanted tensor's.
+
+    Whole numbers are equal, or the error is infinite.
+    """
     if found.shape != wanted.shape:
         return float("inf")
+    if not wanted.is_floating_point():
+        return 0.0 if bool((found == wanted).all()) else float("inf")
     precise = torch.promote_types(wanted.dtype, torch.float32)
     size = torch.linalg.vector_norm(wanted, dtype=precise).item()
     error = torch.linalg.vector_norm(found.to(precise) - wanted.to(precise)).item()

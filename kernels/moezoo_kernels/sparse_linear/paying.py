@@ -59,5 +59,5 @@ def _densest_in_bf16() -> float:
     Ours are computed in fp32. AMX was not at hand: it has about four times the speed of the bf16
     instructions that were measured with.
     """
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # which older ones have not
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones have not
     return _DENSEST_AMX if known.get("amx_bf16") else _DENSEST_BF16

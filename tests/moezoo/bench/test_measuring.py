@@ -1,6 +1,7 @@
 """Times, memory and limits, against what can be counted by hand."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -140,3 +141,9 @@ def test_sparse_gradients_are_compared_with_dense_ones():
     answers = [gate.answer(contender(sparse), direction) for sparse in (False, True)]
     assert gate.difference(*answers).error <= 1e-7
     assert answers[1].gradients["table"].layout is torch.strided
+
+
+def test_whole_numbers_are_equal_or_wrong():
+    wanted = torch.tensor([1 << 40, 7])
+    assert gate.relative_error(wanted.clone(), wanted) == 0
+    assert gate.relative_error(wanted + torch.tensor([1, 0]), wanted) == math.inf
