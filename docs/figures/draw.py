@@ -274,8 +274,7 @@ def persistent_memory() -> Canvas:
 def finedeep() -> Canvas:
     """Draw two sub-layers of experts, each weighed by its own answer."""
     canvas = Canvas()
-    canvas.text(3, 20, "x", 9)
-    for x in (17, 62):
+    for x, end in ((17, 57.3), (62, 96.6)):
         canvas.box(x, 20, "norm", w=9)
         for n, label in enumerate((30.2, 22.2, 9.8)):
             canvas.box(x + 15, 31 - 11 * n, f"E{n + 1}", w=9)
@@ -283,12 +282,10 @@ def finedeep() -> Canvas:
             canvas.arrow((x + 19.7, 31 - 11 * n), (x + 27.6, 21.6 - 1.6 * n))
             canvas.text(x + 24.6, label, f"r{n + 1}", 7)
         canvas.text(x + 29.4, 20, "+", 11)
-    canvas.arrow((5, 20), (12.3, 20))
-    canvas.arrow((48.2, 20), (57.3, 20))
-    canvas.arrow((93.2, 20), (96.6, 20))
-    for start, end in ((7, 45.8), (52, 90.8)):
-        canvas.axes.plot([start, start, end], [20, 3.6, 3.6], color=BLUE, lw=1.2)
-        canvas.arrow((end, 3.6), (end, 18.2))
+        canvas.arrow((x + 31.2, 20), (end, 20))
+        canvas.axes.plot([x - 10, x - 10, x + 28.8], [20, 3.6, 3.6], color=BLUE, lw=1.2)
+        canvas.arrow((x + 28.8, 3.6), (x + 28.8, 18.2))
+    canvas.arrow((2, 20), (12.3, 20), label="x")
     canvas.text(98.4, 20, "h", 9)
     canvas.text(50, 37.5, "r = σ(w · E): every expert answers, and its answer weighs itself", 7.5)
     return canvas
