@@ -172,7 +172,7 @@ class L3(FeedForward):
         self.set_rows(word_rows(tokens.flatten().tolist(), self.vocab_size, *sizes, end))
 
     def set_rows(self, rows_V: Tensor) -> None:
-        """Give each token a number of rows, ``(V,)``, on any device.
+        """Set each token's number of rows, ``(V,)``, on any device.
 
         Raises:
             InputError: they are not one to ``max_rows`` each, and ``num_rows`` together.

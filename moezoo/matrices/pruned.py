@@ -111,7 +111,7 @@ class PrunedMatrix(Masked):
         return self.options.moves and int(self.steps) == ENDED
 
     def _end(self) -> None:
-        """Let all weights learn from here on."""
+        """Set the mask to all weights, which learn from here on."""
         self.mask.fill_(True)
         if self.options.moves:
             self.steps.fill_(ENDED)

@@ -26,7 +26,7 @@ def uniform_rows(vocab_size: int, num_rows: int) -> Tensor:
 
 
 def frequent_rows(frequencies: Tensor, num_rows: int, most: int) -> Tensor:
-    """Give each further row to the token that has the most occurrences per row.
+    """Return counts where each further row goes to the token that has the most occurrences per row.
 
     Args:
         frequencies: ``(V,)``, how often each token occurs.
@@ -55,7 +55,7 @@ def _dealt(rows_V: Tensor, frequencies: Tensor, num_rows: int, most: int) -> Ten
 def word_rows(
     tokens: Iterable[int], vocab_size: int, num_rows: int, most: int, end: int | None = None
 ) -> Tensor:
-    """Give rows to the last tokens of frequent words, the most frequent word first (algorithm 1).
+    """Return rows of the last tokens of frequent words, the most frequent word first (algorithm 1).
 
     Where the words do not suffice, :func:`frequent_rows` deals out the rest.
 

@@ -107,7 +107,7 @@ def forget_sigterm(trainer: Trainer) -> None:
 
 
 def mark_saved(checkpoints: ModelCheckpoint, step: int) -> None:
-    """Tell a checkpoint callback that this step needs no saving.
+    """Mark a step as one that a checkpoint callback need not save.
 
     Uses ``ModelCheckpoint._last_global_step_saved``. If renamed: a resumed run writes its
     checkpoint once more.
@@ -136,7 +136,7 @@ def finish_closure(precision: Precision, module: LightningModule, optimizer: Opt
 
 
 def set_data_parallel(strategy: ModelParallelStrategy, processes: int) -> None:
-    """Give all processes data of their own.
+    """Set up data of its own for each process.
 
     Uses ``ModelParallelStrategy._data_parallel_size`` and ``_tensor_parallel_size``: the number of
     processes is known after the constructor that takes them. If renamed: processes of a node get

@@ -208,7 +208,7 @@ def _tasks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 
 @contextmanager
 def _telling(document: int) -> Iterator[None]:
-    """Say which document the tokenizer cannot encode.
+    """Raise an error that names which document the tokenizer cannot encode.
 
     Raises:
         EncodingError: for whatever the libraries raise.

@@ -121,7 +121,7 @@ def build_hash_tables(
 def build_token_classes(
     model: nn.Module, tokenizer: Tokenizer | None, agreed: Callable[[Tensor], Tensor]
 ) -> None:
-    """Tell all memories of n-grams that wait for it which tokens read alike.
+    """Set which tokens read alike, of all memories of n-grams that wait for it.
 
     Args:
         model: whose layers.
@@ -151,7 +151,7 @@ def allocate_rows(
     text: Callable[[], tuple[Tensor, int | None]],
     agreed: Callable[[Tensor], Tensor],
 ) -> None:
-    """Give all tokens of all L3 that wait for it their rows.
+    """Set the rows of all tokens, of all L3 that wait for them.
 
     Args:
         model: whose layers.
