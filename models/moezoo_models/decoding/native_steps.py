@@ -26,12 +26,16 @@ from moezoo_kernels.layouts import is_column_major
 from moezoo_kernels.moe_step import NO_SHARED, Scorer, Scoring, Shared, moe_step
 from moezoo_kernels.selective_mlp import NO_THRESHOLDS, Thresholds
 from moezoo_kernels.selective_mlp.cpu import laid
+from moezoo_kernels.sparse_linear import GroupSparse
 from moezoo_kernels.token_step import Angles, Cache, Linear, Norm, SparseLinear
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.norm import RMSNorm
 
 _MOST_SELECTIVE = 8
 """With more sequences, nearly every column is kept by one of them, and rows are read faster."""
+
+_MOST_GROUPED = 2
+"""Sequences up to which N:M weights are read faster than multiplied whole; with four they tie."""
 
 _ZERO_AT_REST = ("relu", "relu2")
 """Activations that are zero for half of their inputs, whatever the thresholds."""
@@ -153,7 +157,7 @@ def _sparse(
         packed = None
         if isinstance(part, Latent):
             packed = part.packed(hidden.new_empty(len(hidden), part.in_features))
-        if packed is None:
+        if packed is None or (isinstance(packed, GroupSparse) and len(hidden) > _MOST_GROUPED):
             return None
         maps.append(SparseLinear(packed, part.bias))
     tensors = [tensor for each in maps for tensor in (each.matrix.values, each.bias)]
