@@ -4,6 +4,14 @@ What is not in ``__all__`` serves these functions, and may change.
 """
 
 from moezoo.analysis.choices import SlotChoices, slot_choices
+from moezoo.analysis.collision_picture import draw_collisions
+from moezoo.analysis.collisions import (
+    Addresses,
+    CollisionCounter,
+    Collisions,
+    addresses_of,
+    collect_collisions,
+)
 from moezoo.analysis.curves import draw_agreement, draw_blocks, draw_sparsity, draw_spectra
 from moezoo.analysis.heat_map import draw_usage
 from moezoo.analysis.isotropy import MeanCosine
@@ -33,7 +41,10 @@ from moezoo.analysis.usage import (
 from moezoo.analysis.watching import Context, token_mask, watch
 
 __all__ = [
+    "Addresses",
     "Agreement",
+    "CollisionCounter",
+    "Collisions",
     "Context",
     "Covariance",
     "Evenness",
@@ -50,11 +61,14 @@ __all__ = [
     "Spectrum",
     "TriggerKeeper",
     "add_loads",
+    "addresses_of",
     "agreement",
+    "collect_collisions",
     "collect_loads",
     "count_pairs",
     "draw_agreement",
     "draw_blocks",
+    "draw_collisions",
     "draw_paths",
     "draw_sparsity",
     "draw_spectra",
