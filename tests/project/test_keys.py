@@ -67,6 +67,7 @@ TRAINING = [
     (["--model.optimizer.lr", "-1"], "model.optimizer.lr: -1 is out of range"),
     (["--model.schedule.warmup_steps", "-1"], "model.schedule.warmup_steps: -1 is out of range"),
     (["--model.lora.rank", "0"], "model.lora.rank: 0 is out of range"),
+    (["--model.neurons.ratio", "2"], "model.neurons.ratio: 2 is out of range"),
     (["--model.spikes.window", "0"], "model.spikes.window: 0 is out of range"),
     (["--model.sparse_memory.rows", "0"], "model.sparse_memory.rows: 0 is out of range"),
     (["--model.ffn", "moezoo.SparseMoE", "--model.ffn.num_experts", "0"], "model.ffn.init_args.nu"),

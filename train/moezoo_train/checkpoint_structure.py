@@ -60,7 +60,7 @@ def check_structure(checkpoint: Any) -> None:
 def _check_description(known: dict[str, Any]) -> None:
     """Check the parts that :meth:`LanguageModel.on_save_checkpoint` writes."""
     _expect(f"{CONFIG_KEY}.config", known.get("config"), dict, "a mapping")
-    for name in ("unrelated", "optimizer", "guard", "lora", "sparse_memory"):
+    for name in ("unrelated", "optimizer", "guard", "lora", "neurons", "sparse_memory"):
         _expect(f"{CONFIG_KEY}.{name}", known.get(name, {}), dict, "a mapping")
     guard = known.get("guard", {})
     for name in ("skipped", "in_a_row"):

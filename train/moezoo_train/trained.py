@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from moezoo_models.model.initialization import DeferredInit
     from moezoo_models.text.tokenizer import Tokenizer
+    from moezoo_train.finetune.parts import TrainedPart
     from moezoo_train.optim.optimizer import OptimizerConfig
 
 
@@ -54,8 +55,8 @@ class Parallelized(HasModel, Protocol):
         """The deferred initialization; None if parameters are initialized."""
 
     @property
-    def lora(self) -> object | None:
-        """Options of low-rank adapters, if they alone are trained."""
+    def part(self) -> TrainedPart:
+        """Which part of the model is trained."""
 
     @property
     def optimizer_config(self) -> OptimizerConfig:

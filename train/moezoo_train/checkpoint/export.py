@@ -33,6 +33,7 @@ from moezoo_train.finetune.lora import (
     trained_state,
     weights_hash,
 )
+from moezoo_train.finetune.neurons import NeuronOptions, slice_neurons, whole_state
 from moezoo_train.parallel.sharded_checkpoints import REST, is_sharded_checkpoint, load_sharded
 
 _PREFIX = "model."
@@ -47,11 +48,13 @@ class TrainedModel(NamedTuple):
         lora: the adapted modules, and the hash of the model they are for; empty without.
         state: the tensors, by their names in the model; those of a file stay on the disk until
             they are used.
+        neurons: the same as ``lora`` for slices of neurons.
     """
 
     config: dict[str, Any]
     lora: dict[str, Any]
     state: dict[str, Tensor]
+    neurons: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
 def export(
@@ -85,7 +88,7 @@ def export(
         tokenizer: of a training checkpoint: directory or file of the one it was trained with, to
             be written along; default: that of ``model/`` in the same run. Of a GGUF file: directory
             of the tokenizer; default: the model's own.
-        base: of a training checkpoint of adapters: the directory they were trained on.
+        base: of a training checkpoint of adapters or neurons: the directory they were trained on.
         format: of a model: stock or gguf; default: gguf if the target ends in .gguf, else stock.
         dtype: of the matrices of a GGUF file: f32, f16 (the default) or q8_0.
         text: of a GGUF file: text in UTF-8 on which perplexity is measured, before and after
@@ -125,8 +128,10 @@ def export(
         return export_stock(path, target)
     with making(target) as directory:
         found = read_model(path)
-        model = _adapt(found, base) if found.lora else _build(found)
-        state = merged_state(model) if found.lora else None
+        added = found.lora or found.neurons
+        model = _add(found, base) if added else _build(found)
+        merged = whole_state if found.neurons else merged_state
+        state = merged(model) if added else None
         own = _tokenizer(path, tokenizer, model.config.vocab_size)
         save_checkpoint(directory, model, own, state_dict=state)
     size = f"{model.num_parameters() / 1e6:,.3g} M parameters"
@@ -166,7 +171,7 @@ def read_model(path: Path) -> TrainedModel:
     state = {n.removeprefix(_PREFIX): tensor for n, tensor in raw["state_dict"].items()}
     # What earlier versions did not write: end tokens and the like, and adapters.
     config = known["config"] | known.get("unrelated", {})
-    return TrainedModel(config, known.get("lora", {}), state)
+    return TrainedModel(config, known.get("lora", {}), state, known.get("neurons", {}))
 
 
 def _map(file: Path) -> Any:
@@ -204,23 +209,27 @@ def _build(trained: TrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def _adapt(trained: TrainedModel, base: str | None) -> PreTrainedModel:
-    """Put adapters on the model they were trained on."""
+def _add(trained: TrainedModel, base: str | None) -> PreTrainedModel:
+    """Put adapters, or slices of neurons, on the model they were trained on."""
+    what = "adapters" if trained.lora else "neurons"
     if base is None:
         raise InputError(
-            "base: the checkpoint holds adapters only; give the directory that they were trained "
+            f"base: the checkpoint holds {what} only; give the directory that they were trained "
             "on, which was model.initialize_from"
         )
-    options = dict(trained.lora)
+    options = dict(trained.lora or trained.neurons)
     hashed = options.pop("base")
     with _about("base"):
         model, _ = load_as_it_is(base)
     model = model.float()
     if weights_hash(model) != hashed:
         raise InputError(
-            f"base: {base} is not the model that the adapters were trained on; give that one"
+            f"base: {base} is not the model that the {what} were trained on; give that one"
         )
-    add_adapters(model, LoRAOptions(**options), base)
+    if trained.lora:
+        add_adapters(model, LoRAOptions(**options), base)
+    else:
+        slice_neurons(model, NeuronOptions(**options), base)
     with _about("checkpoint"):
         check_tensors(trained.state, trained_state(model))
     model.load_state_dict(trained.state, strict=False)

@@ -42,6 +42,7 @@ from moezoo_train.experiments.made_up_facts import (
 )
 from moezoo_train.finetune.background import inspect_background
 from moezoo_train.finetune.lora import LoRAOptions
+from moezoo_train.finetune.neurons import NeuronOptions
 from moezoo_train.finetune.sparse_memory import SparseMemoryOptions
 from moezoo_train.measure.progress import quiet_lightning
 from moezoo_train.optim.optimizer import OptimizerConfig
@@ -115,6 +116,7 @@ class Teaching:
         rows: train so many rows of each table of values, and nothing else.
         background: whether rows that the text before reads much are left alone.
         lora: train adapters.
+        neurons: train slices of some neurons of the dense blocks.
     """
 
     rates: list[float]
@@ -122,6 +124,7 @@ class Teaching:
     rows: int | None = None
     background: bool = True
     lora: LoRAOptions | None = None
+    neurons: NeuronOptions | None = None
 
     def __post_init__(self) -> None:
         if not self.rates:
@@ -210,6 +213,8 @@ class _Run:
         """List what its numbers depend on: not what else is tried."""
         described = asdict(self)
         del described["teaching"]["rates"]
+        if self.teaching.neurons is None:
+            del described["teaching"]["neurons"]  # results from before there were any still hold
         described["teaching"]["optimizer"] = asdict(self.teaching.optimizer.here())
         return described
 
@@ -353,6 +358,7 @@ class _Study:
             self._vocabulary(),
             initialize_from=str(self.folder / "base" / "model"),
             lora=teaching.lora,
+            neurons=teaching.neurons,
             sparse_memory=sparse,
             optimizer=OptimizerConfig(**settings),
             schedule=run.schedule,

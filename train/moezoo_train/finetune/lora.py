@@ -26,10 +26,7 @@ from moezoo.errors import InputError, check_int, check_number, nearest
 from moezoo.experts import MLPExperts
 from moezoo.parallel import whole
 from moezoo_models.checkpoints.atomic import replacing_directory
-from moezoo_models.checkpoints.directory import save_checkpoint
-from moezoo_models.checkpoints.finite import check_finite
 from moezoo_models.checkpoints.stock import stacked_experts
-from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.optim.optimizer import OptimizerConfig
 
 ADAPTER = "default"
@@ -137,32 +134,6 @@ def describe_adapters(model: PreTrainedModel, options: LoRAOptions | None) -> di
     if options is None:
         return {}
     return asdict(options) | {"base": model.adapted_weights}
-
-
-def save_model(
-    path: Path,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer | None,
-    state_dict: dict[str, Tensor] | None = None,
-    write: bool = True,
-) -> None:
-    """Write a model as a directory that loads without PEFT; its adapters alone go beside it.
-
-    Args:
-        path: the directory, as for :func:`save_checkpoint`; adapters go to ``adapter`` beside it.
-        model: with or without adapters; all processes that keep parts of it must call this.
-        tokenizer: written along.
-        state_dict: its whole tensors, if processes keep parts.
-        write: whether this process is to write.
-    """
-    if hasattr(model, "adapted_weights"):
-        merged = merged_state(model, state_dict, write)
-        if write:
-            check_finite(merged.items(), path)  # before the adapters take their place
-            save_adapters(path.with_name("adapter"), model, state_dict)
-        state_dict = merged
-    if write:
-        save_checkpoint(path, model, tokenizer, state_dict=state_dict)
 
 
 def trained_state(

@@ -35,7 +35,9 @@ def check_strategy(strategy: Strategy, module: Parallelized, fitting: bool) -> N
         InputError: names the option to change.
     """
     if isinstance(strategy, FSDP2Strategy):
-        if module.lora is not None and strategy.expert_parallel > 1:
+        if module.part.neurons is not None:
+            raise InputError("trainer.strategy: fsdp2 has not been tried with neurons; use ddp")
+        if module.part.lora is not None and strategy.expert_parallel > 1:
             raise InputError(
                 "trainer.strategy.expert_parallel: ranks cannot share adapted experts; set it to 1"
             )

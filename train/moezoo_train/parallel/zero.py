@@ -260,8 +260,10 @@ def check_zero(precision: str, module: Parallelized) -> None:
             "model.compile: ZeRO's hooks do not go with torch.compile; set it to false, or give "
             "trainer.strategy ddp or fsdp2"
         )
-    if module.lora is not None:
+    if module.part.lora is not None:
         raise InputError("trainer.strategy: adapters do not go with ZeRO; use fsdp2 or ddp")
+    if module.part.neurons is not None:
+        raise InputError("trainer.strategy: ZeRO has not been tried with neurons; use ddp")
     if any(isinstance(part, Latent) for part in module.model.modules()):
         raise InputError(
             "trainer.strategy: ZeRO keeps weights where their masks are not; give ddp or fsdp2"

@@ -16,7 +16,6 @@ from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.checkpoint import identity
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.checkpoint_structure import CONFIG_KEY
-from moezoo_train.finetune.lora import describe_adapters
 from moezoo_train.finetune.pretrained import check_length, check_tokenizer
 from moezoo_train.optim.optimizer import build_optimizer, is_sparse
 from moezoo_train.optim.schedule import build_schedule
@@ -85,8 +84,7 @@ def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
         raise InputError(f"ckpt_path: {path} was not written by moezoo fit")
     with identity.own_names():
         identity.check_model(saved["config"], module.model.config)
-    adapters = describe_adapters(module.model, module.lora)
-    identity.check_same("lora", saved.get("lora", {}), adapters)
+    module.part.check_saved(saved, module.model)
     if fitting and "optimizer" in saved:
         # Without what depends on the device, which is not known yet.
         now = {**asdict(module.optimizer_config), "muon_dtype": None}

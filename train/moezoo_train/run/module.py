@@ -31,15 +31,11 @@ from moezoo_train.adapters.lightning import attached_trainer
 from moezoo_train.checkpoint import finite, identity
 from moezoo_train.checkpoint_structure import CONFIG_KEY
 from moezoo_train.finetune import pretrained as start
-from moezoo_train.finetune import sparse_memory as rows
-from moezoo_train.finetune.lora import (
-    LoRAOptions,
-    add_adapters,
-    check_lora,
-    describe_adapters,
-    save_model,
-    trained_state,
-)
+from moezoo_train.finetune.lora import LoRAOptions, trained_state
+from moezoo_train.finetune.neurons import NeuronOptions
+from moezoo_train.finetune.parts import TrainedPart
+from moezoo_train.finetune.saving import save_model
+from moezoo_train.finetune.sparse_memory import SparseMemory, SparseMemoryOptions
 from moezoo_train.measure.metrics import TrainingMetrics
 from moezoo_train.measure.throughput import ffn_layers
 from moezoo_train.optim import clipping
@@ -95,6 +91,7 @@ class LanguageModel(EvaluatedModule):
             `moezoo upcycle` or `carve` read or write; what would describe the model otherwise
             (d_model, ffn, …) is then ignored.
         lora: train low-rank adapters of that model instead of all of it.
+        neurons: of that model, train slices of some neurons of its dense blocks only.
         build_in_parts: defer initialization until processes shard the model, block by block, so
             that none holds all of it; it is the same model. For trainer.strategy fsdp2.
         sparse_memory: of that model, train the tables of values only, and of those, in each step,
@@ -147,8 +144,9 @@ class LanguageModel(EvaluatedModule):
         allow_non_causal: bool = False,
         initialize_from: str | None = None,
         lora: LoRAOptions | None = None,
+        neurons: NeuronOptions | None = None,
         build_in_parts: bool = False,
-        sparse_memory: rows.SparseMemoryOptions | None = None,
+        sparse_memory: SparseMemoryOptions | None = None,
         preset: str | None = None,
         hash_embeddings_from: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
@@ -164,19 +162,15 @@ class LanguageModel(EvaluatedModule):
         self.hash_embeddings_from = hash_embeddings_from
         self.compile_model = compile
         self.guard = StepGuard(on_nan, spikes)
-        check_lora(lora, initialize_from, optimizer, compile)
-        rows.check_sparse_memory(sparse_memory, initialize_from, lora, optimizer, compile)
+        self.part = TrainedPart(lora, neurons, sparse_memory)
+        self.part.check(initialize_from, optimizer, compile)
         check_preset(preset, initialize_from)
-        self.initialize_from, self.lora, self.sparse_memory = initialize_from, lora, sparse_memory
-        self._trained_rows = rows.describe_sparse_memory(sparse_memory)
+        self.initialize_from = initialize_from
         self.model: PreTrainedModel
         self.deferred_init: DeferredInit | None = None
         if initialize_from is not None:
             self.model = start.pretrained(initialize_from, vocab_size, attention, build_in_parts)
-            if lora is not None:
-                add_adapters(self.model, lora, initialize_from)
-            if sparse_memory is not None:
-                rows.freeze_all_but_tables(self.model, initialize_from)
+            self.part.prepare(self.model, initialize_from)
         else:
             with identity.own_names():
                 config = MoezooConfig(
@@ -217,8 +211,9 @@ class LanguageModel(EvaluatedModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what every run needs: resumable randomness, hash tables, and metrics."""
-        own = self.sparse_memory and [rows.SparseMemory(self.model, self.sparse_memory)]
-        return [RandomState(), HashTables(), TrainingMetrics(), *(own or [])]
+        rows = self.part.sparse_memory
+        own = [] if rows is None else [SparseMemory(self.model, rows)]
+        return [RandomState(), HashTables(), TrainingMetrics(), *own]
 
     def setup(self, stage: str) -> None:
         """Fit the model to the data's tokenizer, and the data's sequences to the model.
@@ -317,7 +312,7 @@ class LanguageModel(EvaluatedModule):
 
     def _learning_layers(self) -> list[FeedForward]:
         """List the layers that may learn outside the gradient."""
-        return [] if self.sparse_memory is not None else ffn_layers(self.model)
+        return [] if self.part.sparse_memory is not None else ffn_layers(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build optimizer and schedule."""
@@ -351,17 +346,16 @@ class LanguageModel(EvaluatedModule):
             "optimizer": asdict(self.optimizer_config.on(self.device)),
             "schedule": self.schedule.state_dict(checkpoint["global_step"]),
             "guard": self.guard.state_dict(),
-            "lora": describe_adapters(self.model, self.lora),
-            "sparse_memory": self._trained_rows,
+            **self.part.describe(self.model),
         }
-        if self.lora is not None:
+        if self.part.added:
             checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])
         if (trainer := attached_trainer(self)) is not None:
             checkpoint[CONFIG_KEY]["precision"] = str(trainer.precision)
             stand_between_batches(checkpoint, trainer)
 
     def save(self, path: Path, tokenizer: Tokenizer | None) -> None:
-        """Write the model as a Hugging Face directory, its adapters merged, with a tokenizer.
+        """Write the model as a Hugging Face directory, what was added merged, with a tokenizer.
 
         Rank 0 writes; all must call this together, as each may hold shards.
 
@@ -386,10 +380,9 @@ class LanguageModel(EvaluatedModule):
             )
         with identity.own_names():
             identity.check_model(saved["config"], self.model.config)
-        identity.check_same("lora", saved.get("lora", {}), describe_adapters(self.model, self.lora))
-        identity.check_same("sparse_memory", saved.get("sparse_memory", {}), self._trained_rows)
+        self.part.check_saved(saved, self.model)
         whole, state = full_shape_state_dict(self), checkpoint["state_dict"]
-        identity.check_tensors(state, whole if self.lora is None else trained_state(self))
+        identity.check_tensors(state, trained_state(self) if self.part.added else whole)
         checkpoint["state_dict"] = {**whole, **state}
         trainer = attached_trainer(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
