@@ -99,6 +99,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "a dense checkpoint whose tokens skip what counts for little",
             positional=True,
         ),
+        "drop-layers": Command(
+            "moezoo_models.conversion.drop:drop_layers",
+            "a dense checkpoint without some layers, and what each would cost",
+            positional=True,
+        ),
         "adopt": Command(
             "moezoo_models.adopt.report:report_adoption",
             "which layers would compute a mixture of transformers, how fast",

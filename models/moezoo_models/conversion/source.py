@@ -126,14 +126,23 @@ class Source:
         Raises:
             InputError: it holds a NaN or an infinity, or its file is not what was written.
         """
-        file, part = self.tensors[name].file, self.tensors[name].part
-        if file not in self._files:
-            self._files[file] = self._open(file)
-        tensor = self._files[file](name) if part is None else part.of(self._files[file](part.name))
+        tensor, part = self.stored(name)[1], self.tensors[name].part
+        tensor = tensor if part is None else part.of(tensor)
         if name not in self._checked:
             check_finite(name, tensor, self.directory)
             self._checked.add(name)
         return tensor
+
+    def stored(self, name: str) -> tuple[str, Tensor]:
+        """Return the tensor of the files that one of ours is, or is a part of, and its name there.
+
+        It is mapped as :meth:`read` does; whether its numbers are finite is not looked at.
+        """
+        file, part = self.tensors[name].file, self.tensors[name].part
+        if file not in self._files:
+            self._files[file] = self._open(file)
+        theirs = name if part is None else part.name
+        return theirs, self._files[file](theirs)
 
     def _open(self, file: Path) -> Callable[[str], Tensor]:
         if is_pickled(file):
