@@ -289,7 +289,7 @@ def _say(made: Dropped, target: Path) -> None:
         for start in made.starts
     ]
     title = f"Without {made.count} layers; loss with all of them {made.dense_nats:.4f}"
-    print_table(title, ["layers", "angular distance", "loss", "more", ""], rows)
+    print_table(title, ["layers", ">angular distance", ">loss", ">more", ""], rows)
     last = made.first + made.count - 1
     print(f"left out layers {made.first} to {last}, {target}")
     if made.perplexity:
