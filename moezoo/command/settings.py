@@ -153,6 +153,8 @@ def read_settings(path: str) -> dict[str, Any]:
 def _read(path: str) -> str:
     if "\0" in path:
         raise InputError(f"config: {shorten(path)} is no path; it holds a NUL character")
+    if path.startswith("{"):
+        return path  # YAML itself
     if os.path.isdir(path):
         raise InputError(f"config: '{path}' is a folder; give a YAML file")
     try:

@@ -240,7 +240,9 @@ class DenseFFN(DenseWeights[nn.Linear | Matrix]):
             # Both shuffle alike: one shuffle of their product does for two.
             values = [part.unshuffled(hidden) for part in shuffling]
             return shuffling[0].shuffled(self._gate(*values))
-        return self._gate(gate(hidden), up(hidden))
+        # In this order, as matrices whose gradient is sampled draw in it.
+        factor = up(hidden)
+        return self._gate(gate(hidden), factor)
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.activation_up is not None:

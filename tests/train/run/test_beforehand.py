@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from moezoo import InputError, SparseMoE
-from moezoo_train.data import datamodule as data
+from moezoo_train.data import prepared_text as data
 from moezoo_train.run.cli import run
 from moezoo_train.run.module import LanguageModel
 

@@ -138,7 +138,7 @@ def configuration(experiment: Experiment, output: str) -> str:
         name: {
             key: value
             for key, value in row.items()
-            if value is not False and value not in (None, {})
+            if value not in (None, {}) and (key, value) != ("memory", False)
         }
         for name, row in options.pop("methods").items()
     }
