@@ -104,6 +104,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "a dense checkpoint without some layers, and what each would cost",
             positional=True,
         ),
+        "fuse-layers": Command(
+            "moezoo_models.conversion.fuse:fuse_layers",
+            "dense blocks of consecutive layers as one wide block",
+            positional=True,
+        ),
         "adopt": Command(
             "moezoo_models.adopt.report:report_adoption",
             "which layers would compute a mixture of transformers, how fast",
