@@ -11,7 +11,7 @@ import moezoo
 from moezoo.routing.deferred import DeferredStats, statistics
 
 D = 16
-WITH_STATS = [m for m in moezoo.zoo() if m.name not in ("dense_mlp", "dense_glu")]
+WITH_STATS = [m for m in moezoo.zoo() if m.name not in ("dense_mlp", "dense_glu", "finedeep")]
 WITHOUT = [m.name for m in moezoo.zoo() if m.arguments.get("matrices") is not None]
 WITH_STATS = [m for m in WITH_STATS if m.name not in ("persistent_memory", *WITHOUT)]
 

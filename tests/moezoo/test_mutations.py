@@ -114,6 +114,7 @@ UNSEEN = {
     "matrices.every": "acts in step()",
     "matrices.growth_end": "acts in step()",
     "matrices.init": "says how factors begin",
+    "matrices.kind": "others have other options",
     "matrices.scope": "acts in step()",
     "matrices.sparsity": "acts in step(); a mask is a buffer",
     "router.bias_recentre": "acts in step()",
@@ -295,7 +296,7 @@ def test_every_parameter_and_buffer_is_noticed(name):
     for key, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
         if not tensor.numel() or key == "selector.shares":  # which say what a call costs
             continue
-        if key.endswith(("_proj.steps", "_proj.stage")):  # when a mask is to change
+        if key.endswith((".steps", ".stage")):  # when a mask is to change
             continue
         before = tensor.detach().clone()
         with torch.no_grad():
@@ -373,7 +374,10 @@ def other_values(cls: type, arguments: dict[str, Any]) -> Iterator[tuple[str, li
         elif isinstance(value, bool):
             yield name, [not value]
         elif isinstance(value, int):
-            yield name, [value + 1, value - 1, 4 * value, 1]  # 4: of squares another square
+            yield (
+                name,
+                [value + 1, value - 1, 2 * value, 4 * value, 1],
+            )  # 4: of squares another square
         elif isinstance(value, float):
             yield name, [value / 2, value + 0.3]
         else:

@@ -17,7 +17,7 @@ def make(method, seed: int = 0, **arguments) -> RandomRouting:
     # Neurons that are zero by their activation would not show that they were chosen.
     smooth = {"activation": "gelu"} if method.name == "top_k_ffn" else {}
     # Of as many rows as there are, few tokens would all read different ones.
-    few = {"vocab_size": 50} if method.name == "per_layer_embedding" else {}
+    few = {"vocab_size": 50} if method.name in ("per_layer_embedding", "stem") else {}
     layer = method.build(D, **smooth, **few)
     for parameter in layer.parameters():  # zero-initialised routers would tie
         nn.init.normal_(parameter, std=0.1)
@@ -37,8 +37,11 @@ def test_everything_but_dense_and_attention_has_an_ablation():
         "drelu",
         "l1_reglu",
     }
+    everyone = {"finedeep"}  # all experts answer
     matrices = {m.name for m in moezoo.zoo() if m.arguments.get("matrices") is not None}
-    assert without == {"dense_mlp", "dense_glu", "persistent_memory"} | neurons | matrices
+    assert (
+        without == {"dense_mlp", "dense_glu", "persistent_memory"} | neurons | matrices | everyone
+    )
 
 
 @pytest.mark.parametrize("method", ROUTED, ids=lambda method: method.name)

@@ -140,9 +140,14 @@ def _decoder_of(model: PreTrainedModel) -> MoezooForCausalLM:
     """Return the model if it is ours.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not, or has memories.
     """
     if isinstance(model, MoezooForCausalLM):
+        if model.config.memory:
+            raise InputError(
+                "checkpoint: it has memories beside its blocks, whose part these figures do not "
+                "tell apart; give a model without"
+            )
         return model
     raise InputError(
         f"checkpoint: it is a {type(model).__name__} of transformers, whose blocks nothing here "
@@ -168,7 +173,7 @@ class _Watched:
         """Add the tokens of a pass."""
         entering, after = args[0], output[0]
         attended = self.block.with_attended(entering, cast(Tensor, self._attended))
-        mask = kwargs.get("token_mask")
+        mask = kwargs["tokens"].mask
         h, h_attended, h_after = (
             part.flatten(0, 1) if mask is None else part[mask[:, -part.shape[1] :]]
             for part in (entering.double(), attended.double(), after.double())

@@ -11,7 +11,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForward, registered
-from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing.losses import masked_mean
 from moezoo.token_context import Place
 from moezoo_models.adapters.transformers import attention_backend
@@ -89,7 +88,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.self_attn: SelfAttention = kind(config, layer_idx)
         self.mlp = build_feed_forward(config, layer_idx)
         if config.shares_experts(layer_idx):  # in attention's place, which is the first one
-            self.self_attn = MixtureAttention(config, layer_idx, cast(SparseMoE, self.mlp))
+            self.self_attn = MixtureAttention(config, layer_idx, cast(Any, self.mlp))
         # In the order in which they answer.
         late = "after_feed_forward"
         memories = sorted(build_memories(config, layer_idx), key=lambda m: m[1].added == late)

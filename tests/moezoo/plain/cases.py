@@ -72,7 +72,10 @@ def build(name: str, **arguments: Any) -> FeedForward:
     cls = methods[name].layer if name in methods else getattr(moezoo, name)
     arguments = {**SIZES.get(cls.__name__, {}), **biases(cls), **arguments}
     width = arguments.pop("d_model", WIDTHS.get(name, D))
-    layer = methods[name].build(width, **arguments) if name in methods else cls(width, **arguments)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # masks are drawn, and stay
+        make = methods[name].build if name in methods else cls
+        layer = make(width, **arguments)
     return randomize(layer.double())
 
 

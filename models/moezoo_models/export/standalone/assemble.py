@@ -41,6 +41,7 @@ _SUBSTITUTES: dict[Target, Target] = {
     (f"{_MODEL}.mixture_attention", "MixtureAttention"): (PLAIN, "MixtureAttention"),
     (f"{_MODEL}.joint_attention", "_fused"): (PLAIN, "joint_attention_cpu"),
     ("moezoo.routing.stats", "used_weight"): ("moezoo.routing.stats", "slot_weight"),
+    ("moezoo.matrices.packing", "Packing"): (PLAIN, "Packing"),
     ("moezoo.parallel", "own"): (PLAIN, "whole"),
     ("moezoo.parallel", "whole"): (PLAIN, "whole"),
     ("moezoo.parallel", "dispatch_tokens"): (PLAIN, "dispatch_tokens"),
@@ -67,6 +68,9 @@ _SUBSTITUTES: dict[Target, Target] = {
         "product_key_top_k",
     ),
     ("moezoo_kernels.rank_one_experts", "rank_one_experts"): (PLAIN, "rank_one_experts"),
+    ("moezoo_kernels.selective_mlp", "selective_mlp"): (PLAIN, "selective_mlp"),
+    ("moezoo_kernels.selective_mlp.cpu", "is_direct"): (PLAIN, "is_direct"),
+    ("moezoo_kernels.sparse_linear", "sparse_linear"): (PLAIN, "sparse_linear"),
     ("moezoo_kernels.statistical_top_k", "statistical_top_k"): (
         "moezoo_kernels.statistical_top_k.plain",
         "statistical_top_k",
@@ -216,7 +220,9 @@ def _look_up(module: str, name: str) -> Target | _Outside | str | None:
 
 def _knows(module: Module, name: str) -> bool:
     defined = any(name in statement.names for statement in module.statements)
-    return defined or name in module.imports
+    # A package may import a module of its own by its name.
+    imported = name in module.imports and module.imports[name] != (module.name, name)
+    return defined or imported
 
 
 def _names(selection: _Selection, layers: list[Target]) -> dict[Target, str]:

@@ -20,6 +20,7 @@ from moezoo_kernels.grouped_linear.reference import grouped_linear_sum as linear
 from moezoo_kernels.grouped_linear.reference import sum_by_token as sum_of_rows
 from moezoo_kernels.grouped_mlp.reference import grouped_mlp
 from moezoo_kernels.rank_one_experts.reference import rank_one_experts as rank_one_of_tables
+from moezoo_kernels.selective_mlp.reference import selective_mlp as selective_by_rule
 from moezoo_kernels.tree_descent.reference import path_neurons as neurons_of_paths
 from moezoo_kernels.weighted_bag.reference import weighted_bag as bag_of_rows
 from moezoo_models.model.joint_attention import attend_by_formulas
@@ -137,6 +138,31 @@ def rank_one_experts(
     return rank_one_of_tables(
         x, u, v, indices, weights, activation=activation, gate=gate, sparse=sparse
     )
+
+
+class Packing:
+    """Packs no matrix: products are dense here."""
+
+    def clear(self) -> None:
+        """Do nothing, as there is no copy."""
+
+    def get(self, *_: Any) -> None:
+        """Return no packed matrix."""
+
+
+def sparse_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply with a matrix, all of it."""
+    return F.linear(x, matrix, bias)
+
+
+def is_direct(*_: Any) -> bool:
+    """Return that no kernel reads a part of a matrix."""
+    return False
+
+
+def selective_mlp(x: Tensor, *matrices: Any, **options: Any) -> Tensor:
+    """Compute a block of the numbers that exceed thresholds, by its rule."""
+    return selective_by_rule(x, *matrices, **options)[0]
 
 
 def weighted_bag(
