@@ -101,7 +101,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
         "drop-layers": Command(
             "moezoo_models.conversion.drop:drop_layers",
-            "a dense checkpoint without some layers, and what each would cost",
+            "a dense checkpoint without some layers, and what each costs",
             positional=True,
         ),
         "fuse-layers": Command(

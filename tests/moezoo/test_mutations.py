@@ -376,7 +376,7 @@ def other_values(cls: type, arguments: dict[str, Any]) -> Iterator[tuple[str, li
         elif isinstance(value, int):
             yield (
                 name,
-                [value + 1, value - 1, 2 * value, 4 * value, 1],
+                [value + 1, value - 1, value // 2, 2 * value, 4 * value, 1],
             )  # 4: of squares another square
         elif isinstance(value, float):
             yield name, [value / 2, value + 0.3]
