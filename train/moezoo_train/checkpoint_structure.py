@@ -7,13 +7,14 @@ other of the package: files of one process and of many are checked alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from moezoo.command.messages import shorten
+from moezoo.errors import InputError
 
 CONFIG_KEY = "moezoo"
 """Field of a training checkpoint that describes the model and the run it is of."""
@@ -129,3 +130,30 @@ def _list(owner: Mapping[str, Any], name: str, place: str = "") -> Iterable[Any]
     where = f"{place}.{name}" if place else name
     found: list[Any] = _expect(where, owner.get(name, []), list, "a list")
     return found
+
+
+def check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Compare two nested descriptions.
+
+    Raises:
+        InputError: names the first field that differs, and both values.
+    """
+    old, new = dict(_leaves(saved)), dict(_leaves(current))
+    for key in old | new:
+        if old.get(key) != new.get(key):
+            raise InputError(
+                f"ckpt_path: {what}.{key} is {old.get(key)} in the checkpoint, but {new.get(key)} "
+                "in this run; use the same, or begin from its weights with model.initialize_from"
+            )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every innermost value with its path, as in ``ffn[0].init_args.top_k``."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value

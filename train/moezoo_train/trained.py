@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from moezoo_models.model.initialization import DeferredInit
     from moezoo_models.text.tokenizer import Tokenizer
-    from moezoo_train.finetune.parts import TrainedPart
     from moezoo_train.optim.optimizer import OptimizerConfig
 
 
@@ -39,6 +38,18 @@ class JudgesSteps(Protocol):
         """Which finite steps are skipped; None: none."""
 
 
+class TrainsPart(Protocol):
+    """Which part of a model is trained beside the rest, which is frozen."""
+
+    @property
+    def lora(self) -> object | None:
+        """Options of adapters; None: none."""
+
+    @property
+    def neurons(self) -> object | None:
+        """Options of slices of neurons; None: none."""
+
+
 class HasModel(Protocol):
     """A module that trains a language model."""
 
@@ -55,7 +66,7 @@ class Parallelized(HasModel, Protocol):
         """The deferred initialization; None if parameters are initialized."""
 
     @property
-    def part(self) -> TrainedPart:
+    def part(self) -> TrainsPart:
         """Which part of the model is trained."""
 
     @property

@@ -7,6 +7,7 @@ import pytest
 import moezoo
 from moezoo import InputError, SparseMoE
 from moezoo_train.checkpoint import identity
+from moezoo_train.checkpoint_structure import check_same
 
 
 def _described(**arguments):
@@ -28,21 +29,21 @@ def _older(description):
 
 def test_a_checkpoint_from_before_an_option_is_the_same_model():
     now = _described(router=moezoo.RouterOptions(scale=2.0))
-    identity.check_same("model", identity.completed(_older(now)), now)
+    check_same("model", identity.completed(_older(now)), now)
     with pytest.raises(InputError):
-        identity.check_same("model", _older(now), now)
+        check_same("model", _older(now), now)
 
 
 def test_another_value_than_the_default_differs():
     now = _described(glu=moezoo.GLUOptions(limit=7.0))
     with pytest.raises(InputError, match=r"init_args.glu.limit is None in the .*, but 7.0 in"):
-        identity.check_same("model", identity.completed(_older(now)), now)
+        check_same("model", identity.completed(_older(now)), now)
 
 
 def test_another_norm_than_the_default_differs():
     now = _described() | {"norm": "layer"}
     with pytest.raises(InputError, match=r"model.norm is rms in the checkpoint, but layer in"):
-        identity.check_same("model", identity.completed(_older(now)), now)
+        check_same("model", identity.completed(_older(now)), now)
 
 
 def test_an_option_that_is_no_longer_known_differs():
@@ -50,7 +51,7 @@ def test_an_option_that_is_no_longer_known_differs():
     older = copy.deepcopy(now)
     older["ffn"][0]["init_args"]["gone"] = 3
     with pytest.raises(InputError, match=r"init_args.gone is 3 in the checkpoint"):
-        identity.check_same("model", identity.completed(older), now)
+        check_same("model", identity.completed(older), now)
 
 
 def test_a_stock_description_is_left_as_it_is():

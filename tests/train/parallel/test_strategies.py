@@ -199,8 +199,9 @@ def test_ranks_that_do_not_divide_the_processes_are_refused(tmp_path):
 def test_shared_experts_with_adapters_are_refused():
     strategy = FSDP2Strategy(expert_parallel=2)
     strategy.parallel_dims = SimpleNamespace()
+    adapted = SimpleNamespace(part=SimpleNamespace(lora=object(), neurons=None))
     with pytest.raises(InputError, match=r"expert_parallel: ranks cannot share adapted experts"):
-        check_strategy(strategy, SimpleNamespace(lora=object()), fitting=True)
+        check_strategy(strategy, adapted, fitting=True)
 
 
 def test_other_sharding_strategies_are_refused():

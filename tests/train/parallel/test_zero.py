@@ -138,7 +138,7 @@ def fitting(strategy: Any, **options: Any) -> SimpleNamespace:
         "optimizer_config": OptimizerConfig(),
         "guard": StepGuard("stop"),
         "compile_model": False,
-        "lora": None,
+        "part": SimpleNamespace(lora=None, neurons=None),
         "trainer": SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING)),
     }
     return SimpleNamespace(**(defaults | options))
@@ -152,7 +152,7 @@ def fitting(strategy: Any, **options: Any) -> SimpleNamespace:
         ({"guard": StepGuard("skip")}, "model.on_nan: ZeRO cannot skip .*; give stop"),
         ({"guard": StepGuard("stop", SpikeRule())}, "model.spikes: ZeRO cannot skip .*; give nu"),
         ({"compile_model": True}, "model.compile: ZeRO's hooks"),
-        ({"lora": object()}, "adapters do not go with ZeRO"),
+        ({"part": SimpleNamespace(lora=object(), neurons=None)}, "adapters do not go with ZeRO"),
     ],
     ids=["muon", "sgd", "skip", "spikes", "compile", "lora"],
 )

@@ -15,6 +15,7 @@ from moezoo.arguments import as_argument, plain, signature
 from moezoo.errors import InputError
 from moezoo.feed_forward import registered
 from moezoo_models import MoezooConfig
+from moezoo_train.checkpoint_structure import check_same
 
 UNRELATED = {
     "use_cache", "initializer_range", "trained_length",
@@ -112,33 +113,6 @@ def check_model(saved: dict[str, Any], config: PreTrainedConfig) -> None:
         InputError: as :func:`check_same`.
     """
     check_same("model", completed(saved), completed(describe(config)))
-
-
-def check_same(what: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Compare two nested descriptions.
-
-    Raises:
-        InputError: names the first field that differs, and both values.
-    """
-    old, new = dict(_leaves(saved)), dict(_leaves(current))
-    for key in old | new:
-        if old.get(key) != new.get(key):
-            raise InputError(
-                f"ckpt_path: {what}.{key} is {old.get(key)} in the checkpoint, but {new.get(key)} "
-                "in this run; use the same, or begin from its weights with model.initialize_from"
-            )
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every innermost value with its path, as in ``ffn[0].init_args.top_k``."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{index}]")
-    else:
-        yield path, value
 
 
 def check_tensors(saved: dict[str, Tensor], current: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moezoo_train.checkpoint.identity import check_same
+from moezoo_train.checkpoint_structure import check_same
 from moezoo_train.finetune import sparse_memory as rows
 from moezoo_train.finetune.lora import LoRAOptions, add_adapters, check_lora, describe_adapters
 from moezoo_train.finetune.neurons import (

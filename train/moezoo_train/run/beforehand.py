@@ -15,7 +15,7 @@ from moezoo.errors import InputError
 from moezoo_models.text.tokenizer import load_tokenizer
 from moezoo_train.checkpoint import identity
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
-from moezoo_train.checkpoint_structure import CONFIG_KEY
+from moezoo_train.checkpoint_structure import CONFIG_KEY, check_same
 from moezoo_train.finetune.pretrained import check_length, check_tokenizer
 from moezoo_train.optim.optimizer import build_optimizer, is_sparse
 from moezoo_train.optim.schedule import build_schedule
@@ -88,7 +88,7 @@ def _check_checkpoint(path: Path, module: LanguageModel, fitting: bool) -> None:
     if fitting and "optimizer" in saved:
         # Without what depends on the device, which is not known yet.
         now = {**asdict(module.optimizer_config), "muon_dtype": None}
-        identity.check_same("optimizer", {**saved["optimizer"], "muon_dtype": None}, now)
+        check_same("optimizer", {**saved["optimizer"], "muon_dtype": None}, now)
 
 
 def read_description(path: Path | str) -> dict[str, Any] | None:

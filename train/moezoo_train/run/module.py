@@ -29,7 +29,7 @@ from moezoo_models.model.latent_options import LatentAttentionOptions
 from moezoo_models.text.tokenizer import Tokenizer
 from moezoo_train.adapters.lightning import attached_trainer
 from moezoo_train.checkpoint import finite, identity
-from moezoo_train.checkpoint_structure import CONFIG_KEY
+from moezoo_train.checkpoint_structure import CONFIG_KEY, check_same
 from moezoo_train.finetune import pretrained as start
 from moezoo_train.finetune.lora import LoRAOptions, trained_state
 from moezoo_train.finetune.neurons import NeuronOptions
@@ -387,6 +387,6 @@ class LanguageModel(EvaluatedModule):
         trainer = attached_trainer(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self.optimizer_config = self.optimizer_config.as_begun(saved["optimizer"])
-            identity.check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
+            check_same("optimizer", saved["optimizer"], asdict(self.optimizer_config))
             self.schedule.load_state_dict(saved.get("schedule"), checkpoint["global_step"])
         self.guard.load_state_dict(saved.get("guard", {}))
