@@ -131,8 +131,7 @@ class Carving:
         """
         perplexity = {name: math.exp(nats.mean()) for name, nats in self._nats.items()}
         if loads:
-            model = load_any(written, sound=True)
-            perplexity["loaded"] = math.exp(model_nats(model, self._calibration).mean())
+            perplexity["loaded"] = loaded_perplexity(written, self._calibration)
         rival = self._refitted if self._options.refit else "static"
         mixture = self.settled()
         return {
@@ -308,3 +307,14 @@ def model_nats(model: Any, calibration: Calibration) -> Tensor:
     tokens, skipped = calibration.held_out, calibration.skipped
     rows = (model(input_ids=row[None], use_cache=False).logits[0] for row in tokens)
     return torch.stack([next_token_nats(*each, skipped) for each in zip(rows, tokens, strict=True)])
+
+
+def loaded_perplexity(directory: Path, calibration: Calibration, sound: bool = True) -> float:
+    """Load a checkpoint, and return its perplexity on the held-out tokens.
+
+    Args:
+        directory: of a model of transformers or ours.
+        calibration: the text.
+        sound: as of :func:`~moezoo_models.conversion.drift.load_any`.
+    """
+    return math.exp(model_nats(load_any(directory, sound=sound), calibration).mean())

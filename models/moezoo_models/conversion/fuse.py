@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,9 +19,8 @@ from moezoo_models.checkpoints.dense import dense_config
 from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.carve import calibrate
-from moezoo_models.conversion.carving import model_nats
+from moezoo_models.conversion.carving import loaded_perplexity
 from moezoo_models.conversion.convert import REPORT, copy_files
-from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.drop import config_without, kept_layers
 from moezoo_models.conversion.fusing import (
     check_fusible,
@@ -166,10 +164,9 @@ class _Run:
             copy_files([self._source.directory], work.directory, said, target)
             perplexity = {}
             if loads:
-                places = {"dense": self._source.directory, "fused": work.directory}
-                for name, place in places.items():
-                    model = load_any(place, sound=name == "fused")
-                    perplexity[name] = math.exp(model_nats(model, self._calibration).mean())
+                text = self._calibration
+                perplexity["dense"] = loaded_perplexity(self._source.directory, text, sound=False)
+                perplexity["fused"] = loaded_perplexity(work.directory, text)
             made = Fused(
                 "fuse-layers",
                 {"first": self._first, "last": self._last},

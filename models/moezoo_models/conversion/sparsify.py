@@ -32,9 +32,8 @@ from moezoo_models.checkpoints.dense import dense_config
 from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.carve import calibrate
-from moezoo_models.conversion.carving import model_nats
+from moezoo_models.conversion.carving import loaded_perplexity
 from moezoo_models.conversion.convert import REPORT, copy_files
-from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.guessing import Guessing
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.selecting import (
@@ -230,8 +229,7 @@ class _Run:
             copy_files([self._source.directory], work.directory, said, target)
             perplexity = {name: math.exp(each.mean()) for name, each in nats.items()}
             if loads:
-                model = load_any(work.directory, sound=True)
-                perplexity["loaded"] = math.exp(model_nats(model, self._calibration).mean())
+                perplexity["loaded"] = loaded_perplexity(work.directory, self._calibration)
             made = self._describe(perplexity)
             work.write_json(REPORT, asdict(made))
             shutil.rmtree(self._scratch, ignore_errors=True)

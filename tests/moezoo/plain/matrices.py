@@ -188,7 +188,10 @@ def product(parts: Weights, read: Tensor) -> Tensor:
 
 
 def pixelfly(parts: Weights, options: Options, read: Tensor, training: bool) -> Tensor:
-    """Let each row of blocks read its own part and one across each stride (arXiv:2112.00029)."""
+    """Return the matrix whose rows of blocks read their own part and one across each stride.
+
+    Pixelated Butterfly, arXiv:2112.00029.
+    """
     width = read.shape[1] // options["size"]
     made = []
     for place, rows in enumerate(parts["blocks"]):
