@@ -23,6 +23,7 @@ from moezoo_models.chatting import Chat, OnText, talk
 from moezoo_models.checkpoints.stock import load_any_with_tokenizer
 from moezoo_models.decoding.griffin import check_decoded
 from moezoo_models.decoding.loop import continue_ids
+from moezoo_models.decoding.sirius import Corrections, Sirius, check_corrected
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.mode import evaluating
 from moezoo_models.model.decoder import check_token_ids
@@ -50,6 +51,7 @@ def generate(
     tokenizer: str | Path | None = None,
     dtype: str = "auto",
     griffin: float | None = None,
+    sirius: Sirius = Sirius(),  # noqa: B008 - frozen
     chat: bool = False,
     system: str = "",
 ) -> str:
@@ -75,6 +77,8 @@ def generate(
             that is slow in that.
         griffin: share of each dense block's neurons that go on after the prompt: those that it
             used most (GRIFFIN, arXiv:2404.01365); default: all of them.
+        sirius: checks by all of the model of what a part of it wrote (Sirius, arXiv:2409.03856),
+            in checkpoints of moezoo sparsify and with griffin; a line of figures is printed last.
         chat: answer the prompt as the tokenizer's chat template has it, or, without a prompt, line
             after line of the standard input, each knowing those before.
         system: with chat, what the model is told beforehand; default: what the template says.
@@ -91,6 +95,7 @@ def generate(
     check_text("prompt", prompt)
     if system and not chat:
         raise InputError("system: only conversations have one; add --chat")
+    found = sirius.counts()
     place = pick_device(device)
     model, words = load_any_with_tokenizer(checkpoint, tokenizer, place, attention, dtype)
     if chat:
@@ -99,13 +104,17 @@ def generate(
             ids, count = _start(model, prompt, max_new_tokens)
             config = generation_config(model, words, count, temperature, top_k, top_p)
             config.eos_token_id = sorted({*config.eos_token_id, *ends})
-            return _continue(model, words, ids, config, seed, on_text, griffin)
+            return _continue(model, words, ids, config, seed, on_text, griffin, sirius, found)
 
-        return talk(Chat(answer, words, system), prompt, stream)
+        said = talk(Chat(answer, words, system), prompt, stream)
+        _report(found, stream)
+        return said
     # Options that do not fit this model are refused before the prompt is printed.
     ids, count = _start(model, prompt_ids(words, prompt), max_new_tokens)
     if griffin is not None:
         check_decoded(model, griffin, ids.shape[1], count)
+    if found is not None:
+        check_corrected(model, sirius, griffin, ids.shape[1], count)
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)
@@ -124,10 +133,18 @@ def generate(
         seed=seed,
         on_text=show if stream else None,
         griffin=griffin,
+        sirius=sirius,
+        corrections=found,
     )
     if stream:
         show("\n")
+    _report(found, stream)
     return prompt + continuation
+
+
+def _report(found: Corrections | None, stream: bool) -> None:
+    if found is not None and stream:
+        print(found.line(), file=sys.stderr)
 
 
 def continue_text(
@@ -142,6 +159,8 @@ def continue_text(
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
     griffin: float | None = None,
+    sirius: Sirius = Sirius(),  # noqa: B008 - frozen
+    corrections: Corrections | None = None,
 ) -> str:
     """Continue a prompt with a model in memory; it stays in the mode and random state it was in.
 
@@ -156,6 +175,8 @@ def continue_text(
         seed: as there.
         on_text: called with each piece of text as soon as its characters are whole.
         griffin: as for :func:`generate`.
+        sirius: as there.
+        corrections: to which is added what its checks find.
 
     Returns:
         The continuation, without the prompt.
@@ -166,7 +187,7 @@ def continue_text(
     check_sampling(temperature, top_k, top_p, seed)
     ids, count = _start(model, prompt_ids(tokenizer, check_text("prompt", prompt)), max_new_tokens)
     config = generation_config(model, tokenizer, count, float(temperature), top_k, float(top_p))
-    return _continue(model, tokenizer, ids, config, seed, on_text, griffin)
+    return _continue(model, tokenizer, ids, config, seed, on_text, griffin, sirius, corrections)
 
 
 def _continue(
@@ -177,6 +198,8 @@ def _continue(
     seed: int,
     on_text: OnText | None,
     griffin: float | None,
+    sirius: Sirius,
+    corrections: Corrections | None,
 ) -> str:
     """Return the text that follows ids, ``(1, length)``."""
     pieces: list[str] = []
@@ -197,6 +220,8 @@ def _continue(
             processors=LogitsProcessorList([FiniteLogits()]),
             streamer=WholeCharacterStreamer(tokenizer, collect),
             griffin=griffin,
+            sirius=sirius,
+            corrections=corrections,
         )
     return "".join(pieces)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo_kernels.token_step import Cache
+from moezoo_models.decoding.in_place import InPlaceLayer
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.joint_attention import joint_attention
 from moezoo_models.model.norm import RMSNorm
@@ -70,6 +71,10 @@ class Attending:
         kept = keys.shape[2]
         self.keys[:, :, length - kept : length] = keys
         self.values[:, :, length - kept : length] = values
+
+    def in_place(self, begin: int) -> InPlaceLayer:
+        """Return the cache as the model's own forward pass writes to it, from a place on."""
+        return InPlaceLayer(self.keys, self.values, begin, self._window)
 
     def step(
         self,

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import Cache as ModelCache
 from transformers.cache_utils import DynamicCache
 
 from moezoo.feed_forward import FeedForward
@@ -190,6 +191,36 @@ class Decoder:
             return self._head()
         head = self._model.lm_head
         return F.linear(self._norm(hidden), head.weight, head.bias)
+
+    def reread(self, token_ids: Tensor, begin: int) -> Tensor:
+        """Read tokens by the model's own forward pass, over what steps have left of them.
+
+        Args:
+            token_ids: ``(B, S)`` int64, of prompts without padding.
+            begin: place of the first one, up to which the cache holds what goes before.
+
+        Returns:
+            Logits ``(B, S, V)``. The keys and values of these tokens are now those of the pass.
+        """
+        end = begin + token_ids.shape[1]
+        earlier: dict[str, Tensor] = {}
+        if self._context is not None:
+            self._context[:, begin:end] = token_ids
+            earlier["context_ids"] = self._context[:, :end]
+        held: list[Any] = [block.attending.in_place(begin) for block in self._blocks]
+        output = self._model(
+            input_ids=token_ids,
+            position_ids=torch.arange(begin, end, device=token_ids.device)[None],
+            past_key_values=ModelCache(held),
+            use_cache=True,
+            **earlier,
+        )
+        return output.logits
+
+    def return_to(self, place: int) -> None:
+        """Go on as if fewer tokens had been read: the next one is that at a place."""
+        self._next += place - self._at
+        self._at = place
 
     def _rotary(self) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines of this step's positions, ``(B, 1, C)``."""

@@ -15,15 +15,20 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
+from moezoo_models.decoding.correcting import corrected_ids
 from moezoo_models.decoding.decoder import Decoder
 from moezoo_models.decoding.eligible import ineligible, turns_anew
 from moezoo_models.decoding.griffin import check_decoded
+from moezoo_models.decoding.sampling import Sampling
+from moezoo_models.decoding.sirius import (
+    UNCHECKED,
+    Corrections,
+    Sirius,
+    check_corrected,
+)
 from moezoo_models.decoding.stock import as_ours
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 
@@ -38,6 +43,8 @@ def continue_ids(
     criteria: StoppingCriteriaList | None = None,
     streamer: BaseStreamer | None = None,
     griffin: float | None = None,
+    sirius: Sirius = UNCHECKED,
+    corrections: Corrections | None = None,
 ) -> Tensor:
     """Continue prompts: as ``model.generate`` does, by :class:`Decoder` where that can.
 
@@ -53,15 +60,25 @@ def continue_ids(
         streamer: given the prompt, then each token; for a batch of one.
         griffin: share of a dense block's neurons that the prompt keeps for what follows (GRIFFIN);
             None for all of them.
+        sirius: checks of what was decoded by all of the model; by default there are none. With
+            them the texts of a batch are continued one after the other.
+        corrections: to which is added what the checks found.
 
     Returns:
         ``(batch, length + new)`` int64, prompts and continuations; after its end a text has
         ``pad_token_id``.
 
     Raises:
-        InputError: ``griffin`` is out of range, or fits neither the model nor the prompts.
+        InputError: ``griffin`` or ``sirius`` is out of range, or does not fit the model or the
+            prompts.
     """
     new_tokens = config.max_new_tokens
+    if sirius != UNCHECKED:
+        for length in mask.sum(-1).tolist():
+            check_corrected(model, sirius, griffin, length, new_tokens)
+        whole = cast("MoezooForCausalLM", model)
+        given = (processors, criteria, streamer, corrections)
+        return corrected_ids(whole, ids, mask, config, sirius, griffin, *given)
     if griffin is not None:
         check_decoded(model, griffin, ids.shape[1], new_tokens)
     if griffin is None:
@@ -91,7 +108,7 @@ def _continue(
     streamer: BaseStreamer | None,
 ) -> Tensor:
     """Run the loop of ``generate``."""
-    process: Any = LogitsProcessorList([*processors, *_warpers(config)])
+    sampling = Sampling(config, processors)
     (batch, length), new = ids.shape, config.max_new_tokens
     written = ids.new_empty(batch, length + new)
     written[:, :length] = ids
@@ -101,13 +118,9 @@ def _continue(
         streamer.put(ids.cpu())
     logits = decoder.prefill()
     for end in range(length + 1, length + new + 1):
-        # A processor may write into the scores.
-        scores = process(written[:, : end - 1], logits.to(torch.float32, copy=True))
-        if config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
-        else:
-            tokens = scores.argmax(-1)
-        tokens = torch.where(running, tokens, config.pad_token_id)
+        so_far = written[:, : end - 1]
+        scores = sampling.shaped(so_far, sampling.processed(so_far, logits))
+        tokens = torch.where(running, sampling.choose(scores), config.pad_token_id)
         written[:, end - 1] = tokens
         if streamer is not None:
             streamer.put(tokens.cpu())
@@ -120,17 +133,3 @@ def _continue(
     if streamer is not None:
         streamer.end()
     return written[:, :end].clone()
-
-
-def _warpers(config: GenerationConfig) -> LogitsProcessorList:
-    """List what shapes the distribution that is sampled, in the order of ``generate``."""
-    warpers = LogitsProcessorList()
-    if not config.do_sample:
-        return warpers
-    if config.temperature not in (None, 1.0):
-        warpers.append(TemperatureLogitsWarper(config.temperature))
-    if config.top_k:
-        warpers.append(TopKLogitsWarper(config.top_k))
-    if config.top_p is not None and config.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(config.top_p))
-    return warpers
