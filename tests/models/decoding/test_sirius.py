@@ -1,5 +1,8 @@
 """Sirius: sparse tokens that the full model checks, against a loop without a cache."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -472,3 +475,23 @@ def test_the_command_prints_a_line_of_figures(build, byte_level_tokenizer, tmp_p
     assert out == ""
     assert error.startswith("moezoo: error: sirius.period: 1 ")
     assert error.count("\n") == 1
+
+
+def test_the_script_of_the_page_compares_texts(build, byte_level_tokenizer, tmp_path, capsys):
+    """With the full model as the sparse one all texts agree; a sparse one's do not all."""
+    for name, whole in (("sparse", False), ("full", True)):
+        model = build(dtype=torch.float32, vocab_size=257, whole=whole)
+        save_checkpoint(tmp_path / name, model, byte_level_tokenizer)
+    (tmp_path / "text").write_text("To be, or not to be, that is the question")
+    script = Path(__file__).parents[3] / "docs" / "real_models" / "correcting.py"
+    main = runpy.run_path(str(script))["main"]
+    places = [str(tmp_path / name) for name in ("sparse", "full", "text")]
+    main([*places, "--prompts", "2", "--prompt_tokens", "9", "--new", "8", "--thresholds", "1"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    names = ["full model", "{} alone", "period 16, threshold 1"]
+    expected = [name.format(sparse) for sparse in ("thresholds", "GRIFFIN") for name in names]
+    assert [row[0] for row in rows] == expected
+    assert [row[1] for row in rows[::3] + rows[2::3]] == ["1.00"] * 4
+    assert float(rows[1][1]) < 1
+    assert [row[2] for row in rows[2::3]] == [rows[0][2]] * 2  # the same perplexity
+    assert all(row[4:] == ["–"] * 4 for row in rows[:2])
