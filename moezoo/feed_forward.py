@@ -128,13 +128,15 @@ class FeedForward(TrainingState):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         """Return the ``hidden`` of a call alone, as decoding wants it.
 
         Layers whose losses, statistics or checks take time beside the computation of one token
-        leave them out here. Arguments as for a call; they are not checked.
+        leave them out here. Arguments as for a call, ``positions``, ``embeddings`` and ``history``
+        for layers that ask for them; they are not checked.
         """
-        output = self(hidden, token_ids=token_ids, router_input=router_input, mask=mask)
+        output = self(hidden, token_ids=token_ids, router_input=router_input, mask=mask, **more)
         return output.hidden
 
     @checked

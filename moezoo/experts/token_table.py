@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.experts.values import ValueTable
@@ -43,6 +44,12 @@ class TokenTable(ValueTable):
     def reset_parameters(self) -> None:
         """Draw the rows from N(0, std²)."""
         nn.init.normal_(self.weight, std=self.std)
+
+    def looked_up(self, indices_TH: Tensor) -> Tensor:
+        """Return :meth:`rows` of no row -1, ``(T, H, V)``, without the checks of a bag."""
+        if self.mesh is not None or self.weight.device != indices_TH.device:
+            return self.rows(indices_TH)
+        return F.embedding(indices_TH, self.weight)
 
 
 def row_group(table: ValueTable, lr_multiplier: float) -> list[ParameterGroup]:
@@ -82,11 +89,12 @@ def rows_of_tokens(
         InputError: token ids are missing or outside the vocabulary, or a shape does not match.
     """
     given = (context.token_ids, context.mask, vocab_size)
-    rows_TC, mask_T = addressed(hidden, *given, address or _by_id, layer)
+    rows_TC, mask_T = addressed(hidden, *given, address or rows_by_id, layer)
     if mask_T is not None:
         rows_TC = rows_TC.masked_fill(~mask_T.unsqueeze(-1), -1)
     return rows_TC, mask_T
 
 
-def _by_id(token_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
+def rows_by_id(token_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    """Return the ids of the last tokens, ``(T, 1)``, whose rows are theirs."""
     return token_ids[..., token_ids.shape[-1] - length :].reshape(-1, 1).long()

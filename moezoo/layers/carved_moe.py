@@ -9,7 +9,7 @@ says which, and :func:`moezoo.convert.carved_layer` copies them here.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -185,6 +185,7 @@ class CarvedMoE(FeedForward):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         """Sum the shared part and each token's experts, and no more."""
         tokens = hidden.reshape(-1, self.d_model)

@@ -13,7 +13,7 @@ Blocks that train to be sparse add ``c mean_t Σ_j |h_tj|`` to the loss, h the h
 from __future__ import annotations
 
 from dataclasses import astuple
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -225,6 +225,7 @@ class DenseFFN(DenseWeights[nn.Linear | Matrix]):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         """Apply the block to every token, without checks."""
         output: Tensor = self.down_proj(self.inner(hidden))

@@ -38,7 +38,7 @@ from moezoo.routing.memory_numbers import memory_number
 from moezoo.routing.ngram import Hash, NGramHash
 from moezoo.routing.short_convolution import ShortConvolution, normalised
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
-from moezoo.token_context import Place
+from moezoo.token_context import History, Place
 
 TAPS = 4
 """Of the convolution; they are as far apart as the longest n-gram is long."""
@@ -215,9 +215,43 @@ class Engram(FeedForward):
     ) -> FeedForwardOutput:
         """Read each token's rows; by brute force, by indexing."""
         rows_TH, mask_T = self.rows_of(hidden, context)
-        x_TD = hidden.reshape(-1, self.d_model)
         read = self.table.reference_rows if brute_force else self.table.rows
-        e_TM = read(rows_TH).flatten(1).to(x_TD.dtype)
+        output = self._answer(read(rows_TH), hidden, context, mask_T, brute_force)
+        stats = statistics(self, slot_stats, rows_TH, None, self.hash.total_rows, mask_T)
+        return FeedForwardOutput(output, {}, stats)
+
+    def infer(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+        history: History | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """Read each token's rows, without checks and statistics."""
+        context = TokenContext(token_ids, None, mask, history=history)
+        whole = token_ids is not None and (mask is None or mask.shape == token_ids.shape)
+        if not whole or hidden.ndim == 1 or self.missing_input:
+            return super().infer(hidden, token_ids=token_ids, mask=mask, history=history)
+        assert token_ids is not None
+        length = hidden.shape[-2]
+        rows_TH = self._hashed(token_ids, mask, length)
+        mask_T = None if mask is None else mask[..., mask.shape[-1] - length :].reshape(-1)
+        return self._answer(self.table.looked_up(rows_TH), hidden, context, mask_T, False)
+
+    def _answer(
+        self,
+        rows_THM: Tensor,
+        hidden: Tensor,
+        context: TokenContext,
+        mask_T: Tensor | None,
+        brute_force: bool,
+    ) -> Tensor:
+        """Return the output, ``(..., D)``, of the rows of each token's hash functions."""
+        x_TD = hidden.reshape(-1, self.d_model)
+        e_TM = rows_THM.flatten(1).to(x_TD.dtype)
         memory_TD = self.value_proj(e_TM)
         if self.gate:
             memory_TD = self._openness(x_TD, e_TM).to(memory_TD.dtype) * memory_TD
@@ -226,8 +260,7 @@ class Engram(FeedForward):
         output_TD = memory_TD if self.ffn is None else self.ffn(x_TD).hidden + memory_TD
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
-        stats = statistics(self, slot_stats, rows_TH, None, self.hash.total_rows, mask_T)
-        return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+        return output_TD.reshape(hidden.shape)
 
     def _openness(self, x_TD: Tensor, e_TM: Tensor) -> Tensor:
         """Return the gates ``(T, 1)``, in fp32 at least; one half where z is 0."""

@@ -212,11 +212,46 @@ class L3(FeedForward):
     ) -> FeedForwardOutput:
         """Weigh each token's rows; by brute force, by indexing."""
         slots_TC, mask_T = self.rows_of(hidden, context)
+        read = self.keys.reference_rows if brute_force else self.keys.rows
+        given = hidden, slots_TC, slots_TC >= 0, mask_T, brute_force
+        output, weights_TC = self._answer(read(slots_TC), *given)
+        stats = statistics(self, slot_stats, slots_TC, weights_TC, self.num_rows, mask_T)
+        return FeedForwardOutput(output, {}, stats)
+
+    def infer(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """Weigh each token's rows, without checks and statistics."""
+        alone = token_ids is not None and token_ids.shape == hidden.shape[:-1]
+        if not alone or self.missing_input or self.values is not None:
+            return super().infer(hidden, token_ids=token_ids, mask=mask)
+        assert token_ids is not None
+        mask_T = None if mask is None else mask.reshape(-1)
+        slots_TC, end_T1 = self._slots(token_ids.reshape(-1, 1))
+        # Where a token has no more rows, its last one is read and not weighed.
+        keys_TCD = self.keys.looked_up(slots_TC.minimum(end_T1 - 1))
+        return self._answer(keys_TCD, hidden, slots_TC, slots_TC < end_T1, mask_T, False)[0]
+
+    def _answer(
+        self,
+        keys_TCD: Tensor,
+        hidden: Tensor,
+        slots_TC: Tensor,
+        there_TC: Tensor,
+        mask_T: Tensor | None,
+        brute_force: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output, ``(..., D)``, of each token's keys, and the weights ``(T, C)``."""
         x_TD = hidden.reshape(-1, self.d_model)
         normed_TD = normalised(self.norm, x_TD)
-        read = self.keys.reference_rows if brute_force else self.keys.rows
-        keys_TCD = at_least_fp32(read(slots_TC))
-        weights_TC = self._weigh(normed_TD, keys_TCD, slots_TC)
+        keys_TCD = at_least_fp32(keys_TCD)
+        weights_TC = self._weigh(normed_TD, keys_TCD, there_TC)
         if self.values is None:
             with without_autocast(hidden.device.type):
                 sum_TE = torch.bmm(weights_TC.unsqueeze(1), keys_TCD).squeeze(1)
@@ -229,15 +264,13 @@ class L3(FeedForward):
         output_TD = self.mix_proj(torch.cat([up_TU, normed_TD.to(up_TU.dtype)], -1).to(x_TD.dtype))
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
-        stats = statistics(self, slot_stats, slots_TC, weights_TC, self.num_rows, mask_T)
-        return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+        return output_TD.reshape(hidden.shape), weights_TC
 
-    def _weigh(self, normed_TD: Tensor, keys_TCD: Tensor, slots_TC: Tensor) -> Tensor:
+    def _weigh(self, normed_TD: Tensor, keys_TCD: Tensor, there_TC: Tensor) -> Tensor:
         """Return the weights ``(T, C)``, in fp32 at least; zeros where there is no row."""
         with without_autocast(normed_TD.device.type):
             wide = torch.promote_types(normed_TD.dtype, keys_TCD.dtype)
             scores_TC = torch.bmm(keys_TCD.to(wide), normed_TD.to(wide).unsqueeze(-1)).squeeze(-1)
-        there_TC = slots_TC >= 0
         # A finite value, so that padding, which has no row, gets no NaN.
         least = torch.finfo(scores_TC.dtype).min
         weights_TC = scores_TC.masked_fill(~there_TC, least).softmax(dim=-1)
@@ -256,17 +289,20 @@ class L3(FeedForward):
                 "a checkpoint that has them, or train by moezoo fit"
             )
         ids_T1, mask_T = rows_of_tokens(hidden, context, self.vocab_size, "L3")
-        known_T1 = ids_T1.clamp(min=0)
-        first_T1, end_T1 = self.starts[known_T1], self.starts[known_T1 + 1]
-        slots_TC = first_T1 + torch.arange(self.max_rows, device=ids_T1.device)
+        slots_TC, end_T1 = self._slots(ids_T1.clamp(min=0))
         return slots_TC.masked_fill((slots_TC >= end_T1) | (ids_T1 < 0), -1), mask_T
+
+    def _slots(self, ids_T1: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows from each token's first on, ``(T, C)``, and where they end, ``(T, 1)``."""
+        first_T1, end_T1 = self.starts[ids_T1], self.starts[ids_T1 + 1]
+        return first_T1 + torch.arange(self.max_rows, device=ids_T1.device), end_T1
 
     def weighed_rows(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor]:
         """Return each token's rows, ``(T, C)``, -1 where it has no more, and their weights."""
         slots_TC, _ = self.rows_of(hidden, context)
         keys_TCD = at_least_fp32(self.keys.rows(slots_TC))
         normed_TD = normalised(self.norm, hidden.reshape(-1, self.d_model))
-        return slots_TC, self._weigh(normed_TD, keys_TCD, slots_TC)
+        return slots_TC, self._weigh(normed_TD, keys_TCD, slots_TC >= 0)
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the weights of the rows."""

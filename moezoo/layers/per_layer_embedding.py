@@ -10,7 +10,7 @@ Shapes: T tokens, D d_model, P width of a row, V size of the vocabulary.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -109,22 +109,46 @@ class PerLayerEmbedding(FeedForward):
     ) -> FeedForwardOutput:
         """Scale the narrow layer by each token's row; by brute force, read by indexing."""
         rows_T1, mask_T = rows_of_tokens(hidden, context, self.vocab_size, "PerLayerEmbedding")
+        read = self.table.reference_rows if brute_force else self.table.rows
+        output = self._answer(read(rows_T1), hidden, context.embeddings, mask_T)
+        stats = statistics(self, slot_stats, rows_T1, None, self.vocab_size, mask_T)
+        return FeedForwardOutput(output, {}, stats)
+
+    def infer(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """Scale the narrow layer by each token's row, without checks and statistics."""
+        if token_ids is None or token_ids.shape != hidden.shape[:-1]:
+            return super().infer(hidden, token_ids=token_ids, mask=mask, embeddings=embeddings)
+        mask_T = None if mask is None else mask.reshape(-1)
+        row_T1P = self.table.looked_up(token_ids.reshape(-1, 1))
+        return self._answer(row_T1P, hidden, embeddings, mask_T)
+
+    def _answer(
+        self, row_T1P: Tensor, hidden: Tensor, embeddings: Tensor | None, mask_T: Tensor | None
+    ) -> Tensor:
+        """Return the output, ``(..., D)``, of each token's row."""
         x_TD = hidden.reshape(-1, self.d_model)
         e_TD = x_TD
-        if context.embeddings is not None:
-            e_TD = context.embeddings.reshape(-1, self.d_model).to(x_TD.dtype)
-        read = self.table.reference_rows if brute_force else self.table.rows
+        if embeddings is not None:
+            e_TD = embeddings.reshape(-1, self.d_model).to(x_TD.dtype)
         gate_TP = activate(self.gate_proj(x_TD), self.activation, False)
         projected_TP = self.embedding_proj(e_TD) * self.d_model**-0.5
-        row_TP = read(rows_T1).squeeze(1) * self.d_row**0.5
+        row_TP = row_T1P.squeeze(1) * self.d_row**0.5
         normed_TP = normalised(self.embedding_norm, projected_TP)
         factor_TP = (normed_TP + row_TP.to(normed_TP.dtype)) * 0.5**0.5
         narrow_TD = self.out_proj(gate_TP * factor_TP.to(gate_TP.dtype))
         output_TD = normalised(self.out_norm, narrow_TD).to(narrow_TD.dtype)
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
-        stats = statistics(self, slot_stats, rows_T1, None, self.vocab_size, mask_T)
-        return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+        return output_TD.reshape(hidden.shape)
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count how often each row is read."""

@@ -15,7 +15,7 @@ Shapes: T tokens, D d_model, F hidden width.
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,7 @@ class SelectiveFFN(DenseWeights[nn.Linear]):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         """Compute what is kept, without checks and statistics."""
         context = TokenContext(token_ids, router_input, mask, positions)

@@ -7,7 +7,7 @@ depend on the scores of the others. An entropy loss and dropout of whole experts
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,7 @@ class SigmaMoE(FeedForward):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         """Route each token to its K best experts and sum their weighted outputs, and no more."""
         tokens = hidden.reshape(-1, self.d_model)

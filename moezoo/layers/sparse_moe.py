@@ -9,7 +9,7 @@ them, each from its paper.
 from __future__ import annotations
 
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -307,6 +307,7 @@ class SparseMoE(FeedForward):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         """Route each token to its experts and sum their weighted outputs, and no more."""
         if self.training:

@@ -64,20 +64,21 @@ class ShortConvolution(nn.Module):
         if history is not None:
             normed = history(normed, self.reach)
         u_BRD = at_least_fp32(normed)
-        documents = None if ends_BL is None else _documents(ends_BL)
+        documents = None if ends_BL is None else _documents(ends_BL[:, -(self.reach + length) :])
         total = self._by_matrix if brute_force else self._by_shifts
         return F.silu(total(u_BRD, length, documents)).to(values_BSD.dtype)
 
     def _by_shifts(self, u_BRD: Tensor, length: int, documents_BL: Tensor | None) -> Tensor:
         """Sum the values, moved by each tap's distance; R = E + S tokens are there."""
         weight_KD = self.weight.to(u_BRD.dtype)
-        missing = max(0, self.reach + length - u_BRD.shape[1])
-        u_BRD = F.pad(u_BRD, (0, 0, missing, 0))[:, -(self.reach + length) :]
+        missing = self.reach + length - u_BRD.shape[1]
+        if missing > 0:
+            u_BRD = F.pad(u_BRD, (0, 0, missing, 0))
+        u_BRD = u_BRD[:, -(self.reach + length) :]
         total_BSD = u_BRD[:, self.reach :] * weight_KD[0]
         if documents_BL is not None:
-            missing = max(0, self.reach + length - documents_BL.shape[1])
+            missing = self.reach + length - documents_BL.shape[1]
             documents_BL = F.pad(documents_BL, (missing, 0), value=-1)
-            documents_BL = documents_BL[:, -(self.reach + length) :]
         for tap in range(1, self.kernel):
             begin = self.reach - tap * self.dilation
             moved_BSD = u_BRD[:, begin : begin + length]

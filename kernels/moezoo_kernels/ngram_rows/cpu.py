@@ -6,6 +6,7 @@ Shapes: L tokens known of a sequence, S of them addressed, H heads, V vocabulary
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,11 +31,13 @@ def ngram_rows(
 ) -> Tensor:
     """Return the rows, ``(..., S, H)``; arguments as for the public function."""
     constants = classes, multipliers, sizes, offsets, orders
-    return _ngram_rows(token_ids, mask, *constants, -1 if boundary is None else boundary, length)
+    # Calling an operator takes longer than hashing one token.
+    plain = type(token_ids) is Tensor and not torch.compiler.is_compiling()
+    run = _run if plain else _ngram_rows
+    return run(token_ids, mask, *constants, -1 if boundary is None else boundary, length)
 
 
-@torch.library.custom_op("moezoo::ngram_rows", mutates_args=())
-def _ngram_rows(
+def _run(
     token_ids: Tensor,
     mask: Tensor | None,
     classes: Tensor,
@@ -61,8 +64,8 @@ def _ngram_rows(
         vocabulary,
         boundary,
         multipliers.contiguous() if multipliers.numel() else None,
-        torch.tensor(sizes),
-        torch.tensor(offsets),
+        _numbers(tuple(sizes)),
+        _numbers(tuple(offsets)),
         orders,
         len(sizes) // orders,
         rows.numel() // (length * len(sizes)),
@@ -71,6 +74,22 @@ def _ngram_rows(
         rows,
     )
     return rows
+
+
+@torch.library.custom_op("moezoo::ngram_rows", mutates_args=())
+def _ngram_rows(
+    token_ids: Tensor,
+    mask: Tensor | None,
+    classes: Tensor,
+    multipliers: Tensor,
+    sizes: list[int],
+    offsets: list[int],
+    orders: int,
+    boundary: int,
+    length: int,
+) -> Tensor:
+    constants = classes, multipliers, sizes, offsets, orders
+    return _run(token_ids, mask, *constants, boundary, length)
 
 
 @_ngram_rows.register_fake
@@ -86,6 +105,11 @@ def _(
     length: int,
 ) -> Tensor:
     return classes.new_empty([*token_ids.shape[:-1], length, len(sizes)])
+
+
+@lru_cache(maxsize=256)
+def _numbers(values: tuple[int, ...]) -> Tensor:
+    return torch.tensor(values, device="cpu")
 
 
 def _empty(shape: list[int]) -> Tensor:

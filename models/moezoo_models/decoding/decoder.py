@@ -12,7 +12,7 @@ Shapes: B sequences, S tokens of a prompt, L positions, D hidden_size, V vocab_s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 from moezoo.feed_forward import FeedForward
 from moezoo.layers.dense import DenseFFN
 from moezoo_kernels.token_step import Angles, Cache
+from moezoo_models.decoding.added import Added, Told
 from moezoo_models.decoding.attending import Attending, signed
 from moezoo_models.decoding.griffin import (
     Chosen,
@@ -41,6 +42,7 @@ from moezoo_models.decoding.native_steps import (
 from moezoo_models.model.attention import Attention
 from moezoo_models.model.block import DecoderLayer
 from moezoo_models.model.causal_lm import MoezooForCausalLM
+from moezoo_models.model.memories import earlier_values
 from moezoo_models.model.norm import RMSNorm
 from moezoo_models.model.persistent import JoinedSlots
 from moezoo_models.model.rotary import RotaryEmbedding
@@ -105,7 +107,10 @@ class Decoder:
             cos, sin = self._turn(embedding, every)
             self._angles = Angles(cos[0].contiguous(), signed(sin[0]), self._next)
         self._blocks = self._build(positions, new_tokens)
-        self._reads_embeddings = any(block.mlp.reads_embeddings for block in self._blocks)
+        self._new_tokens = new_tokens
+        self._reads_embeddings = any(
+            layer.reads_embeddings for _, layer in model.model.added_layers()
+        )
         last_norm = cast(RMSNorm, model.model.norm)
         self._norm = norm_of(last_norm)
         self._head = native_head(model.lm_head, last_norm, self._hidden)
@@ -141,6 +146,10 @@ class Decoder:
             )
         for number, neurons in chosen.items():
             self._blocks[number].keep(neurons)
+        for number, block in enumerate(self._blocks):
+            for name, added in block.remembering():
+                earlier = earlier_values(cache, f"{number}.{name}")
+                added.remember(earlier, self._new_tokens - 1)
         for block in self._blocks:
             layer: Any = cache.layers.pop(0)  # and with it its memory
             block.attending.remember(layer.keys, layer.values, self._at)
@@ -148,18 +157,13 @@ class Decoder:
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Append one token to each sequence, ``(B,)`` int64; return the next logits ``(B, V)``."""
-        model, at, hidden = self._model.model, self._at, self._hidden
-        torch.index_select(model.embed_tokens.weight, 0, token_ids, out=hidden)
+        at, hidden = self._at, self._hidden
+        torch.index_select(self._model.model.embed_tokens.weight, 0, token_ids, out=hidden)
         rotary: tuple[Tensor, Tensor] | None = None
-        token_ids = token_ids[:, None]
-        context, context_mask = token_ids, None
-        if self._context is not None:
-            self._context[:, at : at + 1] = token_ids
-            context = self._context[:, : at + 1]
-            if self._mask is not None:
-                context_mask = self._mask[:, : at + 1]
-        embedded = hidden[:, None].clone() if self._reads_embeddings else None
+        told = self._tell(token_ids[:, None])
         for block in self._blocks:
+            for memory in block.before:
+                hidden += memory.answer(hidden, told)
             if block.entering is not None:
                 block.entering.copy_(hidden)
             if block.attend is not None:
@@ -171,20 +175,10 @@ class Decoder:
             if block.feed is not None:
                 block.feed()
             elif block.second_norm is not None:
-                looks_back = block.looks_back
-                read: dict[str, Any] = {}
-                if block.read is not None:
-                    read["router_input"] = block.read[:, None]
-                if block.mlp.reads_positions:
-                    read["positions"] = self._next[:, None]
-                normed = block.second_norm(block.before_feed)[:, None]
-                read["token_ids"] = context if looks_back else token_ids
-                read["mask"] = context_mask if looks_back else None
-                if block.mlp.reads_embeddings:
-                    answer = block.mlp(normed, embeddings=embedded, **read).hidden
-                else:
-                    answer = block.mlp.infer(normed, **read)
-                hidden += answer[:, 0]
+                normed = block.second_norm(block.before_feed)
+                hidden += block.mlp.answer(normed, told, block.read)
+            for memory in block.behind:
+                hidden += memory.answer(hidden, told)
         self._at += 1
         self._next += 1
         if self._head is not None:
@@ -222,6 +216,16 @@ class Decoder:
         self._next += place - self._at
         self._at = place
 
+    def _tell(self, token_ids: Tensor) -> Told:
+        """Return what layers may ask of a step's tokens, ``(B, 1)``."""
+        earlier = mask = None
+        if self._context is not None:
+            self._context[:, self._at : self._at + 1] = token_ids
+            earlier = self._context[:, : self._at + 1]
+            mask = None if self._mask is None else self._mask[:, : self._at + 1]
+        embedded = self._hidden[:, None].clone() if self._reads_embeddings else None
+        return Told(token_ids, self._next[:, None], earlier, mask, embedded)
+
     def _rotary(self) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines of this step's positions, ``(B, 1, C)``."""
         if self._angles is not None:
@@ -235,8 +239,10 @@ class _Block:
     """One block's parts, looked up once, and their steps by the C++ kernels where there are some.
 
     Attributes:
+        before: the memories that are added before attention.
+        behind: those that are added behind the feed-forward block.
         attend: attention's step, in place, for the place in the cache; None if ``attending`` does.
-        feed: the feed-forward block's, in place; None if ``mlp.infer`` does.
+        feed: the feed-forward block's, in place; None if ``mlp`` answers.
         entering: room for the residual stream before attention, if the router reads that, or the
             whole feed-forward block does.
         before_feed: the residual stream that the norm before the feed-forward block reads.
@@ -254,8 +260,12 @@ class _Block:
         new_tokens: int,
         fuse: bool,
     ) -> None:
-        self.mlp: FeedForward = block.mlp
-        self.looks_back = block.mlp.needs_earlier_tokens
+        self.mlp = Added(block.mlp)
+        self._memories = [Added(cast("FeedForward", layer)) for layer in block.memories]
+        self.before, self.behind = (
+            [memory for memory in self._memories if memory.layer.added == place]
+            for place in ("before_attention", "after_feed_forward")
+        )
         early = block.is_parallel or block.router_input == "pre_attention"
         self.entering = torch.empty_like(hidden) if early else None
         beside = self.entering if block.is_parallel else None
@@ -289,8 +299,14 @@ class _Block:
 
     def keep(self, neurons: Tensor) -> None:
         """Go on with some neurons of a dense block, ``(K,)`` int64, whose weights are copied."""
-        self.mlp = cast("DenseFFN", self.mlp).take(neurons)
-        self.feed = self._native(self.mlp)
+        kept = cast("DenseFFN", self.mlp.layer).take(neurons)
+        self.mlp, self.feed = Added(kept), self._native(kept)
+
+    def remembering(self) -> Iterator[tuple[str, Added]]:
+        """Yield the layers that read a history, each with its name in the block."""
+        named = [("mlp", self.mlp)]
+        named += [(f"memories.{number}", each) for number, each in enumerate(self._memories)]
+        yield from (each for each in named if each[1].layer.keeps_history)
 
 
 def norm_of(norm: RMSNorm) -> Callable[[Tensor], Tensor]:

@@ -36,7 +36,6 @@ def ineligible(model: PreTrainedModel) -> str | None:
     | weights in parts over processes, or on several devices | the parts are gathered by hooks |
     | projections of different dtypes | they are multiplied as one |
     | norms, positions, factors, soft caps or latents that are no Llama's | the steps do not know them |
-    | memories beside its blocks, or a block that reads a history | the steps have none |
     """  # noqa: E501
     if type(model) is not MoezooForCausalLM:
         return f"{type(model).__name__} is not this library's model"
@@ -46,7 +45,7 @@ def ineligible(model: PreTrainedModel) -> str | None:
         return f"its attention backend is {backend}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
-    if (field := beyond_llama(model.config, ("parallel",))) is not None:
+    if (field := beyond_llama(model.config, ("parallel", "memory"))) is not None:
         return f"its {field} is not a Llama's"
     return _replaced(model) or _spread(model)
 
@@ -81,8 +80,6 @@ def _replaced(model: MoezooForCausalLM) -> str | None:
         expected |= {f"{here}.{name}": RMSNorm for name in block.places if name is not None}
         expected |= {f"{here}.self_attn.{part}": nn.Linear for part in _ATTENTION_PARTS}
         expected |= {f"{here}.self_attn.{part}": norm for part in ("q_norm", "k_norm")}
-        if block.mlp.keeps_history:
-            return f"{here}.mlp reads a history"
     for name, module in model.named_modules():
         if type(module) is not expected.get(name, type(module)):
             return f"{name} is a {type(module).__name__}"

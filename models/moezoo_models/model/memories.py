@@ -116,3 +116,15 @@ def history_in(cache: Cache | None, name: str, num_layers: int) -> History | Non
         return found.squeeze(1)
 
     return history
+
+
+def earlier_values(cache: Cache, name: str) -> Tensor:
+    """Return what a cache holds of one layer's history, ``(B, E, W)``.
+
+    Args:
+        cache: of a call that the model has answered.
+        name: of the layer, as for :func:`history_in`.
+    """
+    layer: Any = cache.layers[getattr(cache, _HISTORIES)[name]]
+    values: Tensor = layer.keys.squeeze(1)
+    return values

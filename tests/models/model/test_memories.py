@@ -95,7 +95,7 @@ def test_a_history_of_another_text_changes_the_logits(engram, ids):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_texts_are_generated_as_without_a_cache(engram, ids, beams):
     model = engram(boundary_id=None)
-    assert "memory" in ineligible(model)
+    assert ineligible(model) is None
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
