@@ -216,6 +216,10 @@ class Engram(FeedForward):
         """Read each token's rows; by brute force, by indexing."""
         rows_TH, mask_T = self.rows_of(hidden, context)
         read = self.table.reference_rows if brute_force else self.table.rows
+        if self.conv is not None:
+            given = (context.token_ids, context.mask, self.vocab_size, "Engram")
+            token_ids, mask = aligned(hidden, *given)
+            context = context._replace(token_ids=token_ids, mask=mask)
         output = self._answer(read(rows_TH), hidden, context, mask_T, brute_force)
         stats = statistics(self, slot_stats, rows_TH, None, self.hash.total_rows, mask_T)
         return FeedForwardOutput(output, {}, stats)
@@ -272,19 +276,22 @@ class Engram(FeedForward):
     def _convolved(
         self, memory_TD: Tensor, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> Tensor:
-        """Return the convolution of gated values, ``(T, D)``."""
+        """Return the convolution of gated values, ``(T, D)``; ids and mask are of one length."""
         assert self.conv is not None
-        given = (context.token_ids, context.mask, self.vocab_size, "Engram")
-        token_ids, mask = aligned(hidden, *given)
+        assert context.token_ids is not None
         length = hidden.shape[-2] if hidden.ndim > 1 else 1
-        if token_ids.shape[-1] > length and context.history is None:
+        if context.token_ids.shape[-1] > length and context.history is None:
             raise InputError(
                 "history: the convolution reads values of earlier tokens, which their ids do not "
                 "give; give all tokens at once, or a cache"
             )
-        ends = None if self.boundary_id is None else token_ids == self.boundary_id
-        if mask is not None:
-            ends = ~mask if ends is None else ends | ~mask
+        last = slice(-(self.conv.reach + length), None)
+        ends = None
+        if self.boundary_id is not None:
+            ends = context.token_ids[..., last] == self.boundary_id
+        if context.mask is not None:
+            padding = ~context.mask[..., last]
+            ends = padding if ends is None else ends | padding
         if ends is not None:
             ends = ends.reshape(-1, ends.shape[-1])
         values_BSD = memory_TD.reshape(-1, length, self.d_model) if length else memory_TD[None]

@@ -9,7 +9,7 @@ Shapes: T tokens, D d_model, F hidden width, V size of the vocabulary.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -96,6 +96,25 @@ class STEM(FeedForward):
         output_TD = self.down_proj(gate_TF * read(rows_T1).squeeze(1).to(gate_TF.dtype))
         stats = statistics(self, slot_stats, rows_T1, None, self.vocab_size, mask_T)
         return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+
+    def infer(
+        self,
+        hidden: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """Read each token's row, without checks and statistics."""
+        if token_ids is None or token_ids.shape != hidden.shape[:-1]:
+            return super().infer(hidden, token_ids=token_ids, mask=mask)
+        gate = activate(self.gate_proj(hidden), self.activation, False)
+        row = self.table.looked_up(token_ids).to(gate.dtype)
+        if mask is not None:
+            row = row.masked_fill(~mask.unsqueeze(-1), 0.0)
+        output: Tensor = self.down_proj(gate * row)
+        return output
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count how often each row is read."""

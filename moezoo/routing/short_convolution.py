@@ -64,7 +64,7 @@ class ShortConvolution(nn.Module):
         if history is not None:
             normed = history(normed, self.reach)
         u_BRD = at_least_fp32(normed)
-        documents = None if ends_BL is None else _documents(ends_BL[:, -(self.reach + length) :])
+        documents = None if ends_BL is None else _documents(ends_BL)
         total = self._by_matrix if brute_force else self._by_shifts
         return F.silu(total(u_BRD, length, documents)).to(values_BSD.dtype)
 
@@ -78,7 +78,8 @@ class ShortConvolution(nn.Module):
         total_BSD = u_BRD[:, self.reach :] * weight_KD[0]
         if documents_BL is not None:
             missing = self.reach + length - documents_BL.shape[1]
-            documents_BL = F.pad(documents_BL, (missing, 0), value=-1)
+            documents_BL = F.pad(documents_BL, (max(missing, 0), 0), value=-1)
+            documents_BL = documents_BL[:, -(self.reach + length) :]
         for tap in range(1, self.kernel):
             begin = self.reach - tap * self.dilation
             moved_BSD = u_BRD[:, begin : begin + length]

@@ -29,6 +29,7 @@ KINDS = [  # one of each kind: the others differ in sizes, which a quick run rep
     "decode-e8",
     "decode-e8-b8",
     "decode-dense",
+    "decode-engram",
     "stock-train-mixtral",
     "stock-train-qwen3moe",
     "stock-train-glm4moe",

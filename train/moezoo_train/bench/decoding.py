@@ -75,8 +75,13 @@ def _build(setting: Setting, folder: Path, family: Family) -> Task:
         model.lm_head.weight[-1] = 0.0  # the token that ends a text is never the likeliest
     prompts = torch.randint(setting["V"] - 1, (setting["B"], setting["P"]))
     parts = Reply(architecture, mapped(model, folder), prompts, setting["N"])
-    reply = partial(told if setting["B"] == 1 else _batch, model, parts)
+    reply = partial(replied, model, parts)
     return Task(parts.job(reply), parts, amount=setting["N"])
+
+
+def replied(model: MoezooForCausalLM, parts: Reply) -> Tensor:
+    """Continue the prompts as the command does that takes so many."""
+    return told(model, parts) if len(parts.prompts) == 1 else _batch(model, parts)
 
 
 def told(model: MoezooForCausalLM, parts: Reply) -> Tensor:
@@ -104,8 +109,14 @@ def _batch(model: MoezooForCausalLM, parts: Reply) -> Tensor:
     return written[:, ids.shape[1] :]
 
 
-def _generated(model: Any, parts: Reply, config: Any) -> Tensor:
-    ids = parts.prompts
+def generated(model: Any, parts: Reply) -> Tensor:
+    """Continue the prompts by transformers' ``generate``."""
+    from transformers import GenerationConfig
+
+    ids, end = parts.prompts, parts.architecture.vocabulary - 1
+    config = GenerationConfig(
+        max_new_tokens=parts.new, do_sample=False, eos_token_id=end, pad_token_id=end
+    )
     with torch.no_grad():
         written: Tensor = model.generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=config
@@ -115,14 +126,8 @@ def _generated(model: Any, parts: Reply, config: Any) -> Tensor:
 
 def transformers_reply(parts: Reply) -> Job:
     """Its model and its ``generate``; attention by sdpa and experts by grouped_mm."""
-    from transformers import GenerationConfig
-
     model = parts.architecture.theirs(parts.weights, views=True).eval()
-    end = parts.architecture.vocabulary - 1
-    config = GenerationConfig(
-        max_new_tokens=parts.new, do_sample=False, eos_token_id=end, pad_token_id=end
-    )
-    return parts.job(partial(_generated, model, parts, config))
+    return parts.job(partial(generated, model, parts))
 
 
 def _one_read(parts: Reply) -> Job:
