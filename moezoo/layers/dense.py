@@ -31,7 +31,7 @@ from moezoo.feed_forward import (
 from moezoo.init import init_linear, output_std
 from moezoo.layers.dense_weights import Activation, DenseWeights, check_glu, default_width
 from moezoo.matrices import Matrices, Matrix, build_matrix
-from moezoo.matrices.factored import BlockShuffleMatrix
+from moezoo.matrices.factored import shuffled_unit
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
@@ -236,11 +236,10 @@ class DenseFFN(DenseWeights[nn.Linear | Matrix]):
         if not self.gated:
             return ACTIVATIONS[self.activation](self.up_proj(hidden))
         up, gate = self.up_proj, self.gate_proj
-        shuffling = [part for part in (gate, up) if isinstance(part, BlockShuffleMatrix)]
-        if len(shuffling) == 2 and all(part.may_wait for part in shuffling):
-            # Both shuffle alike: one shuffle of their product does for two.
-            values = [part.unshuffled(hidden) for part in shuffling]
-            return shuffling[0].shuffled(self._gate(*values))
+        if self.activation_up is None:
+            values = shuffled_unit(gate, up, hidden, self.activation, self.glu)
+            if values is not None:
+                return values
         # In this order, as matrices whose gradient is sampled draw in it.
         factor = up(hidden)
         return self._gate(gate(hidden), factor)

@@ -20,10 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.cost import Cost
+from moezoo.matrices import shuffles
 from moezoo.matrices.blocks import by_blocks
 from moezoo.matrices.matrix import Matrix
 from moezoo.matrices.options import BlockDense, BlockShuffle, LowRank
 from moezoo.matrices.schedules import cosine_tensor
+from moezoo_kernels.activations import GLUOptions
+
+_LEAST_TOKENS = 16
+"""Of fewer, the numbers of one output fill no register."""
 
 
 class Factored(Matrix):
@@ -217,27 +222,19 @@ class BlockShuffleMatrix(Factored):
 
     def product(self, x: Tensor) -> Tensor:
         """Apply blocks, shuffle, apply blocks, shuffle."""
-        return self.shuffled(self._before_last(x))
-
-    def _before_last(self, x: Tensor) -> Tensor:
-        middle = self.shuffled(by_blocks(x, self.first))
-        return by_blocks(middle, self.second)
+        x_TD = x.reshape(-1, self.in_features)
+        run = shuffles.product if shuffles.runs_here(x) else shuffles.plain
+        return run(x_TD, self.factors).contiguous().reshape(*x.shape[:-1], self.out_features)
 
     @property
-    def may_wait(self) -> bool:
-        """Whether the last shuffle may be left to who reads the output: there is no guide."""
-        return not (self.training and self.until)
+    def factors(self) -> shuffles.Factors:
+        """What it is made of."""
+        return shuffles.Factors(self.first, self.second, self.bias)
 
-    def unshuffled(self, x: Tensor) -> Tensor:
-        """Return the output before the last shuffle, with its bias."""
-        output = self._before_last(x)
-        if self.bias is None:
-            return output
-        return output + self.bias.unflatten(0, (-1, len(self.second))).t().flatten()
-
-    def shuffled(self, values: Tensor) -> Tensor:
-        """Move number l of block k to place k of group l, in the last dimension."""
-        return values.unflatten(-1, (len(self.second), -1)).transpose(-1, -2).flatten(-2)
+    @property
+    def guided(self) -> bool:
+        """Whether a guide has a part in the output, or would have one."""
+        return self.training and self.until > 0
 
     def dense(self) -> Tensor:
         """Lay the blocks on diagonals, reorder their rows, and multiply."""
@@ -246,6 +243,33 @@ class BlockShuffleMatrix(Factored):
             for factor in (self.first, self.second)
         )
         return second @ first
+
+
+def shuffled_unit(
+    gate: object, up: object, x: Tensor, activation: str, glu: GLUOptions
+) -> Tensor | None:
+    """Return ``act(gate) up`` in one pass over both, with the bounds of ``glu``.
+
+    Args:
+        gate: the projection whose output passes the activation.
+        up: the other.
+        x: ``(..., in_features)``.
+        activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
+        glu: bounds of the factors.
+
+    Returns:
+        ``(..., out_features)``; None where they are no block shuffles, where a guide has a part, or
+        where another way is faster.
+    """
+    if not (isinstance(gate, BlockShuffleMatrix) and isinstance(up, BlockShuffleMatrix)):
+        return None
+    x_TD = x.reshape(-1, gate.in_features)
+    here = shuffles.runs_here(x)
+    if gate.guided or (here and len(x_TD) < _LEAST_TOKENS):
+        return None
+    run = shuffles.unit if here else shuffles.plain_unit
+    made_TF = run(x_TD, gate.factors, up.factors, activation, glu)
+    return made_TF.reshape(*x.shape[:-1], gate.out_features)
 
 
 def _shuffle_rows(matrix: Tensor, blocks: int) -> Tensor:

@@ -221,16 +221,3 @@ def test_products_in_place_are_those_of_batches_and_so_are_their_gradients(rows)
     if rows == (3, 5):
         x.requires_grad_()
         assert torch.autograd.gradgradcheck(by_blocks, (x, blocks), atol=1e-6)
-
-
-@pytest.mark.parametrize("guide", [0.0, 0.5])
-@pytest.mark.parametrize("bias", [True, False])
-def test_one_shuffle_of_a_product_does_for_two(bias, guide):
-    torch.manual_seed(0)
-    layer = moezoo.DenseFFN(24, 36, bias=bias, matrices=BlockShuffle(guide=guide)).double().train()
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    x = tokens(24)
-    expected = torch.nn.functional.silu(layer.gate_proj(x)) * layer.up_proj(x)
-    torch.testing.assert_close(layer.inner(x), expected, rtol=1e-12, atol=1e-12)
-    assert layer.up_proj.may_wait == (guide == 0)
