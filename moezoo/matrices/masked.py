@@ -51,7 +51,9 @@ class Latent(Matrix):
         packed = self.packed(x)
         if packed is not None:
             return sparse_linear(x, packed, self.bias)
-        return F.linear(x, self.dense(), self.bias)
+        made_of = self._settled(x)
+        whole = self.dense() if made_of is None else self._packing.whole(made_of, self.dense)
+        return F.linear(x, whole, self.bias)
 
     def packed(self, x: Tensor) -> Packed | None:
         """Return the matrix without its zeros, if it is faster for these tokens; else None.
@@ -60,22 +62,27 @@ class Latent(Matrix):
         is compiled, and where weights are sharded.
         """
         zeros = self._zeros()
-        learns = torch.is_grad_enabled() and self.latent.requires_grad
-        if zeros is None or self.training or learns or x.dtype != self.latent.dtype:
+        if zeros is None or x.dtype != self.latent.dtype:
             return None
-        made_of = [self.latent, *self.buffers()]
-        if torch.compiler.is_compiling() or not is_plain(x, *made_of):
-            return None
-        if torch.is_autocast_enabled(x.device.type):
+        made_of = self._settled(x)
+        if made_of is None or torch.is_autocast_enabled(x.device.type):
             return None
         return self._packing.get(made_of, x.numel() // self.in_features, zeros, self.dense)
+
+    def _settled(self, x: Tensor) -> list[Tensor] | None:
+        """Return what the matrix is computed from where copies of it may be kept, else None."""
+        learns = torch.is_grad_enabled() and self.latent.requires_grad
+        if self.training or learns or torch.compiler.is_compiling():
+            return None
+        made_of = [self.latent, *self.buffers()]
+        return made_of if is_plain(x, *made_of) else None
 
     def _zeros(self) -> Pattern | None:
         """Return where the matrix has zeros; None if nowhere that products could skip."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Self:
-        """Forget the packed matrix in training, which changes the weights."""
+        """Forget the copies in training, which changes the weights."""
         if mode:
             self._packing.clear()
         return super().train(mode)

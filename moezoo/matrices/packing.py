@@ -1,7 +1,10 @@
-"""The packed copy of a sparse matrix, which evaluation multiplies with where that is faster.
+"""The copies of a sparse matrix that evaluation multiplies with: packed, or with its zeros.
 
-It is made when it is first needed, and anew once the weights, the mask or anything else that the
-matrix is computed from has changed, which torch counts for each tensor (but for changes through
+Without its zeros it is multiplied with where that is faster. With them, masked or shrunk once and
+not in every call, it is kept from the second call on: the prompt of a reply is worth no memory.
+
+A copy is made when it is first needed, and anew once the weights, the mask or anything else that it
+is computed from has changed, which torch counts for each tensor (but for changes through
 ``.data``). It is no part of a state dict, of copies of the module, or of training.
 """
 
@@ -69,19 +72,22 @@ class _State(NamedTuple):
 
 
 class Packing:
-    """A packed copy, and what it was made of."""
+    """Copies of a matrix, and what they were made of."""
 
     def __init__(self) -> None:
-        self._made_of: list[_State] = []
-        self._packed: Packed | None = None
+        self.clear()
 
     def __reduce__(self) -> tuple[type[Packing], tuple[()]]:
         """Copy nothing: a copy of the module packs anew."""
         return Packing, ()
 
     def clear(self) -> None:
-        """Forget the copy."""
-        self._made_of, self._packed = [], None
+        """Forget the copies."""
+        self._made_of: list[_State] = []
+        self._packed: Packed | None = None
+        self._was_packed = False
+        self._whole: Tensor | None = None
+        self._whole_calls = 0
 
     def get(
         self, tensors: list[Tensor], tokens: int, pattern: Pattern, dense: Callable[[], Tensor]
@@ -94,18 +100,46 @@ class Packing:
             pattern: where it has zeros.
             dense: computes the matrix.
         """
+        self._follow(tensors)
+        if not self._was_packed:
+            packed = pattern.pack(_computed(dense))
+            # Of what never pays no copy is kept, only the note that it does not.
+            self._packed = packed if packed is not None and pays(packed, 1) else None
+            self._was_packed = True
+        packed = self._packed
+        return packed if packed is not None and pays(packed, tokens) else None
+
+    def whole(self, tensors: list[Tensor], dense: Callable[[], Tensor]) -> Tensor:
+        """Return the matrix with its zeros, without a gradient.
+
+        Args:
+            tensors: as of :meth:`get`.
+            dense: as there.
+        """
+        self._follow(tensors)
+        if self._whole is not None:
+            return self._whole
+        made = _computed(dense)
+        self._whole_calls += 1
+        if self._whole_calls > 1:
+            # Weights that are zero where a mask is, as pruned ones, take no copy.
+            self._whole = tensors[0].detach() if torch.equal(made, tensors[0]) else made
+        return made
+
+    def _follow(self, tensors: list[Tensor]) -> None:
+        """Forget the copies if they were made of others."""
         same = len(tensors) == len(self._made_of) and all(
             state.is_of(tensor) for state, tensor in zip(self._made_of, tensors, strict=True)
         )
         if not same:
-            # Under inference mode the copy could be saved for no later backward pass.
-            with torch.inference_mode(False), torch.no_grad():
-                packed = pattern.pack(dense())
-            # Of what never pays no copy is kept, only the note that it does not.
-            self._packed = packed if packed is not None and pays(packed, 1) else None
+            self.clear()
             self._made_of = [_State(t, t.detach(), t._version) for t in tensors]
-        packed = self._packed
-        return packed if packed is not None and pays(packed, tokens) else None
+
+
+def _computed(dense: Callable[[], Tensor]) -> Tensor:
+    """Compute it such that a backward pass may keep it, which it may not under inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return dense()
 
 
 def is_plain(*tensors: Tensor) -> bool:

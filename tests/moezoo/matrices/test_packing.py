@@ -64,15 +64,13 @@ def test_evaluation_multiplies_without_zeros(name):
         assert isinstance(packed, kind) if pays else packed is None
 
 
-@pytest.mark.parametrize("name", ["blocks of 32", "n_m", "s_ste"])
-def test_every_change_is_seen(name):
-    matrix = made(OPTIONS[name][0])
+def changes_of(matrix):
+    """Return everything that changes a matrix."""
     other = copy.deepcopy(matrix)
     with torch.no_grad():
         other.latent.neg_().add_(0.1)
         if hasattr(other, "mask"):
             other.mask.copy_(other.mask.roll(32, 0))
-    x = tokens(matrix)
 
     def add():
         with torch.no_grad():
@@ -84,7 +82,7 @@ def test_every_change_is_seen(name):
 
     def learn():
         optimizer = torch.optim.AdamW(matrix.parameters(), lr=0.1)
-        matrix(x).square().sum().backward()
+        matrix(tokens(matrix)).square().sum().backward()
         optimizer.step()
 
     def replace():
@@ -94,11 +92,17 @@ def test_every_change_is_seen(name):
         matrix.bfloat16().float()  # perhaps into the same memory
 
     load = functools.partial(matrix.load_state_dict, other.state_dict())
-    changes = (add, move, learn, load, replace, round_off)
+    return add, move, learn, load, replace, round_off
+
+
+@pytest.mark.parametrize("name", ["blocks of 32", "n_m", "s_ste"])
+def test_every_change_is_seen(name):
+    matrix = made(OPTIONS[name][0])
+    x = tokens(matrix)
     with torch.no_grad():
         packed = matrix.packed(x)
         assert matrix.packed(x) is packed  # once for many calls
-    for change in changes:
+    for change in changes_of(matrix):
         with torch.no_grad():
             matrix(x)
         change()
@@ -106,6 +110,46 @@ def test_every_change_is_seen(name):
             found = matrix(x)
             assert matrix.packed(x) is not None
         assert (found.double() - whole(matrix, x)).norm() <= 1e-6 * found.norm()
+
+
+@pytest.mark.parametrize("options", [NM(n=2, m=4), SoftNM(n=1, m=4), Pruned(sparsity=0.5)])
+def test_many_tokens_multiply_with_one_masked_copy_until_something_changes(options, monkeypatch):
+    matrix, counts = made(options), []
+    x, dense = tokens(matrix, 70), matrix.dense
+    monkeypatch.setattr(matrix, "dense", lambda: counts.append(1) or dense())
+
+    def call():
+        counts.clear()
+        with torch.no_grad():
+            return matrix(x)
+
+    wanted = F.linear(x, dense(), matrix.bias)
+    for _ in range(2):
+        assert torch.equal(call(), wanted)
+    for change in (lambda: None, *changes_of(matrix)):
+        change()
+        wanted = F.linear(x, dense(), matrix.bias)
+        for _ in range(3):
+            assert torch.equal(call(), wanted)
+        assert not counts  # the copy of the call before
+    kept = matrix._packing._whole
+    pruned = isinstance(options, Pruned)
+    if pruned:  # what lies outside a mask is zero after a step: no copy is needed
+        with torch.no_grad():
+            matrix.latent.mul_(matrix.mask)
+        for _ in range(2):
+            call()
+        kept = matrix._packing._whole
+    assert (kept.data_ptr() == matrix.latent.data_ptr()) == pruned
+    with torch.inference_mode():
+        assert torch.equal(matrix(x), F.linear(x, dense(), matrix.bias))
+    matrix.train()
+    assert matrix._packing._whole is None
+    matrix(x).sum().backward()
+    assert matrix.latent.grad is not None
+    with torch.no_grad():
+        matrix(x)
+    assert matrix._packing._whole is None  # training keeps none
 
 
 def test_training_forgets_it_and_learns_as_before():
