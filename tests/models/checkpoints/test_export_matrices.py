@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.sparse import _semi_structured_conversions as semi_structured
 from transformers import AutoModelForCausalLM
 
 import moezoo
@@ -65,6 +67,33 @@ def test_unmodified_transformers_computes_the_same(kind, make, ids, tmp_path):
     assert not any(problems.values())
     found = logits(stock, ids)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+def is_two_of_four(matrix):
+    """Return whether what ``to_sparse_semi_structured`` stores of a matrix is all of it.
+
+    In 16 bits that is two of four; in fp32 sparse tensor cores read one of two.
+    """
+    dense = matrix.bfloat16()
+    kept, places = semi_structured.sparse_semi_structured_from_dense_cutlass(dense)
+    assert kept.shape == (dense.shape[0], dense.shape[1] // 2)
+    return torch.equal(semi_structured.sparse_semi_structured_to_dense_cutlass(kept, places), dense)
+
+
+@pytest.mark.parametrize("kind", ["n_m", "transposable", "soft_n_m"])
+def test_what_is_exported_is_two_of_four_to_torch(kind, make, tmp_path):
+    matrices = {**MATRICES[kind], **({"leak": None, "end": 1.0} if kind == "n_m" else {})}
+    model = trained(make(ffn=[rule(d_ff=64, matrices=matrices)]))
+    save_checkpoint(tmp_path / "ours", model)
+    export(tmp_path / "ours", tmp_path / "stock")
+    written = load_file(tmp_path / "stock" / "model.safetensors")
+    found = [tensor for name, tensor in written.items() if ".mlp." in name]
+    assert found
+    assert all(is_two_of_four(tensor) for tensor in found)
+    if kind == "transposable":  # the backward pass multiplies with the transpose
+        assert all(is_two_of_four(tensor.t().contiguous()) for tensor in found)
+    three = torch.tensor([1.0, 2.0, 3.0, 0.0]).repeat(32, 16)
+    assert not is_two_of_four(three)
 
 
 def test_blocks_of_other_widths_are_refused(make, tmp_path):
