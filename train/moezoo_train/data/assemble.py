@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
-from moezoo_models.files.checksums import crc_of_file
 from moezoo_train.data.prepared import SCORED, Split, SplitName
 from moezoo_train.data.shards import Shard
 
@@ -33,34 +33,58 @@ def assemble(folder: Path, shards: Sequence[Shard], val_fraction: float) -> tupl
     described = [shard.documents() for shard in shards]
     everything = np.concatenate(described)
     threshold = split_threshold(everything["key"], val_fraction)
-    held_out = everything["key"] <= threshold
-    scored: dict[SplitName, int] = {"train": 0, "val": 0}
+    kinds = ("bin", "marks") if shards[0].marked else ("bin",)
+    names: tuple[SplitName, ...] = ("train", "val")
     with ExitStack() as stack:
-        kinds = ("bin", "marks") if shards[0].marked else ("bin",)
-        files = {
-            f"{name}.{kind}": stack.enter_context((folder / f"{name}.{kind}").open("wb"))
-            for name in scored
+        files: dict[tuple[SplitName, str], _Summed] = {
+            (name, kind): stack.enter_context(_Summed(folder / f"{name}.{kind}"))
+            for name in names
             for kind in kinds
         }
         for shard, documents in zip(shards, described, strict=True):
-            in_val = np.repeat(documents["key"] <= threshold, documents["tokens"])
-            for name, chosen in _both(in_val):
-                files[f"{name}.bin"].write(shard.tokens()[chosen].tobytes())
-                if shard.marked:
-                    marks = shard.marks()[chosen]
-                    files[f"{name}.marks"].write(marks.tobytes())
-                    scored[name] += int(np.count_nonzero(marks & SCORED))
-    marked = shards[0].marked
-    train, val = (
-        _measure(folder, name, everything[chosen], scored[name] if marked else None)
-        for name, chosen in _both(held_out)
+            contents = {"bin": shard.tokens(), **({"marks": shard.marks()} if shard.marked else {})}
+            for start, end, held_out in _runs(documents, threshold):
+                name: SplitName = "val" if held_out else "train"
+                for kind, content in contents.items():
+                    files[name, kind].write(content[start:end])
+    in_val = everything["key"] <= threshold
+    return (
+        _measure(everything[~in_val], files["train", "bin"], files.get(("train", "marks"))),
+        _measure(everything[in_val], files["val", "bin"], files.get(("val", "marks"))),
     )
-    return train, val
 
 
-def _both(held_out: NDArray[np.bool_]) -> list[tuple[SplitName, NDArray[np.bool_]]]:
-    """Return each split with what belongs to it."""
-    return [("train", ~held_out), ("val", held_out)]
+class _Summed:
+    """A file that is written, with the checksum of what was, and the number of scored marks."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.crc32 = 0
+        self.scored = 0
+
+    def __enter__(self) -> _Summed:
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, content: NDArray[Any]) -> None:
+        self.crc32 = zlib.crc32(content.data, self.crc32)
+        if content.dtype == np.uint8:
+            self.scored += int(np.count_nonzero(content & SCORED))
+        self._file.write(content.data)
+
+
+def _runs(documents: NDArray[Any], threshold: np.uint64) -> Iterator[tuple[int, int, bool]]:
+    """Yield the first and the last token, exclusive, of consecutive documents of one split."""
+    in_val = documents["key"] <= threshold
+    ends = np.cumsum(documents["tokens"])
+    last = np.append(np.flatnonzero(in_val[1:] != in_val[:-1]), len(documents) - 1)
+    start = 0
+    for end, held_out in zip(ends[last].tolist(), in_val[last].tolist(), strict=True):
+        yield start, end, held_out
+        start = end
 
 
 def split_threshold(keys: NDArray[np.uint64], val_fraction: float) -> np.uint64:
@@ -87,12 +111,12 @@ def split_threshold(keys: NDArray[np.uint64], val_fraction: float) -> np.uint64:
     return np.uint64(threshold)
 
 
-def _measure(folder: Path, name: SplitName, documents: NDArray[Any], scored: int | None) -> Split:
+def _measure(documents: NDArray[Any], tokens: _Summed, marks: _Summed | None) -> Split:
     return Split(
         documents=len(documents),
         tokens=int(documents["tokens"].sum()),
         bytes=int(documents["bytes"].sum()),
-        crc32=crc_of_file(folder / f"{name}.bin"),
-        scored=scored,
-        marks_crc32=None if scored is None else crc_of_file(folder / f"{name}.marks"),
+        crc32=tokens.crc32,
+        scored=None if marks is None else marks.scored,
+        marks_crc32=None if marks is None else marks.crc32,
     )

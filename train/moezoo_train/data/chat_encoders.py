@@ -6,13 +6,14 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 
 from moezoo.errors import InputError
 from moezoo_models.text.chat import ChatTemplate, Conversation
 from moezoo_models.text.tokenizer import Tokenizer
-from moezoo_train.data.encoders import Encoded, EncodingError
+from moezoo_train.data.encoders import Documents, Encoded, EncodingError
 from moezoo_train.data.prepared import OPENS, SCORED, token_dtype
 
 _TASK = 32
@@ -45,9 +46,7 @@ class ChatEncoders:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def run(
-        self, batches: Iterable[Sequence[str]], ahead: int
-    ) -> Iterator[tuple[Sequence[str], Encoded]]:
+    def run(self, batches: Iterable[Documents], ahead: int) -> Iterator[tuple[Documents, Encoded]]:
         """Encode batches of conversations, some further ones while one is in use.
 
         Args:
@@ -60,15 +59,14 @@ class ChatEncoders:
         Raises:
             EncodingError: the template or the tokenizer cannot write a conversation.
         """
-        waiting: deque[tuple[Sequence[str], list[Future[list[Conversation]]]]] = deque()
+        waiting: deque[tuple[Documents, list[Future[list[Conversation]]]]] = deque()
         read = 0
         for batch in batches:
-            tasks = [
-                self._pool.submit(self._encode, batch[i : i + _TASK], read + i)
-                for i in range(0, len(batch), _TASK)
-            ]
+            documents, tasks = iter(batch), []
+            while task := list(islice(documents, _TASK)):
+                tasks.append(self._pool.submit(self._encode, task, read))
+                read += len(task)
             waiting.append((batch, tasks))
-            read += len(batch)
             if len(waiting) > ahead:
                 yield self._next(waiting)
         while waiting:
@@ -84,8 +82,8 @@ class ChatEncoders:
         return encoded
 
     def _next(
-        self, waiting: deque[tuple[Sequence[str], list[Future[list[Conversation]]]]]
-    ) -> tuple[Sequence[str], Encoded]:
+        self, waiting: deque[tuple[Documents, list[Future[list[Conversation]]]]]
+    ) -> tuple[Documents, Encoded]:
         batch, tasks = waiting.popleft()
         found = [conversation for task in tasks for conversation in task.result()]
         ids = np.concatenate([each.ids for each in found])

@@ -20,7 +20,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,8 @@ def prepare(
             return ready
         output.mkdir(exist_ok=True)
         _explain_renewal(output, inputs)
-        return _Preparation(corpus, output, inputs, given, threads).run()
+        place = None if tokenizer is None else Path(tokenizer)
+        return _Preparation(corpus, output, inputs, given, place, threads).run()
 
 
 class _Preparation:
@@ -141,12 +141,14 @@ class _Preparation:
         output: Path,
         inputs: dict[str, Any],
         tokenizer: Tokenizer | None,
+        place: Path | None,
         workers: int,
     ) -> None:
         self.corpus = corpus
         self.output = output
         self.inputs = inputs
         self.given = tokenizer
+        self.place = place
         self.workers = workers
         self.work = output / _PARTIAL
         self.chat = "messages_field" in inputs
@@ -180,7 +182,10 @@ class _Preparation:
             file.write(wanted.encode())
 
     def _tokenizer(self) -> Tokenizer:
-        """Make ``partial/tokenizer`` and load it: what encodes is what will be saved."""
+        """Make ``partial/tokenizer`` and load it: what encodes is what will be saved.
+
+        A tokenizer whose own folder holds the same, and nothing else, was loaded from it already.
+        """
         folder = self.work / TOKENIZER_FOLDER
         if not folder.is_dir():
             unfinished = self.work / "tokenizer.unfinished"
@@ -192,6 +197,8 @@ class _Preparation:
                 _say(f"training a tokenizer of {self.inputs['vocab_size']:,} tokens")
                 train_tokenizer(self._documents(), unfinished, self.inputs["vocab_size"])
             unfinished.rename(folder)
+        if self.given is not None and self.place is not None and _same_files(self.place, folder):
+            return self.given
         return load_tokenizer(folder)
 
     def _documents(self) -> Iterator[str]:
@@ -216,7 +223,7 @@ class _Preparation:
             _say(f"going on behind document {skip:,}")
         total = self.inputs["max_bytes"] or self.corpus.total_bytes
         kind: type[Encoders] | type[ChatEncoders] = ChatEncoders if self.chat else Encoders
-        texts = batches(islice(self._documents(), skip, None), SHARD_BYTES)
+        texts = batches(islice(self._documents(), skip, None), SHARD_BYTES, self.inputs["seed"])
         with (
             _progress_bar() as bar,
             self._naming(skip),
@@ -226,7 +233,10 @@ class _Preparation:
             bar.advance(task, float(sum(documents["bytes"].sum() for documents in done)))
             for batch, encoded in encoders.run(texts, _AHEAD):
                 shard = Shard(self.work, len(shards), dtype, self.chat)
-                described = self._describe(batch, encoded.bytes)
+                described = batch.described
+                if encoded.bytes is not None:
+                    keys = (key for _, key in described)
+                    described = list(zip(encoded.bytes, keys, strict=True))
                 shard.write(encoded, described)
                 shards.append(shard)
                 bar.advance(task, sum(size for size, _ in described))
@@ -245,17 +255,6 @@ class _Preparation:
                 f"tokenizer: it cannot encode {place}: {error.reason}; leave that text out, or "
                 "give another tokenizer"
             ) from error
-
-    def _describe(self, batch: Sequence[str], sizes: Sequence[int] | None) -> list[tuple[int, int]]:
-        """Return each document's length in bytes (or what is given) and key for the split."""
-        seed = int(self.inputs["seed"]).to_bytes(8, "little")
-        described = []
-        for number, text in enumerate(batch):
-            data = text.encode()
-            key = blake2b(data, digest_size=8, key=seed).digest()
-            size = len(data) if sizes is None else sizes[number]
-            described.append((size, int.from_bytes(key, "little")))
-        return described
 
     def _assemble(self, vocab_size: int, shards: Sequence[Shard]) -> PreparedData:
         """Copy the shards into one file per split."""
@@ -292,6 +291,16 @@ def _check_settings(vocab_size: int, val_fraction: float, seed: int, max_bytes: 
     check_number("val_fraction", val_fraction, maximum=0.99)
     if max_bytes is not None:
         check_int("max_bytes", max_bytes)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Return whether two folders hold the same files, and nothing else."""
+    if not one.is_dir() or sorted(os.listdir(one)) != sorted(os.listdir(other)):
+        return False
+    return all(
+        file.is_file() and file.read_bytes() == (other / file.name).read_bytes()
+        for file in one.iterdir()
+    )
 
 
 def _reusable(output: Path, inputs: dict[str, Any]) -> PreparedData | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +76,37 @@ class Shard:
                 file.write(content.tobytes())
 
 
-def batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:
-    """Group documents into lists of at least ``size`` bytes."""
-    batch: list[str] = []
-    held = 0
-    for document in documents:
-        batch.append(document)
-        held += len(document.encode())
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
+class Batch:
+    """The documents of one shard, read and described as they are iterated over, once.
+
+    Args:
+        documents: read up to that with which they reach ``size`` bytes.
+        size: in bytes of UTF-8.
+        seed: of the documents' keys.
+
+    Attributes:
+        described: the length in bytes and the key of each document that was read.
+    """
+
+    def __init__(self, documents: Iterator[str], size: int, seed: int) -> None:
+        self._documents = documents
+        self._size = size
+        self._seed = seed.to_bytes(8, "little")
+        self.described: list[tuple[int, int]] = []
+
+    def __iter__(self) -> Iterator[str]:
+        held = 0
+        for document in self._documents:
+            data = document.encode()
+            key = blake2b(data, digest_size=8, key=self._seed).digest()
+            self.described.append((len(data), int.from_bytes(key, "little")))
+            yield document
+            held += len(data)
+            if held >= self._size:
+                return
+
+
+def batches(documents: Iterator[str], size: int, seed: int) -> Iterator[Batch]:
+    """Group documents into batches of at least ``size`` bytes, each to be read before the next."""
+    for first in documents:
+        yield Batch(chain([first], documents), size, seed)
