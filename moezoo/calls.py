@@ -28,7 +28,8 @@ def checked(method: Callable[..., R]) -> Callable[..., R]:
         InputError: from the wrapped method: ``hidden``, ``router_input`` or ``embeddings`` is
             not floating point or not ``(..., d_model)``, or ``mask`` is of another shape,
             ``token_ids`` are no whole numbers, ``mask`` is not bool, ``positions`` are no whole
-            numbers or of another shape, or losses would be lost (see :func:`refuse_lost_losses`).
+            numbers or of another shape, ``router_state`` is not floating point or of other tokens,
+            or losses would be lost (see :func:`refuse_lost_losses`).
     """
 
     @functools.wraps(method)
@@ -67,6 +68,7 @@ def check_context(
     mask: Tensor | None = None,
     positions: Tensor | None = None,
     embeddings: Tensor | None = None,
+    router_state: Tensor | None = None,
     **others: Any,
 ) -> None:
     """Refuse what is given beside the hidden states and does not fit them.
@@ -86,6 +88,17 @@ def check_context(
         if given.shape != hidden.shape:
             raise InputError(
                 f"{name}: shape {tuple(given.shape)} does not match hidden's {tuple(hidden.shape)}"
+            )
+    if router_state is not None:
+        if not router_state.is_floating_point():
+            raise InputError(
+                f"router_state: {router_state.dtype} is not floating point; give the router_state "
+                "that the layer before returned"
+            )
+        if router_state.shape[:-1] != hidden.shape[:-1]:
+            raise InputError(
+                f"router_state: shape {tuple(router_state.shape)} does not match hidden's "
+                f"{tuple(hidden.shape)}: all but the last have to be equal"
             )
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(

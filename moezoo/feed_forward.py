@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from moezoo.arguments import build, plain, select_layers, signature
 from moezoo.calls import checked, flatten_tokens
+from moezoo.context_read import ReadsContext
 from moezoo.cost import Cost
 from moezoo.errors import InputError, check_int, nearest
 from moezoo.parameter_groups import ParameterGroup, set_apart
 from moezoo.router_input import FFN_INPUT, RouterInput
 from moezoo.token_context import FeedForwardOutput, History, Place, TokenContext
-from moezoo.training_state import TrainingState
 
 if TYPE_CHECKING:
     from moezoo.routing.stats import SlotLoad
 
 
-class FeedForward(TrainingState):
+class FeedForward(ReadsContext):
     """A drop-in for a transformer's feed-forward block: ``(..., d_model) -> (..., d_model)``.
 
     A subclass takes ``d_model`` first and the rest keyword-only, with defaults, stores every
@@ -51,10 +51,6 @@ class FeedForward(TrainingState):
     """
 
     kind: ClassVar[str] = "feed_forward"
-    needs_token_ids: ClassVar[bool] = False
-    reads_router_input: ClassVar[bool] = False
-    reads_positions: ClassVar[bool] = False
-    reads_embeddings: ClassVar[bool] = False
     added: ClassVar[Place | None] = None
     added_as: ClassVar[Mapping[str, Any]] = {}
 
@@ -67,20 +63,6 @@ class FeedForward(TrainingState):
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.d_model = check_int("d_model", d_model)
-
-    @property
-    def needs_earlier_tokens(self) -> bool:
-        """Whether ``token_ids`` must reach back to the first token, in cached generation too.
-
-        Such a layer takes ``token_ids`` (and ``mask``) of more tokens than ``hidden`` has: all so
-        far, the last of which are those of ``hidden``.
-        """
-        return False
-
-    @property
-    def keeps_history(self) -> bool:
-        """Whether cached generation must give the layer a ``history``."""
-        return False
 
     @property
     def causal(self) -> bool:
@@ -98,6 +80,7 @@ class FeedForward(TrainingState):
         positions: Tensor | None = None,
         embeddings: Tensor | None = None,
         history: History | None = None,
+        router_state: Tensor | None = None,
     ) -> FeedForwardOutput:
         """Apply the layer.
 
@@ -114,11 +97,14 @@ class FeedForward(TrainingState):
                 ``hidden``. Ignored without ``reads_embeddings``.
             history: of the tokens before those of ``hidden``, with a cache, for layers that
                 ``keeps_history``.
+            router_state: ``(..., R)``, that of the output of the layer before, for layers that
+                ``reads_router_state``; without it they begin with zeros.
 
         Raises:
             InputError: an argument is of a wrong shape or dtype; the message names it.
         """
-        context = TokenContext(token_ids, router_input, mask, positions, embeddings, history)
+        read = (token_ids, router_input, mask, positions, embeddings, history, router_state)
+        context = TokenContext(*read)
         return self._compute(hidden, context, False)
 
     def infer(
@@ -150,6 +136,7 @@ class FeedForward(TrainingState):
         positions: Tensor | None = None,
         embeddings: Tensor | None = None,
         history: History | None = None,
+        router_state: Tensor | None = None,
     ) -> FeedForwardOutput:
         """Compute the same numbers by brute force, in plain differentiable torch, any dtype.
 
@@ -161,6 +148,7 @@ class FeedForward(TrainingState):
             positions: ``(...)`` int64.
             embeddings: ``(..., d_model)``.
             history: as there.
+            router_state: ``(..., R)``.
 
         Returns:
             Output, losses and statistics of :meth:`forward`, equal but for rounding.
@@ -168,7 +156,8 @@ class FeedForward(TrainingState):
         Raises:
             InputError: as :meth:`forward`.
         """
-        context = TokenContext(token_ids, router_input, mask, positions, embeddings, history)
+        read = (token_ids, router_input, mask, positions, embeddings, history, router_state)
+        context = TokenContext(*read)
         return self._compute(hidden, context, True)
 
     @checked
@@ -181,6 +170,7 @@ class FeedForward(TrainingState):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        router_state: Tensor | None = None,
     ) -> SlotLoad | None:
         """Return the load of each expert, value or neuron in a pass, however many there are.
 
@@ -192,6 +182,7 @@ class FeedForward(TrainingState):
             router_input: ``(..., d_model)``.
             mask: ``(...)`` bool.
             positions: ``(...)`` int64.
+            router_state: ``(..., R)``.
 
         Returns:
             How many tokens are routed to each of N slots, and with what total weight; None where
@@ -200,7 +191,8 @@ class FeedForward(TrainingState):
         Raises:
             InputError: as :meth:`forward`.
         """
-        return self._slot_load(hidden, TokenContext(token_ids, router_input, mask, positions))
+        context = TokenContext(token_ids, router_input, mask, positions, router_state=router_state)
+        return self._slot_load(hidden, context)
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool

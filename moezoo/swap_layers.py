@@ -116,8 +116,8 @@ def swap(
 
     Raises:
         InputError: no feed-forward blocks were found, one does what no layer can do in its place,
-            the layer needs token ids (which a foreign decoder does not pass on) or is not causal,
-            or ``where`` names no layer.
+            the layer needs token ids or carries a router's state (which a foreign decoder does not
+            pass on) or is not causal, or ``where`` names no layer.
     """
     sites = find_sites(model)
     if callable(where):
@@ -170,6 +170,11 @@ def _adapter(
     if layer.needs_token_ids or not layer.causal:
         why = "needs token ids" if layer.needs_token_ids else "is not causal"
         raise InputError(f"factory: {type(layer).__name__} {why}, so it can't be swapped in")
+    if layer.reads_router_state:
+        raise InputError(
+            f"factory: {type(layer).__name__} carries a router's state over layers, which a "
+            "foreign decoder does not pass on; set router.logits.carry to false"
+        )
     layer.reset_parameters(num_layers)
     replaced = site.original[0]
     like = next((p for p in replaced.parameters() if p.is_floating_point()), torch.empty(0))

@@ -18,11 +18,14 @@ class FeedForwardOutput(NamedTuple):
         hidden: ``(..., d_model)``, in the dtype of the input (or of autocast).
         losses: scalars in fp32, already weighted; the model adds them to its loss.
         stats: detached: counts, entropy, usage, drops; outside training computed when first read.
+        router_state: ``(..., R)`` in fp32 or wider, what the router hands on to that of the next
+            layer; None if it hands on nothing.
     """
 
     hidden: Tensor
     losses: dict[str, Tensor]
     stats: Mapping[str, Tensor]
+    router_state: Tensor | None = None
 
 
 class History(Protocol):
@@ -49,3 +52,4 @@ class TokenContext(NamedTuple):
     positions: Tensor | None = None
     embeddings: Tensor | None = None
     history: History | None = None
+    router_state: Tensor | None = None

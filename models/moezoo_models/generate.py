@@ -26,7 +26,7 @@ from moezoo_models.decoding.loop import continue_ids
 from moezoo_models.decoding.sirius import Corrections, Sirius, check_corrected
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.mode import evaluating
-from moezoo_models.model.decoder import check_token_ids
+from moezoo_models.model.inputs import check_token_ids
 from moezoo_models.model.latent_options import cached_numbers
 from moezoo_models.text.encoding import encode_text
 from moezoo_models.text.tokenizer import Tokenizer

@@ -109,6 +109,7 @@ def unlimited(layer: SparseMoE, hidden: Tensor, context: Context) -> Routing:
         None if mask is None else mask.to(torch.bool),
         context.get("token_ids"),
         limited=False,
+        router_state=context.get("router_state"),
     )
 
 

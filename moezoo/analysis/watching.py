@@ -15,7 +15,7 @@ from moezoo.feed_forward import FeedForward
 Context = dict[str, Tensor | None]
 """What a layer is given beside hidden states, by name: ``_CONTEXT``."""
 
-_CONTEXT = ("token_ids", "router_input", "mask", "positions")
+_CONTEXT = ("token_ids", "router_input", "mask", "positions", "router_state")
 
 See = Callable[[str, FeedForward, Tensor, Context], None]
 """Told the name of a layer, the layer, its hidden states ``(..., d_model)``, and the context."""

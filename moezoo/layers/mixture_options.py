@@ -19,7 +19,7 @@ class Mixture(Protocol):
     top_k: int
     d_expert: int
     d_latent: int | None
-    num_identity_experts: int
+    num_idle_experts: int
     num_shared_experts: int
     d_shared: int
     shared_gate: bool
@@ -33,8 +33,8 @@ class Mixture(Protocol):
 
 def experts_per_token(layer: Mixture) -> Fraction:
     """Return how many routed experts compute for a token on average."""
-    slots = layer.num_experts + layer.num_identity_experts
-    return layer.router.computing(slots, layer.top_k, layer.num_identity_experts)
+    slots = layer.num_experts + layer.num_idle_experts
+    return layer.router.computing(slots, layer.top_k, layer.num_idle_experts)
 
 
 def width_of_experts(layer: Mixture) -> int:
@@ -45,6 +45,19 @@ def width_of_experts(layer: Mixture) -> int:
     dense = default_width(layer.d_model, layer.gated) * layer.d_model
     running = experts_per_token(layer) + layer.num_shared_experts
     return -(-dense // (16 * running * (layer.d_latent or layer.d_model))) * 16
+
+
+def check_idle(identity: int, skip: int, capacity: object | None) -> int:
+    """Return how many experts compute nothing.
+
+    Raises:
+        InputError: either is no count, or experts have a limited capacity.
+    """
+    counts = {"num_identity_experts": identity, "num_skip_experts": skip}
+    for name, number in counts.items():
+        if check_int(name, number, minimum=0) and capacity is not None:
+            raise InputError(f"capacity: is not defined with {name}; set it to null")
+    return identity + skip
 
 
 def check_shared(layer: Mixture) -> None:

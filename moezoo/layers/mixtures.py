@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moezoo.feed_forward import Method, Paper, register
 from moezoo.layers.sparse_moe import SparseMoE
-from moezoo.routing import BalanceOptions, CapacityOptions, RouterOptions
+from moezoo.routing import BalanceOptions, CapacityOptions, LogitOptions, RouterOptions
 
 register(
     Method(
@@ -150,6 +150,28 @@ register(
             "router": RouterOptions(score="sigmoid"),
         },
         router_input="pre_attention",
+    ),
+    Method(
+        "zaya",
+        SparseMoE,
+        Paper(
+            "Anthony et al.",
+            2025,
+            "Training Foundation Models on a Full-Stack AMD Platform: Compute, Networking, and "
+            "System Design",
+            "2511.17127",
+        ),
+        {
+            "num_experts": 16,
+            "num_skip_experts": 1,
+            "top_k": 1,
+            "router": RouterOptions(
+                normalize=False,
+                selection_bias=True,
+                logits=LogitOptions(mlp=64, norm_eps=1e-5, carry=True),
+            ),
+            "balance": BalanceOptions(load_balancing=0.0),
+        },
     ),
     Method(
         "expert_threshold",

@@ -8,7 +8,6 @@ them, each from its paper.
 
 from __future__ import annotations
 
-from math import ceil
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,8 +19,15 @@ from moezoo.experts.norms import InputNorm, OutputNorm
 from moezoo.feed_forward import Cost, FeedForward, FeedForwardOutput, TokenContext
 from moezoo.init import init_linear
 from moezoo.layers.dense import Activation, DenseFFN, check_glu
-from moezoo.layers.mixture_options import check_shared, experts_per_token, width_of_experts
-from moezoo.layers.weighed import Operands, operands_of, outputs_of, weighed_shared
+from moezoo.layers.mixture_cost import cost_of
+from moezoo.layers.mixture_options import check_idle, check_shared, width_of_experts
+from moezoo.layers.weighed import (
+    Operands,
+    operands_of,
+    outputs_of,
+    returned_tokens,
+    weighed_shared,
+)
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
 from moezoo.routing.options import check_top_k
 from moezoo.routing.stats import SlotLoad, slot_load
@@ -64,6 +70,8 @@ class SparseMoE(FeedForward):
         num_identity_experts: experts I that return the token itself and cost nothing, beside the
             ``num_experts`` that compute (LongCat-Flash, arXiv:2509.01322); slots E to E + I - 1 of
             the router, the statistics and the losses. Without capacity, in token choice.
+        num_skip_experts: experts that return zero, and so skip the layer (ZAYA, which has one), in
+            the slots after those; likewise.
         num_shared_experts: experts that run on every token (arXiv:2401.06066), as one block.
         d_shared: hidden width of that block; default num_shared_experts * d_expert.
         shared_bias: whether the shared expert's projections have biases; default: as the experts'
@@ -92,6 +100,7 @@ class SparseMoE(FeedForward):
         interleaved: bool = False,
         expert_norms: ExpertNormOptions = ExpertNormOptions(),  # noqa: B008 - frozen
         num_identity_experts: int = 0,
+        num_skip_experts: int = 0,
         num_shared_experts: int = 0,
         d_shared: int | None = None,
         shared_bias: bool | None = None,
@@ -106,12 +115,11 @@ class SparseMoE(FeedForward):
         router = as_options("router", router, RouterOptions)
         balance = as_options("balance", balance, BalanceOptions)
         self.num_experts = check_int("num_experts", num_experts)
-        self.num_identity_experts = check_int(
-            "num_identity_experts", num_identity_experts, minimum=0
-        )
-        slots = num_experts + num_identity_experts
+        self.num_identity_experts, self.num_skip_experts = num_identity_experts, num_skip_experts
+        self.num_idle_experts = check_idle(num_identity_experts, num_skip_experts, capacity)
+        slots = num_experts + self.num_idle_experts
         self.top_k = check_top_k(top_k, slots)
-        router.check(slots, top_k, num_identity_experts)
+        router.check(slots, top_k, self.num_idle_experts)
         self.router = router
         self.num_shared_experts = check_int("num_shared_experts", num_shared_experts, minimum=0)
         self.d_latent = None if d_latent is None else check_int("d_latent", d_latent)
@@ -133,8 +141,6 @@ class SparseMoE(FeedForward):
         if shared_glu is not None:
             self.shared_glu = as_options("shared_glu", shared_glu, GLUOptions)
         check_shared(self)
-        if num_identity_experts and capacity is not None:
-            raise InputError("capacity: is not defined with num_identity_experts; set it to null")
         balance.check(router)
         self.balance = balance
         if capacity is not None:
@@ -150,7 +156,7 @@ class SparseMoE(FeedForward):
             balance=balance,
             capacity=capacity,
             num_shared=num_shared_experts,
-            num_identity=num_identity_experts,
+            num_idle=self.num_idle_experts,
         )
         width = self.d_latent or d_model
         self.experts = MLPExperts(
@@ -182,6 +188,16 @@ class SparseMoE(FeedForward):
         if shared_gate:
             self.shared_expert_gate = nn.Linear(d_model, 1, bias=False)
             self._reset_shared_gate()
+
+    @property
+    def reads_router_state(self) -> bool:
+        """Whether the router adds the state of the layer before (``router.logits.carry``)."""
+        return self.router.logits.carry
+
+    @property
+    def router_state_width(self) -> int:
+        """The width of the state that the router hands on, that of its MLP."""
+        return self.router.logits.mlp
 
     @property
     def causal(self) -> bool:
@@ -251,6 +267,7 @@ class SparseMoE(FeedForward):
         mask: Tensor | None = None,
         token_ids: Tensor | None = None,
         limited: bool = True,
+        router_state: Tensor | None = None,
     ) -> Routing:
         """Return the routing without running the experts: indices, weights, losses, statistics.
 
@@ -260,8 +277,10 @@ class SparseMoE(FeedForward):
             mask: ``(...)`` bool, true at real tokens.
             token_ids: ``(...)`` int64, for :meth:`adjust`.
             limited: whether the limit on capacity applies, if there is one.
+            router_state: ``(..., R)``, what the layer before handed on.
         """
-        return self._route(hidden, TokenContext(token_ids, router_input, mask), limited)[1]
+        given = TokenContext(token_ids, router_input, mask, router_state=router_state)
+        return self._route(hidden, given, limited)[1]
 
     def _route(
         self, hidden: Tensor, context: TokenContext, limited: bool
@@ -271,7 +290,9 @@ class SparseMoE(FeedForward):
         factors = self.gate.jitter_of(router_TD) if self.router.jitter_experts else None
         if factors is not None:
             tokens, router_TD = (tokens * factors).to(tokens.dtype), router_TD * factors
-        routing = self.gate(router_TD, flat_mask, _sequences(hidden), limited)
+        state = context.router_state
+        state_TR = None if state is None else state.reshape(-1, state.shape[-1])
+        routing = self.gate(router_TD, flat_mask, _sequences(hidden), limited, state_TR)
         return tokens, self.adjust(routing, tokens, context), flat_mask
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
@@ -298,7 +319,10 @@ class SparseMoE(FeedForward):
         output = self._from_experts(output, tokens, routing)
         if shared is not None:
             output = output + shared
-        return FeedForwardOutput(output.reshape(hidden.shape), routing.losses, routing.stats)
+        output, state = output.reshape(hidden.shape), routing.state
+        if state is not None:
+            state = state.reshape(*hidden.shape[:-1], state.shape[-1])
+        return FeedForwardOutput(output, routing.losses, routing.stats, state)
 
     def infer(
         self,
@@ -309,7 +333,10 @@ class SparseMoE(FeedForward):
         mask: Tensor | None = None,
         **more: Any,
     ) -> Tensor:
-        """Route each token to its experts and sum their weighted outputs, and no more."""
+        """Route each token to its experts and sum their weighted outputs, and no more.
+
+        A router that carries a state begins with zeros here, and none is handed on: call the layer.
+        """
         if self.training:
             called = self(hidden, token_ids=token_ids, router_input=router_input, mask=mask)
             return called.hidden
@@ -333,7 +360,7 @@ class SparseMoE(FeedForward):
             tokens = self.latent_down(tokens)
         if self.input_norm is not None:
             tokens = self.input_norm(tokens)
-        if self.num_identity_experts:
+        if self.num_idle_experts:
             computed = routing.indices.masked_fill(routing.indices >= self.num_experts, -1)
             routing = routing._replace(indices=computed)
         return operands_of(tokens, routing, self.router.weights.apply_to == "input")
@@ -344,11 +371,8 @@ class SparseMoE(FeedForward):
         if self.d_latent is not None:
             outputs = self.latent_up(outputs)
         if self.num_identity_experts:
-            others_TK = routing.indices < self.num_experts
-            total_T1 = routing.weights.masked_fill(others_TK, 0.0).sum(dim=-1, keepdim=True)
-            # Padding may hold anything, and zero times what is not finite is no number.
-            returned_TD = (total_T1 * tokens).masked_fill(others_TK.all(-1, keepdim=True), 0.0)
-            outputs = outputs + returned_TD.to(outputs.dtype)
+            slots = (self.num_experts, self.num_experts + self.num_identity_experts)
+            outputs = outputs + returned_tokens(tokens, routing, slots).to(outputs.dtype)
         return outputs
 
     def _shared(
@@ -366,29 +390,9 @@ class SparseMoE(FeedForward):
     def cost(self) -> Cost:
         """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on.
 
-        With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l. With I identity
-        experts, k E / (E + I) stands for k, or ``router.expected_experts``: the mean to which the
-        selection bias steers; what a text takes follows from its choices. Where experts take or
-        round: k.
+        With ``d_latent`` l the experts' d is l, and their shared maps take 4 d l. With I experts
+        that compute nothing, k E / (E + I) stands for k, or ``router.expected_experts``: the mean
+        to which the selection bias steers; what a text takes follows from its choices. Where
+        experts take or round: k.
         """
-        routing = sum(p.numel() for p in self.gate.parameters())
-        always_parameters, always_flops = routing, self.gate.flops_per_token()
-        always_parameters += sum(norm.weight.numel() for norm in self._norms())
-        if self.d_shared:
-            shared = self.shared_expert.cost()
-            always_parameters += shared.total_parameters
-            always_flops += shared.flops_per_token
-        if self.shared_gate:
-            always_parameters += self.d_model
-            always_flops += 2 * self.d_model
-        if self.d_latent is not None:
-            always_parameters += 2 * self.d_model * self.d_latent
-            always_flops += 4 * self.d_model * self.d_latent
-        per_expert, computing = self.experts.parameters_per_expert(), experts_per_token(self)
-        active = always_parameters + ceil(computing * per_expert)
-        return Cost(
-            total_parameters=always_parameters + self.num_experts * per_expert,
-            active_parameters=active,
-            flops_per_token=always_flops + ceil(computing * self.experts.flops_per_assignment()),
-            bytes_per_token=active * self.experts.down_proj.element_size(),
-        )
+        return cost_of(self)

@@ -47,6 +47,20 @@ def outputs_of(rows: Tensor, routing: Routing, weigh_inputs: bool) -> Tensor:
     return rows.reshape(tokens, top_k, rows.shape[-1]).sum(dim=1)
 
 
+def returned_tokens(tokens_TD: Tensor, routing: Routing, slots: tuple[int, int]) -> Tensor:
+    """Return what identity experts add to the outputs, ``(T, D)``: weighed tokens.
+
+    Args:
+        tokens_TD: as the layer reads them.
+        routing: of the tokens.
+        slots: the first identity expert, and the one after the last.
+    """
+    others_TK = (routing.indices < slots[0]) | (routing.indices >= slots[1])
+    total_T1 = routing.weights.masked_fill(others_TK, 0.0).sum(dim=-1, keepdim=True)
+    # Padding may hold anything, and zero times what is not finite is no number.
+    return (total_T1 * tokens_TD).masked_fill(others_TK.all(-1, keepdim=True), 0.0)
+
+
 def weighed_shared(
     block: DenseFFN, tokens_TD: Tensor, weights_TS: Tensor, brute_force: bool
 ) -> Tensor:

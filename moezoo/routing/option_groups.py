@@ -36,10 +36,13 @@ class LogitOptions:
         bias: add a learned bias to the logits (GPT-OSS).
         norm: normalise the router's input first, ``x / rms(x) * g / sqrt(d)`` with a learned g
             (Gemma 4).
-        mlp: width of an MLP of three layers before the linear map, ZAYA's; 0 for none.
+        mlp: width R of an MLP of three layers before the linear map, ZAYA's; 0 for none. What its
+            first layer gives is handed on to the next layer's router.
         norm_eps: added to the mean square where the router's input or the MLP is normalised.
         scale: factor on the logits (Muse Spark's output multiplier).
         softcap: cap c of the logits, ``c tanh(l / c)`` (Laguna); 0 for none.
+        carry: add what the layer before handed on, times a learned vector, to what the MLP's first
+            layer gives (ZAYA); the first layer of a model, which is given nothing, adds zero.
     """
 
     bias: bool = False
@@ -48,6 +51,7 @@ class LogitOptions:
     norm_eps: float = 1e-6
     scale: float = 1.0
     softcap: float = 0.0
+    carry: bool = False
 
     def check(self) -> None:
         """Check the options.
@@ -55,13 +59,16 @@ class LogitOptions:
         Raises:
             InputError: a value is out of range.
         """
-        for name in ("bias", "norm"):
+        for name in ("bias", "norm", "carry"):
             check_flag(f"router.logits.{name}", getattr(self, name))
         check_int("router.logits.mlp", self.mlp, minimum=0)
         for name in ("norm_eps", "scale", "softcap"):
             check_number(f"router.logits.{name}", getattr(self, name))
         if not self.scale:
             raise InputError("router.logits.scale: 0 makes all experts equal; give 1 for no factor")
+        if not self.mlp:
+            reason = "there is no MLP whose state it is; set mlp"
+            refuse_idle("router.logits", self, ("carry",), reason)
         if not (self.norm or self.mlp):
             reason = "there is no norm it belongs to; set norm or mlp"
             refuse_idle("router.logits", self, ("norm_eps",), reason)

@@ -72,9 +72,9 @@ class RouterOptions:
             ``bias_update_rate``. ``quantile``: to where the scores of that step would have given
             each expert the same load, with no rate (quantile balancing, Su 2026).
         bias_update_rate: how far ``sign`` moves the bias per optimizer step.
-        expected_experts: with identity experts, how many of a token's top_k are to compute on
-            average, to which the selection bias steers: LongCat-Flash's K_e (arXiv:2509.01322).
-            None: the share E / (E + I) of them.
+        expected_experts: with experts that compute nothing, how many of a token's top_k are to
+            compute on average, to which the selection bias steers: LongCat-Flash's K_e
+            (arXiv:2509.01322). None: the share E / (E + I) of them.
         bias_recentre: after each step take the bias's mean away, which ``sign`` lets drift. Which
             experts are chosen changes with ``closed_groups: zero`` alone. ``quantile`` does so
             always.
@@ -123,27 +123,27 @@ class RouterOptions:
             given = as_options(f"router.{name}", getattr(self, name), options)
             object.__setattr__(self, name, given)
 
-    def computing(self, num_experts: int, top_k: int, num_identity: int) -> Fraction:
+    def computing(self, num_experts: int, top_k: int, num_idle: int) -> Fraction:
         """Return how many of a token's experts compute on average; arguments as of :meth:`check`.
 
-        With identity experts that is what the selection bias steers to, or would.
+        With experts that compute nothing that is what the selection bias steers to, or would.
         """
         if self.expected_experts is not None:
             return Fraction(str(self.expected_experts))
-        return Fraction(top_k * (num_experts - num_identity), num_experts)
+        return Fraction(top_k * (num_experts - num_idle), num_experts)
 
     @property
     def is_ragged(self) -> bool:
         """Whether tokens have as many experts as follows, and not ``top_k`` each."""
         return self.choice != "token" or self.score == "relu"
 
-    def check(self, num_experts: int, top_k: int, num_identity: int = 0) -> None:
+    def check(self, num_experts: int, top_k: int, num_idle: int = 0) -> None:
         """Check the options against each other and the layer's sizes.
 
         Args:
             num_experts: experts N of the layer.
             top_k: experts that a token is routed to.
-            num_identity: how many of the N compute nothing.
+            num_idle: how many of the N compute nothing.
 
         Raises:
             InputError: an option is out of range, or contradicts another or the sizes.
@@ -164,9 +164,9 @@ class RouterOptions:
         else:
             reason = "is sparse_mixer's; set score to sparse_mixer, or leave it out"
             refuse_idle("router", self, ("mixer_eps",), reason)
-        self._check_selection_bias(num_identity)
+        self._check_selection_bias(num_idle)
         if self.expected_experts is not None:
-            self._check_expected(num_experts, top_k, num_identity)
+            self._check_expected(num_experts, top_k, num_idle)
         check_number("router.expert_dropout", self.expert_dropout, maximum=1.0)
         if self.expert_dropout and self.score != "sigmoid":
             raise InputError("router.expert_dropout: is defined for sigmoid scores; use sigmoid")
@@ -213,9 +213,9 @@ class RouterOptions:
             refuse_idle("router", self, ("threshold_decay",), reason)
         check_int("router.rounding", self.rounding, minimum=0)
         if self.rounding:
-            self._check_rounding(num_identity)
+            self._check_rounding(num_idle)
         if self.is_ragged:
-            self._check_ragged(num_identity)
+            self._check_ragged(num_idle)
         elif top_k == 1 and self.normalize and not self.weights.with_shared:
             raise InputError(
                 "router.normalize: with top_k=1 a normalized weight is always 1 and the router "
@@ -227,7 +227,7 @@ class RouterOptions:
                 "lower it, or set num_groups and top_groups to 1"
             )
 
-    def _check_selection_bias(self, num_identity: int) -> None:
+    def _check_selection_bias(self, num_idle: int) -> None:
         check_choice("router.bias_rule", self.bias_rule, ("sign", "quantile"))
         check_number("router.bias_update_rate", self.bias_update_rate)
         check_flag("router.bias_recentre", self.bias_recentre)
@@ -235,8 +235,8 @@ class RouterOptions:
             reason = "there is no selection bias; set selection_bias to true"
             names = ("bias_rule", "bias_update_rate", "bias_recentre", "expected_experts")
             refuse_idle("router", self, names, reason)
-        if num_identity:
-            reason = "LongCat's rule moves the bias where there are identity experts; leave it out"
+        if num_idle:
+            reason = "LongCat's rule moves the bias where some compute nothing; leave it out"
             refuse_idle("router", self, ("bias_rule", "bias_recentre"), reason)
         if self.bias_rule == "quantile":
             reason = "quantile has no rate and centres the bias itself; leave it out"
@@ -247,18 +247,19 @@ class RouterOptions:
                 "use sign"
             )
 
-    def _check_expected(self, num_experts: int, top_k: int, num_identity: int) -> None:
-        most = min(top_k, num_experts - num_identity)
-        if not num_identity:
+    def _check_expected(self, num_experts: int, top_k: int, num_idle: int) -> None:
+        most = min(top_k, num_experts - num_idle)
+        if not num_idle:
             raise InputError(
-                "router.expected_experts: all experts compute; set num_identity_experts"
+                "router.expected_experts: all experts compute; set num_identity_experts or "
+                "num_skip_experts"
             )
         asked = check_number("router.expected_experts", self.expected_experts, maximum=most)
-        least = max(top_k - num_identity, 0)
+        least = max(top_k - num_idle, 0)
         if not asked or asked < least:
             raise InputError(
                 f"router.expected_experts: {asked:g} is out of range; give a number > 0, ≥ {least} "
-                f"and ≤ {most}, as there are {num_identity} identity experts"
+                f"and ≤ {most}, as {num_idle} experts compute nothing"
             )
 
     def _check_sparse_mixer(self) -> None:
@@ -270,7 +271,7 @@ class RouterOptions:
         if self.select_on == "logit":
             raise InputError("router.select_on: sparse_mixer samples by the score; use score")
 
-    def _check_rounding(self, num_identity: int) -> None:
+    def _check_rounding(self, num_idle: int) -> None:
         of = f"{self.choice} choice"
         if self.score in ("relu", "sparse_mixer"):
             of = f"{self.score} scores"
@@ -280,9 +281,10 @@ class RouterOptions:
             raise InputError(
                 "router.rounding: is not defined within groups; set it to 0, or num_groups to 1"
             )
-        if num_identity:
+        if num_idle:
             raise InputError(
-                "router.rounding: is not defined with num_identity_experts; set either to 0"
+                "router.rounding: is not defined with num_identity_experts or num_skip_experts; "
+                "set it or these to 0"
             )
         if self.weights.with_shared:
             raise InputError(
@@ -294,7 +296,7 @@ class RouterOptions:
                 "router.rounding: weighs outputs alone; set it to 0, or weights.apply_to to output"
             )
 
-    def _check_ragged(self, num_identity: int) -> None:
+    def _check_ragged(self, num_idle: int) -> None:
         of = "relu scores" if self.choice == "token" else f"{self.choice} choice"
         if self.choice == "threshold" and self.score == "relu":
             raise InputError("router.score: relu has no meaning in threshold choice; use sigmoid")
@@ -302,8 +304,11 @@ class RouterOptions:
             raise InputError("router.score: expert choice is defined with softmax; use softmax")
         if self.score == "sparse_mixer":
             raise InputError(f"router.score: sparse_mixer has no meaning in {of}; use softmax")
-        if num_identity:
-            raise InputError(f"num_identity_experts: have no meaning in {of}; set it to 0")
+        if num_idle:
+            raise InputError(
+                f"num_identity_experts: have no meaning in {of}, nor have num_skip_experts; set "
+                "both to 0"
+            )
         for name in ("normalize", "noise", "selection_bias"):
             if getattr(self, name):
                 more = _NOT_CAUSAL if self.choice == "expert" and name == "normalize" else ""

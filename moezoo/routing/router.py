@@ -26,10 +26,10 @@ from moezoo.routing.model_sparsity import joined_scope
 from moezoo.routing.options import RouterOptions
 from moezoo.routing.rounding import round_tokens
 from moezoo.routing.routing import Routing
+from moezoo.routing.routing_stats import routing_stats
 from moezoo.routing.scores import scores_of, shares_of
 from moezoo.routing.selection_bias import StepLoad, kept_in_fp32, move_bias, selection_margins
 from moezoo.routing.sparse_mixer import sparse_mixer
-from moezoo.routing.stats import mean_entropy, slot_stats
 from moezoo.routing.weights import Chosen, Scales, weighed, weights_of_all
 from moezoo.routing.wide_linear import wide_linear
 from moezoo.training_state import TrainingState
@@ -52,7 +52,7 @@ class Router(TrainingState):
         balance: coefficients of the auxiliary losses.
         capacity: a limit on the tokens per expert; none by default (dropless).
         num_shared: shared experts S, read where the options weigh these too.
-        num_identity: how many of the E, the last ones, compute nothing.
+        num_idle: how many of the E, the last ones, compute nothing.
     """
 
     selection_bias: Tensor
@@ -70,11 +70,11 @@ class Router(TrainingState):
         balance: BalanceOptions,
         capacity: CapacityOptions | None = None,
         num_shared: int = 0,
-        num_identity: int = 0,
+        num_idle: int = 0,
     ) -> None:
         super().__init__()
         self.d_model = d_model
-        self.num_identity = num_identity
+        self.num_idle = num_idle
         self.num_experts = num_experts
         self.top_k = top_k
         self.options = options
@@ -87,7 +87,8 @@ class Router(TrainingState):
         if options.logits.bias:
             self.bias = nn.Parameter(torch.empty(num_experts))
         if options.logits.mlp:
-            self.mlp = RouterMLP(d_model, options.logits.mlp, options.logits.norm_eps)
+            how = options.logits
+            self.mlp = RouterMLP(d_model, how.mlp, how.norm_eps, how.carry)
         if options.logits.norm:
             self.input_scale = nn.Parameter(torch.empty(d_model))
         if options.weights.with_shared:
@@ -162,6 +163,7 @@ class Router(TrainingState):
         mask_T: Tensor | None = None,
         sequences: tuple[int, int] | None = None,
         limited: bool = True,
+        state_TR: Tensor | None = None,
     ) -> Routing:
         """Route.
 
@@ -170,12 +172,16 @@ class Router(TrainingState):
             mask_T: true at real tokens; padding goes to no expert and is not counted.
             sequences: how many sequences of what length the T tokens are; default one.
             limited: whether the limit on capacity applies, if there is one.
+            state_TR: what the router of the layer before handed on, if this one reads it.
         """
         with torch.autocast(hidden_TD.device.type, enabled=False):
+            features_TD, state_TR = self._features(self._jittered(hidden_TD), state_TR)
             if self.options.is_ragged:
-                return self._ragged(hidden_TD, mask_T)
-            sequences = sequences or (1, len(hidden_TD))
-            return self._tokens_choose(hidden_TD, mask_T, sequences, limited)
+                routing = self._ragged(features_TD, mask_T)
+            else:
+                sequences = sequences or (1, len(hidden_TD))
+                routing = self._tokens_choose(features_TD, mask_T, sequences, limited)
+        return routing if state_TR is None else routing._replace(state=state_TR)
 
     def select(
         self,
@@ -183,14 +189,14 @@ class Router(TrainingState):
         mask_T: Tensor | None = None,
         sequences: tuple[int, int] | None = None,
     ) -> Routing:
-        """Return the routing of a call, without losses and statistics.
+        """Return the routing of a call, without losses, statistics and state.
 
         Decoding one token, those take longer than the choice.
         """
         if self.training or self.options.is_ragged:
             return self(hidden_TD, mask_T, sequences)._replace(losses={}, stats={})
         with without_autocast(hidden_TD.device.type):
-            hidden_TD = self._features(hidden_TD)
+            hidden_TD, _ = self._features(hidden_TD, None)
             logits_TE = self._logits(hidden_TD)
             chosen = self._chosen(hidden_TD, scores_of(logits_TE, self.options.score), logits_TE)
             if mask_T is None and self.capacity is None:
@@ -206,14 +212,15 @@ class Router(TrainingState):
         logits_TE = wide_linear(hidden_TD, self.weight, self.bias if options.bias else None)
         return scaled_logits(logits_TE, options)
 
-    def _features(self, hidden_TD: Tensor) -> Tensor:
-        """Return what the linear map reads."""
+    def _features(self, hidden_TD: Tensor, state_TR: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return what the linear map reads, and the state that is handed on, if there is one."""
         options = self.options.logits
         if options.norm:
             hidden_TD = normed_input(hidden_TD, self.input_scale, options.norm_eps)
-        if options.mlp:
-            hidden_TD = self.mlp(hidden_TD)
-        return hidden_TD
+        if not options.mlp:
+            return hidden_TD, None
+        state_TR = self.mlp.state(hidden_TD, state_TR)
+        return self.mlp(state_TR), state_TR
 
     def jitter_of(self, hidden_TD: Tensor) -> Tensor | None:
         """Draw factors for what the router reads, in fp32 or wider; None without jitter."""
@@ -233,7 +240,6 @@ class Router(TrainingState):
         sequences: tuple[int, int],
         limited: bool,
     ) -> Routing:
-        hidden_TD = self._features(self._jittered(hidden_TD))
         clean_TE = self._logits(hidden_TD)
         noisy_TE, std_TE = self._noisy(clean_TE, hidden_TD)
         scores_TE = scores_of(noisy_TE, self.options.score)
@@ -252,7 +258,7 @@ class Router(TrainingState):
             rounded = round_tokens(chosen, scores_TE, raw_TE, mask_T, self.options.rounding)
             left, dropped, bound = rounded.chosen, rounded.dropped, rounded.max_assignments
         asked = (probabilities_TE, chosen.indices, chosen.weights, mask_T)
-        stats = statistics(self, self._stats, *asked, dropped)
+        stats = statistics(self, routing_stats, *asked, dropped, self.num_experts)
         if rounded is not None:
             stats = {**stats, **rounded.stats}
         if self.training and self.options.bias_rule == "quantile":
@@ -304,22 +310,6 @@ class Router(TrainingState):
             selection_TE = selection_TE + self.selection_bias
         return selection_TE
 
-    def _stats(
-        self,
-        probabilities_TE: Tensor,
-        indices_TK: Tensor,
-        weights_TK: Tensor,
-        mask_T: Tensor | None,
-        dropped: Tensor | None,
-    ) -> dict[str, Tensor]:
-        experts = self.num_experts
-        stats = slot_stats(indices_TK, weights_TK.abs(), experts, mask_T, most_counts=experts)
-        stats["router_entropy"] = mean_entropy(probabilities_TE, mask_T)
-        stats["dropped"] = torch.zeros_like(stats["tokens"]) if dropped is None else dropped
-        if self.options.is_ragged and self.options.choice != "expert":
-            stats["without_expert"] = ragged.without_expert(indices_TK, mask_T)
-        return stats
-
     def _limit(
         self, chosen: Chosen, mask_T: Tensor | None, sequences: tuple[int, int] | None
     ) -> tuple[Chosen, Tensor | None, int]:
@@ -345,7 +335,7 @@ class Router(TrainingState):
 
     def _ragged(self, hidden_TD: Tensor, mask_T: Tensor | None) -> Routing:
         """Route each token to as many experts as take it."""
-        logits_TE = self._logits(self._features(self._jittered(hidden_TD)))
+        logits_TE = self._logits(hidden_TD)
         threshold_E = self.threshold if self.options.choice == "threshold" else None
         taken = ragged.take(logits_TE, mask_T, self.options, self.top_k, threshold_E)
         aux = {}
@@ -356,8 +346,8 @@ class Router(TrainingState):
             loss = loss if self._scope is None else loss / self._scope.layers
             aux["sparsity"] = self.sparsity_weight.to(loss.dtype).squeeze(0) * loss
         shares_TE = shares_of(taken.scores, self.options.score)
-        asked = (shares_TE, taken.indices, taken.weights, mask_T, None)
-        stats = statistics(self, self._stats, *asked)
+        asked = (shares_TE, taken.indices, taken.weights, mask_T, None, self.num_experts)
+        stats = statistics(self, routing_stats, *asked, self.options.choice != "expert")
         if self.training and threshold_E is not None:
             margins = ragged.threshold_margins(taken.scores, threshold_E, mask_T)
             stats = {**stats, "margins": margins}
@@ -375,7 +365,7 @@ class Router(TrainingState):
         for name in self._wide_buffers():
             setattr(self, name, getattr(self, name).float())  # whatever was assigned
         if self.options.selection_bias:
-            move_bias(self.selection_bias, self._load, self.options, self.top_k, self.num_identity)
+            move_bias(self.selection_bias, self._load, self.options, self.top_k, self.num_idle)
         if self.options.choice == "threshold":
             decay = self.options.threshold_decay
             ragged.move_threshold(self.threshold, self._load, self.top_k, decay)

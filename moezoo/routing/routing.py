@@ -1,6 +1,7 @@
 """What a router hands to the experts.
 
-Shapes: T tokens, K choices per token, S shared experts.
+Shapes: T tokens, K choices per token, S shared experts, R width of a
+router's MLP.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Routing(NamedTuple):
         stats: detached statistics.
         max_assignments: an upper bound on the number of indices that are not -1.
         shared_weights: ``(T, S)`` of the shared experts, where the router weighs these too.
+        state: ``(T, R)``, what the router hands on to that of the next layer, if it does.
     """
 
     indices: Tensor
@@ -30,3 +32,4 @@ class Routing(NamedTuple):
     stats: Mapping[str, Tensor]
     max_assignments: int
     shared_weights: Tensor | None = None
+    state: Tensor | None = None

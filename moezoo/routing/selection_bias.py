@@ -56,14 +56,14 @@ def selection_margins(selection_TE: Tensor, top_k: int) -> Tensor:
 
 
 def move_bias(
-    bias_E: Tensor, load: StepLoad, options: RouterOptions, top_k: int, num_identity: int = 0
+    bias_E: Tensor, load: StepLoad, options: RouterOptions, top_k: int, num_idle: int = 0
 ) -> None:
     """Move a selection bias, in place, by the load of one optimizer step over all ranks.
 
     By ``sign``, ``b_e += rate * sign(mean(c) - c_e)`` with c summed over ranks and micro-batches
-    (arXiv:2408.15664, algorithm 1). With identity experts it is LongCat-Flash's
+    (arXiv:2408.15664, algorithm 1). With experts that compute nothing it is LongCat-Flash's
     ``b_e += rate * (K_e / (K N) - c_e / Σ c)`` (arXiv:2509.01322, as its readers quote it), for
-    the N = E - I experts that compute alone, so that those of identity take the rest: on average a
+    the N = E - I experts that compute alone, so that the others take the rest: on average a
     token then has K_e experts that compute: ``expected_experts``, or ``K N / E``.
 
     By ``quantile`` (Su 2026), ``b_e = -Q_e`` with Q_e the number that a share k / E
@@ -76,7 +76,7 @@ def move_bias(
         load: of the step; without any the bias stays.
         options: of the router.
         top_k: experts per token k.
-        num_identity: identity experts I, the last ones of E.
+        num_idle: experts I that compute nothing, the last ones of E.
     """
     if options.bias_rule == "quantile":
         if load.margins is not None:
@@ -88,11 +88,11 @@ def move_bias(
         return
     counts_E = L.sum_over_ranks(load.counts).float()
     direction_E = (counts_E.mean() - counts_E).sign()
-    if num_identity:
-        computing = options.computing(len(counts_E), top_k, num_identity)
-        share = float(computing / (top_k * (len(counts_E) - num_identity)))
+    if num_idle:
+        computing = options.computing(len(counts_E), top_k, num_idle)
+        share = float(computing / (top_k * (len(counts_E) - num_idle)))
         direction_E = share - counts_E / counts_E.sum().clamp(min=1)
-        direction_E[-num_identity:] = 0.0
+        direction_E[-num_idle:] = 0.0
     bias_E += options.bias_update_rate * direction_E
     if options.bias_recentre:
         bias_E -= bias_E.mean()

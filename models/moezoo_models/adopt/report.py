@@ -30,7 +30,15 @@ from moezoo_models.files.model_files import existing, read_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = 64 << 20
 _RUNS, _BUDGET = 7, 5.0
-_FLAGS = ("bias", "shared_bias", "shared_gate", "interleaved", "d_latent", "num_identity_experts")
+_FLAGS = (
+    "bias",
+    "shared_bias",
+    "shared_gate",
+    "interleaved",
+    "d_latent",
+    "num_identity_experts",
+    "num_skip_experts",
+)
 
 
 class Row(NamedTuple):

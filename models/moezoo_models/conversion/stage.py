@@ -22,8 +22,8 @@ from moezoo_models.checkpoints.directory import quiet
 from moezoo_models.conversion.source import Source
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 from moezoo_models.model.config import MoezooConfig
-from moezoo_models.model.decoder import scaled_embeddings
 from moezoo_models.model.head import shaped_logits
+from moezoo_models.model.inputs import scaled_embeddings
 from moezoo_models.model.rotary import build_rotary
 
 Answer = Callable[[Tensor], Tensor]

@@ -69,25 +69,48 @@ class Added:
         """Begin the history, with the values of the prompts' last tokens, ``(B, E, W)``."""
         self._history = Remembered(earlier, new_tokens)
 
-    def answer(self, read: Tensor, told: Told, router_input: Tensor | None = None) -> Tensor:
+    def answer(self, read: Tensor, told: Told) -> Tensor:
         """Return what the layer adds, ``(B, D)``.
 
         Args:
             read: ``(B, D)``, what it reads.
             told: of the step's tokens.
-            router_input: ``(B, D)``, what its router reads, if not that.
         """
+        found: Tensor = self.layer.infer(read[:, None], **self._given(told))
+        return found[:, 0]
+
+    def feed(
+        self, read: Tensor, told: Told, router_input: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what a feed-forward block adds, ``(B, D)``, and the routers' state behind it.
+
+        Args:
+            read: ``(B, D)``, what it reads.
+            told: of the step's tokens.
+            router_input: ``(B, D)``, what its router reads, if not that.
+            state: ``(B, 1, R)``, what the router of the block before handed on, if one did.
+        """
+        layer, given = self.layer, self._given(told)
+        if router_input is not None:
+            given["router_input"] = router_input[:, None]
+        if layer.reads_router_state:
+            given["router_state"] = state
+        if not layer.router_state_width:
+            found: Tensor = layer.infer(read[:, None], **given)
+            return found[:, 0], state
+        output = layer(read[:, None], **given)
+        handed = state if output.router_state is None else output.router_state
+        return output.hidden[:, 0], handed
+
+    def _given(self, told: Told) -> dict[str, Any]:
         layer = self.layer
         given: dict[str, Any] = {"token_ids": told.ids}
         if layer.needs_earlier_tokens:
             given = {"token_ids": told.all_ids, "mask": told.all_mask}
-        if router_input is not None:
-            given["router_input"] = router_input[:, None]
         if layer.reads_positions:
             given["positions"] = told.positions
         if layer.reads_embeddings:
             given["embeddings"] = told.embeddings
         if layer.keeps_history:
             given["history"] = self._history
-        found: Tensor = layer.infer(read[:, None], **given)
-        return found[:, 0]
+        return given

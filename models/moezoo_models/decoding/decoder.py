@@ -161,6 +161,7 @@ class Decoder:
         torch.index_select(self._model.model.embed_tokens.weight, 0, token_ids, out=hidden)
         rotary: tuple[Tensor, Tensor] | None = None
         told = self._tell(token_ids[:, None])
+        state: Tensor | None = None  # handed from router to router, for this token alone
         for block in self._blocks:
             for memory in block.before:
                 hidden += memory.answer(hidden, told)
@@ -176,7 +177,8 @@ class Decoder:
                 block.feed()
             elif block.second_norm is not None:
                 normed = block.second_norm(block.before_feed)
-                hidden += block.mlp.answer(normed, told, block.read)
+                answer, state = block.mlp.feed(normed, told, block.read, state)
+                hidden += answer
             for memory in block.behind:
                 hidden += memory.answer(hidden, told)
         self._at += 1

@@ -109,7 +109,7 @@ def native_feed_forward(
 
 def _is_plain(layer: SparseMoE) -> bool:
     """Return whether it is a router, experts at full width, at most a shared one, and no more."""
-    more = layer.d_latent or layer.num_identity_experts or layer.shared_gate
+    more = layer.d_latent or layer.num_idle_experts or layer.shared_gate
     more = more or layer.expert_norms != ExpertNormOptions()
     alike = layer.shared_glu in (None, layer.glu)
     return not more and alike and layer.gate.capacity is None

@@ -17,7 +17,7 @@ from moezoo.errors import InputError, check_int
 from moezoo_models.decoding.griffin import dense_blocks, kept_after
 from moezoo_models.evaluation.scoring import logits_of, window_length
 from moezoo_models.mode import evaluating
-from moezoo_models.model.decoder import check_token_ids
+from moezoo_models.model.inputs import check_token_ids
 from moezoo_models.text.encoding import encode_text
 from moezoo_models.text.tokenizer import Tokenizer
 

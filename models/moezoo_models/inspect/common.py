@@ -18,7 +18,7 @@ from moezoo.feed_forward import FeedForward
 from moezoo_models.adopt import adopted_layers
 from moezoo_models.evaluation.scoring import window_length
 from moezoo_models.model.causal_lm import MoezooForCausalLM
-from moezoo_models.model.decoder import check_token_ids
+from moezoo_models.model.inputs import check_token_ids
 from moezoo_models.progress import progress_bar
 
 

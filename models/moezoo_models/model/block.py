@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -113,11 +113,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         tokens: TokensSeen,
         rotary: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None,
+        router_state: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, list[Noted]]:
-        """Return the new hidden states, and losses and statistics of the block's layers.
+    ) -> tuple[Tensor, list[Noted], Tensor | None]:
+        """Return the new hidden states, losses and statistics of the block's layers, and a state.
 
-        Those of the feed-forward block come first, then those of the memories.
+        Losses and statistics of the feed-forward block come first, then those of the memories. The
+        state is what its router hands on, or what was given if it hands on nothing.
         """
         noted: list[Noted] = []
         given = (tokens, past_key_values, kwargs.get("position_ids"))
@@ -135,18 +137,22 @@ class DecoderLayer(GradientCheckpointingLayer):
         if isinstance(self.mlp, JoinedSlots):
             own: Noted = ({}, {"context_mass": _mean(beside, tokens.mask)})
         else:
+            carried = {"router_state": router_state} if self.mlp.reads_router_state else {}
             answer = self.mlp(
                 self._read_by_feed_forward(entering, normed, hidden),
                 router_input=self._read_by_router(entering, hidden),
                 **self._context(self.mlp, "mlp", *given),
+                **carried,
             )
             hidden = self.with_answer(hidden, answer.hidden)
+            if answer.router_state is not None:
+                router_state = answer.router_state
             losses = answer.losses
             if isinstance(self.self_attn, MixtureAttention):
                 losses = losses | {f"attention_{name}": loss for name, loss in beside.items()}
             own = (losses, answer.stats)
         hidden = self._with_memories("after_feed_forward", hidden, noted, *given)
-        return hidden, [own, *noted]
+        return hidden, [own, *noted], router_state
 
     def _given_to_attention(self, token_mask: Tensor | None) -> dict[str, Any]:
         """Return what attention takes of the block: slots of a memory, or a mixture's experts."""
@@ -266,6 +272,24 @@ def build_feed_forward(config: MoezooConfig, layer: int) -> FeedForward:
     except InputError as error:
         raise InputError(f"ffn[{number}]: {error}") from None
     return block
+
+
+def check_router_states(blocks: Sequence[DecoderLayer]) -> None:
+    """Refuse blocks whose router carries a state of another width than it is given.
+
+    Raises:
+        InputError: names the layers and both widths.
+    """
+    before: tuple[int, int] | None = None
+    for number, block in enumerate(blocks):
+        layer: Any = block.mlp
+        width = getattr(layer, "router_state_width", 0)
+        if width and before and layer.reads_router_state and before[1] != width:
+            raise InputError(
+                f"router.logits.mlp: layer {number} carries the state of layer {before[0]}, which "
+                f"is {before[1]} wide, into an MLP of {width}; give both the same"
+            )
+        before = (number, width) if width else before
 
 
 def _mean(context_share: Tensor, token_mask: Tensor | None) -> Tensor:

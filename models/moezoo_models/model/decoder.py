@@ -31,9 +31,10 @@ from moezoo_models.adapters.transformers import (
 from moezoo_models.files.loading import GatedLoading
 from moezoo_models.model.attention import SelfAttention
 from moezoo_models.model.attention_backends import check_backend
-from moezoo_models.model.block import DecoderLayer, TokensSeen
+from moezoo_models.model.block import DecoderLayer, TokensSeen, check_router_states
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.initialization import current_deferred_init, drop, reset_feed_forward
+from moezoo_models.model.inputs import check_positions, check_token_ids, scaled_embeddings
 from moezoo_models.model.memories import recorded_memories
 from moezoo_models.model.norm import NORMS, Norm
 from moezoo_models.model.outputs import MoezooModelOutput
@@ -146,6 +147,7 @@ class MoezooModel(MoezooPreTrainedModel):
             self.layers = nn.ModuleList(
                 _block(config, layer) for layer in range(config.num_hidden_layers)
             )
+        check_router_states(list(self.blocks()))
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = build_rotary(config)
         self.gradient_checkpointing = False
@@ -245,14 +247,16 @@ class MoezooModel(MoezooPreTrainedModel):
         losses: dict[str, list[Tensor]] = defaultdict(list)
         stats, memory_stats = [], []
         tokens = TokensSeen(inputs_embeds, input_ids, token_mask, *context)
+        state: Tensor | None = None  # handed from router to router, in this pass alone
         for kind, layer in zip(self.config.layer_types, self.blocks(), strict=True):
-            hidden, noted = layer(
+            hidden, noted, state = layer(
                 hidden,
                 attention_mask=masks[kind],
                 tokens=tokens,
                 rotary=rotary.get(kind),
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                router_state=state,
                 **kwargs,
             )
             for name, loss in (item for own, _ in noted for item in own.items()):
@@ -345,43 +349,6 @@ class MoezooModel(MoezooPreTrainedModel):
             )
             for kind in dict.fromkeys(self.config.layer_types)
         }
-
-
-def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
-    """Refuse token ids outside the vocabulary.
-
-    Raises:
-        InputError: names the id and the vocabulary's size.
-    """
-    if not token_ids.numel():
-        return
-    low, high = (int(bound) for bound in token_ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise InputError(
-            f"input_ids: token id {low if low < 0 else high} is outside the model's vocabulary of "
-            f"{vocab_size}; use the tokenizer that the model was trained with"
-        )
-
-
-def check_positions(position_ids: Tensor, longest: int) -> None:
-    """Refuse positions for which no embedding was learned.
-
-    Raises:
-        InputError: names the position, and how many there are.
-    """
-    if position_ids.numel() and (last := int(position_ids.max())) >= longest:
-        raise InputError(
-            f"position_ids: position {last} is beyond the {longest} that were learned "
-            "(max_position_embeddings); give shorter texts"
-        )
-
-
-def scaled_embeddings(embedded: Tensor, config: MoezooConfig) -> Tensor:
-    """Multiply embeddings of tokens by the model's factor, rounded to their dtype as Gemma does."""
-    if config.embedding_multiplier == 1.0:
-        return embedded
-    factor = config.embedding_multiplier
-    return embedded * torch.tensor(factor, device=embedded.device).to(embedded.dtype)
 
 
 def _block(config: MoezooConfig, layer: int) -> DecoderLayer:

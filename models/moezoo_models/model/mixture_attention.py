@@ -166,11 +166,11 @@ class MixtureAttention(SelfAttention):
 
 def _check(config: MoezooConfig, layer: SparseMoE, options: AttentionExperts) -> None:
     check_int("attention_experts.top_k", options.top_k, maximum=layer.num_experts)
-    more = layer.d_latent is not None or layer.num_identity_experts or layer.gate.capacity
+    more = layer.d_latent is not None or layer.num_idle_experts or layer.gate.capacity
     if more or layer.expert_norms != ExpertNormOptions():
         raise InputError(
-            "attention_experts: attention shares experts of full width, without norms, capacity or "
-            "identity experts; leave these out"
+            "attention_experts: attention shares experts of full width, without norms, capacity, "
+            "identity or skip experts; leave these out"
         )
     if config.qk_norm:
         raise InputError("attention_experts: its queries have no norms; set qk_norm to false")

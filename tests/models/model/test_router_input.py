@@ -125,7 +125,7 @@ def plain_block(block, x, read, eps):
 
 def run_block(model, x):
     rotary = model.model.rotary_emb(x, torch.arange(x.shape[1])[None])
-    hidden, ((losses, stats),) = model.model.layers[1](
+    hidden, ((losses, stats),), _ = model.model.layers[1](
         x,
         attention_mask=None,
         tokens=TokensSeen(x, None, None, None, None),

@@ -347,8 +347,37 @@ CONVENTIONS = {
     "expert_choice_logits": _moe(
         top_k=3,
         router=RouterOptions(
-            choice="expert", normalize=False, logits=LogitOptions(True, True, 7, 0.3, 0.8, 0.9)
+            choice="expert",
+            normalize=False,
+            logits=LogitOptions(True, True, 7, 0.3, 0.8, 0.9),
         ),
+    ),
+    "router_state": _moe(
+        num_experts=5,
+        num_skip_experts=1,
+        top_k=1,
+        router=RouterOptions(
+            normalize=False,
+            jitter=0.2,
+            selection_bias=True,
+            logits=LogitOptions(mlp=6, norm_eps=0.2, carry=True),
+        ),
+        balance=BalanceOptions(0.1, z_loss=0.2),
+    ),
+    "router_state_of_experts_that_choose": _moe(
+        top_k=3,
+        router=RouterOptions(
+            choice="expert", normalize=False, logits=LogitOptions(mlp=7, carry=True, scale=0.8)
+        ),
+    ),
+    "skip_and_identity": _moe(
+        num_experts=4,
+        num_identity_experts=2,
+        num_skip_experts=2,
+        num_shared_experts=1,
+        top_k=3,
+        bias=False,
+        router=RouterOptions(scale=1.5, selection_bias=True, expected_experts=1.5),
     ),
     "gpt_oss_gate": _moe(activation="quick_gelu", glu=GLUOptions(limit=0.6, up_shift=1.0)),
     "limit_after": _moe(num_shared_experts=1, glu=GLUOptions(limit=0.3, limit_after=True)),

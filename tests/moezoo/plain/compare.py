@@ -96,6 +96,10 @@ def inputs(layer: FeedForward, situation: Mapping[str, Any]) -> tuple[Tensor, Ca
     embeddings = None
     if situation.get("masked") and layer.reads_embeddings:
         embeddings = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+    state = None
+    if situation.get("masked") and layer.reads_router_state:
+        wide = (*shape, layer.router_state_width)
+        state = 2 * torch.randn(wide, generator=generator, dtype=torch.float64)
     return hidden, Call(
         training=situation["training"],
         mask=mask,
@@ -103,6 +107,7 @@ def inputs(layer: FeedForward, situation: Mapping[str, Any]) -> tuple[Tensor, Ca
         token_ids=torch.randint(VOCABULARY, shape, generator=generator),
         positions=torch.arange(shape[-1]).expand(shape) if situation.get("masked") else None,
         embeddings=embeddings,
+        router_state=state,
     )
 
 
@@ -115,13 +120,19 @@ def gradients(
     total = (outcome.hidden * direction).sum()
     for place, name in enumerate(sorted(outcome.losses)):
         total = total + (place + 2) * outcome.losses[name]
+    handed = outcome.router_state
+    if handed is not None:
+        total = total + (handed * torch.linspace(-1, 2, handed.shape[-1]).to(handed)).sum()
     leaves = {"d hidden": hidden} | {f"d {name}": tensor for name, tensor in weights.items()}
     if call.router_input is not None:
         leaves["d router_input"] = call.router_input
-    if call.embeddings is not None:
-        leaves["d embeddings"] = call.embeddings
+    for name in ("embeddings", "router_state"):
+        if (given := getattr(call, name)) is not None:
+            leaves[f"d {name}"] = given
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     losses = {f"loss {name}": loss.detach() for name, loss in outcome.losses.items()}
+    if handed is not None:
+        losses["handed"] = handed.detach()
     return {"hidden": outcome.hidden.detach(), **losses, **dict(zip(leaves, found, strict=True))}
 
 
@@ -155,6 +166,7 @@ def by_layer(
         mask=call.mask,
         positions=call.positions,
         embeddings=call.embeddings,
+        **({"router_state": call.router_state} if layer.reads_router_state else {}),
     )
     found: dict[str, Any] = gradients(outcome, hidden, call, dict(layer.named_parameters()))
     for name, buffer in layer.named_buffers():
@@ -167,7 +179,7 @@ def by_layer(
 
 
 def _leaves(hidden: Tensor, call: Call) -> tuple[Tensor, Call]:
-    for name in ("router_input", "embeddings"):
+    for name in ("router_input", "embeddings", "router_state"):
         if (given := getattr(call, name)) is not None:
             call = call._replace(**{name: given.clone().requires_grad_()})
     return hidden.clone().requires_grad_(), call

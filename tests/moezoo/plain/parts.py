@@ -21,6 +21,7 @@ class Call(NamedTuple):
     """What a layer is called with, beside the hidden states.
 
     ``earlier`` are the counts of the micro-batches before this one of the same optimizer step.
+    ``handed`` collects what the router hands on, token by token.
     """
 
     training: bool
@@ -30,19 +31,22 @@ class Call(NamedTuple):
     positions: Tensor | None = None
     embeddings: Tensor | None = None
     earlier: list[int] | None = None
+    router_state: Tensor | None = None
+    handed: list[Tensor] | None = None
 
 
 class Answer(NamedTuple):
     """What a layer has to return, and what its call has to leave behind.
 
     ``counts`` are the assignments of each slot before any limit, of real tokens only. ``state``
-    holds buffers that the call changes.
+    holds buffers that the call changes, ``router_state`` what the router hands on.
     """
 
     hidden: Tensor
     losses: dict[str, Tensor]
     counts: list[int] | None = None
     state: Mapping[str, Tensor] = {}
+    router_state: Tensor | None = None
 
 
 def activation(name: str, x: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
         tokens = [x_D * factor_D for x_D, factor_D in zip(tokens, factors, strict=True)]
         asking = [x_D * factor_D for x_D, factor_D in zip(asking, factors, strict=True)]
     computing = options["num_experts"]
-    options = {**options, "num_experts": computing + options["num_identity_experts"]}
+    returning = computing + options["num_identity_experts"]
+    options = {**options, "num_experts": returning + options["num_skip_experts"]}
+    call = call._replace(handed=[])
     route = {"expert": _experts_choose, "threshold": _thresholds_choose, "token": _tokens_choose}[
         options["router"]["choice"]
     ]
@@ -52,9 +54,9 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
     for t, x_D in enumerate(tokens):
         y_D = torch.zeros_like(x_D)
         for e, gate in gates[t].items():
-            if e >= computing:  # arXiv:2509.01322: it returns the token
+            if computing <= e < returning:  # arXiv:2509.01322: it returns the token
                 y_D = y_D + gate * x_D
-            elif e >= 0:
+            elif 0 <= e < computing:
                 y_D = y_D + _routed(weights, options, answer, e, gate, x_D)
         if weighed and real[t]:
             for number in range(options["num_shared_experts"]):
@@ -66,7 +68,10 @@ def sparse_moe(weights: Weights, options: Options, hidden: Tensor, call: Call) -
                 shared_D = sigmoid(weights["shared_expert_gate.weight"] @ x_D) * shared_D
             y_D = y_D + shared_D
         rows.append(y_D)
-    return Answer(stacked(rows, hidden), losses, counts)
+    handed = None
+    if call.handed:
+        handed = torch.stack(call.handed).reshape(*hidden.shape[:-1], -1)
+    return Answer(stacked(rows, hidden), losses, counts, router_state=handed)
 
 
 def _routed(
@@ -112,7 +117,7 @@ def _tokens_choose(
     clean, logits, spread, shares, chosen, gates, wanted = [], [], [], [], [], [], []
     scores = []
     for t, x_D in enumerate(asking):
-        x_D = _router_input(weights, router["logits"], x_D)
+        x_D = _router_input(weights, router["logits"], x_D, call, t)
         clean_E = logits_E = _logits(weights, router["logits"], x_D)
         if noise is not None:  # arXiv:1701.06538, eq. 4, with a floor of 0.01
             spread_E = torch.log(1 + torch.exp(weights["gate.noise_weight"] @ x_D)) + 0.01
@@ -189,16 +194,24 @@ def _rounded(
     return rounded
 
 
-def _router_input(weights: Weights, options: Options, x_D: Tensor) -> Tensor:
-    """Return what the linear map reads: normalised as by Gemma 4, through an MLP as in ZAYA."""
+def _router_input(weights: Weights, options: Options, x_D: Tensor, call: Call, t: int) -> Tensor:
+    """Return what the linear map reads: normalised as by Gemma 4, through an MLP as in ZAYA.
 
+    ZAYA's state is the MLP's first product, to which the state of the layer before is added.
+    """
     eps = options["norm_eps"]
     if options["norm"]:
         x_D = _by_rms(x_D, eps) * weights["gate.input_scale"] / math.sqrt(len(x_D))
     if options["mlp"]:
         parts = {n: weights[f"gate.mlp.{n}.weight"] for n in ("down", "fc1", "fc2")}
         biases = {n: weights[f"gate.mlp.{n}.bias"] for n in parts}
-        x_D = _by_rms(parts["down"] @ x_D + biases["down"], eps) * weights["gate.mlp.norm_scale"]
+        state_R = parts["down"] @ x_D + biases["down"]
+        if options["carry"] and call.router_state is not None:
+            before_R = call.router_state.reshape(-1, len(state_R))[t]
+            state_R = state_R + before_R * weights["gate.mlp.state_scale"]
+        assert call.handed is not None
+        call.handed.append(state_R)
+        x_D = _by_rms(state_R, eps) * weights["gate.mlp.norm_scale"]
         for name in ("fc1", "fc2"):
             x_D = activation("gelu", parts[name] @ x_D + biases[name])
     return x_D
@@ -465,7 +478,7 @@ def _experts_choose(
     """Let each expert take its ``T k / E`` best tokens (arXiv:2202.09368, section 3.2)."""
     asking = _jittered(asking, options["router"], call)
     linear = options["router"]["logits"]
-    asking = [_router_input(weights, linear, x_D) for x_D in asking]
+    asking = [_router_input(weights, linear, x_D, call, t) for t, x_D in enumerate(asking)]
     logits = [_logits(weights, linear, x_D) for x_D in asking]
     scores = [softmax(logits_E) for logits_E in logits]
     everyone = [t for t in range(len(asking)) if real[t]]
@@ -493,7 +506,8 @@ def _thresholds_choose(
     """Let each expert take the tokens whose score is above its threshold (arXiv:2603.11535)."""
     router, clean, gates = options["router"], [], []
     for t, x_D in enumerate(_jittered(asking, router, call)):
-        logits_E = _logits(weights, router["logits"], _router_input(weights, router["logits"], x_D))
+        x_D = _router_input(weights, router["logits"], x_D, call, t)
+        logits_E = _logits(weights, router["logits"], x_D)
         scores_E = softmax(logits_E) if router["score"] == "softmax" else _score(logits_E, router)
         mine = {}
         for e, limit in enumerate(weights["gate.threshold"].tolist()):
@@ -523,7 +537,8 @@ def _positive_scores_choose(
     router, balance, experts = options["router"], options["balance"], options["num_experts"]
     clean, gates = [], []
     for t, x_D in enumerate(_jittered(asking, router, call)):
-        logits_E = _logits(weights, router["logits"], _router_input(weights, router["logits"], x_D))
+        x_D = _router_input(weights, router["logits"], x_D, call, t)
+        logits_E = _logits(weights, router["logits"], x_D)
         mine = {e: logits_E[e] for e in range(experts) if logits_E[e] > 0 and real[t]}
         clean.append(logits_E)
         gates.append(mine)
