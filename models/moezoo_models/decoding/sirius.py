@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import PreTrainedModel
 
 from moezoo.convert.select import read_share
 from moezoo.convert.select.prompt import kept_count
 from moezoo.errors import InputError, check_int, check_number
+from moezoo.feed_forward import FeedForward
 from moezoo.layers.dense import DenseFFN
 from moezoo.layers.selective_ffn import SelectiveFFN
 from moezoo.selection import Selector
@@ -161,8 +163,14 @@ def check_corrected(
     why = ineligible(model)
     if why is None and _turned_by_length(model, length, new_tokens):
         why = "its rotary embeddings turn otherwise at the length that the text grows past"
+    if why is None and any(layer.keeps_history for _, layer in _added(model)):
+        why = "its memories convolve over tokens that a check would have to take back"
     if why is not None:
         raise InputError(f"sirius: {why}, and only our own decoding is checked; leave it out")
+
+
+def _added(model: PreTrainedModel) -> Iterator[tuple[int, FeedForward]]:
+    return cast(MoezooForCausalLM, model).model.added_layers()
 
 
 def _turned_by_length(model: PreTrainedModel, length: int, new_tokens: int) -> bool:

@@ -41,8 +41,20 @@ KINDS = {
     "predictor": {"selection": {"kind": "predictor", "top_k": 16, "rank": 12}},
     "remainder": {"selection": {"kind": "threshold", "input": 0.9, "hidden": 0.3, "remainder": 3}},
 }
+HASHED = {"num_heads": 2, "num_rows": 40}
+UNCONVOLVED = {"class_path": "Engram", "init_args": {**HASHED, "convolution": False}}
 FIELDS = {
     "plain": {},
+    "memories": {
+        "memory": [
+            {"layers": [1], "class_path": "L3"},
+            {
+                "layers": "all",
+                "class_path": "Engram",
+                "init_args": {**HASHED, "convolution": False},
+            },
+        ]
+    },
     "window": {"sliding_window": 5},
     "some_windows": {
         "num_hidden_layers": 3,
@@ -451,6 +463,8 @@ def test_models_that_cannot_be_checked_are_refused(build, byte_tokenizer):
         "original_max_position_embeddings": 8,
     }
     refused(build(vocab_size=257, rope_parameters=rope), "sirius: its rotary embeddings turn")
+    memory = [{"layers": "all", "class_path": "Engram", "init_args": HASHED}]
+    refused(build(vocab_size=257, memory=memory), "sirius: its memories convolve over tokens")
 
 
 def test_the_command_prints_a_line_of_figures(build, byte_level_tokenizer, tmp_path, capsys):
