@@ -1,5 +1,4 @@
-"""The loop of Sirius: sparse tokens, a pass of all of the model over them, and back to the first
-that it finds unlikely.
+"""The loop of Sirius: sparse tokens, a check by all of the model, and back to what is unlikely.
 
 Texts of a batch are continued one after the other: each falls back to a place of its own, and a
 sparse model reads little less than everything for many texts at once.

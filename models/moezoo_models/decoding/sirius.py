@@ -1,9 +1,9 @@
 """A sparse model's tokens, checked by all of the model every so often (Sirius): options and counts.
 
-Zhou et al. 2024, arXiv:2409.03856, section 4: the sparse model writes a few tokens; the full one
-reads them in one pass, whose keys and values stay in the cache; what it finds unlikely goes, with
-all behind it, and its own choice stands there instead. Both have the same weights, so nothing else
-is loaded. :mod:`moezoo_models.decoding.correcting` is the loop.
+Zhou et al. 2024, arXiv:2409.03856: the sparse model writes a few tokens; the full one reads them in
+one pass, whose keys and values stay in the cache; what it finds unlikely goes, with all behind it,
+and its own choice stands there instead. Both have the same weights, so nothing else is loaded.
+:mod:`moezoo_models.decoding.correcting` is the loop.
 """
 
 from __future__ import annotations
