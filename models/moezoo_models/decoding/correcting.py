@@ -170,6 +170,8 @@ class _Text:
     def _passes(self, draft: Tensor, choice: _Choice) -> bool:
         if int(draft) == int(choice.token):
             return True
+        if self._options.threshold == 1:  # which a probability of nearly 1 is rounded to
+            return False
         likely = (choice.logits / self._options.temperature).softmax(-1)
         return float(likely[0, draft]) >= self._options.threshold
 

@@ -26,6 +26,8 @@ from moezoo_models.decoding.eligible import ineligible, turns_anew
 from moezoo_models.decoding.griffin import dense_blocks
 from moezoo_models.model.causal_lm import MoezooForCausalLM
 
+_LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Sirius:
@@ -51,8 +53,11 @@ class Sirius:
             )
         check_int("sirius.period", self.period, minimum=2)
         check_number("sirius.threshold", self.threshold, maximum=1.0)
-        if not check_number("sirius.temperature", self.temperature):
-            raise InputError("sirius.temperature: logits are divided by it; give more than 0")
+        if check_number("sirius.temperature", self.temperature) < _LEAST_TEMPERATURE:
+            raise InputError(
+                f"sirius.temperature: {self.temperature:g} is too little to divide by; give "
+                f"{_LEAST_TEMPERATURE:g} or more"
+            )
 
     def counts(self) -> Corrections | None:
         """Return where to count what checks find; None if there are to be none.
