@@ -45,6 +45,8 @@ def adam_rows(
         width, options = table[0].numel(), (*map(float, betas), float(eps), float(step_size))
         operands = table, first, second, rows.contiguous(), gradients
         native.call("moezoo_adam_rows", *operands, len(rows), width, *options)
+        for changed in (table, first, second):  # as operators of torch tell what they write
+            torch.autograd.graph.increment_version(changed)
         return
     mean, square = first[rows], second[rows]
     mean += (gradients - mean) * (1 - betas[0])

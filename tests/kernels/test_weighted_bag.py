@@ -35,7 +35,7 @@ class Problem:
 
 
 def problem(tokens=63, choices=7, rows=40, width=37, routing="some none") -> Problem:
-    indices = torch.randint(rows, (tokens, choices))
+    indices = torch.randint(max(rows, 1), (tokens, choices))
     if routing == "some none":
         indices[torch.rand(indices.shape) < 0.3] = -1
     if routing == "all none":
@@ -77,6 +77,7 @@ SIZES = [
     {"tokens": 500, "rows": 3},
     {"routing": "all none"},
     {"routing": "one row"},
+    {"rows": 0, "routing": "all none"},
 ]
 
 

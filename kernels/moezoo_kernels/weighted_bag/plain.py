@@ -18,7 +18,7 @@ _DEFAULT_CHUNK_BYTES = 1 << 26
 
 def forward(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Return the bags, ``(T, V)``."""
-    if indices.numel() == 0:
+    if indices.numel() == 0 or table.shape[0] == 0:  # then all indices are -1
         return table.new_zeros(indices.shape[0], table.shape[1])
     kept = weights.masked_fill(indices < 0, 0.0).to(table.dtype)
     return F.embedding_bag(indices.clamp(min=0), table, mode="sum", per_sample_weights=kept)
@@ -45,6 +45,8 @@ def _dots(grad: Tensor, table: Tensor, indices: Tensor, dtype: torch.dtype) -> T
     """Multiply each token's gradient with the rows it read; zero for index -1: (T, J)."""
     tokens, choices = indices.shape
     dots = torch.zeros(tokens, choices, dtype=dtype, device=grad.device)
+    if table.shape[0] == 0:
+        return dots
     budget = _CHUNK_BYTES.get(grad.device.type, _DEFAULT_CHUNK_BYTES)
     chunk = max(1, budget // max(1, choices * table.shape[1] * table.element_size()))
     for start in range(0, tokens, chunk):
