@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from moezoo import HashLayer, InputError
 from moezoo.routing import hashing
@@ -18,7 +17,6 @@ from moezoo_train.data import prepared
 from moezoo_train.data.datamodule import TokenDataModule
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.run import hash_tables
-from moezoo_train.run.cli import run
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\)"),
@@ -42,42 +40,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fit(folder):
+def fit(folder, make_short_runs):
     """Return a function that runs `moezoo fit` with a hash layer."""
+    train = make_short_runs(folder, warmup_steps=2)
 
     def fit(name: str, hash_function: str, **options) -> Path:
         layer = {"num_experts": 4, "vocab_size": 300, "hash_function": hash_function}
-        recipe = {
-            "output": str(folder / name),
-            "loggers": ["csv"],
-            "sample_tokens": 0,
-            "checkpoint_every": 2,
-            "model": {
-                "d_model": 16,
-                "num_layers": 2,
-                "num_heads": 2,
-                "ffn": {"class_path": "moezoo.HashLayer", "init_args": layer},
-                "schedule": {"warmup_steps": 2, "total_steps": 4},
-            },
-            "data": {
-                "source": str(folder / "corpus"),
-                "data_dir": str(folder / "data"),
-                "vocab_size": 300,
-                "sequence_length": 16,
-                "batch_size": 2,
-                "val_fraction": 0.1,
-            },
-            "trainer": {
-                "accelerator": "cpu",
-                "max_steps": 4,
-                "log_every_n_steps": 1,
-                "enable_progress_bar": False,
-            },
-        }
-        path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        run(["fit", "--config", str(path), *(f"--{k}={v}" for k, v in options.items())])
-        return folder / name
+        return train(name, {"ffn": {"class_path": "moezoo.HashLayer", "init_args": layer}}, options)
 
     return fit
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from moezoo import InputError
 from moezoo.routing.ngram import text_classes
@@ -17,7 +16,6 @@ from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.throughput import count_parameters, ffn_layers, forward_flops_per_token
 from moezoo_train.plan.trace import _kinds
 from moezoo_train.run import hash_tables
-from moezoo_train.run.cli import run
 from moezoo_train.run.module import LanguageModel
 
 pytestmark = [
@@ -45,41 +43,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fit(folder):
+def fit(folder, make_short_runs):
     """Return a function that runs `moezoo fit` with two memories."""
+    train = make_short_runs(folder, warmup_steps=1)
 
     def fit(name: str, memory=MEMORY, **options) -> Path:
-        recipe = {
-            "output": str(folder / name),
-            "loggers": ["csv"],
-            "sample_tokens": 0,
-            "checkpoint_every": 2,
-            "model": {
-                "d_model": 16,
-                "num_layers": 2,
-                "num_heads": 2,
-                "memory": memory,
-                "schedule": {"warmup_steps": 1, "total_steps": 4},
-            },
-            "data": {
-                "source": str(folder / "corpus"),
-                "data_dir": str(folder / "data"),
-                "vocab_size": 300,
-                "sequence_length": 16,
-                "batch_size": 2,
-                "val_fraction": 0.1,
-            },
-            "trainer": {
-                "accelerator": "cpu",
-                "max_steps": 4,
-                "log_every_n_steps": 1,
-                "enable_progress_bar": False,
-            },
-        }
-        path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        run(["fit", "--config", str(path), *(f"--{k}={v}" for k, v in options.items())])
-        return folder / name
+        return train(name, {"memory": memory}, options)
 
     return fit
 
