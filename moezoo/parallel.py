@@ -1,13 +1,15 @@
 """Expert parallelism: tokens are dispatched to the ranks of their experts, outputs combined.
 
 Every rank of a one-dimensional device mesh has tokens of its own and a share of a layer's experts.
-Two ways to bring them together, both differentiable, neither with a limit on how many tokens go
+Three ways to bring them together, all differentiable, none with a limit on how many tokens go
 where:
 
 - :func:`dispatch_tokens` sends a token once to each rank that holds some of its experts (a
   mixture: few experts per token; GShard, arXiv:2006.16668);
 - :class:`TokenGather` all-gathers the tokens (product-key layers, whose tokens read hundreds of
-  rows: Memory Layers at Scale, arXiv:2412.09764, section 3.2).
+  rows: Memory Layers at Scale, arXiv:2412.09764, section 3.2);
+- :mod:`moezoo.experts.row_shares` asks the ranks that hold them for rows of a token table, each
+  once, and sends their gradients back.
 
 **Gradients.** Data parallelism averages gradients over the ranks. A rank's experts run on the
 tokens of all R ranks of the mesh, so their gradient arrives already summed over these; :func:`own`
@@ -37,8 +39,10 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     """Split the experts of every layer in a model over the ranks of a mesh.
 
     Stacked MLPs (mixtures, hash layers) and the tables of PEER are split by experts, the values of
-    memory layers by their width. Parameters become ``DTensor`` of the same names and global
-    shapes, so that a checkpoint is the same with and without. The layers' outputs stay what they
+    memory layers by their width, and the tables of token rows by rows. Parameters become
+    ``DTensor`` of the same names and global shapes, so that a checkpoint is the same with and
+    without; those with sparse gradients stay plain (:class:`moezoo.experts.row_shares.RowShare`)
+    and become ``DTensor`` in state dicts only. The layers' outputs stay what they
     were for the tokens of this rank. All ranks of the mesh must run a layer together, forward and
     backward, each with any number of tokens, none included.
 
@@ -50,8 +54,8 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
         The modules whose parameters are split now.
 
     Raises:
-        InputError: a number of experts, or a width, is not a multiple of the number of ranks; a
-            table's gradient is sparse.
+        InputError: a number of experts, or a width, is not a multiple of the number of ranks; the
+            gradient of a table that is not of tokens is sparse; a table is offloaded.
     """
     stores = [m for m in model.modules() if getattr(m, "can_shard", False)]
     for store in stores:
@@ -83,7 +87,12 @@ def split_parameters(module: nn.Module, mesh: DeviceMesh, dimension: int, what: 
 def own(parameter: Tensor) -> Tensor:
     """Return this rank's share of a split parameter; its gradient is divided by the ranks."""
     share: Any = parameter
-    return _ScaleGradient.apply(share.to_local(), 1.0 / share.device_mesh.size())
+    return divided_gradient(share.to_local(), share.device_mesh.size())
+
+
+def divided_gradient(x: Tensor, ranks: int) -> Tensor:
+    """Return a tensor whose gradient, dense or sparse, is divided by a number of ranks."""
+    return _ScaleGradient.apply(x, 1.0 / ranks)
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -216,6 +225,7 @@ __all__ = [
     "DispatchedTokens",
     "TokenGather",
     "dispatch_tokens",
+    "divided_gradient",
     "exchange",
     "own",
     "shard_experts",

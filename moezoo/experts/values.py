@@ -8,10 +8,11 @@ Shapes: T tokens, N slots, K slots read per token (all heads), V width of a valu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from moezoo_kernels import weighted_bag
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+Table = TypeVar("Table", bound="ValueTable")
 
 
 class ValueTable(nn.Module):
@@ -91,31 +95,37 @@ class ValueTable(nn.Module):
         """Multiply a dense ``(T, N)`` matrix of weights with the whole table."""
         if mask_T is not None:
             weights_TK = weights_TK.masked_fill(~mask_T.unsqueeze(-1), 0.0)
-        weight: Tensor = self.weight
-        if self.mesh is not None:
-            from moezoo.parallel import whole
-
-            weight = whole(weight)
-        weights_TK = weights_TK.to(weight.dtype)
+        weight = self._whole()
+        weights_TK = weights_TK.to(weight)
         dense_TN = weights_TK.new_zeros(len(weights_TK), self.num_slots)
-        return dense_TN.scatter_add(1, indices_TK, weights_TK) @ weight
+        dense_TN = dense_TN.scatter_add(1, indices_TK.to(weight.device), weights_TK)
+        return (dense_TN @ weight).to(indices_TK.device)
 
     def rows(self, indices_TH: Tensor) -> Tensor:
         """Return single rows, ``(T, H, V)`` in the table's dtype; zeros for the index -1."""
-        flat = indices_TH.reshape(-1, 1).to(self.weight.device)
+        flat = indices_TH.reshape(-1, 1).to(self._where_to_read(indices_TH))
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         read = self(flat, torch.ones(flat.shape, dtype=wide, device=flat.device), None)
         return read.reshape(*indices_TH.shape, read.shape[-1]).to(indices_TH.device)
 
     def reference_rows(self, indices_TH: Tensor) -> Tensor:
         """Return the same by indexing."""
-        weight: Tensor = self.weight
-        if self.mesh is not None:
-            from moezoo.parallel import whole
-
-            weight = whole(weight)
+        weight = self._whole()
         missing = (indices_TH < 0).unsqueeze(-1)
-        return weight[indices_TH.clamp(min=0)].masked_fill(missing, 0.0)
+        read = weight[indices_TH.clamp(min=0).to(weight.device)]
+        return read.to(indices_TH.device).masked_fill(missing, 0.0)
+
+    def _whole(self) -> Tensor:
+        """Return the whole table; with a mesh, all ranks must call this together."""
+        if self.mesh is None:
+            return self.weight
+        from moezoo.parallel import whole
+
+        return whole(self.weight)
+
+    def _where_to_read(self, indices: Tensor) -> torch.device:
+        """Return the device on which single rows are read."""
+        return self.weight.device
 
     def flops_per_row(self) -> int:
         """Return the forward FLOPs of one value read."""
@@ -166,17 +176,36 @@ def value_table(
     Raises:
         InputError: the pool's table is of another size or kind.
     """
+    options: dict[str, Any] = {"num_slots": num_slots, "v_dim": v_dim, "sparse": sparse}
+    return pooled("value_pool", pool, partial(ValueTable, **options), options)
+
+
+def pooled(
+    field: str, pool: str | None, make: Callable[[], Table], options: Mapping[str, Any]
+) -> tuple[Table, bool]:
+    """Return the pool's table, made if there is none, and whether the caller owns it.
+
+    Args:
+        field: the layer's option that names the pool.
+        pool: its name; None: the layer has a table of its own.
+        make: makes the table.
+        options: attributes in which the pool's table must be the wanted one.
+
+    Raises:
+        InputError: the pool's table is of another kind, or differs in an attribute.
+    """
     pools = _POOLS.get()
     if pool is None or pools is None:
-        return ValueTable(num_slots, v_dim, sparse=sparse), True
+        return make(), True
     if pool not in pools:
-        pools[pool] = ValueTable(num_slots, v_dim, sparse=sparse)
-        return pools[pool], True
-    table = pools[pool]
-    for name, wanted in (("num_slots", num_slots), ("v_dim", v_dim), ("sparse", sparse)):
-        if wanted != getattr(table, name):
+        made = make()
+        pools[pool] = made
+        return made, True
+    table: Any = pools[pool]
+    for name, wanted in options.items():
+        if wanted != getattr(table, name, None):
             raise InputError(
-                f"value_pool: layers of pool '{pool}' differ in {name} "
-                f"({getattr(table, name)} and {wanted}); make them equal or name another pool"
+                f"{field}: layers of pool '{pool}' differ in {name} "
+                f"({getattr(table, name, None)} and {wanted}); make them equal or name another pool"
             )
     return table, False

@@ -18,10 +18,15 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_flag, check_int, check_number
-from moezoo.experts.token_table import TokenTable, row_group, rows_of_tokens
+from moezoo.experts.token_table import (
+    ReadsTokenRows,
+    TokenTable,
+    all_numbers,
+    row_group,
+    rows_of_tokens,
+)
 from moezoo.feed_forward import (
     Cost,
-    FeedForward,
     FeedForwardOutput,
     Method,
     Paper,
@@ -44,7 +49,7 @@ TAPS = 4
 """Of the convolution; they are as far apart as the longest n-gram is long."""
 
 
-class Engram(FeedForward):
+class Engram(ReadsTokenRows):
     """A gated linear unit beside rows of a table that hashes of the last tokens name.
 
     As one of a model's ``memory`` it is without the gated linear unit and has the convolution.
@@ -79,6 +84,8 @@ class Engram(FeedForward):
             sequences are whole documents.
         sparse: give the table sparse gradients, so that a step moves only the rows that were read;
             not under torch.compile.
+        offload: keep the table in main memory, from which the rows that are read are fetched
+            ahead; wants sparse gradients.
         table_lr_multiplier: learning rate of the table, as a multiple of the run's. Its rows do not
             decay.
     """
@@ -106,6 +113,7 @@ class Engram(FeedForward):
         vocab_size: int = 32000,
         boundary_id: int | None = None,
         sparse: bool = False,
+        offload: bool = False,
         table_lr_multiplier: float = 5.0,
     ) -> None:
         super().__init__(d_model)
@@ -139,12 +147,11 @@ class Engram(FeedForward):
         self.gate = check_flag("gate", gate)
         self.compression = check_flag("compression", compression)
         self._is_classified = not compression
-        self.sparse = sparse
+        self.sparse, self.offload = sparse, offload
         self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
         self.ffn = DenseFFN(d_model, self.d_ff) if self.d_ff else None
-        self.table = TokenTable(
-            self.hash.total_rows, d_memory // heads, width_name="d_memory", sparse=sparse
-        )
+        kind: dict[str, Any] = {"width_name": "d_memory", "sparse": sparse, "offload": offload}
+        self.table = TokenTable(self.hash.total_rows, d_memory // heads, **kind)
         self.value_proj = nn.Linear(d_memory, d_model, bias=False)
         if gate:
             self.key_proj = nn.Linear(d_memory, d_model, bias=False)
@@ -214,7 +221,7 @@ class Engram(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Read each token's rows; by brute force, by indexing."""
-        rows_TH, mask_T = self.rows_of(hidden, context)
+        rows_TH, mask_T = self.rows_ahead(hidden, context)
         read = self.table.reference_rows if brute_force else self.table.rows
         if self.conv is not None:
             given = (context.token_ids, context.mask, self.vocab_size, "Engram")
@@ -312,6 +319,10 @@ class Engram(FeedForward):
             )
         return rows_of_tokens(hidden, context, self.vocab_size, "Engram", self._hashed)
 
+    def token_tables(self) -> list[TokenTable]:
+        """Return the table."""
+        return [self.table]
+
     def _hashed(self, token_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
         rows: Tensor = self.hash(token_ids, mask, length)
         return rows.flatten(1).t()
@@ -336,8 +347,8 @@ class Engram(FeedForward):
 
         The convolution is no matrix product, and of as few operations as a norm.
         """
-        table = self.table.weight.numel()
-        total = sum(p.numel() for p in self.parameters())
+        table = self.table.num_slots * self.table.v_dim
+        total = all_numbers(self)
         active = total - table + self.d_memory
         projections = (2 if self.gate else 1) * self.d_memory * self.d_model
         dense = 0 if self.ffn is None else self.ffn.cost().flops_per_token

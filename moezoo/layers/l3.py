@@ -18,10 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
-from moezoo.experts.token_table import TokenTable, row_group, rows_of_tokens
+from moezoo.experts.token_table import (
+    ReadsTokenRows,
+    TokenTable,
+    all_numbers,
+    row_group,
+    rows_of_tokens,
+)
 from moezoo.feed_forward import (
     Cost,
-    FeedForward,
     FeedForwardOutput,
     Method,
     Paper,
@@ -41,7 +46,7 @@ from moezoo_kernels.dtypes import at_least_fp32, without_autocast
 ALLOCATIONS = ("uniform", "frequency", "words")
 
 
-class L3(FeedForward):
+class L3(ReadsTokenRows):
     """Rows of a token, summed as far as they fit the hidden state, and mixed with it.
 
     The paper has it between blocks, as a model's ``memory`` is. Padding comes back as zeros. The
@@ -62,6 +67,8 @@ class L3(FeedForward):
             two are found by ``moezoo fit`` in the training tokens, or by :meth:`allocate`.
         sparse: give the tables sparse gradients, so that a step moves only the rows that were read;
             not under torch.compile.
+        offload: keep the tables in main memory, from which the rows that are read are fetched
+            ahead; wants sparse gradients.
         table_lr_multiplier: learning rate of the tables, as a multiple of the run's. Their rows do
             not decay.
     """
@@ -83,6 +90,7 @@ class L3(FeedForward):
         d_up: int | None = None,
         allocation: Literal["uniform", "frequency", "words"] = "uniform",
         sparse: bool = False,
+        offload: bool = False,
         table_lr_multiplier: float = 1.0,
     ) -> None:
         super().__init__(d_model)
@@ -95,14 +103,15 @@ class L3(FeedForward):
         self.d_value = None if d_value is None else check_int("d_value", d_value)
         self.d_up = 2 * d_model if d_up is None else check_int("d_up", d_up)
         self.allocation = check_choice("allocation", allocation, ALLOCATIONS)
-        self.sparse = sparse
+        self.sparse, self.offload = sparse, offload
         self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
         # Logits of a normalised state have unit variance.
         std = d_model**-0.5
-        self.keys = TokenTable(self.num_rows, d_model, width_name="d_model", std=std, sparse=sparse)
+        kind: dict[str, Any] = {"sparse": sparse, "offload": offload}
+        self.keys = TokenTable(self.num_rows, d_model, width_name="d_model", std=std, **kind)
         self.values = None
         if d_value is not None:
-            self.values = TokenTable(self.num_rows, d_value, width_name="d_value", sparse=sparse)
+            self.values = TokenTable(self.num_rows, d_value, width_name="d_value", **kind)
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
         self.up_proj = nn.Linear(d_value or d_model, self.d_up, bias=False)
         self.up_norm = nn.RMSNorm(self.d_up, eps=1e-6)
@@ -211,7 +220,7 @@ class L3(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Weigh each token's rows; by brute force, by indexing."""
-        slots_TC, mask_T = self.rows_of(hidden, context)
+        slots_TC, mask_T = self.rows_ahead(hidden, context)
         read = self.keys.reference_rows if brute_force else self.keys.rows
         given = hidden, slots_TC, slots_TC >= 0, mask_T, brute_force
         output, weights_TC = self._answer(read(slots_TC), *given)
@@ -297,6 +306,10 @@ class L3(FeedForward):
         first_T1, end_T1 = self.starts[ids_T1], self.starts[ids_T1 + 1]
         return first_T1 + torch.arange(self.max_rows, device=ids_T1.device), end_T1
 
+    def token_tables(self) -> list[TokenTable]:
+        """Return keys and values."""
+        return [self.keys] if self.values is None else [self.keys, self.values]
+
     def weighed_rows(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor]:
         """Return each token's rows, ``(T, C)``, -1 where it has no more, and their weights."""
         slots_TC, _ = self.rows_of(hidden, context)
@@ -310,8 +323,8 @@ class L3(FeedForward):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put the tables apart: a learning rate of their own, no decay, perhaps sparse."""
-        tables = [table for table in (self.keys, self.values) if table is not None]
-        special = [g for table in tables for g in row_group(table, self.table_lr_multiplier)]
+        rate = self.table_lr_multiplier
+        special = [group for table in self.token_tables() for group in row_group(table, rate)]
         return set_apart(super().parameter_groups(), special)
 
     def cost(self) -> Cost:
@@ -322,7 +335,7 @@ class L3(FeedForward):
         """
         rows = self.d_model + (self.d_value or 0)
         own = -(-self.num_rows // self.vocab_size)
-        total = sum(p.numel() for p in self.parameters())
+        total = all_numbers(self)
         active = total - (self.num_rows - own) * rows
         projections = self.up_proj.weight.numel() + self.mix_proj.weight.numel()
         products = (4 if self.d_value is None else 2) * self.max_rows * self.d_model

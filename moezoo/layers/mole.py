@@ -10,18 +10,24 @@ Shapes: T tokens, D d_model, E experts, V size of the vocabulary.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moezoo.errors import InputError, check_choice, check_flag, check_int, check_number
 from moezoo.experts import MLPExperts
-from moezoo.experts.token_table import TokenTable, row_group, rows_of_tokens
-from moezoo.experts.values import ValueTable, value_table
+from moezoo.experts.token_table import (
+    ReadsTokenRows,
+    TokenTable,
+    all_numbers,
+    row_group,
+    rows_of_tokens,
+)
+from moezoo.experts.values import pooled
 from moezoo.feed_forward import (
     Cost,
-    FeedForward,
     FeedForwardOutput,
     Method,
     Paper,
@@ -41,7 +47,7 @@ from moezoo_kernels.dtypes import at_least_fp32
 _FOLD_TOKENS = 4096
 
 
-class MoLE(FeedForward):
+class MoLE(ReadsTokenRows):
     """A dense block beside experts of the token alone, which :meth:`fold` makes a table of.
 
     The paper's experts read the model's input embeddings. Here they read embeddings of their own,
@@ -65,6 +71,8 @@ class MoLE(FeedForward):
             :func:`moezoo.shared_values`. By default a layer has its own.
         sparse: give embeddings or, folded, rows sparse gradients, so that a step moves only what
             was read; not under torch.compile.
+        offload: keep them in main memory, from which what is read is fetched ahead; wants sparse
+            gradients.
         table_lr_multiplier: learning rate of embeddings or rows, as a multiple of the run's. They
             do not decay.
         folded: hold the table of answers in place of embeddings and experts.
@@ -85,6 +93,7 @@ class MoLE(FeedForward):
         bias: bool = False,
         embedding_pool: str | None = None,
         sparse: bool = False,
+        offload: bool = False,
         table_lr_multiplier: float = 1.0,
         folded: bool = False,
     ) -> None:
@@ -101,21 +110,24 @@ class MoLE(FeedForward):
                 f"embedding_pool: {embedding_pool!r} is not a name; give a word or null"
             )
         self.embedding_pool = embedding_pool
-        self.sparse = sparse
+        self.sparse, self.offload = sparse, offload
         self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
         self.folded = check_flag("folded", folded)
         self.shared = DenseFFN(d_model, self.d_ff, activation=activation, gated=gated, bias=bias)
         self.gate = nn.Linear(d_model, num_experts, bias=False)
         self.owns_embedding = not folded
+        kind: dict[str, Any] = {"sparse": sparse, "offload": offload}
         if folded:
             rows = vocab_size * num_experts
-            self.table = TokenTable(rows, d_model, width_name="d_model", sparse=sparse)
+            self.table = TokenTable(rows, d_model, width_name="d_model", **kind)
         else:
             self.norm = nn.RMSNorm(d_model, eps=1e-6)
             self.experts = MLPExperts(
                 d_model, self.d_expert, num_experts, activation=activation, gated=gated, bias=bias
             )
-            table, self.owns_embedding = value_table(vocab_size, d_model, sparse, embedding_pool)
+            kind |= {"num_slots": vocab_size, "v_dim": d_model}
+            make = partial(TokenTable, width_name="d_model", std=d_model**-0.5, **kind)
+            table, self.owns_embedding = pooled("embedding_pool", embedding_pool, make, kind)
             if self.owns_embedding:
                 self.embedding = table
             else:
@@ -124,7 +136,7 @@ class MoLE(FeedForward):
         self._reset_own()
 
     @property
-    def embeddings(self) -> ValueTable:
+    def embeddings(self) -> TokenTable:
         """What the experts read, own or shared; not in a folded layer."""
         return self.embedding if self.owns_embedding else self._shared_embedding[0]
 
@@ -150,22 +162,19 @@ class MoLE(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Run the shared block and all experts, or read their answers."""
-        rows_T1, mask_T = rows_of_tokens(hidden, context, self.vocab_size, "MoLE")
+        rows_TK, mask_T = self.rows_ahead(hidden, context)
         x_TD = hidden.reshape(-1, self.d_model)
         weights_TE = self.weigh(x_TD)
-        experts_TE = self._experts_of(rows_T1)
+        experts_TE = self._experts_of(rows_TK[:, :1])
         if self.folded:
             answers = self.table.reference if brute_force else self.table
-            slots_TE = rows_T1 * self.num_experts + experts_TE.clamp(min=0)
             if brute_force:
-                slots_TE = slots_TE.clamp(min=0)
-                weights_TE = weights_TE.masked_fill(rows_T1 < 0, 0.0)
-            else:
-                slots_TE = slots_TE.masked_fill(rows_T1 < 0, -1)
-            routed_TD = answers(slots_TE, weights_TE, None)
+                weights_TE = weights_TE.masked_fill(rows_TK < 0, 0.0)
+                rows_TK = rows_TK.clamp(min=0)
+            routed_TD = answers(rows_TK, weights_TE, None)
         else:
             read = self.embeddings.reference_rows if brute_force else self.embeddings.rows
-            e_TD = self.norm(read(rows_T1).squeeze(1)).to(x_TD.dtype)
+            e_TD = self.norm(read(rows_TK).squeeze(1)).to(x_TD.dtype)
             run = self.experts.reference if brute_force else self.experts
             bound = () if brute_force else (experts_TE.numel(),)
             routed_TD = run(e_TD, experts_TE, weights_TE, *bound)
@@ -176,6 +185,22 @@ class MoLE(FeedForward):
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
         stats = statistics(self, slot_stats, experts_TE, weights_TE, self.num_experts, mask_T)
         return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
+
+    def rows_of(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor | None]:
+        """Return the rows that each token reads, ``(T, 1)`` or, folded, ``(T, E)``, and the mask.
+
+        Padding has the row -1.
+        """
+        rows_T1, mask_T = rows_of_tokens(hidden, context, self.vocab_size, "MoLE")
+        if not self.folded:
+            return rows_T1, mask_T
+        every_E = torch.arange(self.num_experts, device=rows_T1.device)
+        slots_TE = rows_T1 * self.num_experts + every_E
+        return slots_TE.masked_fill(rows_T1 < 0, -1), mask_T
+
+    def token_tables(self) -> list[TokenTable]:
+        """Return the table of embeddings or, folded, of answers."""
+        return [self.table if self.folded else self.embeddings]
 
     def weigh(self, x_TD: Tensor) -> Tensor:
         """Return the weights of all experts, ``(T, E)``, in fp32 at least."""
@@ -203,23 +228,24 @@ class MoLE(FeedForward):
             raise InputError("folded: the layer is folded already; leave it as it is")
         if self.experts.mesh is not None or self.embeddings.mesh is not None:
             raise InputError("fold: the layer is in parts; load it on one process and fold it")
-        weight = self.embeddings.weight
+        weight, device = self.embeddings.weight, self.gate.weight.device
         arguments = {**self.config()["init_args"], "folded": True}
-        other = MoLE(**arguments).to(device=weight.device, dtype=weight.dtype).train(self.training)
+        other = MoLE(**arguments).to(device=device, dtype=weight.dtype).train(self.training)
         other.shared.load_state_dict(self.shared.state_dict())
         other.gate.load_state_dict(self.gate.state_dict())
         answers_VED = other.table.weight.view(self.vocab_size, self.num_experts, self.d_model)
         for tokens in torch.arange(self.vocab_size, device=weight.device).split(_FOLD_TOKENS):
-            e_ND = self.norm(weight[tokens])
-            ones_N1 = torch.ones(len(tokens), 1, dtype=at_least_fp32(e_ND).dtype).to(weight.device)
+            e_ND = self.norm(weight[tokens].to(device))
+            ones_N1 = torch.ones(len(tokens), 1, dtype=at_least_fp32(e_ND).dtype).to(device)
             for expert in range(self.num_experts):
-                which_N1 = torch.full((len(tokens), 1), expert, device=weight.device)
-                answers_VED[tokens, expert] = self.experts(e_ND, which_N1, ones_N1, len(tokens))
+                which_N1 = torch.full((len(tokens), 1), expert, device=device)
+                answers_ND = self.experts(e_ND, which_N1, ones_N1, len(tokens))
+                answers_VED[tokens, expert] = answers_ND.to(answers_VED.device)
         return other
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put embeddings or rows apart: a learning rate of their own, no decay, perhaps sparse."""
-        table = self.table if self.folded else self.embeddings
+        (table,) = self.token_tables()
         owned = row_group(table, self.table_lr_multiplier) if self._owns_rows() else []
         return set_apart(super().parameter_groups(), owned)
 
@@ -231,7 +257,7 @@ class MoLE(FeedForward):
 
         The former is what training takes; folded, a token's E rows count as a product each.
         """
-        total = sum(p.numel() for p in self.parameters())
+        total = all_numbers(self)
         rows = self.vocab_size * self.d_model if self._owns_rows() else 0
         if self.folded:
             rows, read = rows * self.num_experts, self.num_experts

@@ -15,10 +15,15 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from moezoo.errors import check_choice, check_int, check_number
-from moezoo.experts.token_table import TokenTable, row_group, rows_of_tokens
+from moezoo.experts.token_table import (
+    ReadsTokenRows,
+    TokenTable,
+    all_numbers,
+    row_group,
+    rows_of_tokens,
+)
 from moezoo.feed_forward import (
     Cost,
-    FeedForward,
     FeedForwardOutput,
     Method,
     Paper,
@@ -36,7 +41,7 @@ from moezoo.token_context import Place
 from moezoo_kernels.activations import ACTIVATIONS, activate
 
 
-class PerLayerEmbedding(FeedForward):
+class PerLayerEmbedding(ReadsTokenRows):
     """A narrow gated layer whose linear factor is a token's own row and its embedding.
 
     As one of a model's ``memory`` it is added behind the feed-forward block. Without ``embeddings``
@@ -53,6 +58,8 @@ class PerLayerEmbedding(FeedForward):
         norm_eps: added to mean squares in both norms.
         sparse: give the table sparse gradients, so that a step moves only the rows that were read;
             not under torch.compile.
+        offload: keep the table in main memory, from which the rows that are read are fetched
+            ahead; wants sparse gradients.
         table_lr_multiplier: learning rate of the table, as a multiple of the run's. Its rows do not
             decay.
     """
@@ -70,6 +77,7 @@ class PerLayerEmbedding(FeedForward):
         activation: Activation = "gelu_tanh",
         norm_eps: float = 1e-6,
         sparse: bool = False,
+        offload: bool = False,
         table_lr_multiplier: float = 1.0,
     ) -> None:
         super().__init__(d_model)
@@ -77,12 +85,12 @@ class PerLayerEmbedding(FeedForward):
         self.vocab_size = check_int("vocab_size", vocab_size)
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.norm_eps = check_number("norm_eps", norm_eps, maximum=1.0)
-        self.sparse = sparse
+        self.sparse, self.offload = sparse, offload
         self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
         self.gate_proj = nn.Linear(d_model, self.d_row, bias=False)
         # Rows are read times sqrt(P): as large then as what they are added to.
-        std = self.d_row**-0.5
-        self.table = TokenTable(vocab_size, self.d_row, width_name="d_row", std=std, sparse=sparse)
+        kind: dict[str, Any] = {"std": self.d_row**-0.5, "sparse": sparse, "offload": offload}
+        self.table = TokenTable(vocab_size, self.d_row, width_name="d_row", **kind)
         self.embedding_proj = nn.Linear(d_model, self.d_row, bias=False)
         self.embedding_norm = nn.RMSNorm(self.d_row, eps=norm_eps)
         self.out_proj = nn.Linear(self.d_row, d_model, bias=False)
@@ -108,7 +116,7 @@ class PerLayerEmbedding(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Scale the narrow layer by each token's row; by brute force, read by indexing."""
-        rows_T1, mask_T = rows_of_tokens(hidden, context, self.vocab_size, "PerLayerEmbedding")
+        rows_T1, mask_T = self.rows_ahead(hidden, context)
         read = self.table.reference_rows if brute_force else self.table.rows
         output = self._answer(read(rows_T1), hidden, context.embeddings, mask_T)
         stats = statistics(self, slot_stats, rows_T1, None, self.vocab_size, mask_T)
@@ -150,9 +158,17 @@ class PerLayerEmbedding(FeedForward):
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
         return output_TD.reshape(hidden.shape)
 
+    def rows_of(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor | None]:
+        """Return each token's row, ``(T, 1)``, -1 at padding, and the mask ``(T,)``."""
+        return rows_of_tokens(hidden, context, self.vocab_size, "PerLayerEmbedding")
+
+    def token_tables(self) -> list[TokenTable]:
+        """Return the table."""
+        return [self.table]
+
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count how often each row is read."""
-        rows_T1, _ = rows_of_tokens(hidden, context, self.vocab_size, "PerLayerEmbedding")
+        rows_T1, _ = self.rows_of(hidden, context)
         return slot_load(rows_T1, None, self.vocab_size, kind="rows")
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -162,7 +178,7 @@ class PerLayerEmbedding(FeedForward):
 
     def cost(self) -> Cost:
         """``6 D P`` FLOPs of the projections, and ``2 P`` for the row."""
-        total = sum(p.numel() for p in self.parameters())
+        total = all_numbers(self)
         active = total - (self.vocab_size - 1) * self.d_row
         return Cost(
             total_parameters=total,

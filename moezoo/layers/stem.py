@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from moezoo.errors import check_choice, check_int, check_number
-from moezoo.experts.token_table import TokenTable, row_group, rows_of_tokens
+from moezoo.experts.token_table import ReadsTokenRows, TokenTable, row_group, rows_of_tokens
 from moezoo.feed_forward import (
     Cost,
-    FeedForward,
     FeedForwardOutput,
     Method,
     Paper,
@@ -33,7 +32,7 @@ from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.activations import ACTIVATIONS, activate
 
 
-class STEM(FeedForward):
+class STEM(ReadsTokenRows):
     """A gated linear unit with a table of token rows for its up projection.
 
     A row says everything that this block knows of its token, so that editing it edits that. Padding
@@ -49,6 +48,8 @@ class STEM(FeedForward):
             leaky_relu (0.01 below zero).
         sparse: give the table sparse gradients, so that a step moves only the rows that were read;
             not under torch.compile.
+        offload: keep the table in main memory, from which the rows that are read are fetched
+            ahead; wants sparse gradients.
         table_lr_multiplier: learning rate of the table, as a multiple of the run's. Its rows do not
             decay.
     """
@@ -63,17 +64,20 @@ class STEM(FeedForward):
         vocab_size: int = 32000,
         activation: Activation = "silu",
         sparse: bool = False,
+        offload: bool = False,
         table_lr_multiplier: float = 1.0,
     ) -> None:
         super().__init__(d_model)
         self.d_ff = default_width(d_model, gated=True) if d_ff is None else check_int("d_ff", d_ff)
         self.vocab_size = check_int("vocab_size", vocab_size)
         self.activation = check_choice("activation", activation, ACTIVATIONS)
-        self.sparse = sparse
+        self.sparse, self.offload = sparse, offload
         self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
         self.gate_proj = nn.Linear(d_model, self.d_ff, bias=False)
         # What an up projection of variance 1 / D returns for a normalised token has unit variance.
-        self.table = TokenTable(vocab_size, self.d_ff, width_name="d_ff", sparse=sparse)
+        self.table = TokenTable(
+            vocab_size, self.d_ff, width_name="d_ff", sparse=sparse, offload=offload
+        )
         self.down_proj = nn.Linear(self.d_ff, d_model, bias=False)
         self._reset_projections()
 
@@ -90,7 +94,7 @@ class STEM(FeedForward):
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Read each token's row; by brute force, by indexing."""
-        rows_T1, mask_T = rows_of_tokens(hidden, context, self.vocab_size, "STEM")
+        rows_T1, mask_T = self.rows_ahead(hidden, context)
         read = self.table.reference_rows if brute_force else self.table.rows
         gate_TF = activate(self.gate_proj(hidden.reshape(-1, self.d_model)), self.activation, False)
         output_TD = self.down_proj(gate_TF * read(rows_T1).squeeze(1).to(gate_TF.dtype))
@@ -116,9 +120,17 @@ class STEM(FeedForward):
         output: Tensor = self.down_proj(gate * row)
         return output
 
+    def rows_of(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor | None]:
+        """Return each token's row, ``(T, 1)``, -1 at padding, and the mask ``(T,)``."""
+        return rows_of_tokens(hidden, context, self.vocab_size, "STEM")
+
+    def token_tables(self) -> list[TokenTable]:
+        """Return the table."""
+        return [self.table]
+
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count how often each row is read."""
-        rows_T1, _ = rows_of_tokens(hidden, context, self.vocab_size, "STEM")
+        rows_T1, _ = self.rows_of(hidden, context)
         return slot_load(rows_T1, None, self.vocab_size, kind="rows")
 
     def parameter_groups(self) -> list[ParameterGroup]:

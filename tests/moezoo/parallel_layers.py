@@ -28,6 +28,7 @@ from moezoo import (
     SigmaMoE,
     SparseMoE,
 )
+from moezoo.experts.row_shares import share_of
 from moezoo.parallel import shard_experts, whole
 from moezoo.routing import LogitOptions, RouterOptions, WeightOptions
 
@@ -98,14 +99,21 @@ LAYERS = {
     "weighed hash": partial(
         HashLayer, num_experts=4, vocab_size=VOCABULARY, top_k=2, weights="learned"
     ),
-    "token rows": partial(STEM, d_ff=6, vocab_size=VOCABULARY),
+    "token rows": partial(STEM, d_ff=7, vocab_size=VOCABULARY + 1),
+    "sparse token rows": partial(STEM, d_ff=7, vocab_size=VOCABULARY + 1, sparse=True),
     "n-grams": partial(
         Engram, d_ff=6, num_heads=2, num_rows=20, d_memory=16, vocab_size=VOCABULARY
     ),
     "own rows": partial(L3, vocab_size=VOCABULARY, max_rows=5, d_up=6),
     "keys and values": partial(L3, vocab_size=VOCABULARY, max_rows=3, d_value=6),
+    "sparse keys and values": partial(
+        L3, vocab_size=VOCABULARY, max_rows=3, num_rows=71, d_value=5, sparse=True
+    ),
     "lookup experts": partial(MoLE, num_experts=4, d_expert=6, vocab_size=VOCABULARY),
     "folded experts": partial(MoLE, num_experts=4, vocab_size=VOCABULARY, folded=True),
+    "sparse folded experts": partial(
+        MoLE, num_experts=3, vocab_size=VOCABULARY, folded=True, sparse=True
+    ),
     "carved": partial(CarvedMoE, num_experts=4, top_k=2),
     "peer": partial(PEER, num_experts=64, top_k=4),
     "gated peer": partial(PEER, num_experts=64, top_k=4, gated=True),
@@ -158,10 +166,13 @@ def gradients(layer: FeedForward, ranks: int) -> Outcome:
     """Return the sums over ranks of the parameters' gradients, by name."""
     total = {}
     for name, parameter in layer.named_parameters():
-        if isinstance(parameter, DTensor):  # a mean over the ranks already
-            total[name] = whole(parameter.grad) * ranks
+        share, gradient = share_of(parameter), parameter.grad
+        if share is not None:
+            assert gradient.is_sparse
+            gradient = share.dtensor(gradient.to_dense())
+        if isinstance(gradient, DTensor):  # a mean over the ranks already
+            total[name] = whole(gradient) * ranks
         else:
-            gradient = parameter.grad
             total[name] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
             dist.all_reduce(total[name])
     return total
@@ -181,7 +192,12 @@ def main(folder: Path) -> None:
             outcome["reference"] = layer.reference(hidden[tokens], token_ids=ids[tokens]).hidden
             outcome = {key: value.detach() for key, value in outcome.items()}
             torch.save(outcome, folder / f"{name}, {sizes}, {dist.get_rank()}.pt")
-    for layer in (SparseMoE(8, num_experts=3), PEER(8, num_experts=16, top_k=2, sparse=True)):
+    refused = (
+        SparseMoE(8, num_experts=3),
+        PEER(8, num_experts=16, top_k=2, sparse=True),
+        STEM(8, vocab_size=9, sparse=True, offload=True),
+    )
+    for layer in refused:
         try:
             shard_experts(layer, mesh)
         except InputError as error:

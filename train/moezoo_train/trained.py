@@ -49,6 +49,10 @@ class TrainsPart(Protocol):
     def neurons(self) -> object | None:
         """Options of slices of neurons; None: none."""
 
+    @property
+    def sparse_memory(self) -> object | None:
+        """Options of rows of tables; None: none."""
+
 
 class HasModel(Protocol):
     """A module that trains a language model."""

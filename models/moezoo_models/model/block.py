@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moezoo.errors import InputError
+from moezoo.experts.token_table import ReadsTokenRows
 from moezoo.feed_forward import FeedForward, registered
 from moezoo.routing.losses import masked_mean
 from moezoo.token_context import Place
@@ -41,6 +43,9 @@ _BESIDE = {
 }
 """The same where both read what enters the block; GPT-NeoX calls the second norm so, too."""
 
+
+BLOCKS_AHEAD = 4
+"""Rows of offloaded tables are fetched so many blocks before they are read."""
 
 Noted = tuple[dict[str, Tensor], Mapping[str, Tensor]]
 """Auxiliary losses and statistics of a layer."""
@@ -154,6 +159,18 @@ class DecoderLayer(GradientCheckpointingLayer):
         hidden = self._with_memories("after_feed_forward", hidden, noted, *given)
         return hidden, [own, *noted], router_state
 
+    def layers_ahead(self) -> list[ReadsTokenRows]:
+        """Return the layers that read rows of offloaded tables."""
+        layers = (self.mlp, *self.memories)
+        return [layer for layer in layers if isinstance(layer, ReadsTokenRows) and layer.offload]
+
+    def prefetch(self, tokens: TokensSeen) -> None:
+        """Begin to fetch the rows that these layers will read in a call."""
+        for layer in self.layers_ahead():
+            both = (tokens.ids, tokens.mask), (tokens.all_ids, tokens.all_mask)
+            token_ids, mask = both[layer.needs_earlier_tokens]
+            layer.prefetch(tokens.embeddings, token_ids=token_ids, mask=mask)
+
     def _given_to_attention(self, token_mask: Tensor | None) -> dict[str, Any]:
         """Return what attention takes of the block: slots of a memory, or a mixture's experts."""
         if isinstance(self.mlp, JoinedSlots):
@@ -244,6 +261,23 @@ class DecoderLayer(GradientCheckpointingLayer):
         """Return what the router reads; None if that is what the experts read."""
         residuals = {"pre_attention": entering, "post_attention": attended}
         return residuals.get(self.router_input)
+
+
+def fetching_ahead(blocks: Iterable[DecoderLayer], tokens: TokensSeen) -> Iterable[DecoderLayer]:
+    """Go through blocks, and begin to fetch what the next ones will read of offloaded tables."""
+    all_blocks = list(blocks)
+    if torch.compiler.is_compiling() or not any(block.layers_ahead() for block in all_blocks):
+        return all_blocks
+    return _fetching(all_blocks, tokens)
+
+
+def _fetching(blocks: list[DecoderLayer], tokens: TokensSeen) -> Iterator[DecoderLayer]:
+    for block in blocks[:BLOCKS_AHEAD]:
+        block.prefetch(tokens)
+    for number, block in enumerate(blocks):
+        if number + BLOCKS_AHEAD < len(blocks):
+            blocks[number + BLOCKS_AHEAD].prefetch(tokens)
+        yield block
 
 
 def build_feed_forward(config: MoezooConfig, layer: int) -> FeedForward:

@@ -31,7 +31,12 @@ from moezoo_models.adapters.transformers import (
 from moezoo_models.files.loading import GatedLoading
 from moezoo_models.model.attention import SelfAttention
 from moezoo_models.model.attention_backends import check_backend
-from moezoo_models.model.block import DecoderLayer, TokensSeen, check_router_states
+from moezoo_models.model.block import (
+    DecoderLayer,
+    TokensSeen,
+    check_router_states,
+    fetching_ahead,
+)
 from moezoo_models.model.config import MoezooConfig
 from moezoo_models.model.initialization import current_deferred_init, drop, reset_feed_forward
 from moezoo_models.model.inputs import check_positions, check_token_ids, scaled_embeddings
@@ -226,7 +231,6 @@ class MoezooModel(MoezooPreTrainedModel):
             inputs_embeds = scaled_embeddings(self.embed_tokens(input_ids), self.config)
         if input_ids is None:
             self._refuse_token_routing()
-
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -248,7 +252,8 @@ class MoezooModel(MoezooPreTrainedModel):
         stats, memory_stats = [], []
         tokens = TokensSeen(inputs_embeds, input_ids, token_mask, *context)
         state: Tensor | None = None  # handed from router to router, in this pass alone
-        for kind, layer in zip(self.config.layer_types, self.blocks(), strict=True):
+        blocks = fetching_ahead(self.blocks(), tokens)
+        for kind, layer in zip(self.config.layer_types, blocks, strict=True):
             hidden, noted, state = layer(
                 hidden,
                 attention_mask=masks[kind],

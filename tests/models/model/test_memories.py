@@ -5,6 +5,7 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from moezoo import InputError
+from moezoo.experts import fetched_rows
 from moezoo.feed_forward import FeedForward
 from moezoo_models import MoezooConfig
 from moezoo_models.checkpoints.directory import load_checkpoint, save_checkpoint
@@ -90,6 +91,42 @@ def test_a_history_of_another_text_changes_the_logits(engram, ids):
     assert len(cache.layers) == 5
     assert not torch.allclose(swapped[:, 0], whole[:, 8])
     assert not torch.allclose(after[:, 0], whole[:, 8])
+
+
+def test_rows_are_fetched_some_blocks_before_they_are_read(make, rules, ids, monkeypatch):
+    """And no more often than they are read; logits, and generated texts, stay."""
+    elsewhere = {"sparse": True, "offload": True}
+    kept, models = [], []
+    for more in (elsewhere, {}):
+        memory = [rules["rule"]("Engram", [1, 6], **SMALL, **more)]
+        stem = [rules["rule"]("STEM", d_ff=24, vocab_size=61, **more)]
+        models.append(skewed(make(ffn=stem, memory=memory, num_hidden_layers=7)))
+    begin = fetched_rows._begin
+
+    def watch(weight, indices):
+        numbers = [n for n, layer in enumerate(reading) if layer.table.weight is weight]
+        kept.append(("fetch", *numbers))
+        return begin(weight, indices)
+
+    blocks = list(models[0].model.blocks())
+    reading = [layer for block in blocks for layer in block.layers_ahead()]
+    assert len(reading) == 9
+    monkeypatch.setattr(fetched_rows, "_begin", watch)
+    for layer in reading:
+        layer.register_forward_pre_hook(
+            lambda layer, _: kept.append(("read", reading.index(layer)))
+        )
+    with torch.no_grad():
+        found, expected = (model(ids).logits for model in models)
+    assert torch.equal(found, expected)
+    fetched, read = ([n for what, n in kept if what == kind] for kind in ("fetch", "read"))
+    assert fetched == sorted(read) == list(range(9))
+    # Those of five blocks, then one block's with each block.
+    assert [what for what, _ in kept[:7]] == ["fetch"] * 6 + ["read"]
+    assert kept.index(("read", 0)) < kept.index(("fetch", 6)) < kept.index(("read", 1))
+    assert kept.index(("fetch", 8)) < kept.index(("read", 3))
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(*(model.generate(ids, **options) for model in models))
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -6,7 +6,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, strategy
 from torch import nn
 
 from moezoo import PEER, DenseFFN, Engram, FeedForward, InputError, MemoryPlus, ParameterGroup
@@ -163,6 +163,39 @@ def test_resumed_run_equals_uninterrupted_run(
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][number][field]))
 
 
+def test_an_offloaded_table_is_trained_and_resumed_as_a_resident_one(
+    make_model, make_trainer, random_tokens, tmp_path, monkeypatch
+):
+    """To the bit, also where a run goes on with its table elsewhere."""
+    monkeypatch.setattr(strategy, "_optimizer_to_device", None)  # nothing moves the moments
+    random_tokens.windows = 4
+
+    def fit(offload: bool, steps: int, resume=None):
+        memory = {"layers": "all", "class_path": "moezoo.Engram"}
+        memory["init_args"] = {"num_heads": 2, "num_rows": 90, "sparse": True, "offload": offload}
+        model = make_model(memory=memory, activation_checkpointing=not offload)
+        trainer = make_trainer(max_steps=steps, accumulate_grad_batches=2, gradient_clip_val=0.5)
+        trainer.fit(model, random_tokens, ckpt_path=resume)
+        return trainer, model
+
+    whole, model = fit(offload=False, steps=4)
+    part, _ = fit(offload=True, steps=2)
+    part.save_checkpoint(tmp_path / "part.ckpt")
+    for offload in (True, False):
+        if not offload:
+            monkeypatch.undo()
+        resumed, again = fit(offload, 4, str(tmp_path / "part.ckpt"))
+        tensors = again.state_dict()
+        assert tensors.keys() == model.state_dict().keys()
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, tensors[key]), key
+        states = [trainer.optimizers[0].state_dict()["state"] for trainer in (whole, resumed)]
+        for number, state in states[0].items():
+            for field, value in state.items():
+                other = torch.as_tensor(states[1][number][field])
+                assert torch.equal(torch.as_tensor(value), other), field
+
+
 def test_tables_keep_a_constant_rate_without_decay(make):
     model = make("memory", optimizer=OptimizerConfig(name="muon", lr=1e-3, weight_decay=0.5))
     optimizer = build_optimizer(model.model, model.optimizer_config)
@@ -210,8 +243,8 @@ def test_what_cannot_work_is_one_line(
 
 
 def test_only_strategies_that_sum_them_have_sparse_gradients(make_trainer):
-    for strategy in (make_trainer().strategy, DDPStrategy(), FSDP2Strategy()):
-        check_sparse_gradients(strategy, compiled=False)
+    for known in (make_trainer().strategy, DDPStrategy(), FSDP2Strategy()):
+        check_sparse_gradients(known, compiled=False)
     with pytest.raises(InputError, match=r"trainer\.strategy: it has no sparse gradients"):
         check_sparse_gradients(ModelParallelStrategy(), compiled=False)
 

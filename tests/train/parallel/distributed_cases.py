@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from moezoo import PEER, DenseFFN, InputError, MemoryPlus, RouterOptions, SparseMoE
+from moezoo import PEER, STEM, DenseFFN, InputError, MemoryPlus, RouterOptions, SparseMoE
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
@@ -43,6 +43,10 @@ LAYERS = {
     "memory": partial(MemoryPlus, num_keys=8, num_heads=2, top_k=4, value_pool="values"),
     "sparse memory": partial(MemoryPlus, num_keys=8, num_heads=2, top_k=4, sparse=True),
     "sparse peer": partial(PEER, num_experts=64, num_heads=2, top_k=4, sparse=True),
+    # Two ranks do not divide these rows.
+    "token rows": partial(STEM, d_ff=24, vocab_size=VOCABULARY + 1),
+    "sparse rows": partial(STEM, d_ff=24, vocab_size=VOCABULARY + 1, sparse=True),
+    "offloaded rows": partial(STEM, d_ff=24, vocab_size=VOCABULARY + 1, sparse=True, offload=True),
 }
 STRATEGIES = {
     "ddp": lambda: "ddp",
@@ -83,6 +87,9 @@ CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
     "biased": Case("biased", 6, trainer={"precision": "bf16-mixed"}),
     "sparse memory": Case("sparse memory", 6),
     "sparse peer": Case("sparse peer", 6),
+    "token rows": Case("token rows", 6),
+    "sparse rows": Case("sparse rows", 6),
+    "offloaded rows": Case("offloaded rows", 6),
     "adapters": Case("moe", 6, adapters=True),
     "skipped": Case("biased", 6, model={"on_nan": "skip"}, harm=True),
     "skipped peer": Case("peer", 6, model={"on_nan": "skip"}, harm=True),
@@ -100,7 +107,10 @@ TWO_PROCESSES += [("activation checkpointing", "expert_parallel"), ("bf16", "exp
 TWO_PROCESSES += [("before attention", "fsdp2"), ("before attention", "expert_parallel")]
 TWO_PROCESSES += [("skipped", "fsdp2"), ("skipped peer", "ddp"), ("skipped peer", "fsdp2")]
 TWO_PROCESSES += [(name, s) for name in ("sparse memory", "sparse peer") for s in ("ddp", "fsdp2")]
+TWO_PROCESSES += [("token rows", "expert_parallel"), ("sparse rows", "expert_parallel")]
+TWO_PROCESSES += [("offloaded rows", "fsdp2")]
 
+ROWS = CASES["sparse rows"]
 # Runs that are interrupted halfway: of 2 steps each, by Muon, as its state has two shapes.
 HALF, INTERRUPTED = 2, Case("moe", 4, MUON)
 WRITERS = {
@@ -342,6 +352,13 @@ def main(folder: Path, arguments: list[str]) -> None:
     path, rows = checkpoint_path(folder, "rows"), WRITERS["fsdp2 directory"]
     train(CASES["rows"], rows(), folder, HALF, save=path)
     keep(folder, "rows again", train(CASES["rows"], rows(), folder, resume=path))
+    for writer in ("expert_parallel file", "expert_parallel directory"):
+        path = checkpoint_path(folder, f"shared rows, {writer}")
+        train(ROWS, WRITERS[writer](), folder, HALF, save=path)
+        keep(folder, f"shared rows, {writer}", train(ROWS, WRITERS[writer](), folder, resume=path))
+    path = checkpoint_path(folder, "rows of one process")
+    resumed = train(ROWS, STRATEGIES["expert_parallel"](), folder, resume=path)
+    keep(folder, "rows of one process", resumed)
     for writer in ("fsdp2 file", "fsdp2 directory"):
         spoilt = partial(refusals, folder)
         result = train(CASES["dense"], WRITERS[writer](), folder, steps=1, after=spoilt)

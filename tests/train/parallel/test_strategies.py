@@ -44,6 +44,8 @@ def folder(server, tmp_path_factory) -> Path:
     cases.make_base(folder)
     half = cases.checkpoint_path(folder, "one process")
     cases.train(cases.INTERRUPTED, "auto", folder, steps=cases.HALF, save=half)
+    rows = cases.checkpoint_path(folder, "rows of one process")
+    cases.train(cases.ROWS, "auto", folder, steps=cases.HALF, save=rows)
     strategy = {
         "trainer.strategy": "moezoo_train.parallel.fsdp2.FSDP2Strategy",
         "trainer.strategy.expert_parallel": 2,
@@ -74,6 +76,24 @@ def test_experts_shared_by_rows_are_resumed_and_read_by_one_process(folder):
     path = cases.checkpoint_path(folder, "rows")
     resumed = cases.train(cases.CASES["rows"], "auto", folder, resume=path)
     assert_equal(alone(cases.CASES["rows"], folder), resumed, resumed=True)
+
+
+@pytest.mark.parametrize("writer", ["expert_parallel file", "expert_parallel directory"])
+def test_shared_rows_are_resumed_to_the_bit_and_read_by_one_process(folder, writer):
+    name = f"shared rows, {writer}"
+    assert_repeats(read(folder, "sparse rows, expert_parallel"), read(folder, name))
+    path = cases.checkpoint_path(folder, name)
+    resumed = cases.train(cases.ROWS, "auto", folder, resume=path)
+    assert_equal(alone(cases.ROWS, folder), resumed, resumed=True)
+    states = AtomicCheckpointIO().load_checkpoint(path)["optimizer_states"][0]["state"].values()
+    moments = [s["exp_avg"] for s in states if s["exp_avg"].shape == (cases.VOCABULARY + 1, 24)]
+    assert len(moments) == 2
+    assert all(moment.any() for moment in moments)
+
+
+def test_ranks_share_the_rows_that_one_process_has_trained(folder):
+    resumed = read(folder, "rows of one process")
+    assert_equal(alone(cases.ROWS, folder), resumed, resumed=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import _get_rank
@@ -11,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loops import _TrainingEpochLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.optim import Optimizer
 
 
@@ -143,6 +144,22 @@ def set_data_parallel(strategy: ModelParallelStrategy, processes: int) -> None:
     the same data, which tests against one process notice.
     """
     strategy._data_parallel_size, strategy._tensor_parallel_size = processes, 1
+
+
+def load_beside_parameters(strategy: Strategy) -> None:
+    """Have a strategy load each parameter's optimizer state to where the parameter is.
+
+    Lightning moves all of it to the strategy's device, where the moments of a table in main memory
+    may not fit. Replaces ``Strategy.load_optimizer_state_dict``, whose states torch has put beside
+    the parameters already. If renamed: a resumed run needs room for the moments.
+    """
+
+    def load(checkpoint: Mapping[str, Any]) -> None:
+        states = checkpoint["optimizer_states"]
+        for optimizer, state in zip(strategy.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+    strategy.load_optimizer_state_dict = load  # type: ignore[method-assign]
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:

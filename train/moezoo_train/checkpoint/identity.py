@@ -96,12 +96,13 @@ def completed(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _completed_rule(rule: dict[str, Any]) -> dict[str, Any]:
     layer, found = registered(rule["class_path"]), dict(rule["init_args"])
+    immaterial: frozenset[str] = getattr(layer, "immaterial", frozenset())
     for name, parameter in signature(layer).items():
         if name in found:
             found[name] = plain(as_argument(layer, name, found[name]))
         elif parameter.default is not parameter.empty:
             found[name] = plain(parameter.default)
-    return {**rule, "init_args": found}
+    return {**rule, "init_args": {k: v for k, v in found.items() if k not in immaterial}}
 
 
 def check_model(saved: dict[str, Any], config: PreTrainedConfig) -> None:

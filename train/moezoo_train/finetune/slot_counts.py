@@ -86,6 +86,7 @@ class SlotCounter:
             )
             counted_T = self._scored_T if mask_T is None else self._scored_T & mask_T
             indices_TK = indices_TK.masked_fill(~counted_T.unsqueeze(-1), -1)
-            self.counts[name] += expert_counts(indices_TK, len(self.counts[name]))
+            found = expert_counts(indices_TK, len(self.counts[name]))
+            self.counts[name] += found.to(self.counts[name].device)  # of a table in main memory
 
         return count

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from moezoo.experts.row_shares import share_of
+
 MAIN = "main"
 
 
@@ -38,7 +40,10 @@ def _values(parameter: nn.Parameter) -> Tensor:
         parameter.grad = parameter.grad.coalesce()
     gradient = parameter.grad
     assert gradient is not None
-    return gradient.values() if gradient.is_sparse else gradient
+    if not gradient.is_sparse:
+        return gradient
+    share, values = share_of(parameter), gradient.values()
+    return values if share is None else share.part(values)
 
 
 def gradient_norms(

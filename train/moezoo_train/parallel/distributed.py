@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moezoo.errors import InputError
 from moezoo.experts.mlp import MLPExperts
 from moezoo.experts.rank_one import RankOneExperts
+from moezoo.experts.row_shares import set_copies, share_of
+from moezoo.experts.token_table import TokenTable
 from moezoo.experts.values import ValueTable
 from moezoo_train.adapters.torch_distributed import exclude_from_ddp, set_timeout
 
@@ -30,6 +33,9 @@ _LOST = re.compile(
     r"Connection (closed|reset) by peer|Timed out waiting|Socket closed|Broken pipe|"
     r"Application timeout caused pair closure"
 )
+
+
+_PIECE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ def parallelize(
 ) -> None:
     """Shard a model's parameters in place: by expert parallelism first, then by FSDP2 per block.
 
-    Parameters and buffers become rank 0's. Tables with sparse gradients are replicated.
+    Parameters and buffers become rank 0's. Tables with sparse gradients are replicated; of tokens,
+    their shares among the ranks that have the same experts.
 
     Args:
         model: with parameters, or on the meta device.
@@ -64,7 +71,8 @@ def parallelize(
         deferred_init: initializes a model on the meta device, each block just before it is sharded.
 
     Raises:
-        InputError: a number of experts is not a multiple of the ranks that share them.
+        InputError: a number of experts is not a multiple of the ranks that share them, or a width
+            not of those that have the same rows.
     """
     replicated: set[nn.Parameter] = set()
     done: set[nn.Module] = set()
@@ -99,12 +107,14 @@ def _shard(
 
     own = [t for m in fresh for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
     broadcast_from_rank0(list(dict.fromkeys(own)), dims.device)
-    replicated.update(p for _, p in sparse_parameters(unit))
     shared: list[nn.Module] = []
     if dims.ep is not None and experts:
         shared = shard_experts(unit, dims.ep)
+    replicated.update(p for _, p in sparse_parameters(unit))
     for store in shared:
-        if dims.expert_dp is None:
+        if isinstance(store, TokenTable) and store.sparse:
+            set_copies(store.weight, dims.expert_dp)
+        elif dims.expert_dp is None:
             replicated.update(store.parameters())
         else:
             placement = _placement(store, dims.expert_dp)
@@ -121,10 +131,21 @@ def _shard(
 
 
 def _placement(unit: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
-    """Return which dimension of a parameter is sharded over the last axis of a mesh."""
+    """Return which dimension of a parameter is sharded over the last axis of a mesh.
+
+    Raises:
+        InputError: the ranks do not divide the width of a table whose rows others share.
+    """
     from torch.distributed.tensor import DTensor, Shard
 
     shards = mesh.size(mesh.ndim - 1)
+    if isinstance(unit, TokenTable) and unit.mesh is not None:
+        if unit.v_dim % shards:
+            raise InputError(
+                f"{unit.width_name}: rows of {unit.v_dim} are not a multiple of the {shards} "
+                "processes that share them; change it, or set the layer's sparse to true"
+            )
+        return lambda parameter: Shard(1)
     stacks = {p for m in unit.modules() if isinstance(m, MLPExperts) for p in m.parameters()}
 
     def place(parameter: nn.Parameter) -> Shard:
@@ -154,9 +175,17 @@ def shard_dimension(stack: Sequence[int], shards: int) -> int:
 def broadcast_from_rank0(tensors: Sequence[Tensor], device: torch.device) -> None:
     """Overwrite tensors with rank 0's: seeds may differ between processes."""
     for tensor in tensors:
-        value = tensor.detach().to(device)
-        dist.broadcast(value, 0)
-        tensor.detach().copy_(value)
+        for part in _pieces(tensor.detach(), device):
+            value = part.to(device)
+            dist.broadcast(value, 0)
+            part.copy_(value)
+
+
+def _pieces(tensor: Tensor, device: torch.device) -> Sequence[Tensor]:
+    """Cut a tensor that may not fit on the device: that of a table in main memory."""
+    if tensor.device.type == device.type or tensor.ndim < 2:
+        return [tensor]
+    return tensor.split(max(1, _PIECE_BYTES * len(tensor) // max(1, tensor.nbytes)))
 
 
 def sparse_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -178,33 +207,50 @@ def keep_from_ddp(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def average_sparse_gradients(model: nn.Module) -> None:
+def average_sparse_gradients(model: nn.Module, device: torch.device) -> None:
     """Average sparse gradients over all processes, which DDP and FSDP2 do not.
 
     Each process sends the rows that it has. The mean is coalesced and the same everywhere, to the
-    bit: rows are summed in the order of ranks.
+    bit: rows are summed in the order of ranks. Of a table that ranks share, that is left to do
+    among those that have the same rows.
+
+    Args:
+        model: has the gradients.
+        device: of this process; gradients of tables in main memory travel over it.
     """
     for _, parameter in sparse_parameters(model):
-        if process_count() > 1 and parameter.grad is not None:
-            parameter.grad = _average(parameter.grad.coalesce())
+        if process_count() == 1 or parameter.grad is None:
+            continue
+        share = share_of(parameter)
+        groups: Sequence[Any] = [None]
+        if share is not None:
+            groups = [] if share.copies is None else share.copies.get_all_groups()
+        for group in groups:
+            parameter.grad = _average(parameter.grad.coalesce(), group, device)
 
 
-def _average(gradient: Tensor) -> Tensor:
-    indices = _gather_rows(gradient.indices()[0])
-    values = _gather_rows(gradient.values()) / process_count()
+def _average(gradient: Tensor, group: Any, device: torch.device) -> Tensor:
+    indices = _gather_rows(gradient.indices()[0], group, device)
+    values = _gather_rows(gradient.values(), group, device) / dist.get_world_size(group)
     return torch.sparse_coo_tensor(indices[None], values, gradient.shape).coalesce()
 
 
-def _gather_rows(own: Tensor) -> Tensor:
-    """Concatenate the rows of all processes, of which there may be different numbers."""
-    counts = [torch.zeros((), dtype=torch.int64, device=own.device) for _ in range(process_count())]
-    dist.all_gather(counts, torch.tensor(len(own), device=own.device))
+def _gather_rows(own: Tensor, group: Any, device: torch.device) -> Tensor:
+    """Concatenate the rows of a group's processes, of which there may be different numbers.
+
+    They are where this process's were.
+    """
+    counts = [
+        torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))
+    ]
+    dist.all_gather(counts, torch.tensor(len(own), device=device), group)
     longest = max(int(count) for count in counts)
-    padded = own.new_zeros(longest, *own.shape[1:])
+    padded = torch.zeros(longest, *own.shape[1:], dtype=own.dtype, device=device)
     padded[: len(own)] = own
     gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    return torch.cat([rows[: int(count)] for rows, count in zip(gathered, counts, strict=True)])
+    dist.all_gather(gathered, padded, group)
+    kept = [rows[: int(count)] for rows, count in zip(gathered, counts, strict=True)]
+    return torch.cat(kept).to(own.device)
 
 
 def process_count() -> int:

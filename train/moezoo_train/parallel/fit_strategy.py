@@ -16,6 +16,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from moezoo.errors import InputError
+from moezoo.experts.token_table import TokenTable
+from moezoo_train.adapters.lightning import load_beside_parameters
 from moezoo_train.parallel.distributed import (
     broadcast_from_rank0,
     keep_from_ddp,
@@ -40,6 +42,11 @@ def check_strategy(strategy: Strategy, module: Parallelized, fitting: bool) -> N
         if module.part.lora is not None and strategy.expert_parallel > 1:
             raise InputError(
                 "trainer.strategy.expert_parallel: ranks cannot share adapted experts; set it to 1"
+            )
+        if module.part.sparse_memory is not None and strategy.expert_parallel > 1:
+            raise InputError(
+                "trainer.strategy.expert_parallel: sparse_memory ranks the rows of whole tables; "
+                "set it to 1"
             )
     elif isinstance(strategy, ZeROStrategy):
         if fitting:
@@ -69,6 +76,8 @@ def parallelize_for(strategy: Strategy, module: Parallelized) -> None:
         return
     if module.deferred_init is not None:
         module.deferred_init.materialize(module.model)
+    if any(isinstance(part, TokenTable) and part.offload for part in module.model.modules()):
+        load_beside_parameters(strategy)
     if isinstance(strategy, ZeROStrategy):
         model = module.model
         broadcast_from_rank0([*model.parameters(), *model.buffers()], strategy.root_device)

@@ -30,7 +30,13 @@ from moezoo.errors import InputError, check_int, check_number
 from moezoo_train.adapters.lightning import set_data_parallel
 from moezoo_train.parallel.distributed import ParallelDims, wait_at_most
 from moezoo_train.parallel.sharded_checkpoints import load_sharded, save_sharded
-from moezoo_train.parallel.state_dicts import full_optimizer_state_dict, gather_tensors, shard_like
+from moezoo_train.parallel.state_dicts import (
+    full_optimizer_state_dict,
+    gather_tensors,
+    load_optimizer_shards,
+    optimizer_shards,
+    shard_like,
+)
 
 
 def parallel_dims(
@@ -145,7 +151,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's full state on rank 0, or on every process its shards."""
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = inner.state_dict()
+        state = optimizer_shards(inner)
         if self.writes_directories:
             return state
         return full_optimizer_state_dict(state, keep=self.is_global_zero)
@@ -181,12 +187,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this process's shards of the optimizer's state."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            shards = {
-                number: shard_like(values, dict.fromkeys(values, parameters[number]))
-                for number, values in state["state"].items()
-            }
-            optimizer.load_state_dict({**state, "state": shards})
+            load_optimizer_shards(optimizer, state)
 
     def _module(self) -> LightningModule:
         module: Any = self.lightning_module

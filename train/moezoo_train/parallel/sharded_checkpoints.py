@@ -30,7 +30,7 @@ from moezoo_models.checkpoints.directory import one_line
 from moezoo_models.files.checksums import check_archive, crc_of_file
 from moezoo_train.checkpoint_structure import check_structure
 from moezoo_train.parallel.distributed import gather_from_ranks, process_count
-from moezoo_train.parallel.state_dicts import place_of
+from moezoo_train.parallel.state_dicts import like_shards, parameters_of, place_of
 
 REST = "rest.ckpt"
 TIED = "moezoo.tied"
@@ -214,8 +214,8 @@ def _by_name(model: Mapping[str, Any], optimizers: list[Optimizer]) -> dict[str,
     """Return the tensors that those of a checkpoint will be like, by owner."""
     found = {f"model.{name}": tensor for name, tensor in model.items()}
     for index, optimizer in enumerate(optimizers):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        found |= {f"optimizer.{index}.{number}": p for number, p in enumerate(parameters)}
+        parameters = enumerate(parameters_of(optimizer))
+        found |= {f"optimizer.{index}.{number}": like_shards(p) for number, p in parameters}
     return found
 
 

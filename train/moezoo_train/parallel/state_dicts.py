@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from moezoo.experts.row_shares import share_of
 from moezoo_train.adapters.deepspeed import full_shape, is_sharded_by_zero
 from moezoo_train.adapters.deepspeed import local_shard as local_zero_shard
 from moezoo_train.adapters.torch_core import storage_id
@@ -112,6 +114,51 @@ def place_of(tensor: DTensor) -> tuple[int, int]:
     """Return the place of this process's shard in memory, which tied weights share."""
     own = tensor.to_local()
     return storage_id(own), int(own.storage_offset())
+
+
+def optimizer_shards(optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's ``state_dict()``, with the state of shares as that of sharded tensors.
+
+    See :class:`moezoo.experts.row_shares.RowShare`.
+    """
+    found, parameters = optimizer.state_dict(), parameters_of(optimizer)
+    states = {
+        number: {
+            name: share.dtensor(value) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in values.items()
+        }
+        if (share := share_of(parameters[number])) is not None
+        else values
+        for number, values in found["state"].items()
+    }
+    return {**found, "state": states}
+
+
+def load_optimizer_shards(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load an optimizer's full state, or its shards, of each parameter what this process holds."""
+    parameters = parameters_of(optimizer)
+    states = {}
+    for number, values in state["state"].items():
+        parameter = parameters[number]
+        shards = shard_like(values, dict.fromkeys(values, like_shards(parameter)))
+        if share_of(parameter) is not None:
+            shards = {
+                name: local_shard(value) if isinstance(value, Tensor) else value
+                for name, value in shards.items()
+            }
+        states[number] = shards
+    optimizer.load_state_dict({**state, "state": states})
+
+
+def like_shards(parameter: Tensor) -> Tensor:
+    """Return a parameter, or of a share the sharded tensor that it is of."""
+    share = share_of(parameter)
+    return parameter if share is None else share.dtensor(parameter)
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return an optimizer's parameters, in the order of their numbers."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def full_optimizer_state_dict(state: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:

@@ -283,8 +283,8 @@ class LanguageModel(EvaluatedModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip each clip group, unless the step is to be dropped, or to end the run."""
-        average_sparse_gradients(self.model)
         strategy = self.trainer.strategy
+        average_sparse_gradients(self.model, strategy.root_device)
         if isinstance(strategy, ZeROStrategy):
             gradients = strategy.gradients()
         else:

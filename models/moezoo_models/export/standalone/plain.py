@@ -7,6 +7,7 @@ Shapes: T tokens, K choices, E experts, D width, F hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +71,22 @@ def dispatch_tokens(*_: Any) -> Any:
         InputError: always.
     """
     raise InputError("mesh: experts are shared by ranks in moezoo alone")
+
+
+def blocks_in_turn(blocks: Iterable[Any], *_: Any) -> Iterable[Any]:
+    """Return the blocks; what they read is fetched when they read it."""
+    return blocks
+
+
+class RowFetches:
+    """Reads rows of a table in main memory when they are wanted."""
+
+    def read(self, weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a row for each index, on the indices' device, and each index's place."""
+        flat = indices.flatten()
+        rows = weight[flat.clamp(min=0).to(weight.device)].to(indices.device)
+        places = torch.arange(len(flat), device=indices.device).masked_fill(flat < 0, -1)
+        return rows, places.reshape(indices.shape)
 
 
 class HeadLoss(NamedTuple):

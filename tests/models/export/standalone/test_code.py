@@ -94,6 +94,7 @@ def test_every_method_computes_the_same(names, make, ids, run):
 
 def test_memories_beside_blocks_compute_the_same(make, ids, run):
     memory = [{"layers": [0, 2], "class_path": "moezoo.Engram", "init_args": {"num_rows": 40}}]
+    memory[0]["init_args"] |= {"sparse": True, "offload": True}
     model = skewed(make(memory=memory).double())
     module = run(code_of(model.config), "memories")
     other = module.MoezooForCausalLM(module.MoezooConfig.from_dict(model.config.to_dict())).double()
@@ -117,6 +118,7 @@ def test_only_what_is_used_is_written():
         assert "Licensed under the Apache License, Version 2.0" in code
         assert "def cost(" not in code
         assert "custom_op" not in code
+        assert "TokenTable" not in code
 
 
 def test_layers_of_others_are_refused(make):
