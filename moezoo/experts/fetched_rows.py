@@ -53,17 +53,26 @@ class Copies(Protocol):
         """Begin to copy tensors, and return what makes the computation wait for the copies."""
 
 
-class _InPlace:
-    """Copies between main memory and itself, which are none."""
+class _WaitedFor:
+    """Copies to a device without streams, one after the other; within main memory there are none.
+
+    Args:
+        device: of the tokens.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def to_host(self, tensor: Tensor) -> Callable[[], Tensor]:
-        return lambda: tensor
+        host = tensor.cpu()
+        return lambda: host
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
     def to_device(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: tensors
+        copied = tuple(tensor.to(self._device) for tensor in tensors)
+        return lambda: copied
 
 
 class _OnStream:
@@ -111,7 +120,9 @@ class _OnStream:
 
 @lru_cache
 def _copies(device: torch.device) -> Copies:
-    return _InPlace() if device.type == "cpu" else _OnStream(device)
+    if device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream"):
+        return _OnStream(device)
+    return _WaitedFor(device)
 
 
 @lru_cache

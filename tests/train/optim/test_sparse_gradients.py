@@ -196,6 +196,41 @@ def test_an_offloaded_table_is_trained_and_resumed_as_a_resident_one(
                 assert torch.equal(torch.as_tensor(value), other), field
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_on_a_gpu_the_table_and_its_moments_stay_in_main_memory(
+    precision, make_model, make_trainer, random_tokens, tmp_path
+):
+    def fit(offload: bool, steps: int, resume=None):
+        memory = {"layers": "all", "class_path": "moezoo.Engram"}
+        memory["init_args"] = {"num_heads": 2, "num_rows": 90, "sparse": True, "offload": offload}
+        model, seen = make_model(memory=memory), set()
+
+        def look(trainer, module, *_) -> None:
+            state = trainer.optimizers[0].state
+            for table in tables(module).values():
+                seen.add(table.device.type)
+                seen.update(t.device.type for t in state[table].values() if torch.is_tensor(t))
+
+        watch = pl.callbacks.LambdaCallback(on_train_batch_end=look)
+        trainer = make_trainer(
+            accelerator="gpu", max_steps=steps, precision=precision, gradient_clip_val=0.5,
+            callbacks=[watch],
+        )  # fmt: skip
+        trainer.fit(model, random_tokens, ckpt_path=resume)
+        assert seen == {"cpu" if offload else "cuda"}
+        return trainer, model
+
+    part, _ = fit(offload=True, steps=2)
+    part.save_checkpoint(tmp_path / "part.ckpt")
+    _, resumed = fit(True, 4, str(tmp_path / "part.ckpt"))
+    _, resident = fit(False, 4, str(tmp_path / "part.ckpt"))
+    tolerance = 1e-5 if precision == "32-true" else 1e-2
+    for name, tensor in resident.state_dict().items():
+        found = resumed.state_dict()[name]
+        torch.testing.assert_close(found, tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
 def test_tables_keep_a_constant_rate_without_decay(make):
     model = make("memory", optimizer=OptimizerConfig(name="muon", lr=1e-3, weight_decay=0.5))
     optimizer = build_optimizer(model.model, model.optimizer_config)

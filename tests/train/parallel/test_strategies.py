@@ -12,10 +12,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
 from moezoo.errors import InputError
+from moezoo.experts.token_table import TokenTable
 from moezoo_models.checkpoints.directory import load_checkpoint
 from moezoo_train.checkpoint.export import export
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.loggers import read_metrics
+from moezoo_train.parallel.distributed import _placement
 from moezoo_train.parallel.fit_strategy import check_strategy
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy
 
@@ -222,6 +224,21 @@ def test_shared_experts_with_adapters_are_refused():
     adapted = SimpleNamespace(part=SimpleNamespace(lora=object(), neurons=None))
     with pytest.raises(InputError, match=r"expert_parallel: ranks cannot share adapted experts"):
         check_strategy(strategy, adapted, fitting=True)
+
+
+def test_shared_rows_are_refused_where_rows_are_ranked():
+    strategy = FSDP2Strategy(expert_parallel=2)
+    rows = SimpleNamespace(part=SimpleNamespace(lora=None, neurons=None, sparse_memory=object()))
+    with pytest.raises(InputError, match=r"expert_parallel: sparse_memory ranks the rows of whole"):
+        check_strategy(strategy, rows, fitting=True)
+
+
+def test_a_width_that_processes_cannot_share_is_refused():
+    table = TokenTable(9, 7, width_name="d_row")
+    table.mesh = SimpleNamespace()
+    four = SimpleNamespace(ndim=2, size=lambda dimension: [2, 4][dimension])
+    with pytest.raises(InputError, match="d_row: rows of 7 are not a multiple of the 4 processes"):
+        _placement(table, four)
 
 
 def test_other_sharding_strategies_are_refused():
