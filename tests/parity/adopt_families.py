@@ -21,12 +21,14 @@ import transformers
 from torch import Tensor, nn
 
 import moezoo
-from moezoo import RouterOptions
+from moezoo import CapacityOptions, RouterOptions, SparseMoE
+from moezoo_models.adopt.block import Block
+from moezoo_models.adopt.carrying import given_state
 from moezoo_models.adopt.conventions import CONVENTIONS
 from moezoo_models.adopt.layouts import LAYOUTS
 from moezoo_models.adopt.reading import as_block, hold
 from moezoo_models.adopt.reasons import REASONS
-from moezoo_models.adopt.table import BLOCKS, Block
+from moezoo_models.adopt.table import BLOCKS
 from moezoo_models.adopt.units import UNITS
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
@@ -68,8 +70,10 @@ SIZES: dict[str, Any] = {
 
 CONFIGS = {
     "AriaTextMoELayer": "AriaTextConfig",
+    "DbrxFFN": "DbrxConfig",
     "DiffusionGemmaDecoderTextLayer": "DiffusionGemmaTextConfig",
     "DiffusionGemmaEncoderTextLayer": "DiffusionGemmaTextConfig",
+    "Ernie4_5_VLMoeSparseMoeBlock": "Ernie4_5_VLMoeTextConfig",
     "Gemma4TextDecoderLayer": "Gemma4TextConfig",
     "Glm5NextTextMoE": "Glm5NextTextConfig",
     "Inkling2SparseMoeBlock": "Inkling2TextConfig",
@@ -92,6 +96,10 @@ CONFIGS = {
 }
 """Configurations that are not the only one of their family."""
 
+DBRX = {"hidden_size": D, "ffn_hidden_size": 24, "moe_num_experts": E, "moe_top_k": K}
+SWITCH = {"d_model": D, "d_ff": 24, "expert_capacity": 6, "dropout_rate": 0.0}
+AT = "number of the layer"
+
 CHANGES: dict[str, list[dict[str, Any]]] = {
     "Cohere2MoeSparseMoeBlock": [
         {"expert_selection_fn": "softmax"},
@@ -102,6 +110,9 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     ],
     "DeepseekOcr2TextMoe": [{"topk_method": "greedy"}, {"topk_method": "group_limited_greedy"}],
     "DeepseekV2Moe": [{"topk_method": "greedy"}, {"topk_method": "group_limited_greedy"}],
+    "DbrxFFN": [
+        {"ffn_config": {**DBRX, "moe_normalize_expert_weights": p}} for p in (1.0, 2.5, None)
+    ],
     "Dots3NoteTextMoE": [{"num_key_value_heads": 4, "norm_topk_prob": n} for n in (True, False)],
     "Dots3NoteVisionMoE": [{"adapter_in_dim": D, "mlp_layer_types": ["sparse"] * 4}],
     "LagunaSparseMoeBlock": [
@@ -119,6 +130,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"n_group": 1, "topk_group": 1},
     ],
     "Ernie4_5_MoeSparseMoeBlock": [{}, {"use_bias": True}, {"moe_num_shared_experts": 0}],
+    "Ernie4_5_VLMoeSparseMoeBlock": [{"moe_intermediate_size": [24, 24]}],
     "Glm5NextTextMoE": [{"num_key_value_heads": 4, "norm_topk_prob": n} for n in (True, False)],
     "Step3p7SparseMoeBlock": [
         {},
@@ -132,6 +144,14 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     ],
     "MuseSparkMoE": [{"moe_hidden_size": 20, "post_norm_eps": 0.01, "rms_norm_eps": 0.1}],
     "NemotronHMoE": [{}, {"moe_latent_size": 16}],
+    "SwitchTransformersSparseMLP": [
+        {**SWITCH, "router_bias": True},
+        {**SWITCH, "expert_capacity": 64, "dense_act_fn": "gelu"},
+    ],
+    "ZayaSparseMoeBlock": [
+        {"num_experts_per_tok": 1, "router_hidden_size": 12, "rms_norm_eps": 0.1, AT: number}
+        for number in (0, 1)
+    ],
     "LongcatFlashMoE": [{"zero_expert_num": 4}, {"zero_expert_num": 0}],
     "PhimoeSparseMoeBlock": [{"num_experts_per_tok": 2}],
     "Gemma4TextDecoderLayer": [{"enable_moe_block": True}],
@@ -186,6 +206,8 @@ def cases() -> Iterator[tuple[str, Block, dict[str, Any]]]:
 
 def build(block: Block, change: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build a block with random weights, biases and buffers, in evaluation mode."""
+    change = dict(change)
+    number = change.pop(AT, 1)
     kind = config_class(block)
     known, renamed = fields_of(kind), kind.attribute_map or {}
     names = {name: name if name in known else renamed.get(name) for name in SIZES}
@@ -200,7 +222,8 @@ def build(block: Block, change: dict[str, Any], dtype: torch.dtype = torch.float
     config._experts_implementation = "eager"
     make = getattr(module_of(block), block.name)
     names = list(inspect.signature(make.__init__).parameters)[2:]
-    made: nn.Module = make(config, *([1] if "layer_idx" in names else []))
+    more = {"layer_idx": number, "intermediate_size": 24}
+    made: nn.Module = make(config, **{name: more[name] for name in names if name in more})
     torch.manual_seed(0)
     for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
         is_bias = name.endswith("bias") or tensor.ndim < 2
@@ -228,6 +251,9 @@ class Model(nn.Module):
             _, weights, indices = layer.router(read)
             read = layer.pre_feedforward_layernorm_2(read)
             return layer.experts(read, indices, weights).reshape(hidden.shape)
+        if hasattr(layer, "gate") and hasattr(layer.gate, "router_mlp"):  # it carries a state
+            output, handed = layer(hidden, given_state(hidden, layer.gate.router_hidden_size))
+            return output + handed.sin().mean(dim=-1, keepdim=True)
         output = layer(hidden)
         return (output[0] if isinstance(output, tuple) else output).reshape(hidden.shape)
 
@@ -297,12 +323,13 @@ def page() -> str:
 def options_of(name: str) -> str:
     """List the options of RouterOptions that a convention sets, over all of its cases."""
     found = [
-        dict(told(hold(as_block(build(block, change)), block, case).layer.router))
+        options_told(hold(as_block(build(block, change)), block, case).layer)
         for case, block, change in cases()
         if block.convention == name
     ]
     assert found, f"{name} is no block's"
     defaults = dict(told(RouterOptions(), everything=True))
+    defaults |= told(CapacityOptions(), "capacity.", everything=True)
     texts = []
     for key in dict.fromkeys(key for options in found for key in options):
         values = sorted({options.get(key, defaults[key]) for options in found})
@@ -311,6 +338,12 @@ def options_of(name: str) -> str:
         else:
             texts.append(f"`{key}: {'` or `'.join(values)}`")
     return ", ".join(texts) or "the defaults"
+
+
+def options_told(layer: SparseMoE) -> dict[str, str]:
+    """Return the options of a layer's router, and of its capacity, that are not their defaults."""
+    limit = () if layer.capacity is None else told(layer.capacity, "capacity.")
+    return dict([*told(layer.router), *limit])
 
 
 def told(options: Any, prefix: str = "", everything: bool = False) -> Iterator[tuple[str, str]]:

@@ -47,7 +47,8 @@ class Adopted:
         """The layers by the names of their blocks, for :mod:`moezoo.analysis` and others.
 
         They compute with the blocks' own parameters. After the model was moved or its parameters
-        were replaced, ask again.
+        were replaced, ask again; of DBRX and Switch also after a step of the optimizer, as what
+        lies apart there is copied into one tensor.
         """
         for held in self._held.values():
             held.bind()
@@ -133,7 +134,8 @@ def adopt(
 ) -> Adopted:
     """Compute the mixture blocks of a transformers model by :class:`moezoo.SparseMoE`, in place.
 
-    Weights are shared, not copied. Every block is judged before any is changed: it is of a class
+    Weights are shared, not copied, but for experts whose parts lie apart (DBRX, Switch): those are
+    joined with every pass. Every block is judged before any is changed: it is of a class
     that the options of a SparseMoE can say, and on random tokens, at random weights, its output
     and all gradients differ from the layer's by no more than rounding in fp32 (1e-5). Router
     logits are recorded as before (``output_router_logits``), and so the model's own auxiliary loss
@@ -143,7 +145,7 @@ def adopt(
     choices are close may go to other experts than before.
 
     Args:
-        model: as ``from_pretrained`` returns it: mixtures of 66 families, see
+        model: as ``from_pretrained`` returns it: mixtures of 70 families, see
             docs/routers.md.
         balance: auxiliary losses of the layers, caught by :meth:`Adopted.collect`; default: none.
         where: which blocks, by a function of their names in the model; default: all.
@@ -152,8 +154,8 @@ def adopt(
         The layers, with :meth:`Adopted.collect`, :meth:`Adopted.step` and :meth:`Adopted.undo`.
 
     Raises:
-        InputError: there is no mixture block, none is chosen, or one cannot be held exactly; the
-            model is as it was.
+        InputError: there is no mixture block, none is chosen, or one cannot be held exactly, as
+            where it drops hidden neurons and is in training; the model is as it was.
     """
     if balance is not None:
         balance.check()

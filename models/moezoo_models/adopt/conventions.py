@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from moezoo.routing import LogitOptions, WeightOptions
+from moezoo.routing import CapacityOptions, LogitOptions, WeightOptions
 
 Options = dict[str, Any]
-"""Arguments of :class:`moezoo.RouterOptions`."""
+"""Arguments of :class:`moezoo.RouterOptions`, and the layer's ``capacity``."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,37 @@ def _mixer(router: Any, block: Any) -> Options:
     return {"score": "sparse_mixer", "normalize": False, "mixer_eps": eps}
 
 
+def _zaya(router: Any, block: Any) -> Options:
+    mlp = router.router_mlp
+    logits = LogitOptions(
+        mlp=router.router_hidden_size,
+        norm_eps=float(mlp.norm.variance_epsilon),
+        carry=bool(router.use_eda),
+    )
+    return {"normalize": False, "selection_bias": True, "logits": logits}
+
+
+def _switch(router: Any, block: Any) -> Options:
+    options: Options = {
+        "normalize": False,
+        "logits": LogitOptions(bias=router.classifier.bias is not None),
+        "capacity": CapacityOptions(fixed=int(router.expert_capacity), scope="sequence"),
+    }
+    if jitter := float(router.jitter_noise):
+        # In place, and so on what experts read, unless the router makes a copy of another dtype.
+        experts_too = next(block.experts.parameters()).dtype == router.dtype
+        options |= {"jitter": jitter, "jitter_experts": experts_too}
+    return options
+
+
+def _dbrx(router: Any, block: Any) -> Options:
+    p, jitter = block.moe_normalize_expert_weights, router.moe_jitter_eps
+    options: Options = {"normalize": p is not None}
+    if p is not None:
+        options["weights"] = WeightOptions(p=float(p))
+    return {**options, "jitter": float(jitter), "jitter_experts": True} if jitter else options
+
+
 def _cohere(router: Any, block: Any) -> Options:
     if router.expert_selection_fn == "softmax":
         return {"score": "softmax", "normalize": True}
@@ -332,6 +363,28 @@ CONVENTIONS = {
         "not normalized: an identity expert adds scale p x, which may be more than x; router_bias "
         "makes a bias that nothing reads",
         _longcat,
+    ),
+    "dbrx": Convention(
+        "softmax, divided by a p-norm",
+        "p = softmax(l); top-k of p; w = p / (sum of the chosen p^n)^(1/n)",
+        "n is moe_normalize_expert_weights, 1 by default; in training jitter is put on what "
+        "experts read too, as it is done in place",
+        _dbrx,
+    ),
+    "switch": Convention(
+        "softmax, top-1, capacity of each sequence",
+        "p = softmax(l); best p; w = p; an expert takes the first expert_capacity tokens of a "
+        "sequence",
+        "places are counted in each sequence by itself, padding included, and not over the batch; "
+        "dropped tokens get zero",
+        _switch,
+    ),
+    "zaya": Convention(
+        "state over layers, softmax, selection bias, skip expert",
+        "r = W0 x + b0 + s r of the layer before; l = W3 gelu(W2 gelu(W1 norm(r))); "
+        "p = softmax(l) over E + 1; best p + b; w = p, 0 for the last",
+        "r is handed on before its norm; the first layer has no s; the last slot skips the layer",
+        _zaya,
     ),
     "mixer": Convention(
         "sparse mixer",

@@ -18,8 +18,8 @@ from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForwardOutput
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo_models.adapters.torch import has_forward_hooks, kept_in
+from moezoo_models.adopt.block import Block
 from moezoo_models.adopt.layouts import as_it_is
-from moezoo_models.adopt.table import Block
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -34,34 +34,45 @@ class Shared(NamedTuple):
         view: from theirs to ours.
         hidden: the axis of theirs that hidden neurons are along, if any.
         unit: how many there are of one expert; the axis is as long, or a multiple.
+        others: names of more tensors, which the view takes after the first and copies.
     """
 
     ours: str
     theirs: str
-    view: Callable[[Tensor], Tensor] = as_it_is
+    view: Callable[..., Tensor] = as_it_is
     hidden: int | None = None
     unit: int = 1
+    others: tuple[str, ...] = ()
+
+    @property
+    def all_theirs(self) -> tuple[str, ...]:
+        """The names of theirs, in the block."""
+        return (self.theirs, *self.others)
 
 
 class _Link:
-    """One shared tensor: where it is in the block, and where the layer looks for it."""
+    """A shared tensor: where it is in the block, in parts or whole, and where the layer looks."""
 
     def __init__(self, layer: SparseMoE, block: nn.Module, shared: Shared) -> None:
-        path, _, self.name = shared.theirs.rpartition(".")
-        self.path, self.view, self.theirs = path, shared.view, shared.theirs
-        self.owner = block.get_submodule(path)
+        self.view = shared.view
+        self.parts = []
+        for theirs in shared.all_theirs:
+            path, _, name = theirs.rpartition(".")
+            self.parts.append((path, block.get_submodule(path), name))
+        _, self.owner, self.name = self.parts[0]
         module_path, _, self.ours = shared.ours.rpartition(".")
         self.module = layer.get_submodule(module_path)
         self.place = kept_in(self.module, self.ours)
 
     def bind(self, block: nn.Module) -> None:
         """Hand the layer what the block has now."""
-        if block.get_submodule(self.path) is not self.owner:
-            raise InputError(
-                f"adopt: {self.path} of {type(block).__name__} was replaced after it was adopted, "
-                "and its weights would not be used; undo(), replace it, and adopt then"
-            )
-        tensor = self.view(getattr(self.owner, self.name))
+        for path, owner, _ in self.parts:
+            if block.get_submodule(path) is not owner:
+                raise InputError(
+                    f"adopt: {path} of {type(block).__name__} was replaced after it was adopted, "
+                    "and its weights would not be used; undo(), replace it, and adopt then"
+                )
+        tensor = self.view(*(getattr(owner, name) for _, owner, name in self.parts))
         if self.place[self.ours] is not tensor:
             self.place[self.ours] = tensor
 
@@ -87,6 +98,8 @@ class Held:
     ) -> None:
         self.block, self.entry, self.layer, self.shared = block, entry, layer, shared
         self.factor = factor
+        parts = block.named_modules()
+        self.dropouts = [(n, part) for n, part in parts if isinstance(part, nn.Dropout)]
         self.caught: list[FeedForwardOutput] | None = None
         self._links = [_Link(layer, block, tensor) for tensor in shared]
         self.bind()
@@ -153,6 +166,23 @@ class Held:
         """Compute what the block does, without being in its place."""
         return self(hidden)
 
+    def theirs(self, hidden: Tensor) -> Any:
+        """Compute what :meth:`try_out` does by the block's own forward pass."""
+        return type(self.block).forward(self.block, hidden)
+
+    def refuse_dropout(self) -> None:
+        """Refuse to train where the block would drop hidden neurons.
+
+        Raises:
+            InputError: names the module.
+        """
+        for name, dropout in self.dropouts:
+            if self.block.training and dropout.p:
+                raise InputError(
+                    f"model: {name} of {type(self.block).__name__} drops hidden neurons in "
+                    "training, which a SparseMoE does not; set its p to 0, or call model.eval()"
+                )
+
     def caught_of(self, output: FeedForwardOutput) -> Tensor:
         """Return the hidden states of an output, which is kept while outputs are collected."""
         if self.caught is not None:
@@ -164,7 +194,10 @@ class Held:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the block would."""
         self.bind()
+        self.refuse_dropout()
         layer = self.layer
+        if self.entry.in_one_row:  # which its tokens may come in, too
+            hidden_states = hidden_states.reshape(-1, layer.d_model)
         if layer.training or self.caught is not None or has_forward_hooks(layer):
             answer = self.caught_of(layer(hidden_states))
         else:
@@ -176,16 +209,21 @@ class Held:
             answer = answer + getattr(block, entry.added)
         if entry.after is not None:
             answer = getattr(block, entry.after)(answer)
-        if entry.flattened:
-            answer = answer.flatten(0, -2)
+        if entry.flattened or entry.in_one_row:
+            answer = answer.flatten(0, -1 if entry.in_one_row else -2)
         router = getattr(block, entry.router_at)
         if entry.second is None and not has_forward_hooks(router):
             return answer
         # Whoever records router logits hooks on to the router, which therefore has to be called.
         given = [getattr(block, name, None) for name in entry.passed]
         tokens = hidden_states.flatten(0, -2) if entry.flat else hidden_states
+        if layer.training and layer.router.jitter:
+            tokens = tokens.clone()  # some multiply it in place
         routed = router(tokens, *given)
-        return answer if entry.second is None else (answer, routed[entry.second])
+        if entry.second is None:
+            return answer
+        second = routed[entry.second]
+        return answer, second.flatten() if entry.in_one_row else second
 
 
 def build_layer(d_model: int, arguments: dict[str, Any]) -> SparseMoE:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from moezoo.layers.sparse_moe import SparseMoE
+from moezoo_models.adopt.block import Block
 from moezoo_models.adopt.holding import Held, Shared
-from moezoo_models.adopt.table import Block
 
 
 class RouterAndExperts(nn.Module):

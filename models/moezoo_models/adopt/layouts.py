@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -27,17 +28,32 @@ def _transposed(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of theirs that is one of ours.
+    """A tensor of theirs, or several, that are one of ours.
 
     Attributes:
-        path: its name.
-        hidden: the axis that F, or 2 F, is along; None if it is along none.
-        view: from theirs to ours, without a copy.
+        path: its name; with ``{}`` for the number of an expert, one of each.
+        hidden: the axis that F, or a multiple, is along; None if it is along none.
+        view: from theirs to ours, without a copy if there is one of theirs.
+        beside: name of another, which ``view`` takes after the first.
+        by_number: from the number of experts to a ``view`` that has to know it.
     """
 
     path: str
     hidden: int | None
-    view: Callable[[Tensor], Tensor] = as_it_is
+    view: Callable[..., Tensor] = as_it_is
+    beside: str | None = None
+    by_number: Callable[[int], Callable[..., Tensor]] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one tensor, with experts along its first axis."""
+        return "{}" not in self.path and self.by_number is None
+
+    def paths(self, num_experts: int) -> tuple[str, ...]:
+        """List the names of theirs, in the order in which the view takes them."""
+        if "{}" in self.path:
+            return tuple(self.path.format(number) for number in range(num_experts))
+        return (self.path,) if self.beside is None else (self.path, self.beside)
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,21 @@ class Layout:
     tensors: dict[str, Stored]
     gated: bool = True
     interleaved: bool = False
+
+
+def _stacked(*tensors: Tensor) -> Tensor:
+    return torch.stack(tensors)
+
+
+def _halves(num_experts: int) -> Callable[..., Tensor]:
+    def joined(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.cat([part.unflatten(0, (num_experts, -1)) for part in (gate, up)], dim=1)
+
+    return joined
+
+
+def _rows_of_each(num_experts: int) -> Callable[..., Tensor]:
+    return lambda tensor: tensor.unflatten(0, (num_experts, -1)).transpose(1, 2)
 
 
 _TRANSPOSED = {
@@ -111,6 +142,23 @@ LAYOUTS = {
             "gate_up_proj": Stored("experts.gate_up_proj", 1),
             "down_proj": Stored("experts.down_proj", 2),
         },
+    ),
+    "dbrx": Layout(
+        "gate (E F, D) and up (E F, D), down (E F, D)",
+        "gate and up lie apart: joined, and so copied, with every pass",
+        {
+            "gate_up_proj": Stored("experts.mlp.w1", 0, beside="experts.mlp.v1", by_number=_halves),
+            "down_proj": Stored("experts.mlp.w2", 0, by_number=_rows_of_each),
+        },
+    ),
+    "switch": Layout(
+        "up (F, D) and down (D, F) of each expert, in a module of its own",
+        "stacked, and so copied, with every pass",
+        {
+            "gate_up_proj": Stored("experts.expert_{}.wi.weight", 0, _stacked),
+            "down_proj": Stored("experts.expert_{}.wo.weight", 1, _stacked),
+        },
+        gated=False,
     ),
     "jetmoe": Layout(
         "gate and up (E, 2F, D), down (E, D, F), each in a module",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -12,12 +13,14 @@ from moezoo.experts import ExpertNormOptions
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import BalanceOptions, RouterOptions
 from moezoo_kernels.activations import PLAIN_GLU, GLUOptions
+from moezoo_models.adopt.block import Block, path_of
+from moezoo_models.adopt.carrying import HeldCarrying
 from moezoo_models.adopt.conventions import CONVENTIONS
 from moezoo_models.adopt.holding import Held, Shared, build_layer
 from moezoo_models.adopt.in_layer import HeldInLayer, RouterAndExperts
-from moezoo_models.adopt.layouts import LAYOUTS, SHARED, flat, rows
+from moezoo_models.adopt.layouts import LAYOUTS, SHARED, Layout, flat, rows
 from moezoo_models.adopt.reasons import ATTENTION, OTHER_ROUTERS, REASONS
-from moezoo_models.adopt.table import BY_CLASS, Block, path_of
+from moezoo_models.adopt.table import BY_CLASS
 from moezoo_models.adopt.units import UNITS, CannotSay
 
 
@@ -111,30 +114,26 @@ def hold(block: nn.Module, entry: Block, name: str, balance: BalanceOptions | No
             refuse(f"jitters twice what its router reads ({attribute}); set it to 0")
     convention, layout = CONVENTIONS[entry.convention], LAYOUTS[entry.layout]
     try:
-        activation, glu = UNITS[entry.unit].read(experts, block)
+        unit = experts if entry.unit_at is None else block.get_submodule(entry.unit_at)
+        activation, glu = UNITS[entry.unit].read(unit, block)
         shared_glu = _shared_unit(block, entry, activation)
     except CannotSay as reason:
         refuse(str(reason))
-    down = layout.tensors["down_proj"]
-    d_expert = down.view(block.get_parameter(down.path)).shape[2]
-    num_experts = block.get_parameter(down.path).shape[0]
-    found = []
-    for ours, stored in layout.tensors.items():
-        more = block.get_parameter(stored.path).shape[0] > num_experts
-        view = rows(None, num_experts) if more else stored.view
-        found.append(Shared(f"experts.{ours}", stored.path, view, stored.hidden, d_expert))
+    num_experts, d_expert, found = _experts(block, experts, layout)
     options = convention.read(router, block)
+    capacity = options.pop("capacity", None)
     slots, d_model = _routed(block, entry, options, num_experts, found)
     arguments: dict[str, Any] = {
         "num_experts": num_experts,
-        "top_k": _top_k(router),
+        "top_k": _top_k(router, block),
         "d_expert": d_expert,
         "activation": activation,
         "gated": layout.gated,
         "bias": "down_bias" in layout.tensors,
         "interleaved": layout.interleaved,
         "glu": glu,
-        "num_identity_experts": slots - num_experts,
+        "num_skip_experts" if entry.skips else "num_identity_experts": slots - num_experts,
+        "capacity": capacity,
         "balance": balance or BalanceOptions(load_balancing=0.0),
     }
     arguments |= _latent(block, entry, found) | _norms(block, entry, found)
@@ -148,7 +147,10 @@ def hold(block: nn.Module, entry: Block, name: str, balance: BalanceOptions | No
     _check_all_are_shared(block, entry, layer, found, refuse)
     if entry.in_layer:
         return HeldInLayer(block, entry, layer, found)
-    return Held(block, entry, layer, found, _factor(block))
+    kind = HeldCarrying if entry.carries else Held
+    held = kind(block, entry, layer, found, _factor(block))
+    held.refuse_dropout()
+    return held
 
 
 def _class_of(block: nn.Module) -> tuple[str, str]:
@@ -176,8 +178,33 @@ def _shared_unit(block: nn.Module, entry: Block, activation: str) -> GLUOptions:
     return glu
 
 
-def _top_k(router: Any) -> int:
-    return int(router.top_k if hasattr(router, "top_k") else router.config.top_k_experts)
+def _experts(block: nn.Module, experts: Any, layout: Layout) -> tuple[int, int, list[Shared]]:
+    """Return how many experts there are, of how many hidden neurons, and their tensors."""
+    down = layout.tensors["down_proj"]
+    plain = down.is_plain
+    number = block.get_parameter(down.path).shape[0] if plain else int(experts.num_experts)
+    views = {
+        ours: stored.view if stored.by_number is None else stored.by_number(number)
+        for ours, stored in layout.tensors.items()
+    }
+    parts = (block.get_parameter(path) for path in down.paths(number))
+    shapes = [torch.empty_like(part, device="meta") for part in parts]
+    d_expert = views["down_proj"](*shapes).shape[2]
+    found = []
+    for ours, stored in layout.tensors.items():
+        first, *others = stored.paths(number)
+        more = plain and block.get_parameter(first).shape[0] > number
+        view = rows(None, number) if more else views[ours]
+        where = (f"experts.{ours}", first, view, stored.hidden, d_expert, tuple(others))
+        found.append(Shared(*where))
+    return number, d_expert, found
+
+
+def _top_k(router: Any, block: Any) -> int:
+    for owner in (router, block):
+        if hasattr(owner, "top_k"):
+            return int(owner.top_k)
+    return int(router.config.top_k_experts) if hasattr(router, "config") else 1
 
 
 def _latent(block: Any, entry: Block, found: list[Shared]) -> dict[str, Any]:
@@ -205,7 +232,8 @@ def _routed(
     block: nn.Module, entry: Block, options: dict[str, Any], num_experts: int, found: list[Shared]
 ) -> tuple[int, int]:
     """Add the router's tensors to those found; return how many it chooses from, and its width."""
-    slots, d_model = block.get_parameter(entry.weight).shape
+    slots = block.get_parameter(entry.weight).shape[0]
+    d_model = block.get_parameter(entry.reads or entry.weight).shape[1]
     weight, weights = "gate.weight", options.get("weights")
     if weights is not None and weights.with_shared:
         found.append(Shared(weight, entry.weight, rows(None, num_experts)))
@@ -216,7 +244,8 @@ def _routed(
     if options.get("selection_bias"):
         assert entry.bias is not None
         found.append(Shared("gate.selection_bias", entry.bias, flat))
-    found += [Shared(f"gate.{ours}", theirs) for ours, theirs in entry.more]
+    there = dict(block.named_parameters())
+    found += [Shared(f"gate.{ours}", theirs) for ours, theirs in entry.more if theirs in there]
     return slots, d_model
 
 
@@ -266,7 +295,7 @@ def _check_all_are_shared(
     block: nn.Module, entry: Block, layer: SparseMoE, found: list[Shared], refuse: _Refuse
 ) -> None:
     """Refuse a block with a parameter that the layer does not have, or the other way round."""
-    theirs = {tensor.theirs for tensor in found} | {entry.added}
+    theirs = {name for tensor in found for name in tensor.all_theirs} | {entry.added}
     if entry.shared_gate is not None and not layer.d_shared:  # it weighs nothing
         theirs.add(f"{entry.shared_gate}.weight")
     for key, tensor in [*block.named_parameters(), *block.named_buffers()]:

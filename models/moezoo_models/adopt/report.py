@@ -161,6 +161,8 @@ def _options(layer: SparseMoE) -> str:
     for name in ("glu", "shared_glu", "expert_norms"):
         if (bounds := getattr(layer, name)) is not None:
             parts += _told(name, bounds)
+    if layer.capacity is not None:
+        parts += _told("capacity", layer.capacity)
     for field in dataclasses.fields(layer.router):
         value = getattr(layer.router, field.name)
         if value != field.default:

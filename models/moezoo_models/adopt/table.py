@@ -7,86 +7,10 @@ one is refused and not believed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-VERSION = "5.23.0"
-"""The release of transformers in whose source the table was read."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A class of mixture blocks.
-
-    Attributes:
-        family: folder of its file.
-        name: its class.
-        router: class of its router.
-        experts: class of its experts.
-        convention: a key of :data:`moezoo_models.adopt.conventions.CONVENTIONS`.
-        layout: a key of :data:`moezoo_models.adopt.layouts.LAYOUTS`.
-        unit: a key of :data:`moezoo_models.adopt.units.UNITS`.
-        router_at: name of the router within the block.
-        weight: the router's weight, ``(E, D)``, within the block.
-        experts_at: name of the experts within the block.
-        bias: the selection bias within the block, if the convention has one.
-        more: other tensors of the router: ours in :class:`moezoo.routing.Router`, and theirs.
-        shared: name of the shared expert, which a configuration may leave out.
-        shared_unit: of the shared expert, where it differs.
-        latent: names of the linear maps between which the experts work, if there are any.
-        norms: names of the norms of what experts read and of what each returns, if there are any.
-        shared_form: a key of :data:`moezoo_models.adopt.layouts.SHARED`.
-        shared_gate: name of the linear map whose sigmoid weighs the shared expert.
-        passed: attributes of the block that its router is called with, after hidden states.
-        flat: whether its router is called with ``(T, D)``; else with ``(B, T, D)``.
-        after: name of a module that the block applies to the sum.
-        added: name of a bias ``(D,)`` that the block adds to the sum.
-        second: which output of its router the block returns beside hidden states, if any.
-        flattened: whether it returns hidden states as ``(T, D)``.
-        in_layer: whether it is a decoder layer, which runs router and experts itself.
-    """
-
-    family: str
-    name: str
-    router: str
-    experts: str
-    convention: str
-    layout: str = "stacked"
-    unit: str = "plain"
-    router_at: str = "gate"
-    weight: str = "gate.weight"
-    experts_at: str = "experts"
-    bias: str | None = None
-    more: tuple[tuple[str, str], ...] = ()
-    shared: str | None = None
-    shared_form: str = "linears"
-    shared_unit: str | None = None
-    latent: tuple[str, str] | None = None
-    norms: tuple[str, str] | None = None
-    shared_gate: str | None = None
-    passed: tuple[str, ...] = ()
-    flat: bool = True
-    after: str | None = None
-    added: str | None = None
-    second: int | None = None
-    flattened: bool = False
-    in_layer: bool = False
-
-    @property
-    def path(self) -> str:
-        """Module path and name of the class."""
-        return f"{module_of(self.family)}.{self.name}"
-
-
-def module_of(family: str) -> str:
-    """Return the module path of a family's file."""
-    return f"transformers.models.{family}.modeling_{family}"
-
-
-def path_of(module: Any) -> str:
-    """Return module path and name of an object's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
+from moezoo_models.adopt.block import Block
 
 _BIAS = "gate.e_score_correction_bias"
 
@@ -251,6 +175,16 @@ BLOCKS = (
         bias="gate.moe_statics.e_score_correction_bias",
         shared="shared_experts",
     ),
+    Block(
+        "ernie4_5_vl_moe",
+        "Ernie4_5_VLMoeSparseMoeBlock",
+        "Ernie4_5_VLMoeMoeTopKRouter",
+        "Ernie4_5_VLMoeMoeExperts",
+        "ernie",
+        bias="gate.moe_statics.e_score_correction_bias",
+        second=0,
+        in_one_row=True,
+    ),
     _softmax(
         "lfm2_moe",
         "Lfm2Moe",
@@ -386,6 +320,53 @@ BLOCKS = (
             ("diffusion_gemma", "DiffusionGemmaDecoderText", "DiffusionGemmaText"),
             ("diffusion_gemma", "DiffusionGemmaEncoderText", "DiffusionGemmaText"),
         )
+    ),
+    Block(
+        "dbrx",
+        "DbrxFFN",
+        "DbrxRouter",
+        "DbrxExperts",
+        "dbrx",
+        layout="dbrx",
+        router_at="router",
+        weight="router.layer.weight",
+        unit_at="experts.mlp",
+        width_at=("experts.ffn_hidden_size", "experts.mlp.ffn_hidden_size"),
+    ),
+    Block(
+        "switch_transformers",
+        "SwitchTransformersSparseMLP",
+        "SwitchTransformersTop1Router",
+        "SwitchTransformersExperts",
+        "switch",
+        layout="switch",
+        router_at="router",
+        weight="router.classifier.weight",
+        more=(("bias", "router.classifier.bias"),),
+        unit_at="experts.expert_0",
+        flat=False,
+    ),
+    Block(
+        "zaya",
+        "ZayaSparseMoeBlock",
+        "ZayaRouter",
+        "ZayaExperts",
+        "zaya",
+        weight="gate.router_mlp.out_proj.weight",
+        reads="gate.down_proj.weight",
+        bias="gate.balancing_biases",
+        more=(
+            ("mlp.down.weight", "gate.down_proj.weight"),
+            ("mlp.down.bias", "gate.down_proj.bias"),
+            ("mlp.state_scale", "gate.router_states_scale"),
+            ("mlp.norm_scale", "gate.router_mlp.norm.weight"),
+            ("mlp.fc1.weight", "gate.router_mlp.fc1.weight"),
+            ("mlp.fc1.bias", "gate.router_mlp.fc1.bias"),
+            ("mlp.fc2.weight", "gate.router_mlp.fc2.weight"),
+            ("mlp.fc2.bias", "gate.router_mlp.fc2.bias"),
+        ),
+        skips=True,
+        carries=True,
     ),
     _softmax(
         "phimoe",

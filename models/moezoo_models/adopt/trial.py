@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from moezoo.errors import InputError
 from moezoo_models.adapters.transformers import set_experts_backend
+from moezoo_models.adopt.block import VERSION
 from moezoo_models.adopt.holding import Held
 from moezoo_models.adopt.reading import hold, otherwise
-from moezoo_models.adopt.table import VERSION
 
 TOLERANCE = 1e-5
 """How far an output or gradient may be off, relative to its largest element, in fp32."""
 _TOKENS = (2, 24)
 _HIDDEN = 8
+_ROOM = 3
 
 
 class Difference(NamedTuple):
@@ -92,7 +93,7 @@ def small_copy(
     and hidden neurons go far enough to be clamped where a class clamps them.
     """
     block = held.block
-    shared = {tensor.theirs: tensor for tensor in held.shared}
+    shared = {name: tensor for tensor in held.shared for name in tensor.all_theirs}
     memo: dict[int, Any] = {}
     generator = torch.Generator().manual_seed(0)
     for path, tensor in [*block.named_parameters(), *block.named_buffers()]:
@@ -105,6 +106,12 @@ def small_copy(
         new = nn.Parameter(values, tensor.requires_grad) if _is_parameter(tensor) else values
         memo[id(tensor)] = new
     small = copy.deepcopy(block, memo)
+    for path in held.entry.width_at:
+        owner, _, name = path.rpartition(".")
+        setattr(small.get_submodule(owner), name, min(hidden, held.layer.d_expert))
+    router: Any = getattr(small, held.entry.router_at)
+    if hasattr(router, "expert_capacity"):  # or no token of so few would be dropped
+        router.expert_capacity = _ROOM
     set_experts_backend(small, backend)
     return small.eval()
 
@@ -115,7 +122,7 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 def _std(path: str, held: Held) -> float:
     """Return the scale of a tensor's random values: hidden neurons are to reach about 12."""
-    shared = {tensor.theirs: tensor.ours for tensor in held.shared}
+    shared = {name: tensor.ours for tensor in held.shared for name in tensor.all_theirs}
     ours = shared.get(path, "")
     d_model = held.layer.d_model
     if ours.endswith(("gate_up_proj", "gate_proj.weight", "up_proj.weight")):
@@ -137,7 +144,7 @@ def tokens_for(held: Held, dtype: torch.dtype = torch.float32) -> Tensor:
 def compare(block: nn.Module, held: Held) -> Difference:
     """Compare output and gradients of a block and of the layer bound to it."""
     hidden = tokens_for(held, next(block.parameters()).dtype)
-    theirs, ours = _computed(block, block, hidden), _computed(block, held.try_out, hidden)
+    theirs, ours = _computed(block, held.theirs, hidden), _computed(block, held.try_out, hidden)
     first = _error(ours.pop("output"), theirs.pop("output"))
     rest = max(_error(ours[key], theirs[key]) for key in theirs)
     return Difference(first, rest)

@@ -48,7 +48,7 @@ class Unit:
 
 
 def _activation(module: Any, block: Any) -> str:
-    names = ("act_fn", "activation", "activation_fn")
+    names = ("act_fn", "activation", "activation_fn", "act")
     found = [getattr(owner, name, None) for owner in (module, block) for name in names]
     function = next((each for each in found if each is not None), None)
     name = getattr(function, "__name__", type(function).__name__)
