@@ -25,8 +25,9 @@ from moezoo import CapacityOptions, RouterOptions, SparseMoE
 from moezoo_models.adopt.block import Block
 from moezoo_models.adopt.carrying import given_state
 from moezoo_models.adopt.conventions import CONVENTIONS
+from moezoo_models.adopt.holding import Held
 from moezoo_models.adopt.layouts import LAYOUTS
-from moezoo_models.adopt.reading import as_block, hold
+from moezoo_models.adopt.reading import as_block, entry_of, hold
 from moezoo_models.adopt.reasons import REASONS
 from moezoo_models.adopt.table import BLOCKS
 from moezoo_models.adopt.units import UNITS
@@ -141,7 +142,8 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "DeepseekV4SparseMoeBlock": [
         {"scoring_func": score, "mlp_layer_types": ["moe"] * 4}
         for score in ("sqrtsoftplus", "sigmoid")
-    ],
+    ]
+    + [{"mlp_layer_types": ["hash_moe"] * 4, "vocab_size": 41}],
     "MuseSparkMoE": [{"moe_hidden_size": 20, "post_norm_eps": 0.01, "rms_norm_eps": 0.1}],
     "NemotronHMoE": [{}, {"moe_latent_size": 16}],
     "SwitchTransformersSparseMLP": [
@@ -226,6 +228,10 @@ def build(block: Block, change: dict[str, Any], dtype: torch.dtype = torch.float
     made: nn.Module = make(config, **{name: more[name] for name in names if name in more})
     torch.manual_seed(0)
     for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+        if name.endswith("tid2eid"):  # the first experts are in more rows than the last
+            chances = torch.rand(len(tensor), E) + torch.linspace(1, 0, E)
+            tensor.copy_(chances.topk(tensor.shape[1]).indices)
+            continue
         is_bias = name.endswith("bias") or tensor.ndim < 2
         std = 0.3 if is_bias else tensor.shape[-1] ** -0.5
         mean = 1.0 if "scale" in name else -0.1 if is_bias else 0.0
@@ -254,8 +260,17 @@ class Model(nn.Module):
         if hasattr(layer, "gate") and hasattr(layer.gate, "router_mlp"):  # it carries a state
             output, handed = layer(hidden, given_state(hidden, layer.gate.router_hidden_size))
             return output + handed.sin().mean(dim=-1, keepdim=True)
-        output = layer(hidden)
+        output = layer(hidden, **given_beside(layer, hidden))
         return (output[0] if isinstance(output, tuple) else output).reshape(hidden.shape)
+
+
+def given_beside(layer: Any, hidden: Tensor) -> dict[str, Tensor]:
+    """Return the token ids that a block is called with, if a table of them chooses experts."""
+    table = getattr(getattr(layer, "gate", None), "tid2eid", None)
+    if table is None:
+        return {}
+    generator = torch.Generator().manual_seed(6)
+    return {"input_ids": torch.randint(len(table), hidden.shape[:-1], generator=generator)}
 
 
 def compute(model: Model, hidden: Tensor) -> dict[str, Tensor]:
@@ -281,7 +296,8 @@ def difference(block: Block, change: dict[str, Any], dtype: torch.dtype) -> floa
     adopted = moezoo.adopt(model)
     ours = compute(model, hidden)
     assert theirs.keys() == ours.keys()
-    load = adopted.layers["mlp"].slot_load(hidden).counts[:E]
+    ids = given_beside(model.mlp, hidden).get("input_ids")
+    load = adopted.layers["mlp"].slot_load(hidden, token_ids=ids).counts[:E]
     assert load.max() > 1.25 * load.float().mean(), "the load is even; skewed logits find more"
     return max(
         float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs
@@ -323,7 +339,7 @@ def page() -> str:
 def options_of(name: str) -> str:
     """List the options of RouterOptions that a convention sets, over all of its cases."""
     found = [
-        options_told(hold(as_block(build(block, change)), block, case).layer)
+        options_told(held_of(build(block, change), case).layer)
         for case, block, change in cases()
         if block.convention == name
     ]
@@ -338,6 +354,12 @@ def options_of(name: str) -> str:
         else:
             texts.append(f"`{key}: {'` or `'.join(values)}`")
     return ", ".join(texts) or "the defaults"
+
+
+def held_of(made: nn.Module, case: str) -> Held:
+    """Return the layer that computes what a block does."""
+    block = as_block(made)
+    return hold(block, entry_of(block, case), case)
 
 
 def options_told(layer: SparseMoE) -> dict[str, str]:

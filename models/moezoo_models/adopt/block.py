@@ -44,6 +44,8 @@ class Block:
         in_layer: whether it is a decoder layer, which runs router and experts itself.
         carries: whether it takes and returns a state, which its router adds up over layers.
         skips: whether rows of the router beyond the experts skip, and do not return the token.
+        table: of token ids, which chooses experts where the router is of ``table_router``.
+        table_router: class of the routers that have it; the convention is the same.
         unit_at: the module that has the activation, if neither experts nor block do.
         width_at: numbers that have to be an expert's hidden neurons, for the experts to run.
     """
@@ -77,6 +79,8 @@ class Block:
     in_layer: bool = False
     carries: bool = False
     skips: bool = False
+    table: str | None = None
+    table_router: str | None = None
     unit_at: str | None = None
     width_at: tuple[str, ...] = ()
 

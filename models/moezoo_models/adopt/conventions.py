@@ -164,7 +164,8 @@ def _inkling(router: Any, block: Any) -> Options:
 def _named_score(router: Any, block: Any) -> Options:
     names = {"Sigmoid": "sigmoid", "SqrtSoftplusActivation": "sqrt_softplus"}
     score = names.get(type(router.score_fn).__name__, "softmax")
-    return {**_sigmoid(router, block, 1e-20), "score": score, "selection_bias": True}
+    options = {**_sigmoid(router, block, 1e-20), "score": score}
+    return {**options, "selection_bias": hasattr(router, "e_score_correction_bias")}
 
 
 def _gemma(router: Any, block: Any) -> Options:
@@ -354,7 +355,7 @@ CONVENTIONS = {
         "s = scoring_func(l), sqrt(softplus(l)) or sigmoid(l); top-k of s + b; "
         "w = scale s / (sum + 1e-20)",
         "a root of softplus is 0.83 at l = 0 and has no upper bound; DeepSeek-V4's first layers "
-        "choose by a table of token ids and weigh by the same scores",
+        "choose by a table of token ids, without a bias, and weigh by the same scores",
         _named_score,
     ),
     "longcat": Convention(

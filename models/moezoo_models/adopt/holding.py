@@ -183,6 +183,10 @@ class Held:
                     "training, which a SparseMoE does not; set its p to 0, or call model.eval()"
                 )
 
+    def context_of(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return what the layer is given beside hidden states, from what the block is."""
+        return {}
+
     def caught_of(self, output: FeedForwardOutput) -> Tensor:
         """Return the hidden states of an output, which is kept while outputs are collected."""
         if self.caught is not None:
@@ -198,10 +202,11 @@ class Held:
         layer = self.layer
         if self.entry.in_one_row:  # which its tokens may come in, too
             hidden_states = hidden_states.reshape(-1, layer.d_model)
+        context = self.context_of(*args, **kwargs)
         if layer.training or self.caught is not None or has_forward_hooks(layer):
-            answer = self.caught_of(layer(hidden_states))
+            answer = self.caught_of(layer(hidden_states, **context))
         else:
-            answer = layer.infer(hidden_states)
+            answer = layer.infer(hidden_states, **context)
         if self.factor != 1.0:
             answer = answer * self.factor
         entry, block = self.entry, self.block
@@ -219,14 +224,16 @@ class Held:
         tokens = hidden_states.flatten(0, -2) if entry.flat else hidden_states
         if layer.training and layer.router.jitter:
             tokens = tokens.clone()  # some multiply it in place
-        routed = router(tokens, *given)
+        routed = router(tokens, *given, *context.values())
         if entry.second is None:
             return answer
         second = routed[entry.second]
         return answer, second.flatten() if entry.in_one_row else second
 
 
-def build_layer(d_model: int, arguments: dict[str, Any]) -> SparseMoE:
+def build_layer(
+    d_model: int, arguments: dict[str, Any], kind: type[SparseMoE] = SparseMoE
+) -> SparseMoE:
     """Build a layer whose tensors hold nothing yet."""
     with torch.device("meta"):
-        return SparseMoE(d_model, **arguments)
+        return kind(d_model, **arguments)

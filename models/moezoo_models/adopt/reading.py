@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,12 +15,13 @@ from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import BalanceOptions, RouterOptions
 from moezoo_kernels.activations import PLAIN_GLU, GLUOptions
 from moezoo_models.adopt.block import Block, path_of
+from moezoo_models.adopt.by_table import HeldByTable, TableMoE
 from moezoo_models.adopt.carrying import HeldCarrying
 from moezoo_models.adopt.conventions import CONVENTIONS
 from moezoo_models.adopt.holding import Held, Shared, build_layer
 from moezoo_models.adopt.in_layer import HeldInLayer, RouterAndExperts
 from moezoo_models.adopt.layouts import LAYOUTS, SHARED, Layout, flat, rows
-from moezoo_models.adopt.reasons import ATTENTION, OTHER_ROUTERS, REASONS
+from moezoo_models.adopt.reasons import ATTENTION, REASONS
 from moezoo_models.adopt.table import BY_CLASS
 from moezoo_models.adopt.units import UNITS, CannotSay
 
@@ -79,10 +81,12 @@ def entry_of(block: nn.Module, name: str) -> Block:
     if (entry := BY_CLASS.get(path)) is None:
         reason = REASONS.get(path, "is of a class that moezoo does not know")
         raise InputError(f"model: {name} ({title}) {reason}{otherwise(block)}")
+    if type(getattr(block, entry.router_at)).__name__ == entry.table_router:
+        entry = replace(entry, router=entry.table_router, bias=None)
+    else:
+        entry = replace(entry, table=None)
     for at, expected in ((entry.router_at, entry.router), (entry.experts_at, entry.experts)):
         found = type(getattr(block, at)).__name__
-        if (other := OTHER_ROUTERS.get(path_of(getattr(block, at)))) is not None:
-            raise InputError(f"model: {name} ({title}) {other}{otherwise(block)}")
         if found != expected:
             raise InputError(
                 f"model: {name}.{at} is a {found} where {title} has a {expected}; "
@@ -94,7 +98,7 @@ def entry_of(block: nn.Module, name: str) -> Block:
     for key, tensor in [*block.named_parameters(), *block.named_buffers()]:
         if isinstance(tensor, DTensor):
             raise InputError(f"model: {name}.{key} is sharded; adopt first, and shard then")
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and key != entry.table:
             raise InputError(
                 f"model: {name}.{key} is {tensor.dtype}, as if quantized{otherwise(block)}"
             )
@@ -140,15 +144,19 @@ def hold(block: nn.Module, entry: Block, name: str, balance: BalanceOptions | No
     arguments |= _shared_expert(block, entry, d_expert, found, refuse)
     if "d_shared" in arguments and shared_glu != glu:
         arguments["shared_glu"] = shared_glu
+    kind: type[SparseMoE] = SparseMoE
+    if entry.table is not None:
+        found.append(Shared("gate.table", entry.table))
+        kind, arguments = TableMoE, arguments | {"rows": len(block.get_buffer(entry.table))}
     try:
-        layer = build_layer(d_model, arguments | {"router": RouterOptions(**options)})
+        layer = build_layer(d_model, arguments | {"router": RouterOptions(**options)}, kind)
     except InputError as error:
         return cast("Held", refuse(f"has options that a SparseMoE refuses ({error})"))
     _check_all_are_shared(block, entry, layer, found, refuse)
     if entry.in_layer:
         return HeldInLayer(block, entry, layer, found)
-    kind = HeldCarrying if entry.carries else Held
-    held = kind(block, entry, layer, found, _factor(block))
+    by = HeldCarrying if entry.carries else Held if entry.table is None else HeldByTable
+    held = by(block, entry, layer, found, _factor(block))
     held.refuse_dropout()
     return held
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from moezoo_models.adopt.block import module_of
 
-_HASHED = "routes by a table of token ids in this layer, where a SparseMoE reads hidden states"
-OTHER_ROUTERS = {f"{module_of('deepseek_v4')}.DeepseekV4HashRouter": _HASHED}
-"""Routers that a class of blocks may have too, and why those are not held."""
 _NOT_HELD = {
     ("doge", "DogeCDMoE"): "routes by product keys that mix tokens, view(2, T, -1) of (T, 2n): a "
     "token's experts follow from the logits of another, except where one token comes alone",

@@ -134,18 +134,18 @@ def _row(
     width = most if most < layer.d_expert else None
     backend = experts_backend(held.block)
     copy = small_copy(held, dtype, most, backend).to(device)
-    seconds = _seconds(copy, hold(copy, held.entry, names[0]), tokens)
+    seconds = _seconds(hold(copy, held.entry, names[0]), tokens)
     title = CONVENTIONS[held.entry.convention].title
     return Row(names, title, _options(layer), difference, seconds, width)
 
 
 @torch.no_grad()
-def _seconds(block: nn.Module, held: Held, tokens: int) -> tuple[float, float]:
+def _seconds(held: Held, tokens: int) -> tuple[float, float]:
     """Time a forward pass of a layer and of the block that it is bound to."""
-    like = next(block.parameters())
+    like = next(held.block.parameters())
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, tokens, held.layer.d_model, generator=generator).to(like)
-    calls = {"ours": lambda: held.try_out(hidden), "theirs": lambda: block(hidden)}
+    calls = {"ours": lambda: held.try_out(hidden), "theirs": lambda: held.theirs(hidden)}
     times = interleave(calls, like.device, _RUNS, _BUDGET, "ours")
     return times["ours"].median, times["theirs"].median
 

@@ -282,6 +282,8 @@ BLOCKS = (
         bias=_BIAS,
         unit="limited",
         shared="shared_experts",
+        table="gate.tid2eid",
+        table_router="DeepseekV4HashRouter",
     ),
     Block(
         "inkling2",

@@ -385,20 +385,6 @@ def test_blocks_are_chosen_by_name():
     assert untouched(model)
 
 
-def test_layers_that_hash_token_ids_are_refused_and_left_out():
-    kind = transformers.DeepseekV4Config
-    known = {field.name for field in dataclasses.fields(kind)}
-    sizes = {name: value for name, value in COMMON.items() if name in known}
-    with torch.device("meta"):
-        config = kind(**sizes, n_routed_experts=8, mlp_layer_types=["hash_moe", "moe", "moe"])
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    with pytest.raises(InputError, match=r"layers\.0\.mlp .* table of token ids .* where="):
-        moezoo.adopt(model)
-    assert untouched(model)
-    adopted = moezoo.adopt(model, where=lambda name: ".0." not in name)
-    assert len(adopted.layers) == 2
-
-
 def test_an_unknown_class_is_refused():
     class NewMoE(nn.Module):
         def __init__(self):

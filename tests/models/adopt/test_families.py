@@ -11,6 +11,7 @@ from torch import nn
 import moezoo
 from moezoo import InputError
 from moezoo.analysis.usage import collect_loads
+from moezoo_models.adopt.by_table import TableRouter
 
 transformers = pytest.importorskip("transformers")
 
@@ -187,6 +188,61 @@ def test_dropout_of_experts_is_refused_in_training():
         model.train()(input_ids=ids, decoder_input_ids=ids)
     with pytest.raises(InputError, match=message):
         moezoo.adopt(switch(dropout_rate=0.1).train())
+
+
+def deepseek_v4():
+    sizes = {"vocab_size": 61, "hidden_size": D, "num_hidden_layers": 3, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 16}
+    experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    kinds = {"mlp_layer_types": ["hash_moe", "hash_moe", "moe"]}
+    attention = {"layer_types": ["sliding_attention"] * 3}
+    config = transformers.DeepseekV4Config(**(sizes | heads | experts | kinds | attention))
+    config._experts_implementation = "eager"
+    model = randomized(transformers.DeepseekV4ForCausalLM(config))
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):
+            table.copy_((torch.rand(table.shape[0], 6) + torch.linspace(1, 0, 6)).topk(2).indices)
+    return model
+
+
+def test_layers_of_deepseek_v4_that_hash_token_ids_are_adopted():
+    model = deepseek_v4()
+    ids, mask = padded_batch()
+    found = []
+    for adopts in (False, True):
+        if adopts:
+            adopted = moezoo.adopt(model)
+        model.zero_grad()
+        logits = model(ids, attention_mask=mask).logits
+        logits.square().sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        found.append((logits.detach(), gradients, written))
+    (theirs, before, their_text), (ours, after, our_text) = found
+    close(ours, theirs)
+    assert torch.equal(our_text, their_text)
+    for name, gradient in before.items():
+        close(after[name], gradient, 2e-5)
+    with torch.no_grad(), collect_loads(adopted.layers) as loads:
+        model(ids)
+    table = model.model.layers[0].mlp.gate.tid2eid
+    expected = torch.bincount(table[ids].flatten(), minlength=6)
+    assert torch.equal(loads["model.layers.0.mlp"].counts, expected)
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].mlp.gate.tid2eid.copy_(table.roll(1, 0))
+    assert not torch.allclose(twin(ids).logits, model(ids).logits, rtol=1e-2)
+    layer = adopted.layers["model.layers.0.mlp"]
+    with pytest.raises(InputError, match="token_ids: missing; a table of them chooses"):
+        layer(torch.randn(2, 3, D))
+
+
+def test_the_trial_notices_another_table(monkeypatch):
+    read = TableRouter.read
+    monkeypatch.setattr(
+        TableRouter, "read", lambda self, ids: read(self, None if ids is None else ids.flip(-1))
+    )
+    with pytest.raises(InputError, match=r"layers\.0\.mlp \(DeepseekV4SparseMoeBlock\) differs"):
+        moezoo.adopt(deepseek_v4())
 
 
 def test_both_mixtures_of_ernies_block_are_adopted():
