@@ -109,6 +109,11 @@ GROUPS: dict[str, dict[str, Command]] = {
             "dense blocks of consecutive layers as one wide block",
             positional=True,
         ),
+        "snnk": Command(
+            "moezoo_models.conversion.snnk:snnk",
+            "random features in the place of dense blocks, and their errors",
+            positional=True,
+        ),
         "adopt": Command(
             "moezoo_models.adopt.report:report_adoption",
             "which layers would compute a mixture of transformers, how fast",
