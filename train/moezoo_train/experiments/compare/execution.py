@@ -22,6 +22,7 @@ from moezoo_models.checkpoints.directory import save_checkpoint
 from moezoo_train.experiments.common.records import RESULT, fingerprint, read_record, write_record
 from moezoo_train.experiments.common.short_run import fit, open_text
 from moezoo_train.experiments.compare.peak_memory import PeakMemory
+from moezoo_train.experiments.compare.row_model import model_arguments
 from moezoo_train.experiments.compare.runs import Run
 from moezoo_train.experiments.compare.settings import find_method
 from moezoo_train.measure.expert_load import ExpertLoad
@@ -159,6 +160,7 @@ def build(run: Run, vocab_size: int) -> LanguageModel:
         allow_non_causal=True,
         optimizer=experiment.optimizer_of(run.row),
         schedule=experiment.schedule,
+        **model_arguments(run.model),
     )
     if run.random:
         randomize(module.model, run.layers, run.seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from moezoo.feed_forward import FeedForward, select_layers
 from moezoo.random_routing import can_be_random
 from moezoo.router_input import FFN_INPUT, RouterInput, check_router_input
 from moezoo_train.experiments.common.records import fingerprint
+from moezoo_train.experiments.compare.row_model import block_flops
 from moezoo_train.experiments.compare.settings import Experiment, MethodOptions, find_method
 from moezoo_train.experiments.compare.sparse_ift import match_kept_flops
-from moezoo_train.experiments.compare.width import Match, match_flops
+from moezoo_train.experiments.compare.width import Match, active_flops, match_flops
 
 FORMAT = 1
 """Raised when the same configuration would train differently; results of others do not count."""
@@ -39,6 +41,7 @@ class Run:
         kept: whether that is of the weights that are kept alone.
         memory: the method's layer, where it is added beside the baseline; ``ffn`` is that then.
         experiment: options that all runs share.
+        model: options of the row's own model.
         follows: the run whose trained embeddings its hash table is built from, if any.
         is_followed: whether it is such a run of another.
     """
@@ -55,6 +58,7 @@ class Run:
     experiment: Experiment
     kept: bool = False
     memory: dict[str, Any] | None = None
+    model: dict[str, Any] = field(default_factory=dict)
     follows: Run | None = None
     is_followed: bool = False
 
@@ -77,7 +81,8 @@ class Run:
         # Runs from before there was a choice stay what they are.
         read = {} if self.router_input == FFN_INPUT else {"router_input": self.router_input}
         beside = {} if self.memory is None else {"memory": self.memory}
-        return (followed | read | beside) | {
+        own = {"row_model": self.model} if self.model else {}
+        return (followed | read | beside | own) | {
             "format": FORMAT,
             "moezoo": moezoo.__version__,
             "torch": torch.__version__,
@@ -119,7 +124,9 @@ def plan(experiment: Experiment) -> list[Run]:
         for row, (common, layer) in ordered:
             wanted = experiment.methods[row].ablation
             ablation = experiment.ablation if wanted is None else wanted
-            able = can_be_random(layer) and not experiment.methods[row].memory
+            own = experiment.methods[row]
+            # What a model's memory or its attention reads would not be random with it.
+            able = can_be_random(layer) and not (own.memory or own.model)
             if wanted and not able:
                 raise InputError(
                     f"methods.{row}.ablation: it has no routing to make random; leave it out"
@@ -152,11 +159,14 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
         with torch.device("meta"):
             target = baseline.build(d_model).cost().flops_per_token
         added = 0
+        count = active_flops
+        if options.model:
+            count, target = _whole_blocks(experiment, options, method, baseline)
         if check_flag("memory", options.memory):
             arguments, added = _beside(method, d_model, arguments, target)
             match = _match(options, baseline, d_model, target - added, {}, experiment.tolerance)
         else:
-            match = _match(options, method, d_model, target, arguments, experiment.tolerance)
+            match = _match(options, method, d_model, target, arguments, experiment.tolerance, count)
         read = check_router_input(options.router_input or method.router_input, method.layer)
         where = experiment.layers if options.layers is None else options.layers
         layers = tuple(select_layers(where, experiment.model.num_layers))
@@ -180,6 +190,7 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
         "ffn": config,
         "width": match.argument,
         "memory": memory,
+        "model": dict(options.model),
         "flops_ratio": (match.flops + added) / target,
         "causal": layer.eval().causal,  # as it is validated
         "router_input": read,
@@ -194,6 +205,7 @@ def _match(
     target: int,
     arguments: dict[str, Any],
     tolerance: float,
+    count: Callable[[FeedForward], int] = active_flops,
 ) -> Match:
     if options.sparse_ift is None:
         return match_flops(
@@ -203,12 +215,34 @@ def _match(
             arguments=arguments,
             width=options.width,
             tolerance=tolerance,
+            count=count,
         )
     if options.width is not None:
         raise InputError("width: sparse_ift says what is solved for; leave out one of them")
     return match_kept_flops(
         options.sparse_ift, method, d_model, target, arguments=arguments, tolerance=tolerance
     )
+
+
+def _whole_blocks(
+    experiment: Experiment, options: MethodOptions, method: moezoo.Method, baseline: moezoo.Method
+) -> tuple[Callable[[FeedForward], int], int]:
+    """Return what counts the FLOPs of blocks of a row's own model, and those of the baseline's.
+
+    Raises:
+        InputError: an option is not a row's to set, or does not go with another of the row.
+    """
+    for name in ("memory", "sparse_ift"):
+        if getattr(options, name):
+            raise InputError(f"model: does not go with {name}; leave out one of them")
+    if (experiment.layers if options.layers is None else options.layers) != "all":
+        raise InputError("model: is of all blocks, and layers chooses some; set layers to all")
+    size, length = experiment.model, experiment.text.sequence_length
+    count = block_flops(size, length, options.model)
+    with torch.device("meta"):
+        layer, own = baseline.build(size.d_model), method.build(size.d_model)
+    count(own)  # raises what is wrong before widths are tried
+    return count, block_flops(size, length, {})(layer)
 
 
 def _beside(

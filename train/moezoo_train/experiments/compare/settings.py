@@ -41,6 +41,9 @@ class MethodOptions:
             ``none`` to leave the layer as it is. Default: the layer's own, see ``width``.
         memory: add the layer to the residual stream beside the baseline, which is made narrower for
             it, for methods that can be a model's memory.
+        model: options of this row's model (``attention_experts``, ``latent_attention``,
+            ``num_kv_heads``, ``parallel``, ``qk_norm``); whole blocks, attention included, then
+            have the baseline's FLOPs.
         ablation: also train it with random routing; default: as for all rows.
         optimizer: optimizer settings that differ from those of all rows.
         sparse_ift: of dense blocks with sparse matrices, how they are enlarged until the weights
@@ -54,6 +57,7 @@ class MethodOptions:
     layers: str | int | list[int] | None = None
     width: str | None = None
     memory: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
     ablation: bool | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     sparse_ift: Literal["wide", "parallel", "factorized", "doped"] | None = None
@@ -166,7 +170,7 @@ def _parse_method(name: str, options: Any) -> MethodOptions:
     if not name or any(c in name for c in "/\\ ") or name.startswith("."):
         raise InputError(f"methods: '{name}' cannot be the name of a folder; use letters and _")
     parsed = _named(f"methods.{name}", MethodOptions, dict(options or {}))
-    for key in ("arguments", "optimizer"):
+    for key in ("arguments", "model", "optimizer"):
         if not isinstance(getattr(parsed, key), Mapping):
             raise InputError(f"methods.{name}.{key}: is no mapping; write names and values")
     return parsed

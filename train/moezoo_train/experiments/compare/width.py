@@ -128,9 +128,10 @@ def _flops(
 ) -> int:
     try:
         with torch.device("meta"):  # formulas need shapes only
-            return count(method.build(d_model, **arguments))
+            layer = method.build(d_model, **arguments)
     except InputError as error:
         raise InputError(f"arguments: {error}") from error
+    return count(layer)
 
 
 def _largest_below(flops_at: Callable[[int], int | None], target: int, step: int) -> int:
