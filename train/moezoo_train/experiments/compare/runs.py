@@ -159,7 +159,7 @@ def _row(experiment: Experiment, row: str) -> tuple[dict[str, Any], FeedForward]
         with torch.device("meta"):
             target = baseline.build(d_model).cost().flops_per_token
         added = 0
-        count = active_flops
+        count: Callable[[FeedForward], int] = active_flops
         if options.model:
             count, target = _whole_blocks(experiment, options, method, baseline)
         if check_flag("memory", options.memory):
