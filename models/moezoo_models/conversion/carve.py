@@ -13,9 +13,11 @@ from moezoo.convert.carve.options import RouterKind, SharedBy, Split
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models.checkpoints.directory import read_tokenizer
 from moezoo_models.conversion.calibration import Calibration, read_calibration
+from moezoo_models.conversion.carved_recovery import CarvedRecovery
 from moezoo_models.conversion.carving import Carving
 from moezoo_models.conversion.convert import Conversion, convert
-from moezoo_models.conversion.recovery import Recovery, RecoveryOptions
+from moezoo_models.conversion.distillation import RecoveryOptions
+from moezoo_models.conversion.recovery import check_recovery
 from moezoo_models.conversion.source import Source, open_source
 from moezoo_models.conversion.targets import TARGETS, Mixture, Target
 from moezoo_models.devices import free_memory, pick_device
@@ -190,7 +192,9 @@ def carve(
         text = calibrate(
             dense, calibration, calibration_tokens, held_out_tokens, window, options.seed, recover
         )
-        training = Recovery(dense, Path(target), text, recovery, control) if recover else None
+        training = None
+        if recover:
+            training = CarvedRecovery(dense, Path(target), text, recovery, control)
         run = Carving(
             dense,
             text,
@@ -210,7 +214,7 @@ def carve(
             **({"control": True} if control else {}),
         }
         if training is not None:
-            training.check(mixture)
+            training.check(mixture.dtype, kept=int(control))
             if (carved := training.carved(kind.name, described, mixture)) is not None:
                 return training.run(carved, pick_device(device), max_shard_size)
         made = convert(
@@ -362,12 +366,10 @@ def _check_recovery(
     options: CarveOptions, tokens: int, recovery: RecoveryOptions, control: bool
 ) -> None:
     """Refuse options of a recovery that there is not, and one that would have nothing to do."""
-    check_int("recover", tokens, minimum=0)
-    recovery.check()
+    check_recovery(tokens, recovery)
     if not tokens:
-        if control or recovery != RecoveryOptions():
-            name = "control" if control else "recovery"
-            raise InputError(f"{name}: nothing is recovered; give recover a number of tokens")
+        if control:
+            raise InputError("control: nothing is recovered; give recover a number of tokens")
     elif options.active == options.routed:
         raise InputError("recover: all parts are active, and nothing is lost; leave it out")
     elif control and not options.refit:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,17 @@ class Conversion:
     exact: bool
     drift: dict[str, Any]
     extra: dict[str, Any]
+
+    def recovered(self, files: dict[str, str], recovery: dict[str, Any]) -> Conversion:
+        """Return the report of the same model, trained on.
+
+        Args:
+            files: SHA-256 of the files of weights.
+            recovery: what is to be said of the training.
+        """
+        return replace(
+            self, target=self.target | {"sha256": files}, extra=self.extra | {"recovery": recovery}
+        )
 
 
 def convert(

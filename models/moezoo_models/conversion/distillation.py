@@ -36,7 +36,7 @@ _WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class RecoveryOptions:
-    """Options of the training after a carve.
+    """Options of the training by ``--recover``.
 
     Attributes:
         lr: of Adam; it rises over the first tenth of the steps and falls to zero along a cosine.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,53 +15,42 @@ from torch import Tensor
 from moezoo.command.tables import print_table
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models.checkpoints.dense import dense_config
-from moezoo_models.checkpoints.directory import CONFIG
-from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.carve import calibrate
-from moezoo_models.conversion.carving import loaded_perplexity
-from moezoo_models.conversion.convert import REPORT, copy_files
+from moezoo_models.conversion.distillation import RecoveryOptions
 from moezoo_models.conversion.dropping import Start, measure_starts
+from moezoo_models.conversion.recovery import check_recovery
+from moezoo_models.conversion.shortened import Shortened, Shortening, say_perplexity
 from moezoo_models.conversion.source import Source, layer_of, open_source
 from moezoo_models.conversion.targets import Output
-from moezoo_models.conversion.writer import (
-    check_space,
-    check_target,
-    parse_size,
-    plan_shards,
-    workspace,
-)
+from moezoo_models.conversion.writer import check_space, check_target
 from moezoo_models.devices import pick_device
 from moezoo_models.progress import progress_bar
 
-_FORMAT = 1
 _PER_LAYER = ("layer_types", "no_rope_layers")
 """Fields of stock configurations with an entry for each layer."""
 _NUMBER = re.compile(r"(\.(?:layers|h)\.)(\d+)(\.)")
 
 
-@dataclass(frozen=True)
-class Dropped:
+@dataclass(frozen=True, kw_only=True)
+class Dropped(Shortened):
     """What was left out, and what that costs.
 
     Attributes:
-        method: ``drop-layers``.
-        options: what was asked for.
-        calibration: the text.
         first: the first layer that was left out.
         count: so many were.
         dense_nats: the dense model's cross-entropy on the calibration text, per token.
         starts: the same for every block of layers, and its angular distance.
-        perplexity: on held-out text, ``dense`` and ``dropped``; of the files as they load.
     """
 
-    method: str
-    options: dict[str, Any]
-    calibration: dict[str, Any]
+    verb: ClassVar[str] = "dropped"
     first: int
     count: int
     dense_nats: float
     starts: list[Start]
-    perplexity: dict[str, float]
+
+    def __post_init__(self) -> None:
+        read = [each if isinstance(each, Start) else Start(**each) for each in self.starts]
+        object.__setattr__(self, "starts", read)
 
 
 def drop_layers(
@@ -76,18 +63,20 @@ def drop_layers(
     calibration_tokens: int = 2048,
     held_out_tokens: int = 4096,
     window: int | None = None,
+    recover: int = 0,
+    recovery: RecoveryOptions = RecoveryOptions(),  # noqa: B008 - frozen
     seed: int = 0,
     device: str = "cpu",
     max_shard_size: str = "5GB",
     check: Literal["loaded", "none"] = "loaded",
     force: bool = False,
 ) -> Dropped:
-    """Leave consecutive layers out of a dense Hugging Face checkpoint, untrained.
+    """Leave consecutive layers out of a dense Hugging Face checkpoint.
 
     For every block of so many layers the angular distance over it and the loss without it are
     measured and printed, layer by layer in the memory of about one (arXiv:2403.17887). The others
-    are written under new numbers, as a stock checkpoint of the same architecture; train it on to
-    make up for a part of the loss, with moezoo fit and --model.lora.
+    are written under new numbers, as a stock checkpoint of the same architecture. Training makes up
+    for a part of the loss: with recover, or moezoo fit and --model.lora.
 
     Args:
         source: directory of a dense model, or a GGUF file.
@@ -102,6 +91,10 @@ def drop_layers(
         held_out_tokens: tokens beside them, from other passages, for perplexities.
         window: tokens that the model sees at once, whose last one angles are of; default: what it
             was trained on, or if its config.json does not say, what it is made for; at most 2048.
+        recover: tokens of further calibration text on which the blocks of the layers that stay are
+            trained to predict what the dense model predicts, once the checkpoint is there; it is
+            replaced when that is done. The same command goes on where it was interrupted.
+        recovery: options of this training.
         seed: of the choice of passages.
         device: where to compute: cpu, cuda, ..., or auto for an accelerator if there is one.
         max_shard_size: start another file when one exceeds this.
@@ -118,7 +111,9 @@ def drop_layers(
     check_choice("by", by, ("loss", "angle", "deepest"))
     check_choice("check", check, ("loaded", "none"))
     check_int("count", count)
-    check_target(Path(target), force)
+    check_recovery(recover, recovery)
+    if not recover:  # else it may hold what is to be trained
+        check_target(Path(target), force)
     with open_source(source) as dense:
         if count >= dense.num_layers:
             raise InputError(f"count: the model has {dense.num_layers} layers; drop fewer")
@@ -128,10 +123,22 @@ def drop_layers(
         for each in range(starts + 1):
             config_without(dense, each, count)  # refuses what cannot be renumbered
         check_int("seed", seed, minimum=0)
-        text = calibrate(dense, calibration, calibration_tokens, held_out_tokens, window, seed)
-        options = {"count": count, "by": by, "first": first}
-        run = _Run(dense, text, options, pick_device(device))
-        return run.write(Path(target), max_shard_size, check == "loaded", force)
+        text = calibrate(
+            dense, calibration, calibration_tokens, held_out_tokens, window, seed, recover
+        )
+        work = Shortening(
+            "drop-layers",
+            dense,
+            Path(target),
+            text,
+            {"count": count, "by": by, "first": first},
+            recovery,
+            max_shard_size,
+            check == "loaded",
+            force,
+        )
+        place = pick_device(device)
+        return work.run(Dropped, _Run(work, place).write, partial(_say, Path(target)), place)
 
 
 def choose(starts: list[Start], by: str) -> int:
@@ -184,65 +191,40 @@ def kept_layers(source: Source, first: int, count: int) -> list[int]:
 
 
 class _Run:
-    """One call of :func:`drop_layers`; arguments as there."""
+    """One call of :func:`drop_layers`."""
 
-    def __init__(
-        self,
-        source: Source,
-        calibration: Calibration,
-        options: dict[str, Any],
-        device: torch.device,
-    ) -> None:
-        self._source, self._calibration = source, calibration
-        self._options, self._device = options, device
+    def __init__(self, work: Shortening, device: torch.device) -> None:
+        self._work, self._source, self._device = work, work.source, device
 
-    def write(self, target: Path, max_shard_size: str, loads: bool, force: bool) -> Dropped:
-        """Measure, write the checkpoint atomically, and print what it is."""
-        largest = parse_size(max_shard_size)
-        check_space(target, sum(output.bytes for output in self._outputs(0, 0)))
+    def write(self) -> Dropped:
+        """Measure, choose, and write the checkpoint."""
+        largest = sum(output.bytes for output in self._outputs(0, 0))
+        check_space(self._work.target, largest)
         dense_nats, starts = self._measure()
-        count, by, first = (self._options[name] for name in ("count", "by", "first"))
+        count, by, first = (self._work.options[name] for name in ("count", "by", "first"))
         first = choose(starts, by) if first is None else first
-        shards = plan_shards(self._outputs(first, count), largest)
-        with workspace(target, self._identity(first, largest), force) as work:
-            with progress_bar() as bar:
-                task = bar.add_task("writing", total=sum(shard.bytes for shard in shards))
-                for shard in shards:
-                    work.write(shard, partial(bar.advance, task))
-            work.write_index(shards)
-            work.write_json(CONFIG, config_without(self._source, first, count))
-            said = (
-                f"`moezoo drop-layers` left layers {first} to {first + count - 1} out of "
-                f"{self._source.num_layers}. `{REPORT}` has the options."
-            )
-            copy_files([self._source.directory], work.directory, said, target)
-            perplexity = {}
-            if loads:
-                text = self._calibration
-                perplexity["dense"] = loaded_perplexity(self._source.directory, text, sound=False)
-                perplexity["dropped"] = loaded_perplexity(work.directory, text)
-            made = Dropped(
-                "drop-layers",
-                self._options,
-                self._calibration.describe(),
-                first,
-                count,
-                dense_nats,
-                starts,
-                perplexity,
-            )
-            work.write_json(REPORT, asdict(made))
-        _say(made, target)
-        return made
+        return self._work.write(
+            Dropped,
+            kept_layers(self._source, first, count),
+            self._outputs(first, count),
+            config_without(self._source, first, count),
+            f"`moezoo drop-layers` left layers {first} to {first + count - 1} out of "
+            f"{self._source.num_layers}.",
+            first=first,
+            count=count,
+            dense_nats=dense_nats,
+            starts=starts,
+        )
 
     def _measure(self) -> tuple[float, list[Start]]:
+        text = self._work.text
         with progress_bar() as bar:
             task = bar.add_task("measuring", total=self._source.num_layers)
             return measure_starts(
                 self._source,
-                self._calibration.fitted,
-                self._calibration.skipped,
-                self._options["count"],
+                text.fitted,
+                text.skipped,
+                self._work.options["count"],
                 self._device,
                 lambda: bar.advance(task),
             )
@@ -266,14 +248,8 @@ class _Run:
     def _stored(self, name: str) -> Iterator[Tensor]:
         yield self._source.stored(name)[1]
 
-    def _identity(self, first: int, largest: int) -> str:
-        """Hash what decides the contents, so that an interrupted run can be told from another."""
-        decides = [_FORMAT, self._source.raw, self._source.stamp(), first, self._options, largest]
-        text = json.dumps(["drop-layers", *decides], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
 
-
-def _say(made: Dropped, target: Path) -> None:
+def _say(target: Path, made: Dropped) -> None:
     """Print all blocks, and what the one that is left out costs."""
     rows = [
         [
@@ -287,11 +263,5 @@ def _say(made: Dropped, target: Path) -> None:
     ]
     title = f"Without {made.count} layers; loss with all of them {made.dense_nats:.4f}"
     print_table(title, ["layers", ">angular distance", ">loss", ">more", ""], rows)
-    last = made.first + made.count - 1
-    print(f"left out layers {made.first} to {last}, {target}")
-    if made.perplexity:
-        dense, dropped = made.perplexity["dense"], made.perplexity["dropped"]
-        tokens = made.calibration["held_out_tokens"]
-        print(f"perplexity on {tokens:,} held-out tokens")
-        print(f"  dense       {dense:>10.4g}")
-        print(f"  left out    {dropped:>10.4g}  × {dropped / dense:.3f}")
+    print(f"left out layers {made.first} to {made.first + made.count - 1}, {target}")
+    say_perplexity(made)

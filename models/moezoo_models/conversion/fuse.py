@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +14,8 @@ from torch import Tensor
 from moezoo.command.tables import print_table
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models.checkpoints.dense import dense_config
-from moezoo_models.checkpoints.directory import CONFIG
-from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.carve import calibrate
-from moezoo_models.conversion.carving import loaded_perplexity
-from moezoo_models.conversion.convert import REPORT, copy_files
+from moezoo_models.conversion.distillation import RecoveryOptions
 from moezoo_models.conversion.drop import config_without, kept_layers
 from moezoo_models.conversion.fusing import (
     check_fusible,
@@ -28,38 +23,25 @@ from moezoo_models.conversion.fusing import (
     fused_projection,
     norm_name,
 )
+from moezoo_models.conversion.recovery import check_recovery
+from moezoo_models.conversion.shortened import Shortened, Shortening, say_perplexity
 from moezoo_models.conversion.source import Source, layer_of, open_source
 from moezoo_models.conversion.targets import Output
-from moezoo_models.conversion.writer import (
-    check_space,
-    check_target,
-    parse_size,
-    plan_shards,
-    workspace,
-)
+from moezoo_models.conversion.writer import check_space, check_target
 from moezoo_models.devices import pick_device
 from moezoo_models.progress import progress_bar
 
-_FORMAT = 1
 
-
-@dataclass(frozen=True)
-class Fused:
+@dataclass(frozen=True, kw_only=True)
+class Fused(Shortened):
     """What was fused, and what that costs.
 
     Attributes:
-        method: ``fuse-layers``.
-        options: what was asked for.
-        calibration: the text.
         dependencies: for each layer, how much what each other adds changes without it.
-        perplexity: on held-out text, ``dense`` and ``fused``; of the files as they load.
     """
 
-    method: str
-    options: dict[str, Any]
-    calibration: dict[str, Any]
+    verb: ClassVar[str] = "fused"
     dependencies: list[list[float]]
-    perplexity: dict[str, float]
 
 
 def fuse_layers(
@@ -71,17 +53,20 @@ def fuse_layers(
     calibration_tokens: int = 1024,
     held_out_tokens: int = 4096,
     window: int | None = None,
+    recover: int = 0,
+    recovery: RecoveryOptions = RecoveryOptions(),  # noqa: B008 - frozen
     seed: int = 0,
     device: str = "cpu",
     max_shard_size: str = "5GB",
     check: Literal["loaded", "none"] = "loaded",
     force: bool = False,
 ) -> Fused:
-    """Make one wide block of the dense blocks of consecutive layers, untrained (FFN Fusion).
+    """Make one wide block of the dense blocks of consecutive layers (FFN Fusion).
 
     Of layers first to last, attention is left out but for the first's and the last's, and the
     blocks of all but the last become one, in the layer of the first (arXiv:2503.18908). The last
-    stays as it is. How much layers depend on each other is measured and printed beforehand.
+    stays as it is. How much layers depend on each other is measured and printed beforehand. Nothing
+    is trained but with ``recover``.
 
     Args:
         source: directory of a dense model, or a GGUF file.
@@ -94,6 +79,10 @@ def fuse_layers(
         held_out_tokens: tokens beside them, from other passages, for perplexities.
         window: tokens that the model sees at once; default: what it was trained on, or if its
             config.json does not say, what it is made for; at most 2048.
+        recover: tokens of further calibration text on which all blocks are trained to predict what
+            the dense model predicts, once the checkpoint is there; it is replaced when that is
+            done. The same command goes on where it was interrupted.
+        recovery: options of this training.
         seed: of the choice of passages.
         device: where to compute: cpu, cuda, ..., or auto for an accelerator if there is one.
         max_shard_size: start another file when one exceeds this.
@@ -109,7 +98,9 @@ def fuse_layers(
     """
     check_choice("check", check, ("loaded", "none"))
     check_int("first", first, minimum=0)
-    check_target(Path(target), force)
+    check_recovery(recover, recovery)
+    if not recover:  # else it may hold what is to be trained
+        check_target(Path(target), force)
     with open_source(source) as dense:
         if not first + 2 <= check_int("last", last, minimum=0) < dense.num_layers:
             raise InputError(
@@ -119,9 +110,22 @@ def fuse_layers(
         check_fusible(dense)
         fused_config(dense, first, last)  # refuses what cannot be renumbered
         check_int("seed", seed, minimum=0)
-        text = calibrate(dense, calibration, calibration_tokens, held_out_tokens, window, seed)
-        run = _Run(dense, text, first, last, pick_device(device))
-        return run.write(Path(target), max_shard_size, check == "loaded", force)
+        text = calibrate(
+            dense, calibration, calibration_tokens, held_out_tokens, window, seed, recover
+        )
+        work = Shortening(
+            "fuse-layers",
+            dense,
+            Path(target),
+            text,
+            {"first": first, "last": last},
+            recovery,
+            max_shard_size,
+            check == "loaded",
+            force,
+        )
+        place = pick_device(device)
+        return work.run(Fused, _Run(work, place).write, partial(_say, Path(target)), place)
 
 
 def fused_config(source: Source, first: int, last: int) -> dict[str, Any]:
@@ -136,52 +140,29 @@ def fused_config(source: Source, first: int, last: int) -> dict[str, Any]:
 
 
 class _Run:
-    """One call of :func:`fuse_layers`; arguments as there."""
+    """One call of :func:`fuse_layers`."""
 
-    def __init__(
-        self, source: Source, calibration: Calibration, first: int, last: int, device: torch.device
-    ) -> None:
-        self._source, self._calibration, self._device = source, calibration, device
-        self._first, self._last = first, last
+    def __init__(self, work: Shortening, device: torch.device) -> None:
+        self._work, self._source, self._device = work, work.source, device
+        self._first, self._last = work.options["first"], work.options["last"]
 
-    def write(self, target: Path, max_shard_size: str, loads: bool, force: bool) -> Fused:
-        """Measure, write the checkpoint atomically, and print what it is."""
-        shards = plan_shards(self._outputs(), parse_size(max_shard_size))
-        total = sum(shard.bytes for shard in shards)
-        check_space(target, total)
-        found = self._measure()
-        with workspace(target, self._identity(max_shard_size), force) as work:
-            with progress_bar() as bar:
-                task = bar.add_task("writing", total=total)
-                for shard in shards:
-                    work.write(shard, partial(bar.advance, task))
-            work.write_index(shards)
-            work.write_json(CONFIG, fused_config(self._source, self._first, self._last))
-            said = (
-                f"`moezoo fuse-layers` made one block of those of layers {self._first} to "
-                f"{self._last - 1}. `{REPORT}` has the options."
-            )
-            copy_files([self._source.directory], work.directory, said, target)
-            perplexity = {}
-            if loads:
-                text = self._calibration
-                perplexity["dense"] = loaded_perplexity(self._source.directory, text, sound=False)
-                perplexity["fused"] = loaded_perplexity(work.directory, text)
-            made = Fused(
-                "fuse-layers",
-                {"first": self._first, "last": self._last},
-                self._calibration.describe(),
-                found.tolist(),
-                perplexity,
-            )
-            work.write_json(REPORT, asdict(made))
-        _say(made, target)
-        return made
+    def write(self) -> Fused:
+        """Measure, and write the checkpoint."""
+        check_space(self._work.target, sum(output.bytes for output in self._outputs()))
+        first, last = self._first, self._last
+        return self._work.write(
+            Fused,
+            kept_layers(self._source, first + 1, last - first - 1),
+            self._outputs(),
+            fused_config(self._source, first, last),
+            f"`moezoo fuse-layers` made one block of those of layers {first} to {last - 1}.",
+            dependencies=self._measure().tolist(),
+        )
 
     def _measure(self) -> Tensor:
         with progress_bar() as bar:
             task = bar.add_task("measuring", total=self._source.num_layers)
-            tokens = self._calibration.fitted
+            tokens = self._work.text.fitted
             return dependencies(self._source, tokens, self._device, lambda: bar.advance(task))
 
     def _outputs(self) -> Iterator[Output]:
@@ -213,15 +194,8 @@ class _Run:
         """Yield the norm's weight: the wide block's columns have those of all norms."""
         yield torch.ones_like(self._source.read(name))
 
-    def _identity(self, max_shard_size: str) -> str:
-        """Hash what decides the contents, so that an interrupted run can be told from another."""
-        source = self._source
-        decides = [_FORMAT, torch.__version__, source.raw, source.stamp(), self._first, self._last]
-        text = json.dumps(["fuse-layers", *decides, max_shard_size], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
 
-
-def _say(made: Fused, target: Path) -> None:
+def _say(target: Path, made: Fused) -> None:
     """Print how layers depend on those of the run, and what fusing costs."""
     first, last = made.options["first"], made.options["last"]
     run = range(first, last + 1)
@@ -234,8 +208,4 @@ def _say(made: Fused, target: Path) -> None:
     title = "How much what a layer adds changes (1 - cosine) without an earlier one"
     print_table(title, [">without", ">all later", *(f">in {n}" for n in run)], rows)
     print(f"fused the blocks of layers {first} to {last - 1}, {target}")
-    if made.perplexity:
-        dense, fused = made.perplexity["dense"], made.perplexity["fused"]
-        print(f"perplexity on {made.calibration['held_out_tokens']:,} held-out tokens")
-        print(f"  dense       {dense:>10.4g}")
-        print(f"  fused       {fused:>10.4g}  × {fused / dense:.3f}")
+    say_perplexity(made)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from moezoo.convert import Block
 from moezoo.errors import InputError
 from moezoo_models.checkpoints.directory import read_tokenizer
-from moezoo_models.conversion import distillation, recovery
+from moezoo_models.conversion import carved_recovery, distillation, recovery
 from moezoo_models.conversion.calibration import read_calibration
 from moezoo_models.conversion.carve import carve
+from moezoo_models.conversion.carved_recovery import pruned_model, summary
 from moezoo_models.conversion.carving import save_block
 from moezoo_models.conversion.convert import REPORT
 from moezoo_models.conversion.distillation import RecoveryOptions, backward_divergence, rate
 from moezoo_models.conversion.drift import load_any
-from moezoo_models.conversion.recovery import pruned_model, summary
 from moezoo_models.conversion.source import open_source
 
 SIZES = {"shared": 2, "active": 2, "experts": 6, "sparsified": False}
@@ -88,6 +89,7 @@ def test_the_rate_rises_and_falls():
 def test_recovery_lowers_the_loss_and_trains_blocks_alone(to, dtype, readable, text, tmp_path):
     source, out = readable(dtype=dtype), tmp_path / "out"
     carve(source, tmp_path / "carved", to=to, **SIZES, **text)
+    shutil.copytree(tmp_path / "carved", out)  # which is taken as it is
     made = carve(source, out, to=to, **SIZES, **text, **OPTIONS)
     losses = made.extra["recovery"]["losses"]
     assert len(losses) == 24
@@ -139,6 +141,8 @@ def test_what_was_interrupted_goes_on_with_equal_bits(readable, text, tmp_path, 
     source, out, calls, at = readable(), tmp_path / "out", [], 12
     options = {"to": "moezoo", **SIZES, **text}
     carve(source, tmp_path / "carved", **options)
+    for name in ("whole", "out"):
+        shutil.copytree(tmp_path / "carved", tmp_path / name)
     carve(source, tmp_path / "whole", **options, **OPTIONS)
     original = distillation.backward_divergence
 
@@ -162,6 +166,8 @@ def test_what_was_interrupted_goes_on_with_equal_bits(readable, text, tmp_path, 
 def test_another_run_does_not_go_on_from_a_state(readable, text, tmp_path, monkeypatch):
     source, out = readable(), tmp_path / "out"
     options = {"to": "moezoo", **SIZES, **text}
+    carve(source, out, **options)
+    shutil.copytree(out, tmp_path / "fresh")
     seen, original = [], distillation.Distillation._save
 
     def interrupted(self, *arguments):
@@ -202,8 +208,10 @@ def test_a_damaged_state_is_refused(readable, text, tmp_path, monkeypatch):
 def test_the_control_does_as_much_work_and_stands_in_the_table(
     readable, text, tmp_path, capsys, monkeypatch
 ):
-    source, models, build = readable(), [], recovery.pruned_model
-    monkeypatch.setattr(recovery, "pruned_model", lambda *a: models.append(build(*a)) or models[-1])
+    source, models, build = readable(), [], carved_recovery.pruned_model
+    monkeypatch.setattr(
+        carved_recovery, "pruned_model", lambda *a: models.append(build(*a)) or models[-1]
+    )
     made = carve(source, tmp_path / "out", to="moezoo", **SIZES, **text, **OPTIONS, control=True)
     found, width = made.extra, 48
     assert "static_refit" not in found["perplexity"]
@@ -292,7 +300,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 def test_too_little_memory_is_refused(readable, text, tmp_path, monkeypatch):
     monkeypatch.setattr(recovery, "free_memory", lambda: 1000)
-    with pytest.raises(InputError, match=r"recover: the dense model, the carved one and Adam need"):
+    with pytest.raises(
+        InputError, match=r"recover: the dense model, the one made of it and Adam need"
+    ):
         carve(readable(), tmp_path / "out", **SIZES, **text, **OPTIONS)
     assert not (tmp_path / "out").exists()
 
