@@ -2,8 +2,8 @@
 
 ``y = P blockdiag(second) P blockdiag(first) x``, where P moves number l of block k to place k of
 group l. Token by token P is a copy of every vector, as BLAS writes no columns that are apart. Where
-an output's numbers of all tokens lie side by side, in one row, P is every B-th row: each product
-writes its rows where they belong, and reads those of the other's as they are.
+an output's numbers of all tokens lie side by side, in one row, P is every B-th row: a product of
+batches writes them where they belong, and reads those of the other factor as they are.
 
 Shapes: T tokens, B blocks; of the first factor's blocks I inputs and M outputs, of the second's N
 inputs and O outputs; B M = B N numbers between them.
@@ -183,10 +183,8 @@ def _multiply(x_TD: Tensor, factors: Factors, made_OT: Tensor) -> Tensor:
     first, second, _ = factors
     count = len(first)
     middle_MT = _rows(count * first.shape[1], x_TD)
-    for k, read_TI in enumerate(x_TD.chunk(count, 1)):
-        torch.mm(first[k], read_TI.t(), out=middle_MT[k::count])
-    for k, read_NT in enumerate(middle_MT.chunk(count)):
-        torch.mm(second[k], read_NT, out=made_OT[k::count])
+    torch.bmm(first, _parts_of(x_TD, count).mT, out=_shuffled(middle_MT, count))
+    torch.bmm(second, middle_MT.unflatten(0, (count, -1)), out=_shuffled(made_OT, count))
     return middle_MT
 
 
@@ -202,22 +200,26 @@ def _backward(
     """Return the gradients of both factors that are wanted; write that of x, or add it."""
     first, second, _ = factors
     count = len(first)
+    slope_BOT = _shuffled(slope_OT, count)
     d_middle = _rows(len(middle_MT), x_TD)
-    d_first = torch.empty_like(first) if wants[0] else None
-    d_second = torch.empty_like(second) if wants[1] else None
-    each = zip(middle_MT.chunk(count), d_middle.chunk(count), strict=True)
-    for k, (read_NT, d_read_NT) in enumerate(each):
-        torch.mm(second[k].t(), slope_OT[k::count], out=d_read_NT)
-        if d_second is not None:
-            torch.mm(slope_OT[k::count], read_NT.t(), out=d_second[k])
-    for k, read_TI in enumerate(x_TD.chunk(count, 1)):
-        slope_MT = d_middle[k::count]
-        if d_x is not None:
-            d_read_TI = d_x.chunk(count, 1)[k]
-            torch.addmm(d_read_TI, slope_MT.t(), first[k], beta=int(add), out=d_read_TI)
-        if d_first is not None:
-            torch.mm(slope_MT, read_TI, out=d_first[k])
+    torch.bmm(second.mT, slope_BOT, out=d_middle.unflatten(0, (count, -1)))
+    d_middle_BMT = _shuffled(d_middle, count)
+    if d_x is not None:
+        d_x_BTI = _parts_of(d_x, count)
+        torch.baddbmm(d_x_BTI, d_middle_BMT.mT, first, beta=int(add), out=d_x_BTI)
+    d_first = d_middle_BMT @ _parts_of(x_TD, count) if wants[0] else None
+    d_second = slope_BOT @ middle_MT.unflatten(0, (count, -1)).mT if wants[1] else None
     return d_first, d_second
+
+
+def _parts_of(x_TD: Tensor, count: int) -> Tensor:
+    """Return a view of each block's inputs, ``(B, T, I)``."""
+    return x_TD.unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _shuffled(rows_OT: Tensor, count: int) -> Tensor:
+    """Return a view of each block's outputs where the shuffle puts them, ``(B, O, T)``."""
+    return rows_OT.unflatten(0, (-1, count)).transpose(0, 1)
 
 
 def _width(x_TD: Tensor) -> int:

@@ -4,6 +4,7 @@ from moezoo.bench.case import Case
 from moezoo.bench.cases import (
     experts,
     head,
+    matrices,
     memory,
     ngrams,
     peer,
@@ -25,4 +26,5 @@ CASES: list[Case] = [
     *statistical.CASES,
     *selective.CASES,
     *sparse_linear.CASES,
+    *matrices.CASES,
 ]

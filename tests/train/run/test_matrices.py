@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from moezoo import DenseFFN, InputError
+from moezoo import DenseFFN, InputError, zoo
 from moezoo.matrices import NM, BlockShuffle, LowRank, Pruned, Transposable
 from moezoo_train.checkpoint.files import AtomicCheckpointIO
 from moezoo_train.measure.throughput import ffn_layers
@@ -50,6 +50,10 @@ def test_layers_are_told_the_share_of_the_run(make_model, make_trainer, random_t
     make_trainer(max_steps=4, accumulate_grad_batches=2).fit(model, random_tokens)
     assert layer.told == [(n + 1) / (total or 4) for n in range(4)]
     assert float(layer.up_proj.progress) == layer.told[-1]
+
+
+def matrix_methods():
+    return [m for m in zoo() if "matrices" in m.arguments]
 
 
 class SameBatches(pl.LightningDataModule):
@@ -100,6 +104,36 @@ def test_a_resumed_run_has_the_same_masks_and_guides(make_model, make_trainer, t
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
     assert whole["model.model.layers.1.mlp.up_proj.mask"].all()
+
+
+def test_every_kind_resumes_bit_for_bit(make_model, make_trainer, tmp_path):
+    """A block of each, schedules included, whatever it keeps beside its weights."""
+    kinds = {method.name: method.arguments["matrices"] for method in matrix_methods()}
+    kinds["factorized"] = {"kind": "factorized", "growth": 0.3, "every": 2}
+    kinds["doped"] = {"kind": "doped", "growth": 0.3, "every": 2}
+    rules = [
+        FFNRule(number, partial(DenseFFN, d_ff=32, matrices=matrices))
+        for number, matrices in enumerate(kinds.values())
+    ]
+    copy = tmp_path / "step3.ckpt"
+
+    def fit(resume=None):
+        model = make_model(num_layers=len(rules), ffn_rules=rules)
+        trainer = make_trainer(
+            max_steps=6,
+            enable_checkpointing=True,
+            limit_val_batches=0,
+            plugins=[AtomicCheckpointIO()],
+            callbacks=[Keep(copy, 3), LastCheckpoint(tmp_path / "checkpoints", 3)],
+        )
+        trainer.fit(model, SameBatches(), ckpt_path=resume)
+        return model.state_dict()
+
+    whole, resumed = fit(), fit(copy)
+    assert len(kinds) == 15
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), (name, list(kinds))
 
 
 def test_muon_takes_factors_and_masked_weights(make_model):
