@@ -55,9 +55,9 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     width = right.shape[-1]
     if left.device.type == "cpu":  # grouped_mm is this loop there, and zeroes empty groups by hand
         product = fresh.stacked((ends.numel(), left.shape[1], width), right.dtype, ends)
+        parts = fresh.Parts(product, ends)
         for e, start, end in groups(ends):
-            product_AB = fresh.about_to_write(product[e])
-            torch.mm(left[start:end].t(), right[start:end], out=product_AB)
+            torch.mm(left[start:end].t(), right[start:end], out=parts[e])
         return product
     if _fusable(left.t(), right) and width * right.element_size() % _ALIGNMENT == 0:
         product = F.grouped_mm(left.t(), right, offs=ends.to(torch.int32)).contiguous()

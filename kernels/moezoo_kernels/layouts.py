@@ -41,14 +41,15 @@ class StackedGradient:
     def __init__(self, w: Tensor, ends: Tensor) -> None:
         self._transposed = is_transposed(w)
         shape = w.transpose(1, 2).shape if self._transposed else w.shape
-        self._parts = fresh.stacked(shape, w.dtype, ends)
+        self._stacked = fresh.stacked(shape, w.dtype, ends)
+        self._parts = fresh.Parts(self._stacked, ends)
 
     def write(self, expert: int, grad_nB: Tensor, rows_nA: Tensor) -> None:
-        """Write an expert's gradient: the outer products of its n rows, added up."""
+        """Write an expert's gradient, the sum of its n rows' outer products; experts in order."""
         left, right = (rows_nA, grad_nB) if self._transposed else (grad_nB, rows_nA)
-        torch.mm(left.t(), right, out=fresh.about_to_write(self._parts[expert]))
+        torch.mm(left.t(), right, out=self._parts[expert])
 
     @property
     def whole(self) -> Tensor:
         """``(E, B, A)``."""
-        return self._parts.transpose(1, 2) if self._transposed else self._parts
+        return self._stacked.transpose(1, 2) if self._transposed else self._stacked

@@ -44,3 +44,27 @@ def test_no_groups_and_no_numbers():
     ends = torch.zeros(0, dtype=torch.int64)
     assert fresh.stacked((0, 4), torch.float32, ends).shape == (0, 4)
     assert fresh.stacked((2, 0), torch.float32, ends.new_zeros(2)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("width", [3, 90, 401, 1021])
+@pytest.mark.parametrize("empty", [(), (0, 3, 4, 9), range(1, 10)])
+def test_parts_are_asked_for_before_they_are_given_and_empty_ones_never(monkeypatch, width, empty):
+    """Whatever their size: all in less than is worth it, some to a stretch, one larger than it."""
+    asked = []
+    monkeypatch.setattr(
+        fresh, "about_to_write", lambda part: asked.append((part.data_ptr(), part.nbytes))
+    )
+    wanted = [e for e in range(10) if e not in empty]
+    ends = torch.tensor([e + 1 if e in wanted else 0 for e in range(10)]).cumsum(0)
+    stacked = fresh.stacked((10, 301, width), torch.float32, ends)
+    parts = fresh.Parts(stacked, ends)
+    for e in wanted:
+        part = parts[e]
+        assert (part.data_ptr(), part.shape) == (stacked[e].data_ptr(), stacked[e].shape)
+        if worth := stacked.nbytes >= fresh._LARGE and fresh._has_library():
+            begin, size = asked[-1]
+            assert begin <= part.data_ptr() <= begin + size - part.nbytes
+        part.fill_(e + 1.0)
+    assert sum(size for _, size in asked) == worth * len(wanted) * stacked[0].nbytes
+    expected = torch.tensor([float(e + 1) if e in wanted else 0.0 for e in range(10)])
+    assert stacked.eq(expected[:, None, None]).all()

@@ -48,7 +48,9 @@ def forward(
     inner = x.new_empty(assignments.order.numel() if keep else 0, w_in.shape[1])
     tokens = assignments.tokens
     row_weights = weights.reshape(-1)[assignments.order].to(passes.accumulation)
-    for together in _batches(assignments.ends, w_in, x.dtype):
+    batches = _batches(assignments.ends, w_in, x.dtype)
+    in_DI, out_FD = (_each(w.transpose(1, 2), batches) for w in (w_in, w_out))
+    for together in batches:
         first, last = together[0][1], together[-1][2]
         tokens_n, rows = tokens[first:last], rows_multiplied(last - first, x.dtype)
         x_rD = _gather(x, tokens_n, rows)
@@ -57,12 +59,12 @@ def forward(
             inner_rI = fresh.about_to_write(inner[first : first + rows])
         else:
             inner_rI = x.new_empty(rows, w_in.shape[1])
-        _products(x_rD, w_in, bias_in, together, inner_rI)
+        _products(x_rD, in_DI, bias_in, together, inner_rI)
         if keep and first + rows > len(inner):
             inner[first:last] = inner_rI[: last - first]
         hidden_rF = passes.activate(inner_rI)
         # The gathered rows are not read any more: the answers take their memory.
-        _products(hidden_rF, w_out, bias_out, together, x_rD)
+        _products(hidden_rF, out_FD, bias_out, together, x_rD)
         weights_n = row_weights[first:last]
         passes.combine(output, tokens_n, x_rD[: last - first], weights_n, len(together))
     return output.to(x.dtype), inner
@@ -87,17 +89,26 @@ def _batches(ends: Tensor, w_in: Tensor, dtype: torch.dtype) -> list[Together]:
     return found
 
 
+def _each(stack: Tensor, batches: list[Together]) -> Tensor | tuple[Tensor, ...]:
+    """Return an expert's matrix by its number: if most are wanted, cut out all at once."""
+    return stack.unbind(0) if 2 * sum(map(len, batches)) > len(stack) else stack
+
+
 def _products(
-    rows: Tensor, matrices: Tensor, biases: Tensor | None, together: Together, out: Tensor
+    rows: Tensor,
+    matrices: Tensor | tuple[Tensor, ...],
+    biases: Tensor | None,
+    together: Together,
+    out: Tensor,
 ) -> None:
-    """Multiply each expert's rows by its matrix, transposed, and add its bias, into ``out``."""
+    """Multiply each expert's rows by its matrix and add its bias, into ``out``."""
     for (e, _, _), own, into in zip(
         together, _parts(rows, together), _parts(out, together), strict=True
     ):
         if biases is None:
-            torch.mm(own, matrices[e].t(), out=into)
+            torch.mm(own, matrices[e], out=into)
         else:
-            torch.addmm(biases[e], own, matrices[e].t(), out=into)
+            torch.addmm(biases[e], own, matrices[e], out=into)
 
 
 def _parts(tensor: Tensor, together: Together) -> tuple[Tensor, ...]:
@@ -195,7 +206,9 @@ def backward(
     tokens = assignments.tokens
     row_weights = weights.reshape(-1)[assignments.order].to(accumulation)
     grad_N = row_weights.new_empty(row_weights.shape)
-    for together in _batches(ends, w_in, x.dtype):
+    batches = _batches(ends, w_in, x.dtype)
+    in_ID, out_DF = _each(w_in, batches), _each(w_out, batches)
+    for together in batches:
         first, last = together[0][1], together[-1][2]
         tokens_n, weights_n = tokens[first:last], row_weights[first:last]
         n, rows = last - first, rows_multiplied(last - first, x.dtype)
@@ -205,27 +218,29 @@ def backward(
         for (e, _, _), own, into in zip(
             together, of_output, _parts(grad_rF, together), strict=True
         ):
-            torch.mm(own, w_out[e], out=into)
+            torch.mm(own, out_DF[e], out=into)
         hidden_rF, grad_inner_rI, grad_n = passes.backward(grad_rF, inner[first:last], weights_n)
         grad_N[first:last] = grad_n
         x_rD = _gather(x, tokens_n, rows) if grad_w_in is not None else torch.empty_like(grad_rD)
         of_hidden, of_inner = _parts(hidden_rF, together), _parts(grad_inner_rI, together)
         of_input = _parts(x_rD, together)
         for i, (e, start, end) in enumerate(together):
-            own_nD, own_nI = of_output[i][: end - start], of_inner[i][: end - start]
-            if bias_out is not None and needs.weights:
-                grad_N[start:end] += (own_nD.to(accumulation) * bias_out[e]).sum(-1)
+            if bias_out is not None and (needs.weights or grad_bias_out is not None):
+                own_nD = of_output[i][: end - start]
+                if needs.weights:
+                    grad_N[start:end] += (own_nD.to(accumulation) * bias_out[e]).sum(-1)
+                if grad_bias_out is not None:
+                    weighted_nD = own_nD * row_weights[start:end, None]
+                    grad_bias_out[e] = weighted_nD.sum(0, dtype=accumulation)
             if grad_w_out is not None:
                 grad_w_out.write(e, of_output[i], of_hidden[i])
-            if grad_bias_out is not None:
-                weighted_nD = own_nD * row_weights[start:end, None]
-                grad_bias_out[e] = weighted_nD.sum(0, dtype=accumulation)
             if grad_w_in is not None:
                 grad_w_in.write(e, of_inner[i], of_input[i])
             if grad_bias_in is not None:
+                own_nI = of_inner[i][: end - start]
                 grad_bias_in[e] = own_nI.sum(0, dtype=accumulation)
             if grad_x is not None:  # in the memory of the gathered rows, which nobody reads now
-                torch.mm(of_inner[i], w_in[e], out=of_input[i])
+                torch.mm(of_inner[i], in_ID[e], out=of_input[i])
         if grad_x is not None:
             passes.combine(grad_x, tokens_n, x_rD[:n], None, len(together))
     grad_weights = None
