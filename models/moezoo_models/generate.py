@@ -77,8 +77,8 @@ def generate(
             that is slow in that.
         griffin: share of each dense block's neurons that go on after the prompt: those that it
             used most (GRIFFIN, arXiv:2404.01365); default: all of them.
-        sirius: checks by all of the model of what a part of it wrote (Sirius, arXiv:2409.03856),
-            in checkpoints of moezoo sparsify and with griffin; a line of figures is printed last.
+        sirius: checks by all of the model of what a part of it wrote (arXiv:2409.03856),
+            after moezoo sparsify or with griffin; figures are printed last.
         chat: answer the prompt as the tokenizer's chat template has it, or, without a prompt, line
             after line of the standard input, each knowing those before.
         system: with chat, what the model is told beforehand; default: what the template says.
