@@ -114,10 +114,10 @@ class DenseFFN(DenseWeights[nn.Linear | Matrix]):
         self._add_projections()
         self.reset_parameters()
 
-    def _linear(self, inputs: int, outputs: int) -> nn.Linear | Matrix:
+    def _linear(self, inputs: int, outputs: int, reads_hidden: bool = False) -> nn.Linear | Matrix:
         if self.matrices is None:
             return nn.Linear(inputs, outputs, bias=self.bias)
-        return build_matrix(self.matrices, inputs, outputs, self.bias)
+        return build_matrix(self.matrices, inputs, outputs, self.bias, reads_hidden=reads_hidden)
 
     def projections(self) -> dict[str, nn.Linear | Matrix]:
         """Return the projections by name, in the order in which they are computed."""

@@ -75,8 +75,8 @@ class DenseWeights(FeedForward, Generic[Projection]):
         self.bias = bias
         self.glu = check_glu(glu, activation, gated)
 
-    def _linear(self, inputs: int, outputs: int) -> Projection:
-        """Build a projection."""
+    def _linear(self, inputs: int, outputs: int, reads_hidden: bool = False) -> Projection:
+        """Build a projection; one that reads the hidden neurons, if so."""
         raise NotImplementedError
 
     def _add_projections(self) -> None:
@@ -84,7 +84,7 @@ class DenseWeights(FeedForward, Generic[Projection]):
         if self.gated:
             self.gate_proj = self._linear(self.d_model, self.d_ff)
         self.up_proj = self._linear(self.d_model, self.d_ff)
-        self.down_proj = self._linear(self.d_ff, self.d_model)
+        self.down_proj = self._linear(self.d_ff, self.d_model, reads_hidden=True)
 
     def _sum_of_neurons(self, inner_TF: Tensor) -> Tensor:
         """Sum over hidden neurons one by one: ``y = Σ_j h_j W_down[:, j]``."""

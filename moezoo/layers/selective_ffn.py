@@ -96,7 +96,7 @@ class SelectiveFFN(DenseWeights[nn.Linear]):
         self.selector = self._build_selector()
         self.reset_parameters()
 
-    def _linear(self, inputs: int, outputs: int) -> nn.Linear:
+    def _linear(self, inputs: int, outputs: int, reads_hidden: bool = False) -> nn.Linear:
         return nn.Linear(inputs, outputs, bias=self.bias)
 
     def _build_selector(self) -> Selector:

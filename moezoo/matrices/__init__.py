@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moezoo.matrices.composed import DopedMatrix, FactorizedMatrix
+from moezoo.matrices.composed import DopedMatrix, FactorizedMatrix, ParallelMatrix
 from moezoo.matrices.factored import BlockDenseMatrix, BlockShuffleMatrix, LowRankMatrix
 from moezoo.matrices.masked import NMMatrix, SoftNMMatrix, TransposableMatrix
 from moezoo.matrices.matrix import Matrix
@@ -22,6 +22,7 @@ from moezoo.matrices.options import (
     Factorized,
     LowRank,
     Matrices,
+    Parallel,
     Pixelfly,
     Pruned,
     SoftNM,
@@ -41,10 +42,18 @@ _CLASSES: dict[type, Callable[[int, int, bool, Any], Matrix]] = {
     Pruned: PrunedMatrix,
     Factorized: FactorizedMatrix,
     Doped: DopedMatrix,
+    Parallel: PrunedMatrix,
 }
 
 
-def build_matrix(options: Matrices, in_features: int, out_features: int, bias: bool) -> Matrix:
+def build_matrix(
+    options: Matrices,
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    *,
+    reads_hidden: bool = False,
+) -> Matrix:
     """Build a matrix, not initialized.
 
     Args:
@@ -52,11 +61,14 @@ def build_matrix(options: Matrices, in_features: int, out_features: int, bias: b
         in_features: width of what it reads.
         out_features: width of what it returns.
         bias: whether a bias is added.
+        reads_hidden: whether it reads hidden neurons; parallel ones are added up there.
 
     Raises:
         InputError: the options are out of range, or do not fit the size.
     """
     options.check(in_features, out_features)
+    if isinstance(options, Parallel) and reads_hidden:
+        return ParallelMatrix(in_features, out_features, bias, options)
     return _CLASSES[type(options)](in_features, out_features, bias, options)
 
 
@@ -69,6 +81,7 @@ __all__ = [
     "LowRank",
     "Matrices",
     "Matrix",
+    "Parallel",
     "Pixelfly",
     "Pruned",
     "SoftNM",

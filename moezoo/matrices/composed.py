@@ -1,4 +1,4 @@
-"""Matrices made of sparse ones: a product of two, and one beside a product of low rank.
+"""Matrices made of sparse ones: a product of two, a sum, and one beside a product of low rank.
 
 Thangarasa et al. 2023, "Sparse-IFT: Sparse Iso-FLOP Transformations for Maximizing Training
 Efficiency" (arXiv:2303.11525, section 3). With the ranks that are their defaults, what counts of a
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.cost import Cost
+from moezoo.matrices.checks import check_multiple
 from moezoo.matrices.matrix import Matrix
-from moezoo.matrices.options import Doped, Factorized
+from moezoo.matrices.options import Doped, Factorized, Parallel
 from moezoo.matrices.pruned import PrunedMatrix
 
 
@@ -103,6 +104,62 @@ class DopedMatrix(Matrix):
         """Move the mask."""
         super().step(progress)
         self.sparse.step(progress)
+
+
+class ParallelMatrix(Matrix):
+    """``W = [S S … S]``, S = Σ_j S_j, each pruned: *sparse parallel*, behind its units.
+
+    The sum of k units, ``h = Σ_j f(W_j x)``, is what it reads: so a block of ``k d_ff`` neurons is
+    the paper's of ``d_ff``, and any dense block that has this matrix computes the same.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, options: Parallel) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.count = options.count
+        check_multiple("matrices.branches", self.count, in_features)
+        width = in_features // self.count
+        check_multiple("matrices.block", options.block, width)
+        self.branches = nn.ModuleList(
+            PrunedMatrix(width, out_features, False, options) for _ in range(self.count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add up the neurons and the branches, and multiply once."""
+        return F.linear(x.unflatten(-1, (self.count, -1)).sum(dim=-2), self._added(), self.bias)
+
+    def dense(self) -> Tensor:
+        """Add up the branches, for each of the neurons."""
+        return self._added().repeat(1, self.count)
+
+    def _added(self) -> Tensor:
+        return torch.stack([branch.dense() for branch in self._pruned()]).sum(dim=0)
+
+    def _pruned(self) -> list[PrunedMatrix]:
+        return [branch for branch in self.branches if isinstance(branch, PrunedMatrix)]
+
+    def cost(self) -> Cost:
+        """What counts of each branch is active; they are added up before they are multiplied."""
+        costs = [branch.cost() for branch in self._pruned()]
+        total = sum(cost.total_parameters for cost in costs)
+        active = sum(cost.active_parameters for cost in costs)
+        return self._cost(total, active, total // self.count)
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw the branches such that their sum has a dense matrix's variance."""
+        super().reset_parameters(std)
+        for branch in self._pruned():
+            branch.reset_parameters(std * self.count**-0.5)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the masks change."""
+        return self._pruned()[0].scheduled
+
+    def step(self, progress: float | None = None) -> None:
+        """Move the masks."""
+        super().step(progress)
+        for branch in self._pruned():
+            branch.step(progress)
 
 
 def _sum(matrix: Matrix, one: Cost, other: Cost, biases: bool = True) -> Cost:

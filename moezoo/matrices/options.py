@@ -354,6 +354,34 @@ class Doped(Pruned):
         return max(round(self.sparsity * inputs * outputs / (inputs + outputs)), 1)
 
 
+@dataclass(frozen=True)
+class Parallel(Pruned):
+    """``Σ_j W_j``, each pruned, over k units in parallel (Sparse-IFT, arXiv:2303.11525, section 2).
+
+    The block has k times as many hidden neurons, and what reads them reads sums of k neurons each.
+
+    Attributes:
+        kind: ``parallel``; all other options but one are those of :class:`Pruned`.
+        branches: k; default: ``1 / (1 - sparsity)``, if whole: as much counts as in dense ones.
+    """
+
+    kind: Literal["parallel"] = "parallel"  # type: ignore[assignment]
+    branches: int | None = None
+
+    def check(self, inputs: int, outputs: int) -> None:
+        """Raise :class:`InputError` unless the options fit a matrix of that size."""
+        super().check(inputs, outputs)
+        exact = 1.0 / (1.0 - self.sparsity)
+        if self.branches is None and abs(self.count - exact) > 1e-3 * exact:
+            raise InputError(f"matrices.branches: 1 / (1 - sparsity) is {exact:.3g}; give a number")
+        check_int("matrices.branches", self.count)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return round(1.0 / (1.0 - self.sparsity)) if self.branches is None else self.branches
+
+
 Matrices: TypeAlias = (
     LowRank
     | BlockDense
@@ -365,5 +393,6 @@ Matrices: TypeAlias = (
     | Pruned
     | Factorized
     | Doped
+    | Parallel
 )
 """The options of any matrix."""

@@ -18,6 +18,7 @@ MATRICES = {
     "pixelfly": {"kind": "pixelfly"},
     "factorized": {"kind": "factorized", "growth": 0.3},
     "doped": {"kind": "doped", "block": 4},
+    "parallel": {"kind": "parallel", "growth": 0.3},
     "n_m": {"kind": "n_m", "leak": "linear", "end": 0.5},
     "transposable": {"kind": "transposable"},
     "soft_n_m": {"kind": "soft_n_m"},

@@ -7,7 +7,7 @@ import torch
 
 import moezoo
 from moezoo import InputError
-from moezoo.matrices import Doped, Factorized, Pruned, build_matrix
+from moezoo.matrices import Doped, Factorized, Parallel, Pruned, build_matrix
 
 SIZE = (24, 40)
 FORMS = {
@@ -117,3 +117,68 @@ def test_options_are_those_of_a_pruned_matrix_and_a_rank():
 def test_mistakes_are_named(matrices, message):
     with pytest.raises(InputError, match=message):
         moezoo.DenseFFN(24, 32, matrices=matrices)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_parallel_units_are_the_papers_sum(gated):
+    """``y = Σ_i D_i h``, ``h = Σ_j f(W_j x)``: written out, from the latent weights and masks."""
+    torch.manual_seed(0)
+    layer = moezoo.DenseFFN(
+        12, 3 * 20, gated=gated, bias=True, matrices=Parallel(sparsity=0.6, branches=3)
+    ).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
+
+    def branch(matrix, number):
+        rows = slice(20 * number, 20 * (number + 1))
+        return x @ (matrix.latent[rows] * matrix.mask[rows]).t() + matrix.bias[rows]
+
+    hidden = 0.0
+    for number in range(3):
+        value = branch(layer.up_proj, number)
+        gate = branch(layer.gate_proj, number) if gated else value
+        hidden = hidden + torch.nn.functional.silu(gate) * (value if gated else 1.0)
+    answer = layer.down_proj.bias
+    for part in layer.down_proj.branches:
+        answer = answer + hidden @ (part.latent * part.mask).t()
+    found = layer(x).hidden
+    torch.testing.assert_close(found, answer, rtol=1e-12, atol=1e-11)
+    leaves = (x, *layer.parameters())
+    slope = torch.randn(7, 12, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(y, leaves, slope) for y in (found, answer))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-10)
+    # A stock block of all neurons computes the same.
+    plain = layer.take(torch.arange(60))
+    torch.testing.assert_close(plain(x).hidden, answer, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("branches", [None, 2])
+def test_parallel_branches_keep_a_dense_blocks_products_and_variance(branches):
+    options = Parallel(sparsity=0.75, branches=branches)
+    count = options.count
+    matrix = build_matrix(options, count * 64, 96, False, reads_hidden=True)
+    matrix.reset_parameters((count * 64) ** -0.5)
+    cost = matrix.cost()
+    assert cost.active_parameters == count * 64 * 96 // 4
+    assert cost.total_parameters == count * 64 * 96
+    assert cost.flops_per_token == 2 * 64 * 96
+    assert count == (4 if branches is None else 2)
+    assert (matrix.dense().square().sum() / 96).item() == pytest.approx(1.0, abs=0.1)
+    matrix.step(0.5)
+    assert torch.equal(matrix.dense()[:, :64], matrix.dense()[:, -64:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Parallel(sparsity=0.6), r"matrices.branches: 1 / \(1 - sparsity\) is 2.5; give a number"),
+        (Parallel(branches=0), "matrices.branches: 0 is out of range"),
+        (Parallel(branches=7), "matrices.branches: a width of the block, 64, is no multiple of 7"),
+        (Parallel(block=8, branches=16), "matrices.block: a width of the block, 4, is no multiple"),
+    ],
+)
+def test_mistakes_in_branches_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        moezoo.DenseFFN(24, 64, matrices=options)

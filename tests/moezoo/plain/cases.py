@@ -19,6 +19,7 @@ from moezoo.matrices import (
     Factorized,
     LowRank,
     Matrices,
+    Parallel,
     Pixelfly,
     Pruned,
     SoftNM,
@@ -556,6 +557,8 @@ CONVENTIONS = {
     "pixelfly_half": _matrices(Pixelfly(size=4, factors=1, mix="half"), gated=False),
     "factorized": _matrices(Factorized(sparsity=0.5, growth=0.3, every=1)),
     "doped": _matrices(Doped(sparsity=0.6, block=4, rank=5), bias=False),
+    "parallel": _matrices(Parallel(sparsity=0.75, growth=0.3, every=1), d_ff=48),
+    "parallel_mlp": _matrices(Parallel(sparsity=0.6, branches=3), d_ff=36, gated=False),
 }
 
 SITUATIONS: dict[str, dict[str, Any]] = {

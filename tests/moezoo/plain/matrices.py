@@ -212,6 +212,20 @@ def doped(parts: Weights, options: Options, read: Tensor, training: bool) -> Ten
     return sparse + product(parts, read)
 
 
+def parallel(parts: Weights, options: Options, read: Tensor, training: bool) -> Tensor:
+    """Apply each branch behind the units to the sum of all of them (arXiv:2303.11525, section 2).
+
+    The matrices before them are pruned, row by row, with their branches one under the other.
+    """
+    if "branches.0.latent" not in parts:
+        return pruned(parts, options, read, training)
+    count = sum(name.endswith(".latent") for name in parts)
+    width = read.shape[1] // count
+    total = sum(read[:, j * width : (j + 1) * width] for j in range(count))
+    each = [nested(parts, f"branches.{j}") for j in range(count)]
+    return sum(pruned(branch, options, total, training) for branch in each)
+
+
 KINDS: dict[str, Callable[[Weights, Options, Tensor, bool], Tensor]] = {
     "low_rank": low_rank,
     "block_dense": block_dense,
@@ -223,4 +237,5 @@ KINDS: dict[str, Callable[[Weights, Options, Tensor, bool], Tensor]] = {
     "pixelfly": pixelfly,
     "factorized": factorized,
     "doped": doped,
+    "parallel": parallel,
 }

@@ -110,6 +110,7 @@ def test_every_kind_resumes_bit_for_bit(make_model, make_trainer, tmp_path):
     """A block of each, schedules included, whatever it keeps beside its weights."""
     kinds = {method.name: method.arguments["matrices"] for method in matrix_methods()}
     kinds["factorized"] = {"kind": "factorized", "growth": 0.3, "every": 2}
+    kinds["parallel"] = {"kind": "parallel", "growth": 0.3, "every": 2}
     kinds["doped"] = {"kind": "doped", "growth": 0.3, "every": 2}
     rules = [
         FFNRule(number, partial(DenseFFN, d_ff=32, matrices=matrices))
@@ -130,7 +131,7 @@ def test_every_kind_resumes_bit_for_bit(make_model, make_trainer, tmp_path):
         return model.state_dict()
 
     whole, resumed = fit(), fit(copy)
-    assert len(kinds) == 15
+    assert len(kinds) == 16
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), (name, list(kinds))

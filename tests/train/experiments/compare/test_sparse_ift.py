@@ -4,7 +4,7 @@ import pytest
 
 import moezoo
 from moezoo import InputError
-from moezoo.matrices import Doped, Factorized
+from moezoo.matrices import Doped, Factorized, Parallel
 from moezoo_train.experiments.common.options import ModelOptions, TextOptions
 from moezoo_train.experiments.compare.runs import plan
 from moezoo_train.experiments.compare.settings import Experiment, find_method, parse_methods
@@ -59,11 +59,20 @@ def test_what_is_kept_has_the_flops_of_the_dense_block(rule, sparsity):
         assert layer.d_ff == pytest.approx(256, rel=0.05)
 
 
-def test_as_many_blocks_in_parallel_as_fit_and_never_a_rounded_number():
+def test_as_many_branches_in_parallel_as_fit_and_never_a_rounded_number():
     match, layer = solve("parallel", 0.75)
     assert layer.d_ff == 4 * 256
     assert match.argument == "d_ff"
     assert match.ratio == pytest.approx(1.0, abs=1e-6)
+    assert isinstance(layer.matrices, Parallel)
+    masks = {name: mask for name, mask in layer.named_buffers() if name.endswith("mask")}
+    branches = [masks.pop(f"down_proj.branches.{number}.mask") for number in range(4)]
+    assert [tuple(mask.shape) for mask in branches] == [(D, 256)] * 4
+    units = masks.pop("up_proj.mask").split(256)  # four matrices, one under the other
+    assert not masks
+    for mask in (*units, *branches):
+        assert int(mask.sum()) == D * 256 // 4
+    assert match.flops == 2 * sum(int(mask.sum()) for mask in (*units, *branches))
     assert solve("parallel", 0.5)[1].d_ff == 2 * 256
     with pytest.raises(InputError, match=r"sparse_ift: parallel wants 1 / \(1 - sparsity\) whole"):
         solve("parallel", 0.6)
@@ -73,8 +82,9 @@ def test_masks_of_other_kinds_are_widened_too_and_biases_are_no_products():
     match, layer = solve("wide", method="sr_ste", bias=True)
     assert layer.d_ff == 512
     assert match.flops == TARGET
-    with pytest.raises(InputError, match="sparse_ift: doped is of matrices of kind pruned"):
-        solve("doped", method="sr_ste")
+    for rule in ("doped", "parallel"):
+        with pytest.raises(InputError, match=f"sparse_ift: {rule} is of matrices of kind pruned"):
+            solve(rule, method="sr_ste")
 
 
 def test_a_dense_block_keeps_all_that_it_computes():

@@ -5,9 +5,9 @@ Efficiency" (arXiv:2303.11525, section 3). A block whose matrices keep a share 1
 weights is made larger until what is kept takes as many multiply-adds as a dense block:
 
 - ``wide``: hidden neurons, ``1 / (1 - s)`` times as many where the width of the model is given;
-- ``parallel``: ``1 / (1 - s)`` blocks whose outputs are added, which is one block of all their
-  neurons. That number has to be whole: rounded, as in public code, 1 / (1 - 0.6) would be 2, and
-  two blocks have 0.8 of the FLOPs;
+- ``parallel``: each layer the sum of ``1 / (1 - s)`` non-linear ones, ``h = Σ_j f(W_j x)``; nothing
+  follows the output's, which is a sum of matrices. That number has to be whole: rounded, as in
+  public code, 1 / (1 - 0.6) would be 2, and two branches have 0.8 of the FLOPs;
 - ``factorized``: each matrix a product of two sparse ones;
 - ``doped``: each matrix the sum of a sparse one and a product of low rank.
 """
@@ -23,11 +23,11 @@ import torch
 import moezoo
 from moezoo.errors import InputError, check_choice
 from moezoo.feed_forward import FeedForward
-from moezoo.matrices import Doped, Factorized, Pruned
+from moezoo.matrices import Doped, Factorized, Parallel, Pruned
 from moezoo_train.experiments.compare.width import Match, match_flops
 
 RULES = ("wide", "parallel", "factorized", "doped")
-_FORMS = {"factorized": Factorized, "doped": Doped}
+_FORMS = {"parallel": Parallel, "factorized": Factorized, "doped": Doped}
 
 
 def kept_flops(layer: FeedForward) -> int:
@@ -63,12 +63,13 @@ def match_kept_flops(
         InputError: the rule does not go with the method, or no width comes near enough.
     """
     check_choice("sparse_ift", rule, RULES)
-    sparsity = _sparsity(method, d_model, arguments)
+    _check_sparse(method, d_model, arguments)
     whole = dict(arguments)
-    if rule in _FORMS:
-        whole["matrices"] = _FORMS[rule](**_pruned(rule, method, d_model, arguments))
+    pruned = _pruned(rule, method, d_model, arguments) if rule in _FORMS else {}
     if rule == "parallel":
-        return _parallel(method, d_model, target, whole, sparsity, tolerance)
+        return _parallel(method, d_model, target, whole, pruned, tolerance)
+    if rule in _FORMS:
+        whole["matrices"] = _FORMS[rule](**pruned)
     return match_flops(
         method, d_model, target, arguments=whole, tolerance=tolerance, count=kept_flops
     )
@@ -79,10 +80,11 @@ def _parallel(
     d_model: int,
     target: int,
     arguments: dict[str, Any],
-    sparsity: float,
+    pruned: dict[str, Any],
     tolerance: float,
 ) -> Match:
-    """Take the dense width that meets the target, as many times as there are blocks."""
+    """Take the dense width that meets the target, as many times as there are branches."""
+    sparsity = pruned["sparsity"]
     exact = 1.0 / (1.0 - sparsity)
     branches = round(exact)
     if abs(branches - exact) > 1e-3 * exact:
@@ -95,17 +97,18 @@ def _parallel(
     dense = {**arguments, "matrices": None}
     width = match_flops(method, d_model, target, arguments=dense, tolerance=tolerance)
     arguments["d_ff"] = branches * width.arguments["d_ff"]
+    arguments["matrices"] = Parallel(**pruned)
     flops = kept_flops(_build(method, d_model, arguments))
     if abs(flops / target - 1) > tolerance:
         raise InputError(
-            f"sparse_ift: {branches} blocks have {flops / target:.3g} times the baseline's FLOPs; "
-            "raise tolerance, or give wide"
+            f"sparse_ift: {branches} branches have {flops / target:.3g} times the baseline's "
+            "FLOPs; raise tolerance, or give wide"
         )
     return Match(arguments, "d_ff", flops, flops / target)
 
 
-def _sparsity(method: moezoo.Method, d_model: int, arguments: Mapping[str, Any]) -> float:
-    """Return the share of a block's weights that do not count in the end."""
+def _check_sparse(method: moezoo.Method, d_model: int, arguments: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` unless some of a block's weights do not count in the end."""
     layer = _build(method, d_model, arguments)
     dense = isinstance(layer, moezoo.DenseFFN) and layer.matrices is not None
     cost = layer.cost()
@@ -113,10 +116,6 @@ def _sparsity(method: moezoo.Method, d_model: int, arguments: Mapping[str, Any])
         raise InputError(
             "sparse_ift: the method has no sparse matrices; name one that has, e.g. rigl or spdf"
         )
-    matrices: Any = layer.matrices
-    if hasattr(matrices, "sparsity"):
-        return float(matrices.sparsity)
-    return 1.0 - cost.active_parameters / cost.total_parameters
 
 
 def _pruned(
