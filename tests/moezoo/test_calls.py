@@ -117,7 +117,7 @@ def test_a_compiler_records_reentrant_checkpoints_as_it_does_others():
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def recomputed(hidden: torch.Tensor) -> FeedForwardOutput:
-        answer, losses, stats = checkpoint(lambda h: tuple(layer(h)), hidden, use_reentrant=True)
+        answer, losses, stats, _ = checkpoint(lambda h: tuple(layer(h)), hidden, use_reentrant=True)
         return FeedForwardOutput(answer, losses, stats)
 
     again = gradients(layer, recomputed)
