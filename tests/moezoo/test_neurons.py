@@ -60,6 +60,7 @@ VARIANTS = {method.name: method.build for method in moezoo.zoo() if method.layer
         glu=moezoo.GLUOptions(limit=0.5, up_shift=1.0),
     ),
     "identity": lambda d: moezoo.SparseMoE(d, num_experts=3, d_expert=5, num_identity_experts=2),
+    "skip": lambda d: moezoo.SparseMoE(d, num_experts=3, d_expert=5, num_skip_experts=2),
     "carved": lambda d: moezoo.CarvedMoE(d, num_experts=4, top_k=2, d_expert=6, bias=True),
     "soft tree": lambda d: moezoo.FastFeedForward(d, depth=2, d_leaf=5, hard=False, d_master=3),
     "gated PEER": lambda d: moezoo.PEER(

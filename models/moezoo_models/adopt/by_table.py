@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moezoo.arguments import plain, signature
 from moezoo.errors import InputError
 from moezoo.feed_forward import TokenContext
 from moezoo.layers.sparse_moe import SparseMoE
@@ -84,6 +85,12 @@ class TableMoE(SparseMoE):
         """Return the hidden states of a call."""
         output = self(hidden, token_ids=token_ids, router_input=router_input, mask=mask)
         return output.hidden
+
+    def config(self) -> dict[str, Any]:
+        """Describe the layer. It is no method: ``from_config`` does not build it again."""
+        arguments = {name: plain(getattr(self, name)) for name in signature(SparseMoE)}
+        arguments["rows"] = len(self.gate.table)
+        return {"class_path": f"{type(self).__module__}.TableMoE", "init_args": arguments}
 
 
 class HeldByTable(Held):

@@ -232,6 +232,8 @@ def test_layers_of_deepseek_v4_that_hash_token_ids_are_adopted():
     twin.model.layers[0].mlp.gate.tid2eid.copy_(table.roll(1, 0))
     assert not torch.allclose(twin(ids).logits, model(ids).logits, rtol=1e-2)
     layer = adopted.layers["model.layers.0.mlp"]
+    assert "num_experts=6" in repr(layer)
+    assert "rows=61" in repr(layer)
     with pytest.raises(InputError, match="token_ids: missing; a table of them chooses"):
         layer(torch.randn(2, 3, D))
 
