@@ -72,7 +72,7 @@ SMALL = {
     "carve": "--calibration_tokens 512 --held_out_tokens 256 --window 16",
     "drop-layers": "--calibration_tokens 512 --held_out_tokens 256 --window 16",
     "fuse-layers": "--calibration_tokens 512 --held_out_tokens 256 --window 16",
-    "snnk": "--calibration_tokens 512 --held_out_tokens 256 --window 16",
+    "snnk": "--calibration_tokens 512 --held_out_tokens 256 --window 16 --layers [1]",
     "inspect carving": (
         "--seeds 1 --calibration path/to/texts --calibration_tokens 512 --held_out_tokens 256"
     ),
