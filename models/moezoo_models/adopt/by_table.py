@@ -82,9 +82,13 @@ class TableMoE(SparseMoE):
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden states of a call."""
-        output = self(hidden, token_ids=token_ids, router_input=router_input, mask=mask)
-        return output.hidden
+        """Return the hidden states of a call alone."""
+        self.gate.read(token_ids)
+        try:
+            given = {"token_ids": token_ids, "router_input": router_input, "mask": mask}
+            return super().infer(hidden, **given)
+        finally:
+            self.gate.read(None)
 
     def config(self) -> dict[str, Any]:
         """Describe the layer. It is no method: ``from_config`` does not build it again."""

@@ -122,7 +122,7 @@ def _on_meta(directory: Path) -> nn.Module:
         config = CONFIG_MAPPING[kind].from_dict(raw)
         with torch.device("meta"):
             model: nn.Module = AutoModel.from_config(config, trust_remote_code=False)
-    return model
+    return model.eval()
 
 
 def _row(
@@ -161,6 +161,9 @@ def _options(layer: SparseMoE) -> str:
     for name in ("glu", "shared_glu", "expert_norms"):
         if (bounds := getattr(layer, name)) is not None:
             parts += _told(name, bounds)
+    if layer.needs_token_ids:
+        rows = len(layer.gate.get_buffer("table"))
+        parts.append(f"chosen by a table of {rows} token ids")
     if layer.capacity is not None:
         parts += _told("capacity", layer.capacity)
     for field in dataclasses.fields(layer.router):
