@@ -142,7 +142,9 @@ def _cpu_cases() -> list[Case]:
             _case(f"experts-{name}", "experts of an MoE", sizes, peers),
             _case(f"experts-{name}-bf16", "experts of an MoE", sizes, peers, dtype=torch.bfloat16),
         ]
-    return cases
+    tiny = Peer(by.transformers_experts, by.TRANSFORMERS, target=Target(step=1.5))
+    sizes = _sizes_of(4096, 256, 128, 512, 8)
+    return [*cases, _case("experts-e512", "experts of an MoE", sizes, {"transformers": tiny})]
 
 
 def _cuda_peers(gated: bool) -> dict[str, Peer]:

@@ -1,4 +1,4 @@
-"""Preparing text against the encoders alone, of Hugging Face's tokenizers and of sentencepiece."""
+"""Preparing text against one thread of it, and against encoders alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.bench.case import Case, Package, Peer, Setting
+from moezoo.bench.case import Case, Package, Peer, Setting, Target
 from moezoo.bench.end_to_end import Job, Task, timed
 
 _LONGEST = 60_000  # characters; longer documents are cut by us, and take others ever longer
@@ -25,15 +25,35 @@ _TRAINED_ON = 400_000  # bytes
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, the directory of a tokenizer, and the id that ends a document."""
+    """Documents, also as a file, the directory of a tokenizer, and the id that ends a document."""
 
     documents: Sequence[str]
+    source: Path
     tokenizer: Path
     end: int
 
     def job(self, encode: Callable[[], Iterable[Sequence[int]]]) -> Job:
         """Return an encoder's job."""
         return Job(timed(encode), lambda: {"the tokens": in_order(encode())})
+
+    def preparing(self, workers: int | None) -> Job:
+        """Return the job of all of ``moezoo prepare``, with as many threads."""
+        from moezoo_train.data.prepare import prepare
+
+        output = self.source.with_name(f"prepared-{workers}")
+
+        def whole() -> Any:
+            shutil.rmtree(output, ignore_errors=True)
+            with contextlib.redirect_stderr(io.StringIO()):
+                words = str(self.tokenizer)
+                return prepare(str(self.source), output, tokenizer=words, workers=workers)
+
+        def answer() -> dict[str, Tensor]:
+            found = whole()
+            ids = [token for name in ("train", "val") for token in found.tokens(name).tolist()]
+            return {"the tokens": in_order(_split(ids, self.end))}
+
+        return Job(timed(whole), answer)
 
 
 def in_order(documents: Iterable[Sequence[int]]) -> Tensor:
@@ -43,7 +63,6 @@ def in_order(documents: Iterable[Sequence[int]]) -> Tensor:
 
 
 def _build(setting: Setting, folder: Path) -> Task:
-    from moezoo_train.data.prepare import prepare
     from moezoo_train.data.train_tokenizer import train_tokenizer
 
     documents = _documents(1000 * setting["kB"])
@@ -51,20 +70,8 @@ def _build(setting: Setting, folder: Path) -> Task:
     words = train_tokenizer(documents, folder / "tokenizer", setting["V"], _TRAINED_ON)
     source = folder / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    parts = Text(documents, folder / "tokenizer", words.eos_id)
-    output = folder / "prepared"
-
-    def whole() -> Any:
-        shutil.rmtree(output, ignore_errors=True)
-        with contextlib.redirect_stderr(io.StringIO()):
-            return prepare(str(source), output, tokenizer=str(parts.tokenizer))
-
-    def answer() -> dict[str, Tensor]:
-        found = whole()
-        ids = [token for name in ("train", "val") for token in found.tokens(name).tolist()]
-        return {"the tokens": in_order(_split(ids, parts.end))}
-
-    return Task(Job(timed(whole), answer), parts, amount=size / 1e6)
+    parts = Text(documents, source, folder / "tokenizer", words.eos_id)
+    return Task(parts.preparing(None), parts, amount=size / 1e6)
 
 
 def _documents(size: int) -> list[str]:
@@ -116,15 +123,16 @@ def _sentencepiece(parts: Text) -> Job:
     return parts.job(lambda: words.encode(list(parts.documents), num_threads=threads))
 
 
-CASES = [
-    Case(
-        "prepare",
+def _case(name: str, size: int) -> Case:
+    return Case(
+        name,
         "end-to-end",
         "prepare",
-        {"kB": 2000, "V": 2048},
+        {"kB": size, "V": 2048},
         {"kB": 40, "V": 400},
         _build,
         {
+            "one thread": Peer(lambda parts: parts.preparing(1), target=Target(forward=1.8)),
             "tokenizers, encoding alone": Peer(
                 _tokenizers, Package("tokenizers", "pip install 'moezoo[train]'")
             ),
@@ -134,4 +142,6 @@ CASES = [
         },
         unit="MB/s",
     )
-]
+
+
+CASES = [_case("prepare", 2000), _case("prepare-8mb", 8000)]

@@ -105,6 +105,26 @@ class TestContent:
             saved = (prepared.tokenizer_directory / name).read_bytes()
             assert saved == Path(own_tokenizer, name).read_bytes()
 
+    @pytest.mark.parametrize("beside", [None, "config.json", "folder"])
+    def test_given_tokenizer_is_loaded_again_unless_its_folder_holds_the_same(
+        self, corpus, tmp_path, own_tokenizer, monkeypatch, beside
+    ):
+        given, loaded = tmp_path / "given", []
+        shutil.copytree(own_tokenizer, given)
+        if beside == "folder":
+            (given / beside).mkdir()
+        elif beside is not None:
+            (given / beside).write_text("{}")
+
+        def load(place):
+            loaded.append(str(place))
+            return load_tokenizer(place)
+
+        monkeypatch.setattr(module, "load_tokenizer", load)
+        prepare(str(corpus), tmp_path / "out", tokenizer=str(given))
+        again = [str(tmp_path / "out/partial/tokenizer")]
+        assert loaded == [str(given), *(again if beside else [])]
+
     def test_beginning_of_text_token(self, tmp_path):
         class Letters(Bytes):
             """Adds nothing by itself, but has tokens for both ends of a document."""

@@ -140,6 +140,24 @@ class TestThreads:
         tokens = np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])
         assert [tokenizer.decode(ids.tolist()[:-1]) for ids in tokens] == texts
 
+    def test_first_documents_are_encoded_while_others_are_read(self, own_tokenizer):
+        tokenizer = load_tokenizer(own_tokenizer)
+        encode_here, encoded = tokenizer.encode_here, threading.Event()
+
+        def encode(texts):
+            encoded.set()
+            return encode_here(texts)
+
+        def documents():
+            yield "if " * module._TASK_CHARACTERS
+            assert encoded.wait(60)
+            yield "else"
+
+        tokenizer.encode_here = encode
+        with Encoders(tokenizer, 2) as encoders:
+            ((_, found),) = encoders.run([documents()], 2)
+        assert len(found.lengths) == 2
+
     def test_little_is_read_ahead(self, own_tokenizer):
         read = []
 
