@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -139,6 +140,8 @@ def select_layers(layers: str | int | list[int], num_layers: int) -> list[int]:
         digits = count.strip()
         if word == "every" and digits.isdecimal() and len(digits) < 10 and int(digits) > 0:
             return list(range(int(digits) - 1, num_layers, int(digits)))
+        if re.fullmatch(r"-?\d{1,9}", layers):  # a command line's number
+            layers = int(layers)
     if not isinstance(layers, int | list | tuple):
         raise InputError(f"layers: {layers!r} is not understood; write all, every 2, or [3, 7]")
     indices = [layers] if isinstance(layers, int) else list(layers)

@@ -280,9 +280,9 @@ class SparseMoE(FeedForward):
             router_state: ``(..., R)``, what the layer before handed on.
         """
         given = TokenContext(token_ids, router_input, mask, router_state=router_state)
-        return self._route(hidden, given, limited)[1]
+        return self.routed(hidden, given, limited)[1]
 
-    def _route(
+    def routed(
         self, hidden: Tensor, context: TokenContext, limited: bool
     ) -> tuple[Tensor, Routing, Tensor | None]:
         """Return what the experts read, ``(T, D)``, the routing, and the mask ``(T,)``."""
@@ -297,14 +297,14 @@ class SparseMoE(FeedForward):
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Sum up the experts' choices and weights, before capacity."""
-        _, routing, _ = self._route(hidden, context, limited=False)
+        _, routing, _ = self.routed(hidden, context, limited=False)
         return slot_load(routing.indices, routing.weights.abs(), self.gate.num_experts)
 
     def _compute(
         self, hidden: Tensor, context: TokenContext, brute_force: bool
     ) -> FeedForwardOutput:
         """Sum up each token's weighted experts; by brute force, run all of them on all tokens."""
-        tokens, routing, flat_mask = self._route(hidden, context, limited=True)
+        tokens, routing, flat_mask = self.routed(hidden, context, limited=True)
         chosen = self._to_experts(tokens, routing)
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared expert runs while tokens travel to experts on other ranks.

@@ -14,6 +14,8 @@ from moezoo_kernels.activations import ACTIVATIONS
     [
         ("all", [0, 1, 2, 3, 4, 5]),
         ("every 2", [1, 3, 5]),
+        ("3", [3]),  # as a command line gives it
+        ("-1", [5]),
         ("every 4", [3]),
         ("every 9", []),
         (3, [3]),

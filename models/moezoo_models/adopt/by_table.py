@@ -58,7 +58,7 @@ class TableMoE(SparseMoE):
         slots, options = self.gate.num_experts, {"options": self.router, "balance": self.balance}
         self.gate: TableRouter = TableRouter(d_model, slots, self.top_k, rows=rows, **options)
 
-    def _route(
+    def routed(
         self, hidden: Tensor, context: TokenContext, limited: bool
     ) -> tuple[Tensor, Routing, Tensor | None]:
         """Route by the table.
@@ -70,7 +70,7 @@ class TableMoE(SparseMoE):
             raise InputError("token_ids: missing; a table of them chooses the experts, give them")
         self.gate.read(context.token_ids)
         try:
-            return super()._route(hidden, context, limited)
+            return super().routed(hidden, context, limited)
         finally:
             self.gate.read(None)
 
@@ -81,6 +81,7 @@ class TableMoE(SparseMoE):
         token_ids: Tensor | None = None,
         router_input: Tensor | None = None,
         mask: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         """Return the hidden states of a call alone."""
         self.gate.read(token_ids)

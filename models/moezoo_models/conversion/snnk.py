@@ -79,7 +79,7 @@ def snnk(
     source: str | Path,
     target: str | Path,
     features: int | None = None,
-    layers: str | list[int] = "all",
+    layers: str | int | list[int] = "all",
     calibration: str | list[str] = "stdlib",
     calibration_tokens: int = 8192,
     held_out_tokens: int = 4096,
@@ -102,7 +102,7 @@ def snnk(
         source: directory of a dense model, or a GGUF file.
         target: directory to make, in this library's format.
         features: r; default: as many as take half of the block's work.
-        layers: which blocks to replace: all, every 2, or a list as [3, 7].
+        layers: which blocks to replace: all, every 2, a number or a list as [3, 7].
         calibration: text files, folders or globs, or "stdlib", the Python standard library's own
             source. Text like that which the model will see serves best.
         calibration_tokens: tokens that are fitted to; several for each feature are needed.

@@ -129,7 +129,7 @@ def test_a_state_goes_through_blocks_of_both_kinds_recomputed_and_recorded():
 @pytest.mark.parametrize("fault", ["drop", "detach"])
 def test_the_trial_notices_a_state_that_is_lost(fault, monkeypatch):
     layer = moezoo.SparseMoE
-    route = layer._route
+    route = layer.routed
 
     def wrong(self, hidden, context, limited):
         if fault == "drop":
@@ -138,7 +138,7 @@ def test_the_trial_notices_a_state_that_is_lost(fault, monkeypatch):
             context = context._replace(router_state=context.router_state.detach())
         return route(self, hidden, context, limited)
 
-    monkeypatch.setattr(layer, "_route", wrong)
+    monkeypatch.setattr(layer, "routed", wrong)
     with pytest.raises(InputError, match=r"layers\.1\.mlp \(ZayaSparseMoeBlock\) differs"):
         moezoo.adopt(zaya())
 
