@@ -82,7 +82,7 @@ WITHOUT_GGUF = importlib.util.find_spec("gguf") is None
 ELSEWHERE = {
     "path/to/instruct": "wants a chat template: test_chat_run.py has one",
     "--chat": "likewise",
-    "--recover": "trains: test_recover.py does so in small",
+    "--recover": "trains: test_recover.py and test_shortened.py do so in small",
     "--tasks": "wants lm-eval, and the first of the two a network: test_harness.py has tasks",
     "--data.stream": "wants more than a few short texts: test_streamed_run.py streams",
     "path/to/model.gguf": "is read with a package that may be missing: test_gguf.py has such files",

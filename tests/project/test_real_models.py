@@ -1,6 +1,7 @@
 """The page of a published model: its table is that of the figures, its commands those of make."""
 
 import importlib.util
+import itertools
 import json
 from pydoc_data.topics import topics
 
@@ -36,6 +37,21 @@ def test_make_runs_commands_of_the_page():
     ours = [line for line in ours if line.startswith("moezoo ")]
     assert len(ours) == 4
     assert set(ours) <= on_page
+
+
+def test_the_script_beside_a_recovery_takes_the_text_of_its_command():
+    healing = script("healing")
+    commands = [line for block in blocks(PAGE, "sh") for line in joined(block).splitlines()]
+    (words,) = [line.split() for line in commands if "drop-layers" in line and "--recover" in line]
+    given = dict(itertools.pairwise(words))
+    assert given["--calibration"] == "runs/real/reference.txt"
+    names = ("calibration_tokens", "held_out_tokens", "window", "recover")
+    assert tuple(int(given[f"--{name}"]) for name in names) == (
+        healing.CALIBRATION_TOKENS,
+        healing.HELD_OUT_TOKENS,
+        healing.WINDOW,
+        healing.RECOVERY_TOKENS,
+    )
 
 
 def test_what_make_measured_becomes_a_table_and_a_picture(tmp_path, capsys):
