@@ -164,6 +164,16 @@ def test_the_verdict_compares_at_equal_learning():
     assert at_level([found[0], found[1]], 0.1) == pytest.approx((0.8, 2.0))
 
 
+def test_a_method_that_learns_little_does_not_lower_the_level_of_the_others():
+    little = [made("c", rate, seed, 0.2, 0.8, 2.0) for rate in (1.0, 2.0) for seed in (0, 1)]
+    some = [made("c", 1.0, seed, 0.4, 0.8, 2.0) for seed in (0, 1)]
+    equal = verdict(settings([*OUTCOMES, *little])).split("\n\n")[1]
+    assert equal.startswith("Where each recalls 70% of the new facts")
+    assert equal.endswith("- c: no more than 20% at any rate")
+    equal = verdict(settings([*OUTCOMES, *some])).split("\n\n")[1]
+    assert equal.startswith("Where each recalls 40% of the new facts")
+
+
 def test_the_picture_has_a_line_per_method_in_both_panels():
     figure = draw(settings(OUTCOMES))
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo_train.experiments.common.palette import BLUE, GREEN, OCHRE, PINK, RED, SKY
+from moezoo_train.experiments.common.palette import BLUE, GREEN, INDIGO, OCHRE, PINK, RED, SKY
 from moezoo_train.experiments.common.report import write_report
 from moezoo_train.experiments.common.statistics import Mean, mean
 
@@ -26,8 +26,10 @@ COLUMNS = (
     ">forgotten",
     ">text loss",
 )
-_COLORS = (RED, BLUE, GREEN, OCHRE, PINK, SKY)
-_MARKERS = "osD^vP"
+_COLORS = (RED, BLUE, GREEN, OCHRE, PINK, SKY, INDIGO)
+_MARKERS = "osD^vPX"
+_LEARNED = 1 / 3
+"""Of what the best method recalls; less is too little to compare what is forgotten for it."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,17 @@ def forgotten(setting: Setting, before: Setting) -> float:
 def verdict(found: Sequence[Setting]) -> str:
     """Return what each method forgot at the learning rate that teaches most, and at equal learning.
 
-    Equal learning is as many new facts as every method recalls at some rate; what is kept there is
-    interpolated between the two rates around it.
+    Equal learning is as many new facts as every method recalls at some rate, but for those that
+    learn less than a third of what the best does; what is kept there is interpolated between the
+    two rates around it.
     """
     before = next(each for each in found if each.method == BEFORE)
     methods = list(dict.fromkeys(each.method for each in found if each.method != BEFORE))
     tried = {m: [each for each in found if each.method == m] for m in methods}
     best = {m: max(tried[m], key=lambda each: each.new_facts.value) for m in methods}
-    level = min(each.new_facts.value for each in best.values())
+    learned = {m: each.new_facts.value for m, each in best.items()}
+    enough = [m for m in methods if learned[m] >= _LEARNED * max(learned.values())]
+    level = min(learned[m] for m in enough)
     lines = ["At the learning rate that teaches most:"]
     for method, setting in best.items():
         loss = setting.text_loss.value - before.text_loss.value
@@ -115,11 +120,14 @@ def verdict(found: Sequence[Setting]) -> str:
             f"{forgotten(setting, before):.0%} of the old ones forgotten, text loss {loss:+.3f}"
         )
     lines += ["", f"Where each recalls {level:.0%} of the new facts, between learning rates:"]
-    for method in methods:
+    for method in enough:
         old, loss = at_level([before, *tried[method]], level)
         share = 1 - old / before.old_facts.value if before.old_facts.value else 0.0
         change = loss - before.text_loss.value
         lines.append(f"- {method}: {share:.0%} of the old ones forgotten, text loss {change:+.3f}")
+    for method in methods:
+        if method not in enough:
+            lines.append(f"- {method}: no more than {learned[method]:.0%} at any rate")
     return "\n".join(lines)
 
 
