@@ -110,7 +110,6 @@ UNSEEN = {
     "HashLayer.weights": "learned with top_k of 2 or more, and only then",
     "SparseMoE.num_shared_experts": "the default of d_shared",
     "matrices.block": "acts in step(); a mask is a buffer",
-    "matrices.branches": "how many matrices there are, which are weights",
     "matrices.dense_from": "acts in step()",
     "matrices.every": "acts in step()",
     "matrices.growth_end": "acts in step()",

@@ -48,6 +48,8 @@ _SUBSTITUTES: dict[Target, Target] = {
     ("moezoo.experts.row_shares", "load_share"): (PLAIN, "dispatch_tokens"),
     ("moezoo.experts.row_shares", "share_of"): (PLAIN, "dispatch_tokens"),
     ("moezoo.matrices.packing", "Packing"): (PLAIN, "Packing"),
+    ("moezoo.matrices.shuffles", "product"): ("moezoo.matrices.shuffles", "plain"),
+    ("moezoo.matrices.shuffles", "unit"): ("moezoo.matrices.shuffles", "plain_unit"),
     ("moezoo.parallel", "own"): (PLAIN, "whole"),
     ("moezoo.parallel", "whole"): (PLAIN, "whole"),
     ("moezoo.parallel", "dispatch_tokens"): (PLAIN, "dispatch_tokens"),

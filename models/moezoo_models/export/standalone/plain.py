@@ -7,7 +7,7 @@ Shapes: T tokens, K choices, E experts, D width, F hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +165,10 @@ class Packing:
 
     def get(self, *_: Any) -> None:
         """Return no packed matrix."""
+
+    def whole(self, _: Any, dense: Callable[[], Tensor]) -> Tensor:
+        """Return the matrix with its zeros, made anew."""
+        return dense()
 
 
 def sparse_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
