@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -12,50 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import (
-    DownloadColumn,
-    TransferSpeedColumn,
-)
 from torch import Tensor
 
 from moezoo.convert import LayerPlan
 from moezoo.errors import check_choice
-from moezoo_models.checkpoints.companions import carry_over
-from moezoo_models.checkpoints.directory import CONFIG
+from moezoo_models.conversion.checkpoint import REPORT, NewCheckpoint
 from moezoo_models.conversion.drift import Drift, layer_drift, logits_drift
 from moezoo_models.conversion.several import describe
 from moezoo_models.conversion.source import Source, layer_of
 from moezoo_models.conversion.targets import Mixture, Output, Target
 from moezoo_models.conversion.targets.base import planned_router
-from moezoo_models.conversion.writer import (
-    check_space,
-    check_target,
-    parse_size,
-    plan_shards,
-    workspace,
-)
 from moezoo_models.devices import free_memory
-from moezoo_models.progress import progress_bar
 
-REPORT = "moezoo_conversion.json"
-FORMAT = 2  # of what is written; another number never continues an earlier run's files
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-)
-COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
+__all__ = ["REPORT", "Conversion", "convert", "summary"]
+
 _BLOCK = ".mlp."
-_SCRATCH = "calibration"
 
 
 @dataclass(frozen=True)
@@ -138,29 +106,18 @@ def convert(
         InputError: the format cannot hold this, or there is no room for it.
     """
     check_choice("check", check, ("auto", "logits", "layers"))
-    check_target(target, force)
     kind.check(source, mixture)
     remember = lru_cache(maxsize=1)(plan)
     models = (source, *others)
-    shards = plan_shards(_outputs(models, kind, mixture, remember), parse_size(max_shard_size))
-    total = sum(shard.bytes for shard in shards)
-    check_space(target, total + scratch_bytes)
-    identity = _identity(models, kind, mixture, options, max_shard_size)
-    with workspace(target, identity, force) as work:
-        scratch = work.directory / _SCRATCH
-        prepare(scratch)
-        with progress_bar(DownloadColumn(), TransferSpeedColumn()) as bar:
-            task = bar.add_task("writing", total=total)
-            for shard in shards:
-                work.write(shard, partial(bar.advance, task))
-        work.write_index(shards)
+    tensors = _outputs(models, kind, mixture, remember)
+    new = NewCheckpoint(method, models, target, tensors, max_shard_size, force)
+    with new.opened([kind.name, str(mixture), options], scratch_bytes):
+        prepare(new.scratch)
         shapes = mixture if settled is None else settled()
-        work.write_json(CONFIG, kind.config(source, shapes))
-        change = _change(method, source, kind, mixture)
-        copy_files([each.directory for each in models], work.directory, change, target)
+        new.write(kind.config(source, shapes), _change(method, source, kind, mixture))
         if check == "auto":
-            check = "logits" if 2 * total < free_memory() else "layers"
-        drift = _measure(models, work.directory, kind, mixture, remember, check)
+            check = "logits" if 2 * new.bytes < free_memory() else "layers"
+        drift = _measure(models, new.directory, kind, mixture, remember, check)
         if exact and drift.relative > _tolerance(mixture.dtype):
             raise RuntimeError(
                 f"the mixture is off by {drift.relative:.1e} of the dense model's output where it "
@@ -176,20 +133,17 @@ def convert(
             },
             target={
                 "architecture": kind.name,
-                "parameters": sum(
-                    torch.Size(o.shape).numel() for shard in shards for o in shard.outputs
-                ),
-                "bytes": total,
+                "parameters": new.parameters,
+                "bytes": new.bytes,
                 "layers": list(mixture.layers),
-                "sha256": dict(sorted(work.done.items())),
+                "sha256": new.sha256,
             },
             options=options,
             exact=exact,
             drift=asdict(drift),
-            extra=extra(work.directory, check == "logits"),
+            extra=extra(new.directory, check == "logits"),
         )
-        work.write_json(REPORT, asdict(conversion))
-        shutil.rmtree(scratch, ignore_errors=True)
+        new.report(conversion)
     print(summary(conversion, target))
     return conversion
 
@@ -265,41 +219,12 @@ def _copy(source: Source, name: str) -> Iterator[Tensor]:
     yield source.read(name)
 
 
-def _identity(
-    models: Sequence[Source],
-    kind: Target,
-    mixture: Mixture,
-    options: dict[str, Any],
-    shard_size: str,
-) -> str:
-    """Hash what decides the contents, so that an interrupted run can be told from another one."""
-    sources = [each for model in models for each in (model.raw, model.stamp())]
-    decides = [FORMAT, torch.__version__, *sources, kind.name, str(mixture)]
-    text = json.dumps([*decides, options, shard_size], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def copy_files(sources: Sequence[Path], fresh: Path, change: str, replaced: Path) -> None:
-    """Copy what is beside the weights.
-
-    Tokenizer, chat template and generation settings are the first model's, byte for byte; licences
-    and READMEs as :func:`moezoo_models.checkpoints.companions.carry_over` does.
-    """
-    for name in COPIED_FILES:
-        if (sources[0] / name).is_file():
-            shutil.copyfile(sources[0] / name, fresh / name)
-    for name in COPIED_FOLDERS:
-        if (sources[0] / name).is_dir():
-            shutil.copytree(sources[0] / name, fresh / name, dirs_exist_ok=True)
-    carry_over(sources, fresh, change, replaced)
-
-
 def _change(method: str, source: Source, kind: Target, mixture: Mixture) -> str:
     """Return the sentence of what a conversion has changed."""
     return (
         f"`moezoo {method}` made a `{kind.name}` of this `{source.family}`: in "
         f"{len(mixture.layers)} of {source.num_layers} layers the dense block became "
-        f"{mixture.num_experts} experts. `{REPORT}` has the options."
+        f"{mixture.num_experts} experts."
     )
 
 

@@ -27,7 +27,7 @@ from moezoo_models.checkpoints.locks import writing
 from moezoo_models.checkpoints.stock import load_as_it_is
 from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.carving import model_nats
-from moezoo_models.conversion.convert import REPORT
+from moezoo_models.conversion.checkpoint import REPORT
 from moezoo_models.conversion.distillation import Distillation, RecoveryOptions
 from moezoo_models.conversion.drift import load_any
 from moezoo_models.conversion.source import Source

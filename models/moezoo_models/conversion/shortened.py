@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
-from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.carving import loaded_perplexity
-from moezoo_models.conversion.convert import REPORT, copy_files
+from moezoo_models.conversion.checkpoint import NewCheckpoint
 from moezoo_models.conversion.distillation import RecoveryOptions
 from moezoo_models.conversion.recovery import Recovery, recovery_table
 from moezoo_models.conversion.source import Source
 from moezoo_models.conversion.targets import Output
-from moezoo_models.conversion.writer import (
-    check_space,
-    check_target,
-    parse_size,
-    plan_shards,
-    workspace,
-)
-from moezoo_models.progress import progress_bar
-
-_FORMAT = 2
+from moezoo_models.conversion.writer import check_target, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,22 +143,15 @@ class Shortening:
             change: what was changed, in one sentence; Markdown.
             measured: the report's own fields.
         """
-        shards = plan_shards(outputs, parse_size(self.max_shard_size))
-        total = sum(shard.bytes for shard in shards)
-        check_space(self.target, total)
-        with workspace(self.target, self._identity(kept, config), self.force) as work:
-            with progress_bar() as bar:
-                task = bar.add_task("writing", total=total)
-                for shard in shards:
-                    work.write(shard, partial(bar.advance, task))
-            work.write_index(shards)
-            work.write_json(CONFIG, config)
-            change = f"{change} `{REPORT}` has the options."
-            copy_files([self.source.directory], work.directory, change, self.target)
+        new = NewCheckpoint(
+            self.command, [self.source], self.target, outputs, self.max_shard_size, self.force
+        )
+        with new.opened([self.options, kept, config]):
+            new.write(config, change)
             perplexity = {}
             if self.loads:
                 dense = loaded_perplexity(self.source.directory, self.text, sound=False)
-                fewer = loaded_perplexity(work.directory, self.text)
+                fewer = loaded_perplexity(new.directory, self.text)
                 perplexity = {"dense": dense, kind.verb: fewer}
             made = kind(
                 method=self.command,
@@ -180,28 +160,13 @@ class Shortening:
                     "architecture": self.source.family,
                     "sha256": self.source.fingerprint(),
                 },
-                target={"sha256": dict(sorted(work.done.items()))},
+                target={"sha256": new.sha256},
                 calibration=self.text.describe(),
                 perplexity=perplexity,
                 **measured,
             )
-            work.write_json(REPORT, asdict(made))
+            new.report(made)
         return made
-
-    def _identity(self, kept: list[int], config: dict[str, Any]) -> str:
-        """Hash what decides the contents, so that an interrupted run can be told from another."""
-        decides = [
-            _FORMAT,
-            torch.__version__,
-            self.command,
-            self.options,
-            self.source.raw,
-            self.source.stamp(),
-            kept,
-            config,
-            self.max_shard_size,
-        ]
-        return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def say_perplexity(made: Shortened) -> None:

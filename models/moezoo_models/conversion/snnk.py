@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,29 +19,20 @@ from moezoo.convert import Block, prune_block
 from moezoo.convert.features import equal_neurons
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo_models.checkpoints.dense import dense_config
-from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.carve import calibrate
 from moezoo_models.conversion.carving import loaded_perplexity, read_block
-from moezoo_models.conversion.convert import REPORT, copy_files
+from moezoo_models.conversion.checkpoint import NewCheckpoint
 from moezoo_models.conversion.featuring import Featuring, LayerErrors
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.selecting import first_of_windows
 from moezoo_models.conversion.source import Source, open_source
 from moezoo_models.conversion.stage import Answer
 from moezoo_models.conversion.targets import Output
-from moezoo_models.conversion.writer import (
-    check_space,
-    check_target,
-    parse_size,
-    plan_shards,
-    workspace,
-)
+from moezoo_models.conversion.writer import check_target
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.progress import progress_bar
 
-_FORMAT = 1
-_SCRATCH = "calibration"
 _TENSORS = {
     "up_proj.weight": "up",
     "up_proj.bias": "bias_in",
@@ -173,42 +161,37 @@ class _Run:
         self._layers, self._length = layers, calibration.fitted.shape[1]
         self._featuring = Featuring(features, self._length, source.dtype, seed)
         self._options = {"features": features, "layers": list(layers), "seed": seed}
+        self._scratch = Path()
 
     def write(self, target: Path, max_shard_size: str, loads: bool, force: bool) -> Featured:
         """Fit, write the checkpoint atomically, and print what it is."""
-        shards = plan_shards(self._outputs(Path()), parse_size(max_shard_size))
-        total = sum(shard.bytes for shard in shards)
-        check_space(target, total + self._propagation(Path()).bytes)
-        with workspace(target, self._identity(max_shard_size), force) as work:
-            scratch = work.directory / _SCRATCH
+        new = NewCheckpoint("snnk", [self._source], target, self._outputs(), max_shard_size, force)
+        decides = [self._options, self._calibration.describe()]
+        with new.opened(decides, self._propagation().bytes):
+            self._scratch = new.scratch
             with progress_bar() as bar:
                 task = bar.add_task("fitting", total=self._source.num_layers)
-                nats = self._propagation(scratch).run(partial(bar.advance, task))
-            with progress_bar() as bar:
-                task = bar.add_task("writing", total=total)
-                for shard in plan_shards(self._outputs(scratch), parse_size(max_shard_size)):
-                    work.write(shard, partial(bar.advance, task))
-            work.write_index(shards)
-            work.write_json(CONFIG, self._config())
-            said = (
+                nats = self._propagation().run(partial(bar.advance, task))
+            change = (
                 f"`moezoo snnk` replaced the dense blocks of {len(self._layers)} of "
-                f"{self._source.num_layers} layers by {self._featuring.features} random features. "
-                f"`{REPORT}` has the options."
+                f"{self._source.num_layers} layers by {self._featuring.features} random features."
             )
-            copy_files([self._source.directory], work.directory, said, target)
+            new.write(self._config(), change)
             perplexity = {name: math.exp(each.mean()) for name, each in nats.items()}
             if loads:
-                perplexity["loaded"] = loaded_perplexity(work.directory, self._calibration)
+                perplexity["loaded"] = loaded_perplexity(new.directory, self._calibration)
             made = Featured(
                 "snnk",
                 self._options,
                 self._calibration.describe(),
                 2 * self._featuring.features / (self._matrices * self._source.width),
-                {str(layer): self._featuring.errors(scratch, layer) for layer in self._layers},
+                {
+                    str(layer): self._featuring.errors(self._scratch, layer)
+                    for layer in self._layers
+                },
                 perplexity,
             )
-            work.write_json(REPORT, asdict(made))
-            shutil.rmtree(scratch, ignore_errors=True)
+            new.report(made)
         _say(made, target)
         return made
 
@@ -216,14 +199,14 @@ class _Run:
     def _matrices(self) -> int:
         return 3 if self._source.ffn["gated"] else 2
 
-    def _propagation(self, directory: Path) -> Propagation:
+    def _propagation(self) -> Propagation:
         variants = (
             Variant("dense", None),
-            Variant("features", partial(self._featuring.convert, directory)),
+            Variant("features", partial(self._featuring.convert, self._scratch)),
             Variant("pruned", self._pruned),
         )
         return Propagation(
-            self._source, self._calibration, variants, self._layers, directory, self._device
+            self._source, self._calibration, variants, self._layers, self._scratch, self._device
         )
 
     def _pruned(self, layer: int, x_TD: Tensor, block: Block) -> Answer:
@@ -244,14 +227,6 @@ class _Run:
         )
         return small.run
 
-    def _identity(self, max_shard_size: str) -> str:
-        """Hash what decides the contents, so that an interrupted run can be told from another."""
-        source = self._source
-        decides = [_FORMAT, torch.__version__, source.raw, source.stamp(), self._options]
-        decides += [self._calibration.describe(), max_shard_size]
-        text = json.dumps(["snnk", *decides], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def _config(self) -> dict[str, Any]:
         """Add a rule for the new blocks, which are plain MLPs, to what the dense model is."""
         config = dense_config(self._source.raw)
@@ -267,7 +242,7 @@ class _Run:
         config.architectures = ["MoezooForCausalLM"]
         return config.to_diff_dict()
 
-    def _outputs(self, directory: Path) -> Iterator[Output]:
+    def _outputs(self) -> Iterator[Output]:
         """List the tensors: the dense model's own but for the blocks, and the new blocks'."""
         replaced = tuple(f"model.layers.{layer}.mlp." for layer in self._layers)
         for name, info in self._source.tensors.items():
@@ -286,14 +261,14 @@ class _Run:
                     f"model.layers.{layer}.mlp.{name}",
                     shape,
                     self._source.dtype,
-                    partial(self._found, directory, layer, _TENSORS[name]),
+                    partial(self._found, layer, _TENSORS[name]),
                 )
 
     def _copied(self, name: str) -> Iterator[Tensor]:
         yield self._source.read(name)
 
-    def _found(self, directory: Path, layer: int, name: str) -> Iterator[Tensor]:
-        yield read_block(directory, layer)[name].to(self._source.dtype)
+    def _found(self, layer: int, name: str) -> Iterator[Tensor]:
+        yield read_block(self._scratch, layer)[name].to(self._source.dtype)
 
 
 def _say(made: Featured, target: Path) -> None:

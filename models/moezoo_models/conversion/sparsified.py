@@ -47,7 +47,7 @@ def change(options: dict[str, Any], layers: int) -> str:
     return (
         "`moezoo sparsify` left the weights as they are, and has tokens skip a part of the dense "
         f"block in {len(options['layers'])} of {layers} layers ({options['method']}, {count} "
-        f"{options[count]:g}). `moezoo_conversion.json` has the options."
+        f"{options[count]:g})."
     )
 
 

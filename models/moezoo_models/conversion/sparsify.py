@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -29,11 +26,10 @@ from moezoo.convert.select.guess import GUESSES, GuessMethod, GuessOptions
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo.selection import Shares
 from moezoo_models.checkpoints.dense import dense_config
-from moezoo_models.checkpoints.directory import CONFIG
 from moezoo_models.conversion.calibration import Calibration
 from moezoo_models.conversion.carve import calibrate
 from moezoo_models.conversion.carving import loaded_perplexity
-from moezoo_models.conversion.convert import REPORT, copy_files
+from moezoo_models.conversion.checkpoint import NewCheckpoint
 from moezoo_models.conversion.guessing import Guessing
 from moezoo_models.conversion.propagate import Propagation, Variant
 from moezoo_models.conversion.selecting import (
@@ -49,18 +45,9 @@ from moezoo_models.conversion.selecting import (
 from moezoo_models.conversion.source import Source, open_source
 from moezoo_models.conversion.sparsified import Sparsified, change, mean_share, summary
 from moezoo_models.conversion.targets import Output
-from moezoo_models.conversion.writer import (
-    check_space,
-    check_target,
-    parse_size,
-    plan_shards,
-    workspace,
-)
+from moezoo_models.conversion.writer import check_target
 from moezoo_models.devices import free_memory, pick_device
 from moezoo_models.progress import progress_bar
-
-_FORMAT = 1
-_SCRATCH = "calibration"
 
 
 def sparsify(
@@ -213,26 +200,19 @@ class _Run:
 
     def write(self, target: Path, max_shard_size: str, loads: bool, force: bool) -> Sparsified:
         """Calibrate, write the checkpoint atomically, and print what it is."""
-        shards = plan_shards(self._outputs(), parse_size(max_shard_size))
-        total = sum(shard.bytes for shard in shards)
-        check_space(target, total + self._propagation(None).bytes)
-        with workspace(target, self._identity(max_shard_size), force) as work:
-            self._scratch = work.directory / _SCRATCH
+        new = NewCheckpoint(
+            "sparsify", [self._source], target, self._outputs(), max_shard_size, force
+        )
+        decides = [self._options(), self._calibration.describe()]
+        with new.opened(decides, self._propagation(None).bytes):
+            self._scratch = new.scratch
             nats = self._calibrate()
-            with progress_bar() as bar:
-                task = bar.add_task("writing", total=total)
-                for shard in shards:
-                    work.write(shard, partial(bar.advance, task))
-            work.write_index(shards)
-            work.write_json(CONFIG, self._config())
-            said = change(self._options(), self._source.num_layers)
-            copy_files([self._source.directory], work.directory, said, target)
+            new.write(self._config(), change(self._options(), self._source.num_layers))
             perplexity = {name: math.exp(each.mean()) for name, each in nats.items()}
             if loads:
-                perplexity["loaded"] = loaded_perplexity(work.directory, self._calibration)
+                perplexity["loaded"] = loaded_perplexity(new.directory, self._calibration)
             made = self._describe(perplexity)
-            work.write_json(REPORT, asdict(made))
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            new.report(made)
         print(summary(made, target))
         return made
 
@@ -276,20 +256,6 @@ class _Run:
             self._scratch,
             self._device,
         )
-
-    def _identity(self, max_shard_size: str) -> str:
-        """Hash what decides the contents, so that an interrupted run can be told from another."""
-        decides = [
-            _FORMAT,
-            torch.__version__,
-            self._source.raw,
-            self._source.stamp(),
-            self._options(),
-            self._calibration.describe(),
-            max_shard_size,
-        ]
-        text = json.dumps(["sparsify", *decides], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -184,7 +184,7 @@ def workspace(target: Path, identity: str, force: bool) -> Iterator[Workspace]:
     with writing(target, "target"), going_on("the same command goes on where this one was"):
         check_target(target, force)
         remove_leftovers(target)
-        directory = target.with_name(f".{target.name}.partial")
+        directory = _partial(target)
         done = _resumable(directory, identity)
         if done is None:
             shutil.rmtree(directory, ignore_errors=True)
@@ -213,16 +213,25 @@ def check_target(target: Path, force: bool) -> None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raise :class:`InputError` if the disk does not have that many bytes left."""
+    """Raise :class:`InputError` if the disk does not have that many bytes left.
+
+    What a killed run left there counts as free: it is continued, or else removed.
+    """
     folder = target.absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    left = (file for file in _partial(target).rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in left)
     if needed > free:
         raise InputError(
             f"target: {target} needs {size(needed)}, and {folder} has "
             f"{size(free)} free; make room or name a directory elsewhere"
         )
+
+
+def _partial(target: Path) -> Path:
+    """Return the hidden directory in which a checkpoint is made."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def _sound(path: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo_models.checkpoints.companions import is_license
-from moezoo_models.conversion.convert import REPORT
+from moezoo_models.conversion.checkpoint import REPORT
 from moezoo_models.files.model_files import CONFIG, TensorInfo, read_json
 from moezoo_models.model.config import MoezooConfig
 

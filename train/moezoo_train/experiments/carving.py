@@ -29,7 +29,7 @@ from moezoo.errors import InputError, check_choice, check_int, nearest
 from moezoo_models.checkpoints.directory import CONFIG, existing, read_json
 from moezoo_models.checkpoints.export import export
 from moezoo_models.conversion.carve import carve
-from moezoo_models.conversion.convert import REPORT
+from moezoo_models.conversion.checkpoint import REPORT
 from moezoo_models.conversion.source import open_source
 from moezoo_models.conversion.study import carve_options
 from moezoo_models.model.config import MoezooConfig
