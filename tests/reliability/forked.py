@@ -146,6 +146,7 @@ def serve() -> None:
         if not order.keys() & {"program", "code"}:
             asked = (COMMANDS.get(" ".join(words[:count])) for count in (1, 2))
             import_all([each.function.partition(":")[0] for each in asked if each])
+        import_all(order.get("imports", []))
         children: dict[int, dict[str, Any]] = {}
         port = free_port()
         for rank, log in enumerate(order["logs"]):
@@ -177,6 +178,8 @@ def import_all(names: list[str]) -> None:
         with suppress(Exception):  # some are made, and none is needed
             importlib.import_module(name)
     if new:
+        if throughput := sys.modules.get("moezoo_train.measure.throughput"):
+            throughput.PROBE_SECONDS = 0.0  # type: ignore[attr-defined]  # as in tests/conftest.py
         gc.collect()
         gc.freeze()  # nothing of it is copied because a child's collector looks at it
 
@@ -239,7 +242,7 @@ def obey(order: dict[str, Any], log: str, main: Any) -> NoReturn:
     """Be the child.
 
     The order may hold ``program``: a file to run instead of a command, or ``code``: text to run;
-    ``environment``: variables.
+    ``environment``: variables; ``imports``: modules that the server imports before it forks.
 
     It may hold ``operation`` and ``delay``: die so many seconds after the n-th change of the file
     system; ``file_limit``: bytes that a file may have; ``memory``: bytes of memory that may be

@@ -32,6 +32,7 @@ def launch(server: Any, program: str, folder: Path, *arguments: str, **variables
         variables: of its environment.
     """
     order = {"program": program, "environment": variables, "limit": 1200.0}
+    order["imports"] = ["moezoo_train.run.cli", "moezoo_train.parallel.fsdp2"]  # once for both
     for ended in server.run_ranks(2, folder, *arguments, folder=folder, **order):
         assert ended.code == 0, ended.output[-5000:]
 
