@@ -54,9 +54,10 @@ def killed(monkeypatch):
         whole(self, shard, progress)
 
     def kill(call):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(writer.Workspace, "write", write)
-            call()
+            with pytest.raises(KeyboardInterrupt):
+                call()
         count.clear()
 
     return kill
@@ -84,7 +85,7 @@ def test_a_killed_command_goes_on_and_leaves_the_same(
 
     before = contents(out)
     other = COMMANDS["upcycle" if command != "upcycle" else "drop-layers"]
-    with pytest.raises(InputError, match="target: .*out is not empty; name a new directory"):
+    with pytest.raises(InputError, match=r"target: .*out is not empty; name a new directory"):
         other(source, out, **text)
     assert contents(out) == before
 
@@ -138,7 +139,7 @@ def test_room_that_a_killed_run_takes_is_its_own(readable, tmp_path, killed, mon
         killed(lambda: written(new, []))
         free = {"free": 5000}
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(**free))
-        with pytest.raises(InputError, match="target: .* needs .* make room"):
+        with pytest.raises(InputError, match=r"target: .* needs .* make room"):
             written(new, [], scratch_bytes=2000)
         assert len(list((tmp_path / ".out.partial").glob("model-*"))) == 2
         written(new, [])

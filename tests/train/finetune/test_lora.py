@@ -14,7 +14,11 @@ from moezoo_models.checkpoints.directory import load_checkpoint, quiet
 from moezoo_models.checkpoints.stock import load_as_it_is, predict
 from moezoo_train.checkpoint.export import export
 from moezoo_train.finetune.lora import LoRAOptions, merged_state
-from moezoo_train.measure.throughput import forward_flops_per_token
+from moezoo_train.measure.throughput import (
+    count_parameters,
+    count_trained,
+    forward_flops_per_token,
+)
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
 from moezoo_train.run.cli import run
 from moezoo_train.run.module import LanguageModel
@@ -72,6 +76,10 @@ def test_adapters_move_and_the_base_does_not(name, directory, tmp_path):
     experts = [key for key in trained if "experts" in key]
     assert len(attention) == 2 * 2 * 4  # layers, factors, projections
     assert len(experts) == (0 if name == "llama" else 2 * 2 * 2)
+
+    added = [t for key, t in after.items() if ".lora_" in key or key.endswith(".u")]
+    assert count_trained(module.model) == sum(tensor.numel() for tensor in added)
+    assert count_parameters(module.model) == count_parameters(base)
 
     expected = logits(module.model)
     assert not torch.allclose(expected, logits(base), atol=1e-3)
@@ -177,10 +185,20 @@ def test_cmoe_trains_its_scale_beside_adapters(directory, tmp_path):
     assert forward_flops_per_token(module.model, 12) == forward_flops_per_token(loaded, 12)
 
 
-def test_a_run_resumes_exactly_and_keeps_adapters_only(directory, command, tmp_path):
+def test_a_run_resumes_exactly_and_keeps_adapters_only(directory, command, tmp_path, capsys):
     lora = {"model.lora.rank": 2, "model.lora.alpha": 8}
     start = directory("mixtral")
     run(command("whole", start, **lora))
+    total, active = count_parameters(load_as_it_is(start)[0])
+    d_model, keys, width, experts, layers, rank = 16, 8, 48, 4, 2, 2
+    attention = 2 * (d_model + d_model) + 2 * (d_model + keys)
+    stacks = experts * ((d_model + 2 * width) + (width + d_model))
+    trained = layers * rank * (attention + stacks)
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    names = ("total_parameters", "active_parameters", "trained_parameters")
+    assert [report[name] for name in names] == [total, active, trained]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"trained │ {trained:,} ({trained / total:.2%} of all)" in printed
     run(command("part", start, **lora, **{"trainer.max_steps": 4}))
     run([*command("part", start, **lora), "--ckpt_path=last"])
     states = []

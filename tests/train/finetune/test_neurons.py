@@ -12,6 +12,7 @@ from moezoo_train.checkpoint.export import export
 from moezoo_train.finetune.lora import LoRAOptions
 from moezoo_train.finetune.neurons import NeuronOptions, SlicedLinear, slice_linear
 from moezoo_train.finetune.sparse_memory import SparseMemoryOptions
+from moezoo_train.measure.throughput import count_parameters, count_trained
 from moezoo_train.optim.optimizer import OptimizerConfig, build_optimizer
 from moezoo_train.parallel.fit_strategy import check_strategy
 from moezoo_train.parallel.fsdp2 import FSDP2Strategy
@@ -92,6 +93,8 @@ def test_slices_move_and_nothing_else(name, options, directory, tmp_path):
     count = max(1, round(options.ratio * 48))
     assert len(sliced) == 2 * len(options.projections)
     assert kept == 2 * len(sliced) * count * 16
+    assert count_trained(module.model) == len(sliced) * count * 16
+    assert count_parameters(module.model) == count_parameters(base)
 
     expected = logits(module.model)
     module.save(tmp_path / "model", None)
@@ -163,6 +166,7 @@ def test_a_run_resumes_exactly_and_keeps_slices_only(directory, command, tmp_pat
         ({"seed": -1}, {}, "neurons.seed: -1"),
         ({}, {"initialize_from": None}, "neurons: .*; set initialize_from"),
         ({}, {"initialize_from": "mixtral"}, "neurons: .* has no dense .*by lora"),
+        ({}, {"initialize_from": "qwen2_moe"}, "neurons: .* has no dense"),  # shares none
         ({}, {"lora": LoRAOptions()}, "neurons: lora is set too"),
         ({}, {"sparse_memory": SparseMemoryOptions()}, "neurons: sparse_memory is set too"),
         ({}, {"optimizer": OptimizerConfig("muon")}, "optimizer.name: muon .* use adamw"),

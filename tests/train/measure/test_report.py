@@ -146,6 +146,8 @@ def test_report_of_a_run(make_model, make_trainer, random_tokens, tmp_path):
     text = console.file.getvalue()
     assert f"{saved['val_loss']:.3f} nats/token" in text
     assert "experts of layer 1" in text
+    assert saved["trained_parameters"] == saved["total_parameters"]
+    assert "trained" not in text
 
 
 @pytest.mark.parametrize("every", [10, 2, 0])
@@ -253,7 +255,7 @@ def test_table_shows_what_is_missing_as_missing():
     report = SimpleNamespace(
         train_loss=None, val_loss=None, val_bits_per_byte=None, val_perplexity=None, steps=1,
         tokens=2, tokens_per_second=3.0, mfu=0.5, peak_flops=(2e9, "data sheet"), train_seconds=4.0,
-        total_parameters=10_000, active_parameters=10, skipped_steps=3,
+        total_parameters=10_000, active_parameters=10, trained_parameters=125, skipped_steps=3,
         sources=[],
         expert_load=[
             ExpertLoad(2, 1.5, 0.75, 0.5, 0.25, usage=1.0, unevenness=0.1),
@@ -268,6 +270,7 @@ def test_table_shows_what_is_missing_as_missing():
     assert "val loss" in text
     assert "–" in text
     assert "50% of 2 GFLOP/s (data sheet)" in text
+    assert "125 (1.25% of all)" in text
     assert "skipped steps" in text
     assert "busiest 1.50 × mean, evenness 0.750, 25.0% dropped" in text
     assert "0.750, usage 50.0% (best 25.0%) per batch" in text

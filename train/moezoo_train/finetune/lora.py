@@ -162,7 +162,7 @@ def merged_state(
         keep: whether this process wants the result; else it only gives its parts.
     """
     state = model.state_dict() if state_dict is None else state_dict
-    merged = {_plain(name): tensor for name, tensor in state.items() if not _of_adapter(name)}
+    merged = {_plain(name): tensor for name, tensor in state.items() if not of_adapter(name)}
     for name, module in _wrappers(model):
         weight = f"{_plain(name)}.{getattr(module, 'parameter_name', 'weight')}"
         with torch.no_grad(), _whole_factors(module):
@@ -202,9 +202,9 @@ def save_adapters(
     adapters = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor.contiguous()
         for name, tensor in trained.items()
-        if _of_adapter(name)
+        if of_adapter(name)
     }
-    rest = {_plain(n): t.clone() for n, t in trained.items() if not _of_adapter(n)}
+    rest = {_plain(n): t.clone() for n, t in trained.items() if not of_adapter(n)}
     with replacing_directory(directory) as fresh:
         model.peft_config[ADAPTER].save_pretrained(fresh)
         save_file(adapters, fresh / "adapter_model.safetensors", {"format": "pt"})
@@ -286,7 +286,8 @@ def _wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _of_adapter(name: str) -> bool:
+def of_adapter(name: str) -> bool:
+    """Return whether a tensor of a state dictionary, or the module of a name, is an adapter's."""
     return ".lora_" in name
 
 

@@ -193,13 +193,18 @@ def describe_neurons(model: PreTrainedModel, options: NeuronOptions | None) -> d
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dictionary of the same function without slices; the model keeps its own."""
-    merged = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[2] not in _OWN}
+    merged = {n: t for n, t in model.state_dict().items() if not of_slice(n)}
     for name, module in model.named_modules():
         if isinstance(module, SlicedLinear):
             own = {f"{name}.{last}" for last in _OWN}
             assert not own & merged.keys()
             merged[f"{name}.weight"] = module.weight.detach()
     return merged
+
+
+def of_slice(name: str) -> bool:
+    """Return whether a tensor of a state dictionary is a slice, or says which neurons it is of."""
+    return name.rpartition(".")[2] in _OWN
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Linear]]]:
@@ -214,5 +219,6 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Linear]]]:
             for each in names
             if type(child := children.get(each)) is nn.Linear
         }
-        if "down" in block:
+        # Experts that all tokens share have no neuron in mixtures that have none of them.
+        if "down" in block and block["down"].in_features:
             yield name, block

@@ -10,14 +10,30 @@ from transformers import PreTrainedModel
 
 from moezoo_train.checkpoint_structure import check_same
 from moezoo_train.finetune import sparse_memory as rows
-from moezoo_train.finetune.lora import LoRAOptions, add_adapters, check_lora, describe_adapters
+from moezoo_train.finetune.lora import (
+    LoRAOptions,
+    add_adapters,
+    check_lora,
+    describe_adapters,
+    of_adapter,
+)
 from moezoo_train.finetune.neurons import (
     NeuronOptions,
     check_neurons,
     describe_neurons,
+    of_slice,
     slice_neurons,
 )
 from moezoo_train.optim.optimizer import OptimizerConfig
+
+
+def is_added(name: str) -> bool:
+    """Return whether a tensor is of an adapter or a slice of neurons, not one of the model's own.
+
+    Args:
+        name: in the model's state dictionary.
+    """
+    return of_adapter(name) or of_slice(name)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from moezoo_train.measure.environment import environment
 from moezoo_train.measure.expert_load import ExpertLoad
 from moezoo_train.measure.loggers import read_metrics
 from moezoo_train.measure.metrics import TrainingMetrics
-from moezoo_train.measure.throughput import count_parameters
+from moezoo_train.measure.throughput import count_parameters, count_trained
 from moezoo_train.measure.writing import save_figure, write_json, write_text
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ class Report:
         train_seconds: that those took.
         mfu: model FLOPs utilisation over the last logged steps.
         peak_flops: the device's peak in FLOP/s, and how it is known.
-        total_parameters: of the model.
-        active_parameters: those that one token touches.
+        total_parameters: of the model, without adapters or slices of neurons added to it.
+        active_parameters: those of them that one token touches.
+        trained_parameters: numbers that are trained: the whole model, or adapters, slices, tables.
         skipped_steps: steps whose loss or gradient was not finite, or leapt.
         expert_load: of each layer that routes, over the last logged steps.
         environment: machine and versions.
@@ -66,6 +67,7 @@ class Report:
     peak_flops: tuple[float, str]
     total_parameters: int
     active_parameters: int
+    trained_parameters: int
     skipped_steps: int
     expert_load: list[ExpertLoad]
     environment: dict[str, Any]
@@ -140,6 +142,7 @@ def collect(trainer: Trainer, module: Measured, rows: list[dict[str, str]]) -> R
         peak_flops=metrics.peak,
         total_parameters=total,
         active_parameters=active,
+        trained_parameters=count_trained(module.model),
         skipped_steps=module.guard.skipped,
         expert_load=metrics.expert_load,
         environment=_environment(trainer),
@@ -186,6 +189,9 @@ def table(report: Report, title: str) -> Table:
         ("parameters", f"{report.total_parameters:,}"),
         ("active per token", f"{report.active_parameters:,}"),
     ]
+    if report.trained_parameters != report.total_parameters:
+        share = report.trained_parameters / report.total_parameters
+        rows.append(("trained", f"{report.trained_parameters:,} ({share:.2%} of all)"))
     if report.skipped_steps:
         rows.append(("skipped steps", f"{report.skipped_steps:,}"))
     for source in report.sources:

@@ -20,6 +20,8 @@ from moezoo import FeedForward
 from moezoo_models.checkpoints.stock import active_share, flops_of_experts, stacked_experts
 from moezoo_models.model.latent_options import head_widths
 from moezoo_models.model.mixture_attention import MixtureAttention
+from moezoo_train.adapters.deepspeed import full_shape
+from moezoo_train.finetune.parts import is_added
 from moezoo_train.parallel.state_dicts import unsharded_model
 
 PROBE_SECONDS = 0.1
@@ -50,7 +52,7 @@ def forward_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int
     linear = sum(
         2 * module.weight.numel()
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in inside and ".lora_" not in name
+        if isinstance(module, nn.Linear) and id(module) not in inside and not is_added(name)
     )
     config: Any = model.config
     mixing = _mixing_attention(model)
@@ -62,9 +64,14 @@ def forward_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters there are, and how many of them one token touches."""
+    """Return how many parameters a model has, and how many of them one token touches.
+
+    What fine-tuning adds to weights that stay, adapters and slices of neurons, is not counted: the
+    model that is written has it in its weights.
+    """
     model = unsharded_model(model)
-    total = sum(p.numel() for p in model.parameters())
+    added = {id(p) for name, p in model.named_parameters() if is_added(name)}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in added)
     costs = [layer.cost() for layer in ffn_layers(model)]
     idle = sum(c.total_parameters - c.active_parameters for c in costs)
     idle += sum(module.idle_parameters() for module in _mixing_attention(model))
@@ -72,6 +79,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         stored = sum(p.numel() for p in experts.values())
         idle += stored - round(stored * active_share(model))
     return total, total - idle
+
+
+def count_trained(model: nn.Module) -> int:
+    """Return how many numbers are trained: all of the parameters, or those that are not frozen."""
+    return sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
 
 
 def _mixing_attention(model: nn.Module) -> list[MixtureAttention]:
