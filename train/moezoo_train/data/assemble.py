@@ -12,17 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.errors import InputError
+from moezoo_train.data.cutting import Cut
 from moezoo_train.data.prepared import SCORED, Split, SplitName
 from moezoo_train.data.shards import Shard
 
 
-def assemble(folder: Path, shards: Sequence[Shard], val_fraction: float) -> tuple[Split, Split]:
+def assemble(
+    folder: Path, shards: Sequence[Shard], val_fraction: float, cut: Cut | None = None
+) -> tuple[Split, Split]:
     """Copy shards into one file per split, in ``folder``, and one for the marks if there are any.
 
     Args:
         folder: where the files are written.
         shards: all of them, in order.
         val_fraction: share of the documents that is held out.
+        cut: the only document that is held out, and only in part.
 
     Returns:
         How much there is to train on and to validate on.
@@ -32,7 +36,7 @@ def assemble(folder: Path, shards: Sequence[Shard], val_fraction: float) -> tupl
     """
     described = [shard.documents() for shard in shards]
     everything = np.concatenate(described)
-    threshold = split_threshold(everything["key"], val_fraction)
+    threshold = split_threshold(everything["key"], val_fraction) if cut is None else cut.key
     kinds = ("bin", "marks") if shards[0].marked else ("bin",)
     names: tuple[SplitName, ...] = ("train", "val")
     with ExitStack() as stack:
@@ -44,14 +48,24 @@ def assemble(folder: Path, shards: Sequence[Shard], val_fraction: float) -> tupl
         for shard, documents in zip(shards, described, strict=True):
             contents = {"bin": shard.tokens(), **({"marks": shard.marks()} if shard.marked else {})}
             for start, end, held_out in _runs(documents, threshold):
+                if held_out and cut is not None:
+                    continue
                 name: SplitName = "val" if held_out else "train"
                 for kind, content in contents.items():
                     files[name, kind].write(content[start:end])
-    in_val = everything["key"] <= threshold
-    return (
-        _measure(everything[~in_val], files["train", "bin"], files.get(("train", "marks"))),
-        _measure(everything[in_val], files["val", "bin"], files.get(("val", "marks"))),
+        in_val = everything["key"] <= threshold
+        measured = {"train": everything[~in_val], "val": everything[in_val]}
+        if cut is not None:
+            whole, equal = everything[~in_val], everything[in_val]
+            for name, part in cut.parts.items():
+                files[name, "bin"].write(np.tile(part.tokens, len(equal)))
+                parts = equal.copy()
+                parts["tokens"], parts["bytes"] = len(part.tokens), part.bytes
+                measured[name] = parts if name == "val" else np.concatenate([whole, parts])
+    train, val = (
+        _measure(measured[name], files[name, "bin"], files.get((name, "marks"))) for name in names
     )
+    return train, val
 
 
 class _Summed:
@@ -100,7 +114,7 @@ def split_threshold(keys: NDArray[np.uint64], val_fraction: float) -> np.uint64:
     if len(np.unique(keys)) < 2:
         raise InputError(
             "source: training and validation need at least two different documents; "
-            f"this has {len(keys)}"
+            f"this has {len(keys)}; give more"
         )
     threshold = np.partition(keys, count - 1)[count - 1]
     if threshold == keys.max():

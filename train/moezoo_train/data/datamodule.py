@@ -53,7 +53,8 @@ class TokenDataModule(LightningDataModule):
         batch_size: windows per batch and process (B).
         num_workers: processes that load batches; 0 loads them in the training process.
         seed: chooses the order of the training windows.
-        val_fraction: share of the documents that is held out for validation.
+        val_fraction: share of the documents that is held out for validation, as for
+            :func:`~moezoo_train.data.prepare.prepare`.
         split_seed: chooses which documents are held out.
         text_field: field of a .jsonl row, or column of a .parquet file, that holds the text.
         max_bytes: use only about this much of the text, or of each of several.

@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -37,6 +38,7 @@ from moezoo_models.text.tokenizer import Tokenizer, load_tokenizer
 from moezoo_train.data.assemble import assemble
 from moezoo_train.data.assemble import split_threshold as split_threshold
 from moezoo_train.data.chat_encoders import ChatEncoders
+from moezoo_train.data.cutting import cut_document, document_to_cut
 from moezoo_train.data.encoders import Encoders, EncodingError
 from moezoo_train.data.prepared import (
     FORMAT,
@@ -80,7 +82,8 @@ def prepare(
         vocab_size: number of tokens of the byte-pair-encoding tokenizer that is trained.
         tokenizer: directory of a tokenizer to use instead, or "hf:NAME"; vocab_size then has no
             effect.
-        val_fraction: share of the documents that is held out for validation, at least one.
+        val_fraction: share of the documents that is held out for validation, at least one; of a
+            single one, or of few large ones, the end of one, as this share of the text.
         text_field: field of a .jsonl row, or column of a .parquet file, that holds the text.
         seed: chooses the documents held out.
         max_bytes: stop behind the document with which the text reaches this many bytes.
@@ -162,7 +165,7 @@ class _Preparation:
                 raise InputError(
                     f"source: {self.corpus.source} changed while it was being read; run this again"
                 )
-            prepared = self._assemble(tokenizer.vocab_size, shards)
+            prepared = self._assemble(tokenizer, shards)
         except InputError:  # with these inputs it will never be finished
             shutil.rmtree(self.work)
             raise
@@ -256,12 +259,19 @@ class _Preparation:
                 "give another tokenizer"
             ) from error
 
-    def _assemble(self, vocab_size: int, shards: Sequence[Shard]) -> PreparedData:
+    def _assemble(self, tokenizer: Tokenizer, shards: Sequence[Shard]) -> PreparedData:
         """Copy the shards into one file per split."""
-        train, val = assemble(self.work, shards, self.inputs["val_fraction"])
+        documents = np.concatenate([shard.documents() for shard in shards])
+        share, cut = self.inputs["val_fraction"], None
+        if not self.chat and (number := document_to_cut(documents, share)) is not None:
+            text = next(islice(self._documents(), number, None))
+            cut = cut_document(text, documents, number, share, tokenizer)
+            size = cut.parts["val"].bytes
+            _say(f"holding out the end of {self.corpus.place(number)}, {size:,} bytes")
+        train, val = assemble(self.work, shards, share, cut)
         return PreparedData(
             directory=self.output,
-            vocab_size=vocab_size,
+            vocab_size=tokenizer.vocab_size,
             train=train,
             val=val,
             inputs=self.inputs,

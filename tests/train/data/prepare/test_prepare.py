@@ -157,7 +157,9 @@ class TestContent:
         assert token_dtype((1 << 16) + 1) == np.uint32
 
     def test_max_bytes(self, corpus, tmp_path, own_tokenizer):
-        prepared = prepare(str(corpus), tmp_path, tokenizer=own_tokenizer, max_bytes=20_000)
+        prepared = prepare(
+            str(corpus), tmp_path, tokenizer=own_tokenizer, max_bytes=20_000, val_fraction=0.1
+        )
         total = prepared.train.bytes + prepared.val.bytes
         assert 20_000 <= total < 25_000
         first = [file.read_text() for file in sorted(corpus.iterdir())]
@@ -203,9 +205,60 @@ class TestSplit:
         assert held_out(renamed, 0, "two") == one
         assert held_out(corpus, 1, "three") != one
 
+    @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.02, 0.25, 0.99])
+    def test_of_one_document_the_end_is_held_out(self, fraction, tmp_path, own_tokenizer, capfd):
+        text = "".join(f"{n} über 漢字 router\n" for n in range(500))
+        (tmp_path / "a.txt").write_text(text)
+        prepared = prepare(
+            str(tmp_path / "a.txt"),
+            tmp_path / "out",
+            tokenizer=own_tokenizer,
+            val_fraction=fraction,
+        )
+        (head,), (tail,) = (split_documents(prepared, name) for name in ("train", "val"))
+        assert head + tail == text
+        assert head.endswith("\n") == (fraction > 0.001)  # else a line is more than twice that
+        assert len(tail) == pytest.approx(max(1, fraction * len(text)), abs=25)
+        assert (prepared.train.bytes, prepared.val.bytes) == (
+            len(head.encode()),
+            len(tail.encode()),
+        )
+        assert (prepared.train.documents, prepared.val.documents) == (1, 1)
+        prepared.check_sums()
+        size = f"{len(tail.encode()):,} bytes"
+        assert f"the end of {tmp_path / 'a.txt'}, {size}" in capfd.readouterr().err
+
+    def test_of_few_large_documents_the_end_of_one_is_held_out(self, tmp_path, own_tokenizer):
+        """Whole it would be a third or two of the text, and equal ones have the same end."""
+        rows = [f"row {n}\n" * 200 for n in (0, 1, 2, 0, 1, 2)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+        def prepared(fraction):
+            output = tmp_path / str(fraction)
+            source = str(tmp_path / "a.jsonl")
+            return prepare(source, output, tokenizer=own_tokenizer, val_fraction=fraction)
+
+        some = prepared(0.05)
+        train, val = (split_documents(some, name) for name in ("train", "val"))
+        assert len(train) == 6
+        assert val[0] == val[1]
+        assert sorted([*train[:4], *(head + val[0] for head in train[4:])]) == sorted(rows)
+        assert some.val.bytes == sum(len(each) for each in val)
+        assert some.val.bytes / (some.train.bytes + some.val.bytes) == pytest.approx(0.05, abs=0.01)
+        assert some.train.tokens == len(some.tokens("train"))
+        some.check_sums()
+        whole = prepared(0.25)  # a third is not far from that
+        assert set(split_documents(whole, "val")) < set(rows)
+        assert whole.train.bytes == 2 * whole.val.bytes
+
+    def test_one_of_many_small_documents_stays_whole(self, corpus, tmp_path, own_tokenizer):
+        prepared = prepare(str(corpus), tmp_path, tokenizer=own_tokenizer, val_fraction=0.001)
+        (document,) = split_documents(prepared, "val")
+        assert document in {file.read_text() for file in corpus.iterdir()}
+
     def test_too_few_documents(self, tmp_path, own_tokenizer, contents, write_corpus):
-        (tmp_path / "a.txt").write_text("only one")
-        with pytest.raises(InputError, match="at least two different documents; this has 1"):
+        (tmp_path / "a.txt").write_text("x")
+        with pytest.raises(InputError, match=r"source: .* two characters of text; .* give more"):
             prepare(str(tmp_path / "a.txt"), tmp_path / "out", tokenizer=own_tokenizer)
         assert contents(tmp_path / "out") == {}
         folder = write_corpus(tmp_path / "in", count=3)
