@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 
 from moezoo import PEER, STEM, DenseFFN, InputError, MemoryPlus, RouterOptions, SparseMoE
@@ -65,7 +66,7 @@ class Case:
     """A training run, apart from its strategy."""
 
     layer: str
-    steps: int = 8
+    steps: int = 6
     optimizer: OptimizerConfig = ADAMW
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -74,29 +75,26 @@ class Case:
 
 
 CASES = {layer: Case(layer) for layer in ("dense", "moe", "peer", "memory")} | {
-    "muon": Case("moe", 8, MUON),
+    "muon": Case("moe", optimizer=MUON),
     # Two processes do not divide three experts, and share their rows.
-    "rows": Case("three", 6, MUON),
+    "rows": Case("three", optimizer=MUON),
     # Epochs of three batches: every other step has one.
-    "accumulation": Case(
-        "moe", 6, trainer={"accumulate_grad_batches": 2, "limit_train_batches": 3}
-    ),
-    "activation checkpointing": Case("moe", 6, model={"activation_checkpointing": True}),
-    "before attention": Case("moe", 6, model={"router_input": "pre_attention"}),
-    "bf16": Case("moe", 6, trainer={"precision": "bf16-mixed"}),
-    "biased": Case("biased", 6, trainer={"precision": "bf16-mixed"}),
-    "sparse memory": Case("sparse memory", 6),
-    "sparse peer": Case("sparse peer", 6),
-    "token rows": Case("token rows", 6),
-    "sparse rows": Case("sparse rows", 6),
-    "offloaded rows": Case("offloaded rows", 6),
-    "adapters": Case("moe", 6, adapters=True),
-    "skipped": Case("biased", 6, model={"on_nan": "skip"}, harm=True),
-    "skipped peer": Case("peer", 6, model={"on_nan": "skip"}, harm=True),
-    "in parts": Case("memory", 6, model={"build_in_parts": True}),
+    "accumulation": Case("moe", trainer={"accumulate_grad_batches": 2, "limit_train_batches": 3}),
+    "activation checkpointing": Case("moe", model={"activation_checkpointing": True}),
+    "before attention": Case("moe", model={"router_input": "pre_attention"}),
+    "bf16": Case("moe", trainer={"precision": "bf16-mixed"}),
+    "biased": Case("biased", trainer={"precision": "bf16-mixed"}),
+    "sparse memory": Case("sparse memory"),
+    "sparse peer": Case("sparse peer"),
+    "token rows": Case("token rows"),
+    "sparse rows": Case("sparse rows"),
+    "offloaded rows": Case("offloaded rows"),
+    "adapters": Case("moe", adapters=True),
+    "skipped": Case("biased", model={"on_nan": "skip"}, harm=True),
+    "skipped peer": Case("peer", model={"on_nan": "skip"}, harm=True),
+    "in parts": Case("memory", model={"build_in_parts": True}),
 }
 TWO_PROCESSES = [(name, strategy) for name in list(CASES)[:4] for strategy in STRATEGIES]
-TWO_PROCESSES += [("rows", "fsdp2")]
 TWO_PROCESSES += [("muon", "fsdp2"), ("muon", "expert_parallel"), ("accumulation", "fsdp2")]
 TWO_PROCESSES += [
     ("adapters", "fsdp2"),
@@ -107,8 +105,7 @@ TWO_PROCESSES += [("activation checkpointing", "expert_parallel"), ("bf16", "exp
 TWO_PROCESSES += [("before attention", "fsdp2"), ("before attention", "expert_parallel")]
 TWO_PROCESSES += [("skipped", "fsdp2"), ("skipped peer", "ddp"), ("skipped peer", "fsdp2")]
 TWO_PROCESSES += [(name, s) for name in ("sparse memory", "sparse peer") for s in ("ddp", "fsdp2")]
-TWO_PROCESSES += [("token rows", "expert_parallel"), ("sparse rows", "expert_parallel")]
-TWO_PROCESSES += [("offloaded rows", "fsdp2")]
+TWO_PROCESSES += [("token rows", "expert_parallel"), ("offloaded rows", "fsdp2")]
 
 ROWS = CASES["sparse rows"]
 # Runs that are interrupted halfway: of 2 steps each, by Muon, as its state has two shapes.
@@ -121,6 +118,9 @@ WRITERS = {
         FSDP2Strategy, expert_parallel=2, save_distributed_checkpoint=True
     ),
 }
+# Which of the cases leave a checkpoint halfway, and go on from it once more.
+SAVED = [("adapters", "fsdp2 file"), ("rows", "fsdp2 directory")]
+SAVED += [("sparse rows", "expert_parallel file"), ("sparse rows", "expert_parallel directory")]
 READINGS = [(writer, writer) for writer in WRITERS] + [
     ("one process", "fsdp2 file"),
     ("one process", "expert_parallel directory"),
@@ -174,6 +174,21 @@ class Record(pl.Callback):
             self.gradients = {name: gradient.clone() for name, gradient in whole.items()}
 
 
+class Half(Checkpoint):
+    """Leave a checkpoint halfway, behind all other callbacks, and go on.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == HALF:
+            trainer.save_checkpoint(self.path)
+
+
 class Harm(pl.Callback):
     """Let the last process compute NaN in the third step, whatever the others do."""
 
@@ -212,7 +227,7 @@ def train(
         folder: where the model is that adapters are put on.
         steps: optimizer steps, if others than the case's.
         resume: checkpoint to begin from.
-        save: checkpoint to leave.
+        save: checkpoint to leave halfway.
         directory: of the trained model, to leave.
         after: what else to do then; what it gives is given along.
     """
@@ -239,18 +254,16 @@ def train(
         max_epochs=-1,
         gradient_clip_val=0.5,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=save is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[record, *([Harm()] if case.harm else [])],
+        callbacks=[record, *([Harm()] if case.harm else []), *([Half(save)] if save else [])],
         **case.trainer,
     )
     trainer.fit(module, Windows(), ckpt_path=resume, weights_only=True)
-    if save is not None:
-        trainer.save_checkpoint(save)
     if directory is not None:
         module.save(directory, None)
     found = {} if after is None else {"after": after(trainer, module)}
@@ -335,27 +348,21 @@ def main(folder: Path, arguments: list[str]) -> None:
     for name, strategy in TWO_PROCESSES:
         result = train(CASES[name], STRATEGIES[strategy](), folder)
         keep(folder, f"{name}, {strategy}", result)
-    path = checkpoint_path(folder, "adapters")
-    adapters = CASES["adapters"]
-    train(adapters, FSDP2Strategy(), folder, HALF, save=path)
-    resumed = train(adapters, FSDP2Strategy(), folder, resume=path, directory=folder / "merged")
-    keep(folder, "adapters again", resumed)
+    for name, writer in SAVED:
+        case, strategy, named = CASES[name], WRITERS[writer], f"{name}, {writer}"
+        path = checkpoint_path(folder, named)
+        keep(folder, named, train(case, strategy(), folder, save=path))
+        merged = folder / "merged" if case.adapters else None
+        again = train(case, strategy(), folder, resume=path, directory=merged)
+        keep(folder, f"{named} again", again)
     for writer, strategy in WRITERS.items():
-        keep(folder, f"whole, {writer}", train(INTERRUPTED, strategy(), folder))
         path = checkpoint_path(folder, writer)
-        train(INTERRUPTED, strategy(), folder, steps=HALF, save=path)
+        keep(folder, f"whole, {writer}", train(INTERRUPTED, strategy(), folder, save=path))
     for writer, reader in READINGS:
         resumed = train(
             INTERRUPTED, WRITERS[reader](), folder, resume=checkpoint_path(folder, writer)
         )
         keep(folder, f"{writer} to {reader}", resumed)
-    path, rows = checkpoint_path(folder, "rows"), WRITERS["fsdp2 directory"]
-    train(CASES["rows"], rows(), folder, HALF, save=path)
-    keep(folder, "rows again", train(CASES["rows"], rows(), folder, resume=path))
-    for writer in ("expert_parallel file", "expert_parallel directory"):
-        path = checkpoint_path(folder, f"shared rows, {writer}")
-        train(ROWS, WRITERS[writer](), folder, HALF, save=path)
-        keep(folder, f"shared rows, {writer}", train(ROWS, WRITERS[writer](), folder, resume=path))
     path = checkpoint_path(folder, "rows of one process")
     resumed = train(ROWS, STRATEGIES["expert_parallel"](), folder, resume=path)
     keep(folder, "rows of one process", resumed)

@@ -57,7 +57,7 @@ def folder(server, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "strategy"), cases.TWO_PROCESSES)
+@pytest.mark.parametrize(("name", "strategy"), cases.TWO_PROCESSES + cases.SAVED)
 def test_two_processes_equal_one(folder, name, strategy):
     # Two processes round sums of bf16 products, each exact to 4e-3, in another order.
     tolerance = 3e-2 if name == "bf16" else ROUNDING
@@ -74,16 +74,17 @@ def test_resuming_repeats_the_run_to_the_bit(folder, writer):
 
 
 def test_experts_shared_by_rows_are_resumed_and_read_by_one_process(folder):
-    assert_repeats(read(folder, "rows, fsdp2"), read(folder, "rows again"))
-    path = cases.checkpoint_path(folder, "rows")
+    name = "rows, fsdp2 directory"
+    assert_repeats(read(folder, name), read(folder, f"{name} again"))
+    path = cases.checkpoint_path(folder, name)
     resumed = cases.train(cases.CASES["rows"], "auto", folder, resume=path)
     assert_equal(alone(cases.CASES["rows"], folder), resumed, resumed=True)
 
 
 @pytest.mark.parametrize("writer", ["expert_parallel file", "expert_parallel directory"])
 def test_shared_rows_are_resumed_to_the_bit_and_read_by_one_process(folder, writer):
-    name = f"shared rows, {writer}"
-    assert_repeats(read(folder, "sparse rows, expert_parallel"), read(folder, name))
+    name = f"sparse rows, {writer}"
+    assert_repeats(read(folder, name), read(folder, f"{name} again"))
     path = cases.checkpoint_path(folder, name)
     resumed = cases.train(cases.ROWS, "auto", folder, resume=path)
     assert_equal(alone(cases.ROWS, folder), resumed, resumed=True)
@@ -107,8 +108,9 @@ def test_no_process_holds_the_whole_model_while_it_is_built(folder):
 
 
 def test_adapters_are_resumed_and_merged(folder, tmp_path):
-    whole, resumed = read(folder, "adapters, fsdp2"), read(folder, "adapters again")
-    assert_repeats(whole, resumed)
+    run = "adapters, fsdp2 file"
+    whole = read(folder, run)
+    assert_repeats(whole, read(folder, f"{run} again"))
     base = load_file(folder / "base" / "model.safetensors")
     trained = [name for name in whole["parameters"] if ".lora_" in name]
     assert trained
@@ -122,7 +124,7 @@ def test_adapters_are_resumed_and_merged(folder, tmp_path):
     merged = load_file(folder / "merged" / "model.safetensors")
     moved = [name for name, tensor in base.items() if not torch.equal(merged[name], tensor)]
     assert len(moved) == 2 * (4 + 2)  # of each block, attention and experts
-    checkpoint = AtomicCheckpointIO().load_checkpoint(cases.checkpoint_path(folder, "adapters"))
+    checkpoint = AtomicCheckpointIO().load_checkpoint(cases.checkpoint_path(folder, run))
     assert {n for n in checkpoint["state_dict"] if ".lora_" in n} == {f"model.{n}" for n in trained}
     assert all(n.endswith("_bias") or ".lora_" in n for n in checkpoint["state_dict"])
 

@@ -46,9 +46,8 @@ def main(folder: Path, arguments: list[str]) -> None:
         result = cases.train(CASES[name], ZeROStrategy(stage), folder)
         cases.keep(folder, f"{name}, {stage}", result)
     for stage in STAGES:
-        cases.keep(folder, f"whole, {stage}", cases.train(INTERRUPTED, ZeROStrategy(stage), folder))
-        path = half(folder, stage)
-        cases.train(INTERRUPTED, ZeROStrategy(stage), folder, steps=cases.HALF, save=path)
+        whole = cases.train(INTERRUPTED, ZeROStrategy(stage), folder, save=half(folder, stage))
+        cases.keep(folder, f"whole, {stage}", whole)
         cases.keep(folder, f"not finite, {stage}", not_finite(stage, folder))
     path = half(folder, "fsdp2")
     directory = FSDP2Strategy(save_distributed_checkpoint=True)
