@@ -24,9 +24,10 @@ def _small(make_problem, dtype, **sizes):
     return problem
 
 
-@pytest.fixture(params=["few", "together", "alone"])
+@pytest.fixture(params=["few", "whole", "together", "alone"])
 def path(request, monkeypatch):
-    """How experts run: slot by slot, or by products, some in cache together or each alone."""
+    """How experts run: slot by slot; all in one call; or by torch's products, some together."""
+    monkeypatch.setenv("MOEZOO_PRODUCTS", "own" if request.param == "whole" else "torch")
     most = 1 << 20 if request.param == "few" else 0
     if request.param == "alone":
         monkeypatch.setattr(cpu, "_CACHE", 0)

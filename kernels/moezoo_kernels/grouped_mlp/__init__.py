@@ -12,9 +12,10 @@ from torch import Tensor
 from moezoo_kernels import backends, triton_support
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions
 from moezoo_kernels.dtypes import autocast
-from moezoo_kernels.grouped_mlp import cpu, op, peers, reference
+from moezoo_kernels.grouped_mlp import cpu, op, peers, reference, whole
 
-# On a CPU, below this many rows per expert, a loop over experts costs more than fresh buffers do.
+# On a CPU, below this many rows per expert, a loop over experts costs more than fresh buffers do,
+# unless all are run by one call.
 # In bf16 and fp16 it pays sooner, as shapes of its products recur.
 _FEW_ROWS_PER_EXPERT = 64
 _FEW_ROWS_IN_HALF_PRECISION = 32
@@ -127,6 +128,8 @@ def _preferred(
 ) -> str | None:
     """Name the backend that the size of a batch speaks for."""
     if cpu.is_few(indices.numel(), num_experts, dtype):
+        return "cpu"
+    if indices.device.type == "cpu" and whole.is_whole(dtype):
         return "cpu"
     few = _FEW_ROWS_IN_HALF_PRECISION if dtype.itemsize == 2 else _FEW_ROWS_PER_EXPERT
     return "grouped_mm" if _rows(indices, max_assignments) < few * num_experts else None

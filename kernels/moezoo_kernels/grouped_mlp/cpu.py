@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moezoo_kernels import fresh, native
 from moezoo_kernels.grouped_matmul import groups
+from moezoo_kernels.grouped_mlp import whole
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import Experts, Gradients, Needs
 from moezoo_kernels.grouped_mlp.rowwise import RowPasses
@@ -42,6 +43,8 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
+    if whole.is_whole(x.dtype):
+        return whole.forward(x, experts, weights, assignments, keep)
     w_in, w_out, bias_in, bias_out, unit = experts
     passes = RowPasses(x.dtype, *unit)
     output = torch.zeros(x.shape, dtype=passes.accumulation)
@@ -194,6 +197,8 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Return the gradients, recomputing the activation from the pre-activations ``inner``."""
+    if whole.is_whole(x.dtype):
+        return whole.backward(grad, inner, x, experts, weights, assignments, needs)
     w_in, w_out, bias_in, bias_out, unit = experts
     passes = RowPasses(x.dtype, *unit)
     accumulation = passes.accumulation
