@@ -9,21 +9,17 @@ not measured: they compute in bf16.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from moezoo.atomic import atomic_write
-from moezoo.cache_folder import cache_folder
+from moezoo_kernels import machine_figures
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FASTER_FOR_MUON = 4.0
@@ -33,12 +29,6 @@ SLOW = 1.5
 """How many times as long as in fp32 products take in a dtype in which nothing is loaded unasked;
 a line says so where a run is to be in it."""
 
-_VARIABLES = (
-    "ATEN_CPU_CAPABILITY",
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_ENABLE_INSTRUCTIONS",
-)
 _REPETITIONS = 9
 _LEAST = 3
 _ENOUGH = 0.03
@@ -112,17 +102,12 @@ def ratio(times: float) -> str:
 @cache
 def speeds() -> Speeds:
     """Return the CPU's figures: those on the disk, or measured now, and then kept there."""
-    path, key = cache_folder() / "dtype_speed.json", _key()
-    known = _read(path)
-    if (found := _parse(known.get(key))) is not None:
+    key = machine_figures.key(torch.get_num_threads())
+    if (found := _parse(machine_figures.kept("dtype_speed", key))) is not None:
         return found
     measured = measure()
     figures = {"gflops": {_name(dtype): value for dtype, value in measured.products.items()}}
-    try:
-        with atomic_write(path, "w") as file:
-            json.dump(known | {key: figures}, file, indent=2)
-    except OSError:
-        pass  # measured again by the next process
+    machine_figures.keep("dtype_speed", key, figures)
     return measured
 
 
@@ -168,26 +153,6 @@ def many_processes() -> bool:
     return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
-def _key() -> str:
-    parts = [
-        cpu_name(),
-        f"torch {torch.__version__}",
-        f"{torch.get_num_threads()} threads",
-        torch.backends.cpu.get_cpu_capability(),
-        *([] if torch.backends.mkldnn.enabled else ["mkldnn off"]),
-        *(f"{name}={os.environ[name]}" for name in _VARIABLES if os.environ.get(name)),
-    ]
-    return ", ".join(parts)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _parse(figures: Any) -> Speeds | None:
     """Read one machine's figures; None if anything is missing or no sensible number."""
     try:
@@ -201,13 +166,3 @@ def _parse(figures: Any) -> Speeds | None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def cpu_name() -> str:
-    """Name the processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
-            return next(names, platform.machine())
-    except OSError:
-        return platform.processor() or platform.machine()

@@ -71,6 +71,12 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return library if isinstance(library, str) else None
 
 
+def loaded_name() -> str:
+    """Return the instruction set of the library that is loaded; off if there is none."""
+    library = load()
+    return "off" if isinstance(library, str) else library.name
+
+
 @cache
 def warn_once() -> None:
     """Log, once per process, that plain torch runs where a kernel could."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import moezoo
-from moezoo.dtype_speed import cpu_name
 from moezoo_kernels import native
+from moezoo_kernels.machine_figures import cpu_name
 
 _PACKAGES = (
     "transformers",

@@ -13,7 +13,7 @@ import torch
 import moezoo
 from moezoo import dtype_speed
 from moezoo.command.tables import print_table
-from moezoo.dtype_speed import cpu_name
+from moezoo_kernels.machine_figures import cpu_name
 
 PACKAGES = (
     "numpy",

@@ -36,6 +36,7 @@ from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gated_unit
+from moezoo_kernels.linear import Linear
 
 __all__ = ["Activation", "DenseFFN", "check_glu", "default_width"]
 
@@ -116,7 +117,7 @@ class DenseFFN(DenseWeights[nn.Linear | Matrix]):
 
     def _linear(self, inputs: int, outputs: int, reads_hidden: bool = False) -> nn.Linear | Matrix:
         if self.matrices is None:
-            return nn.Linear(inputs, outputs, bias=self.bias)
+            return Linear(inputs, outputs, bias=self.bias)
         return build_matrix(self.matrices, inputs, outputs, self.bias, reads_hidden=reads_hidden)
 
     def projections(self) -> dict[str, nn.Linear | Matrix]:

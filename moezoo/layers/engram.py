@@ -44,6 +44,7 @@ from moezoo.routing.ngram import Hash, NGramHash
 from moezoo.routing.short_convolution import ShortConvolution, normalised
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo.token_context import History, Place
+from moezoo_kernels.linear import Linear
 
 TAPS = 4
 """Of the convolution; they are as far apart as the longest n-gram is long."""
@@ -152,9 +153,9 @@ class Engram(ReadsTokenRows):
         self.ffn = DenseFFN(d_model, self.d_ff) if self.d_ff else None
         kind: dict[str, Any] = {"width_name": "d_memory", "sparse": sparse, "offload": offload}
         self.table = TokenTable(self.hash.total_rows, d_memory // heads, **kind)
-        self.value_proj = nn.Linear(d_memory, d_model, bias=False)
+        self.value_proj = Linear(d_memory, d_model, bias=False)
         if gate:
-            self.key_proj = nn.Linear(d_memory, d_model, bias=False)
+            self.key_proj = Linear(d_memory, d_model, bias=False)
             self.key_norm = nn.RMSNorm(d_model, eps=1e-6)
             self.query_norm = nn.RMSNorm(d_model, eps=1e-6)
         self.convolution = check_flag("convolution", convolution)

@@ -35,6 +35,7 @@ from moezoo.routing.deferred import statistics
 from moezoo.routing.stats import SlotLoad, expert_counts, kl_to_uniform, slot_load, usage
 from moezoo_kernels import leaf_mlp
 from moezoo_kernels.activations import ACTIVATIONS, activate
+from moezoo_kernels.linear import linear
 
 Reduction = Literal["per_token", "sum", "mean"]
 
@@ -259,12 +260,12 @@ class FastFeedForward(FeedForward):
         leaves = self.leaves
         assert leaves.gate_up_bias is not None
         assert leaves.down_bias is not None
-        up = F.linear(x_TD, leaves.gate_up_proj.flatten(0, 1), leaves.gate_up_bias.flatten())
+        up = linear(x_TD, leaves.gate_up_proj.flatten(0, 1), leaves.gate_up_bias.flatten())
         inner_TEF = activate(up.unflatten(-1, (self.num_experts, -1)), self.activation, self.gated)
         factor = p_TE.unsqueeze(-1) if scale_TEF is None else p_TE.unsqueeze(-1) * scale_TEF
         scaled_TEF = (inner_TEF * factor).to(inner_TEF.dtype)
         down_DEF = leaves.down_proj.transpose(0, 1)
-        output_TD = F.linear(scaled_TEF.flatten(1), down_DEF.flatten(1))
+        output_TD = linear(scaled_TEF.flatten(1), down_DEF.flatten(1))
         return output_TD + p_TE.to(inner_TEF.dtype) @ leaves.down_bias
 
     def cost(self) -> Cost:

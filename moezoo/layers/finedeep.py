@@ -38,6 +38,7 @@ from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.dtypes import at_least_fp32
+from moezoo_kernels.linear import Linear
 
 
 class SubLayer(nn.Module):
@@ -74,9 +75,9 @@ class SubLayer(nn.Module):
         self.activation, self.norm_eps = activation, norm_eps
         self.norm = nn.Parameter(torch.empty(width))
         inner = num_experts * d_expert
-        self.gate_proj = nn.Linear(width, inner, bias=bias) if gated else None
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = Linear(width, inner, bias=bias) if gated else None
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=False)
         self.down_bias = nn.Parameter(torch.empty(num_experts, width)) if bias else None
         self.router = nn.Parameter(torch.empty(num_experts, width))
 

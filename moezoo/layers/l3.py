@@ -42,6 +42,7 @@ from moezoo.routing.short_convolution import normalised
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo.token_context import Place
 from moezoo_kernels.dtypes import at_least_fp32, without_autocast
+from moezoo_kernels.linear import Linear
 
 ALLOCATIONS = ("uniform", "frequency", "words")
 
@@ -113,9 +114,9 @@ class L3(ReadsTokenRows):
         if d_value is not None:
             self.values = TokenTable(self.num_rows, d_value, width_name="d_value", **kind)
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
-        self.up_proj = nn.Linear(d_value or d_model, self.d_up, bias=False)
+        self.up_proj = Linear(d_value or d_model, self.d_up, bias=False)
         self.up_norm = nn.RMSNorm(self.d_up, eps=1e-6)
-        self.mix_proj = nn.Linear(self.d_up + d_model, d_model, bias=False)
+        self.mix_proj = Linear(self.d_up + d_model, d_model, bias=False)
         # The rows of token x are starts[x] to starts[x + 1].
         self.register_buffer("starts", torch.empty(vocab_size + 1, dtype=torch.int64))
         self._reset_rest()

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moezoo.feed_forward import Method, Paper, register
 from moezoo.init import init_linear
 from moezoo.layers.memory_layer import MemoryLayer
 from moezoo.routing.product_key import KeyInit
 from moezoo.routing.query_network import QueryNorm
+from moezoo_kernels.linear import Linear
 
 
 class MemoryPlus(MemoryLayer):
@@ -81,8 +82,8 @@ class MemoryPlus(MemoryLayer):
             value_lr_multiplier=value_lr_multiplier,
             clip_values_apart=clip_values_apart,
         )
-        self.gate_proj = nn.Linear(d_model, self.v_dim, bias=False)
-        self.out_proj = nn.Linear(self.v_dim, d_model, bias=False)
+        self.gate_proj = Linear(d_model, self.v_dim, bias=False)
+        self.out_proj = Linear(self.v_dim, d_model, bias=False)
         self._reset_projections()
 
     def reset_parameters(self, num_layers: int = 1) -> None:

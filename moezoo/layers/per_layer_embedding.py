@@ -39,6 +39,7 @@ from moezoo.routing.short_convolution import normalised
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo.token_context import Place
 from moezoo_kernels.activations import ACTIVATIONS, activate
+from moezoo_kernels.linear import Linear
 
 
 class PerLayerEmbedding(ReadsTokenRows):
@@ -87,13 +88,13 @@ class PerLayerEmbedding(ReadsTokenRows):
         self.norm_eps = check_number("norm_eps", norm_eps, maximum=1.0)
         self.sparse, self.offload = sparse, offload
         self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
-        self.gate_proj = nn.Linear(d_model, self.d_row, bias=False)
+        self.gate_proj = Linear(d_model, self.d_row, bias=False)
         # Rows are read times sqrt(P): as large then as what they are added to.
         kind: dict[str, Any] = {"std": self.d_row**-0.5, "sparse": sparse, "offload": offload}
         self.table = TokenTable(vocab_size, self.d_row, width_name="d_row", **kind)
-        self.embedding_proj = nn.Linear(d_model, self.d_row, bias=False)
+        self.embedding_proj = Linear(d_model, self.d_row, bias=False)
         self.embedding_norm = nn.RMSNorm(self.d_row, eps=norm_eps)
-        self.out_proj = nn.Linear(self.d_row, d_model, bias=False)
+        self.out_proj = Linear(self.d_row, d_model, bias=False)
         self.out_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self._reset_rest()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moezoo.errors import InputError, check_int
 from moezoo.experts.slots import PersistentSlots, join
@@ -31,6 +31,7 @@ from moezoo.feed_forward import (
 from moezoo.init import init_linear, output_std
 from moezoo.routing.losses import masked_mean
 from moezoo_kernels.dtypes import at_least_fp32
+from moezoo_kernels.linear import Linear
 
 
 class PersistentMemoryAttention(FeedForward):
@@ -72,10 +73,10 @@ class PersistentMemoryAttention(FeedForward):
         self.num_slots = check_int("num_slots", 4 * d_model if num_slots is None else num_slots)
         self.include_self = include_self
         self.head_width = d_model // num_heads
-        self.q_proj = nn.Linear(d_model, d_model, bias=False)
-        self.k_proj = nn.Linear(d_model, d_model, bias=False)
-        self.v_proj = nn.Linear(d_model, d_model, bias=False)
-        self.o_proj = nn.Linear(d_model, d_model, bias=False)
+        self.q_proj = Linear(d_model, d_model, bias=False)
+        self.k_proj = Linear(d_model, d_model, bias=False)
+        self.v_proj = Linear(d_model, d_model, bias=False)
+        self.o_proj = Linear(d_model, d_model, bias=False)
         self.slots = PersistentSlots(num_heads, self.num_slots, self.head_width)
         self.reset_parameters()
 

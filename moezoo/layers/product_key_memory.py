@@ -15,6 +15,7 @@ from moezoo.init import init_linear
 from moezoo.layers.memory_layer import MemoryLayer
 from moezoo.routing.product_key import KeyInit
 from moezoo.routing.query_network import QueryNorm
+from moezoo_kernels.linear import Linear
 
 
 class ProductKeyMemory(MemoryLayer):
@@ -84,7 +85,7 @@ class ProductKeyMemory(MemoryLayer):
         )
         self.out_proj: nn.Linear | None = None
         if self.v_dim != d_model:
-            self.out_proj = nn.Linear(self.v_dim, d_model, bias=False)
+            self.out_proj = Linear(self.v_dim, d_model, bias=False)
             init_linear(self.out_proj, self.v_dim**-0.5)
 
     def reset_parameters(self, num_layers: int = 1) -> None:

@@ -48,6 +48,7 @@ from moezoo.selection.options import EVERYTHING
 from moezoo.selection.selector import Matrix, added, both, dropped, or_dense, share
 from moezoo_kernels import selective_mlp
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gate_value, up_value
+from moezoo_kernels.linear import Linear, is_plain_linear
 from moezoo_kernels.selective_mlp import Thresholds as KernelThresholds
 from moezoo_kernels.selective_mlp.cpu import is_direct
 
@@ -97,7 +98,7 @@ class SelectiveFFN(DenseWeights[nn.Linear]):
         self.reset_parameters()
 
     def _linear(self, inputs: int, outputs: int, reads_hidden: bool = False) -> nn.Linear:
-        return nn.Linear(inputs, outputs, bias=self.bias)
+        return Linear(inputs, outputs, bias=self.bias)
 
     def _build_selector(self) -> Selector:
         if isinstance(self.selection, Predictor):
@@ -156,7 +157,7 @@ class SelectiveFFN(DenseWeights[nn.Linear]):
         return (
             type(rule) is ThresholdSelector
             and not rule.factors
-            and all(type(part) is nn.Linear for part in self.children() if part is not rule)
+            and all(is_plain_linear(part) for part in self.children() if part is not rule)
             and is_direct(x_TD, self.up_proj.weight)
         )
 

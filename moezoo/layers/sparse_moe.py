@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moezoo.arguments import as_options
 from moezoo.errors import InputError, check_choice, check_flag, check_int
@@ -32,6 +32,7 @@ from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOption
 from moezoo.routing.options import check_top_k
 from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions
+from moezoo_kernels.linear import Linear
 
 
 def _sequences(hidden: Tensor) -> tuple[int, int] | None:
@@ -173,8 +174,8 @@ class SparseMoE(FeedForward):
         self.input_norm = InputNorm(width, norms.input_eps) if norms.input else None
         self.output_norm = OutputNorm(width, norms.output_eps) if norms.output else None
         if d_latent is not None:
-            self.latent_down = nn.Linear(d_model, d_latent, bias=False)
-            self.latent_up = nn.Linear(d_latent, d_model, bias=False)
+            self.latent_down = Linear(d_model, d_latent, bias=False)
+            self.latent_up = Linear(d_latent, d_model, bias=False)
             self._reset_latent()
         if self.d_shared:
             self.shared_expert = DenseFFN(
@@ -186,7 +187,7 @@ class SparseMoE(FeedForward):
                 glu=self.glu if self.shared_glu is None else self.shared_glu,
             )
         if shared_gate:
-            self.shared_expert_gate = nn.Linear(d_model, 1, bias=False)
+            self.shared_expert_gate = Linear(d_model, 1, bias=False)
             self._reset_shared_gate()
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moezoo.errors import check_choice, check_int, check_number
 from moezoo.experts.token_table import ReadsTokenRows, TokenTable, row_group, rows_of_tokens
@@ -30,6 +30,7 @@ from moezoo.layers.dense import Activation, default_width
 from moezoo.routing.deferred import statistics
 from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels.activations import ACTIVATIONS, activate
+from moezoo_kernels.linear import Linear
 
 
 class STEM(ReadsTokenRows):
@@ -73,12 +74,12 @@ class STEM(ReadsTokenRows):
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.sparse, self.offload = sparse, offload
         self.table_lr_multiplier = check_number("table_lr_multiplier", table_lr_multiplier)
-        self.gate_proj = nn.Linear(d_model, self.d_ff, bias=False)
+        self.gate_proj = Linear(d_model, self.d_ff, bias=False)
         # What an up projection of variance 1 / D returns for a normalised token has unit variance.
         self.table = TokenTable(
             vocab_size, self.d_ff, width_name="d_ff", sparse=sparse, offload=offload
         )
-        self.down_proj = nn.Linear(self.d_ff, d_model, bias=False)
+        self.down_proj = Linear(self.d_ff, d_model, bias=False)
         self._reset_projections()
 
     def reset_parameters(self, num_layers: int = 1) -> None:

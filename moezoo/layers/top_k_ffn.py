@@ -18,7 +18,7 @@ from statistics import NormalDist
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moezoo.errors import InputError, check_choice, check_int
 from moezoo.feed_forward import (
@@ -37,6 +37,7 @@ from moezoo.routing.losses import masked_mean
 from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
 from moezoo_kernels import statistical_top_k
 from moezoo_kernels.activations import ACTIVATIONS
+from moezoo_kernels.linear import Linear
 from moezoo_kernels.statistical_top_k.plain import excess
 
 
@@ -108,9 +109,9 @@ class TopKFFN(FeedForward):
         self.gate_width = d_model // 2 if split_input else d_model
         up_width = d_model - self.gate_width if split_input else d_model
         if gated:
-            self.gate_proj = nn.Linear(self.gate_width, self.d_ff, bias=False)
-        self.up_proj = nn.Linear(up_width, self.d_ff, bias=False)
-        self.down_proj = nn.Linear(self.d_ff, d_model, bias=False)
+            self.gate_proj = Linear(self.gate_width, self.d_ff, bias=False)
+        self.up_proj = Linear(up_width, self.d_ff, bias=False)
+        self.down_proj = Linear(self.d_ff, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self, num_layers: int = 1) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.errors import check_choice, check_int
@@ -32,6 +31,7 @@ from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
 from moezoo_kernels import path_neurons
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.dtypes import at_least_fp32
+from moezoo_kernels.linear import linear
 
 
 class UltraFastFFF(FeedForward):
@@ -116,7 +116,7 @@ class UltraFastFFF(FeedForward):
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = at_least_fp32(x_TD)
             weight, bias = self.in_weight.flatten(0, 1), self.in_bias.flatten()
-            logits = F.linear(x_TD, weight.to(x_TD.dtype), bias.to(x_TD.dtype))
+            logits = linear(x_TD, weight.to(x_TD.dtype), bias.to(x_TD.dtype))
         return logits.unflatten(-1, (self.num_trees, self.num_nodes))
 
     def _dense(self, x_TD: Tensor, router_TD: Tensor) -> tuple[Tensor, Tensor]:

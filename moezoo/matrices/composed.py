@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import astuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.cost import Cost
@@ -19,6 +18,7 @@ from moezoo.matrices.checks import check_multiple
 from moezoo.matrices.matrix import Matrix
 from moezoo.matrices.options import Doped, Factorized, Parallel
 from moezoo.matrices.pruned import PrunedMatrix
+from moezoo_kernels.linear import linear
 
 
 class FactorizedMatrix(Matrix):
@@ -76,7 +76,7 @@ class DopedMatrix(Matrix):
     def forward(self, x: Tensor) -> Tensor:
         """Add what both parts make of it."""
         output: Tensor = self.sparse(x)
-        return output + F.linear(F.linear(x, self.first), self.second, self.bias)
+        return output + linear(linear(x, self.first), self.second, self.bias)
 
     def dense(self) -> Tensor:
         """Add the parts."""
@@ -125,7 +125,7 @@ class ParallelMatrix(Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add up the neurons and the branches, and multiply once."""
-        return F.linear(x.unflatten(-1, (self.count, -1)).sum(dim=-2), self._added(), self.bias)
+        return linear(x.unflatten(-1, (self.count, -1)).sum(dim=-2), self._added(), self.bias)
 
     def dense(self) -> Tensor:
         """Add up the branches, for each of the neurons."""

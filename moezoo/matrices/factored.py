@@ -16,7 +16,6 @@ A guide is a dense matrix that starts as the product of the factors. In training
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.cost import Cost
@@ -26,6 +25,7 @@ from moezoo.matrices.matrix import Matrix
 from moezoo.matrices.options import BlockDense, BlockShuffle, LowRank
 from moezoo.matrices.schedules import cosine_tensor
 from moezoo_kernels.activations import GLUOptions
+from moezoo_kernels.linear import linear
 
 _LEAST_TOKENS = 16
 """Of fewer, the numbers of one output fill no register."""
@@ -76,7 +76,7 @@ class Factored(Matrix):
                 output = output + 0.0 * self.guide[0, 0]
             else:
                 share = self.guided_share()
-                output = share * F.linear(x, self.guide) + (1.0 - share) * output
+                output = share * linear(x, self.guide) + (1.0 - share) * output
         return output if self.bias is None else output + self.bias
 
     def reference(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class LowRankMatrix(Factored):
 
     def product(self, x: Tensor) -> Tensor:
         """Go through the narrow middle."""
-        return F.linear(F.linear(x, self.first), self.second)
+        return linear(linear(x, self.first), self.second)
 
     def dense(self) -> Tensor:
         """Multiply the factors."""
@@ -197,7 +197,7 @@ class BlockDenseMatrix(Factored):
 
     def product(self, x: Tensor) -> Tensor:
         """Apply every block to its part of the input, then the dense factor to all."""
-        return F.linear(by_blocks(x, self.first), self.second)
+        return linear(by_blocks(x, self.first), self.second)
 
     def dense(self) -> Tensor:
         """Lay the blocks on a diagonal, and multiply."""

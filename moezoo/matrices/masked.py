@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.cost import Cost
@@ -23,6 +22,7 @@ from moezoo.matrices.packing import Packed, Packing, Pattern, is_plain
 from moezoo.matrices.sampling import reference_linear, sampled_linear
 from moezoo.matrices.schedules import leak, stages
 from moezoo.parallel import whole
+from moezoo_kernels.linear import linear
 from moezoo_kernels.sparse_linear import sparse_linear
 
 
@@ -53,7 +53,7 @@ class Latent(Matrix):
             return sparse_linear(x, packed, self.bias)
         made_of = self._settled(x)
         whole = self.dense() if made_of is None else self._packing.whole(made_of, self.dense)
-        return F.linear(x, whole, self.bias)
+        return linear(x, whole, self.bias)
 
     def packed(self, x: Tensor) -> Packed | None:
         """Return the matrix without its zeros, if it is faster for these tokens; else None.

@@ -12,13 +12,13 @@ Shapes: N rows of blocks, C blocks in each, I inputs and O outputs of a block.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.cost import Cost
 from moezoo.matrices.blocks import by_blocks
 from moezoo.matrices.matrix import Matrix
 from moezoo.matrices.options import Pixelfly
+from moezoo_kernels.linear import linear
 
 
 class PixelflyMatrix(Matrix):
@@ -45,7 +45,7 @@ class PixelflyMatrix(Matrix):
         parts = x.unflatten(-1, (self.size, -1))
         read = parts.index_select(-2, self._columns(x.device).flatten()).flatten(-2)
         made = by_blocks(read, share * self.blocks)
-        return made + F.linear(F.linear(x, self.first), (1.0 - share) * self.second, self.bias)
+        return made + linear(linear(x, self.first), (1.0 - share) * self.second, self.bias)
 
     def dense(self) -> Tensor:
         """Lay the blocks where they belong, and add the product."""

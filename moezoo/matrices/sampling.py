@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moezoo_kernels.linear import multiply
+
 
 def uniform_for(x: Tensor, outputs: int) -> Tensor:
     """Draw the starts of all groups, ``(G, O)``, in the forward pass, which may be recomputed."""
@@ -61,14 +63,15 @@ class _SampledLinear(torch.autograd.Function):
         ctx: Any, x_TI: Tensor, weight_OI: Tensor, uniform_GO: Tensor, exact: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI, uniform_GO, exact)
-        return x_TI @ weight_OI.t()
+        return multiply(x_TI, weight_OI)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_TI, weight_OI, uniform_GO, exact = ctx.saved_tensors
         (gradient_TO,) = gradients
         sampled_TO = torch.where(exact, gradient_TO, two_of_four(gradient_TO, uniform_GO))
-        return gradient_TO @ weight_OI, sampled_TO.t() @ x_TI, None, None
+        of_weight_OI = multiply(sampled_TO.t(), x_TI.t())
+        return multiply(gradient_TO, weight_OI.t()), of_weight_OI, None, None
 
 
 def sampled_linear(x: Tensor, weight_OI: Tensor, exact: Tensor) -> Tensor:

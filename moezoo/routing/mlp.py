@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moezoo.errors import InputError
 from moezoo.init import init_linear
 from moezoo.routing.wide_linear import wide_linear
+from moezoo_kernels.linear import Linear
 
 
 class RouterMLP(nn.Module):
@@ -33,11 +34,11 @@ class RouterMLP(nn.Module):
     def __init__(self, d_model: int, width: int, eps: float, carry: bool = False) -> None:
         super().__init__()
         self.eps, self.width = eps, width
-        self.down = nn.Linear(d_model, width)
+        self.down = Linear(d_model, width)
         self.register_parameter("state_scale", nn.Parameter(torch.empty(width)) if carry else None)
         self.norm_scale = nn.Parameter(torch.empty(width))
-        self.fc1 = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, width)
+        self.fc1 = Linear(width, width)
+        self.fc2 = Linear(width, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -16,6 +16,7 @@ from moezoo.errors import check_choice, check_int
 from moezoo.routing.losses import world_size
 from moezoo.routing.product_key import KEY_INITS, KeyInit
 from moezoo.training_state import TrainingState
+from moezoo_kernels.linear import Linear, linear
 
 QueryNorm = Literal["batch", "layer", "qk", "none"]
 
@@ -73,7 +74,7 @@ class QueryNetwork(TrainingState):
         self.norm = check_choice("norm", norm, QUERY_NORMS)
         self.init = check_choice("init", init, KEY_INITS)
         features = num_heads * d_key
-        self.proj = nn.Linear(d_model, features, bias=bias)
+        self.proj = Linear(d_model, features, bias=bias)
         self.gain: nn.Parameter | None = None
         self.shift: nn.Parameter | None = None
         if norm != "none":
@@ -178,7 +179,7 @@ class QueryNetwork(TrainingState):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
             bias = None if self.proj.bias is None else self.proj.bias.to(dtype)
-            x_TF = F.linear(hidden_TD.to(dtype), self.proj.weight.to(dtype), bias)
+            x_TF = linear(hidden_TD.to(dtype), self.proj.weight.to(dtype), bias)
             x_THC = x_TF.unflatten(-1, (self.num_heads, self.d_key))
             if self.norm == "batch":
                 if self._in_one_pass(x_TF, mask_T, brute_force):

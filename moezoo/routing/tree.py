@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moezoo_kernels import tree_descent
 from moezoo_kernels.dtypes import at_least_fp32
+from moezoo_kernels.linear import linear
 
 
 class DecisionTree(nn.Module):
@@ -48,7 +49,7 @@ class DecisionTree(nn.Module):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             hidden_TD = at_least_fp32(hidden_TD)
             dtype = hidden_TD.dtype
-            return F.linear(hidden_TD, self.weight.to(dtype), self.bias.to(dtype))
+            return linear(hidden_TD, self.weight.to(dtype), self.bias.to(dtype))
 
     def descend(self, hidden_TD: Tensor) -> Tensor:
         """Return the leaves ``(T,)``, reading one node's row per level; without gradient."""

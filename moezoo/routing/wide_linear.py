@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo_kernels.dtypes import at_least_fp32, without_autocast
+from moezoo_kernels.linear import linear
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,14 +29,14 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         # The compiler decides by itself what it keeps and what it casts again.
         if torch.compiler.is_compiling() or x.dtype in (torch.float32, torch.float64):
             x = at_least_fp32(x)
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return _WideLinear.apply(x, weight, bias)
 
 
 class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return linear(x.float(), weight.float(), None if bias is None else bias.float())
 
     @staticmethod
     def setup_context(

@@ -18,6 +18,7 @@ from moezoo.feed_forward import TokenContext
 from moezoo.selection.options import Predictor
 from moezoo.selection.selector import Selector, Shares
 from moezoo_kernels.activations import PLAIN_GLU, GLUOptions, gate_value
+from moezoo_kernels.linear import linear
 
 NORM_EPS = 1e-5
 
@@ -72,10 +73,10 @@ class PredictorSelector(Selector):
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """Return each neuron's score, ``(T, F)``, without a gradient."""
-        inner_TR = F.linear(x_TD.detach(), self.reduce)
+        inner_TR = linear(x_TD.detach(), self.reduce)
         if self._options.norm:
             inner_TR = F.layer_norm(inner_TR, (self.rank,), eps=NORM_EPS)
-        scores_TF = F.linear(inner_TR, self.expand, self.bias)
+        scores_TF = linear(inner_TR, self.expand, self.bias)
         if self._options.score == "logit":
             return scores_TF
         return gate_value(scores_TF, self._activation, self._glu).abs() * self.length

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from typing import Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.errors import check_int
 from moezoo.routing.selection_bias import kept_in_fp32
 from moezoo.selection.options import Thresholds
 from moezoo.selection.selector import Matrix, Selector, Shares
+from moezoo_kernels.linear import linear
 
 
 def passes(values: Tensor, thresholds: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``(T, I)`` with both, ``(T, O)``."""
-        return F.linear(F.linear(x, self.right), self.left)
+        return linear(linear(x, self.right), self.left)
 
 
 class ThresholdSelector(Selector):

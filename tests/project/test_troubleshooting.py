@@ -24,7 +24,7 @@ from moezoo.command.explanations import explain
 from moezoo.command.keys import full_keys
 from moezoo.command.names import check_names
 from moezoo.command.settings import read_settings
-from moezoo_kernels.product_libraries import own_is_faster
+from moezoo_kernels import product_libraries
 from moezoo_models import MoezooConfig, MoezooForCausalLM
 from moezoo_models.checkpoints.locks import writing
 from moezoo_models.checkpoints.stock import load_as_it_is
@@ -95,12 +95,6 @@ def similar_file() -> None:
 
 def missing_package() -> None:
     raise ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval")
-
-
-def unknown_products() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEZOO_PRODUCTS", "mkl")
-        own_is_faster()
 
 
 def earlier_run() -> None:
@@ -215,7 +209,7 @@ RAISERS: dict[str, Callable[[], object]] = {
     "trainer.precision: ": lambda: check_trainer({**CPU, "precision": "16-mixed"}),
     "trainer.devices: ": lambda: check_trainer({**CPU, "devices": "0,1"}),
     "backend: ": lambda: moezoo_kernels.use("gpu"),
-    "MOEZOO_PRODUCTS: ": unknown_products,
+    "MOEZOO_PRODUCTS: ": lambda: product_libraries.checked("mkl"),
     "source: ": lambda: split_threshold(np.array([7], np.uint64), 0.1),
     "vocab_size: ": small_text,
     "data.sequence_length: ": lambda: check_length(small(), 128),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moezoo_kernels.linear import is_plain_linear
 from moezoo_models.adapters.torch import has_forward_hooks
 from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention import Attention
@@ -74,14 +75,16 @@ def _replaced(model: MoezooForCausalLM) -> str | None:
         "model.rotary_emb": RotaryEmbedding,
     }
     norm = RMSNorm if model.config.qk_norm else nn.Identity
+    maps: set[str] = set()
     for number, block in enumerate(model.model.blocks()):
         here = f"model.layers.{number}"
         expected |= {here: DecoderLayer, f"{here}.self_attn": Attention}
         expected |= {f"{here}.{name}": RMSNorm for name in block.places if name is not None}
-        expected |= {f"{here}.self_attn.{part}": nn.Linear for part in _ATTENTION_PARTS}
         expected |= {f"{here}.self_attn.{part}": norm for part in ("q_norm", "k_norm")}
+        maps |= {f"{here}.self_attn.{part}" for part in _ATTENTION_PARTS}
     for name, module in model.named_modules():
-        if type(module) is not expected.get(name, type(module)):
+        replaced = name in maps and not is_plain_linear(module)
+        if replaced or type(module) is not expected.get(name, type(module)):
             return f"{name} is a {type(module).__name__}"
         if hasattr(module, "base_layer"):
             return f"{name} is adapted"

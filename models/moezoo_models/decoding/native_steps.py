@@ -23,6 +23,7 @@ from moezoo.selection import ThresholdSelector
 from moezoo_kernels import large_pages, token_step
 from moezoo_kernels.grouped_mlp import cpu
 from moezoo_kernels.layouts import is_column_major
+from moezoo_kernels.linear import is_plain_linear
 from moezoo_kernels.moe_step import NO_SHARED, Scorer, Scoring, Shared, moe_step
 from moezoo_kernels.selective_mlp import NO_THRESHOLDS, Thresholds
 from moezoo_kernels.selective_mlp.cpu import laid
@@ -120,7 +121,7 @@ def _dense(
 ) -> Callable[[], None] | None:
     parts = [layer.gate_proj] if layer.gated else []
     parts += [layer.up_proj, layer.down_proj]
-    if any(type(part) is not nn.Linear and not isinstance(part, Latent) for part in parts):
+    if any(not is_plain_linear(part) and not isinstance(part, Latent) for part in parts):
         return None
     # A sparse matrix is made once for a text, and not anew for every token.
     maps = [
@@ -188,7 +189,7 @@ def _selective(
     rule = layer.selector
     if type(rule) is not ThresholdSelector or rule.factors:
         return None
-    if any(type(part) is not nn.Linear for part in parts):
+    if any(not is_plain_linear(part) for part in parts):
         return None
     tensors = [tensor for part in parts for tensor in (*laid(part.weight), part.bias)]
     if not token_step.usable(hidden, norm.weight, *tensors):
@@ -305,7 +306,7 @@ def _shared(layer: SparseMoE | CarvedMoE, output_bias: Tensor | None = None) -> 
         return Shared(None, None, Linear(None, output_bias))  # type: ignore[arg-type]
     block = layer.shared_expert
     parts = block.projections()
-    if type(block) is not DenseFFN or any(type(part) is not nn.Linear for part in parts.values()):
+    if type(block) is not DenseFFN or any(not is_plain_linear(part) for part in parts.values()):
         return None
     gate, up, down = (parts.get(f"{name}_proj") for name in ("gate", "up", "down"))
     assert up is not None

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from moezoo.experts.slots import PersistentSlots
 from moezoo.init import init_linear, output_std
+from moezoo_kernels.linear import Linear
 from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention_backends import ATTENTION, eager_attention
 from moezoo_models.model.joint_attention import joint_attention
@@ -82,10 +83,10 @@ class Attention(SelfAttention):
         self.head_dim = head_dim
 
         queries, keys, bias = heads * self.head_dim, kv_heads * self.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(width, queries, bias=bias)
-        self.k_proj = nn.Linear(width, keys, bias=bias)
-        self.v_proj = nn.Linear(width, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, width, bias=config.attention_output_bias)
+        self.q_proj = Linear(width, queries, bias=bias)
+        self.k_proj = Linear(width, keys, bias=bias)
+        self.v_proj = Linear(width, keys, bias=bias)
+        self.o_proj = Linear(queries, width, bias=config.attention_output_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         self.norms_projections = config.qk_norm and config.qk_norm_over == "projection"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moezoo_kernels import linear_cross_entropy
+from moezoo_kernels.linear import Linear
 from moezoo_models.model.attention_backends import soft_capped
 
 IGNORED = -100
 """The label of positions that the loss leaves out."""
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """A linear map from hidden states to logits, or, with labels, to their loss.
 
     The loss is computed in here so that what gathers a module's parameters when it is called

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from moezoo.experts.slots import PersistentSlots
 from moezoo.init import init_linear, output_std
 from moezoo_kernels.dtypes import at_least_fp32
+from moezoo_kernels.linear import Linear, is_plain_linear
 from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention import SelfAttention
 from moezoo_models.model.attention_backends import soft_capped
@@ -48,18 +49,16 @@ class LatentAttention(SelfAttention):
         self.num_heads = heads
         norm, rank = NORMS[config.norm], options.kv_lora_rank
         if options.q_lora_rank is None:
-            self.q_proj = nn.Linear(width, heads * options.qk_head_dim, bias=False)
+            self.q_proj = Linear(width, heads * options.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(width, options.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(width, options.q_lora_rank, bias=bias)
             self.q_a_layernorm = norm(options.q_lora_rank, LATENT_EPS)
-            self.q_b_proj = nn.Linear(options.q_lora_rank, heads * options.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(width, rank + options.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = Linear(options.q_lora_rank, heads * options.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(width, rank + options.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = norm(rank, LATENT_EPS)
         up = heads * (options.qk_nope_head_dim + options.v_head_dim)
-        self.kv_b_proj = nn.Linear(rank, up, bias=False)
-        self.o_proj = nn.Linear(
-            heads * options.v_head_dim, width, bias=config.attention_output_bias
-        )
+        self.kv_b_proj = Linear(rank, up, bias=False)
+        self.o_proj = Linear(heads * options.v_head_dim, width, bias=config.attention_output_bias)
 
     def reset_parameters(self) -> None:
         """Draw projections from N(0, 1/fan_in), the output's further / sqrt(2 num_layers)."""
@@ -153,7 +152,7 @@ class LatentAttention(SelfAttention):
         computes; or the backend's masks are of its own kind; or weights are dropped in training.
         """
         known = attention_backend(self.config) in ("sdpa", "eager")
-        return known and type(self.kv_b_proj) is nn.Linear and not self.training
+        return known and is_plain_linear(self.kv_b_proj) and not self.training
 
     def _one(
         self, plain: Tensor, turned: Tensor, latent: Tensor, key: Tensor, mask: Tensor | None

@@ -29,6 +29,7 @@ from moezoo.init import init_linear
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import BalanceOptions, Router, RouterOptions
 from moezoo_kernels.grouped_linear import assign, grouped_linear, sum_by_token
+from moezoo_kernels.linear import Linear
 from moezoo_models.adapters.transformers import attention_backend
 from moezoo_models.model.attention import SelfAttention
 from moezoo_models.model.attention_experts import AttentionExperts, options_of
@@ -61,8 +62,8 @@ class MixtureAttention(SelfAttention):
         scaling = config.attention_multiplier or head_dim**-0.5
         super().__init__(config, layer_idx, scaling, groups=top_k)  # queries share the key
         self.options, self.head_dim = options, head_dim
-        self.q_proj = nn.Linear(width, self.head_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(width, self.head_dim, bias=config.attention_bias)
+        self.q_proj = Linear(width, self.head_dim, bias=config.attention_bias)
+        self.k_proj = Linear(width, self.head_dim, bias=config.attention_bias)
         self.query_down = nn.Parameter(torch.empty(experts, self.options.rank, width))
         self.query_up = nn.Parameter(torch.empty(experts, self.head_dim, self.options.rank))
         self.gate = Router(

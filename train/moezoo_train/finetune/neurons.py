@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo_kernels.linear import is_plain_linear, linear
 from moezoo_train.finetune.lora import weights_hash
 from moezoo_train.optim.optimizer import OptimizerConfig
 
@@ -90,10 +90,10 @@ class SlicedLinear(nn.Linear):
         """Apply the map to ``(..., in)``."""
         frozen = self._parameters["weight"]
         assert frozen is not None
-        output = F.linear(input, frozen, self.bias)
+        output = linear(input, frozen, self.bias)
         if self.columns:
-            return output + F.linear(input.index_select(-1, self.neurons), self.delta)
-        added = F.linear(input, self.delta)
+            return output + linear(input.index_select(-1, self.neurons), self.delta)
+        added = linear(input, self.delta)
         return output.index_add(-1, self.neurons, added.to(output.dtype))
 
 
@@ -211,13 +211,13 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Linear]]]:
     """Go through the dense blocks that have plain linear maps, and those."""
     for name, module in model.named_modules():
         children = dict(module.named_children())
-        if not any(type(children.get(each)) is nn.Linear for each in _READS):
+        if not any(is_plain_linear(children.get(each)) for each in _READS):
             continue
         block = {
             projection: child
             for projection, names in _CHILDREN.items()
             for each in names
-            if type(child := children.get(each)) is nn.Linear
+            if is_plain_linear(child := children.get(each))
         }
         # Experts that all tokens share have no neuron in mixtures that have none of them.
         if "down" in block and block["down"].in_features:

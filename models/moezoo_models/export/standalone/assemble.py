@@ -62,6 +62,10 @@ _SUBSTITUTES: dict[Target, Target] = {
         "moezoo_kernels.grouped_mlp.reference",
         "grouped_mlp",
     ),
+    ("moezoo_kernels.linear", "Linear"): (PLAIN, "Linear"),
+    ("moezoo_kernels.linear", "is_plain_linear"): (PLAIN, "is_plain_linear"),
+    ("moezoo_kernels.linear", "linear"): (PLAIN, "linear"),
+    ("moezoo_kernels.linear", "multiply"): (PLAIN, "multiply"),
     ("moezoo_kernels.linear_cross_entropy", "linear_cross_entropy"): (
         PLAIN,
         "linear_cross_entropy",

@@ -89,6 +89,25 @@ class RowFetches:
         return rows, places.reshape(indices.shape)
 
 
+Linear = torch.nn.Linear
+"""A linear map, by torch's own products."""
+
+
+def is_plain_linear(module: object) -> bool:
+    """Return whether a module is a linear map, and no subclass of it."""
+    return type(module) is torch.nn.Linear
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x Wᵀ + b``."""
+    return F.linear(x, weight, bias)
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x Wᵀ``."""
+    return F.linear(x, weight)
+
+
 class HeadLoss(NamedTuple):
     """The loss of a head, in fp32."""
 
