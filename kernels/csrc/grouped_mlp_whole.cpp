@@ -4,8 +4,7 @@
 // Shapes: T tokens, K choices, D width, E experts, F hidden width, I = 2 F if gated else F, N rows in
 // expert order. Rows are gathered while a product lays out its operands.
 
-#include "expert_rows.h"
-#include "waves.h"
+#include "expert_waves.h"
 
 namespace moezoo {
 namespace {
@@ -15,44 +14,6 @@ struct Unit {
   bool gated;
   Glu glu;
 };
-
-// Rows of tokens by their strides, looked up by the token of each row.
-struct Tokens {
-  const float* data;
-  int64_t row, column;
-  const int64_t* of_row;
-
-  Side rows(int64_t first) const { return {data, row, column, of_row + first}; }
-  // The same as what is summed over: places are columns, and the depth is rows.
-  Side by_column(int64_t first) const { return {data, column, row, nullptr, of_row + first}; }
-};
-
-void combine_wave(const Wave& wave, const float* answers, const int64_t* tokens,
-                  const float* weights, int64_t width, float* output, int32_t threads) {
-  const int64_t first = wave.first();
-  if (weights) weights += first;
-  if (wave.one_expert())
-    combine(answers, tokens + first, weights, wave.rows(), width, output, threads);
-  else
-    combine_by_columns(answers, tokens + first, weights, wave.rows(), width, output, threads);
-}
-
-// to (columns,) of each expert: the sum of its rows, perhaps weighted; begun anew where it opens.
-template <class Row>
-void sum_rows(const Wave& wave, int64_t columns, int32_t threads, float* to, const Row& row) {
-  const int64_t registers = divide_up(columns, kLanes);
-  const int64_t grain = kGrain / std::max<int64_t>(1, wave.rows() * kLanes) + 1;
-  parallel_ranges(registers, grain, threads, [&](int64_t from, int64_t until) {
-    const int64_t begin = from * kLanes, width = std::min(until * kLanes, columns) - begin;
-    for (const Chunk& c : wave)
-      by_registers(width, [&](int64_t at, auto lanes) {
-        Floats total{};
-        for (int64_t i = c.first; i < c.last; ++i) total += row(i, begin + at, lanes);
-        float* sum = to + c.expert * columns + begin + at;
-        store(sum, c.opens ? total : load(sum, lanes) + total, lanes);
-      });
-  });
-}
 
 // What all stages of either direction read.
 struct Batch {
@@ -110,17 +71,6 @@ struct Wanted {
   float *x, *w_in, *w_out, *weights, *bias_in, *bias_out;
   bool in_transposed, out_transposed;  // whether matrices lie as their transposes
 };
-
-// The product whose result is the gradient of a matrix (B, A): of the outer products of rows (A,) and
-// their gradients (B,), both as Sides along columns.
-Product outer(const Side& of_result, const Side& of_rows, const Chunk& c, int64_t b, int64_t a,
-              bool transposed, float* gradient) {
-  Product found{of_result, of_rows, b, a, c.rows(), Target{gradient + c.expert * a * b, a}};
-  if (transposed) found = {of_rows, of_result, a, b, c.rows(), Target{gradient + c.expert * a * b, b}};
-  found.accumulate = !c.opens;
-  found.depth_block = c.step;
-  return found;
-}
 
 void backward(const Batch& batch, const float* grad, int64_t grad_row, const float* kept,
               const float* x, int64_t x_row, const float* bias_out, const Wanted& wanted,

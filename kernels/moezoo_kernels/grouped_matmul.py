@@ -4,7 +4,8 @@
 multiple of 16 bytes; refuses fp64, biases and expanded tensors; leaves rows beyond the last offset
 unwritten; and has a fake kernel for bf16 alone. The functions here take int64 offsets and any
 shape and floating dtype, falling back to a loop of ``mm`` (which on an accelerator waits for the
-offsets). Call them inside an opaque op: they are neither differentiable nor traceable.
+offsets). In fp32 on a CPU, all groups are one call with our own products where these keep up. Call
+them inside an opaque op: they are neither differentiable nor traceable.
 
 Shapes: N rows, E groups, A and B widths; group e is rows ``ends[e-1] … ends[e]``.
 """
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo_kernels import fresh
+from moezoo_kernels import fresh, grouped_products
+from moezoo_kernels.grouped_products import is_whole
 
 _ALIGNMENT = 16  # bytes
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +35,9 @@ def grouped_matmul(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
         ``(N, B)``, contiguous. Rows from ``ends[-1]`` on are uninitialised: never read them.
     """
     width = matrices.shape[-1]
+    if _is_whole(rows, matrices):
+        turned = matrices.transpose(1, 2)
+        return grouped_products.linear(rows, None, turned, None, ends.contiguous(), len(rows))
     if _fusable(rows, matrices) and width * rows.element_size() % _ALIGNMENT == 0:
         return F.grouped_mm(rows, matrices, offs=ends.to(torch.int32)).contiguous()
     product = rows.new_empty(rows.shape[0], width)
@@ -55,6 +60,9 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     width = right.shape[-1]
     if left.device.type == "cpu":  # grouped_mm is this loop there, and zeroes empty groups by hand
         product = fresh.stacked((ends.numel(), left.shape[1], width), right.dtype, ends)
+        if _is_whole(left, right):
+            grouped_products.outer(left, right, None, ends.contiguous(), product, None)
+            return product
         parts = fresh.Parts(product, ends)
         for e, start, end in groups(ends):
             torch.mm(left[start:end].t(), right[start:end], out=parts[e])
@@ -78,6 +86,11 @@ def groups(ends: Tensor) -> list[tuple[int, int, int]]:
             listed.append((group, start, end))
         start = end
     return listed
+
+
+def _is_whole(left: Tensor, right: Tensor) -> bool:
+    """Return whether our own products take all groups in one call."""
+    return left.device.type == "cpu" and left.dtype == right.dtype and is_whole(left.dtype)
 
 
 def _fusable(left: Tensor, right: Tensor) -> bool:

@@ -58,6 +58,7 @@ def test_no_rows(dtype):
 
 
 def test_aligned_operands_take_the_fused_product(monkeypatch):
+    monkeypatch.setenv("MOEZOO_PRODUCTS", "torch")
     calls = []
     fused = F.grouped_mm
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import moezoo_kernels
-from moezoo_kernels.grouped_mlp import whole
 from moezoo_kernels.grouped_mlp.reference import grouped_mlp as reference
+from moezoo_kernels.grouped_products import is_whole
 
 ROUTINGS = ["random", "some_none", "all_none", "one_empty", "one_expert", "repeated"]
 
@@ -13,8 +13,8 @@ ROUTINGS = ["random", "some_none", "all_none", "one_empty", "one_expert", "repea
 @pytest.fixture(autouse=True)
 def _own(native_library, monkeypatch):
     monkeypatch.setenv("MOEZOO_PRODUCTS", "own")
-    assert whole.is_whole(torch.float32)
-    assert not whole.is_whole(torch.bfloat16)
+    assert is_whole(torch.float32)
+    assert not is_whole(torch.bfloat16)
     with moezoo_kernels.use("cpu"):
         yield
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moezoo_kernels.dtypes import autocast
 from moezoo_kernels.grouped_linear import op
@@ -126,9 +127,11 @@ def sum_by_token(rows: Tensor, weights: Tensor, assignments: Assignments) -> Ten
 
 
 def _run(operation: Any, operands: tuple[Tensor | None, ...], *arguments: Any) -> Any:
-    """Call an op; where neither autograd nor a compiler looks on, the function behind it."""
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    """Call an op; where no autograd, compiler or counter looks on, the function behind it."""
+    if (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands))
+        or _get_current_dispatch_mode() is not None
     ):
         return operation.opaque(*arguments)
     return operation.plain(*arguments)

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moezoo_kernels.flops import has_data
-from moezoo_kernels.grouped_linear import by_expert, by_stage
+from moezoo_kernels.grouped_linear import by_expert, by_stage, whole
 from moezoo_kernels.grouped_mlp.assignments import Assignments, sort_by_expert
 from moezoo_kernels.grouped_mlp.stages import is_padding
+from moezoo_kernels.grouped_products import is_whole
 from moezoo_kernels.layouts import like
 
 
@@ -27,11 +28,14 @@ class Operation(NamedTuple):
     plain: Callable[..., Any]
 
 
-# On a CPU, below this many rows per expert, a loop over experts costs more than fresh buffers do.
+# On a CPU, below this many rows per expert, a loop over experts costs more than fresh buffers do,
+# unless all are run by one call.
 _FEW_ROWS_PER_EXPERT = 64
 
 
 def _implementation(w: Tensor, order: Tensor) -> Any:
+    if w.device.type == "cpu" and is_whole(w.dtype):
+        return whole
     many = order.shape[0] >= _FEW_ROWS_PER_EXPERT * w.shape[0]
     return by_expert if w.device.type == "cpu" and many else by_stage
 

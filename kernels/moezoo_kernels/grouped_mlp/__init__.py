@@ -12,7 +12,8 @@ from torch import Tensor
 from moezoo_kernels import backends, triton_support
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions
 from moezoo_kernels.dtypes import autocast
-from moezoo_kernels.grouped_mlp import cpu, op, peers, reference, whole
+from moezoo_kernels.grouped_mlp import cpu, op, peers, reference
+from moezoo_kernels.grouped_products import is_whole
 
 # On a CPU, below this many rows per expert, a loop over experts costs more than fresh buffers do,
 # unless all are run by one call.
@@ -129,7 +130,7 @@ def _preferred(
     """Name the backend that the size of a batch speaks for."""
     if cpu.is_few(indices.numel(), num_experts, dtype):
         return "cpu"
-    if indices.device.type == "cpu" and whole.is_whole(dtype):
+    if indices.device.type == "cpu" and is_whole(dtype):
         return "cpu"
     few = _FEW_ROWS_IN_HALF_PRECISION if dtype.itemsize == 2 else _FEW_ROWS_PER_EXPERT
     return "grouped_mm" if _rows(indices, max_assignments) < few * num_experts else None

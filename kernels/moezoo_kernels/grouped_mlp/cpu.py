@@ -24,6 +24,7 @@ from moezoo_kernels.grouped_mlp import whole
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import Experts, Gradients, Needs
 from moezoo_kernels.grouped_mlp.rowwise import RowPasses
+from moezoo_kernels.grouped_products import is_whole
 from moezoo_kernels.layouts import StackedGradient, is_transposed
 
 # At most so many slots, in all and per expert, are multiplied one by one as the weights are read.
@@ -43,7 +44,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
-    if whole.is_whole(x.dtype):
+    if is_whole(x.dtype):
         return whole.forward(x, experts, weights, assignments, keep)
     w_in, w_out, bias_in, bias_out, unit = experts
     passes = RowPasses(x.dtype, *unit)
@@ -197,7 +198,7 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Return the gradients, recomputing the activation from the pre-activations ``inner``."""
-    if whole.is_whole(x.dtype):
+    if is_whole(x.dtype):
         return whole.backward(grad, inner, x, experts, weights, assignments, needs)
     w_in, w_out, bias_in, bias_out, unit = experts
     passes = RowPasses(x.dtype, *unit)

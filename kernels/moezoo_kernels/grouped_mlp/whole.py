@@ -13,22 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moezoo_kernels import fresh, native
+from moezoo_kernels import native
 from moezoo_kernels.grouped_mlp.assignments import Assignments
 from moezoo_kernels.grouped_mlp.operands import Experts, Gradients, Needs
+from moezoo_kernels.grouped_products import address, by_row, gradient, stack
 from moezoo_kernels.layouts import is_transposed
-from moezoo_kernels.product_libraries import own_keeps_up
-
-
-def is_whole(dtype: torch.dtype) -> bool:
-    """Return whether experts of this dtype are run by :func:`forward` and :func:`backward`."""
-    if dtype != torch.float32 or native.unusable(torch.device("cpu"), dtype) is not None:
-        return False
-    return own_keeps_up()
-
-
-# As `_choose` of backends.py: a compiler takes what is found for a constant.
-is_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward(
@@ -40,15 +29,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, D) and, if ``keep``, the pre-activations (N, I), else (0, I)."""
     w_in, w_out, bias_in, bias_out, unit = experts
-    x = _by_row(x)
+    x = by_row(x)
     output = torch.zeros(x.shape, dtype=torch.float32)
     inner = native.floats(assignments.order.numel() if keep else 0, w_in.shape[1])
     native.call(
         "moezoo_grouped_mlp_forward",
         x.data_ptr(),
         x.stride(0),
-        *_stack(w_in),
-        *_stack(w_out),
+        *stack(w_in),
+        *stack(w_out),
         assignments.tokens,
         assignments.ends,
         *w_out.shape,
@@ -72,11 +61,11 @@ def backward(
 ) -> Gradients:
     """Return the gradients, recomputing the activation from the pre-activations ``inner``."""
     w_in, w_out, bias_in, bias_out, unit = experts
-    grad, x = _by_row(grad), _by_row(x)
+    grad, x = by_row(grad), by_row(x)
     order, ends = assignments.order, assignments.ends
     grad_x = torch.zeros(x.shape, dtype=torch.float32) if needs.x else None
     of_w_in, of_w_out, of_bias_in, of_bias_out = (
-        _gradient(parameter, needed, ends)
+        gradient(parameter, needed, ends)
         for parameter, needed in (
             (w_in, needs.w_in),
             (w_out, needs.w_out),
@@ -92,8 +81,8 @@ def backward(
         inner.contiguous(),
         x.data_ptr(),
         x.stride(0),
-        *_stack(w_in),
-        *_stack(w_out),
+        *stack(w_in),
+        *stack(w_out),
         assignments.tokens,
         ends,
         *w_out.shape,
@@ -101,9 +90,9 @@ def backward(
         _row_weights(weights, assignments),
         bias_out.contiguous() if bias_out is not None and needs.weights else None,
         grad_x,
-        _address(of_w_in),
+        address(of_w_in),
         is_transposed(w_in),
-        _address(of_w_out),
+        address(of_w_out),
         is_transposed(w_out),
         of_rows,
         of_bias_in,
@@ -118,28 +107,5 @@ def backward(
     return Gradients(grad_x, of_w_in, of_w_out, grad_weights, of_bias_in, of_bias_out)
 
 
-def _by_row(tensor: Tensor) -> Tensor:
-    """Return a tensor whose rows' numbers lie side by side."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _stack(w: Tensor) -> tuple[int, ...]:
-    return (w.data_ptr(), *w.stride())
-
-
 def _row_weights(weights: Tensor, assignments: Assignments) -> Tensor:
     return weights.reshape(-1)[assignments.order].to(torch.float32)
-
-
-def _gradient(parameter: Tensor | None, needed: bool, ends: Tensor) -> Tensor | None:
-    """Return a gradient in its parameter's layout, to be written where experts are used: zeros."""
-    if parameter is None or not needed:
-        return None
-    if is_transposed(parameter):
-        shape = parameter.transpose(1, 2).shape
-        return fresh.stacked(shape, parameter.dtype, ends).transpose(1, 2)
-    return fresh.stacked(parameter.shape, parameter.dtype, ends)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
