@@ -9,6 +9,7 @@ product, ``(1 - s) in out + r (in + out)`` of the sum.
 from __future__ import annotations
 
 from dataclasses import astuple
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from moezoo.cost import Cost
 from moezoo.matrices.checks import check_multiple
 from moezoo.matrices.matrix import Matrix
 from moezoo.matrices.options import Doped, Factorized, Parallel
+from moezoo.matrices.packing import Packing, settled
 from moezoo.matrices.pruned import PrunedMatrix
 from moezoo_kernels.linear import linear
 
@@ -122,10 +124,23 @@ class ParallelMatrix(Matrix):
         self.branches = nn.ModuleList(
             PrunedMatrix(width, out_features, False, options) for _ in range(self.count)
         )
+        self._packing = Packing()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add up the neurons and the branches, and multiply once."""
-        return linear(x.unflatten(-1, (self.count, -1)).sum(dim=-2), self._added(), self.bias)
+        """Add up the neurons and the branches, and multiply once.
+
+        In evaluation the sum of the branches is kept.
+        """
+        parts = [t for each in self._pruned() for t in (each.latent, *each.buffers())]
+        made_of = settled(self, x, parts)
+        added = self._added() if made_of is None else self._packing.whole(made_of, self._added)
+        return linear(x.unflatten(-1, (self.count, -1)).sum(dim=-2), added, self.bias)
+
+    def train(self, mode: bool = True) -> Self:
+        """Forget the sum in training, which changes the weights."""
+        if mode:
+            self._packing.clear()
+        return super().train(mode)
 
     def dense(self) -> Tensor:
         """Add up the branches, for each of the neurons."""

@@ -18,7 +18,7 @@ from moezoo.cost import Cost
 from moezoo.matrices import rules
 from moezoo.matrices.matrix import Matrix
 from moezoo.matrices.options import NM, SoftNM, Transposable
-from moezoo.matrices.packing import Packed, Packing, Pattern, is_plain
+from moezoo.matrices.packing import Packed, Packing, Pattern, settled
 from moezoo.matrices.sampling import reference_linear, sampled_linear
 from moezoo.matrices.schedules import leak, stages
 from moezoo.parallel import whole
@@ -71,11 +71,7 @@ class Latent(Matrix):
 
     def _settled(self, x: Tensor) -> list[Tensor] | None:
         """Return what the matrix is computed from where copies of it may be kept, else None."""
-        learns = torch.is_grad_enabled() and self.latent.requires_grad
-        if self.training or learns or torch.compiler.is_compiling():
-            return None
-        made_of = [self.latent, *self.buffers()]
-        return made_of if is_plain(x, *made_of) else None
+        return settled(self, x, [self.latent, *self.buffers()])
 
     def _zeros(self) -> Pattern | None:
         """Return where the matrix has zeros; None if nowhere that products could skip."""

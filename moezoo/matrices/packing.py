@@ -142,6 +142,23 @@ def _computed(dense: Callable[[], Tensor]) -> Tensor:
         return dense()
 
 
+def settled(module: nn.Module, x: Tensor, tensors: list[Tensor]) -> list[Tensor] | None:
+    """Return what a matrix is computed from where copies of it may be kept, else None.
+
+    They may not in training, where one of the tensors wants a gradient, and in a graph that is
+    compiled.
+
+    Args:
+        module: the matrix.
+        x: what it multiplies.
+        tensors: what it is computed from.
+    """
+    learns = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    if module.training or learns or torch.compiler.is_compiling():
+        return None
+    return tensors if is_plain(x, *tensors) else None
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Return whether tensors have memory, and count their changes: no stand-ins, no shards."""
     return all(

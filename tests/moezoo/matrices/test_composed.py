@@ -1,9 +1,11 @@
 """Products of sparse factors, and sparse matrices beside a product of low rank."""
 
 import copy
+import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import moezoo
 from moezoo import InputError
@@ -152,6 +154,97 @@ def test_parallel_units_are_the_papers_sum(gated):
     # A stock block of all neurons computes the same.
     plain = layer.take(torch.arange(60))
     torch.testing.assert_close(plain(x).hidden, answer, rtol=1e-12, atol=1e-11)
+
+
+def changes_of(matrix):
+    """Return everything that changes a matrix of branches."""
+    other = copy.deepcopy(matrix)
+    last = matrix.branches[-1]
+    with torch.no_grad():
+        other.branches[0].latent.neg_().add_(0.1)
+        other.branches[1].mask.copy_(other.branches[1].mask.roll(1, 0))
+
+    def add():
+        with torch.no_grad():
+            last.latent.mul_(2.0)
+
+    def move():
+        last.mask.copy_(last.mask.roll(1, 0))
+
+    def learn():
+        optimizer = torch.optim.AdamW(matrix.parameters(), lr=0.1)
+        matrix(torch.ones(2, matrix.in_features, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+
+    def replace():
+        last.latent = torch.nn.Parameter(last.latent.detach() + 1.0)
+
+    def swap():
+        matrix.branches[0] = other.branches[0]
+
+    def round_off():
+        matrix.float().double()  # perhaps into the same memory
+
+    def train():
+        matrix.train()
+        with torch.no_grad():
+            matrix.branches[0].latent.add_(1.0)
+        matrix.eval()
+
+    load = functools.partial(matrix.load_state_dict, other.state_dict())
+    return add, move, learn, load, replace, swap, round_off, train
+
+
+def test_parallel_branches_are_added_up_once_until_something_changes(monkeypatch):
+    options = Parallel(sparsity=0.6, branches=3)
+    matrix = build_matrix(options, 30, 7, True, reads_hidden=True).double().eval()
+    matrix.reset_parameters(0.1)
+    with torch.no_grad():
+        matrix.bias.normal_()
+        for branch in matrix.branches:
+            branch.latent.add_(0.3)  # outside the masks, too
+    x, counts, added = torch.randn(5, 30, dtype=torch.float64), [], matrix._added
+    monkeypatch.setattr(matrix, "_added", lambda: counts.append(1) or added())
+
+    def wanted():
+        total = sum(branch.latent * branch.mask for branch in matrix.branches)
+        return F.linear(x.view(5, 3, 10).sum(1), total.detach(), matrix.bias.detach())
+
+    for change in (lambda: None, *changes_of(matrix)):
+        change()
+        for _ in range(2):
+            with torch.no_grad():
+                torch.testing.assert_close(matrix(x), wanted(), rtol=1e-13, atol=1e-13)
+        counts.clear()
+        with torch.no_grad():
+            kept = matrix(x)
+        assert not counts
+        assert torch.equal(kept, F.linear(x.view(5, 3, 10).sum(1), added(), matrix.bias))
+    with torch.inference_mode():
+        torch.testing.assert_close(matrix(x), wanted(), rtol=1e-13, atol=1e-13)
+    assert not counts
+    assert set(matrix.state_dict()) == {"bias"} | {
+        f"branches.{n}.{name}" for n in range(3) for name in ("latent", "mask")
+    }
+    assert copy.deepcopy(matrix)._packing._whole is None
+
+    # What learns is never kept, in evaluation neither; frozen weights let gradients through.
+    matrix.zero_grad()
+    matrix(x).sum().backward()
+    assert counts
+    for branch in matrix.branches:
+        torch.testing.assert_close(
+            branch.latent.grad, branch.mask * x.view(5, 3, 10).sum((0, 1)).expand(7, 10)
+        )
+    matrix.requires_grad_(False)
+    (found,) = torch.autograd.grad(matrix(x.requires_grad_()).sum(), x)
+    torch.testing.assert_close(found[0], matrix.dense().sum(0))
+    matrix.train()
+    assert matrix._packing._whole is None
+    with torch.no_grad():
+        matrix(x)
+        matrix(x)
+    assert matrix._packing._whole is None
 
 
 @pytest.mark.parametrize("branches", [None, 2])
