@@ -7,13 +7,14 @@ from typing import Any
 
 from moezoo.cost import Cost
 from moezoo.layers.mixture_options import experts_per_token
+from moezoo.layers.mixture_surroundings import norms_of
 
 
 def cost_of(layer: Any) -> Cost:
     """Return the cost of a :class:`moezoo.SparseMoE`; see its :meth:`~moezoo.SparseMoE.cost`."""
     routing = sum(p.numel() for p in layer.gate.parameters())
     always_parameters, always_flops = routing, layer.gate.flops_per_token()
-    always_parameters += sum(norm.weight.numel() for norm in layer._norms())
+    always_parameters += sum(norm.weight.numel() for norm in norms_of(layer))
     if layer.d_shared:
         shared = layer.shared_expert.cost()
         always_parameters += shared.total_parameters

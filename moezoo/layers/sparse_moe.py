@@ -21,12 +21,11 @@ from moezoo.init import init_linear
 from moezoo.layers.dense import Activation, DenseFFN, check_glu
 from moezoo.layers.mixture_cost import cost_of
 from moezoo.layers.mixture_options import check_idle, check_shared, width_of_experts
-from moezoo.layers.weighed import (
-    Operands,
-    operands_of,
-    outputs_of,
-    returned_tokens,
-    weighed_shared,
+from moezoo.layers.mixture_surroundings import (
+    from_experts,
+    norms_of,
+    shared_answer,
+    to_experts,
 )
 from moezoo.routing import BalanceOptions, CapacityOptions, Router, RouterOptions, Routing
 from moezoo.routing.options import check_top_k
@@ -216,7 +215,7 @@ class SparseMoE(FeedForward):
         """Initialise router, experts and shared expert; outputs scale with 1/sqrt(num_layers)."""
         self.gate.reset_parameters()
         self.experts.reset_parameters(num_layers)
-        for norm in self._norms():
+        for norm in norms_of(self):
             norm.reset_parameters()
         if self.d_latent is not None:
             self._reset_latent()
@@ -224,14 +223,6 @@ class SparseMoE(FeedForward):
             self.shared_expert.reset_parameters(num_layers)
         if self.shared_gate:
             self._reset_shared_gate()
-
-    def _norms(self) -> list[InputNorm | OutputNorm]:
-        found: list[InputNorm | OutputNorm] = []
-        if self.input_norm is not None:
-            found.append(self.input_norm)
-        if self.output_norm is not None:
-            found.append(self.output_norm)
-        return found
 
     def _reset_latent(self) -> None:
         """Draw both maps from N(0, 1/fan_in); the experts' outputs are scaled already."""
@@ -306,18 +297,18 @@ class SparseMoE(FeedForward):
     ) -> FeedForwardOutput:
         """Sum up each token's weighted experts; by brute force, run all of them on all tokens."""
         tokens, routing, flat_mask = self.routed(hidden, context, limited=True)
-        chosen = self._to_experts(tokens, routing)
+        chosen = to_experts(self, tokens, routing)
         dispatched = None if brute_force else self.experts.dispatch(*chosen)
         # The shared expert runs while tokens travel to experts on other ranks.
         shared = None
         if self.d_shared:
-            shared = self._shared(tokens, flat_mask, routing.shared_weights, brute_force)
+            shared = shared_answer(self, tokens, flat_mask, routing.shared_weights, brute_force)
         if brute_force:
             output = self.experts.reference(*chosen, after=self.output_norm)
         else:
             run = (routing.max_assignments, True, dispatched, self.output_norm)
             output = self.experts(*chosen, *run)
-        output = self._from_experts(output, tokens, routing)
+        output = from_experts(self, output, tokens, routing)
         if shared is not None:
             output = output + shared
         output, state = output.reshape(hidden.shape), routing.state
@@ -347,46 +338,15 @@ class SparseMoE(FeedForward):
         context = TokenContext(token_ids, router_input, mask)
         routing = self.gate.select(router_TD, flat_mask, _sequences(hidden))
         routing = self.adjust(routing, tokens, context)
-        chosen = self._to_experts(tokens, routing)
+        chosen = to_experts(self, tokens, routing)
         output = self.experts.infer(*chosen, routing.max_assignments, after=self.output_norm)
-        output = self._from_experts(output, tokens, routing)
+        output = from_experts(self, output, tokens, routing)
         if self.d_shared:
-            shared = self._shared(tokens, flat_mask, routing.shared_weights, brute_force=False)
+            shared = shared_answer(
+                self, tokens, flat_mask, routing.shared_weights, brute_force=False
+            )
             output = output + shared
         return output.reshape(hidden.shape)
-
-    def _to_experts(self, tokens: Tensor, routing: Routing) -> Operands:
-        """Return what the experts that compute get: tokens at their width, choices, weights."""
-        if self.d_latent is not None:
-            tokens = self.latent_down(tokens)
-        if self.input_norm is not None:
-            tokens = self.input_norm(tokens)
-        if self.num_idle_experts:
-            computed = routing.indices.masked_fill(routing.indices >= self.num_experts, -1)
-            routing = routing._replace(indices=computed)
-        return operands_of(tokens, routing, self.router.weights.apply_to == "input")
-
-    def _from_experts(self, outputs: Tensor, tokens: Tensor, routing: Routing) -> Tensor:
-        """Bring their outputs to full width, and add what identity experts return."""
-        outputs = outputs_of(outputs, routing, self.router.weights.apply_to == "input")
-        if self.d_latent is not None:
-            outputs = self.latent_up(outputs)
-        if self.num_identity_experts:
-            slots = (self.num_experts, self.num_experts + self.num_identity_experts)
-            outputs = outputs + returned_tokens(tokens, routing, slots).to(outputs.dtype)
-        return outputs
-
-    def _shared(
-        self, tokens: Tensor, mask: Tensor | None, weights: Tensor | None, brute_force: bool
-    ) -> Tensor:
-        expert = self.shared_expert
-        if weights is not None:
-            answer = weighed_shared(expert, tokens, weights, brute_force)
-        else:
-            answer = (expert.reference if brute_force else expert)(tokens).hidden
-        if self.shared_gate:
-            answer = self.shared_expert_gate(tokens).sigmoid() * answer
-        return answer if mask is None else answer.masked_fill(~mask.unsqueeze(-1), 0.0)
 
     def cost(self) -> Cost:
         """Router, top_k experts and the shared expert: 2 d E + k (4 | 6) d f FLOPs and so on.

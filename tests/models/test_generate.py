@@ -183,7 +183,7 @@ def test_options_that_break_what_computes(options, message, model, byte_tokenize
 
 
 def test_a_cache_has_to_fit_into_memory(model, byte_tokenizer, monkeypatch):
-    monkeypatch.setattr("moezoo_models.generate.free_memory", lambda: 1000)
+    monkeypatch.setattr("moezoo_models.decoding.settings.free_memory", lambda: 1000)
     with pytest.raises(InputError, match=r"max_new_tokens: keys and values of 6 tokens need"):
         continue_text(model, byte_tokenizer, "a", max_new_tokens=5)
 

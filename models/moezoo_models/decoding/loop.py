@@ -54,7 +54,7 @@ def continue_ids(
         model: in evaluation mode, on any device.
         ids: ``(batch, length)`` int64, padded on the left.
         mask: ``(batch, length)`` int64, 1 at real tokens.
-        config: what :func:`moezoo_models.generate.generation_config` returned.
+        config: what :func:`moezoo_models.decoding.settings.generation_config` returned.
         processors: applied to the logits before temperature, top-k and top-p.
         criteria: end texts beside the tokens that do.
         streamer: given the prompt, then each token; for a batch of one.

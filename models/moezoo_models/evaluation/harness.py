@@ -36,9 +36,9 @@ from transformers import (
 from moezoo.errors import InputError, check_int
 from moezoo.feed_forward import FeedForward
 from moezoo_models.decoding.loop import continue_ids
+from moezoo_models.decoding.settings import FiniteLogits, generation_config, own_settings
 from moezoo_models.evaluation.perplexity import check_loss
 from moezoo_models.evaluation.scoring import logits_of, window_length
-from moezoo_models.generate import FiniteLogits, generation_config, own_settings
 from moezoo_models.model.inputs import check_token_ids
 from moezoo_models.text.encoding import encode_text
 from moezoo_models.text.tokenizer import Tokenizer
