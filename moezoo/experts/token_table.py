@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from moezoo.errors import InputError, check_flag
 from moezoo.experts.fetched_rows import RowFetches, distinct_rows, staying
 from moezoo.experts.values import ValueTable
-from moezoo.feed_forward import FeedForward, ParameterGroup, TokenContext
+from moezoo.feed_forward import FeedForward, ParameterGroup, TokenContext, set_apart
 from moezoo.routing.hashing import addressed
+from moezoo.routing.stats import SlotLoad, slot_load
 from moezoo_kernels import weighted_bag
 
 if TYPE_CHECKING:
@@ -232,6 +233,38 @@ class ReadsTokenRows(FeedForward):
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what is being fetched."""
         return {**self.__dict__, "_ahead": None}
+
+
+class ReadsOneRow(ReadsTokenRows):
+    """A layer with one table, which has a row for each id, trained apart.
+
+    Attributes:
+        table: the rows.
+        vocab_size: how many there are.
+        table_lr_multiplier: learning rate of the table, as a multiple of the run's.
+    """
+
+    table: TokenTable
+    vocab_size: int
+    table_lr_multiplier: float
+
+    def rows_of(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor | None]:
+        """Return each token's row, ``(T, 1)``, -1 at padding, and the mask ``(T,)``."""
+        return rows_of_tokens(hidden, context, self.vocab_size, type(self).__name__)
+
+    def token_tables(self) -> list[TokenTable]:
+        """Return the table."""
+        return [self.table]
+
+    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
+        """Count how often each row is read."""
+        rows_T1, _ = self.rows_of(hidden, context)
+        return slot_load(rows_T1, None, self.vocab_size, kind="rows")
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Put the table apart: a learning rate of its own, no decay, perhaps sparse."""
+        table = row_group(self.table, self.table_lr_multiplier)
+        return set_apart(super().parameter_groups(), table)
 
 
 def row_group(table: ValueTable, lr_multiplier: float) -> list[ParameterGroup]:

@@ -34,7 +34,8 @@ from moezoo.matrices import Matrices, Matrix, build_matrix
 from moezoo.matrices.factored import shuffled_unit
 from moezoo.routing.deferred import statistics
 from moezoo.routing.losses import masked_mean
-from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
+from moezoo.routing.neuron_stats import neuron_stats
+from moezoo.routing.stats import SlotLoad, neuron_load
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gated_unit
 from moezoo_kernels.linear import Linear
 
@@ -209,15 +210,7 @@ class DenseFFN(DenseWeights[nn.Linear | Matrix]):
         return neuron_load(self.inner(hidden).reshape(-1, self.d_ff), mask_T)[0]
 
     def _stats(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
-        load, active_T = neuron_load(inner_TF, mask_T)
-        tokens = load.counts.new_tensor(len(inner_TF)) if mask_T is None else mask_T.sum()
-        stats = {
-            "tokens": tokens,
-            "density": masked_mean(active_T / self.d_ff, mask_T),
-            "usage": usage(load.counts),
-            "unevenness": kl_to_uniform(load.mass),
-        }
-        return {"expert_counts": load.counts, **stats} if self.d_ff <= MOST_COUNTS else stats
+        return neuron_stats(*neuron_load(inner_TF, mask_T), mask_T)
 
     def infer(
         self,

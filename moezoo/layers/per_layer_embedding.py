@@ -16,33 +16,29 @@ from torch import Tensor, nn
 
 from moezoo.errors import check_choice, check_int, check_number
 from moezoo.experts.token_table import (
-    ReadsTokenRows,
+    ReadsOneRow,
     TokenTable,
     all_numbers,
-    row_group,
-    rows_of_tokens,
 )
 from moezoo.feed_forward import (
     Cost,
     FeedForwardOutput,
     Method,
     Paper,
-    ParameterGroup,
     TokenContext,
     register,
-    set_apart,
 )
 from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import Activation
 from moezoo.routing.deferred import statistics
 from moezoo.routing.short_convolution import normalised
-from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
+from moezoo.routing.stats import slot_stats
 from moezoo.token_context import Place
 from moezoo_kernels.activations import ACTIVATIONS, activate
 from moezoo_kernels.linear import Linear
 
 
-class PerLayerEmbedding(ReadsTokenRows):
+class PerLayerEmbedding(ReadsOneRow):
     """A narrow gated layer whose linear factor is a token's own row and its embedding.
 
     As one of a model's ``memory`` it is added behind the feed-forward block. Without ``embeddings``
@@ -158,24 +154,6 @@ class PerLayerEmbedding(ReadsTokenRows):
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T.unsqueeze(-1), 0.0)
         return output_TD.reshape(hidden.shape)
-
-    def rows_of(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor | None]:
-        """Return each token's row, ``(T, 1)``, -1 at padding, and the mask ``(T,)``."""
-        return rows_of_tokens(hidden, context, self.vocab_size, "PerLayerEmbedding")
-
-    def token_tables(self) -> list[TokenTable]:
-        """Return the table."""
-        return [self.table]
-
-    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
-        """Count how often each row is read."""
-        rows_T1, _ = self.rows_of(hidden, context)
-        return slot_load(rows_T1, None, self.vocab_size, kind="rows")
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """Put the table apart: a learning rate of its own, no decay, perhaps sparse."""
-        table = row_group(self.table, self.table_lr_multiplier)
-        return set_apart(super().parameter_groups(), table)
 
     def cost(self) -> Cost:
         """``6 D P`` FLOPs of the projections, and ``2 P`` for the row."""

@@ -32,8 +32,8 @@ from moezoo.feed_forward import (
 from moezoo.init import init_linear, output_std
 from moezoo.layers.dense_weights import Activation, DenseWeights
 from moezoo.routing.deferred import statistics
-from moezoo.routing.losses import masked_mean
-from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
+from moezoo.routing.neuron_stats import neuron_stats
+from moezoo.routing.stats import SlotLoad, neuron_load
 from moezoo.selection import (
     Kept,
     Predictor,
@@ -279,21 +279,14 @@ class SelectiveFFN(DenseWeights[nn.Linear]):
         neurons: Tensor | None,
     ) -> dict[str, Tensor]:
         load, active_T = neuron_load(hidden_TF, mask_T)
-        tokens = load.counts.new_tensor(len(hidden_TF)) if mask_T is None else mask_T.sum()
         products = {"down": share(by_hidden, active_T)}
         if self.gated:
             products["gate"] = share(by_input, active_T) * share(neurons, active_T)
             products["up"] = share(by_gate, active_T) * share(by_up_input, active_T)
         else:
             products["up"] = share(by_input, active_T) * share(neurons, active_T)
-        stats = {
-            "tokens": tokens,
-            "density": masked_mean(active_T / self.d_ff, mask_T),
-            **{f"density_{name}": masked_mean(each, mask_T) for name, each in products.items()},
-            "usage": usage(load.counts),
-            "unevenness": kl_to_uniform(load.mass),
-        }
-        return {"expert_counts": load.counts, **stats} if self.d_ff <= MOST_COUNTS else stats
+        densities = {f"density_{name}": each for name, each in products.items()}
+        return neuron_stats(load, active_T, mask_T, densities)
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count how often each neuron's hidden value is kept and not zero, and sum magnitudes."""

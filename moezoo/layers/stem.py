@@ -14,26 +14,24 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from moezoo.errors import check_choice, check_int, check_number
-from moezoo.experts.token_table import ReadsTokenRows, TokenTable, row_group, rows_of_tokens
+from moezoo.experts.token_table import ReadsOneRow, TokenTable
 from moezoo.feed_forward import (
     Cost,
     FeedForwardOutput,
     Method,
     Paper,
-    ParameterGroup,
     TokenContext,
     register,
-    set_apart,
 )
 from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing.deferred import statistics
-from moezoo.routing.stats import SlotLoad, slot_load, slot_stats
+from moezoo.routing.stats import slot_stats
 from moezoo_kernels.activations import ACTIVATIONS, activate
 from moezoo_kernels.linear import Linear
 
 
-class STEM(ReadsTokenRows):
+class STEM(ReadsOneRow):
     """A gated linear unit with a table of token rows for its up projection.
 
     A row says everything that this block knows of its token, so that editing it edits that. Padding
@@ -120,24 +118,6 @@ class STEM(ReadsTokenRows):
             row = row.masked_fill(~mask.unsqueeze(-1), 0.0)
         output: Tensor = self.down_proj(gate * row)
         return output
-
-    def rows_of(self, hidden: Tensor, context: TokenContext) -> tuple[Tensor, Tensor | None]:
-        """Return each token's row, ``(T, 1)``, -1 at padding, and the mask ``(T,)``."""
-        return rows_of_tokens(hidden, context, self.vocab_size, "STEM")
-
-    def token_tables(self) -> list[TokenTable]:
-        """Return the table."""
-        return [self.table]
-
-    def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
-        """Count how often each row is read."""
-        rows_T1, _ = self.rows_of(hidden, context)
-        return slot_load(rows_T1, None, self.vocab_size, kind="rows")
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """Put the table apart: a learning rate of its own, no decay, perhaps sparse."""
-        table = row_group(self.table, self.table_lr_multiplier)
-        return set_apart(super().parameter_groups(), table)
 
     def cost(self) -> Cost:
         """``4 D F`` FLOPs, a third less than the dense block, and ``2 F`` for the row."""

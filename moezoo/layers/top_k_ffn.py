@@ -33,8 +33,8 @@ from moezoo.feed_forward import (
 from moezoo.init import init_linear, output_std
 from moezoo.layers.dense import Activation, default_width
 from moezoo.routing.deferred import statistics
-from moezoo.routing.losses import masked_mean
-from moezoo.routing.stats import MOST_COUNTS, SlotLoad, kl_to_uniform, neuron_load, usage
+from moezoo.routing.neuron_stats import neuron_stats
+from moezoo.routing.stats import SlotLoad, neuron_load
 from moezoo_kernels import statistical_top_k
 from moezoo_kernels.activations import ACTIVATIONS
 from moezoo_kernels.linear import Linear
@@ -182,15 +182,7 @@ class TopKFFN(FeedForward):
         return torch.zeros_like(inner).scatter(-1, kept, inner.gather(-1, kept))
 
     def _stats(self, inner_TF: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
-        load, active_T = neuron_load(inner_TF, mask_T)
-        tokens = load.counts.new_tensor(len(inner_TF)) if mask_T is None else mask_T.sum()
-        stats = {
-            "tokens": tokens,
-            "density": masked_mean(active_T / self.d_ff, mask_T),
-            "usage": usage(load.counts),
-            "unevenness": kl_to_uniform(load.mass),
-        }
-        return {"expert_counts": load.counts, **stats} if self.d_ff <= MOST_COUNTS else stats
+        return neuron_stats(*neuron_load(inner_TF, mask_T), mask_T)
 
     def _neuron_by_neuron(self, x_TD: Tensor, router_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output ``(T, D)`` and the hidden layer ``(T, F)``, zero where not kept.

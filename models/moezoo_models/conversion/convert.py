@@ -204,7 +204,7 @@ def _outputs(
     for name, info in source.tensors.items():
         layer = layer_of(name)
         if layer not in mixture.layers or _BLOCK not in name:
-            yield Output(name, info.shape, info.dtype, partial(_copy, source, name))
+            yield Output(name, info.shape, info.dtype, partial(source.pieces, name))
         elif layer not in placed:
             placed.add(layer)
             made, read = partial(plan, layer), partial(_block, models, layer)
@@ -213,10 +213,6 @@ def _outputs(
 
 def _block(models: Sequence[Source], layer: int, number: int) -> dict[str, Tensor]:
     return models[number].block(layer)
-
-
-def _copy(source: Source, name: str) -> Iterator[Tensor]:
-    yield source.read(name)
 
 
 def _change(method: str, source: Source, kind: Target, mixture: Mixture) -> str:

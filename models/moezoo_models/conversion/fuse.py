@@ -175,7 +175,7 @@ class _Run:
             layer, shape = layer_of(name), list(info.shape)
             if layer is not None and layer not in places:
                 continue
-            pieces = partial(self._copied, name)
+            pieces = partial(source.pieces, name)
             if name == norm_name(first):
                 pieces = partial(self._ones, name)
             elif layer == first and ".mlp." in name:
@@ -186,9 +186,6 @@ class _Run:
                 start = f"model.layers.{layer}."
                 name = f"model.layers.{places[layer]}." + name.removeprefix(start)
             yield Output(name, tuple(shape), info.dtype, pieces)
-
-    def _copied(self, name: str) -> Iterator[Tensor]:
-        yield self._source.read(name)
 
     def _ones(self, name: str) -> Iterator[Tensor]:
         """Yield the norm's weight: the wide block's columns have those of all norms."""

@@ -247,7 +247,7 @@ class _Run:
         replaced = tuple(f"model.layers.{layer}.mlp." for layer in self._layers)
         for name, info in self._source.tensors.items():
             if not name.startswith(replaced):
-                yield Output(name, info.shape, info.dtype, partial(self._copied, name))
+                yield Output(name, info.shape, info.dtype, partial(self._source.pieces, name))
         d_model, features = self._source.config.hidden_size, self._featuring.features
         shapes = {
             "up_proj.weight": (features, d_model),
@@ -263,9 +263,6 @@ class _Run:
                     self._source.dtype,
                     partial(self._found, layer, _TENSORS[name]),
                 )
-
-    def _copied(self, name: str) -> Iterator[Tensor]:
-        yield self._source.read(name)
 
     def _found(self, layer: int, name: str) -> Iterator[Tensor]:
         yield read_block(self._scratch, layer)[name].to(self._source.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -132,6 +132,10 @@ class Source:
             check_finite(name, tensor, self.directory)
             self._checked.add(name)
         return tensor
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor as it is, for what is written of it as it is; see :meth:`read`."""
+        yield self.read(name)
 
     def stored(self, name: str) -> tuple[str, Tensor]:
         """Return the tensor of the files that one of ours is, or is a part of, and its name there.

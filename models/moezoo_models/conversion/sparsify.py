@@ -301,7 +301,7 @@ class _Run:
     def _outputs(self) -> Iterator[Output]:
         """List all tensors: the dense model's own, and thresholds."""
         for name, info in self._source.tensors.items():
-            yield Output(name, info.shape, info.dtype, partial(self._copied, name))
+            yield Output(name, info.shape, info.dtype, partial(self._source.pieces, name))
         width, d_model = self._source.width, self._source.config.hidden_size
         sizes = {"input": d_model, "gate": width, "up_input": d_model, "hidden": width}
         sizes["shares"] = len(Shares._fields)
@@ -316,9 +316,6 @@ class _Run:
                     dtype,
                     partial(self._found, layer, name),
                 )
-
-    def _copied(self, name: str) -> Iterator[Tensor]:
-        yield self._source.read(name)
 
     def _found(self, layer: int, name: str) -> Iterator[Tensor]:
         if self._guessing is not None:
