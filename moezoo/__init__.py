@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moezoo.errors import InputError
     from moezoo.experts import ExpertNormOptions, GLUOptions
     from moezoo.experts.values import shared_values
+    from moezoo.fast_products import FastProducts, use_fast_products
     from moezoo.feed_forward import (
         Cost,
         FeedForward,
@@ -60,6 +61,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "errors": ("InputError",),
     "experts": ("ExpertNormOptions", "GLUOptions"),
     "experts.values": ("shared_values",),
+    "fast_products": ("FastProducts", "use_fast_products"),
     "feed_forward": (
         "Cost",
         "FeedForward",
@@ -142,6 +144,7 @@ __all__ = [
     "Engram",
     "ExpertNormOptions",
     "FastFeedForward",
+    "FastProducts",
     "FeedForward",
     "FeedForwardOutput",
     "Finedeep",
@@ -172,5 +175,6 @@ __all__ = [
     "select_layers",
     "shared_values",
     "swap",
+    "use_fast_products",
     "zoo",
 ]

@@ -55,13 +55,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x Wᵀ`` by the faster library; by torch's where gradients are on.
+    """Return ``x Wᵀ`` by the faster library; by torch's where a gradient is wanted.
 
     Args:
         x: ``(R, I)``.
         weight: ``(O, I)``.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _suits(x, weight, None):
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if learns or torch.compiler.is_compiling() or not _suits(x, weight, None):
         return torch.mm(x, weight.t())
     return _product(x, weight)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.experts import MLPExperts
 from moezoo.experts.norms import InputNorm, OutputNorm
 from moezoo.layers.sparse_moe import SparseMoE
+from moezoo_kernels.linear import linear
 
 
 class Around(NamedTuple):
@@ -41,7 +41,7 @@ class Around(NamedTuple):
         if self.output_norm is None:
             return 1.0
         bias = None if experts.down_bias is None else experts.down_bias[expert]
-        outputs_RD = F.linear(inner_RF, experts.down_proj[expert], bias)
+        outputs_RD = linear(inner_RF, experts.down_proj[expert], bias)
         return self.output_norm.factors(outputs_RD).to(inner_RF.dtype)
 
     def written(self, values_MD: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from functools import singledispatch
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.analysis.around_experts import Around, around
@@ -40,6 +39,7 @@ from moezoo.layers.top_k_ffn import TopKFFN
 from moezoo.layers.ultra_fast_fff import UltraFastFFF
 from moezoo.routing import tree
 from moezoo_kernels.activations import ACTIVATIONS, activate
+from moezoo_kernels.linear import linear
 
 _DENSE_ROWS = 1024  # tokens computed at once, where all neurons count
 _TABLE_ROWS = 128  # ... and where each token has its own
@@ -165,7 +165,7 @@ def _inner(layer: _Dense, x_RD: Tensor, **context: Tensor | None) -> Tensor:
 def _before(layer: _Dense, x_RD: Tensor) -> Tensor:
     if isinstance(layer, SelectiveFFN):
         first = layer.gate_proj if layer.gated else layer.up_proj
-        return F.linear(input_of(first, lambda: layer.forward(x_RD)), first.weight, first.bias)
+        return linear(input_of(first, lambda: layer.forward(x_RD)), first.weight, first.bias)
     if not layer.gated:
         return layer.up_proj(x_RD)
     return layer.gate_proj(x_RD[:, : layer.gate_proj.in_features])
@@ -210,7 +210,7 @@ def _stacked(
 
 def _expert_up(experts: MLPExperts, expert: int, x_RD: Tensor) -> Tensor:
     bias = None if experts.gate_up_bias is None else experts.gate_up_bias[expert]
-    return F.linear(x_RD, experts.gate_up_proj[expert], bias)
+    return linear(x_RD, experts.gate_up_proj[expert], bias)
 
 
 def _merged(indices_RJ: Tensor, weights_RJ: Tensor) -> tuple[Tensor, Tensor]:

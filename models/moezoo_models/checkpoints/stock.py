@@ -1,6 +1,7 @@
 """Stock models of transformers, loaded as they are and run as ours are.
 
-A mixture's experts are computed by the kernels here; the rest of it is transformers' own.
+A mixture's experts are computed by the kernels here, and linear maps by the library that multiplies
+faster; the rest is transformers' own.
 
 The models that `moezoo upcycle`, `carve` and `export` write, and the dense ones they start from,
 keep transformers' classes and names: trained here and saved, they load in unmodified transformers
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from moezoo.errors import InputError, nearest
+from moezoo.fast_products import use_fast_products
 from moezoo.routing import RouterOptions
 from moezoo.routing.choose import within_groups
 from moezoo.routing.stats import expert_counts, mean_entropy
@@ -179,6 +181,7 @@ def load_stock(
         check_model(model, directory)
     if config.model_type in MIXTURES:
         model.set_experts_implementation(IMPLEMENTATION)
+    use_fast_products(model)
     return cast(PreTrainedModel, model.eval())
 
 

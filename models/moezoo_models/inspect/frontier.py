@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.analysis.curves import draw_frontier
@@ -25,6 +24,7 @@ from moezoo.convert.select.guess import GUESSES, GuessMethod, GuessOptions
 from moezoo.convert.select.prompt import kept_count as prompt_count
 from moezoo.convert.select.prompt import prompt_neurons
 from moezoo.errors import InputError, check_choice, check_int, check_number
+from moezoo_kernels.linear import linear
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.conversion.carve import calibrate, default_parts
 from moezoo_models.conversion.guessing import Guessing
@@ -234,7 +234,7 @@ def _griffin(share: float, length: int, layer: int, x_TD: Tensor, block: Block) 
             dropped_F = torch.ones_like(hidden_LF[0], dtype=torch.bool)
             dropped_F[prompt_neurons(hidden_LF[: length // 2], share)] = False
             hidden_LF[length // 2 :].masked_fill_(dropped_F, 0.0)
-            rows.append(F.linear(hidden_LF, block.down, block.bias_out))
+            rows.append(linear(hidden_LF, block.down, block.bias_out))
         return torch.cat(rows)
 
     return answer

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.errors import InputError
+from moezoo_kernels.linear import linear
 
 _CHUNK = 4096  # tokens whose activations are computed at a time
 
@@ -90,8 +91,8 @@ class Block:
 
     def hidden(self, x_TD: Tensor) -> Tensor:
         """Compute all neurons' activations h, ``(T, F)``."""
-        up_TF = F.linear(x_TD, self.up, self.bias_in)
-        return self.act(up_TF) if self.gate is None else self.act(F.linear(x_TD, self.gate)) * up_TF
+        up_TF = linear(x_TD, self.up, self.bias_in)
+        return self.act(up_TF) if self.gate is None else self.act(linear(x_TD, self.gate)) * up_TF
 
     def activations(self, x_TD: Tensor) -> Tensor:
         """Compute :meth:`hidden` some tokens at a time: in between, a GLU needs thrice as much."""
@@ -99,7 +100,7 @@ class Block:
 
     def run(self, x_TD: Tensor) -> Tensor:
         """Compute the block, ``(T, D)``."""
-        parts = (F.linear(self.hidden(x), self.down, self.bias_out) for x in x_TD.split(_CHUNK))
+        parts = (linear(self.hidden(x), self.down, self.bias_out) for x in x_TD.split(_CHUNK))
         return torch.cat(list(parts))
 
     def take(self, neurons: Tensor) -> Block:

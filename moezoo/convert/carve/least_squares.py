@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import InputError
+from moezoo_kernels.linear import multiply
 
 _BLOCK = 512
 
@@ -51,7 +52,7 @@ class Moments:
             self._sum_p = torch.zeros_like(self._rhs[:, 0])
             self._sum_q = torch.zeros_like(self._rhs[0])
         _add_gram(self._gram, regressors)
-        self._rhs.addmm_(regressors.t(), targets)
+        self._rhs += multiply(regressors.t(), targets.t())
         self._sum_p += regressors.sum(0)
         self._sum_q += targets.sum(0)
         self.square += float(targets.double().square().sum())
@@ -113,7 +114,8 @@ def _add_gram(gram_PP: Tensor, regressors_TP: Tensor) -> None:
     """Add ``X^T X``, in blocks, and only those below and on the diagonal: nearly half the work."""
     for start in range(0, len(gram_PP), _BLOCK):
         end = min(start + _BLOCK, len(gram_PP))
-        gram_PP[start:end, :end].addmm_(regressors_TP[:, start:end].t(), regressors_TP[:, :end])
+        left, right = regressors_TP[:, start:end].t(), regressors_TP[:, :end].t()
+        gram_PP[start:end, :end] += multiply(left, right)
 
 
 def solve(gram: Tensor, rhs: Tensor, strength: float) -> Tensor:

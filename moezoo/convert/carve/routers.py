@@ -20,6 +20,7 @@ from moezoo.convert.carve.oracle import contributions, top_mask
 from moezoo.convert.carve.prior_approximate import expert_errors, fit_prior_approximate
 from moezoo.convert.carve.samples import Sample, Samples
 from moezoo.convert.carve.splits import Partition, cmoe_marks
+from moezoo_kernels.linear import linear
 
 _FLATTEST = 0.01  # the largest difference of logits where unit weights are written as sigmoids
 _STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -98,7 +99,7 @@ def _ridge_router(
 
     def gain(strength: float) -> float:
         router = solved(strength)
-        logits_TN = F.linear(judged_TP, router.router, router.router_bias)
+        logits_TN = linear(judged_TP, router.router, router.router_bias)
         return float((gain_TN * top_mask(logits_TN, options.active)).sum())
 
     best = max(sorted(_STRENGTHS, reverse=True), key=gain)
@@ -122,7 +123,7 @@ def _even_out(fitted: _FittedRouter, x_TD: Tensor) -> _FittedRouter:
     bias_N = torch.zeros_like(weight_ND[:, 0])
     if fitted.router_bias is not None:
         bias_N = fitted.router_bias - fitted.router_bias.mean()
-    logits_TN = F.linear(x_TD, weight_ND, bias_N)
+    logits_TN = linear(x_TD, weight_ND, bias_N)
     scale = float(logits_TN.square().mean(dim=0).mean().sqrt()) or 1.0
     return replace(
         fitted,

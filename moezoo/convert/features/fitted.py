@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert.carve.block import Block
 from moezoo.convert.carve.refit import STRENGTHS, Change, Missing, fit_change
 from moezoo.convert.features.universal import universal
 from moezoo.errors import InputError, check_int
+from moezoo_kernels.linear import linear
 
 _JUDGED = 0.1
 """Of the tokens: on so many strengths are chosen, and on as many others errors are measured."""
@@ -102,7 +102,7 @@ def fit_features(
 
         def missing(sample: tuple[Tensor, Tensor]) -> Missing:
             x, y = sample
-            return Missing(x if weight_rD is None else F.linear(x, weight_rD).relu(), y)
+            return Missing(x if weight_rD is None else linear(x, weight_rD).relu(), y)
 
         kept = missing(exact) if keep else None
         change = fit_change(iter([missing(fitted)]), strengths, True, missing(chosen), kept)

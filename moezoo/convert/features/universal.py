@@ -30,11 +30,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert.carve.block import Block
 from moezoo.errors import check_int
+from moezoo_kernels.linear import linear
 
 _POINTS = 2048
 _MOST_TERMS = 256
@@ -171,7 +171,7 @@ def universal(block: Block, x_TD: Tensor, features: int, seed: int = 0) -> Unive
     x_TD, wide = x_TD.double(), block.to(torch.float64)
     rows_FD = wide.up if wide.gate is None else wide.gate
     largest = max(
-        float(F.linear(part, rows_FD, wide.bias_in).abs().max()) for part in x_TD.split(_TOKENS)
+        float(linear(part, rows_FD, wide.bias_in).abs().max()) for part in x_TD.split(_TOKENS)
     )
     series = fourier_series(block.act, max(largest, 1.0))
     return draw(series, pairs, _length(x_TD), _length(rows_FD), x_TD.shape[1], seed)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert.carve.block import Block
 from moezoo.convert.select.keys import Keys
 from moezoo.selection import Shares, kept, passes
+from moezoo_kernels.linear import linear
 
 _NUMBERS = 1 << 21  # of which a quantile is taken: its error is below 1e-3 of the share
 _CHUNK = 4096
@@ -44,10 +44,10 @@ class LayerThresholds(NamedTuple):
     def _part(self, block: Block, x_TD: Tensor, dense_T: Tensor) -> Tensor:
         dense_T1 = dense_T.unsqueeze(-1)
         gate_TF = _gate(block, kept(x_TD, passes(x_TD, self.input) | dense_T1))
-        up_TF = F.linear(kept(x_TD, passes(x_TD, self.up_input) | dense_T1), block.up)
+        up_TF = linear(kept(x_TD, passes(x_TD, self.up_input) | dense_T1), block.up)
         hidden_TF = gate_TF * up_TF
         mask_TF = passes(gate_TF, self.gate) & passes(hidden_TF, self.hidden)
-        return F.linear(kept(hidden_TF, mask_TF | dense_T1), block.down, block.bias_out)
+        return linear(kept(hidden_TF, mask_TF | dense_T1), block.down, block.bias_out)
 
 
 def threshold(values_TC: Tensor, key_C: Tensor, share: float) -> Tensor:
@@ -102,7 +102,7 @@ def calibrate(
     gate_TF = rounded(_gate(block, kept(x_TD, input_TD)))
     by_gate = threshold(gate_TF, keys.gate, budget.gate)
     mask_TF = passes(gate_TF, by_gate)
-    hidden_TF = rounded(gate_TF.mul_(F.linear(kept(x_TD, up_input_TD), block.up)))
+    hidden_TF = rounded(gate_TF.mul_(linear(kept(x_TD, up_input_TD), block.up)))
     hidden_TF = kept(hidden_TF, mask_TF)
     by_hidden = torch.zeros_like(keys.hidden, dtype=torch.float32)
     if budget.hidden < budget.gate:
@@ -114,4 +114,4 @@ def calibrate(
 
 def _gate(block: Block, x_TD: Tensor) -> Tensor:
     assert block.gate is not None
-    return block.act(F.linear(x_TD, block.gate))
+    return block.act(linear(x_TD, block.gate))

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert.carve.block import Block
 from moezoo.convert.select.calibrate import threshold
 from moezoo.convert.select.keys import Keys, token_weights
 from moezoo.selection import kept, passes
+from moezoo_kernels.linear import linear
 
 GRID = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.15)
 """The shares at which errors are measured, and which :func:`allocate` chooses among."""
@@ -50,20 +50,20 @@ def error_curves(block: Block, x_TD: Tensor, keys: Keys) -> Curves:
         keys: what values count for.
     """
     assert block.gate is not None
-    pre_TF, up_TF = F.linear(x_TD, block.gate), F.linear(x_TD, block.up)
+    pre_TF, up_TF = linear(x_TD, block.gate), linear(x_TD, block.up)
     gate_TF = block.act(pre_TF)
     hidden_TF = gate_TF * up_TF
-    weight_T = token_weights(F.linear(hidden_TF, block.down))
+    weight_T = token_weights(linear(hidden_TF, block.down))
 
     def error(change_TF: Tensor) -> float:
-        return output_error(F.linear(change_TF, block.down), weight_T)
+        return output_error(linear(change_TF, block.down), weight_T)
 
     by_input, by_up = [0.0], [0.0]
     for share in GRID[1:]:
         read_TD = kept(x_TD, passes(x_TD, threshold(x_TD, keys.input, share)))
-        by_input.append(error((block.act(F.linear(read_TD, block.gate)) - gate_TF).mul_(up_TF)))
+        by_input.append(error((block.act(linear(read_TD, block.gate)) - gate_TF).mul_(up_TF)))
         read_TD = kept(x_TD, passes(x_TD, threshold(x_TD, keys.up_input, share)))
-        by_up.append(error((F.linear(read_TD, block.up) - up_TF).mul_(gate_TF)))
+        by_up.append(error((linear(read_TD, block.up) - up_TF).mul_(gate_TF)))
     return Curves(
         torch.tensor(by_input, dtype=torch.float64),
         torch.tensor(by_up, dtype=torch.float64),
@@ -99,5 +99,5 @@ def _neurons(
             found[g, h] = total - float(kept(square_TF, mask_TF).double().sum()) / tokens
     half = GRID.index(0.5)
     dropped = ~passes(hidden_TF, threshold(hidden_TF, keys.hidden, 0.5))
-    exact = output_error(F.linear(kept(hidden_TF, dropped), block.down), weight_T)
+    exact = output_error(linear(kept(hidden_TF, dropped), block.down), weight_T)
     return found.clamp(min=0.0) * (exact / max(float(found[0, half]), 1e-30))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert.carve.block import Block
@@ -30,6 +29,7 @@ from moezoo.convert.select.r_sparse import channel_thresholds, low_rank, split_b
 from moezoo.errors import InputError, check_choice, check_number
 from moezoo.selection import Shares, kept, passes
 from moezoo.selection.selector import dropped
+from moezoo_kernels.linear import linear
 
 GuessMethod = Literal["predictor", "polar", "low_rank_gate", "r_sparse"]
 GUESSES: tuple[str, ...] = get_args(GuessMethod)
@@ -97,7 +97,7 @@ class LayerGuess:
             best_TK = self.scores(x).topk(self.count, dim=-1).indices
             mask_TF = torch.zeros_like(hidden_TF, dtype=torch.bool).scatter(-1, best_TK, True)
             chosen_TF = kept(hidden_TF, mask_TF | dense.unsqueeze(-1))
-            parts.append(F.linear(chosen_TF, block.down, block.bias_out))
+            parts.append(linear(chosen_TF, block.down, block.bias_out))
         return torch.cat(parts)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -141,13 +141,13 @@ class LayerRemainder:
         self, matrix: str, limit: str, weight: Tensor, x: Tensor, dense_T: Tensor
     ) -> Tensor:
         mask = passes(x, self.limits[limit]) | dense_T.unsqueeze(-1)
-        product = F.linear(kept(x, mask), weight)
+        product = linear(kept(x, mask), weight)
         if matrix not in self.factors:
             return product
         left, right = self.factors[matrix]
         others = dropped(x, mask)
         assert others is not None
-        return product + F.linear(F.linear(others, right), left)
+        return product + linear(linear(others, right), left)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the selector's tensors by name; nothing stops a gate."""

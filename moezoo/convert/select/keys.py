@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert.carve.block import Block
 from moezoo.convert.select.budget import SelectMethod
+from moezoo_kernels.linear import linear
 
 
 class Keys(NamedTuple):
@@ -58,12 +58,12 @@ def keys_of(method: SelectMethod, block: Block, x_TD: Tensor) -> Keys:
     down_F = block.down.norm(dim=0)
     if method == "wina":
         return Keys(gate_weight.norm(dim=0), ones_F, block.up.norm(dim=0), down_F)
-    up_TF = F.linear(x_TD, block.up)
+    up_TF = linear(x_TD, block.up)
     up_F = up_TF.square().mean(dim=0).sqrt()
     if method == "chess":
         return Keys(ones_D, up_F, ones_D, ones_F)
-    gate_TF, slope_TF = _with_slope(block, F.linear(x_TD, gate_weight))
-    weight_T = token_weights(F.linear(gate_TF * up_TF, block.down))
+    gate_TF, slope_TF = _with_slope(block, linear(x_TD, gate_weight))
+    weight_T = token_weights(linear(gate_TF * up_TF, block.down))
     share_T1 = (weight_T / weight_T.sum()).unsqueeze(-1)
 
     def spread(values_TF: Tensor) -> Tensor:

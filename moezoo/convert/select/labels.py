@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.convert.carve.block import Block
 from moezoo.errors import InputError, check_choice, check_number
+from moezoo_kernels.linear import linear
 
 LabelRule = Literal["positive", "strongest"]
 _TOKENS = 1024
@@ -84,7 +84,7 @@ def label(block: Block, x_TD: Tensor, rule: LabelRule, share: float | None = Non
             "use strongest"
         )
     rows_FD, bias = (block.up, block.bias_in) if block.gate is None else (block.gate, None)
-    return torch.cat([F.linear(x, rows_FD, bias) > 0 for x in x_TD.split(_TOKENS)])
+    return torch.cat([linear(x, rows_FD, bias) > 0 for x in x_TD.split(_TOKENS)])
 
 
 def recall_at(scores_TF: Tensor, labels_TF: Tensor, count: int) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor
 from moezoo.convert.carve.block import Block
 from moezoo.convert.select.labels import recall_at
 from moezoo.errors import InputError, check_int, check_number
+from moezoo_kernels.linear import linear
 
 _EPS = 1e-5
 
@@ -52,10 +53,10 @@ class LowRankScores:
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """Return ``(T, F)`` scores: the higher, the more a neuron is needed."""
-        inner_TR = F.linear(x_TD, self.reduce)
+        inner_TR = linear(x_TD, self.reduce)
         if self.norm:
             inner_TR = F.layer_norm(inner_TR, inner_TR.shape[-1:], eps=_EPS)
-        scores_TF = F.linear(inner_TR, self.expand, self.bias)
+        scores_TF = linear(inner_TR, self.expand, self.bias)
         if self.act is None:
             return scores_TF
         scores_TF = self.act(scores_TF).abs()
@@ -257,7 +258,7 @@ def whitened_scores(block: Block, x_TD: Tensor, rank: int) -> LowRankScores:
     expand, reduce = whitened_factors(rows_FD, x_TD, rank)
     length_F = block.down.norm(dim=0)
     if block.gate is not None:
-        length_F = length_F * F.linear(x_TD, block.up).square().mean(dim=0).sqrt()
+        length_F = length_F * linear(x_TD, block.up).square().mean(dim=0).sqrt()
     return LowRankScores(reduce, expand, block.bias_in, act=block.act, length=length_F)
 
 
@@ -266,4 +267,4 @@ def select(block: Block, scores: Callable[[Tensor], Tensor], count: int, x_TD: T
     kept_TK = scores(x_TD).topk(count, dim=1).indices
     hidden_TF = block.hidden(x_TD)
     kept_TF = torch.zeros_like(hidden_TF).scatter(1, kept_TK, hidden_TF.gather(1, kept_TK))
-    return F.linear(kept_TF, block.down, block.bias_out)
+    return linear(kept_TF, block.down, block.bias_out)

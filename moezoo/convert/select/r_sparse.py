@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.errors import InputError, check_number
+from moezoo_kernels.linear import linear
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def r_sparse_linear(
         factors: U ``(O, R)`` and V ``(R, I)``; None drops the other inputs.
     """
     keep_TI = x_TI.abs() > limits_I
-    output_TO = F.linear(x_TI.where(keep_TI, 0.0), weight_OI)
+    output_TO = linear(x_TI.where(keep_TI, 0.0), weight_OI)
     if factors is None:
         return output_TO
     left_OR, right_RI = factors
-    return output_TO + F.linear(F.linear(x_TI.where(~keep_TI, 0.0), right_RI), left_OR)
+    return output_TO + linear(linear(x_TI.where(~keep_TI, 0.0), right_RI), left_OR)
