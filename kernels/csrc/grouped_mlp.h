@@ -1,4 +1,5 @@
-// The activation of a row of pre-activations, which both ways of running experts share.
+// The activation of a row of pre-activations, which both ways of running experts share, and that of
+// gated units whose factors lie apart.
 
 #pragma once
 
@@ -133,6 +134,36 @@ void activate_row(A activation, bool gated, const Glu& glu, const From* inner,
     Floats value = activate(activation(), load(inner + c, lanes)).value;
     if (gated) value *= load(inner + hidden_width + c, lanes);
     store(hidden + c, value, lanes);
+  });
+}
+
+// out = act(gate) up, of rows that lie apart.
+template <class A>
+void gated_row(A activation, const Glu& glu, const float* gate, const float* up, int64_t width,
+               float* out) {
+  const bool plain = glu.plain();
+  by_registers(width, [&](int64_t c, auto lanes) {
+    const Floats value = load(gate + c, lanes), factor = load(up + c, lanes);
+    store(out + c,
+          plain ? activate(activation(), value).value * factor
+                : bounded_gate(activation, glu, value).value * bounded_up(glu, factor).value,
+          lanes);
+  });
+}
+
+// The slopes of a row of gates and one of their factors, by those of act(gate) up.
+template <class A>
+void gated_row_backward(A activation, const Glu& glu, const float* slope, const float* gate,
+                        const float* up, int64_t width, float* d_gate, float* d_up) {
+  const bool plain = glu.plain();
+  by_registers(width, [&](int64_t c, auto lanes) {
+    const Floats g = load(slope + c, lanes), factor = load(up + c, lanes);
+    const Floats value = load(gate + c, lanes);
+    const Activated by_gate =
+        plain ? activate(activation(), value) : bounded_gate(activation, glu, value);
+    const Activated by_up = plain ? Activated{factor, broadcast(1.0f)} : bounded_up(glu, factor);
+    store(d_gate + c, g * by_up.value * by_gate.slope, lanes);
+    store(d_up + c, g * by_gate.value * by_up.slope, lanes);
   });
 }
 

@@ -158,6 +158,10 @@ inline void pack_panel(const Side& side, int64_t count, int64_t depth, int64_t w
     for (int64_t k = 0; k < depth; ++k, to += width) {
       const float* from = side.data + side.deep(k);
       int64_t c = 0;
+      // The panel beside this one is laid out next: the lines of a column are a row apart, which no
+      // hardware foresees.
+      for (int64_t ahead = 0; ahead < kTileColumns && width == kTileColumns; ahead += kCacheLine / 4)
+        __builtin_prefetch(from + width + ahead);
       for (; c < whole; c += kLanes) store(to + c, load(from + c, Full{}), Full{});
       if (c < count) store(to + c, load_first(from + c, count - c), Full{});
     }
@@ -166,6 +170,7 @@ inline void pack_panel(const Side& side, int64_t count, int64_t depth, int64_t w
   const bool turned = side.depth_step == 1 && !side.depth_list;
   for (int64_t first = 0; first < width; first += kLanes) {
     const int64_t last = count - 1 - first, lanes = std::min(width - first, kLanes);
+    const int64_t ahead = std::min(width, kLanes) * side.step;  // the rows that follow
     const float* from[kLanes];
     for (int64_t i = 0; i < kLanes; ++i)
       from[i] = side.at(first + std::max(int64_t{0}, std::min(i, last)));
@@ -173,7 +178,10 @@ inline void pack_panel(const Side& side, int64_t count, int64_t depth, int64_t w
     for (; turned && k + kLanes <= depth; k += kLanes) {
       Floats square[kLanes];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i) square[i] = load(from[i] + k, Full{});
+      for (int64_t i = 0; i < kLanes; ++i) {
+        square[i] = load(from[i] + k, Full{});
+        __builtin_prefetch(from[i] + ahead + k);
+      }
       transpose(square);
       float* line = to + k * width + first;
       if (first == 0 || lanes == kLanes) {

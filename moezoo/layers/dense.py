@@ -37,6 +37,7 @@ from moezoo.routing.losses import masked_mean
 from moezoo.routing.neuron_stats import neuron_stats
 from moezoo.routing.stats import SlotLoad, neuron_load
 from moezoo_kernels.activations import ACTIVATIONS, PLAIN_GLU, GLUOptions, gated_unit
+from moezoo_kernels.gated_unit import gated_unit as in_one_pass
 from moezoo_kernels.linear import Linear
 
 __all__ = ["Activation", "DenseFFN", "check_glu", "default_width"]
@@ -241,7 +242,9 @@ class DenseFFN(DenseWeights[nn.Linear | Matrix]):
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.activation_up is not None:
             up = ACTIVATIONS[self.activation_up](up)
-        return gated_unit(gate, up, self.activation, self.glu)
+        # Beside products of factors the gating weighs more: one pass, which keeps no value.
+        unit = gated_unit if self.matrices is None else in_one_pass
+        return unit(gate, up, self.activation, self.glu)
 
     @torch.no_grad()
     def take(self, neurons: Tensor) -> DenseFFN:

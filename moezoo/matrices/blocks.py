@@ -1,8 +1,8 @@
 """Products with the blocks of a diagonal, written where they belong.
 
 ``torch.bmm`` of parts of the tokens' vectors makes a tensor block by block, which is then copied
-token by token, in the backward pass too. On a CPU, where a block is a call of its own anyway, each
-is written in place: a product takes no copy.
+token by token, in the backward pass too. On a CPU each is written in place: in fp32 by our own
+products, whose results may lie in any rows; by torch's, a call for each block.
 
 Shapes: T tokens, B blocks, I inputs and O outputs of a block.
 """
@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from moezoo_kernels import matmul
+from moezoo_kernels.product_libraries import own_keeps_up
 
 
 def by_blocks(x: Tensor, blocks_BOI: Tensor) -> Tensor:
@@ -51,6 +54,10 @@ class _InPlace(torch.autograd.Function):
         ctx.save_for_backward(x_TD, blocks_BOI)
         count, outputs, _ = blocks_BOI.shape
         made_TD = x_TD.new_empty(len(x_TD), count * outputs)
+        ctx.own = matmul.unusable(x_TD, blocks_BOI) is None and own_keeps_up()
+        if ctx.own:
+            matmul.matmul(_stacked(x_TD, count), blocks_BOI.mT, out=_stacked(made_TD, count))
+            return made_TD
         for block_OI, read_TI, made_TO in _parts(blocks_BOI, x_TD, made_TD):
             torch.mm(read_TI, block_OI.t(), out=made_TO)
         return made_TD
@@ -65,6 +72,14 @@ class _InPlace(torch.autograd.Function):
         gradient_TD = gradient_TD.contiguous()
         d_x = x_TD.new_empty(x_TD.shape) if wants[0] else None
         d_blocks = blocks_BOI.new_empty(blocks_BOI.shape) if wants[1] else None
+        if ctx.own:
+            count = len(blocks_BOI)
+            slopes_BTO = _stacked(gradient_TD, count)
+            if d_x is not None:
+                matmul.matmul(slopes_BTO, blocks_BOI, out=_stacked(d_x, count))
+            if d_blocks is not None:
+                matmul.matmul(slopes_BTO.mT, _stacked(x_TD, count), out=d_blocks)
+            return d_x, d_blocks
         for k, (block_OI, read_TI, slope_TO) in enumerate(_parts(blocks_BOI, x_TD, gradient_TD)):
             width = read_TI.shape[1]
             if d_x is not None:
@@ -72,6 +87,11 @@ class _InPlace(torch.autograd.Function):
             if d_blocks is not None:
                 torch.mm(slope_TO.t(), read_TI, out=d_blocks[k])
         return d_x, d_blocks
+
+
+def _stacked(x_TD: Tensor, count: int) -> Tensor:
+    """Return a view of each block's part of the columns, ``(B, T, D / B)``."""
+    return x_TD.unflatten(1, (count, -1)).transpose(0, 1)
 
 
 def _parts(
@@ -91,7 +111,6 @@ def _differentiable(
     x_TD: Tensor, blocks_BOI: Tensor, gradient_TD: Tensor, *wants: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     count = len(blocks_BOI)
-    parts_BTI = x_TD.unflatten(1, (count, -1)).transpose(0, 1)
-    slopes_BTO = gradient_TD.unflatten(1, (count, -1)).transpose(0, 1)
+    parts_BTI, slopes_BTO = _stacked(x_TD, count), _stacked(gradient_TD, count)
     d_x = (slopes_BTO @ blocks_BOI).transpose(0, 1).flatten(1) if wants[0] else None
     return d_x, slopes_BTO.transpose(1, 2) @ parts_BTI if wants[1] else None

@@ -12,30 +12,20 @@ inputs and O outputs; B M = B N numbers between them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from moezoo.matrices.blocks import batched
+from moezoo_kernels import block_shuffle
 from moezoo_kernels.activations import GLUOptions, gated_unit
+from moezoo_kernels.block_shuffle import Factors, row_width
 from moezoo_kernels.grouped_mlp.rowwise import RowPasses
 
+__all__ = ["Factors", "plain", "plain_unit", "product", "runs_here", "shuffle", "unit"]
+
 Gradients: TypeAlias = tuple[Tensor | None, ...]
-
-
-class Factors(NamedTuple):
-    """What a block shuffle is made of.
-
-    Attributes:
-        first: ``(B, M, I)``.
-        second: ``(B, O, N)``.
-        bias: ``(B O,)`` or None.
-    """
-
-    first: Tensor
-    second: Tensor
-    bias: Tensor | None = None
 
 
 def runs_here(x: Tensor) -> bool:
@@ -44,7 +34,7 @@ def runs_here(x: Tensor) -> bool:
 
 
 def product(x_TD: Tensor, factors: Factors) -> Tensor:
-    """Return ``(T, B O)``, which lies outputs first, without the bias.
+    """Return ``(T, B O)`` without the bias.
 
     Args:
         x_TD: ``(T, B I)``, tokens first or outputs first.
@@ -102,6 +92,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        ctx.native = block_shuffle.pays(x_TD, first, second)
+        if ctx.native:
+            made_TO, middle = block_shuffle.product(x_TD, Factors(first, second))
+            ctx.save_for_backward(x_TD, first, second, middle)
+            return made_TO
         made_OT = _rows(second.shape[0] * second.shape[1], x_TD)
         middle_MT = _multiply(x_TD, Factors(first, second), made_OT)
         ctx.save_for_backward(x_TD, first, second, middle_MT)
@@ -117,10 +112,12 @@ class _Product(torch.autograd.Function):
                 return plain(x, Factors(first, second))
 
             return _differentiable(again, (x_TD, first, second), slopes[0], wants)
-        slope_OT = _outputs_first(slopes[0])
         d_x = _like(x_TD) if wants[0] else None
         factors = Factors(first, second)
-        return d_x, *_backward(x_TD, middle_MT, factors, slope_OT, wants[1:], d_x)
+        if ctx.native:
+            asked = (slopes[0], x_TD, middle_MT, factors, d_x, wants[1:])
+            return d_x, *block_shuffle.product_backward(*asked)[:2]
+        return d_x, *_backward(x_TD, middle_MT, factors, _outputs_first(slopes[0]), wants[1:], d_x)
 
 
 class _Unit(torch.autograd.Function):
@@ -131,6 +128,12 @@ class _Unit(torch.autograd.Function):
         ctx: Any, activation: str, glu: GLUOptions, x_TD: Tensor, *tensors: Tensor | None
     ) -> Tensor:
         tokens, parts = len(x_TD), _parts(tensors)
+        ctx.options = (activation, glu)
+        ctx.native = block_shuffle.pays(x_TD, *tensors)
+        if ctx.native:
+            made, *kept = block_shuffle.unit(x_TD, *parts, activation, glu)
+            ctx.save_for_backward(x_TD, *tensors, *kept)
+            return made[:, :tokens].t()
         second = parts[0].second
         inner = x_TD.new_empty(second.shape[0] * second.shape[1], 2, _width(x_TD))
         inner[..., tokens:] = 0.0
@@ -142,12 +145,13 @@ class _Unit(torch.autograd.Function):
         passes = RowPasses(x_TD.dtype, activation, True, glu)
         made_OT = passes.activate(inner.flatten(1))[:, :tokens]
         ctx.save_for_backward(x_TD, *tensors, inner, *middles)
-        ctx.passes, ctx.options = passes, (activation, glu)
+        ctx.passes = passes
         return made_OT.t()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Gradients:
-        x_TD, *tensors, inner, gate_MT, up_MT = ctx.saved_tensors
+        x_TD, *saved = ctx.saved_tensors
+        tensors, kept = saved[:6], saved[6:]
         wants = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
 
@@ -156,11 +160,16 @@ class _Unit(torch.autograd.Function):
                 return plain_unit(x, gate, up, *ctx.options)
 
             return None, None, *_differentiable(again, (x_TD, *tensors), slopes[0], wants)
+        d_x = _like(x_TD) if wants[0] else None
+        if ctx.native:
+            asked = (*_parts(tensors), *ctx.options, d_x, wants[1:])
+            found = block_shuffle.unit_backward(_outputs_first(slopes[0]), x_TD, kept, *asked)
+            return None, None, d_x, *found[0], *found[1]
+        inner, gate_MT, up_MT = kept
         tokens = len(x_TD)
         slope_OL = _whole_rows(slopes[0], inner.shape[2])
         ones = torch.ones(len(inner), dtype=ctx.passes.accumulation)
         d_inner = ctx.passes.backward(slope_OL, inner.flatten(1), ones).inner
-        d_x = _like(x_TD) if wants[0] else None
         found: list[Tensor | None] = []
         each = zip(
             _parts(tensors), (gate_MT, up_MT), d_inner.view(inner.shape).unbind(1), strict=True
@@ -223,13 +232,8 @@ def _shuffled(rows_OT: Tensor, count: int) -> Tensor:
 
 
 def _width(x_TD: Tensor) -> int:
-    """Return how many numbers apart rows of T are.
-
-    Rows that are 4 KiB apart share the few places of a cache that their addresses allow, and every
-    B-th row is what is read: a cache line more keeps them apart.
-    """
-    tokens, size = len(x_TD), x_TD.element_size()
-    return tokens if tokens * size % 1024 else tokens + 64 // size
+    """Return how many numbers apart rows of T are."""
+    return row_width(len(x_TD), x_TD.element_size())
 
 
 def _rows(count: int, x_TD: Tensor) -> Tensor:
