@@ -3,8 +3,8 @@
 Flags do not tell: without instructions for bf16, a CPU multiplies it 15 to 50 times slower than
 fp32. So products of matrices are timed, in a fraction of a second. The figures are kept in
 ``dtype_speed.json`` in ``$MOEZOO_CACHE`` (default: ``~/.cache/moezoo``) under the CPU's name,
-torch's version, the number of threads and the variables that choose instructions. Accelerators are
-not measured: they compute in bf16.
+torch's version, the number of threads, the library that multiplies in fp32, and the variables that
+choose instructions. Accelerators are not measured: they compute in bf16.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from moezoo_kernels import machine_figures
+from moezoo_kernels import machine_figures, product_libraries
+from moezoo_kernels.linear import multiply
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FASTER_FOR_MUON = 4.0
@@ -102,7 +103,7 @@ def ratio(times: float) -> str:
 @cache
 def speeds() -> Speeds:
     """Return the CPU's figures: those on the disk, or measured now, and then kept there."""
-    key = machine_figures.key(torch.get_num_threads())
+    key = machine_figures.key(torch.get_num_threads(), f"fp32 by {product_libraries.chosen()}")
     if (found := _parse(machine_figures.kept("dtype_speed", key))) is not None:
         return found
     measured = measure()
@@ -115,23 +116,22 @@ def measure() -> Speeds:
     """Time products of matrices in each dtype."""
     with (
         torch.random.fork_rng(devices=[]),
-        torch.enable_grad(),
         torch.inference_mode(False),
+        torch.no_grad(),
         torch.autocast("cpu", enabled=False),
-        torch.device("cpu"),
     ):
         return Speeds(_measure_products())
 
 
 def _measure_products() -> dict[torch.dtype, float]:
-    rows, width = 64, 256
-    x = torch.randn(rows, width, dtype=torch.float32)
-    weight = torch.randn(width, width, dtype=torch.float32)
+    rows, width = 128, 256
+    x = torch.randn(rows, width, dtype=torch.float32, device="cpu")
+    weight = torch.randn(width, width, dtype=torch.float32, device="cpu")
     seconds = {}
     for dtype in DTYPES:
         a, b = x.to(dtype), weight.to(dtype)
-        a[:2] @ b.T  # what the first product sets up
-        seconds[dtype] = _seconds(lambda a=a, b=b: a @ b.T)  # type: ignore[misc]
+        multiply(a, b)  # what the first product sets up
+        seconds[dtype] = _seconds(lambda a=a, b=b: multiply(a, b))  # type: ignore[misc]
     flops = 2 * rows * width * width
     return {dtype: flops / taken / 1e9 for dtype, taken in seconds.items()}
 

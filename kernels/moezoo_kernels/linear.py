@@ -61,10 +61,13 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
         x: ``(R, I)``.
         weight: ``(O, I)``.
     """
+    return _product(x, weight) if suits(x, weight) else torch.mm(x, weight.t())
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Return whether :func:`multiply` leaves a product to oneDNN, which returns new memory."""
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if learns or torch.compiler.is_compiling() or not _suits(x, weight, None):
-        return torch.mm(x, weight.t())
-    return _product(x, weight)
+    return not learns and not torch.compiler.is_compiling() and _suits(x, weight, None)
 
 
 class Linear(nn.Linear):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moezoo_kernels import backends, native
+from moezoo_kernels import backends, native, product_libraries
 
 
 def unusable(matrix: Tensor) -> str | None:
@@ -27,9 +27,16 @@ def unusable(matrix: Tensor) -> str | None:
     if backends.forced() not in (None, "cpu"):
         return f"{backends.forced()} is asked for"
     short, long = sorted(matrix.shape[-2:])
-    if short > 512 and long < 2 * short:
+    if short > 512 and long < 2 * short and not _has_wider_vectors():
         return "is slower than whole products for large, nearly square matrices"
     return native.unusable(matrix.device, matrix.dtype)
+
+
+def _has_wider_vectors() -> bool:
+    """Return whether the products here have AVX-512, and torch's, on this processor, AVX2."""
+    library = native.load()
+    ours = isinstance(library, native.Library) and library.name == "avx512"
+    return ours and product_libraries.onednn_is_faster()
 
 
 def newton_schulz_(

@@ -110,6 +110,11 @@ def checked(value: str) -> str:
     return value
 
 
+def chosen() -> str:
+    """Name the library that gets large linear maps in fp32 on the CPU: ``onednn`` or ``torch``."""
+    return "onednn" if onednn_is_faster() else "torch"
+
+
 def rates() -> Rates:
     """Return the rates for the current number of threads: those kept, or measured now."""
     threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ import torch
 import moezoo
 from moezoo import dtype_speed
 from moezoo.command.tables import print_table
+from moezoo_kernels import product_libraries
 from moezoo_kernels.machine_figures import cpu_name
 
 PACKAGES = (
@@ -43,6 +44,7 @@ def doctor() -> None:
     print_table("versions", ["package", "version"], _versions())
     print_table("devices", ["device", "what"], _devices())
     print_table("dtypes on the CPU", ["what", ">fp32", ">bf16", ">fp16", "chosen"], _dtypes())
+    print_table("products in fp32 on the CPU", ["library", ">GFLOP/s", "gets"], _libraries())
     print_table("backends", ["op", "backend", "device", "usable", "why not"], _backends())
     print_table("optional packages", ["package", "version", "usable", "why not"], _optional())
 
@@ -88,6 +90,24 @@ def _dtypes() -> list[list[str]]:
         as_saved,
     ]
     return [["products, GFLOP/s", *products, "; ".join(chosen)]]
+
+
+def _libraries() -> list[list[str]]:
+    """Show how fast each library multiplies in fp32 on the CPU, and what it gets."""
+    rates = product_libraries.rates()
+    maps = product_libraries.chosen()
+    experts = "own" if product_libraries.own_keeps_up() else "torch"
+    factors = "own" if product_libraries.own_is_faster() else "torch"
+    rows = []
+    for name, shown in (("torch", "torch"), ("onednn", "oneDNN"), ("own", "moezoo")):
+        rate = getattr(rates, name)
+        gets = [
+            what
+            for what, by in (("linear maps", maps), ("experts", experts), ("factors", factors))
+            if by == name
+        ]
+        rows.append([shown, f"{rate:.3g}" if rate else "not there", ", ".join(gets) or "nothing"])
+    return rows
 
 
 def _backends() -> list[list[str]]:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moezoo_kernels
 from moezoo.bench.memory import saved_storages, temporary_bytes
-from moezoo_kernels import linear_cross_entropy
+from moezoo_kernels import linear_cross_entropy, product_libraries
 from moezoo_kernels.linear_cross_entropy import chunked, cpu
 from moezoo_kernels.linear_cross_entropy.reference import linear_cross_entropy as reference
 
@@ -115,6 +115,25 @@ def test_torch_equals_the_reference(on_torch, chunks, poison_empty, sizes, z_los
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_cpp_equals_the_reference(on_cpp, poison_empty, sizes, z_loss):
     _equals_the_reference(on_cpp, sizes, z_loss)
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+@pytest.mark.parametrize("sizes", [{"tokens": 451}, {"tokens": 451, "ignored": "none"}])
+def test_large_products_equal_the_reference(backend, by_onednn, sizes, z_loss, monkeypatch):
+    if by_onednn and not product_libraries.has_onednn():
+        pytest.skip("this build of torch has no oneDNN")
+    products, run = [], product_libraries.onednn_linear
+    monkeypatch.setattr(product_libraries, "onednn_is_faster", lambda: by_onednn)
+    monkeypatch.setattr(
+        product_libraries, "onednn_linear", lambda *parts: products.append(1) or run(*parts)
+    )
+    exact = problem(vocabulary=1031, width=192, **sizes)
+    exact.weight.data *= 0.1
+    found = exact.to(torch.float32).outputs(z_loss=z_loss)
+    assert_close(found, exact.outputs(reference, z_loss=z_loss), DIGITS[torch.float32])
+    assert bool(products) is by_onednn
 
 
 def test_the_reference_is_the_formula():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moezoo_kernels import native
+from moezoo_kernels import native, product_libraries
 from moezoo_kernels.newton_schulz import newton_schulz_, unusable
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -120,11 +120,22 @@ def test_bits_depend_neither_on_threads_nor_on_company():
         assert torch.equal(run([matrix])[0], result)
 
 
-@pytest.mark.usefixtures("native_library")
-def test_where_it_runs():
+def test_large_nearly_square_matrices(native_library, monkeypatch):
+    monkeypatch.setattr(product_libraries, "onednn_is_faster", lambda: True)
+    if native_library != "avx512":
+        pytest.skip("left to torch's products")
+    matrix = torch.randn(530, 571, generator=torch.Generator().manual_seed(0))
+    exact = on_singular_values(matrix)
+    assert (run([matrix])[0] - exact).norm() <= 1.5e-5 * exact.norm()
+
+
+def test_where_it_runs(native_library, monkeypatch):
     assert unusable(torch.empty(8, 512, 512)) is None
     assert unusable(torch.empty(640, 1280)) is None
+    monkeypatch.setattr(product_libraries, "onednn_is_faster", lambda: False)
     assert "nearly square" in str(unusable(torch.empty(640, 1279)))
+    monkeypatch.setattr(product_libraries, "onednn_is_faster", lambda: True)
+    assert (unusable(torch.empty(640, 1279)) is None) is (native_library == "avx512")
     assert "fp32" in str(unusable(torch.empty(4, 4, dtype=torch.float64)))
     assert "CPU" in str(unusable(torch.empty(4, 4, device="meta")))
 

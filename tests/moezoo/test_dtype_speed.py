@@ -7,6 +7,7 @@ import torch
 
 from moezoo import dtype_speed
 from moezoo.dtype_speed import Speeds
+from moezoo_kernels import product_libraries
 
 
 def figures(bf16: float) -> Speeds:
@@ -54,6 +55,32 @@ def test_other_instructions_are_measured_apart(measured, monkeypatch, variable, 
     assert ask() == figures(100.0)
     assert len(calls) == 2
     assert len(json.loads(file.read_text())) == 2
+
+
+def test_libraries_are_measured_apart(measured, monkeypatch):
+    ask, calls, file = measured
+    for name in ("onednn", "torch", "onednn", "torch"):
+        monkeypatch.setattr(product_libraries, "chosen", lambda name=name: name)
+        ask()
+    assert len(calls) == 2
+    assert [
+        f"fp32 by {name}" in key
+        for key, name in zip(json.loads(file.read_text()), ("onednn", "torch"), strict=True)
+    ] == [True, True]
+
+
+def test_fp32_is_measured_with_the_library_that_is_used(monkeypatch):
+    if not product_libraries.has_onednn():
+        pytest.skip("this build of torch has no oneDNN")
+    products, run = [], product_libraries.onednn_linear
+    monkeypatch.setattr(
+        product_libraries, "onednn_linear", lambda *parts: products.append(1) or run(*parts)
+    )
+    for faster in (True, False):
+        monkeypatch.setattr(product_libraries, "onednn_is_faster", lambda f=faster: f)
+        dtype_speed.measure()
+        assert bool(products) is faster
+        products.clear()
 
 
 def test_other_threads_are_measured_apart(measured):

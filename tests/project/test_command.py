@@ -19,6 +19,7 @@ from moezoo.command import counted, doctor, tables, zoo
 from moezoo.command.parser import function_parser
 from moezoo.command.signature import signature_of
 from moezoo.errors import InputError
+from moezoo_kernels import product_libraries
 
 ROOT = Path(__file__).parents[2]
 
@@ -418,6 +419,35 @@ def test_doctor_shows_what_dtypes_are_worth(bf16, chosen, capsys, monkeypatch):
     monkeypatch.setattr(dtype_speed, "speeds", lambda: dtype_speed.Speeds(products))
     tables.print_table("dtypes", ["what", ">fp32", ">bf16", ">fp16", "chosen"], doctor._dtypes())
     assert f"GFLOP/s 100 {chosen}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("rates", "variable", "gets"),
+    [
+        ((100.0, 220.0, 200.0), "", ["nothing", "linear maps", "experts, factors"]),
+        ((100.0, 110.0, 90.0), "fastest", ["linear maps, factors", "nothing", "experts"]),
+        ((100.0, 110.0, 80.0), "", ["linear maps, experts, factors", "nothing", "nothing"]),
+        ((100.0, 220.0, 200.0), "torch", ["linear maps, experts, factors", "nothing", "nothing"]),
+        ((100.0, 110.0, 80.0), "own", ["linear maps", "nothing", "experts, factors"]),
+    ],
+)
+def test_doctor_shows_which_library_multiplies_what(
+    native_library, rates, variable, gets, monkeypatch
+):
+    monkeypatch.setattr(product_libraries, "rates", lambda: product_libraries.Rates(*rates))
+    monkeypatch.setattr(product_libraries, "has_onednn", lambda: True)
+    monkeypatch.setenv("MOEZOO_PRODUCTS", variable)
+    names, measured, shown = zip(*doctor._libraries(), strict=True)
+    assert names == ("torch", "oneDNN", "moezoo")
+    assert measured == tuple(f"{rate:.3g}" for rate in rates)
+    assert list(shown) == gets
+
+
+def test_doctor_says_which_library_is_not_there(monkeypatch):
+    monkeypatch.setattr(product_libraries, "rates", lambda: product_libraries.Rates(1.0, 0.0, 0.0))
+    monkeypatch.setattr(product_libraries, "has_onednn", lambda: False)
+    monkeypatch.delenv("MOEZOO_PRODUCTS", raising=False)
+    assert [row[1] for row in doctor._libraries()] == ["1", "not there", "not there"]
 
 
 def test_doctor_says_why_a_package_does_not_work(tmp_path, monkeypatch):

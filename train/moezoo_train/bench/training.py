@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moezoo.bench.case import Case, Package, Peer, Setting, Target, Unavailable
 from moezoo.bench.end_to_end import Job, Task, timed
 from moezoo.bench.memory import temporary_bytes
+from moezoo_kernels.linear import multiply
 from moezoo_train.bench.models import Architecture, Family, copied
 
 _TRANSFORMERS = Package("transformers", "pip install 'moezoo[train]'")
@@ -127,7 +128,7 @@ def _check_worth() -> None:
         samples = []
         for _ in range(6):
             start = time.perf_counter()
-            torch.mm(*operands)
+            multiply(*operands)
             samples.append(time.perf_counter() - start)
         seconds[dtype] = median(samples[1:])
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
