@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moezoo_kernels import backends, native, triton_support
 from moezoo_kernels.dtypes import autocast
+from moezoo_kernels.linear import linear
 from moezoo_kernels.sparse_linear import op, reference, semi_structured
 from moezoo_kernels.sparse_linear.matrices import (
     BLOCKS,
@@ -80,7 +81,7 @@ def _semi_structured(x: Tensor, matrix: GroupSparse, bias: Tensor | None) -> Ten
 
 
 def _torch(x: Tensor, matrix: BlockSparse | GroupSparse, bias: Tensor | None) -> Tensor:
-    return F.linear(x, matrix.dense(), bias)
+    return linear(x, matrix.dense(), bias)
 
 
 def _check(x: Tensor, matrix: BlockSparse | GroupSparse, bias: Tensor | None) -> None:
