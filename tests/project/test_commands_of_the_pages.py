@@ -151,7 +151,7 @@ def workshop(tmp_path_factory) -> Path:
     texts = folder / "path" / "to" / "texts"
     texts.mkdir(parents=True)
     for number in range(20):
-        lines = [f"def f{n}(a, b):\n    return a * {n * number} + b\n" for n in range(60)]
+        lines = [f"def f{n}(a, b):\n    return a * {n * number} + b\n" for n in range(24)]
         (texts / f"{number}.txt").write_text("\n".join(lines))
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     demo["model"] |= {"d_model": 16, "num_layers": 2, "num_heads": 2}
