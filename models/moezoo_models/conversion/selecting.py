@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moezoo.convert import Block
 from moezoo.convert.select import (
+    METHODS,
     Curves,
     LayerThresholds,
     SelectMethod,
@@ -30,7 +31,9 @@ from moezoo.convert.select import (
 )
 from moezoo.convert.select.budget import Count
 from moezoo.convert.select.curves import output_error
+from moezoo.convert.select.guess import GUESSES
 from moezoo.convert.select.keys import token_weights
+from moezoo.errors import InputError
 from moezoo.selection import Shares
 from moezoo_models.checkpoints.atomic import atomic_write
 from moezoo_models.conversion.calibration import Calibration
@@ -256,6 +259,31 @@ def trial_tokens(calibration: Calibration, tokens: int = 1024) -> Tensor:
 def sparsifiable() -> tuple[str, ...]:
     """Return the families of dense models whose blocks can be made selective."""
     return TARGETS["moezoo"].families
+
+
+def needs_gate(method: str) -> bool:
+    """Return whether a method is of gated blocks only: thresholds, and R-Sparse."""
+    return method in METHODS or method == "r_sparse"
+
+
+def check_gated(source: Source, methods: Sequence[str], field: str = "method") -> None:
+    """Refuse methods that judge by a gate for a model whose blocks have none.
+
+    Args:
+        source: the dense model.
+        methods: those that are asked for.
+        field: the option's name.
+
+    Raises:
+        InputError: names the method, and those that such a model can have.
+    """
+    gateless = [method for method in methods if needs_gate(method)]
+    if gateless and not source.ffn["gated"]:
+        known = ", ".join(method for method in GUESSES if not needs_gate(method))
+        raise InputError(
+            f"{field}: {gateless[0]} judges by a gate, and blocks of this {source.family} have "
+            f"none; choose from: {known}"
+        )
 
 
 def thresholds_file(directory: Path, layer: int) -> Path:

@@ -36,6 +36,7 @@ from moezoo_models.conversion.selecting import (
     Selecting,
     Sensitivity,
     budgets_of,
+    check_gated,
     measure,
     read_thresholds,
     sparsifiable,
@@ -127,6 +128,7 @@ def sparsify(
         uniform(cast("SelectMethod", method), share)  # refuses too little
     check_target(Path(target), force)
     with open_source(source, sparsifiable()) as dense:
+        check_gated(dense, [method])
         chosen = dense.select(layers)
         _check_memory(dense, max(calibration_tokens, sensitivity_tokens))
         text = calibrate(
@@ -161,8 +163,7 @@ def _budget(work: float | None, read: float | None) -> tuple[Count, float]:
         raise InputError("read: work is given too, and one of them decides; leave out the other")
     count: Count = "work" if read is None else "read"
     share = read if read is not None else 0.57 if work is None else work
-    share = check_number(count, share, maximum=1.0)
-    if not 0.05 <= share < 1:
+    if not 0.05 <= check_number(count, share) < 1:
         raise InputError(f"{count}: {share:g} is out of range; give a number from 0.05 to below 1")
     return count, share
 

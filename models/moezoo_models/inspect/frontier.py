@@ -34,7 +34,9 @@ from moezoo_models.conversion.selecting import (
     Selecting,
     Sensitivity,
     budgets_of,
+    check_gated,
     measure,
+    needs_gate,
     sparsifiable,
     trial_tokens,
 )
@@ -119,7 +121,8 @@ def inspect_frontier(
     output directory: frontier.json, frontier.csv, frontier.md and frontier.png.
 
     Args:
-        source: directory of a Llama, Mistral, Qwen2 or Qwen3.
+        source: directory of a dense model, or a GGUF file. Of blocks without a gate, as GPT-2's,
+            the methods that judge by one are left out of the default.
         works: shares of the feed-forward products that are left.
         methods: mix, cats, chess, teal and wina, the thresholds of `moezoo sparsify`; predictor
             and low_rank_gate, its guesses, of rank 128 or for half of the work if that is less;
@@ -155,6 +158,9 @@ def inspect_frontier(
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with open_source(source, sparsifiable()) as model, tempfile.TemporaryDirectory() as scratch:
+        if tuple(methods) == WAYS and not model.ffn["gated"]:
+            methods = [method for method in WAYS if not needs_gate(method)]
+        check_gated(model, methods, "methods")
         chosen = model.select(layers)
         text = calibrate(model, calibration, calibration_tokens, held_out_tokens, window, seed)
         place = pick_device(device)
