@@ -63,7 +63,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
     if throughput := sys.modules.get("moezoo_train.measure.throughput"):
-        throughput.PROBE_SECONDS = 0.0  # type: ignore[attr-defined]
+        throughput.PROBE_SECONDS = 0.0
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ def import_all(names: list[str]) -> None:
             importlib.import_module(name)
     if new:
         if throughput := sys.modules.get("moezoo_train.measure.throughput"):
-            throughput.PROBE_SECONDS = 0.0  # type: ignore[attr-defined]  # as in tests/conftest.py
+            throughput.PROBE_SECONDS = 0.0  # as in tests/conftest.py
         gc.collect()
         gc.freeze()  # nothing of it is copied because a child's collector looks at it
 
