@@ -1,6 +1,7 @@
 """The `moezoo` command: overview, exit codes, one line per mistake, tables."""
 
 import errno
+import gc
 import json
 import os
 import re
@@ -485,3 +486,21 @@ def test_tables_on_a_terminal_are_drawn(capsys, monkeypatch):
 def test_tables_in_a_pipe_are_aligned(capsys):
     tables.print_table("sizes", ["name", ">size"], [["a", "1"], ["bbbbb", "22222"]])
     assert capsys.readouterr().out == "sizes\nname    size\na          1\nbbbbb  22222\n\n"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_commands_are_imported_without_the_collector(enabled, tmp_path, monkeypatch):
+    (tmp_path / "watches_the_collector.py").write_text(
+        "import gc\n\nENABLED = gc.isenabled()\n\n\ndef run():\n    return ENABLED\n"
+    )
+    (tmp_path / "breaks_at_import.py").write_text("raise ImportError('half')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        assert not command._load("watches_the_collector:run")()
+        with pytest.raises(ImportError, match="half"):
+            command._load("breaks_at_import:run")
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
