@@ -125,6 +125,22 @@ void add_shared(const float* shared, int64_t numbers, float* answer) {
   });
 }
 
+// shared (B, D) times the sigmoid of a map of x (B, D), rounded as operators of their own would.
+template <class T>
+void weigh_shared(const Matrix<T>& map, const float* x, int64_t tokens, float* shared) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* row = x + t * map.width;
+    float logit = 0.0f;
+    float* out = &logit;
+    multiply<T>(map, &row, 1, 0, 1, &out);
+    const float weight = rounded<T>(1.0f / (1.0f + std::exp(-logit)));
+    float* answer = shared + t * map.width;
+    by_registers(map.width, [&](int64_t c, auto lanes) {
+      store(answer + c, rounded<T>(weight * load(answer + c, lanes)), lanes);
+    });
+  }
+}
+
 // Parts of one piece of scratch memory.
 class Parts {
  public:
@@ -149,15 +165,16 @@ using namespace moezoo;
 // norm(read), as the router does unless router_x (B, D) is given; read is the residual itself if it
 // is null. Experts weigh their scores,
 // or, with scales (E,), one more than their score times the scale. The shared block's matrices are
-// null if there is none; its output bias may be there all the same. scratch holds
+// null if there is none; its output bias may be there all the same. The sigmoid of s_weigh x
+// multiplies its answer, unless s_weigh (D,) is null. scratch holds
 // B (4 D + 3 E + 4 S) + B K (1 + I + F) floats, typed B D numbers of the dtype, indices B K.
 MOEZOO_API void moezoo_moe_step(
     void* residual, const void* read, const void* norm, const void* router_x, const void* w_router,
     const void* w_router_up, const void* b_router, const float* selection_bias,
     const float* scales, const void* w_in, const void* w_out, const void* b_in, const void* b_out,
     const void* s_gate, const void* s_up, const void* s_down, const void* sb_gate,
-    const void* sb_up, const void* sb_down, float* scratch, void* typed_x, int64_t* indices,
-    int64_t dtype, int64_t tokens, int64_t width, int64_t hidden_width, int64_t experts,
+    const void* sb_up, const void* sb_down, const void* s_weigh, float* scratch, void* typed_x,
+    int64_t* indices, int64_t dtype, int64_t tokens, int64_t width, int64_t hidden_width, int64_t experts,
     int64_t choices, int64_t shared_width, int64_t activation, int64_t gated, int64_t bound,
     double gate_bound, double up_bound, double shift, int64_t interleaved, int64_t scoring,
     int64_t softmax, int64_t normalized, double factor, double eps, int32_t threads) {
@@ -215,6 +232,7 @@ MOEZOO_API void moezoo_moe_step(
                            up_bound, shift, interleaved, 0, inner, hidden, answer, threads);
     if (shared_width) {
       shared.answer(shared_hidden, tokens, always, threads);
+      if (s_weigh) weigh_shared(matrix(s_weigh, nullptr, 1, width), normed, tokens, always);
     } else if (sb_down) {
       for (int64_t t = 0; t < tokens; ++t) convert_row(typed(sb_down), always + t * width, width);
     }

@@ -5,8 +5,8 @@
 // to T wherever the same computation by torch's operators rounds them.
 //
 // Shapes: B sequences, D width of the residual stream, H query heads, G key-value heads, C width of
-// a head, L positions in the cache, P positions in the tables of angles, F hidden width, V rows of
-// the head. Mixtures have a file of their own.
+// a head, R numbers of it that are turned, L positions in the cache, P positions in the tables of
+// angles, F hidden width, V rows of the head. Mixtures have a file of their own.
 
 #include <limits>
 
@@ -16,7 +16,7 @@
 namespace moezoo {
 namespace {
 
-// Turns the two halves of a head by its position's angles; the first half of sin is negative.
+// Turns two halves by a position's angles; the first half of sin is negative.
 template <class T>
 void turn(float* head, const T* cos, const T* sin, int64_t width) {
   const int64_t half = width / 2;
@@ -92,22 +92,28 @@ template <class T>
 struct Attention {
   const T* norm;
   Matrix<T> query, key, value, out;
-  const T *query_norm, *key_norm;  // (C,) or null
-  const T *cos, *sin;              // (P, C)
+  const T *query_norm, *key_norm;  // (C,), or (H C,) and (G C,) over all heads; or null
+  const T *cos, *sin;              // (P, R)
   const int64_t* places;           // (B,)
   T *keys, *values;                // (B, G, L, C)
   const uint8_t* mask;             // (B, L) or null
-  int64_t tokens, width, heads, kv_heads, head_width, room, window;  // window 0: none
+  int64_t tokens, width, heads, kv_heads, head_width, turned, room, window;  // window 0: none
+  bool norms_all;                  // over all heads
   float eps, scale;
 
   // The new token's queries, turned in place, and its key and value, into the cache at that place.
   void place(float* states, int64_t token, int64_t at) const {
-    const int64_t angles = places[token] * head_width;
+    const int64_t angles = places[token] * turned;
+    if (query_norm && norms_all) {
+      float* first_key = states + heads * head_width;
+      normalize(states, query_norm, eps, heads * head_width, states);
+      normalize(first_key, key_norm, eps, kv_heads * head_width, first_key);
+    }
     for (int64_t h = 0; h < heads + kv_heads; ++h) {
       float* head = states + h * head_width;
       const T* weight = h < heads ? query_norm : key_norm;
-      if (weight) normalize(head, weight, eps, head_width, head);
-      turn(head, cos + angles, sin + angles, head_width);
+      if (weight && !norms_all) normalize(head, weight, eps, head_width, head);
+      turn(head, cos + angles, sin + angles, turned);
     }
     for (int64_t g = 0; g < kv_heads; ++g) {
       const int64_t to = ((token * kv_heads + g) * room + at) * head_width;
@@ -164,8 +170,8 @@ MOEZOO_API void moezoo_attention_step(
     const void* b_value, const void* b_out, const void* query_norm, const void* key_norm,
     const void* cos, const void* sin, const int64_t* places, void* keys, void* values,
     const uint8_t* mask, float* scratch, int64_t dtype, int64_t tokens, int64_t width,
-    int64_t heads, int64_t kv_heads, int64_t head_width, int64_t room, int64_t window, double eps,
-    double scale, int32_t threads) {
+    int64_t heads, int64_t kv_heads, int64_t head_width, int64_t turned, int64_t room,
+    int64_t window, int64_t norms_all, double eps, double scale, int32_t threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto matrix = [](const void* weight, const void* bias, int64_t rows, int64_t columns) {
@@ -191,8 +197,10 @@ MOEZOO_API void moezoo_attention_step(
                                  heads,
                                  kv_heads,
                                  head_width,
+                                 turned,
                                  room,
                                  window,
+                                 norms_all != 0,
                                  static_cast<float>(eps),
                                  static_cast<float>(scale)};
     attention.step(at, scratch, static_cast<T*>(residual), threads);

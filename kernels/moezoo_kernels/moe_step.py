@@ -57,11 +57,14 @@ class Shared(NamedTuple):
         gate: ``(S, D)``, or None if the experts are not gated.
         up: ``(S, D)``; None if there is no block but an output bias alone.
         down: ``(D, S)``, its weight None if there is no block.
+        weigh: ``(1, D)``, the map of what the block reads whose sigmoid weighs its answer
+            (Qwen2-MoE), or None.
     """
 
     gate: Linear | None
     up: Linear | None
     down: Linear
+    weigh: Tensor | None = None
 
 
 NO_SHARED: Final = Shared(None, None, Linear(None, None))  # type: ignore[arg-type]
@@ -149,6 +152,7 @@ def moe_step(
         bias_out,
         *(part.weight for part in parts),
         *(part.bias for part in parts),
+        shared.weigh,
         native.floats(floats),
         torch.empty_like(hidden),
         torch.empty(slots, dtype=torch.int64),

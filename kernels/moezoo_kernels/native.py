@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-VERSION = 11  # of the exported functions; csrc/version.cpp says the same
+VERSION = 12  # of the exported functions; csrc/version.cpp says the same
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _FOR_CAPABILITY = {

@@ -9,7 +9,8 @@ They exist on CPUs in fp32 and bf16, where :func:`usable` says so, and have no g
 arithmetic is fp32; results are rounded to the dtype where torch's operators round them.
 
 Shapes: B sequences, D width of the residual stream, H query heads, G key-value heads, C width of a
-head, L positions in the cache, P positions with angles, F hidden width, V rows of the head.
+head, R numbers of a head that are turned, L positions in the cache, P positions with angles, F
+hidden width, V rows of the head.
 
 Mixtures have a step of their own: :mod:`moezoo_kernels.moe_step`.
 """
@@ -47,7 +48,9 @@ class Norm(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """Rotary positions: cos and sin ``(P, C)``, the first half of sin negated; places ``(B,)``.
+    """Rotary positions: cos and sin ``(P, R)``, the first half of sin negated; places ``(B,)``.
+
+    The first R numbers of a head are turned, all C or fewer.
 
     ``places`` are the positions of the new tokens, int64, and change in place from call to call.
     """
@@ -115,8 +118,9 @@ def attention_step(
         angles: of rotary positions.
         cache: keys and values so far.
         scale: factor on the scores.
-        query_norm: ``(C,)``, an RMSNorm of each query head, with the eps of ``norm``.
-        key_norm: ``(C,)``, likewise.
+        query_norm: ``(C,)``, an RMSNorm of each query head, with the eps of ``norm``; or ``(H C,)``
+            with H > 1, one of all heads together.
+        key_norm: ``(C,)`` or ``(G C,)``, likewise; None if ``query_norm`` is.
         window: positions that are seen, the new one included; None for all.
 
     Returns:
@@ -127,6 +131,7 @@ def attention_step(
     queries, pairs = query.weight.shape[0], kv_heads * head_width
     scratch = native.floats(batch * (width + 2 * queries + 2 * pairs))
     parts = (query, key, value, out)
+    norms_all = query_norm is not None and query_norm.numel() == queries != head_width
     return native.Prepared(
         "moezoo_attention_step",
         hidden,
@@ -144,8 +149,10 @@ def attention_step(
         queries // head_width,
         kv_heads,
         head_width,
+        angles.cos.shape[1],
         room,
         window or 0,
+        norms_all,
         float(norm.eps),
         float(scale),
     )

@@ -83,8 +83,9 @@ def test_mixtures(draw, batch, experts, top_k, read, biased, normalize, softmax)
         ("silu", GLUOptions(gate_softcap=0.2, up_softcap=0.3)),
     ],
 )
+@pytest.mark.parametrize("weighed", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_bounded_experts(draw, batch, activation, glu):  # noqa: F811
+def test_bounded_experts(draw, batch, weighed, activation, glu):  # noqa: F811
     """Rows of gates and linear factors lie in turn in the experts, and not in the shared block."""
     width, inner, shared, experts = 29, 21, 17, 4
     hidden, norm = draw(batch, width, scale=1.0), draw(width, scale=1.0)
@@ -96,7 +97,9 @@ def test_bounded_experts(draw, batch, activation, glu):  # noqa: F811
     scores = (x @ router.double().T).sigmoid()
     each = answers(x, w_in, w_out, b_in, activation=activation, glu=glu, interleaved=True)
     expected = summed(each, scores, scores, 2)
-    expected += linear(gated_unit(linear(x, gate), linear(x, up), activation, glu), down)
+    always = linear(gated_unit(linear(x, gate), linear(x, up), activation, glu), down)
+    weigh = draw(1, width, scale=0.5) if weighed else None
+    expected += always if weigh is None else (x @ weigh.double().T).sigmoid() * always
     step = moe_step(
         hidden,
         Norm(norm, EPS),
@@ -109,7 +112,7 @@ def test_bounded_experts(draw, batch, activation, glu):  # noqa: F811
         bias_in=b_in,
         softmax=False,
         normalize=False,
-        shared=Shared(gate, up, down),
+        shared=Shared(gate, up, down, weigh),
         glu=glu,
         interleaved=True,
     )
@@ -151,7 +154,7 @@ class Carved:
         read, always, act = x, torch.zeros_like(x), ACTIVATIONS[self.activation]
         if self.asking is not None:
             read = self.asking.double()
-        gate, up, down = self.shared
+        gate, up, down, _ = self.shared
         if up is not None:
             hidden = act(linear(x, up)) if gate is None else act(linear(x, gate)) * linear(x, up)
             always = linear(hidden, down._replace(bias=None))

@@ -54,18 +54,19 @@ def attended(hidden, norm, maps, norms, angles, cache, at, window, scale):
 
     def turned(head, place):
         cos, sin = angles.cos[place].double(), angles.sin[place].double()
-        return head * cos + head.roll(width // 2, -1) * sin
+        part, rest = head[: len(cos)], head[len(cos) :]
+        return torch.cat([part * cos + part.roll(len(cos) // 2, -1) * sin, rest])
 
     answers = torch.zeros(batch, heads, width, dtype=torch.float64)
     for b in range(batch):
         place = int(angles.places[b])
         for h in range(heads):
             g = h // (heads // kv_heads)
-            q, k, v = (
-                linear(x[b], part).view(-1, width)[number]
-                for part, number in ((query, h), (key, g), (value, g))
-            )
-            if norms[0] is not None:
+            q, k, v = (linear(x[b], part) for part in (query, key, value))
+            if norms[0] is not None and norms[0].shape == q.shape:
+                q, k = normed(q, norms[0]), normed(k, norms[1])
+            q, k, v = (p.view(-1, width)[n] for p, n in ((q, h), (k, g), (v, g)))
+            if norms[0] is not None and norms[0].shape == q.shape:
                 q, k = normed(q, norms[0]), normed(k, norms[1])
             keys[b, g, at], values[b, g, at] = turned(k, place), v
             first = 0 if window is None else max(0, at + 1 - window)
@@ -77,20 +78,26 @@ def attended(hidden, norm, maps, norms, angles, cache, at, window, scale):
     return linear(answers.flatten(1), out), keys, values
 
 
-@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize(
+    ("window", "part", "over_all"), [(None, 1.0, False), (1, 0.6, True), (6, 0.4, False)]
+)
 @pytest.mark.parametrize("extras", [True, False], ids=["norms_biases_mask", "plain"])
 @pytest.mark.parametrize(
     ("batch", "width", "heads", "kv_heads", "head_width", "length"),
     [(1, 37, 3, 1, 10, 1), (1, 64, 4, 4, 16, 70), (3, 48, 4, 2, 34, 9), (16, 40, 2, 2, 128, 19)],
 )
-def test_attention(draw, batch, width, heads, kv_heads, head_width, length, extras, window):
+def test_attention(
+    draw, batch, width, heads, kv_heads, head_width, length, extras, window, part, over_all
+):
     room, at, scale = length + 3, length - 1, head_width**-0.5
     sizes = (heads * head_width, kv_heads * head_width, kv_heads * head_width)
     maps = [Linear(draw(n, width), draw(n, scale=0.3) if extras else None) for n in sizes]
     maps.append(Linear(draw(width, sizes[0]), draw(width, scale=0.3) if extras else None))
-    norms = [draw(head_width, scale=1.0) if extras else None for _ in range(2)]
+    normed_widths = sizes[:2] if over_all else (head_width, head_width)
+    norms = [draw(n, scale=1.0) if extras else None for n in normed_widths]
     norm, hidden = draw(width, scale=1.0), draw(batch, width, scale=1.0)
-    turns = torch.rand(batch + length, head_width, generator=torch.Generator().manual_seed(1))
+    turned = int(head_width * part) // 2 * 2
+    turns = torch.rand(batch + length, turned, generator=torch.Generator().manual_seed(1))
     places = torch.arange(batch) + length - 1
     angles = Angles(turns.cos().to(draw.dtype), turns.sin().to(draw.dtype), places)
     mask = torch.arange(room) >= torch.arange(batch)[:, None].clamp(max=at) if extras else None
