@@ -56,11 +56,13 @@ class Attending:
         self._split = (batch, self._heads + 2 * kv_heads, width)
         self._grouped = (batch, kv_heads, self._heads // kv_heads, width)
         self._norms = (attention.q_norm, attention.k_norm)
+        self._over_all = attention.norms_projections
         self._norm_weight: Tensor | None = None
-        if isinstance(attention.q_norm, RMSNorm) and isinstance(attention.k_norm, RMSNorm):
-            of_q, of_k = attention.q_norm.weight, attention.k_norm.weight
-            self._norm_weight = torch.cat((of_q.expand(self._heads, -1), of_k.expand(kv_heads, -1)))
-            self._eps = attention.q_norm.eps
+        of_q, of_k = attention.q_norm, attention.k_norm
+        if isinstance(of_q, RMSNorm) and isinstance(of_k, RMSNorm) and not self._over_all:
+            rows = of_q.weight.expand(self._heads, -1), of_k.weight.expand(kv_heads, -1)
+            self._norm_weight = torch.cat(rows)
+            self._eps = of_q.eps
         self.keys, self.values, _ = cache
 
     def remember(self, keys: Tensor, values: Tensor, length: int) -> None:
@@ -90,7 +92,8 @@ class Attending:
             residual: ``(B, D)``.
             normed: ``(B, D)``, what attention reads.
             at: where in the cache the position is.
-            rotary: cosines, and sines with the sign of :func:`half_turned`, ``(B or 1, 1, C)``.
+            rotary: cosines, and sines with the sign of :func:`half_turned`, ``(B or 1, 1, R)``, of
+                R numbers of each head that are turned.
             mask: ``(B, L)`` bool, true at real tokens; None if all are.
         """
         projected = [F.linear(normed, *part) for part in self._projections]
@@ -99,10 +102,9 @@ class Attending:
         )
         heads, (batch, kv_heads, _, width) = self._heads, self._grouped
         plain = states[:, : heads + kv_heads]  # queries and keys
-        if self._norm_weight is not None:
+        if self._over_all or self._norm_weight is not None:
             plain = self._normalized(plain)
-        cos, sin = rotary
-        turned = plain * cos + half_turned(plain) * sin
+        turned = _turned(plain, *rotary)
         self.keys.select(2, at).copy_(turned[:, heads:])
         self.values.select(2, at).copy_(states[:, heads + kv_heads :])
         first = 0 if self._window is None else max(0, at + 1 - self._window)
@@ -131,6 +133,10 @@ class Attending:
         return self._added(residual, attended.reshape(batch, heads * width))
 
     def _normalized(self, x: Tensor) -> Tensor:
+        if self._over_all:
+            parts = x.split((self._heads, x.shape[1] - self._heads), dim=1)
+            both = zip(self._norms, parts, strict=True)
+            return torch.cat([norm(part.flatten(1)).view_as(part) for norm, part in both], dim=1)
         assert self._norm_weight is not None
         if x.dtype == torch.float64:  # whose statistics are taken in fp32
             of_q, of_k = self._norms
@@ -142,6 +148,14 @@ class Attending:
         if self._out_bias is None and attended.dtype not in _ROUNDED:
             return torch.addmm(residual, attended, self._out_transposed)
         return residual + F.linear(attended, self._out, self._out_bias)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn heads by their angles; where these are fewer than dimensions, the others stay."""
+    if (width := cos.shape[-1]) < x.shape[-1]:
+        first, rest = x.split((width, x.shape[-1] - width), dim=-1)
+        return torch.cat((_turned(first, cos, sin), rest), dim=-1)
+    return x * cos + half_turned(x) * sin
 
 
 def half_turned(x: Tensor) -> Tensor:

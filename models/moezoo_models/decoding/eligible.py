@@ -20,6 +20,9 @@ from moezoo_models.model.llama import beyond_llama
 from moezoo_models.model.norm import RMSNorm
 from moezoo_models.model.rotary import RotaryEmbedding
 
+_BEYOND_LLAMA = ("parallel", "memory", "qk_norm_over", "rope_parameters")
+"""Fields of which the steps know more than a Llama has; turned parts of heads among them."""
+
 _ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -46,7 +49,7 @@ def ineligible(model: PreTrainedModel) -> str | None:
         return f"its attention backend is {backend}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
-    if (field := beyond_llama(model.config, ("parallel", "memory"))) is not None:
+    if (field := beyond_llama(model.config, _BEYOND_LLAMA)) is not None:
         return f"its {field} is not a Llama's"
     return _replaced(model) or _spread(model)
 

@@ -112,7 +112,8 @@ def _continue(
     (batch, length), new = ids.shape, config.max_new_tokens
     written = ids.new_empty(batch, length + new)
     written[:, :length] = ids
-    ends = torch.tensor(config.eos_token_id, device=ids.device)
+    # Without an end none of them is a token.
+    ends = torch.tensor(config.eos_token_id or [-1], device=ids.device)
     running = torch.ones(batch, dtype=torch.bool, device=ids.device)
     if streamer is not None:
         streamer.put(ids.cpu())

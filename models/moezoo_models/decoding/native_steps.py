@@ -110,7 +110,7 @@ def native_feed_forward(
 
 def _is_plain(layer: SparseMoE) -> bool:
     """Return whether it is a router, experts at full width, at most a shared one, and no more."""
-    more = layer.d_latent or layer.num_idle_experts or layer.shared_gate
+    more = layer.d_latent or layer.num_idle_experts
     more = more or layer.expert_norms != ExpertNormOptions()
     alike = layer.shared_glu in (None, layer.glu)
     return not more and alike and layer.gate.capacity is None
@@ -306,7 +306,9 @@ def _shared(layer: SparseMoE | CarvedMoE, output_bias: Tensor | None = None) -> 
         return Shared(None, None, Linear(None, output_bias))  # type: ignore[arg-type]
     block = layer.shared_expert
     parts = block.projections()
-    if type(block) is not DenseFFN or any(not is_plain_linear(part) for part in parts.values()):
+    weigh = layer.shared_expert_gate if getattr(layer, "shared_gate", False) else None
+    linear = all(part is None or is_plain_linear(part) for part in (*parts.values(), weigh))
+    if type(block) is not DenseFFN or not linear:
         return None
     gate, up, down = (parts.get(f"{name}_proj") for name in ("gate", "up", "down"))
     assert up is not None
@@ -315,6 +317,7 @@ def _shared(layer: SparseMoE | CarvedMoE, output_bias: Tensor | None = None) -> 
         None if gate is None else Linear(gate.weight, gate.bias),
         Linear(up.weight, up.bias),
         Linear(down.weight, down.bias if output_bias is None else output_bias),
+        weigh.weight if isinstance(weigh, nn.Linear) else None,
     )
 
 
@@ -323,8 +326,9 @@ def _is_usable(
 ) -> bool:
     """Return whether the kernel runs these experts on the tokens at hand."""
     tensors: list[Tensor | None] = [norm.weight, experts.gate_up_proj, experts.down_proj]
-    tensors += [tensor for part in shared if part is not None for tensor in part]
-    tensors += [experts.gate_up_bias, experts.down_bias, *gate.parameters()]
+    maps = (shared.gate, shared.up, shared.down)
+    tensors += [tensor for part in maps if part is not None for tensor in part]
+    tensors += [shared.weigh, experts.gate_up_bias, experts.down_bias, *gate.parameters()]
     return (
         experts.mesh is None
         and cpu.is_few(len(hidden) * gate.top_k, gate.num_experts, hidden.dtype)
@@ -340,8 +344,12 @@ def _is_known(options: RouterOptions) -> bool:
         and options.select_on == "score"
         and options.num_groups == 1
         and options.logits == LogitOptions()
-        and options.weights == WeightOptions()
+        and options.weights in (WeightOptions(), WeightOptions(eps=_default_eps(options)))
     )
+
+
+def _default_eps(options: RouterOptions) -> float:
+    return 0.0 if options.score == "softmax" else 1e-20
 
 
 def native_head(head: nn.Linear, norm: RMSNorm, hidden: Tensor) -> Callable[[], Tensor] | None:

@@ -38,5 +38,7 @@ def beyond_llama(config: MoezooConfig, allowed: Collection[str] = ()) -> str | N
         if field not in allowed and getattr(config, field) != value:
             return field
     rope = config.rope_parameters
+    if "rope_parameters" in allowed and "rope_type" in rope:
+        return None
     whole = "rope_type" in rope and rope.get("partial_rotary_factor", 1.0) == 1.0
     return None if whole else "rope_parameters"

@@ -46,6 +46,19 @@ FIELDS = {
     "one_group": {"num_key_value_heads": 1},
     "all_heads": {"num_key_value_heads": 4},
     "qk_norm": {"qk_norm": True},
+    "qk_norm_over_all": {
+        "qk_norm": True,
+        "qk_norm_over": "projection",
+        "num_key_value_heads": 2,
+    },
+    "parts_of_heads": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.75,
+        },
+    },
     "biases": {"attention_bias": True, "attention_output_bias": True},
     "wide_heads": {"head_dim": 16},
     "window": {"sliding_window": 5},
@@ -448,7 +461,7 @@ def test_experts_of_every_kind_step_as_they_are_called(build, name, dtype):
     rerouted = 3 if dtype == torch.bfloat16 else 0  # of 30 positions
     assert_steps_are_the_forward_pass(model, *left_padded(2), rerouted=rerouted)
     stepped = all(block.feed for block in Decoder(model, *left_padded(2), 4)._blocks)
-    known = {"limits", "limit after", "softcaps", "rows in turn", "shared"}
+    known = {"limits", "limit after", "softcaps", "rows in turn", "shared", "shared, weighed"}
     usable = native.unusable(torch.device("cpu"), dtype) is None
     assert stepped == (name in known and usable)
 

@@ -1,4 +1,4 @@
-"""Transformers' mixtures with the kernels here, against its own implementations of experts."""
+"""Transformers' mixtures with the kernels or the decoder here, against its own implementations."""
 
 from __future__ import annotations
 
@@ -69,6 +69,18 @@ class Stock:
 
         return stepping(model, loss)
 
+    def decoded(self, implementation: str) -> Job:
+        """Return the job of a greedy reply by the decoder here; prompts go by its model, too."""
+        from moezoo_models.decoding.tokens import continue_tokens
+
+        model = self.model(implementation).eval()
+        ids, new = self.input_ids, self.new
+
+        def written() -> Tensor:
+            return continue_tokens(model, ids, max_new_tokens=new)[:, ids.shape[1] :]
+
+        return Job(timed(written), lambda: {"the tokens": written()})
+
     def reply(self, implementation: str) -> Job:
         """Return the job of a greedy reply."""
         from transformers import GenerationConfig
@@ -127,22 +139,31 @@ _EXPERTS = {
 }
 
 
-def _case(family: str, replying: bool) -> Case:
-    job = Stock.reply if replying else Stock.training
+_KINDS: dict[str, tuple[str, Callable[..., Job], Callable[..., Job]]] = {
+    "train": ("training step", Stock.training, Stock.training),
+    "decode": ("greedy reply", Stock.reply, Stock.reply),
+    "reply": ("greedy reply by our decoder", Stock.decoded, Stock.reply),
+}
+"""What is measured, by the word in a case's name: in words, what ours does, and what others do."""
+
+
+def _case(family: str, kind: str) -> Case:
+    title, ours, theirs = _KINDS[kind]
+    replying = kind != "train"
     work = {"B": 1, "P": 16, "N": 32} if replying else {"B": 4, "S": 256}
     quick = {"B": 1, "P": 4, "N": 4} if replying else {"B": 2, "S": 8}
     target = Target(forward=1.5 if replying else 1.2)
     others = ("grouped_mm", "eager", "batched_mm") if replying else ("grouped_mm", "eager")
     return Case(
-        f"stock-{'decode' if replying else 'train'}-{family.lower()}",
+        f"stock-{kind}-{family.lower()}",
         "end-to-end",
-        f"transformers' {family}, {'greedy reply' if replying else 'training step'}",
+        f"transformers' {family}, {title}",
         {**work, **_SIZES, **_EXPERTS[family]},
         {**quick, **_QUICK},
-        partial(_build, family=family, job=job),
+        partial(_build, family=family, job=ours),
         {
             f"transformers, {name}": Peer(
-                partial(job, implementation=name), _TRANSFORMERS, target=target
+                partial(theirs, implementation=name), _TRANSFORMERS, target=target
             )
             for name in others
         },
@@ -150,4 +171,4 @@ def _case(family: str, replying: bool) -> Case:
     )
 
 
-CASES = [_case(family, replying) for replying in (False, True) for family in _EXPERTS]
+CASES = [_case(family, kind) for kind in _KINDS for family in _EXPERTS]
