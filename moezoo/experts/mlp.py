@@ -17,7 +17,12 @@ from moezoo_kernels import grouped_mlp
 from moezoo_kernels.activations import PLAIN_GLU, GLUOptions, activate, split_gate
 from moezoo_kernels.dtypes import autocast
 from moezoo_kernels.grouped_linear.by_slot import is_few
-from moezoo_kernels.grouped_mlp.direct import grouped_mlp_directly, is_direct
+from moezoo_kernels.grouped_mlp.direct import (
+    fit,
+    grouped_mlp_directly,
+    is_direct,
+    is_watched,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -123,6 +128,11 @@ class MLPExperts(nn.Module):
         """
         sent = dispatched or self.dispatch(x_TD, indices_TK, weights_TK)
         if sent is None:
+            w_in = self.gate_up_proj
+            few = after is None and is_direct(x_TD, indices_TK, w_in)
+            few = few and not is_watched(x_TD, indices_TK, weights_TK, w_in, self.down_proj)
+            if few and fit(x_TD, indices_TK, weights_TK, w_in):
+                return self._directly(x_TD, indices_TK, weights_TK, output_bias)
             return self._run(x_TD, indices_TK, weights_TK, max_assignments, output_bias, after)
         how = (sent.assignments, output_bias, after)
         return sent.combine(self._run(sent.x, sent.indices, sent.weights, *how))
@@ -143,6 +153,12 @@ class MLPExperts(nn.Module):
         usual = self.mesh is None and after is None
         if not (usual and is_direct(x_TD, indices_TK, self.gate_up_proj)):
             return self(x_TD, indices_TK, weights_TK, max_assignments, output_bias, None, after)
+        return self._directly(x_TD, indices_TK, weights_TK, output_bias)
+
+    def _directly(
+        self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, output_bias: bool
+    ) -> Tensor:
+        """Run the experts on a few tokens in inference, without an operator."""
         return grouped_mlp_directly(
             x_TD,
             self.gate_up_proj,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from moezoo_kernels import backends, native
 from moezoo_kernels.activations import PLAIN_GLU, GLUOptions
@@ -34,6 +35,41 @@ def is_direct(x: Tensor, indices: Tensor, w_in: Tensor) -> bool:
         and backends.forced() in (None, "cpu")
         and native.unusable(x.device, x.dtype) is None
     )
+
+
+def is_watched(*tensors: Tensor) -> bool:
+    """Return whether somebody wants to see operators: a dispatch mode, a transform or a tracer.
+
+    Counters of FLOPs, fake tensors and ``make_fx`` are modes; ``vmap`` is a transform. A
+    subclass of tensors watches, too.
+    """
+    return (
+        any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.jit.is_tracing()
+    )
+
+
+def fit(x: Tensor, indices: Tensor, weights: Tensor, w_in: Tensor) -> bool:
+    """Return whether operands are such as :func:`grouped_mlp_directly` wants, numbers included.
+
+    Args:
+        x: tokens.
+        indices: a few.
+        weights: of the choices.
+        w_in: ``(E, I, D)``, as other weights of the experts are.
+    """
+    if not (
+        x.ndim == indices.ndim == 2
+        and x.shape == (len(indices), w_in.shape[2])
+        and weights.shape == indices.shape
+        and weights.device == x.device
+        and indices.dtype == torch.int64
+    ):
+        return False
+    numbers = indices.reshape(-1).tolist()
+    return not numbers or (min(numbers) >= -1 and max(numbers) < len(w_in))
 
 
 def grouped_mlp_directly(
