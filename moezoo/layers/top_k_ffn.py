@@ -130,9 +130,33 @@ class TopKFFN(FeedForward):
             output_TD, inner_TF = self._neuron_by_neuron(x_TD, router_TD)
             output = output_TD.reshape(hidden.shape)
             return FeedForwardOutput(output, {}, self._stats(inner_TF.detach(), mask_T))
+        if _in_blocks(x_TD):
+            return self._block_by_block(hidden, x_TD, context.router_input, mask_T)
         inner = self._kept(hidden, context.router_input)
         stats = statistics(self, self._stats, inner.reshape(-1, self.d_ff), mask_T)
         return FeedForwardOutput(self.down_proj(inner), {}, stats)
+
+    def _block_by_block(
+        self, hidden: Tensor, x_TD: Tensor, router_input: Tensor | None, mask_T: Tensor | None
+    ) -> FeedForwardOutput:
+        """Compute without gradients what a call computes, some tokens at a time."""
+        output_TD = torch.empty_like(x_TD)
+        router_TD = None if router_input is None else router_input.reshape(x_TD.shape)
+        loads, active = [], []
+        for begin in range(0, len(x_TD), _BLOCK):
+            part = slice(begin, begin + _BLOCK)
+            inner_TF = self._kept(x_TD[part], None if router_TD is None else router_TD[part])
+            output_TD[part] = self.down_proj(inner_TF)
+            load, active_T = neuron_load(inner_TF, None if mask_T is None else mask_T[part])
+            loads.append(load)
+            active.append(active_T)
+        counts_F, mass_F = (
+            torch.stack(parts).sum(dim=0)
+            for parts in ([load.counts for load in loads], [load.mass for load in loads])
+        )
+        load = loads[0]._replace(counts=counts_F, mass=mass_F)
+        stats = neuron_stats(load, torch.cat(active), mask_T)
+        return FeedForwardOutput(output_TD.reshape(hidden.shape), {}, stats)
 
     def _slot_load(self, hidden: Tensor, context: TokenContext) -> SlotLoad:
         """Count how often each neuron is not zero, and sum up its magnitude."""
@@ -239,6 +263,21 @@ class TopKFFN(FeedForward):
             flops_per_token=2 * (inputs + self.d_ff * self.d_model),
             bytes_per_token=active * self.down_proj.weight.element_size(),
         )
+
+
+_BLOCK = 1024
+"""Tokens whose hidden layers are still in a CPU's caches when they are read again."""
+
+
+def _in_blocks(x_TD: Tensor) -> bool:
+    """Return whether tokens are run block by block: many, on a CPU, without gradients."""
+    return (
+        len(x_TD) > _BLOCK
+        and x_TD.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 register(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moezoo import DenseFFN, InputError, TopKFFN
+from moezoo.layers import top_k_ffn
 from moezoo_kernels.statistical_top_k.plain import excess
 
 D = 16
@@ -153,3 +154,27 @@ def test_padding_stays_out_of_the_statistics():
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(InputError, match=message):
         make(**arguments)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("selection", ["exact", "statistical"])
+def test_blocks_of_tokens_are_all_of_them(monkeypatch, selection, routed, masked):
+    """Without gradients many tokens are run some at a time: outputs and statistics stay."""
+    monkeypatch.setattr(top_k_ffn, "_BLOCK", 7)
+    layer = make(selection=selection).eval()
+    hidden = tokens(40).reshape(4, 10, -1)
+    given = {}
+    if routed:
+        given["router_input"] = tokens(40).flip(0).reshape(hidden.shape)
+    if masked:
+        given["mask"] = torch.arange(40).reshape(4, 10) % 3 > 0
+    expected = layer(hidden, **given)  # with gradients, in one piece
+    with torch.no_grad():
+        found, inferred = layer(hidden, **given), layer.infer(hidden, **given)
+    assert not found.hidden.requires_grad
+    torch.testing.assert_close(found.hidden, expected.hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(inferred, found.hidden)
+    assert found.stats.keys() == expected.stats.keys()
+    for name, value in expected.stats.items():
+        torch.testing.assert_close(found.stats[name], value)
