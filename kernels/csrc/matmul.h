@@ -118,7 +118,7 @@ inline void multiply_all(const std::vector<Product>& products, int32_t threads) 
   parallel_ranges(shares, 1, threads, [&](int64_t first, int64_t last) {
     const int64_t begin = total / shares * first;
     const int64_t end = last == shares ? total : total / shares * last;
-    Panels panels;
+    thread_local Panels panels;
     for (size_t i = 0; i < products.size(); ++i) {
       const Product& p = products[i];
       const int64_t tile = kTileColumns * p.rows * (p.depth + 1);

@@ -158,10 +158,11 @@ inline void pack_panel(const Side& side, int64_t count, int64_t depth, int64_t w
     for (int64_t k = 0; k < depth; ++k, to += width) {
       const float* from = side.data + side.deep(k);
       int64_t c = 0;
-      // The panel beside this one is laid out next: the lines of a column are a row apart, which no
-      // hardware foresees.
-      for (int64_t ahead = 0; ahead < kTileColumns && width == kTileColumns; ahead += kCacheLine / 4)
-        __builtin_prefetch(from + width + ahead);
+      // The panel beside this one is laid out next: its lines are a row apart from each other, which
+      // no hardware foresees.
+      for (int64_t line = width; line < 2 * width; line += kCacheLine / 4)
+        __builtin_prefetch(from + line);
+      __builtin_prefetch(from + 2 * width - 1);
       for (; c < whole; c += kLanes) store(to + c, load(from + c, Full{}), Full{});
       if (c < count) store(to + c, load_first(from + c, count - c), Full{});
     }

@@ -201,7 +201,7 @@ def _rows(count: int, x_TD: Tensor) -> Tensor:
 
 def _lying(x: Tensor | None) -> tuple[int, int, int]:
     """Return where a matrix is, and its strides."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), *x.stride())
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moezoo_kernels import activations, native
 from moezoo_kernels.activations import ACTIVATION_CODES, GLUOptions
+from moezoo_kernels.ordinary import is_ordinary
 
 
 def gated_unit(gate: Tensor, up: Tensor, activation: str, glu: GLUOptions) -> Tensor:
@@ -27,7 +28,7 @@ def gated_unit(gate: Tensor, up: Tensor, activation: str, glu: GLUOptions) -> Te
         activation: a key of ``moezoo_kernels.activations.ACTIVATIONS``.
         glu: bounds of the factors.
     """
-    if torch.compiler.is_compiling() or not (_suits(gate, up) and _is_ordinary()):
+    if torch.compiler.is_compiling() or not (_suits(gate, up) and is_ordinary()):
         return activations.gated_unit(gate, up, activation, glu)
     made: Tensor = _Unit.apply(gate, up, activation, glu)
     return made
@@ -40,17 +41,6 @@ def _suits(gate: Tensor, up: Tensor) -> bool:
         and gate.dtype == up.dtype == torch.float32
         and native.unusable(gate.device, torch.float32) is None
         and up.device == gate.device
-    )
-
-
-def _is_ordinary() -> bool:
-    """Return whether nothing watches or transforms torch's operators: they have to be seen."""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
     )
 
 

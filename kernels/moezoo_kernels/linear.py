@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo_kernels import product_libraries
+from moezoo_kernels.ordinary import is_ordinary
 
 # oneDNN's calls take 11 µs where torch's take 2, and a shape's first one 0.3 to 0.9 ms, for which
 # code is generated. Measured on an EPYC with AVX-512, one thread: from 8 MFLOP on, 1.3 to 2.3 times
@@ -102,7 +103,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.layout == weight.layout == torch.strided
         and _has_lines(weight)
         and (bias is None or _fits(bias, outputs))
-        and _is_ordinary()
+        and is_ordinary()
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_fp32_precision_getter("mkldnn", "matmul") in ("none", "ieee")
@@ -127,16 +128,6 @@ def _fits(bias: Tensor, outputs: int) -> bool:
         and bias.dtype == torch.float32
         and bias.is_cpu
         and bias.is_contiguous()
-    )
-
-
-def _is_ordinary() -> bool:
-    """Return whether nothing watches or transforms torch's operators: they have to be seen."""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
@@ -199,7 +190,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_RO = grad.reshape(-1, grad.shape[-1])
         of_x = of_weight = of_bias = None
-        again = torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_ordinary()
+        again = torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_ordinary()
         if ctx.needs_input_grad[2]:
             of_bias = grad_RO.sum(0)
         if again or type(grad) is not Tensor or not grad.is_cpu:

@@ -163,8 +163,8 @@ class _Unit(torch.autograd.Function):
         d_x = _like(x_TD) if wants[0] else None
         if ctx.native:
             asked = (*_parts(tensors), *ctx.options, d_x, wants[1:])
-            found = block_shuffle.unit_backward(_outputs_first(slopes[0]), x_TD, kept, *asked)
-            return None, None, d_x, *found[0], *found[1]
+            pair = block_shuffle.unit_backward(_outputs_first(slopes[0]), x_TD, kept, *asked)
+            return None, None, d_x, *pair[0], *pair[1]
         inner, gate_MT, up_MT = kept
         tokens = len(x_TD)
         slope_OL = _whole_rows(slopes[0], inner.shape[2])
