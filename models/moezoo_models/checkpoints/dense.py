@@ -8,9 +8,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from moezoo.errors import InputError, nearest
+from moezoo.errors import InputError
 from moezoo_models.families.family import ACTIVATIONS, rope
 from moezoo_models.families.table import FAMILIES
+from moezoo_models.families.unknown import instead
 from moezoo_models.files.fields import check_fields
 from moezoo_models.files.layout import Rule
 from moezoo_models.model.config import MoezooConfig
@@ -69,7 +70,7 @@ def dense_config(raw: Mapping[str, Any]) -> MoezooConfig:
             )
         if kind in WITH_MORE:
             raise InputError(WITH_MORE[kind])
-        raise InputError(f"model_type: '{kind}' cannot be loaded{nearest(kind, known)}")
+        raise InputError(f"model_type: '{kind}' cannot be loaded{instead(kind, known)}")
     check_fields(raw)
     config, family = dense_stock_config(raw), FAMILIES[kind]
     rule = {"layers": "all", "class_path": "moezoo.DenseFFN", "init_args": family.block(config)}

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moezoo.errors import InputError, nearest
+from moezoo.errors import InputError
 from moezoo.fast_products import use_fast_products
 from moezoo.routing import RouterOptions
 from moezoo.routing.choose import within_groups
@@ -45,6 +45,7 @@ from moezoo_models.checkpoints.directory import (
 )
 from moezoo_models.checkpoints.dtypes import choose_dtype
 from moezoo_models.checkpoints.mapped import opened_as_views
+from moezoo_models.families.unknown import instead
 from moezoo_models.files.gate import (
     Admitted,
     admit,
@@ -197,7 +198,7 @@ def stock_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     kind = str(raw.get("model_type"))
     if kind not in (*DENSE, *MIXTURES):
         known = (MoezooConfig.model_type, *DENSE, *MIXTURES)
-        raise InputError(f"model_type: '{kind}' cannot be loaded{nearest(kind, known)}")
+        raise InputError(f"model_type: '{kind}' cannot be loaded{instead(kind, known)}")
     return CONFIG_MAPPING[kind].from_dict(dict(raw))
 
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from moezoo.errors import InputError, nearest
+from moezoo.errors import InputError
 from moezoo.feed_forward import select_layers
 from moezoo_models.checkpoints.dense import (
     DENSE_CONFIGS,
@@ -29,6 +29,7 @@ from moezoo_models.checkpoints.dense import (
     dense_layout,
     dense_stock_config,
 )
+from moezoo_models.families.unknown import instead
 from moezoo_models.files.gate import admit, is_pickled
 from moezoo_models.files.model_files import (
     CONFIG,
@@ -253,5 +254,4 @@ def _other(kind: str, families: list[str], directory: Path) -> str:
         return f"model_type: a {kind} cannot be converted this way; give one of: {known}"
     if kind in WITH_MORE:
         return WITH_MORE[kind]
-    hint = nearest(kind, families) or f"; choose from: {known}"
-    return f"model_type: '{kind}' cannot be converted{hint}"
+    return f"model_type: '{kind}' cannot be converted{instead(kind, families)}"

@@ -296,6 +296,8 @@ def _check_layers(count: Any, found: Mapping[str, TensorInfo]) -> None:
     if not isinstance(count, int):
         return
     numbers = {int(match[1]) for name in found if (match := _LAYER.match(name))}
+    if not numbers and count <= len(found):
+        return  # names of another architecture, of which its model_type tells more
     missing = next((n for n in range(min(count, len(numbers) + 1)) if n not in numbers), None)
     if missing is not None:
         raise InputError(

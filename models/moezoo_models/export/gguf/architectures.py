@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moezoo.errors import InputError, nearest
+from moezoo.errors import InputError
+from moezoo_models.families.unknown import instead
 
 SIGMOID = 2
 """llama.cpp's number of a router whose scores are sigmoids."""
@@ -61,7 +62,7 @@ def architecture_of(config: Any) -> Architecture:
     if kind in _REFUSED:
         raise InputError(f"model_type: {_REFUSED[kind]}")
     if kind not in ARCHITECTURES:
-        raise InputError(f"model_type: '{kind}' has no GGUF export{nearest(kind, ARCHITECTURES)}")
+        raise InputError(f"model_type: '{kind}' has no GGUF export{instead(kind, ARCHITECTURES)}")
     found = ARCHITECTURES[kind]
     if config.hidden_act not in ("silu", "swish"):
         raise InputError(

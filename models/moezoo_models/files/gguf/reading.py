@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moezoo.errors import InputError, nearest
+from moezoo.errors import InputError
 from moezoo_models.files.gguf.header import Array, Header
 
 _READ = frozenset(
@@ -153,7 +153,8 @@ def _check_keys(header: Header) -> None:
         )
     if kind not in ARCHITECTURES:
         raise InputError(
-            f"general.architecture: '{kind}' of {file} is not read{nearest(kind, ARCHITECTURES)}"
+            f"general.architecture: '{kind}' of {file} is not read; choose from: "
+            f"{', '.join(sorted(ARCHITECTURES))}"
         )
     for name, value in header.keys.items():
         start, _, key = name.partition(".")
