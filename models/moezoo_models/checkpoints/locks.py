@@ -30,8 +30,8 @@ def writing(target: str | Path, field: str = "output", *, wait: bool = False) ->
 
     A process may take a lock again that it holds. The lock is an empty file, ``.NAME.lock`` beside
     the target, or in it where the folder around it is not writable: never a part of the target.
-    It goes with the block, as do the folders that were made for it and stayed empty; after a
-    ``kill -9`` it stays and holds nobody up.
+    It goes with the block, as do the folders that were made for it and stayed empty, the target
+    among them where the block was refused; after a ``kill -9`` it stays and holds nobody up.
 
     Args:
         target: the file or directory.
@@ -46,12 +46,16 @@ def writing(target: str | Path, field: str = "output", *, wait: bool = False) ->
     if place in _held:
         yield
         return
+    new = not place.exists()
     made = [folder for folder in place.parents if not folder.exists()]
     lock = _acquire(place, Path(target), field, wait)
     _held.add(place)
     try:
         with _named(target):
             yield
+    except BaseException:
+        made = [place, *made] if new else made
+        raise
     finally:
         _held.discard(place)
         if lock is not None:
@@ -59,8 +63,8 @@ def writing(target: str | Path, field: str = "output", *, wait: bool = False) ->
             with suppress(OSError):
                 os.unlink(lock.lock_file)
             lock.release()
-        with suppress(OSError):
-            for folder in made:
+        for folder in made:
+            with suppress(OSError):
                 folder.rmdir()
 
 

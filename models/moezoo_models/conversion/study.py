@@ -83,7 +83,7 @@ def inspect_carving(
     `moezoo.convert.carve_block`. The last two follow the rules of `moezoo carve` in its own format:
     `carve`, which shares by elimination, reads shared neurons to route, chooses ridges on held-out
     tokens, keeps first tokens apart and follows earlier errors, with equal budgets in all layers;
-    and `prune`, as many neurons for all tokens by the same means. Nothing is written.
+    and `prune`, as many neurons for all tokens by the same means. No model is written.
 
     Args:
         source: directory of a dense model that `moezoo carve` reads.

@@ -26,6 +26,7 @@ from moezoo.convert.select.prompt import prompt_neurons
 from moezoo.errors import InputError, check_choice, check_int, check_number
 from moezoo_kernels.linear import linear
 from moezoo_models.checkpoints.atomic import atomic_write
+from moezoo_models.checkpoints.locks import writing
 from moezoo_models.conversion.carve import calibrate, default_parts
 from moezoo_models.conversion.guessing import Guessing
 from moezoo_models.conversion.own_rules import carved_variant, pruned_variant
@@ -43,7 +44,7 @@ from moezoo_models.conversion.selecting import (
 from moezoo_models.conversion.source import Source, open_source
 from moezoo_models.conversion.stage import Answer
 from moezoo_models.devices import pick_device
-from moezoo_models.inspect.inspection import writing
+from moezoo_models.inspect.inspection import writing as writable
 from moezoo_models.progress import progress_bar
 
 WAYS = (*METHODS, "predictor", "low_rank_gate", "r_sparse", "griffin", "carve", "prune")
@@ -155,14 +156,18 @@ def inspect_frontier(
     if experts is not None:
         check_int("experts", experts, minimum=2)
     directory = Path(output)
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    with open_source(source, sparsifiable()) as model, tempfile.TemporaryDirectory() as scratch:
+    with (
+        writing(directory),
+        open_source(source, sparsifiable()) as model,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         if tuple(methods) == WAYS and not model.ffn["gated"]:
             methods = [method for method in WAYS if not needs_gate(method)]
         check_gated(model, methods, "methods")
         chosen = model.select(layers)
         text = calibrate(model, calibration, calibration_tokens, held_out_tokens, window, seed)
+        with writable(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         place = pick_device(device)
         with progress_bar() as bar:
             passes = 2 if "mix" in methods else 1
@@ -273,7 +278,7 @@ def _write(found: Frontier, directory: Path) -> None:
         curves.setdefault(point.method, []).append((point.work, point.ratio, point.error))
     picture = io.BytesIO()
     draw_frontier(curves, f"Frontier: {found.checkpoint}").savefig(picture, format="png")
-    with writing(directory):
+    with writable(directory):
         with atomic_write(directory / "frontier.png") as file:
             file.write(picture.getvalue())
         with atomic_write(directory / "frontier.csv", "w") as file:

@@ -113,6 +113,23 @@ def test_the_lock_lies_within_where_the_folder_around_is_not_writable(tmp_path, 
     assert said.startswith(f"output: {tmp_path / 'new'} cannot be written: Permission denied; ")
 
 
+def test_a_folder_that_a_refused_block_left_empty_goes(tmp_path):
+    target = tmp_path / "new" / "out"
+
+    def refuse():
+        with writing(target):
+            target.mkdir()
+            raise InputError("text: too little of it")
+
+    with pytest.raises(InputError):
+        refuse()
+    assert names(tmp_path) == []
+    target.mkdir(parents=True)
+    with writing(target):
+        assert target.is_dir()
+    assert target.is_dir()  # it was there before
+
+
 def test_without_locks_a_warning_is_all(tmp_path, monkeypatch, capsys):
     def acquire(self, *args, **kwargs):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")

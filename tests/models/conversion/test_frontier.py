@@ -58,7 +58,8 @@ def test_every_method_is_measured_as_its_command_does(readable, text, tmp_path, 
 )
 def test_mistakes_are_named(options, message, readable, text, tmp_path):
     with pytest.raises(InputError, match=message):
-        inspect_frontier(readable(), output=tmp_path / "frontier", **{**text, **options})
+        inspect_frontier(readable(), output=tmp_path / "new" / "frontier", **{**text, **options})
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_command_runs(readable, text, tmp_path, capsys):
