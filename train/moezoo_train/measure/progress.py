@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -37,8 +39,16 @@ _WARNINGS = (
 )
 
 
+_OURS = ("moezoo", "moezoo_kernels", "moezoo_models", "moezoo_train")
+
+
 def quiet_lightning() -> None:
-    """Silence the messages of Lightning that tell a user nothing; any other still comes through."""
+    """Silence the messages of Lightning that tell a user nothing; any other still comes through.
+
+    Our own warnings become lines like those of errors, without the place in the code.
+    """
+    if not isinstance(warnings.formatwarning, _Format):
+        warnings.formatwarning = _Format(warnings.formatwarning)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
     for place in _places():
@@ -50,13 +60,40 @@ def quieted() -> Iterator[None]:
     """Silence the same messages while this is open, and no longer."""
     places = list(_places())
     before = [list(place.filters) for place in places]
+    form = warnings.formatwarning
     try:
         with warnings.catch_warnings():
             quiet_lightning()
             yield
     finally:
+        warnings.formatwarning = form
         for place, filters in zip(places, before, strict=True):
             place.filters[:] = filters
+
+
+class _Format:
+    """``warnings.formatwarning`` that shortens our own; Lightning has one of its own."""
+
+    def __init__(self, others: Callable[..., str]) -> None:
+        self._others = others
+
+    def __call__(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if category is UserWarning and _is_ours(Path(filename)):
+            return f"moezoo: warning: {message}\n"
+        return self._others(message, category, filename, lineno, line)
+
+
+def _is_ours(file: Path) -> bool:
+    """Return whether a file of code is of one of our packages."""
+    homes = (getattr(sys.modules.get(name), "__file__", None) for name in _OURS)
+    return any(home is not None and file.is_relative_to(Path(home).parent) for home in homes)
 
 
 def _places() -> Iterator[logging.Filterer]:
