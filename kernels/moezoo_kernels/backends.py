@@ -3,6 +3,9 @@
 Each op lists its backends in order of preference. The first one that is usable for the device and
 dtype runs, unless one is forced with :func:`use` or the environment variable ``MOEZOO_BACKEND``.
 Forcing holds for every op that has a backend of that name; ops without it choose as always.
+
+Under forward-mode derivatives and ``torch.func.grad`` the reference runs whatever is forced, as it
+alone is made of ops that torch can differentiate in any way.
 """
 
 from __future__ import annotations
@@ -14,6 +17,11 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+
+from moezoo_kernels import transforms
+
+REFERENCE = "reference"
+"""The backend of an op that is made of torch's own ops."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,10 @@ class use:
 
 
 def forced() -> str | None:
-    """Name the backend in force, or None."""
-    return _forced
+    """Name the backend in force, or None; the reference where torch transforms what is computed."""
+    if not transforms.is_transformed():
+        return _forced
+    return REFERENCE
 
 
 def choose(
@@ -111,9 +121,11 @@ def choose(
 def _choose(
     op: str, name: str | None, prefer: str | None, device: torch.device, dtype: torch.dtype
 ) -> str:
+    table = _BACKENDS[op]
+    if REFERENCE in table and transforms.is_differentiated():
+        return REFERENCE
     if name is not None:
         _check_name(name, "MOEZOO_BACKEND")
-    table = _BACKENDS[op]
     if name is None or name not in table:
         preferred = prefer is not None and table[prefer].usable(device, dtype) is None
         return prefer if prefer and preferred else _default(op, device, dtype)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from moezoo_kernels import transforms
 from moezoo_kernels.dtypes import autocast
 from moezoo_kernels.grouped_linear import (
     assign,
     grouped_linear,
     grouped_linear_sum,
+    reference,
     sum_by_token,
 )
 from moezoo_kernels.grouped_linear.by_slot import linear_by_slot, sum_by_slot
@@ -59,6 +61,8 @@ def run_around(
         after: from the outputs ``(N, D)`` to what is weighed; None for these themselves. Zero rows
             have to stay finite, and so have their gradients.
     """
+    if transforms.is_transformed() and transforms.is_differentiated():
+        return _by_the_formula(x, weights, choices, between, after)
     assignments = assign(choices.indices, choices.num_experts, rows)
     inner_NI = grouped_linear(x, weights.w_in, assignments, weights.bias_in)
     hidden_NF = _recomputed(between, inner_NI)
@@ -76,6 +80,21 @@ def run_around(
         return sum_by_token(after(answer_ND), weights_TK, assignments)
 
     return _recomputed(finish, answer_ND, choices.weights)
+
+
+def _by_the_formula(
+    x: Tensor, weights: Weights, choices: Choices, between: OfRows, after: OfRows | None
+) -> Tensor:
+    """Do the same by ops of torch, whose derivatives torch takes in any way."""
+    w_in, w_out, bias_in, bias_out = (None if t is None else autocast(t) for t in weights)
+    assert w_in is not None
+    assert w_out is not None
+    inner_NI = reference.grouped_linear(autocast(x), w_in, choices.indices, bias_in)
+    hidden_NF = between(inner_NI).to(inner_NI.dtype)
+    answer_ND = reference.grouped_linear(hidden_NF, w_out, choices.indices, bias_out, gather=False)
+    if after is not None:
+        answer_ND = after(answer_ND)
+    return reference.sum_by_token(answer_ND, choices.weights, choices.indices, choices.num_experts)
 
 
 def run_slot_by_slot(

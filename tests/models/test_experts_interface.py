@@ -274,6 +274,33 @@ def test_a_compiled_graph_is_whole_and_gives_the_same(name):
     assert error({"w": found[1]}, {"w": expected["down_proj"]}) < 2e-6
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("rows", [1, T])
+def test_torch_func_has_the_derivatives_of_backward(name, rows):
+    experts = build(family(name))
+    indices, weights = (part[:rows] for part in routed())
+    experts.config._experts_implementation = "moezoo"
+    x, parameters = tokens()[:rows], dict(experts.named_parameters())
+    values = {key: parameter.detach() for key, parameter in parameters.items()}
+
+    def loss(x, weights, parameters):
+        return torch.func.functional_call(experts, parameters, (x, indices, weights)).sin().sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1, 2))(x, weights, values)
+    of_x, of_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    loss(of_x, of_weights, parameters).backward()
+    gradients = {key: parameter.grad for key, parameter in parameters.items()}
+    expected = {"x": of_x.grad, "weights": of_weights.grad, **gradients}
+    assert error({"x": found[0], "weights": found[1], **found[2]}, expected) < 1e-7
+    _, tangent = torch.func.jvp(lambda x: loss(x, weights, values), (x,), (x,))
+    torch.testing.assert_close(tangent, (of_x.grad * x).sum(), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        both = torch.vmap(lambda x: experts(x, indices, weights))(torch.stack([x, -x]))
+        for one, of_one in zip((x, -x), both, strict=True):
+            assert error({"y": of_one}, {"y": experts(one, indices, weights)}) < 1e-6
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same(name, reentrant):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from moezoo_kernels import transforms
 from moezoo_kernels.dtypes import autocast
 from moezoo_kernels.grouped_linear import op
 from moezoo_kernels.grouped_mlp.assignments import Assignments
@@ -127,9 +128,10 @@ def sum_by_token(rows: Tensor, weights: Tensor, assignments: Assignments) -> Ten
 
 
 def _run(operation: Any, operands: tuple[Tensor | None, ...], *arguments: Any) -> Any:
-    """Call an op; where no autograd, compiler or counter looks on, the function behind it."""
+    """Call an op; where no autograd, compiler, transform or counter looks on, what it calls."""
     if (
         torch.compiler.is_compiling()
+        or transforms.is_transformed()
         or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands))
         or _get_current_dispatch_mode() is not None
     ):

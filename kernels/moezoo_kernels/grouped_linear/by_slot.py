@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moezoo_kernels import transforms
+
 _FEW_SLOTS = 64
 
 
@@ -25,6 +27,7 @@ def is_few(indices: Tensor, num_experts: int) -> bool:
         and indices.numel() <= min(_FEW_SLOTS, num_experts // 4)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not transforms.is_transformed()
     )
 
 
