@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from moezoo.routing import BalanceOptions
 def adopt(
     model: nn.Module,
     *,
-    balance: BalanceOptions | None = None,
+    balance: BalanceOptions | Mapping[str, Any] | None = None,
     where: Callable[[str], bool] | None = None,
 ) -> Any:
     """Compute the mixture blocks of a transformers model by :class:`moezoo.SparseMoE`, in place.
@@ -25,7 +25,7 @@ def adopt(
 
     Args:
         model: as ``from_pretrained`` returns it.
-        balance: auxiliary losses of the layers; default: none.
+        balance: auxiliary losses of the layers, or a mapping of such options; default: none.
         where: which blocks, by a function of their names in the model; default: all.
 
     Returns:
@@ -33,7 +33,8 @@ def adopt(
         states.
 
     Raises:
-        InputError: there is no mixture block, or one that cannot be held exactly.
+        InputError: an argument is of another kind; there is no mixture block, or one that cannot
+            be held exactly.
     """
     adopting = importlib.import_module("moezoo_models.adopt")
     return adopting.adopt(model, balance=balance, where=where)

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moezoo.errors import InputError
 from moezoo.experts.around import Choices, Weights, run_around, run_slot_by_slot
 from moezoo.stock_experts.gates import Gate, known_gate
 from moezoo_kernels import grouped_mlp
 from moezoo_kernels.grouped_linear.by_slot import is_few
 from moezoo_kernels.grouped_mlp.direct import grouped_mlp_directly, is_direct
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def experts_forward(
@@ -31,8 +34,13 @@ def experts_forward(
 
     Returns:
         ``(T, D)`` in the dtype of ``hidden_states``.
+
+    Raises:
+        InputError: weights are quantized.
     """
     weights = _weights(self)
+    if weights.w_in.dtype not in _DTYPES or weights.w_out.dtype not in _DTYPES:
+        _refuse_quantized(self, weights)
     gate = None if self.has_post_expert_norm else known_gate(self)
     x = hidden_states
     if x.dtype != weights.w_in.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -67,6 +75,14 @@ def experts_forward(
         choices = Choices(indices, top_k_weights, self.num_experts)
         y = run_around(x, weights, choices, rows, between, after)
     return y.to(hidden_states.dtype)
+
+
+def _refuse_quantized(experts: Any, weights: Weights) -> None:
+    kind = weights.w_out.dtype if weights.w_in.dtype in _DTYPES else weights.w_in.dtype
+    raise InputError(
+        f"experts_implementation: weights of {type(experts).__name__} are {kind}, as if quantized; "
+        "dequantize the model, or choose another implementation"
+    )
 
 
 def _weights(experts: Any) -> Weights:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from moezoo.arguments import as_options
 from moezoo.errors import InputError
 from moezoo.feed_forward import FeedForwardOutput
 from moezoo.layers.sparse_moe import SparseMoE
@@ -129,7 +131,7 @@ class Adopted:
 def adopt(
     model: nn.Module,
     *,
-    balance: BalanceOptions | None = None,
+    balance: BalanceOptions | Mapping[str, Any] | None = None,
     where: Callable[[str], bool] | None = None,
 ) -> Adopted:
     """Compute the mixture blocks of a transformers model by :class:`moezoo.SparseMoE`, in place.
@@ -147,17 +149,26 @@ def adopt(
     Args:
         model: as ``from_pretrained`` returns it: mixtures of 70 families, see
             docs/routers.md.
-        balance: auxiliary losses of the layers, caught by :meth:`Adopted.collect`; default: none.
+        balance: auxiliary losses of the layers, caught by :meth:`Adopted.collect`, or a mapping of
+            such options; default: none.
         where: which blocks, by a function of their names in the model; default: all.
 
     Returns:
         The layers, with :meth:`Adopted.collect`, :meth:`Adopted.step` and :meth:`Adopted.undo`.
 
     Raises:
-        InputError: there is no mixture block, none is chosen, or one cannot be held exactly, as
-            where it drops hidden neurons and is in training; the model is as it was.
+        InputError: an argument is of another kind; there is no mixture block, none is chosen, or
+            one cannot be held exactly, as where it drops hidden neurons and is in training; the
+            model is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model: {type(model).__name__} is no module; give a model that from_pretrained returns"
+        )
+    if where is not None and not callable(where):
+        raise InputError("where: is no function; give one of a block's name, such as a lambda")
     if balance is not None:
+        balance = as_options("balance", balance, BalanceOptions)
         balance.check()
     blocks = mixtures_of(model)
     if where is not None:
@@ -167,17 +178,19 @@ def adopt(
                 f"where: no block of {len(blocks)} is chosen, such as {next(iter(blocks))}"
             )
         blocks = chosen
-    held = {
-        name: hold(block, entry_of(block, name), name, balance) for name, block in blocks.items()
-    }
-    tried: dict[str, Difference] = {}
-    differences = {}
-    for name, one in held.items():
-        key = fingerprint(one.block)
-        if key not in tried:
-            tried[key] = try_out(one, name)
-        differences[name] = tried[key]
-    return Adopted(held, differences)
+    with torch.inference_mode(False):  # gradients are compared
+        held = {
+            name: hold(block, entry_of(block, name), name, balance)
+            for name, block in blocks.items()
+        }
+        tried: dict[str, Difference] = {}
+        differences = {}
+        for name, one in held.items():
+            key = fingerprint(one.block)
+            if key not in tried:
+                tried[key] = try_out(one, name)
+            differences[name] = tried[key]
+        return Adopted(held, differences)
 
 
 def adopted_layers(model: nn.Module) -> dict[str, SparseMoE]:

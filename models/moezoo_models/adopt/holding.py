@@ -102,12 +102,23 @@ class Held:
         self.dropouts = [(n, part) for n, part in parts if isinstance(part, nn.Dropout)]
         self.caught: list[FeedForwardOutput] | None = None
         self._links = [_Link(layer, block, tensor) for tensor in shared]
+        self._bypassed = bypassed(block, entry)
         self.bind()
 
     def bind(self) -> None:
-        """Hand the layer the block's parameters as they are now."""
+        """Hand the layer the block's parameters as they are now.
+
+        Raises:
+            InputError: a part was replaced since, or somebody wants to see it called.
+        """
         for link in self._links:
             link.bind(self.block)
+        for path, part in self._bypassed:
+            if has_forward_hooks(part) or "forward" in vars(part):
+                raise InputError(
+                    f"adopt: {path} of {type(self.block).__name__} was given hooks or a forward "
+                    "pass of its own, which an adopted block does not run; undo(), or remove them"
+                )
         if self.layer.training != self.block.training:
             self.layer.train(self.block.training)
 
@@ -229,6 +240,19 @@ class Held:
             return answer
         second = routed[entry.second]
         return answer, second.flatten() if entry.in_one_row else second
+
+
+def bypassed(block: Any, entry: Block) -> list[tuple[str, nn.Module]]:
+    """List the parts of a block that are not called once it is adopted, by their names.
+
+    The router is, for whoever records its logits.
+    """
+    called: tuple[nn.Module, ...] = (block, getattr(block, entry.router_at))
+    if entry.in_layer:
+        called = (*called, getattr(block, entry.experts_at))
+    if entry.after is not None:
+        called = (*called, *getattr(block, entry.after).modules())
+    return [(path, part) for path, part in block.named_modules() if part not in called]
 
 
 def build_layer(

@@ -14,16 +14,19 @@ from moezoo.experts import ExpertNormOptions
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import BalanceOptions, RouterOptions
 from moezoo_kernels.activations import PLAIN_GLU, GLUOptions
+from moezoo_models.adapters.torch import has_forward_hooks
 from moezoo_models.adopt.block import Block, path_of
 from moezoo_models.adopt.by_table import HeldByTable, TableMoE
 from moezoo_models.adopt.carrying import HeldCarrying
 from moezoo_models.adopt.conventions import CONVENTIONS
-from moezoo_models.adopt.holding import Held, Shared, build_layer
+from moezoo_models.adopt.holding import Held, Shared, build_layer, bypassed
 from moezoo_models.adopt.in_layer import HeldInLayer, RouterAndExperts
 from moezoo_models.adopt.layouts import LAYOUTS, SHARED, Layout, flat, rows
 from moezoo_models.adopt.reasons import ATTENTION, REASONS
 from moezoo_models.adopt.table import BY_CLASS
 from moezoo_models.adopt.units import UNITS, CannotSay
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def otherwise(block: nn.Module) -> str:
@@ -95,12 +98,19 @@ def entry_of(block: nn.Module, name: str) -> Block:
     parts = [getattr(block, entry.router_at), block.experts] if entry.in_layer else [block]
     if any("forward" in vars(part) for part in parts):
         raise InputError(f"model: the forward pass of {name} was replaced already; undo that first")
+    for path, part in bypassed(block, entry):
+        if "forward" in vars(part) or has_forward_hooks(part):
+            raise InputError(
+                f"model: {name}.{path} has hooks or a forward pass of its own, which an adopted "
+                f"block does not run; remove them{otherwise(block)}"
+            )
     for key, tensor in [*block.named_parameters(), *block.named_buffers()]:
         if isinstance(tensor, DTensor):
             raise InputError(f"model: {name}.{key} is sharded; adopt first, and shard then")
-        if not tensor.is_floating_point() and key != entry.table:
+        if tensor.dtype not in _DTYPES and key != entry.table:
             raise InputError(
-                f"model: {name}.{key} is {tensor.dtype}, as if quantized{otherwise(block)}"
+                f"model: {name}.{key} is {tensor.dtype}, as if quantized; dequantize the model, or "
+                "leave the block out with where="
             )
     return entry
 

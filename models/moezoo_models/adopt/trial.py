@@ -59,10 +59,13 @@ def try_out(held: Held, name: str) -> Difference:
     block = small_copy(held)
     difference = compare(block, hold(block, held.entry, name))
     if not difference.largest <= TOLERANCE:
+        found = transformers.__version__
+        why = f"transformers {found} computes something else than {VERSION}, which moezoo knows"
+        if found == VERSION:
+            why = "one of its parts computes something else than its class"
         raise InputError(
             f"model: {name} ({held.entry.name}) differs from moezoo's layer by "
-            f"{difference.largest:.0e} on random tokens: transformers {transformers.__version__} "
-            f"computes something else than {VERSION}, which moezoo knows{otherwise(held.block)}"
+            f"{difference.largest:.0e} on random tokens: {why}{otherwise(held.block)}"
         )
     return difference
 
