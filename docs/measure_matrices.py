@@ -1,14 +1,15 @@
-"""Prints the table "What it saves" of matrices.md: CPU time of blocks, relative to a plain one.
+"""Prints the tables of training times in matrices.md: CPU time of blocks, relative to a plain one.
 
 ``python docs/measure_matrices.py``. All methods take turns in one process on one thread, so that
-what else the machine does meets all of them; of a method's turns the median counts.
+what else the machine does meets all of them. Of a method's turns the median counts, and in the
+table of factors the shortest.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -25,7 +26,7 @@ from moezoo.matrices import (
     Transposable,
 )
 
-WIDTH, TOKENS, TURNS = 512, 512, 25
+TOKENS, TURNS = 512, 25
 METHODS: dict[str, Matrices | None] = {
     "plain": None,
     "`low_rank`": LowRank(),
@@ -46,13 +47,18 @@ METHODS: dict[str, Matrices | None] = {
 }
 
 
-def works(options: Matrices | None) -> dict[str, Callable[[], object]]:
+FACTORS = ("plain", "`low_rank`", "`block_dense`", "`block_shuffle`", "`pixelfly` of size 16")
+
+Times = dict[str, dict[str, list[float]]]
+
+
+def works(width: int, options: Matrices | None) -> dict[str, Callable[[], object]]:
     """Return what is timed of a block: a training step, ``step()``, and evaluation."""
     torch.manual_seed(0)
-    trained, evaluated = (DenseFFN(WIDTH, matrices=options) for _ in range(2))
+    trained, evaluated = (DenseFFN(width, matrices=options) for _ in range(2))
     evaluated.eval()
-    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
-    slope = torch.randn(TOKENS, WIDTH)
+    x = torch.randn(TOKENS, width, requires_grad=True)
+    slope = torch.randn(TOKENS, width)
 
     def train() -> None:
         output = trained(x)
@@ -66,11 +72,10 @@ def works(options: Matrices | None) -> dict[str, Callable[[], object]]:
     return {"training": train, "`step()`": lambda: trained.step(0.3), "evaluation": evaluate}
 
 
-def measure() -> dict[str, dict[str, float]]:
-    """Return the milliseconds of each method's works."""
-    torch.set_num_threads(1)
-    blocks = {name: works(options) for name, options in METHODS.items()}
-    times = {name: {work: [0.0] * 0 for work in each} for name, each in blocks.items()}
+def measure(width: int, names: Iterable[str]) -> Times:
+    """Return the milliseconds of the turns of each method's works."""
+    blocks = {name: works(width, METHODS[name]) for name in names}
+    times: Times = {name: {work: [] for work in each} for name, each in blocks.items()}
     for turn in range(TURNS + 2):
         for name, each in blocks.items():
             for work, function in each.items():
@@ -78,22 +83,38 @@ def measure() -> dict[str, dict[str, float]]:
                 function()
                 if turn > 1:
                     times[name][work].append(1e3 * (time.thread_time() - begin))
-    return {
-        name: {work: statistics.median(found) for work, found in each.items()}
+    return times
+
+
+def print_all(times: Times) -> None:
+    """Print what each method's works take of the plain block's."""
+    found = {
+        name: {work: statistics.median(turns) for work, turns in each.items()}
         for name, each in times.items()
     }
-
-
-if __name__ == "__main__":
-    found = measure()
-    plain = found["plain"]
+    plain = found.pop("plain")
     print(f"plain: {plain['training']:.1f} ms training, {plain['evaluation']:.1f} ms evaluation\n")
     print("| method | training | `step()` | evaluation |\n|---|---|---|---|")
     for name, each in found.items():
-        shares = (
-            each["training"] / plain["training"],
-            each["`step()`"] / plain["training"],
-            each["evaluation"] / plain["evaluation"],
-        )
-        if name != "plain":
-            print(f"| {name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+        stepping = each["`step()`"] / plain["training"]
+        shares = [each[work] / plain[work] for work in ("training", "evaluation")]
+        print(f"| {name} | {shares[0]:.2f} | {stepping:.2f} | {shares[1]:.2f} |")
+
+
+def print_factors(widths: dict[int, Times]) -> None:
+    """Print what a training step takes of the plain block's, by width."""
+    print(f"\n| method | {' | '.join(f'd_model {width}' for width in widths)} |")
+    print("|---" * (1 + len(widths)) + "|")
+    for name in FACTORS[1:]:
+        shares = [
+            min(times[name]["training"]) / min(times["plain"]["training"])
+            for times in widths.values()
+        ]
+        print(f"| {name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.empty(1 << 23).fill_(0.0)  # as logits do: the allocator keeps memory from here on
+    print_all(measure(512, METHODS))
+    print_factors({width: measure(width, FACTORS) for width in (512, 1024)})
