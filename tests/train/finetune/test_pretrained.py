@@ -280,3 +280,25 @@ def test_ours_stays_ours(directory):
     assert re.fullmatch("MoezooForCausalLM", type(module.model).__name__)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, module.model.state_dict()[name]), name
+
+
+def test_options_that_describe_another_model_are_named(directory, command, capsys):
+    start, few = directory("mixtral"), {"trainer.max_steps": 1}
+    run(command("same", start, **few))
+    assert "not used" not in capsys.readouterr().err
+    run(command("other", start, **few, **{"model.num_layers": 3, "model.ffn": "peer"}))
+    said = f"model.initialize_from: {start} says what the model is; not used: num_layers, ffn\n"
+    assert said in capsys.readouterr().err
+
+
+def test_a_finished_run_says_that_nothing_was_left_to_train(directory, command, tmp_path, capsys):
+    words = command("done", directory("llama"), **{"trainer.max_steps": 2})
+    run(words)
+    assert "nothing was trained" not in capsys.readouterr().err
+    before = (tmp_path / "done" / "model" / "model.safetensors").read_bytes()
+    run([*words, "--ckpt_path=last"])
+    said = "nothing was trained, as the run has its 2 steps; a larger trainer.max_steps or "
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "done" / "model" / "model.safetensors").read_bytes() == before
+    run([*words, "--ckpt_path=last", "--trainer.max_steps=3"])
+    assert "nothing was trained" not in capsys.readouterr().err

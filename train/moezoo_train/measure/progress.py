@@ -22,7 +22,8 @@ from moezoo_train.measure.metrics import is_logged
 _CHATTER = re.compile(
     r"litlogger|litmodels|^Seed set to|^(GPU|TPU|HPU) available|^`Trainer\.fit` stopped"
     r"|^Using .*(bfloat16|16bit) .*AMP|^Restor(ing|ed) |^Loaded model weights"
-    r"|Received SIGTERM|^\s*Detected KeyboardInterrupt|^Loading `train_dataloader` to estimate"
+    r"|^`Trainer\(limit_|Received SIGTERM"
+    r"|^\s*Detected KeyboardInterrupt|^Loading `train_dataloader` to estimate"
 )
 _WARNINGS = (
     # Memory-mapped windows cost less than handing them from a worker process.

@@ -290,6 +290,11 @@ class SaveModel(Callback):
         self._best = float("inf")
         self._validated = False
         self._saved_step = -1
+        self._trained = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the run has steps left."""
+        self._trained = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, if this state is to be kept."""
@@ -311,13 +316,22 @@ class SaveModel(Callback):
                 "written; the final state is in last.ckpt"
             )
 
-    def catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def catch_up(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Write the final state where a resumed run had no step left, so that none of this ran.
 
         Killed between its last checkpoint and the directory, a run would never have it.
+
+        Returns:
+            The line that says so; None where the run had steps left.
         """
+        if self._trained:
+            return None
         if self._saved_step < 0 and (self.keep == "last" or not self._validated):
             self._write(trainer, pl_module)
+        return (
+            f"nothing was trained, as the run has its {trainer.global_step} steps; a larger "
+            "trainer.max_steps or trainer.max_epochs goes on"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Remember the lowest loss."""

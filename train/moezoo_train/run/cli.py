@@ -41,10 +41,10 @@ from moezoo_train.parallel.distributed import is_lost_process
 from moezoo_train.parallel.fsdp2 import writes_directories
 from moezoo_train.run.beforehand import check_evaluation, check_run
 from moezoo_train.run.callbacks import BestCheckpoint, LastCheckpoint, SameCheckpoint, SaveModel
+from moezoo_train.run.described import describe_model
 from moezoo_train.run.module import LanguageModel
 from moezoo_train.run.parser import ABOUT, Parser, SaveConfig
 from moezoo_train.run.precision import RunTrainer, resolve
-from moezoo_train.run.presets import describe_preset
 from moezoo_train.run.refusals import (
     batch_counts,
     check_trainer,
@@ -318,7 +318,7 @@ class MoezooCLI(HookedCLI):
         """Refuse what preparing the text would not make right."""
         check_run(self.trainer, self.model, self.datamodule, self.config["fit"]["ckpt_path"])
         # What was chosen, or costs time; after what is refused, which is one line.
-        said = describe_preset(self.config["fit"]["model"], self.model.model.config)
+        said = describe_model(self.config["fit"]["model"], self.model.model.config)
         for line in (self._on_precision, said, self._going_on):
             self._say(line)
 
@@ -370,7 +370,7 @@ class MoezooCLI(HookedCLI):
                 return
         for callback in _as_list(self.trainer.callbacks):  # type: ignore[attr-defined]
             if isinstance(callback, SaveModel):
-                callback.catch_up(self.trainer, self.model)
+                self._say(callback.catch_up(self.trainer, self.model))
         if self.trainer.is_global_zero and not config["trainer"].get("fast_dev_run"):
             with going_on(f"the run is finished, its report is not: {resume_command(output)}"):
                 self.report = write_report(
