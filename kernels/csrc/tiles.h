@@ -155,8 +155,13 @@ inline Floats load_first(const float* p, int64_t count) {
 inline void pack_panel(const Side& side, int64_t count, int64_t depth, int64_t width, float* to) {
   if (side.step == 1 && !side.list) {
     const int64_t whole = count / kLanes * kLanes;
+    // Lines so far apart are fetched in advance by no hardware.
+    constexpr int64_t kAhead = 16;
     for (int64_t k = 0; k < depth; ++k, to += width) {
       const float* from = side.data + side.deep(k);
+      const float* next = side.data + side.deep(std::min(k + kAhead, depth - 1));
+      __builtin_prefetch(next);
+      __builtin_prefetch(next + count - 1);
       int64_t c = 0;
       // The panel beside this one is laid out next: its lines are a row apart from each other, which
       // no hardware foresees.
