@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel
 
 from moezoo.bench.timing import interleave
 from moezoo.command.tables import print_table
@@ -121,8 +121,26 @@ def _on_meta(directory: Path) -> nn.Module:
             )
         config = CONFIG_MAPPING[kind].from_dict(raw)
         with torch.device("meta"):
-            model: nn.Module = AutoModel.from_config(config, trust_remote_code=False)
+            model = _model_of(config)
     return model.eval()
+
+
+def _model_of(config: Any) -> nn.Module:
+    """Build the model of a configuration, or what the configuration names where there is no base.
+
+    Models of several parts, such as Qwen3-Omni, have none: transformers has them whole only.
+    """
+    if type(config) in MODEL_MAPPING:
+        base: nn.Module = AutoModel.from_config(config, trust_remote_code=False)
+        return base
+    named = [name for name in config.architectures or () if hasattr(transformers, name)]
+    if not named:
+        raise InputError(
+            f"architectures: transformers {transformers.__version__} has no base model of "
+            f"{type(config).__name__}, and none of {config.architectures or []}; name its class"
+        )
+    whole: nn.Module = getattr(transformers, named[0])(config)
+    return whole
 
 
 def _row(

@@ -95,6 +95,36 @@ def test_directories_that_are_no_models(config, line, tmp_path, capsys):
     assert said.count("\n") == 1
 
 
+def saved_omni(folder, **changes):
+    """Save the configuration of a model of several parts, which has no base model."""
+    sizes = SIZES | {"num_experts": 6, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    thinker = {"text_config": {**sizes, "head_dim": 16}, "vision_config": {"depth": 1}}
+    config = transformers.Qwen3OmniMoeConfig(
+        thinker_config={**thinker, "audio_config": {"encoder_layers": 1}},
+        enable_audio_output=False,
+    )
+    config.architectures = ["Qwen3OmniMoeForConditionalGeneration"]
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_model_without_a_base_is_built_by_its_class(tmp_path):
+    saved_omni(tmp_path)
+    (row,) = report_adoption(tmp_path, device="cpu", tokens=16)
+    assert in_short(row.names) == "thinker.model.language_model.layers.0-3.mlp"
+    assert "6 experts of 16, top 2" in row.options
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["OmniOfMyOwn"]])
+def test_a_model_without_a_base_or_a_class_is_one_line(architectures, tmp_path, capsys):
+    saved_omni(tmp_path, architectures=architectures)
+    assert main(["adopt", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "has no base model of Qwen3OmniMoeConfig" in said
+    assert said.count("\n") == 1
+
+
 def test_options_of_experts_are_told(tmp_path):
     saved("GptOss", tmp_path, num_local_experts=8, num_experts_per_tok=2, head_dim=16)
     (row,) = report_adoption(tmp_path, device="cpu", tokens=16)
