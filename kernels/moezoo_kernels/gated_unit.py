@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moezoo_kernels import activations, native
 from moezoo_kernels.activations import ACTIVATION_CODES, GLUOptions
-from moezoo_kernels.ordinary import is_ordinary
+from moezoo_kernels.transforms import is_ordinary
 
 
 def gated_unit(gate: Tensor, up: Tensor, activation: str, glu: GLUOptions) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo_kernels import product_libraries
-from moezoo_kernels.ordinary import is_ordinary
+from moezoo_kernels.transforms import is_ordinary
 
 # oneDNN's calls take 11 µs where torch's take 2, and a shape's first one 0.3 to 0.9 ms, for which
 # code is generated. Measured on an EPYC with AVX-512, one thread: from 8 MFLOP on, 1.3 to 2.3 times

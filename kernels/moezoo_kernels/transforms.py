@@ -1,7 +1,9 @@
-"""Whether torch transforms what is computed, by forward-mode derivatives or ``torch.func``.
+"""Whether torch's operators are wanted for what they are, and not only for their numbers.
 
-Custom ops have no rule for either: tangents would be dropped without a word, and a kernel that is
-called directly would read memory that the tensors of ``vmap`` do not have.
+Forward-mode derivatives and ``torch.func`` transform what is computed. Custom ops have no rule for
+either: tangents would be dropped without a word, and a kernel that is called directly would read
+memory that the tensors of ``vmap`` do not have. Modes and tracers watch operators, and would miss
+what a kernel computes without one.
 """
 
 from __future__ import annotations
@@ -33,6 +35,16 @@ def is_differentiated() -> bool:
         return True
     stack = _functorch.get_interpreter_stack() or ()
     return any(interpreter.key() in _OF_DERIVATIVES for interpreter in stack)
+
+
+def is_ordinary() -> bool:
+    """Return whether nothing watches or transforms torch's operators. Compilers cannot trace it."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or _is_open()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _is_open() -> bool:

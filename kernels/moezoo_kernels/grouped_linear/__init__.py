@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moezoo_kernels import transforms
 from moezoo_kernels.dtypes import autocast
@@ -128,12 +127,11 @@ def sum_by_token(rows: Tensor, weights: Tensor, assignments: Assignments) -> Ten
 
 
 def _run(operation: Any, operands: tuple[Tensor | None, ...], *arguments: Any) -> Any:
-    """Call an op; where no autograd, compiler, transform or counter looks on, what it calls."""
+    """Call an op; where no autograd, compiler, transform or mode looks on, what it calls."""
     if (
         torch.compiler.is_compiling()
-        or transforms.is_transformed()
+        or not transforms.is_ordinary()
         or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands))
-        or _get_current_dispatch_mode() is not None
     ):
         return operation.opaque(*arguments)
     return operation.plain(*arguments)

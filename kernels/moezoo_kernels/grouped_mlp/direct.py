@@ -15,6 +15,7 @@ from moezoo_kernels import backends, native
 from moezoo_kernels.activations import PLAIN_GLU, GLUOptions
 from moezoo_kernels.grouped_mlp import cpu
 from moezoo_kernels.grouped_mlp.operands import Experts, Unit
+from moezoo_kernels.transforms import is_ordinary
 
 
 def is_direct(x: Tensor, indices: Tensor, w_in: Tensor) -> bool:
@@ -43,12 +44,7 @@ def is_watched(*tensors: Tensor) -> bool:
     Counters of FLOPs, fake tensors and ``make_fx`` are modes; ``vmap`` is a transform. A
     subclass of tensors watches, too.
     """
-    return (
-        any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch.jit.is_tracing()
-    )
+    return not is_ordinary() or any(type(each) not in (Tensor, Parameter) for each in tensors)
 
 
 def fit(x: Tensor, indices: Tensor, weights: Tensor, w_in: Tensor) -> bool:
