@@ -128,6 +128,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "AXK2MoE": [
         {"n_group": None, "topk_group": None},
         {"n_group": 4},
+        {"n_group": 4, "norm_topk_prob": False},
         {"n_group": 1, "topk_group": 1},
     ],
     "Ernie4_5_MoeSparseMoeBlock": [{}, {"use_bias": True}, {"moe_num_shared_experts": 0}],

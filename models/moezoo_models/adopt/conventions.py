@@ -222,7 +222,7 @@ def _cohere(router: Any, block: Any) -> Options:
 CONVENTIONS = {
     "softmax": Convention(
         "softmax over all experts",
-        "p = softmax(l); top-k of p; w = p / (sum of the chosen p)",
+        "p = softmax(l); top-k of p; w = p [/ sum of the chosen p]",
         "norm_topk_prob says whether it is divided, and is false by default in OLMoE, Qwen2-MoE "
         "and Qwen3-MoE; Mixtral has no such flag and always divides",
         _softmax,
@@ -242,7 +242,9 @@ CONVENTIONS = {
     "biased_softmax": Convention(
         "router bias, softmax over the chosen experts",
         "l = W x + c; top-k of l; w = softmax(chosen l)",
-        "the bias is learned, chooses and weighs; it is no selection bias",
+        "the bias is learned, chooses and weighs; it is no selection bias; the privacy filter's "
+        "router divides weights by k and its block multiplies the sum by k, so that whoever reads "
+        "the router's has a k-th of them",
         _biased_softmax,
     ),
     "ernie": Convention(
@@ -267,7 +269,7 @@ CONVENTIONS = {
     "softmax_group_pairs": Convention(
         "softmax, groups by their two best experts",
         "p = softmax(l); best groups by the sum of their two best p; top-k of p in these; "
-        "w = scale p / (sum + 1e-20)",
+        "w = scale p [/ (sum + 1e-20)]",
         "experts of closed groups score 0, not -inf, and no bias is added: they are chosen only "
         "where the open ones underflow to 0 as well",
         _softmax_group_pairs,
@@ -275,7 +277,7 @@ CONVENTIONS = {
     "sigmoid_groups": Convention(
         "sigmoid, selection bias, groups by their two best experts",
         "s = sigmoid(l); best groups by the sum of their two best s + b; top-k of s + b in these; "
-        "w = scale s / (sum + 1e-20)",
+        "w = scale s [/ (sum + 1e-20)]",
         "the bias chooses groups and experts, and does not weigh",
         _sigmoid_groups,
     ),
@@ -301,7 +303,7 @@ CONVENTIONS = {
     ),
     "lfm": Convention(
         "sigmoid, selection bias, large epsilon",
-        "s = sigmoid(l); top-k of s [+ b]; w = scale s / (sum + 1e-6)",
+        "s = sigmoid(l); top-k of s [+ b]; w = scale s [/ (sum + 1e-6)]",
         "1e-6 shows in fp32, where 1e-20 does not",
         _lfm,
     ),
@@ -314,13 +316,14 @@ CONVENTIONS = {
     "muse": Convention(
         "scaled logits, sigmoid, selection bias",
         "s = sigmoid(m l); top-k of s + b; w = scale s / (sum + 1e-15)",
-        "m is output_multiplier, 1 / sqrt(hidden_size / 256); each expert's output is divided by "
-        "its root mean square before it is weighed, so that its size says nothing",
+        "m is output_multiplier, 0.1768 at any width, which is 1 / sqrt(hidden_size / 256) at the "
+        "published one; each expert's output is divided by its root mean square before it is "
+        "weighed, so that its size says nothing",
         _muse,
     ),
     "kolibri": Convention(
         "selection bias on the logit, sigmoid",
-        "top-k of l + b; w = sigmoid(l) / sum",
+        "top-k of l + b; w = sigmoid(l) [/ sum]",
         "the bias is added before the sigmoid, where the others add it after, and does not weigh",
         _kolibri,
     ),
@@ -367,9 +370,9 @@ CONVENTIONS = {
     ),
     "dbrx": Convention(
         "softmax, divided by a p-norm",
-        "p = softmax(l); top-k of p; w = p / (sum of the chosen p^n)^(1/n)",
-        "n is moe_normalize_expert_weights, 1 by default; in training jitter is put on what "
-        "experts read too, as it is done in place",
+        "p = softmax(l); top-k of p; w = p [/ (sum of the chosen p^n)^(1/n)]",
+        "n is moe_normalize_expert_weights, 1 by default, and null for no division; in training "
+        "jitter is put on what experts read too, as it is done in place",
         _dbrx,
     ),
     "switch": Convention(
