@@ -62,8 +62,9 @@ def known_activation(function: Any) -> str | None:
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return "forward" not in vars(module) and not any(hooks)
+    before = (module._forward_pre_hooks, module._backward_pre_hooks)
+    after = (module._forward_hooks, module._backward_hooks)
+    return "forward" not in vars(module) and not any((*before, *after))
 
 
 def _in_halves(experts: Any) -> Gate | None:

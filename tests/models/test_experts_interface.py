@@ -406,6 +406,19 @@ def changed_experts(change):
     return experts
 
 
+HOOKS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_an_activation_are_called(kind):
+    experts, seen = build(family("MixtralExperts")), []
+    getattr(experts.act_fn, f"register_{kind}")(lambda *_: seen.append(kind))
+    assert gates.known_gate(experts) is None
+    indices, weights = routed()
+    run(experts, "moezoo", tokens(), indices, weights)
+    assert seen
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -15,6 +15,7 @@ from moezoo.errors import InputError
 from moezoo.feed_forward import TokenContext
 from moezoo.layers.sparse_moe import SparseMoE
 from moezoo.routing import Router, Routing
+from moezoo_models.adopt.aside import Aside
 from moezoo_models.adopt.holding import Held
 
 
@@ -31,15 +32,14 @@ class TableRouter(Router):
     def __init__(self, *arguments: Any, rows: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.register_buffer("table", torch.empty(rows, self.top_k, dtype=torch.int64))
-        self._rows_TK: Tensor | None = None
+        self._rows_TK = Aside()
 
     def read(self, token_ids: Tensor | None) -> None:
         """Look up the experts of the tokens that are routed next; None to forget them."""
-        self._rows_TK = None if token_ids is None else self.table[token_ids.reshape(-1)].long()
+        self._rows_TK.put(None if token_ids is None else self.table[token_ids.reshape(-1)].long())
 
     def _choose(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:
-        assert self._rows_TK is not None
-        return self._rows_TK
+        return self._rows_TK.look()
 
 
 class TableMoE(SparseMoE):

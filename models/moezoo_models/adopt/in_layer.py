@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moezoo.layers.sparse_moe import SparseMoE
+from moezoo_models.adopt.aside import Aside
 from moezoo_models.adopt.block import Block
 from moezoo_models.adopt.holding import Held, Shared
 
@@ -54,7 +55,7 @@ class HeldInLayer(Held):
         self, block: nn.Module, entry: Block, layer: SparseMoE, shared: list[Shared]
     ) -> None:
         super().__init__(block, entry, layer, shared)
-        self._router_input: Tensor | None = None
+        self._router_input = Aside()
 
     def parts(self) -> dict[nn.Module, Any]:
         """Return the modules whose ``forward`` is replaced, each with what replaces it."""
@@ -69,15 +70,15 @@ class HeldInLayer(Held):
 
     def route(self, hidden_states: Tensor) -> Any:
         """Route as the router does, for whoever records it, and keep what it read."""
-        self._router_input = hidden_states
+        self._router_input.put(hidden_states)
         router: Any = self.block.router
         return type(router).forward(router, hidden_states)
 
     def compute(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the experts would."""
         self.bind()
-        output = self.layer(hidden_states, router_input=self._router_input)
-        self._router_input = None
+        output = self.layer(hidden_states, router_input=self._router_input.look())
+        self._router_input.put(None)
         return self.caught_of(output)
 
     def try_out(self, hidden: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def try_out(held: Held, name: str) -> Difference:
         InputError: they differ by more than rounding.
     """
     block = small_copy(held)
-    difference = compare(block, hold(block, held.entry, name))
+    with torch.autocast("cpu", enabled=False):  # whatever the model will compute in
+        difference = compare(block, hold(block, held.entry, name))
     if not difference.largest <= TOLERANCE:
         found = transformers.__version__
         why = f"transformers {found} computes something else than {VERSION}, which moezoo knows"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 import moezoo
 from moezoo import InputError
+from moezoo.routing import Router
 
 transformers = pytest.importorskip("transformers")
 
@@ -110,7 +113,77 @@ def test_a_part_of_another_class_with_the_same_name_is_not_blamed_on_a_release()
         moezoo.adopt(model)
 
 
-@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def gemma4():
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    mixture = {"num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 16}
+    embeddings = {"vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 0}
+    kinds = {"layer_types": ["full_attention"], "global_head_dim": 8}
+    config = transformers.Gemma4TextConfig(
+        **(sizes | heads | mixture | embeddings | kinds), num_hidden_layers=1, enable_moe_block=True
+    )
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def deepseek_v4():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 16}
+    experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    kinds = {"mlp_layer_types": ["hash_moe"], "layer_types": ["sliding_attention"]}
+    model = transformers.DeepseekV4ForCausalLM(
+        transformers.DeepseekV4Config(**(sizes | heads | experts | kinds))
+    ).eval()
+    table = model.model.layers[0].mlp.gate.tid2eid
+    table.copy_(torch.rand(table.shape[0], 6).topk(2).indices)
+    return model
+
+
+@pytest.mark.parametrize("build", [gemma4, deepseek_v4])
+def test_threads_do_not_mix_what_one_part_leaves_for_another(build, monkeypatch):
+    model, others = build(), 47 - IDS
+    moezoo.adopt(model)
+    expected = [model(ids).logits for ids in (IDS, others)]
+    found, waiting = [], [others]
+
+    def meanwhile(*_):
+        # In the midst of a layer, another thread goes through the whole model.
+        if waiting:
+            ids = waiting.pop()
+            thread = threading.Thread(target=lambda: found.append(model(ids).logits))
+            thread.start()
+            thread.join()
+
+    logits = Router._logits
+    if build is gemma4:
+        norm = model.model.layers[0].pre_feedforward_layernorm_2
+        norm.register_forward_hook(meanwhile)
+    else:
+        monkeypatch.setattr(Router, "_logits", lambda *given: (meanwhile(), logits(*given))[1])
+    found.append(model(IDS).logits)
+    assert torch.equal(found[0], expected[1])
+    assert torch.equal(found[1], expected[0])
+
+
+@pytest.mark.parametrize("build", [gemma4, deepseek_v4])
+def test_a_compiled_graph_is_whole(build):
+    model = build()
+    expected = model(IDS).logits
+    moezoo.adopt(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, autocast])
 def test_it_is_adopted_in_any_context_and_trains(context):
     model = model_of()
     expected = gradients(model)
