@@ -242,9 +242,8 @@ CONVENTIONS = {
     "biased_softmax": Convention(
         "router bias, softmax over the chosen experts",
         "l = W x + c; top-k of l; w = softmax(chosen l)",
-        "the bias is learned, chooses and weighs; it is no selection bias; the privacy filter's "
-        "router divides weights by k and its block multiplies the sum by k, so that whoever reads "
-        "the router's has a k-th of them",
+        "the bias is learned, chooses and weighs; the privacy filter's router divides by k, "
+        "and its block multiplies the sum by k again",
         _biased_softmax,
     ),
     "ernie": Convention(
