@@ -10,9 +10,18 @@ import moezoo
 from moezoo.command import recipes
 
 
-def counted(d_model: int) -> list[dict[str, Any]]:
-    """Describe every method at a width."""
-    return [describe(method, d_model) for method in moezoo.zoo()]
+def counted(d_model: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Describe every method that a width fits, and name those that it does not.
+
+    Blocks of matrices, for one, are as wide as their method says, and d_model is a multiple.
+    """
+    entries, unfit = [], []
+    for method in moezoo.zoo():
+        try:
+            entries.append(describe(method, d_model))
+        except moezoo.InputError:
+            unfit.append(method.name)
+    return entries, unfit
 
 
 def describe(method: moezoo.Method, d_model: int) -> dict[str, Any]:

@@ -27,13 +27,16 @@ def list_zoo(d_model: int = WIDTH, json: bool = False) -> None:
     `--model.ffn` of `moezoo fit`, and a recipe's one of `--recipe`.
 
     Args:
-        d_model: Width of the residual stream.
+        d_model: Width of the residual stream; methods that it does not fit are named last.
         json: Print JSON instead of a table.
     """
     check_int("d_model", d_model)
-    entries = _kept() if d_model == WIDTH else _counted(d_model)
+    entries, unfit = (_kept(), []) if d_model == WIDTH else _counted(d_model)
+    left_out = f"{', '.join(unfit)}: d_model {d_model} does not fit them; a multiple of 8 does"
     if json:
         _print_json(entries)
+        if unfit:
+            print(left_out, file=sys.stderr)
         return
     columns = ["method", "paper", "arXiv", ">experts", ">parameters", ">active", ">FLOPs/token"]
     columns.append("recipe")
@@ -51,10 +54,12 @@ def list_zoo(d_model: int = WIDTH, json: bool = False) -> None:
         for entry in entries
     ]
     print_table(f"{len(rows)} methods at d_model={d_model}", columns, rows)
+    if unfit:
+        print(left_out)
     print("Train one: moezoo fit --model.ffn METHOD, or moezoo fit --recipe RECIPE")
 
 
-def _counted(d_model: int) -> list[dict[str, Any]]:
+def _counted(d_model: int) -> tuple[list[dict[str, Any]], list[str]]:
     from moezoo.command.counted import counted  # not above: it imports torch
 
     return counted(d_model)
@@ -62,7 +67,7 @@ def _counted(d_model: int) -> list[dict[str, Any]]:
 
 def write_table() -> None:
     """Write ``zoo.json`` anew, one method a line, after a method or its default size changed."""
-    rows = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in _counted(WIDTH))
+    rows = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in _counted(WIDTH)[0])
     TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 
 

@@ -387,8 +387,24 @@ def test_zoo_keeps_what_the_layers_say_at_the_default_width(capsys):
     assert command.main(["zoo", "--json"]) == 0
     kept = json.loads(capsys.readouterr().out)
     again = "python -c 'from moezoo.command.zoo import write_table; write_table()'"
-    assert kept == counted.counted(zoo.WIDTH), f"write the table again: {again}"
+    assert (kept, []) == counted.counted(zoo.WIDTH), f"write the table again: {again}"
     assert zoo.TABLE.read_text(encoding="utf-8").count("\n") == len(kept) + 2
+
+
+def test_zoo_names_the_methods_that_a_width_does_not_fit(capsys):
+    said = "d_model 20 does not fit them; a multiple of 8 does\n"
+    assert command.main(["zoo", "--d_model=20"]) == 0
+    table = capsys.readouterr().out
+    assert said in table
+    assert command.main(["zoo", "--d_model=20", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.endswith(said)
+    unfit = printed.err.partition(":")[0].split(", ")
+    assert "pixelfly" in unfit
+    listed = {entry["name"] for entry in json.loads(printed.out)}
+    assert not listed & set(unfit)
+    assert f"{len(listed)} methods at d_model=20" in table
+    assert not counted.counted(24)[1]
 
 
 def test_doctor_reports_versions_devices_and_backends(capsys, monkeypatch):

@@ -103,9 +103,11 @@ def fuse_layers(
         check_target(Path(target), force)
     with open_source(source) as dense:
         if not first + 2 <= check_int("last", last, minimum=0) < dense.num_layers:
+            least, most = first + 2, dense.num_layers - 1
+            fix = f"one from {least} to {most}, or a smaller first"
             raise InputError(
                 f"last: {last} does not end a run of three or more of {dense.num_layers} layers; "
-                f"give one from {first + 2} to {dense.num_layers - 1}, or a smaller first"
+                f"give {fix if least <= most else 'a smaller first'}"
             )
         check_fusible(dense)
         fused_config(dense, first, last)  # refuses what cannot be renumbered

@@ -166,6 +166,7 @@ def test_dependencies_are_those_of_models_without_a_layer(dense):
     [
         ("llama", (1, 2), "last: 2 does not end a run of three"),
         ("llama", (1, 5), "last: 5 does not end a run of three"),
+        ("llama", (3, 1), "last: 1 does not end a run of three .* layers; give a smaller first$"),
         ("llama", (-1, 2), "first: -1 is out of range"),
         ("gemma2", (1, 3), "source: a gemma2 has other norms"),
         ("gpt2", (1, 3), "source: a gpt2 has other norms"),
