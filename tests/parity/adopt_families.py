@@ -155,7 +155,11 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"num_experts_per_tok": 1, "router_hidden_size": 12, "rms_norm_eps": 0.1, AT: number}
         for number in (0, 1)
     ],
-    "LongcatFlashMoE": [{"zero_expert_num": 4}, {"zero_expert_num": 0}],
+    "LongcatFlashMoE": [
+        {"zero_expert_num": 4},
+        {"zero_expert_num": 0},
+        {"zero_expert_num": 4, "router_bias": True},
+    ],
     "PhimoeSparseMoeBlock": [{"num_experts_per_tok": 2}],
     "Gemma4TextDecoderLayer": [{"enable_moe_block": True}],
     "GraniteMoeHybridMoE": [{"mamba_n_heads": 4, "mamba_d_head": 16}],

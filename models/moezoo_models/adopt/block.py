@@ -47,6 +47,7 @@ class Block:
         table: of token ids, which chooses experts where the router is of ``table_router``.
         table_router: class of the routers that have it; the convention is the same.
         unit_at: the module that has the activation, if neither experts nor block do.
+        unread: parameters that a configuration may add and nothing reads.
         width_at: numbers that have to be an expert's hidden neurons, for the experts to run.
     """
 
@@ -82,6 +83,7 @@ class Block:
     table: str | None = None
     table_router: str | None = None
     unit_at: str | None = None
+    unread: tuple[str, ...] = ()
     width_at: tuple[str, ...] = ()
 
     @property

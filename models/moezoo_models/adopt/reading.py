@@ -313,7 +313,7 @@ def _check_all_are_shared(
     block: nn.Module, entry: Block, layer: SparseMoE, found: list[Shared], refuse: _Refuse
 ) -> None:
     """Refuse a block with a parameter that the layer does not have, or the other way round."""
-    theirs = {name for tensor in found for name in tensor.all_theirs} | {entry.added}
+    theirs = {name for tensor in found for name in tensor.all_theirs} | {entry.added, *entry.unread}
     if entry.shared_gate is not None and not layer.d_shared:  # it weighs nothing
         theirs.add(f"{entry.shared_gate}.weight")
     for key, tensor in [*block.named_parameters(), *block.named_buffers()]:

@@ -304,6 +304,7 @@ BLOCKS = (
         router_at="router",
         weight="router.classifier.weight",
         bias="router.e_score_correction_bias",
+        unread=("router.classifier.bias",),
     ),
     *(
         Block(
