@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moezoo_kernels import native, product_libraries
 from moezoo_kernels.activations import ACTIVATION_CODES, GLUOptions
+from moezoo_kernels.transforms import is_ordinary
 
 
 class Factors(NamedTuple):
@@ -42,9 +43,12 @@ class Gradients(NamedTuple):
 
 
 def pays(*tensors: Tensor | None) -> bool:
-    """Return whether tensors are fp32 on a CPU that these products keep busy as torch's would."""
+    """Return whether tensors are fp32 on a CPU that these products keep busy as torch's would.
+
+    Where torch's operators are counted or transformed, they have to be seen.
+    """
     fit = all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors)
-    return fit and product_libraries.own_keeps_up()
+    return fit and is_ordinary() and product_libraries.own_keeps_up()
 
 
 def row_width(tokens: int, size: int) -> int:

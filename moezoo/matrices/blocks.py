@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moezoo_kernels import matmul
 from moezoo_kernels.product_libraries import own_keeps_up
+from moezoo_kernels.transforms import is_ordinary
 
 
 def by_blocks(x: Tensor, blocks_BOI: Tensor) -> Tensor:
@@ -26,15 +27,20 @@ def by_blocks(x: Tensor, blocks_BOI: Tensor) -> Tensor:
         x: ``(..., B I)``.
         blocks_BOI: the blocks.
     """
-    x_TD = x.reshape(-1, x.shape[-1])
     kind = x.device.type
-    if kind == "cpu" and not torch.compiler.is_compiling():
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            x_TD, blocks_BOI = x_TD.to(dtype), blocks_BOI.to(dtype)
-        made_TD: Tensor = _InPlace.apply(x_TD, blocks_BOI)
-    else:
-        made_TD = batched(x_TD, blocks_BOI)
+    if kind != "cpu" or torch.compiler.is_compiling():
+        return in_batches(x, blocks_BOI)
+    x_TD = x.reshape(-1, x.shape[-1])
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x_TD, blocks_BOI = x_TD.to(dtype), blocks_BOI.to(dtype)
+    made_TD: Tensor = _InPlace.apply(x_TD, blocks_BOI)
+    return made_TD.reshape(*x.shape[:-1], made_TD.shape[-1])
+
+
+def in_batches(x: Tensor, blocks_BOI: Tensor) -> Tensor:
+    """Do what :func:`by_blocks` does by a product of batches, on any device."""
+    made_TD = batched(x.reshape(-1, x.shape[-1]), blocks_BOI)
     return made_TD.reshape(*x.shape[:-1], made_TD.shape[-1])
 
 
@@ -54,7 +60,7 @@ class _InPlace(torch.autograd.Function):
         ctx.save_for_backward(x_TD, blocks_BOI)
         count, outputs, _ = blocks_BOI.shape
         made_TD = x_TD.new_empty(len(x_TD), count * outputs)
-        ctx.own = matmul.unusable(x_TD, blocks_BOI) is None and own_keeps_up()
+        ctx.own = _takes_own(x_TD, blocks_BOI)
         if ctx.own:
             matmul.matmul(_stacked(x_TD, count), blocks_BOI.mT, out=_stacked(made_TD, count))
             return made_TD
@@ -87,6 +93,10 @@ class _InPlace(torch.autograd.Function):
             if d_blocks is not None:
                 torch.mm(slope_TO.t(), read_TI, out=d_blocks[k])
         return d_x, d_blocks
+
+
+def _takes_own(x_TD: Tensor, blocks_BOI: Tensor) -> bool:
+    return matmul.unusable(x_TD, blocks_BOI) is None and is_ordinary() and own_keeps_up()
 
 
 def _stacked(x_TD: Tensor, count: int) -> Tensor:

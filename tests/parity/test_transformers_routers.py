@@ -390,6 +390,7 @@ CASES = {
         {"gate.classifier.": "gate."},
         exact=False,
         training=True,
+        fp32=2e-6,  # theirs is up to 1.1e-6 away from fp64, ours 5e-7
     ),
     "phimoe": Case(
         lambda: their("phimoe", "PhimoeSparseMoeBlock")(

@@ -107,22 +107,22 @@ class _Twin:
         read: what the former's computation depends on beside its weights, as it was read.
         ours: our model.
         held: its mixtures.
-        others: every other parameter of ours: its full name, which is theirs too, and where and
-            under which name it is kept.
+        others: every other parameter of ours: its full name, which is theirs too, and the module
+            and name under which it is kept.
     """
 
     read: str
     ours: MoezooForCausalLM
     held: list[Held]
-    others: list[tuple[str, dict[str, Any], str]]
+    others: list[tuple[str, nn.Module, str]]
 
     def bind(self, model: PreTrainedModel) -> None:
         """Hand ours the parameters that the stock model has now."""
         for held in self.held:
             held.bind()
         theirs = dict(model.named_parameters(remove_duplicate=False))
-        for full, place, name in self.others:
-            place[name] = theirs[full]
+        for full, module, name in self.others:
+            setattr(module, name, theirs[full])
 
 
 _TWINS: WeakKeyDictionary[PreTrainedModel, _Twin] = WeakKeyDictionary()
@@ -196,14 +196,13 @@ def _read(model: Any, read: str) -> _Twin:
     with torch.device(model.device):
         made.model.rotary_emb = RotaryEmbedding(ours)
     others = [
-        (f"{path}.{name}", module._parameters, name)
+        (f"{path}.{name}", module, name)
         for path, module in made.named_modules()
         if not f"{path}.".startswith(inside)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
+        for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)
     ]
     theirs = dict(model.named_parameters(remove_duplicate=False))
-    for full, place, name in others:
-        if full not in theirs or theirs[full].shape != place[name].shape:
+    for full, module, name in others:
+        if full not in theirs or theirs[full].shape != getattr(module, name).shape:
             raise InputError(f"model: {full} is not as its configuration has it")
     return _Twin(read, made.eval(), list(held.values()), others)

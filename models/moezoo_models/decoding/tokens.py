@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from moezoo.errors import InputError, check_int
 from moezoo_models.decoding.loop import continue_ids
-from moezoo_models.generate import check_sampling, own_settings
+from moezoo_models.decoding.settings import check_sampling, own_settings
 from moezoo_models.mode import evaluating
 from moezoo_models.model.inputs import check_token_ids
 
