@@ -98,3 +98,19 @@ def test_inputs_are_a_model_and_text_of_which_no_paragraph_comes_twice(tmp_path,
     assert len(paragraphs) == len(set(paragraphs))
     assert set(paragraphs) == set("\n\n".join(topics.values()).split("\n\n"))
     assert "email" in (tmp_path / "real" / "email.txt").read_text(encoding="utf-8")
+
+
+def test_the_readme_says_what_the_figures_are():
+    points = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+    more = {
+        (p["method"], round(p["work"], 2)): 100 * (p["ratio"] - 1)
+        for p in points
+        if p["method"] in ("mix", "carve")
+    }
+    said = (
+        f"thresholds cost {more['mix', 0.75]:.1f} % of perplexity at three quarters of the "
+        f"feed-forward work, {more['mix', 0.57]:.0f} % at .57 and "
+        f"{more['mix', 0.5]:.0f} % at half; carving a quarter of the neurons "
+        f"idle costs {more['carve', 0.76]:.0f} %"
+    )
+    assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
