@@ -22,3 +22,13 @@ def test_our_warnings_are_lines_without_the_place_in_the_code():
             expected = before(text, category, file, 7)
             assert warnings.formatwarning(text, category, file, 7) == expected
     assert warnings.formatwarning is before
+
+
+def test_lightning_need_not_recommend_to_sum_what_is_summed():
+    said = "It is recommended to use `self.log('{}', ..., sync_dist=True)` when logging on epoch"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with quieted():
+            for name in ("step", "val/loss", "test/bits_per_byte", "train/mine"):
+                warnings.warn(said.format(name), UserWarning, stacklevel=1)
+    assert [str(each.message) for each in caught] == [said.format("train/mine")]

@@ -35,6 +35,8 @@ _WARNINGS = (
     r"The dirpath has changed from",
     # Evaluation needs none of the callbacks of training.
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+    # What is logged has been summed over processes already.
+    r"It is recommended to use `self\.log\('(step|tokens|val/\w+|test/\w+)', .*sync_dist=True",
     # Lightning's own business with torch's pytrees.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
