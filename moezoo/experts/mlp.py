@@ -18,10 +18,9 @@ from moezoo_kernels.activations import PLAIN_GLU, GLUOptions, activate, split_ga
 from moezoo_kernels.dtypes import autocast
 from moezoo_kernels.grouped_linear.by_slot import is_few
 from moezoo_kernels.grouped_mlp.direct import (
-    fit,
     grouped_mlp_directly,
     is_direct,
-    is_watched,
+    may_run_directly,
 )
 
 if TYPE_CHECKING:
@@ -128,10 +127,8 @@ class MLPExperts(nn.Module):
         """
         sent = dispatched or self.dispatch(x_TD, indices_TK, weights_TK)
         if sent is None:
-            w_in = self.gate_up_proj
-            few = after is None and is_direct(x_TD, indices_TK, w_in)
-            few = few and not is_watched(x_TD, indices_TK, weights_TK, w_in, self.down_proj)
-            if few and fit(x_TD, indices_TK, weights_TK, w_in):
+            weights = (self.gate_up_proj, self.down_proj)
+            if after is None and may_run_directly(x_TD, indices_TK, weights_TK, *weights):
                 return self._directly(x_TD, indices_TK, weights_TK, output_bias)
             return self._run(x_TD, indices_TK, weights_TK, max_assignments, output_bias, after)
         how = (sent.assignments, output_bias, after)

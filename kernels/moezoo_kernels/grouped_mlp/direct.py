@@ -38,24 +38,29 @@ def is_direct(x: Tensor, indices: Tensor, w_in: Tensor) -> bool:
     )
 
 
-def is_watched(*tensors: Tensor) -> bool:
-    """Return whether somebody wants to see operators: a dispatch mode, a transform or a tracer.
+def may_run_directly(
+    x: Tensor, indices: Tensor, weights: Tensor, w_in: Tensor, w_out: Tensor
+) -> bool:
+    """Return whether :func:`is_direct` holds, nothing watches operators, and all operands fit.
 
-    Counters of FLOPs, fake tensors and ``make_fx`` are modes; ``vmap`` is a transform. A
-    subclass of tensors watches, too.
-    """
-    return not is_ordinary() or any(type(each) not in (Tensor, Parameter) for each in tensors)
-
-
-def fit(x: Tensor, indices: Tensor, weights: Tensor, w_in: Tensor) -> bool:
-    """Return whether operands are such as :func:`grouped_mlp_directly` wants, numbers included.
+    Counters of FLOPs, fake tensors and ``make_fx`` watch, as do ``vmap`` and subclasses of tensors.
 
     Args:
         x: tokens.
-        indices: a few.
+        indices: of experts, which are read and checked here.
         weights: of the choices.
         w_in: ``(E, I, D)``, as other weights of the experts are.
+        w_out: ``(E, D, F)``.
     """
+    return (
+        is_direct(x, indices, w_in)
+        and is_ordinary()
+        and all(type(each) in (Tensor, Parameter) for each in (x, indices, weights, w_in, w_out))
+        and _fit(x, indices, weights, w_in)
+    )
+
+
+def _fit(x: Tensor, indices: Tensor, weights: Tensor, w_in: Tensor) -> bool:
     if not (
         x.ndim == indices.ndim == 2
         and x.shape == (len(indices), w_in.shape[2])

@@ -64,6 +64,11 @@ _SUBSTITUTES: dict[Target, Target] = {
         "moezoo_kernels.grouped_mlp.reference",
         "grouped_mlp",
     ),
+    ("moezoo_kernels.grouped_mlp.direct", "grouped_mlp_directly"): (
+        "moezoo_kernels.grouped_mlp.reference",
+        "grouped_mlp",
+    ),
+    ("moezoo_kernels.grouped_mlp.direct", "may_run_directly"): (PLAIN, "is_direct"),
     ("moezoo_kernels.linear", "Linear"): (PLAIN, "Linear"),
     ("moezoo_kernels.linear", "is_plain_linear"): (PLAIN, "is_plain_linear"),
     ("moezoo_kernels.linear", "linear"): (PLAIN, "linear"),

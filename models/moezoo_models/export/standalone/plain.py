@@ -196,7 +196,7 @@ def sparse_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def is_direct(*_: Any) -> bool:
-    """Return that no kernel reads a part of a matrix."""
+    """Return that no kernel runs beside torch's operators."""
     return False
 
 
