@@ -131,14 +131,19 @@ def has_onednn() -> bool:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x Wᵀ + b`` by oneDNN, without gradients.
 
+    A weight with gaps between its rows or columns, such as some of another's columns, is copied:
+    oneDNN would multiply it by a plain loop, a thousand times slower.
+
     Args:
-        x: ``(R, I)`` fp32; of this and the next, rows or columns lie one behind the other.
-        weight: ``(O, I)`` fp32.
+        x: ``(R, I)`` fp32, any strides.
+        weight: ``(O, I)`` fp32, any strides.
         bias: ``(O,)`` fp32, contiguous.
 
     Returns:
         ``(R, O)``, contiguous.
     """
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 

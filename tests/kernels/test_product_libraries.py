@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from moezoo.cache_folder import cache_folder
@@ -180,3 +181,32 @@ def test_importing_measures_nothing():
         [sys.executable, "-c", code], env=os.environ, check=True, capture_output=True, text=True
     ).stdout
     assert printed.strip() == "0"
+
+
+class _Weights(TorchDispatchMode):
+    """Keep the weights that oneDNN's product is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("columns", [slice(None), slice(3, 40), slice(0, 48, 2)])
+def test_onednn_gets_weights_without_gaps(columns, transposed):
+    if not product_libraries.has_onednn():
+        pytest.skip("this build of torch has no oneDNN")
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(48, 48, generator=generator) for _ in range(2))
+    weight, x = (m[:, columns].t() if transposed else m[:, columns] for m in (weight, x))
+    with _Weights() as seen:
+        made = product_libraries.onednn_linear(x, weight)
+    (given,) = seen.found
+    assert given.is_contiguous() or given.t().is_contiguous()
+    exact = x.double() @ weight.double().t()
+    assert (made - exact).abs().max() <= 1e-5 * exact.abs().max()
