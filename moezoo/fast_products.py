@@ -27,7 +27,7 @@ class FastProducts(NamedTuple):
 
 
 def use_fast_products(model: nn.Module, on: bool = True) -> FastProducts:
-    """Let a model's linear maps be multiplied by the library that is faster here, in place.
+    """Multiply a model's linear maps by the library that is faster here from now on, in place.
 
     In fp32 on a CPU, large products then go to oneDNN where that is clearly faster than torch's own
     (:func:`moezoo_kernels.linear.linear`); everywhere else nothing changes. Each ``nn.Linear``, and

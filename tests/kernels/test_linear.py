@@ -30,7 +30,7 @@ def library(request, monkeypatch):
 
 @pytest.fixture
 def onednn(monkeypatch):
-    """Give every product that suits it to oneDNN; gives the shapes of those that it gets."""
+    """Send every product that suits to oneDNN; return the shapes of those that it was sent."""
     if not product_libraries.has_onednn():
         pytest.skip("this build of torch has no oneDNN")
     shapes, run = [], product_libraries.onednn_linear

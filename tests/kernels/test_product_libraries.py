@@ -22,7 +22,7 @@ def _measure_anew(monkeypatch, tmp_path):
 
 
 def _pretend(monkeypatch, **seconds):
-    """Let the clock find these seconds, one otherwise, instead of what calls take."""
+    """Replace what calls take by these seconds, one otherwise."""
     found = []
 
     def fastest(*functions):
