@@ -221,13 +221,15 @@ def test_layers_of_deepseek_v4_that_hash_token_ids_are_adopted():
     (theirs, before, their_text), (ours, after, our_text) = found
     close(ours, theirs)
     assert torch.equal(our_text, their_text)
-    # A number that scales all of a head is the sum of much that cancels: theirs rounds by 3e-5.
+    # A number that scales all of a head is the sum of much that cancels: theirs rounds by 3e-5, and
+    # ours may round as much, by the same library's products.
     exact = deepseek_v4().double()
     exact(ids, attention_mask=mask).logits.square().sum().backward()
     assert after.keys() == before.keys()
     for name, parameter in exact.named_parameters():
-        if parameter.grad is not None:
-            close(after[name].double(), parameter.grad, 2e-5)
+        if (right := parameter.grad) is not None:
+            rounded = (before[name] - right).abs().max() / right.abs().max()
+            close(after[name].double(), right, max(2e-5, 1.5 * float(rounded)))
     with torch.no_grad(), collect_loads(adopted.layers) as loads:
         model(ids)
     table = model.model.layers[0].mlp.gate.tid2eid
