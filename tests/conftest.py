@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moezoo import dtype_speed
+from moezoo_kernels import product_libraries
 
 # Modules stay: to go through them again and again would be a third of what collecting takes.
 gc.disable()
@@ -164,3 +165,19 @@ def install_module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             setattr(sys.modules[path], name, member)
 
     return install
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Send every product that suits to oneDNN; return the shapes of those that it was sent."""
+    if not product_libraries.has_onednn():
+        pytest.skip("this build of torch has no oneDNN")
+    shapes, run = [], product_libraries.onednn_linear
+
+    def counted(x, weight, bias=None):
+        shapes.append((*x.shape, weight.shape[0]))
+        return run(x, weight, bias)
+
+    monkeypatch.setattr(product_libraries, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(product_libraries, "onednn_linear", counted)
+    return shapes

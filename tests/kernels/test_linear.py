@@ -28,22 +28,6 @@ def library(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def onednn(monkeypatch):
-    """Send every product that suits to oneDNN; return the shapes of those that it was sent."""
-    if not product_libraries.has_onednn():
-        pytest.skip("this build of torch has no oneDNN")
-    shapes, run = [], product_libraries.onednn_linear
-
-    def counted(x, weight, bias=None):
-        shapes.append((*x.shape, weight.shape[0]))
-        return run(x, weight, bias)
-
-    monkeypatch.setattr(product_libraries, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(product_libraries, "onednn_linear", counted)
-    return shapes
-
-
 def operands(shape, outputs, bias=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
 

@@ -15,22 +15,6 @@ from moezoo_kernels.linear import Linear
 VOCABULARY = 300
 
 
-@pytest.fixture
-def onednn(monkeypatch):
-    """Send every product that suits to oneDNN; return the shapes of those that it was sent."""
-    if not product_libraries.has_onednn():
-        pytest.skip("this build of torch has no oneDNN")
-    shapes, run = [], product_libraries.onednn_linear
-
-    def counted(x, weight, bias=None):
-        shapes.append((*x.shape, weight.shape[0]))
-        return run(x, weight, bias)
-
-    monkeypatch.setattr(product_libraries, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(product_libraries, "onednn_linear", counted)
-    return shapes
-
-
 def llama():
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 2}
